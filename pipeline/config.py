@@ -1,0 +1,297 @@
+"""Every setting of softlabel, defined once.
+
+The same frozen models are the Python arguments, the YAML file, the flags of the command line and the Prefect form;
+a field's docstring is its help everywhere. ``CaptureConfig``, ``TrainConfig``, ``EvaluateConfig`` and
+``DistillConfig`` are the four jobs; the others are their parts.
+"""
+
+from datetime import date
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; a name that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ColumnsConfig(Settings):
+    """Which columns of the documents hold what."""
+
+    id: str = "id"
+    """Column with the document's id (a string or an integer, unique). Plain text files are named by their path."""
+    text: str = "text"
+    """Column with plain text."""
+    messages: str | None = None
+    """Column with a chat, a list of {role, content}; read instead of the text."""
+    label: str | None = None
+    """Column with a class label, kept beside the soft labels."""
+    carry: tuple[str, ...] = ()
+    """Further columns (source, language, ...) that every row of the table keeps, so that it can be filtered by them."""
+
+
+class TeacherConfig(Settings):
+    """The model whose distributions are stored."""
+
+    model: str
+    """Folder or hub name of a causal language model."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the teacher's forward pass."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens of one forward pass, padding included."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
+
+
+class SequencesConfig(Settings):
+    """How a document becomes sequences."""
+
+    max_tokens: int = Field(default=1024, ge=2)
+    """Longest sequence, in tokens; a longer document is cut into chunks."""
+    context: PositiveInt = 1
+    """Tokens that a chunk repeats from the one before it, as context; they are predicted only once."""
+    chat_template_date: date = date(2026, 1, 1)
+    """The date that a chat template is told is today's; fixed, or every key would change each day."""
+
+    @model_validator(mode="after")
+    def _chunks_advance(self) -> Self:
+        if self.context >= self.max_tokens:
+            raise ValueError(f"context ({self.context}) must be below max_tokens ({self.max_tokens})")
+        return self
+
+
+class SelectionConfig(Settings):
+    """What is kept of the teacher's distribution at each captured position: an exact head and a sampled tail.
+
+    The default recovers about 97% of what the full distribution gives a student, at under half the bytes of top-64.
+    """
+
+    top_k: PositiveInt | None = None
+    """Plain top-k: keep exactly so many ids and no tail. Short for top_p 1, min_k = max_k = top_k, draws 0."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """The head is the smallest set of ids whose mass reaches this ..."""
+    min_k: int = Field(default=1, ge=0)
+    """... with at least so many ids ..."""
+    max_k: int = Field(default=24, ge=0)
+    """... and at most so many. 0 keeps no head: pure sampling."""
+    draws: int = Field(default=24, ge=0, le=32767)
+    """Draws from what the head leaves, were all mass left; ceil(draws x mass left) are made. 0 keeps no tail."""
+    temperatures: tuple[PositiveFloat, ...] = (1.0,)
+    """Temperatures that students may train at; each costs about 3 bytes a position. 1 is always among them."""
+    seed: int = 0
+    """Seed of the tail's draws."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k is not None:
+            clash = sorted({"top_p", "min_k", "max_k", "draws"} & self.model_fields_set)
+            if clash:
+                raise ValueError(f"top_k says the whole selection; leave out {', '.join(clash)}")
+        elif self.min_k > self.max_k:
+            raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
+        elif self.max_k == 0 and self.draws == 0:
+            raise ValueError("max_k 0 and draws 0 keep nothing")
+        if 1.0 not in self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures must be distinct and include 1, found {self.temperatures}")
+        return self
+
+
+class ShardsConfig(Settings):
+    """How rows are laid into files."""
+
+    positions: PositiveInt = 1 << 20
+    """Captured positions of a shard, the unit that is committed, and lost at most when a worker dies."""
+    row_group_sequences: PositiveInt = 256
+    """Sequences of a row group, the unit that is read."""
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the documents, chosen by a hash of their ids, that goes to the eval split."""
+
+
+class StudentConfig(Settings):
+    """The model that is trained: give exactly one of model, layers and config."""
+
+    model: str | None = None
+    """Folder or hub name of a model to go on from."""
+    teacher: str | None = None
+    """Folder or hub name of the teacher that layers are taken from; left out, the one that the table names."""
+    layers: tuple[int, ...] | None = None
+    """Prune the teacher to these of its layers, counted from 0."""
+    config: str | None = None
+    """Folder or JSON file with a model configuration; the student starts from random weights."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Precision of the student's weights."""
+
+
+class LossConfig(Settings):
+    """L = hard_weight x cross-entropy + soft_weight x divergence, each averaged over the captured positions."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
+    """Divergence between teacher and student."""
+    target: Literal["auto", "bucket", "sampled", "renormalised", "zero_tail"] = "auto"
+    """The rest of the distribution: one bucket of its mass, or the sampled tail (forward KL at temperature 1, and
+    what auto takes there if the table has one); renormalised and zero_tail drop it, and are biased."""
+    mix: float = Field(default=0.5, gt=0, lt=1)
+    """The mixture weight of jsd (beta) and of the skew divergences (lambda)."""
+    temperature: PositiveFloat = 1.0
+    """Softens teacher and student alike; one of the temperatures stored in the table."""
+    hard_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy with the token that follows."""
+    soft_weight: float = Field(default=1.0, ge=0)
+    """Weight of the divergence; 0 trains on hard labels alone."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.hard_weight == 0 and self.soft_weight == 0:
+            raise ValueError("hard_weight and soft_weight are both 0: nothing would be learned")
+        return self
+
+
+class StreamConfig(Settings):
+    """How rows of the table become batches."""
+
+    row_tokens: PositiveInt = 1024
+    """Length of a training row; sequences are packed into it whole, so it is at least the table's longest."""
+    batch_rows: PositiveInt = 8
+    """Training rows of one optimiser step, over all devices."""
+    micro_rows: PositiveInt = 8
+    """Training rows of one forward pass on one device; changes memory and speed, never the loss."""
+    max_k: PositiveInt | None = None
+    """Use only so many of the stored head ids; left out, all of them."""
+    seed: int = 0
+    """Seed of the order."""
+
+
+class OptimiserConfig(Settings):
+    """How long and how fast the student is trained."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the train split."""
+    max_steps: PositiveInt | None = None
+    """Optimiser steps, instead of epochs."""
+    learning_rate: PositiveFloat = 5e-4
+    """Peak learning rate of AdamW."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after that."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_gradient_norm: PositiveFloat = 1.0
+    """Gradients longer than this are shortened to it."""
+    bf16: bool = False
+    """Forward and backward in bfloat16, the weights staying in the student's dtype."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    checkpoint_steps: PositiveInt = 500
+    """Steps between checkpoints; a killed run goes on from the last one."""
+    eval_steps: PositiveInt = 100
+    """Steps between evaluations on the eval split."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    seed: int = 0
+    """Seed of the student's random numbers."""
+
+
+class CaptureConfig(Settings):
+    """Run a teacher once over documents and keep what it knows in a table."""
+
+    documents: str
+    """File, folder or glob of documents: Parquet, JSON lines or plain text."""
+    table: str
+    """Folder of the table; made if it is not there, added to if it is."""
+    teacher: TeacherConfig
+    columns: ColumnsConfig = ColumnsConfig()
+    sequences: SequencesConfig = SequencesConfig()
+    selection: SelectionConfig = SelectionConfig()
+    shards: ShardsConfig = ShardsConfig()
+    strict: bool = False
+    """Stop at the first document that can't be used, instead of counting it and writing it to the rejects file."""
+
+
+class TrainConfig(Settings):
+    """Train a student from a table."""
+
+    table: str
+    """Folder of the table; TABLE@12 pins version 12."""
+    output: str
+    """Folder that the student is written to."""
+    student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    stream: StreamConfig = StreamConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
+class EvaluateConfig(Settings):
+    """Compare students with the teacher on the table's eval split, and write a report."""
+
+    table: str
+    """Folder of the table; TABLE@12 pins version 12."""
+    students: tuple[str, ...]
+    """Folders of students that train wrote."""
+    report: str = "report"
+    """Folder for report.html and report.json."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens of one forward pass."""
+
+
+class DistillConfig(Settings):
+    """Capture, train and evaluate, from one file."""
+
+    documents: str
+    """File, folder or glob of documents: Parquet, JSON lines or plain text."""
+    table: str
+    """Folder of the table; made if it is not there, added to if it is."""
+    output: str
+    """Folder for the student (student/), its control (control/) and the report (report/)."""
+    teacher: TeacherConfig
+    columns: ColumnsConfig = ColumnsConfig()
+    sequences: SequencesConfig = SequencesConfig()
+    selection: SelectionConfig = SelectionConfig()
+    shards: ShardsConfig = ShardsConfig()
+    student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    stream: StreamConfig = StreamConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    control: bool = True
+    """Also train the same student on hard labels alone for as many steps, to compare with."""
+    strict: bool = False
+    """Stop at the first document that can't be used, instead of counting it and writing it to the rejects file."""
+
+    def capture(self) -> CaptureConfig:
+        """The first stage's settings."""
+        return CaptureConfig(**{name: getattr(self, name) for name in CaptureConfig.model_fields})
+
+    def train(self) -> dict[str, TrainConfig]:
+        """The second stage's settings: the student's and, if asked for, the control's, by name."""
+        hard_only = LossConfig(hard_weight=1.0, soft_weight=0.0)
+        losses = {"student": self.loss} | ({"control": hard_only} if self.control else {})
+        return {
+            name: TrainConfig(
+                table=self.table,
+                output=f"{self.output}/{name}",
+                student=self.student,
+                loss=loss,
+                stream=self.stream,
+                optimiser=self.optimiser,
+            )
+            for name, loss in losses.items()
+        }
+
+    def evaluate(self) -> EvaluateConfig:
+        """The third stage's settings."""
+        students = tuple(config.output for config in self.train().values())
+        return EvaluateConfig(
+            table=self.table, students=students, report=f"{self.output}/report", device=self.optimiser.device
+        )

@@ -1,0 +1,65 @@
+"""Every error that a user can cause, as a tree.
+
+The command line exits with 2 for a ``UsageError`` (the request itself is wrong: nothing was tried) and with 1
+for every other ``SoftlabelError``. Whatever is not in this tree is a defect of softlabel.
+
+    SoftlabelError
+    ├── UsageError             the request contradicts itself or names what does not exist
+    ├── DocumentsError         documents that can't be read
+    ├── TeacherError           a teacher that can't be loaded, or that says what no distribution is
+    ├── StudentError           a student that can't be built, or does not fit its table
+    ├── TrainingError          training that can't go on
+    └── TableError             a table that can't be used
+        ├── TableNotFoundError     no table, version or tag there
+        ├── ProvenanceError        another teacher, tokenizer or selection made it
+        └── IntegrityError         bytes that are not the ones that were written
+"""
+
+
+class SoftlabelError(Exception):
+    """What was expected, what was found, where, and what to do, in that order and on one screen."""
+
+    def __init__(
+        self, summary: str, *, expected: object = None, found: object = None, where: object = None, do: object = None
+    ) -> None:
+        lines = [summary]
+        for name, text in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):
+            if text is not None:
+                lines.append(f"  {name + ':':<12} {text}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(SoftlabelError):
+    """The request contradicts itself, or names what does not exist."""
+
+
+class DocumentsError(SoftlabelError):
+    """Documents that can't be read."""
+
+
+class TeacherError(SoftlabelError):
+    """A teacher that can't be loaded, or that says what no distribution is."""
+
+
+class StudentError(SoftlabelError):
+    """A student that can't be built, or does not fit its table."""
+
+
+class TrainingError(SoftlabelError):
+    """Training that can't go on."""
+
+
+class TableError(SoftlabelError):
+    """A soft-label table that can't be used."""
+
+
+class TableNotFoundError(TableError):
+    """No table there, or no such version or tag of it."""
+
+
+class ProvenanceError(TableError):
+    """Another teacher, tokenizer, selection or chunking made this table."""
+
+
+class IntegrityError(TableError):
+    """Bytes that are not the ones that were written."""
