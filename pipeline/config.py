@@ -85,7 +85,7 @@ class SelectionConfig(Settings):
     draws: int = Field(default=24, ge=0, le=32767)
     """Draws from what the head leaves, were all mass left; ceil(draws x mass left) are made. 0 keeps no tail."""
     temperatures: tuple[PositiveFloat, ...] = (1.0,)
-    """Temperatures that students may train at; each costs about 3 bytes a position. 1 is always among them."""
+    """Temperatures that students may train at, 1 first; each costs about 3 bytes a position."""
     seed: int = 0
     """Seed of the tail's draws."""
 
@@ -99,8 +99,8 @@ class SelectionConfig(Settings):
             raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
         elif self.max_k == 0 and self.draws == 0:
             raise ValueError("max_k 0 and draws 0 keep nothing")
-        if 1.0 not in self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
-            raise ValueError(f"temperatures must be distinct and include 1, found {self.temperatures}")
+        if self.temperatures[:1] != (1.0,) or len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures must be distinct, 1 first; found {self.temperatures}")
         return self
 
 

@@ -20,7 +20,13 @@ class SoftlabelError(Exception):
     """What was expected, what was found, where, and what to do, in that order and on one screen."""
 
     def __init__(
-        self, summary: str, *, expected: object = None, found: object = None, where: object = None, do: object = None
+        self,
+        summary: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        where: object = None,
+        do: object = None,
     ) -> None:
         lines = [summary]
         for name, text in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):

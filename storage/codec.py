@@ -1,0 +1,211 @@
+"""Soft labels as numbers, and as the integers that a shard holds.
+
+Encoding renumbers ids by how often they occur, turns log-probabilities into whole 1/64 nats and those into gaps from
+the id before, and cuts the noise off the floats: small integers that Parquet's own encodings squeeze close to their
+entropy. Decoding is vectorised and needs nothing but the table's vocabulary. FORMAT.md is the specification.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.schema import SOFT_LABELS
+
+CODES_PER_NAT = 64
+"""Resolution of the log-probabilities. A bf16 teacher's own logits are coarser."""
+ZERO_CODE = 32767
+"""The code of probability 0, and of everything below exp(-511)."""
+ENTROPY_CODES_PER_NAT = 256
+_MASS_QUANTUM = 2.0**-17
+_NEXT_QUANTUM = 2.0**-12
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """What a teacher said at P positions. Flat: position after position, each with as many ids as its count says.
+
+    Log-probabilities are in nats, at temperature 1, over the teacher's real vocabulary. Ids of a position are in the
+    order (logit descending, id ascending), head before tail.
+    """
+
+    head_counts: Ints
+    """(P,) ids that are kept exactly."""
+    head_ids: Ints
+    """(sum of head_counts,)"""
+    head_logprobs: Floats
+    """(sum of head_counts,)"""
+    tail_counts: Ints
+    """(P,) distinct ids that were drawn from outside the head."""
+    tail_ids: Ints
+    """(sum of tail_counts,)"""
+    tail_draws: Ints
+    """(sum of tail_counts,) how often each was drawn."""
+    tail_logprobs: Floats
+    """(sum of tail_counts,)"""
+    tail_log_masses: Floats
+    """(T, P) log of the mass outside the head at each stored temperature; -inf if the head is everything."""
+    entropies: Floats
+    """(P,) of the whole distribution, in nats."""
+    next_logprobs: Floats
+    """(P,) of the token that really follows."""
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.head_counts)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """One after another; all with the same temperatures."""
+        joined = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=-1) for field in fields(cls)
+        }
+        return cls(**joined)
+
+
+def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.Table:
+    """The soft-label columns of R rows.
+
+    Args:
+        labels: of all rows' positions, in order.
+        positions: (R,) captured positions of each row, summing to ``labels.positions``.
+        ranks: (V,) rank of each token id, the inverse of the table's vocabulary.
+    """
+    assert positions.sum() == labels.positions, "every row's positions have soft labels, and nothing else does"
+    head_codes, tail_codes = _codes(labels.head_logprobs), _codes(labels.tail_logprobs)
+    head_starts, tail_starts = _starts(labels.head_counts), _starts(labels.tail_counts)
+    # The tail goes on where the head ends, so its first gap is from the head's last code (0 where there is no head).
+    last = np.zeros(labels.positions, np.int32)
+    filled = labels.head_counts > 0
+    last[filled] = head_codes[(head_starts + labels.head_counts - 1)[filled]]
+    zeros = np.zeros_like(last)
+    flat = {
+        "head_counts": labels.head_counts,
+        "head_ids": ranks[labels.head_ids],
+        "head_codes": _gaps(head_codes, head_starts, labels.head_counts, zeros),
+        "tail_counts": labels.tail_counts,
+        "tail_ids": ranks[labels.tail_ids],
+        "tail_draws": labels.tail_draws,
+        "tail_codes": _gaps(tail_codes, tail_starts, labels.tail_counts, last),
+        "tail_log_masses": _trim(labels.tail_log_masses, _MASS_QUANTUM, full_above=-(2.0**-4)).T.ravel(),
+        "entropies": np.rint(labels.entropies * ENTROPY_CODES_PER_NAT),
+        "next_logprobs": _trim(labels.next_logprobs, _NEXT_QUANTUM),
+    }
+    ends = np.concatenate([[0], np.cumsum(positions)])
+    heads, tails = _ends(labels.head_counts)[ends], _ends(labels.tail_counts)[ends]
+    offsets = dict.fromkeys(flat, ends) | {
+        "head_ids": heads,
+        "head_codes": heads,
+        "tail_ids": tails,
+        "tail_draws": tails,
+        "tail_codes": tails,
+        "tail_log_masses": ends * len(labels.tail_log_masses),
+    }
+    columns = [
+        pa.ListArray.from_arrays(
+            offsets[field.name].astype(np.int32),
+            pa.array(flat[field.name].astype(field.type.value_type.to_pandas_dtype())),
+        )
+        for field in SOFT_LABELS
+    ]
+    return pa.Table.from_arrays(columns, schema=SOFT_LABELS)
+
+
+def decode(rows: pa.Table, vocabulary: Ints) -> SoftLabels:
+    """The soft labels of rows, position after position.
+
+    Args:
+        rows: at least the soft-label columns.
+        vocabulary: (V,) token id of each rank.
+
+    Returns:
+        Soft labels whose log-probabilities are within 1/64 nat of those that were encoded, and whose head and tail
+        mass add up to 1.
+    """
+    flat = {name: _flatten(rows.column(name)) for name in SOFT_LABELS.names}
+    head_counts, tail_counts = flat["head_counts"].astype(np.int32), flat["tail_counts"].astype(np.int32)
+    count = len(head_counts)
+    masses = flat["tail_log_masses"].reshape(count, -1).T if count else flat["tail_log_masses"].reshape(1, 0)
+    head_codes = _accumulate(flat["head_codes"], head_counts, np.zeros(count, np.int32))
+    last = np.zeros(count, np.int32)
+    filled = head_counts > 0
+    last[filled] = head_codes[(_ends(head_counts)[1:] - 1)[filled]]
+    tail_codes = _accumulate(flat["tail_codes"], tail_counts, last)
+    return SoftLabels(
+        head_counts=head_counts,
+        head_ids=vocabulary[flat["head_ids"]],
+        head_logprobs=_normalised(head_codes, head_counts, masses[0]),
+        tail_counts=tail_counts,
+        tail_ids=vocabulary[flat["tail_ids"]],
+        tail_draws=flat["tail_draws"].astype(np.int32),
+        tail_logprobs=_LOGPROBS[tail_codes],
+        tail_log_masses=masses,
+        entropies=flat["entropies"].astype(np.float32) / np.float32(ENTROPY_CODES_PER_NAT),
+        next_logprobs=flat["next_logprobs"],
+    )
+
+
+_LOGPROBS = np.append(np.arange(ZERO_CODE) / np.float32(-CODES_PER_NAT), -np.inf).astype(np.float32)
+_PROBABILITIES = np.exp(_LOGPROBS.astype(np.float64))
+
+
+def _codes(logprobs: Floats) -> Ints:
+    """Absolute codes: rounding before differencing keeps errors from adding up along a position."""
+    return np.rint(np.clip(logprobs * np.float32(-CODES_PER_NAT), 0, ZERO_CODE)).astype(np.int32)
+
+
+def _gaps(codes: Ints, starts: NDArray[np.int64], counts: Ints, origins: Ints) -> Ints:
+    gaps = np.diff(codes, prepend=np.int32(0))
+    filled = counts > 0
+    gaps[starts[filled]] = codes[starts[filled]] - origins[filled]
+    assert not len(gaps) or gaps.min() >= 0, "ids of a position come in the order of their logits"
+    return gaps
+
+
+def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
+    """Gaps to absolute codes: one running sum over everything, less what it was before each position."""
+    running = np.cumsum(gaps, dtype=np.int64)
+    before = np.concatenate([[0], running])[_starts(counts)] - origins
+    return np.asarray(running - np.repeat(before, counts), np.int32)
+
+
+def _normalised(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
+    """Log-probabilities whose mass is exactly what the tail leaves; this moves none of them by more than 1/128."""
+    if not len(codes):
+        return np.zeros(0, np.float32)
+    filled = counts > 0
+    mass = np.add.reduceat(_PROBABILITIES[codes], _starts(counts)[filled])
+    shift = np.log(-np.expm1(tail_log_mass[filled].astype(np.float64)) / mass).astype(np.float32)
+    return _LOGPROBS[codes] + np.repeat(shift, counts[filled])
+
+
+def _trim(values: Floats, quantum: float, full_above: float = np.inf) -> Floats:
+    """Values rounded to a multiple of ``quantum``: the low bits of the mantissa become 0 and compress away.
+
+    Values above ``full_above`` stay whole: where the tail is nearly everything, the head's mass is what is left.
+    """
+    trimmed = np.rint(values / quantum) * quantum
+    return np.where(values > full_above, values, trimmed).astype(np.float32)
+
+
+def _ends(counts: Ints) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _starts(counts: Ints) -> NDArray[np.int64]:
+    return _ends(counts)[:-1]
+
+
+def _flatten(column: pa.ChunkedArray) -> NDArray[Any]:
+    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    if len(chunks) == 1:
+        flat: NDArray[Any] = chunks[0]
+        return flat
+    return np.concatenate(chunks) if chunks else np.zeros(0, column.type.value_type.to_pandas_dtype())
