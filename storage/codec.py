@@ -173,7 +173,8 @@ def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
     """Gaps to absolute codes: one running sum over everything, less what it was before each position."""
     running = np.cumsum(gaps, dtype=np.int64)
     before = np.concatenate([[0], running])[_starts(counts)] - origins
-    return np.asarray(running - np.repeat(before, counts), np.int32)
+    codes: Ints = np.array(running - np.repeat(before, counts), dtype=np.int32)
+    return codes
 
 
 def _normalised(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:

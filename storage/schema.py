@@ -49,7 +49,7 @@ SOFT_LABELS = pa.schema(
 )
 """What the teacher said, encoded (see ``storage.codec``)."""
 
-IDENTITY = ("document_id", "chunk", "key")
+ROW_KEY = ("document_id", "chunk", "key")
 """A table holds each combination of these at most once."""
 
 _CARRIED_TYPES = (pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.date32())
@@ -93,3 +93,8 @@ def without(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """The schema less the named fields."""
     dropped = set(names)
     return pa.schema([field for field in schema if field.name not in dropped])
+
+
+def row_keys(rows: pa.Table) -> list[tuple[object, ...]]:
+    """What a table holds at most once, row by row."""
+    return list(zip(*(rows.column(name).to_pylist() for name in ROW_KEY), strict=True))

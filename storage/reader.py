@@ -1,0 +1,80 @@
+"""Reads shards, and stops at the first byte that is not the one that was written."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import IntegrityError
+from storage.files import content_hash
+from storage.table import Shard, Table
+
+
+def read(
+    table: Table,
+    shard: Shard,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+) -> pa.Table:
+    """Rows of a shard, in the order in which they were written.
+
+    Args:
+        table: the version that the shard is of.
+        shard: one of ``table.shards()``.
+        columns: names of the columns wanted; all if left out. The split is in the shard's path, not among them.
+        row_groups: numbers of the row groups wanted; all if left out.
+
+    Raises:
+        IntegrityError: if the shard is missing or its bytes are not those that were written.
+    """
+    names = list(columns) if columns is not None else None
+    with open_shard(table, shard) as file:
+        try:
+            wanted = range(file.num_row_groups) if row_groups is None else row_groups
+            return file.read_row_groups(list(wanted), columns=names, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise _damaged(table, shard, str(error)) from error
+
+
+def batches(table: Table, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
+    """Each row group of each shard, with its shard, in order; memory holds one at a time."""
+    for shard in table.shards(split):
+        with open_shard(table, shard) as file:
+            groups = file.num_row_groups
+        for group in range(groups):
+            yield shard, read(table, shard, columns, [group])
+
+
+def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
+    """The Parquet file of a shard, its content checked the first time that this process opens it.
+
+    Raises:
+        IntegrityError: if the file is missing, truncated, or not the one that its name says.
+    """
+    path = Path(table.location) / shard.path
+    try:
+        stat = path.stat()
+        found = _content_hash(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise _damaged(table, shard, str(error)) from error
+    if found != path.stem:
+        raise _damaged(table, shard, f"{stat.st_size} bytes with the hash {found}")
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@lru_cache(maxsize=1 << 16)
+def _content_hash(path: str, size: int, modified: int) -> str:
+    """Once for each state of a file: reading its bytes a second time costs far less than decoding them."""
+    return content_hash(Path(path))
+
+
+def _damaged(table: Table, shard: Shard, found: str) -> IntegrityError:
+    return IntegrityError(
+        "a shard is damaged or missing; nothing was read from it",
+        expected=f"{shard.bytes} bytes that have the hash in the file's name",
+        found=found,
+        where=Path(table.location) / shard.path,
+        do="restore this file from a copy of the table, or remove the shard and capture its documents again",
+    )

@@ -1,0 +1,255 @@
+"""The soft-label table: a Delta Lake table of Parquet shards, with its vocabulary and tokenizer beside them.
+
+Opens, creates and describes; never reads a shard (``storage.reader``) or writes one (``storage.writer``).
+
+    TABLE/_delta_log/                      the commits; a shard exists when its commit does
+    TABLE/split=train/<hash>.parquet       the shards, named by their content
+    TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
+from deltalake.transaction import CommitProperties
+
+from storage.codec import Ints, SoftLabels
+from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.files import publish
+from storage.provenance import Identity
+from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
+
+SIDE_FOLDER = "_softlabel"
+"""Beside the shards; Delta's vacuum spares folders whose name starts with an underscore."""
+
+COMMIT_MESSAGE = "softlabel"
+"""The part of a commit's metadata that says what softlabel did."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of one version."""
+
+    path: str
+    """Relative to the table."""
+    split: str
+    rows: int
+    bytes: int
+
+
+class Table:
+    """One version of a table; the version does not move when others commit."""
+
+    def __init__(self, location: str, delta: DeltaTable) -> None:
+        self.location = location
+        self._delta = delta
+        settings = delta.metadata().configuration
+        if settings.get("softlabel.format") != str(FORMAT):
+            raise TableError(
+                "this is no soft-label table that this version of softlabel can read",
+                expected=f"softlabel.format {FORMAT} in the Delta table's properties",
+                found=settings.get("softlabel.format", "no such property"),
+                where=location,
+                do="check the path, or read it with the version of softlabel that made it",
+            )
+        self.identity = Identity.model_validate_json(settings["softlabel.identity"])
+        self._vocabulary_file = settings["softlabel.vocabulary"]
+        self._tokenizer_folder = settings["softlabel.tokenizer"]
+
+    @staticmethod
+    def exists(location: str) -> bool:
+        """Whether there is a table, of softlabel's or another's making."""
+        return bool(DeltaTable.is_deltatable(parse(location)[0]))
+
+    @classmethod
+    def open(cls, location: str) -> Self:
+        """The newest version of a table, or the one that ``PATH@12`` names.
+
+        Raises:
+            TableNotFoundError: if there is no table, or no such version.
+            TableError: if it is a table of another kind.
+        """
+        path, version = parse(location)
+        try:
+            return cls(path, DeltaTable(path, version=version))
+        except (DeltaNotFoundError, DeltaError, OSError) as error:
+            here = DeltaTable.is_deltatable(path) if Path(path).is_dir() else False
+            raise TableNotFoundError(
+                f"there is no version {version} of this table" if here else "there is no soft-label table here",
+                expected="a folder that softlabel capture made",
+                found=str(error).splitlines()[0],
+                where=location,
+                do="see softlabel history for its versions" if here else "check the path, or run softlabel capture",
+            ) from error
+
+    @classmethod
+    def create(cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels, tokenizer: Path) -> Self:
+        """Make a table, or adopt the one that another process has made meanwhile.
+
+        Args:
+            location: a folder; made if it is not there.
+            identity: of what will be added.
+            carried: columns that the documents bring.
+            sample: soft labels that show how often each id occurs; the ids are numbered by that, once for all.
+            tokenizer: folder with the teacher's tokenizer, copied into the table.
+
+        Raises:
+            ProvenanceError: if another process made a table of another identity first.
+        """
+        schema = row_schema(carried)
+        try:
+            settings = {
+                "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
+                "softlabel.format": str(FORMAT),
+                "softlabel.identity": identity.model_dump_json(),
+                "softlabel.vocabulary": _store_vocabulary(Path(location), _by_frequency(sample, identity.vocabulary)),
+                "softlabel.tokenizer": _store_tokenizer(Path(location), tokenizer),
+            }
+            DeltaTable.create(
+                location,
+                schema,
+                partition_by=[PARTITION],
+                configuration=settings,
+                raise_if_key_not_exists=False,
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+        except (DeltaError, OSError) as error:
+            if not cls.exists(location):
+                raise TableError(
+                    "the table can't be made",
+                    found=error,
+                    where=location,
+                    do="check the folder's permissions and space",
+                ) from error
+        table = cls.open(location)
+        table.identity.require(identity, location)
+        return table
+
+    @property
+    def version(self) -> int:
+        """The version that this object shows."""
+        return int(self._delta.version())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The row's schema, carried columns included."""
+        return row_schema(self.carried)
+
+    @cached_property
+    def carried(self) -> pa.Schema:
+        """Names and types of the columns that documents brought along."""
+        return carried_schema(pa.schema(self._delta.schema()))
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures whose tail mass is stored, in the order in which it is."""
+        return self.identity.temperatures
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with the teacher's tokenizer."""
+        return Path(self.location, SIDE_FOLDER, str(self._tokenizer_folder))
+
+    @cached_property
+    def vocabulary(self) -> Ints:
+        """(V,) int32 token id of each rank.
+
+        Raises:
+            IntegrityError: if the file is not the one that was written.
+        """
+        path = Path(self.location) / SIDE_FOLDER / self._vocabulary_file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise IntegrityError("the table's vocabulary can't be read", found=error, where=path) from error
+        if _vocabulary_name(content) != self._vocabulary_file:
+            raise IntegrityError(
+                "the table's vocabulary is damaged",
+                expected="content that has the hash in the file's name",
+                found=f"content with another hash, {len(content)} bytes",
+                where=path,
+                do="restore this file from a copy of the table",
+            )
+        ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
+        return ids
+
+    @cached_property
+    def ranks(self) -> Ints:
+        """(V,) int32 rank of each token id, the inverse of ``vocabulary``."""
+        ranks = np.empty_like(self.vocabulary)
+        ranks[self.vocabulary] = np.arange(len(ranks), dtype=np.int32)
+        return ranks
+
+    def shards(self, split: str | None = None) -> list[Shard]:
+        """The version's shards, in the order of their names."""
+        adds = pa.table(self._delta.get_add_actions(flatten=True)).select(
+            ["path", "partition.split", "num_records", "size_bytes"]
+        )
+        shards = [Shard(*row.values()) for row in adds.to_pylist()]
+        return sorted((s for s in shards if split in (None, s.split)), key=lambda shard: shard.path)
+
+    def scan(self) -> pl.LazyFrame:
+        """Rows of this version, lazily, as polars sees them."""
+        return pl.scan_delta(self.location, version=self.version)
+
+    def history(self) -> list[dict[str, Any]]:
+        """What each commit says of itself, newest first."""
+        return [dict(commit) for commit in self._delta.history()]
+
+    def newest(self) -> Self:
+        """The same table at its newest version."""
+        return type(self).open(self.location)
+
+
+def parse(location: str) -> tuple[str, int | None]:
+    """``PATH@12`` to path and version; without a version, the newest is meant."""
+    match = re.fullmatch(r"(.+)@(\d+)", location)
+    return (match[1], int(match[2])) if match else (location, None)
+
+
+def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
+    """Token ids, the most frequent first; those that do not occur follow in their own order."""
+    counts = np.bincount(np.concatenate([sample.head_ids, sample.tail_ids]), minlength=vocabulary)
+    return np.argsort(-counts, kind="stable").astype(np.int32)
+
+
+def _vocabulary_name(content: bytes) -> str:
+    return f"vocabulary-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+
+
+def _store_vocabulary(folder: Path, ids: Ints) -> str:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    name = _vocabulary_name(content)
+    publish(content, folder / SIDE_FOLDER / name)
+    return name
+
+
+def _store_tokenizer(folder: Path, source: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(source.iterdir()):
+        digest.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
+    name = f"tokenizer-{digest.hexdigest()[:32]}"
+    target = folder / SIDE_FOLDER / name
+    if not target.exists():
+        copy = target.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
+        shutil.copytree(source, copy)
+        try:
+            copy.rename(target)
+        except OSError:  # another process was first, with the same files
+            shutil.rmtree(copy)
+    return name

@@ -1,0 +1,265 @@
+"""Writes shards: to temporary files first, under their final names once they are checked, into the table by a commit.
+
+Any number of writers may add to one table at once, also the same rows: whoever commits second drops what the first
+has brought. A writer that dies, or loses such a race, leaves files that no version names; ``maintain`` removes them.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction, CommitProperties
+
+from storage.codec import SoftLabels, encode
+from storage.errors import IntegrityError, TableError
+from storage.files import content_hash, rename
+from storage.reader import read
+from storage.schema import PARTITION, ROW_KEY, row_keys, without
+from storage.table import COMMIT_MESSAGE, SIDE_FOLDER, Table
+
+RowKey = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a writer added."""
+
+    version: int
+    sequences: int
+    positions: int
+    bytes: int
+
+
+class ShardWriter:
+    """One shard of each split, filled as rows come and committed as one.
+
+    Use it as a context manager: what is not committed at its end is thrown away.
+
+    Args:
+        table: the table, at a version that holds none of the rows to come.
+        row_group: sequences of a row group, the unit that is read.
+    """
+
+    def __init__(self, table: Table, row_group: int = 256) -> None:
+        self._table = table
+        self._known = {shard.path for shard in table.shards()}
+        self._row_group = row_group
+        self._files: dict[str, _ShardFile] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.discard()
+
+    def append(self, sequences: pa.Table, labels: SoftLabels) -> None:
+        """Add rows.
+
+        Args:
+            sequences: R rows with the columns of ``storage.schema.SEQUENCE`` and the carried ones.
+            labels: of all their captured positions, in order.
+
+        Raises:
+            TableError: if the disk is full or the folder can't be written.
+        """
+        positions = sequences.column("positions").to_numpy().astype("int64")
+        encoded = encode(labels, positions, self._table.ranks)
+        self.append_encoded(
+            pa.table([*sequences.columns, *encoded.columns], [*sequences.column_names, *encoded.column_names])
+        )
+
+    def append_encoded(self, rows: pa.Table) -> None:
+        """Add rows of this table's own schema, their soft labels encoded already.
+
+        Raises:
+            TableError: if the disk is full or the folder can't be written.
+        """
+        with self._explained():
+            for split in pc.unique(rows.column(PARTITION)).to_pylist():
+                if split not in self._files:
+                    self._files[split] = _ShardFile(self._table, split, self._row_group)
+                self._files[split].append(rows.filter(pc.equal(rows.column(PARTITION), split)))
+
+    def commit(self, about: Mapping[str, Any]) -> Commit:
+        """Make the rows part of the table, each exactly once whoever else commits meanwhile.
+
+        Args:
+            about: what the table's history is to say of this commit: its operation and circumstances.
+
+        Raises:
+            TableError: if the disk is full or the folder can't be written; the table is then as it was.
+        """
+        with self._explained():
+            files = list(self._files.values())
+            for file in files:
+                file.finish()
+            while True:
+                newest = self._table.newest()
+                self._drop_rows_of_others(files, newest)
+                present = {shard.path for shard in newest.shards()}
+                new = [file for file in files if file.keys and file.shard_path not in present]
+                total = Commit(
+                    newest.version + bool(new),
+                    sum(len(file.keys) for file in new),
+                    sum(file.positions for file in new),
+                    sum(file.publish() for file in new),
+                )
+                if not new or _committed(newest, new, about, total):
+                    return total
+
+    def _drop_rows_of_others(self, files: list["_ShardFile"], newest: Table) -> None:
+        mine = {file.shard_path for file in files}
+        for shard in newest.shards():
+            if shard.path not in self._known and shard.path not in mine:
+                taken = set(row_keys(read(newest, shard, ROW_KEY)))
+                for file in files:
+                    file.drop(taken)
+            self._known.add(shard.path)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, DeltaError) as error:
+            raise TableError(
+                "rows could not be written; the table is as it was",
+                expected="a folder that can be written, on a disk that has room",
+                found=error,
+                where=self._table.location,
+                do="make room or mend the permissions, then run the same command again",
+            ) from error
+
+
+def _committed(newest: Table, files: list["_ShardFile"], about: Mapping[str, Any], total: Commit) -> bool:
+    """Try to commit on top of ``newest``; False if another commit came first."""
+    delta = DeltaTable(newest.location, version=newest.version)
+    message = {
+        COMMIT_MESSAGE: {**about, "sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
+    }
+    # No retries inside delta-rs: rows that another commit brought must be dropped here first.
+    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: {**about, **counts}}, max_commit_retries=0)
+    adds = [file.add_action() for file in files]
+    try:
+        delta.create_write_transaction(adds, "append", delta.schema(), [PARTITION], commit_properties=properties)
+    except CommitFailedError:
+        if newest.newest().version == newest.version:
+            raise
+        return False
+    return True
+
+
+class _ShardFile:
+    """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
+
+    def __init__(self, table: Table, split: str, row_group: int) -> None:
+        self._location = Path(table.location)
+        self._schema = without(table.schema, [PARTITION])
+        self._split = split
+        self._row_group = row_group
+        self._buffer: list[pa.Table] = []
+        self._open()
+
+    def _open(self) -> None:
+        folder = self._location / SIDE_FOLDER / "writing"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{uuid.uuid4().hex}.parquet"
+        self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options())
+        self.keys: list[RowKey] = []
+        self.positions = 0
+
+    def append(self, rows: pa.Table) -> None:
+        self.keys += row_keys(rows)
+        self.positions += pc.sum(rows.column("positions")).as_py() or 0
+        self._buffer.append(rows.select(self._schema.names).cast(self._schema))
+        while sum(map(len, self._buffer)) >= self._row_group:
+            self._write_row_group(self._row_group)
+
+    def _write_row_group(self, count: int) -> None:
+        rows = pa.concat_tables(self._buffer)
+        self._writer.write_table(rows.slice(0, count).combine_chunks(), row_group_size=count)
+        self._buffer = [rows.slice(count)] if len(rows) > count else []
+
+    def finish(self) -> None:
+        """Close the file, read its footer back, and name it by its content."""
+        if self._buffer:
+            self._write_row_group(sum(map(len, self._buffer)))
+        self._writer.close()
+        found = pq.read_metadata(self._path).num_rows
+        if found != len(self.keys):
+            expected = f"{len(self.keys)} rows"
+            raise IntegrityError("a shard was not written whole", expected=expected, found=found, where=self._path)
+        self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._path)}.parquet"
+
+    def drop(self, taken: set[RowKey]) -> None:
+        """Leave out rows that the table has from another; the file that held them is nobody's from then on."""
+        kept = [key not in taken for key in self.keys]
+        if all(kept):
+            return
+        rows = pq.read_table(self._path, schema=self._schema).filter(pa.array(kept))
+        self.discard()
+        self._open()
+        if len(rows):
+            self.append(rows)
+        self.finish()
+
+    def publish(self) -> int:
+        """Give the file its final name, where a reader of a version that has it looks; returns its bytes.
+
+        Another writer with the very same rows makes the very same file: the name is then there already, and whoever
+        commits first has it.
+        """
+        target = self._location / self.shard_path
+        if self._path != target:
+            rename(self._path, target)
+            self._path = target
+        return target.stat().st_size
+
+    def add_action(self) -> AddAction:
+        stat = self._path.stat()
+        # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
+        stats = json.dumps({"numRecords": len(self.keys)})
+        return AddAction(self.shard_path, stat.st_size, {PARTITION: self._split}, int(time.time() * 1000), True, stats)
+
+    def discard(self) -> None:
+        """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
+        self._writer.close()
+        if self._path.parent.name == "writing":
+            self._path.unlink(missing_ok=True)
+
+
+def parquet_options() -> dict[str, Any]:
+    """How a shard is encoded; measured by ``tests/benchmarks/table.py``."""
+    by_byte = ["token_ids", "head_ids", "tail_ids", "tail_log_masses", "next_logprobs"]
+    by_value = [
+        "document_id",
+        "label",
+        "head_counts",
+        "head_codes",
+        "tail_counts",
+        "tail_draws",
+        "tail_codes",
+        "entropies",
+    ]
+    return {
+        "compression": "zstd",
+        "compression_level": 9,
+        "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in by_byte},
+        "use_dictionary": by_value,
+        "write_page_checksum": True,
+        "write_statistics": False,
+        "version": "2.6",
+    }
