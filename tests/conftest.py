@@ -1,0 +1,106 @@
+"""What every test may lean on: a small real teacher, real documents, and a shell with no way to the internet."""
+
+import os
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'"
+    " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def topics() -> dict[str, str]:
+    """Real English text that comes with Python, by name."""
+    from pydoc_data.topics import topics
+
+    return dict(sorted(topics.items()))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 2 layers: 500 real token ids, padded to 512 rows, and a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "teacher"
+    tokenizer = _tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # a distribution with something in it, not a flat one
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet of 60 documents (id, text, source, year): short ones, and three that need several chunks."""
+    pieces = [(name, text) for name, text in topics().items() if len(text) > 300]
+    short = [(f"{name}-short", text[:300], "short", 2000 + i) for i, (name, text) in enumerate(pieces[:57])]
+    long = [(f"{name}-long", text[:6000], "long", 1990) for name, text in pieces if len(text) > 6000][:3]
+    path = tmp_path_factory.mktemp("documents") / "documents.parquet"
+    columns = zip(*short, *long, strict=True)
+    pq.write_table(pa.table(dict(zip(("id", "text", "source", "year"), map(list, columns), strict=True))), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct as bf16 safetensors; made once, kept in .demo between runs."""
+    from pipeline.demo import prepare_teacher
+
+    folder = ROOT / ".demo" / "teacher"
+    prepare_teacher(folder)
+    return folder
+
+
+def _tiny_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((text[:2000] for text in topics().values()), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        model_max_length=2048,
+    )
