@@ -158,7 +158,8 @@ _PROBABILITIES = np.exp(_LOGPROBS.astype(np.float64))
 
 def _codes(logprobs: Floats) -> Ints:
     """Absolute codes: rounding before differencing keeps errors from adding up along a position."""
-    return np.rint(np.clip(logprobs * np.float32(-CODES_PER_NAT), 0, ZERO_CODE)).astype(np.int32)
+    codes: Ints = np.rint(np.clip(logprobs * np.float32(-CODES_PER_NAT), 0, ZERO_CODE)).astype(np.int32)
+    return codes
 
 
 def _gaps(codes: Ints, starts: NDArray[np.int64], counts: Ints, origins: Ints) -> Ints:
@@ -172,8 +173,8 @@ def _gaps(codes: Ints, starts: NDArray[np.int64], counts: Ints, origins: Ints) -
 def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
     """Gaps to absolute codes: one running sum over everything, less what it was before each position."""
     running = np.cumsum(gaps, dtype=np.int64)
-    before = np.concatenate([[0], running])[_starts(counts)] - origins
-    codes: Ints = np.array(running - np.repeat(before, counts), dtype=np.int32)
+    before = np.append(np.int64(0), running)[_starts(counts)] - origins
+    codes: Ints = (running - np.repeat(before, counts)).astype(np.int32)
     return codes
 
 

@@ -147,9 +147,7 @@ class ShardWriter:
 def _committed(newest: Table, files: list["_ShardFile"], about: Mapping[str, Any], total: Commit) -> bool:
     """Try to commit on top of ``newest``; False if another commit came first."""
     delta = DeltaTable(newest.location, version=newest.version)
-    message = {
-        COMMIT_MESSAGE: {**about, "sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
-    }
+    counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
     # No retries inside delta-rs: rows that another commit brought must be dropped here first.
     properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: {**about, **counts}}, max_commit_retries=0)
     adds = [file.add_action() for file in files]
