@@ -1,0 +1,184 @@
+"""A settings model as arguments of the command line and as a YAML file, from its one definition.
+
+Each field becomes a flag (``selection.top_k`` is ``--selection.top-k``) with the field's docstring as its help.
+A value comes from its flag, else from the file, else from the model. Nothing here knows what a setting means.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from cyclopts import Group, Parameter
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from storage.errors import UsageError
+
+_SHOWN_ERRORS = 4
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings model that is no model itself, and where it is in the tree."""
+
+    path: tuple[str, ...]
+    field: FieldInfo
+    default: Any
+    group: Group
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return _flag(self.path)
+
+    def parameter(self, positional: bool) -> inspect.Parameter:
+        """What cyclopts makes a flag of, and an argument too if it is positional."""
+        needed = self.default is inspect.Parameter.empty
+        default = None if needed else self.default
+        description = " ".join((self.field.description or "").split())
+        described = Parameter(
+            name=self.flag,
+            group=self.group,
+            help=f"{description} (needed, here or in the file)" if needed else description,
+            show_default=False if default in (None, ()) else _shown,
+            consume_multiple=True,
+            negative_iterable=(),
+        )
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+        annotation = Annotated[self.field.annotation | None, described]  # type: ignore[operator]
+        return inspect.Parameter("__".join(self.path), kind, default=default, annotation=annotation)
+
+
+def settings(model: type[BaseModel]) -> Iterator[Setting]:
+    """Every setting of a model, in the order of its definition, those of its parts after its own."""
+    return _settings(model, None, (), Group("Settings", sort_key=0))
+
+
+def _settings(model: type[BaseModel], defaults: Any, path: tuple[str, ...], group: Group) -> Iterator[Setting]:
+    parts = []
+    for name, field in model.model_fields.items():
+        default = field.get_default() if defaults is None else getattr(defaults, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            parts.append((name, field.annotation, None if field.is_required() else default))
+        else:
+            missing = defaults is None and field.is_required()
+            yield Setting((*path, name), field, inspect.Parameter.empty if missing else default, group)
+    for order, (name, part, default) in enumerate(parts, 1):
+        section = Group(name.capitalize(), help=inspect.getdoc(part) or "", sort_key=order)
+        yield from _settings(part, default, (*path, name), section)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file gives.
+
+    Raises:
+        UsageError: if it can't be read, is not YAML, or holds something else than settings by name.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+        advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        raise UsageError("no such configuration file", where=path, do=advice) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the configuration file can't be read", found=error, where=path) from None
+    except yaml.YAMLError as error:
+        raise UsageError("the configuration file is not YAML", found=" ".join(str(error).split()), where=path) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            "the configuration file holds no settings",
+            expected="name: value, a line each",
+            found=type(content).__name__,
+            where=path,
+        )
+    return content
+
+
+def resolve(model: type[Model], flags: Mapping[tuple[str, ...], Any], file: Path | None) -> Model:
+    """The settings from a file and flags; flags win.
+
+    Args:
+        model: which settings.
+        flags: values by path, such as ``("selection", "top_k")``: those that were given, no others.
+        file: YAML file with more of them.
+
+    Raises:
+        UsageError: if a setting is unknown, missing or contradicts another; says where it was given.
+    """
+    values = read_file(file) if file else {}
+    for path, value in flags.items():
+        _put(values, path, value)
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        errors = invalid.errors()
+        shown = [str(_explain(model, error, flags, file)) for error in errors[:_SHOWN_ERRORS]]
+        if len(errors) > _SHOWN_ERRORS:
+            shown.append(f"... and {len(errors) - _SHOWN_ERRORS} more")
+        raise UsageError("\n".join(shown)) from None
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *parents, last = path
+    for name in parents:
+        below = values.setdefault(name, {})
+        if not isinstance(below, dict):
+            return  # the file gives no group here; validation says so
+        values = below
+    values[last] = value
+
+
+def _explain(
+    model: type[BaseModel], error: ErrorDetails, flags: Mapping[tuple[str, ...], Any], file: Path | None
+) -> UsageError:
+    path = tuple(part for part in error["loc"] if isinstance(part, str))
+    name = ".".join(map(str, error["loc"]))
+    given = [_flag(flag) for flag in flags if flag[: len(path)] == path]
+    where = ", ".join(given) if given or not file else f"{file}, {name}"
+    match error["type"]:
+        case "extra_forbidden":
+            siblings = list(_part(model, path[:-1]).model_fields)
+            near = difflib.get_close_matches(path[-1].replace("-", "_"), siblings, n=1)
+            advice = f"did you mean {near[0]}?" if near else "leave it out"
+            return UsageError(f"unknown setting {name}", expected=", ".join(siblings), where=where, do=advice)
+        case "missing":
+            needed = _first_needed(model, path)
+            where = f"{file} has no {'.'.join(needed)}" if file else None
+            return UsageError(f"{'.'.join(needed)} is needed", where=where, do=f"give {_flag(needed)}, or set it in a file")
+        case "value_error":
+            message = error["msg"].removeprefix("Value error, ")
+            return UsageError(f"{name or 'these settings'} can't be used: {message}", where=where)
+        case _:
+            expected = error["msg"].removeprefix("Input should be ")
+            return UsageError(f"{name} can't be used", expected=expected, found=repr(error["input"]), where=where)
+
+
+def _part(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return model
+
+
+def _first_needed(model: type[BaseModel], path: tuple[str, ...]) -> tuple[str, ...]:
+    return next(
+        (s.path for s in settings(model) if s.path[: len(path)] == path and s.default is inspect.Parameter.empty), path
+    )
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _flag(path: Sequence[str]) -> str:
+    return "--" + ".".join(path).replace("_", "-")

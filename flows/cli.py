@@ -1,0 +1,106 @@
+"""The command ``softlabel``: a verb for each job, with the settings of ``pipeline.config`` as its flags.
+
+It reads what is asked for, runs the flow that does it, and shows the answer: tables for people on stdout or, with
+``--json``, one object. Exit code 0, 1 (failed), 2 (misused) or 130 (interrupted). What a verb needs is imported
+when the verb runs, so that help is quick.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from pydantic_core import to_json
+
+from flows.arguments import read_file, resolve, settings
+from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, Settings, TrainConfig
+from storage.errors import SoftlabelError, UsageError
+
+_HERE = Group("Everywhere", sort_key=1000)
+File = Annotated[
+    Path | None, Parameter("--config", group=_HERE, help="YAML file with settings; flags win over it.")
+]
+AsJson = Annotated[
+    bool,
+    Parameter("--json", negative=(), group=_HERE, help="One JSON object on stdout; everything else goes to stderr."),
+]
+
+app = App(
+    "softlabel",
+    help="Run a teacher once over a corpus, keep what it knows in a table, and every student after that is cheap.",
+    version=version("softlabel"),
+    help_format="plaintext",
+)
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, SoftlabelError) as error:
+        misused = isinstance(error, CycloptsError | UsageError)
+        kind = UsageError.__name__ if isinstance(error, CycloptsError) else type(error).__name__
+        print(f"softlabel: {error}", file=sys.stderr)
+        if "--json" in arguments:
+            print(to_json({"error": kind, "message": str(error)}).decode())
+        return 2 if misused else 1
+    except KeyboardInterrupt:
+        print("softlabel: interrupted; what was committed is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def answer(work: Callable[[], Any], as_json: bool) -> None:
+    """Do the work and show its result; whatever the work itself prints goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        result = work()
+    if as_json:
+        print(to_json(result, inf_nan_mode="null").decode())
+    else:
+        import_module("flows.display").show(result)
+
+
+def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
+    """Add a verb that takes a model's settings and runs the flow of the same name."""
+    known = {"__".join(setting.path): setting for setting in settings(model)}
+    parameters = [setting.parameter(key in positional) for key, setting in known.items()]
+    parameters.sort(key=lambda parameter: parameter.kind)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("file", keyword, default=None, annotation=File))
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=AsJson))
+    signature = inspect.Signature(parameters)
+
+    def verb(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        file, as_json = given.pop("file", None), given.pop("as_json", False)
+        config = resolve(model, {known[key].path: value for key, value in given.items() if value is not None}, file)
+        answer(lambda: import_module("flows.runner").run(name, config), as_json)
+
+    verb.__doc__ = model.__doc__
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(verb, name=name)
+
+
+add_job("capture", CaptureConfig, ("documents", "table"))
+add_job("train", TrainConfig, ("table", "output"))
+add_job("evaluate", EvaluateConfig, ("table", "students"))
+add_job("distill", DistillConfig)
+
+
+def table_of(table: str | None, file: Path | None) -> str:
+    """The table that is named on the command line or, as ``table``, in a job's configuration file."""
+    named = table or (read_file(file).get("table") if file else None)
+    if not isinstance(named, str):
+        raise UsageError("no table is named", where=file, do="give its folder: softlabel inspect TABLE")
+    return named
