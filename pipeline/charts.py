@@ -1,0 +1,166 @@
+"""The report's charts, as SVG that is written into its page.
+
+Colours are roles, not values: the page's style sheet says what they are in the light and in the dark. A student has
+the same role in every chart. Knows nothing of models, tables or files.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+SERIES = 6
+"""Colours that the page's style sheet tells apart; further series repeat them, dashed."""
+
+_WIDTH = 400  # of a drawing, in its own units; the page scales it
+_ROLES = {"ink": "#000001", "muted": "#000002", "line": "#000003"} | {
+    f"series-{index}": f"#0000{index + 10}" for index in range(SERIES)
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a folder may have a dollar in its name
+    "font.size": 9.5,
+    "text.color": _ROLES["ink"],
+    "axes.edgecolor": _ROLES["line"],
+    "axes.labelcolor": _ROLES["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _ROLES["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": _ROLES["line"],
+    "ytick.color": _ROLES["line"],
+    "xtick.labelcolor": _ROLES["muted"],
+    "ytick.labelcolor": _ROLES["muted"],
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One student's line; ``index`` is the student's place in the report, and so its colour."""
+
+    index: int
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+    @property
+    def color(self) -> str:
+        """Sentinel that becomes the series' colour."""
+        return _ROLES[f"series-{self.index % SERIES}"]
+
+    @property
+    def dashes(self) -> str:
+        """Tells a second round of the colours from the first."""
+        return "--" if self.index >= SERIES else "-"
+
+
+def by_step(curves: Sequence[Curve], ylabel: str, *, smooth: bool = False) -> str:
+    """Lines over the training step; ``smooth`` draws a running mean over the faint values."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(height=230)
+        for curve in curves:
+            y = _running_mean(curve.y) if smooth else curve.y
+            if smooth:
+                axes.plot(curve.x, curve.y, color=curve.color, alpha=0.25, linewidth=0.8)
+            marker = "o" if len(curve.x) < 25 and not smooth else ""
+            axes.plot(curve.x, y, curve.dashes, color=curve.color, marker=marker, markersize=3.5)
+        axes.set(xlabel="training step", ylabel=ylabel)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _ylim(axes, [_running_mean(c.y) if smooth else c.y for c in curves])
+        _label_ends(axes, curves)
+        return _svg(figure, f"{ylabel} by training step")
+
+
+def by_entropy(
+    curves: Sequence[Curve], edges: Sequence[tuple[float, float]], counts: Sequence[int], ylabel: str
+) -> str:
+    """Lines over the teacher's entropy, above the number of positions in each bin."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH / 72, 290 / 72), layout="constrained")
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for curve in curves:
+            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+        axes.set(ylabel=ylabel)
+        axes.tick_params(axis="x", length=0)
+        _ylim(axes, [curve.y for curve in curves])
+        lows, highs = np.array(edges).T
+        below.bar(lows, counts, width=(highs - lows) * 0.92, align="edge", color=_ROLES["muted"], alpha=0.55)
+        below.set(xlabel="teacher's entropy (nats)", ylabel="positions", ylim=(0, None))
+        below.yaxis.set_major_formatter(EngFormatter(sep=""))
+        below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        figure.align_ylabels()
+        _label_ends(axes, curves)
+        return _svg(figure, f"{ylabel} by the teacher's entropy, with the number of positions")
+
+
+def _canvas(height: int) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _running_mean(values: Sequence[float]) -> Sequence[float]:
+    """Mean over about a twentieth of the values, shorter at both ends so that no value is invented."""
+    half = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    reach = np.minimum(np.minimum(middle, len(values) - 1 - middle), half)
+    means: list[float] = ((sums[middle + reach + 1] - sums[middle - reach]) / (2 * reach + 1)).tolist()
+    return means
+
+
+def _ylim(axes: Axes, lines: Sequence[Sequence[float]]) -> None:
+    """From 0, because these are distances; a first value far above the rest does not flatten the curve."""
+    values = np.concatenate([np.asarray(line, float) for line in lines])
+    axes.set_ylim(0, 1.08 * min(np.max(values), 4 * np.median(values)) or 1)
+
+
+def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Write each name at the end of its line, moved apart where lines meet."""
+    low, high = axes.get_ylim()
+    ordered = sorted(curves, key=lambda curve: curve.y[-1])
+    heights = _apart([(curve.y[-1] - low) / (high - low) for curve in ordered], gap=0.085)
+    for curve, height in zip(ordered, heights, strict=True):
+        name = curve.name if len(curve.name) <= 20 else f"{curve.name[:19]}…"
+        axes.annotate(
+            name, (1.015, height), xycoords="axes fraction", color=curve.color, va="center", fontweight="bold"
+        )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights, pushed up until they are a gap apart, and down again where that left the top."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    ceiling = 1.0
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The drawing as an element of the page: scalable, named for screen readers, its colours roles."""
+    buffer = io.StringIO()
+    unsigned = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=unsigned)
+    drawing = buffer.getvalue()
+    body = drawing[drawing.index("</defs>") + len("</defs>") :]  # what is before is for a file of its own
+    height = figure.get_figheight() * 72
+    for role, color in _ROLES.items():
+        body = body.replace(color, f"var(--{role})")
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # the same in every drawing, and referred to by none
+    body = re.sub(r"font-family: [^;]*; ", "", body)  # the page's
+    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{label}">{body}'

@@ -1,0 +1,205 @@
+"""The report of an evaluation: one HTML page that needs nothing else, and the same content as JSON.
+
+Both are written from one ``Report``; the page computes nothing that the JSON lacks but its drawings. Measures nothing
+and reads neither table nor model.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import TypeAdapter
+
+from pipeline import charts
+from pipeline.charts import Curve
+from pipeline.metrics import Estimate, Metrics
+from storage.files import publish
+
+
+@dataclass(frozen=True)
+class TeacherSummary:
+    """The teacher's own numbers on the same positions, as the table stores them."""
+
+    name: str
+    parameters: int | None
+    cross_entropy: Estimate
+    perplexity: Estimate
+    entropy: Estimate
+    """Of its distributions, in nats: what no student's cross-entropy with it can fall below."""
+
+
+@dataclass(frozen=True)
+class StudentSummary:
+    """One student's numbers, how it was trained, and what a reader should know before comparing it."""
+
+    name: str
+    folder: str
+    parameters: int
+    objective: str
+    """The loss that it was trained on, in words."""
+    metrics: Metrics
+    perplexity: Estimate
+    history: tuple[dict[str, float], ...]
+    """Training and evaluation records in the order of their steps."""
+    trained_on: str
+    """TABLE@version."""
+    config: dict[str, Any]
+    circumstances: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ColumnBytes:
+    """What one column costs on the disk."""
+
+    name: str
+    bytes: int
+    bytes_per_position: float
+    """By captured position, over the whole table."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    table: str
+    version: int
+    created: str
+    """Time of the evaluation, ISO 8601, UTC."""
+    sequences: int
+    """Evaluated."""
+    positions: int
+    """Evaluated."""
+    left_out: int
+    """Sequences of the eval split that also occur in the train split, and were not evaluated."""
+    teacher: TeacherSummary
+    students: tuple[StudentSummary, ...]
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes, ...]:
+    """Costs by column, the dearest first.
+
+    Args:
+        sizes: bytes of each column over the whole table.
+        positions: captured positions of the whole table.
+    """
+    dearest_first = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(ColumnBytes(name, size, size / positions) for name, size in dearest_first)
+
+
+def perplexity(cross_entropy: Estimate) -> Estimate:
+    """exp of a cross-entropy in nats; the error by its first derivative."""
+    return Estimate(exp(cross_entropy.mean), exp(cross_entropy.mean) * cross_entropy.error)
+
+
+def write(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.json, each whole or not at all, and return their paths.
+
+    Raises:
+        OSError: if the folder can't be written to.
+    """
+    html, json = folder / "report.html", folder / "report.json"
+    publish(to_json(report), json)
+    publish(to_html(report).encode(), html)
+    return html, json
+
+
+def to_json(report: Report) -> bytes:
+    """The report as JSON; what is no number (a perplexity that overflows) becomes null."""
+    return TypeAdapter(Report).dump_json(report, indent=2)
+
+
+def to_html(report: Report) -> str:
+    """The report as one page without any reference to another file or address."""
+    templates = Environment(
+        loader=PackageLoader("pipeline", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_}
+    return templates.get_template("report.html.j2").render(
+        report=report,
+        title=_title(report),
+        series=charts.SERIES,
+        verdict=_verdict(report.students),
+        drawings=_drawings(report.students),
+        total=sum(column.bytes_per_position for column in report.columns),
+    )
+
+
+def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
+    """Each chart's SVG by name, left out where there is nothing to draw."""
+    drawings = {}
+    losses = _histories(students, "loss")
+    if losses:
+        drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
+    divergences = _histories(students, "eval_kl")
+    if divergences:
+        drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
+    bins = students[0].metrics.by_entropy
+    if bins:
+        edges, counts = [(b.low, b.high) for b in bins], [b.positions for b in bins]
+        centres = [(low + high) / 2 for low, high in edges]
+        curves = [Curve(i, s.name, centres, [b.kl for b in s.metrics.by_entropy]) for i, s in enumerate(students)]
+        drawings["entropy"] = charts.by_entropy(curves, edges, counts, "KL to the teacher (nats)")
+    return drawings
+
+
+def _histories(students: Sequence[StudentSummary], quantity: str) -> list[Curve]:
+    curves = []
+    for index, student in enumerate(students):
+        records = [record for record in student.history if quantity in record]
+        if records:
+            steps, values = [r["step"] for r in records], [r[quantity] for r in records]
+            curves.append(Curve(index, student.name, steps, values))
+    return curves
+
+
+def _title(report: Report) -> str:
+    names = [student.name for student in report.students]
+    who = " and ".join(names) if len(names) < 3 else f"{len(names)} students"
+    return f"{who} against {report.teacher.name}"
+
+
+def _verdict(students: Sequence[StudentSummary]) -> str | None:
+    """Who is closest to the teacher, and by how much, in a sentence; None for a single student."""
+    if len(students) < 2:
+        return None
+    best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
+    kl, other = best.metrics.kl.mean, second.metrics.kl.mean
+    return (
+        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL a position, "
+        f"{1 - kl / other:.0%} below {second.name} ({other:.3f})."
+    )
+
+
+def _count(number: int | None) -> str:
+    return "—" if number is None else f"{number:,}"
+
+
+def _short(number: int | None) -> str:
+    """134515008 as 134.5M."""
+    if number is None:
+        return "—"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as rows of dotted name and value."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return rows
