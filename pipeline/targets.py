@@ -80,10 +80,18 @@ class SparseTargets:
     target: Target
     """Which of the target forms this is."""
 
+    def __getitem__(self, positions: slice) -> Self:
+        """Some of the positions."""
+        return type(self)(
+            self.ids[positions],
+            self.logprobs[positions],
+            self.log_rest[positions],
+            self.entropies[positions],
+            self.target,
+        )
 
-def resolve_target(
-    loss: LossConfig, temperatures: Sequence[float], draws: bool, max_k: int | None = None
-) -> Target:
+
+def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool, max_k: int | None = None) -> Target:
     """The target form that a loss is measured against, so that a wrong request fails before anything runs.
 
     Args:
@@ -156,7 +164,7 @@ def decode(
     ids[rows, columns] = vocabulary[compact.head_ids].long()
     logprobs = log_rest.new_full(ids.shape, -torch.inf)
     logprobs[rows, columns] = _decode_codes(compact, rows) / loss.temperature
-    logprobs = logprobs + _finite(_log1mexp(log_rest) - logprobs.logsumexp(1))[:, None]
+    logprobs = logprobs + _shift(_log1mexp(log_rest) - logprobs.logsumexp(1))
 
     if target == "sampled":
         tail_ids, tail_logprobs = _tail(compact, vocabulary, log_rest)
@@ -165,7 +173,7 @@ def decode(
         log_rest = torch.logaddexp(log_rest, logprobs[:, max_k:].logsumexp(1))
         ids, logprobs = ids[:, :max_k], logprobs[:, :max_k]
     if target == "renormalised":
-        logprobs = logprobs - _finite(logprobs.logsumexp(1))[:, None]
+        logprobs = logprobs + _shift(-logprobs.logsumexp(1))
     if target != "bucket":
         log_rest = torch.full_like(log_rest, -torch.inf)
     entropies = compact.entropies.to(log_rest.dtype) / _ENTROPY_CODES_PER_NAT
@@ -219,6 +227,6 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
-def _finite(shift: Tensor) -> Tensor:
-    """0 where a position has no ids to shift."""
-    return torch.where(shift.isfinite(), shift, 0.0)
+def _shift(shift: Tensor) -> Tensor:
+    """(N, 1) what to add to a position's log-probabilities; nothing where it has no ids."""
+    return shift.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)[:, None]
