@@ -43,8 +43,8 @@ class TeacherConfig(Settings):
     """Precision of the teacher's forward pass."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto is sdpa where the architecture has it (Gemma 2 has only eager)."""
     batch_tokens: PositiveInt = 8192
     """Tokens of one forward pass, padding included."""
     trust_remote_code: bool = False

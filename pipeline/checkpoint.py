@@ -1,0 +1,245 @@
+"""A teacher's files on disk: whether they can be one, what they are, and loading them.
+
+A checkpoint is a folder as ``save_pretrained`` writes it, with safetensors; a hub model is fetched into one. Nothing is
+downloaded when a folder is given, no repository's code is run unless asked for, and nothing is guessed: files that
+lack a weight are an error, not a random layer.
+"""
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import TeacherConfig
+from storage.errors import TeacherError, UsageError
+from storage.provenance import TeacherIdentity
+
+_SINGLE = "model.safetensors"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A teacher on disk, before any weight is loaded: what it is, and whether it can be one."""
+
+    folder: Path
+    revision: str | None
+    """Commit of a hub model."""
+    trust_remote_code: bool
+    dtype: str
+
+    @classmethod
+    def find(cls, config: TeacherConfig) -> "Checkpoint":
+        """The files of the teacher that the settings name; a hub model's are fetched if they are not there.
+
+        Raises:
+            TeacherError: if it is not there, or is no causal language model in safetensors.
+            UsageError: if a revision is asked of a folder.
+        """
+        folder = Path(config.model)
+        revision = None
+        if not folder.is_dir():
+            folder = _fetch(config)
+            revision = folder.name
+        elif config.revision is not None:
+            raise UsageError(
+                "a folder has no revisions",
+                expected="a hub name with teacher.revision, or a folder without",
+                found=f"teacher.revision: {config.revision}",
+                where=folder,
+                do="leave out teacher.revision",
+            )
+        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype)
+        _require_causal(checkpoint)
+        return checkpoint
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise broken("the teacher's config.json can't be read", self.folder, error) from None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, one with a fast backend."""
+        return load_tokenizer(self.folder, self.trust_remote_code)
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """The safetensors files that hold the weights."""
+        index = self.folder / "model.safetensors.index.json"
+        sharded = index.is_file() and not (self.folder / _SINGLE).is_file()
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values()) if sharded else {_SINGLE}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise broken(f"{index.name} can't be read", self.folder, error) from None
+        missing = sorted(name for name in names if not (self.folder / name).is_file())
+        if missing:
+            raise TeacherError(
+                "the teacher's weights are not there",
+                expected=f"safetensors: {', '.join(missing)}",
+                found=", ".join(sorted(path.name for path in self.folder.iterdir())) or "an empty folder",
+                where=self.folder,
+                do="load the model once with transformers and save_pretrained() it: that writes safetensors",
+            )
+        return [self.folder / name for name in sorted(names)]
+
+    @cached_property
+    def identity(self) -> TeacherIdentity:
+        """What the teacher is, by the bytes of its files."""
+        files = [self.folder / "config.json", *self.weights]
+        if self.trust_remote_code:
+            files += sorted(self.folder.glob("*.py"))
+        with ThreadPoolExecutor() as threads:  # hashing releases the GIL
+            hashes = threads.map(sha256, files)
+            return TeacherIdentity(files={f.name: h for f, h in zip(files, hashes, strict=True)}, dtype=self.dtype)
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the output layer."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the tokenizer knows, counted up to the highest; at most the rows of the output layer."""
+        return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
+
+    def load(self, device: torch.device, attention: str) -> Any:
+        """The model in evaluation mode on the device, every weight of it from the files.
+
+        Raises:
+            TeacherError: if the files are damaged or lack weights, or the device has no room.
+        """
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                config=self.config,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                device_map={"": device},
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError:
+            raise TeacherError(
+                "the teacher does not fit the device",
+                expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
+                found=f"out of memory on {device}",
+                where=self.folder,
+                do="take a larger device, or teacher.dtype bfloat16",
+            ) from None
+        except Exception as error:  # damaged files fail in as many ways as there are readers
+            raise broken("the teacher can't be loaded", self.folder, error) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise TeacherError(
+                "the teacher's files lack weights",
+                expected=f"every weight of {type(model).__name__}",
+                found=f"{len(missing)} missing, the first {', '.join(missing[:3])}",
+                where=self.folder,
+                do="fetch or save the model again",
+            )
+        return model.eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        TeacherError: if there is none, it is broken, or it has no fast backend.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the backend raises a bare Exception on a broken file
+        raise broken("the teacher's tokenizer can't be loaded", folder, error) from None
+    if not tokenizer.is_fast:
+        raise TeacherError(
+            "the teacher's tokenizer has no fast backend",
+            expected="a tokenizer.json",
+            found=type(tokenizer).__name__,
+            where=folder,
+            do="convert it with transformers and save_pretrained() it",
+        )
+    return tokenizer
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
+    """The error for files that are there and can't be used."""
+    return TeacherError(
+        summary,
+        expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
+        found=f"{type(error).__name__}: {_first_line(error)}",
+        where=folder,
+        do="fetch or save the model again",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
+
+
+def _fetch(config: TeacherConfig) -> Path:
+    """Folder of a hub model's files; its name is the commit, so that what is loaded is what is written down."""
+    from huggingface_hub import snapshot_download  # only a hub model needs it
+
+    found = "no such folder"
+    if _HUB_NAME.fullmatch(config.model):
+        try:
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+            code = ["*.py"] if config.trust_remote_code else []
+            path = snapshot_download(
+                config.model,
+                revision=config.revision,
+                allow_patterns=patterns + code,
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
+            )
+            return Path(path)
+        except (OSError, ValueError) as error:
+            found = f"no such folder, and from the hub {type(error).__name__}: {_first_line(error)}"
+    raise TeacherError(
+        "there is no such teacher",
+        expected="a folder with config.json, tokenizer.json and model.safetensors, or the name of a hub model",
+        found=found,
+        where=f"teacher.model: {config.model}" + (f", revision {config.revision}" if config.revision else ""),
+        do="check the name; offline, fetch the model beforehand and give its folder",
+    )
+
+
+def _require_causal(checkpoint: Checkpoint) -> None:
+    """Refuse what is no causal language model in safetensors, before a weight is loaded."""
+    if not (checkpoint.folder / "config.json").is_file():
+        raise TeacherError(
+            "this folder holds no model",
+            expected="config.json, tokenizer.json and model.safetensors",
+            found=", ".join(sorted(path.name for path in checkpoint.folder.iterdir())[:20]) or "an empty folder",
+            where=checkpoint.folder,
+            do="give the folder that save_pretrained() wrote",
+        )
+    architectures = checkpoint.config.architectures or []
+    causal = AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
+    remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
+    if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
+        raise TeacherError(
+            "the teacher is no causal language model",
+            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM knows",
+            found=", ".join(architectures) or checkpoint.config.model_type,
+            where=checkpoint.folder / "config.json",
+            do="give a model that predicts the next token",
+        )
+    _ = checkpoint.weights
