@@ -21,7 +21,7 @@ ZERO_CODE = 32767
 """The code of probability 0, and of everything below exp(-511)."""
 ENTROPY_CODES_PER_NAT = 256
 _MASS_QUANTUM = 2.0**-17
-_NEXT_QUANTUM = 2.0**-12
+_NEXT_QUANTUM = 2.0**-10
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]

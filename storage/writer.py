@@ -175,7 +175,7 @@ class _ShardFile:
         folder = self._location / SIDE_FOLDER / "writing"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{uuid.uuid4().hex}.parquet"
-        self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options())
+        self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
         self.keys: list[RowKey] = []
         self.positions = 0
 
@@ -239,25 +239,26 @@ class _ShardFile:
             self._path.unlink(missing_ok=True)
 
 
-def parquet_options() -> dict[str, Any]:
-    """How a shard is encoded; measured by ``tests/benchmarks/table.py``."""
-    by_byte = ["token_ids", "head_ids", "tail_ids", "tail_log_masses", "next_logprobs"]
-    by_value = [
-        "document_id",
-        "label",
-        "head_counts",
-        "head_codes",
-        "tail_counts",
-        "tail_draws",
-        "tail_codes",
-        "entropies",
-    ]
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a shard's columns are encoded: what was smallest within the time that a capture can spare.
+
+    Bytes of one significance have a distribution of their own, so lists of numbers are split by it and left to zstd's
+    entropy coder; a dictionary only gets in its way. Ids hold nothing but that, which the lowest level sees as well
+    as the highest; codes repeat from position to position, which takes a higher one to find. A ``tests.benchmarks``
+    command shows the bytes by column.
+    """
+    numbers = [field.name for field in schema if pa.types.is_list(field.type) and field.name != "loss_mask"]
+    levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}
     return {
         "compression": "zstd",
-        "compression_level": 9,
-        "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in by_byte},
-        "use_dictionary": by_value,
+        "compression_level": {_leaf(name): level for name, level in levels.items()},
+        "column_encoding": {_leaf(name): "BYTE_STREAM_SPLIT" for name in numbers},
+        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
         "write_page_checksum": True,
         "write_statistics": False,
         "version": "2.6",
     }
+
+
+def _leaf(name: str) -> str:
+    return f"{name}.list.element"
