@@ -1,0 +1,164 @@
+"""What a table holds and what it costs, for people to look at: sizes by split and by column, and its history."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage.reader import open_shard, read
+from storage.schema import SOFT_LABELS
+from storage.table import COMMIT_MESSAGE, Shard, Table
+
+_SAMPLED_SHARDS = 4
+"""Row groups, of as many shards, that the entropies are estimated from."""
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """What one split holds."""
+
+    shards: int
+    documents: int
+    sequences: int
+    tokens: int
+    positions: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ColumnSize:
+    """What one column costs, over the whole version."""
+
+    bytes: int
+    bytes_per_position: float
+    entropy_per_position: float | None
+    """Bytes that a perfect code for single values would take, estimated from a sample; None if it holds no numbers."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One version of a table."""
+
+    location: str
+    version: int
+    splits: dict[str, SplitSize]
+    columns: dict[str, ColumnSize]
+    soft_label_bytes_per_position: float
+    """All soft-label columns together."""
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one commit did."""
+
+    version: int
+    time: str
+    """UTC, ISO 8601."""
+    operation: str
+    user: str
+    sequences: int
+    positions: int
+    bytes: int
+
+
+def inspect(table: Table) -> Inspection:
+    """Measure a table; reads every footer, the small columns, and a sample of the rest.
+
+    Raises:
+        IntegrityError: if a shard that is looked at is damaged.
+    """
+    splits = _splits(table)
+    positions = sum(split.positions for split in splits.values())
+    sizes, entropies = column_bytes(table), _entropies(table)
+    columns = {
+        name: ColumnSize(size, size / positions if positions else 0.0, entropies.get(name))
+        for name, size in sizes.items()
+    }
+    soft_labels = sum(columns[name].bytes_per_position for name in SOFT_LABELS.names if name in columns)
+    return Inspection(table.location, table.version, splits, columns, soft_labels)
+
+
+def column_bytes(table: Table) -> dict[str, int]:
+    """Compressed bytes of each column over all shards, from their footers."""
+    sizes: dict[str, int] = {}
+    for shard in table.shards():
+        metadata = pq.read_metadata(Path(table.location) / shard.path)
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                name = column.path_in_schema.split(".")[0]
+                sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return sizes
+
+
+def history(table: Table) -> list[HistoryEntry]:
+    """Who did what when, newest first."""
+    entries = []
+    for commit in table.history():
+        about = commit.get(COMMIT_MESSAGE, {})
+        entries.append(
+            HistoryEntry(
+                version=commit["version"],
+                time=datetime.fromtimestamp(commit["timestamp"] / 1000, UTC).isoformat(timespec="seconds"),
+                operation=about.get("operation", commit["operation"].lower()),
+                user=about.get("circumstances", {}).get("user", ""),
+                sequences=about.get("sequences", 0),
+                positions=about.get("positions", 0),
+                bytes=about.get("bytes", 0),
+            )
+        )
+    return entries
+
+
+def _splits(table: Table) -> dict[str, SplitSize]:
+    shards = table.shards()
+    if not shards:
+        return {}
+    counts = (
+        table.scan()
+        .group_by("split")
+        .agg(
+            pl.col("document_id").n_unique().alias("documents"),
+            pl.len().alias("sequences"),
+            pl.col("tokens").sum(),
+            pl.col("positions").sum(),
+        )
+        .sort("split", descending=True)
+        .collect()
+    )
+    return {
+        row.pop("split"): SplitSize(shards=len(mine), bytes=sum(shard.bytes for shard in mine), **row)
+        for row in counts.to_dicts()
+        for mine in [[shard for shard in shards if shard.split == row["split"]]]
+    }
+
+
+def _entropies(table: Table) -> dict[str, float]:
+    """Bytes a position of a perfect code for the single values of each soft-label column."""
+    sample = sorted(table.shards(), key=lambda shard: -shard.rows)[:_SAMPLED_SHARDS]
+    if not sample:
+        return {}
+    groups = [read(table, shard, SOFT_LABELS.names, [_middle(table, shard)]) for shard in sample]
+    positions = sum(len(column.flatten()) for group in groups for column in group.column("entropies").chunks)
+    values = {
+        name: np.concatenate([chunk.flatten().to_numpy() for group in groups for chunk in group.column(name).chunks])
+        for name in SOFT_LABELS.names
+    }
+    return {name: _entropy(column) * len(column) / 8 / max(positions, 1) for name, column in values.items()}
+
+
+def _middle(table: Table, shard: Shard) -> int:
+    with open_shard(table, shard) as file:
+        return int(file.num_row_groups // 2)
+
+
+def _entropy(values: NDArray[np.generic]) -> float:
+    """Bits a value, of the values' own frequencies."""
+    if not len(values):
+        return 0.0
+    shares = np.unique(values, return_counts=True)[1] / len(values)
+    return float(-(shares * np.log2(shares)).sum())
