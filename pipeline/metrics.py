@@ -1,15 +1,41 @@
-"""How far a student is from its teacher on captured positions."""
+"""How far a student is from its teacher: one pass over captured positions, and the sums that come of it.
 
+The teacher's side comes from the table, so that no teacher is needed. Logits exist for a chunk of positions at a time.
+Nothing here trains, reads files, or decides which sequences are measured.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.config import LossConfig
+from pipeline.divergence import cross_entropy, divergence_terms
+from pipeline.student import OutputHead, hidden_states, output_head
+from pipeline.targets import SparseTargets, decode
+from storage.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.dataset import Batch
+
+ENTROPY_BIN = 0.5
+"""Width in nats of the bins by the teacher's entropy."""
+_CHUNK_BYTES = 64 << 20
+_QUANTITIES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy", "teacher_entropy")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over positions, with its standard error when sequences, not positions, are taken as independent."""
+    """A mean over positions, and its standard error if sequences, rather than positions, are independent."""
 
     mean: float
-    error: float
+    error: float | None
+    """None for a single sequence."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +59,131 @@ class Metrics:
     kl: Estimate
     """Forward KL, from the teacher to the student."""
     kl_kind: Literal["unbiased", "lower bound"]
-    """Unbiased where the table has a sampled tail or the head is everything; else the tail counts as one outcome."""
+    """Unbiased where the table has a sampled tail or keeps everything; a lower bound where what the head leaves counts
+    as one outcome."""
     agreement: Estimate | None
     """Share of positions at which both hold the same token most likely; None if the table keeps no head."""
     teacher_cross_entropy: Estimate
     teacher_entropy: Estimate
     by_entropy: tuple[EntropyBin, ...]
     """In the order of the entropy; bins without positions are left out."""
+
+
+@torch.no_grad()
+def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) -> Metrics:
+    """Measure a student, without changing whether it is in training mode.
+
+    The KL is the cross-entropy with head and weighted draws, less the teacher's exact entropy, which is stored: that is
+    an unbiased estimate of the KL over the whole vocabulary. Without draws it is the KL of the head and one bucket
+    for the rest.
+
+    Args:
+        model: the student.
+        batches: at least one captured position in all; their targets are the table's.
+        table: says the vocabulary, the temperatures, and whether there are draws.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return _summarise(list(_by_batch(model, batches, table)))
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of one batch: sums by sequence, and by bin of the teacher's entropy."""
+
+    by_sequence: Tensor
+    """(sequences, 1 + quantities): positions, then each quantity's sum."""
+    by_bin: Tensor
+    """(bins, 2): positions, and their KL's sum."""
+    bounded: bool
+    """Whether any KL is only a lower bound."""
+
+
+def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) -> Iterator[_Sums]:
+    head, vocabulary = output_head(model), torch.from_numpy(table.vocabulary).to(model.device)
+    loss = LossConfig(target="sampled" if table.identity.selection.draws else "bucket")
+    for batch in batches:
+        if not len(batch.positions):
+            continue
+        batch = batch.to(model.device)
+        states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+        targets = decode(batch.targets, vocabulary, table.temperatures, loss)
+        likeliest = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
+        rows = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
+        chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
+        student = torch.cat(
+            [_student(head, len(vocabulary), states[c], targets[c], batch.next_ids[c], likeliest[c]) for c in chunks]
+        )
+        values = torch.cat([student, -batch.targets.next_logprobs[:, None], targets.entropies[:, None]], 1).double()
+        # A packed row holds several sequences; each begins where the position ids begin again.
+        starts = (batch.position_ids.flatten() == 0).cumsum(0)
+        sequence = torch.unique(starts[batch.positions], return_inverse=True)[1]
+        bins = (targets.entropies / ENTROPY_BIN).floor().long().clamp(min=0)
+        yield _Sums(
+            _sums(sequence, values),
+            _sums(bins, values[:, [_QUANTITIES.index("kl")]]),
+            bounded=bool((targets.log_rest > -torch.inf).any()),
+        )
+
+
+def _student(
+    head: OutputHead, vocabulary: int, states: Tensor, targets: SparseTargets, next_ids: Tensor, likeliest: Tensor
+) -> Tensor:
+    """(n, 3) cross-entropy, KL and agreement (1, 0, or NaN if the teacher's likeliest token is not known)."""
+    logits = head(states)[:, :vocabulary].float()
+    log_total = logits.logsumexp(1, keepdim=True)
+    hard = log_total - logits.gather(1, next_ids[:, None])
+    agreement = (logits.argmax(1) == likeliest).float().masked_fill(likeliest < 0, torch.nan)
+    kept = targets.logprobs > -torch.inf
+    kept_logits = logits.gather(1, targets.ids)
+    # Added, not written: entries that pad a row all name id 0, which may be kept, or one of the rest.
+    logits.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0))
+    log_s = torch.cat([kept_logits, logits.logsumexp(1, keepdim=True)], 1) - log_total
+    log_t = torch.cat([targets.logprobs, targets.log_rest[:, None]], 1)
+    if targets.target == "sampled":
+        kl = cross_entropy(log_t, log_s) - targets.entropies
+    else:
+        kl = divergence_terms("forward_kl", log_t, log_s, mix=0.5)[0].sum(1)
+    return torch.stack([hard[:, 0], kl, agreement], 1)
+
+
+def _sums(groups: Tensor, values: Tensor) -> Tensor:
+    """(groups, 1 + quantities) on the CPU: how many rows of ``values`` each group has, and their sum."""
+    counted = torch.cat([torch.ones_like(values[:, :1]), values], 1)
+    sums = counted.new_zeros(int(groups.max()) + 1 if len(groups) else 0, counted.shape[1])
+    return sums.index_add_(0, groups, counted).cpu()
+
+
+def _summarise(parts: list[_Sums]) -> Metrics:
+    by_sequence = torch.cat([part.by_sequence for part in parts])
+    means = {name: _estimate(by_sequence[:, 0], by_sequence[:, 1 + i]) for i, name in enumerate(_QUANTITIES)}
+    by_bin = torch.zeros(max(len(part.by_bin) for part in parts), 2, dtype=torch.float64)
+    for part in parts:
+        by_bin[: len(part.by_bin)] += part.by_bin
+    agreement = means.pop("agreement")
+    return Metrics(
+        sequences=len(by_sequence),
+        positions=int(by_sequence[:, 0].sum()),
+        kl_kind="lower bound" if any(part.bounded for part in parts) else "unbiased",
+        agreement=None if math.isnan(agreement.mean) else agreement,
+        by_entropy=tuple(
+            EntropyBin(i * ENTROPY_BIN, (i + 1) * ENTROPY_BIN, int(positions), kl / positions)
+            for i, (positions, kl) in enumerate(by_bin.tolist())
+            if positions
+        ),
+        **means,
+    )
+
+
+def _estimate(positions: Tensor, sums: Tensor) -> Estimate:
+    """Mean a position of per-sequence sums; its error by the residuals of a ratio of two sums over sequences."""
+    total, sequences = positions.sum(), len(positions)
+    mean = sums.sum() / total
+    if sequences < 2:
+        return Estimate(float(mean), None)
+    residuals = sums - mean * positions
+    variance = residuals.square().sum() * sequences / (sequences - 1)
+    return Estimate(float(mean), float(variance.sqrt() / total))
