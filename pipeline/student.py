@@ -1,0 +1,262 @@
+"""The student: a model to go on from, a teacher pruned to some of its layers, or a fresh one from a configuration.
+
+Builds it, checks that it fits its table, and says how it turns hidden states into logits, so that a fused loss can do
+the same in pieces. Never trains, and loads nothing but safetensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config import StudentConfig
+from storage.errors import StudentError, UsageError
+from storage.table import COMMIT_MESSAGE, Table
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model turns hidden states h into logits: cap(scale x (W h + bias)), with cap(z) = c tanh(z / c)."""
+
+    weight: Tensor
+    """(V, H), padded rows included."""
+    bias: Tensor | None
+    scale: float
+    soft_cap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., H)."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def build(config: StudentConfig, table: Table) -> PreTrainedModel:
+    """The student that the settings describe, on the CPU, ready for a table's labels.
+
+    Raises:
+        UsageError: unless exactly one of model, layers and config is given.
+        StudentError: if it can't be loaded, or its tokenizer, vocabulary or output layer does not fit.
+    """
+    given = [name for name in ("model", "layers", "config") if getattr(config, name) is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "a student comes from exactly one place",
+            expected="one of student.model, student.layers and student.config",
+            found=", ".join(f"student.{name}" for name in given) or "none of them",
+            do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
+        )
+    dtype = getattr(torch, config.dtype)
+    if config.config is not None:
+        student = _fresh(config.config, table, dtype)
+    else:
+        source = config.model or config.teacher or _teacher_of(table)
+        require_tokenizer(source, table)
+        student = _load(source, dtype)
+        if config.layers is not None:
+            student = prune(student, config.layers)
+    _require_vocabulary(student, table)
+    _require_head(student)
+    return student
+
+
+def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A smaller model of the same kind that has only these of the teacher's layers, in this order.
+
+    It is rebuilt from a configuration of its own, so that all that depends on a layer's place is what a reload would
+    make of it.
+
+    Raises:
+        UsageError: if the layers are not distinct ones of the teacher's.
+    """
+    config = teacher.config
+    count = config.num_hidden_layers
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
+        raise UsageError(
+            "the teacher can't be pruned to these layers",
+            expected=f"distinct layers between 0 and {count - 1}",
+            found=f"student.layers: {list(layers)}",
+            where=config.name_or_path,
+        )
+    name, stack = _layer_stack(teacher, count)
+    settings = {
+        key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
+        for key, value in config.to_dict().items()
+    }
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    student = type(teacher)(type(config).from_dict(settings)).to(teacher.dtype)
+    teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
+    student.load_state_dict(teacher.state_dict())
+    student.generation_config = teacher.generation_config
+    return student
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """(rows, L, H) states that the output layer would see; attention stays inside each packed sequence.
+
+    Args:
+        model: a causal language model.
+        input_ids: (rows, L) int64.
+        position_ids: (rows, L) int64, starting again at 0 with each sequence.
+    """
+    body = model.get_decoder()
+    # Without a cache and a mask, transformers finds the packed sequences by their position ids.
+    hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's output layer, with the scale and soft cap of its configuration."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return OutputHead(layer.weight, getattr(layer, "bias", None), float(scale), soft_cap)
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def require_tokenizer(source: str, table: Table) -> None:
+    """Refuse a model whose tokenizer is not the one that made the table.
+
+    Raises:
+        StudentError: if its ids mean other tokens, or text becomes other ids.
+    """
+    theirs = _explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
+    ours = AutoTokenizer.from_pretrained(table.tokenizer)
+    found, expected = theirs.get_vocab(), ours.get_vocab()
+    if found != expected:
+        other = {token for token, _ in found.items() ^ expected.items()}
+        detail = f"{len(found)} tokens; {len(other)} differ, the first is {min(other)!r}"
+    elif _rules(theirs) != _rules(ours):
+        detail = "the same tokens, but other rules that split text into them"
+    else:
+        return
+    raise StudentError(
+        "the student's tokenizer is not the table's: its ids would mean other tokens",
+        expected=f"the teacher's tokenizer, {len(expected)} tokens ({table.tokenizer})",
+        found=detail,
+        where=source,
+        do="take a student of the teacher's family, prune the teacher (student.layers), or capture with a teacher "
+        "that has this tokenizer",
+    )
+
+
+def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    student, report = _explained(
+        source,
+        "model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        ),
+    )
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise StudentError(
+            "the student's files lack weights",
+            expected=f"every weight of {type(student).__name__}",
+            found=f"{len(report['missing_keys'])} missing, the first {min(report['missing_keys'])}",
+            where=source,
+            do="fetch or save the model again",
+        )
+    return student
+
+
+def _fresh(source: str, table: Table, dtype: torch.dtype) -> PreTrainedModel:
+    config = _explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+    tokenizer = AutoTokenizer.from_pretrained(table.tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return _explained(source, "model", lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def _explained(source: str, what: str, load: Callable[[], T]) -> T:
+    """The loaded thing, or an error that says where it was looked for."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        raise StudentError(
+            f"the student's {what} can't be loaded",
+            expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
+            found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+            where=Path(source).absolute() if Path(source).exists() else source,
+            do="check the path; a model that needs code of its own, or has no safetensors, is not loaded",
+        ) from error
+
+
+def _teacher_of(table: Table) -> str:
+    for commit in table.history():
+        about = commit.get(COMMIT_MESSAGE)
+        teacher = (json.loads(about) if isinstance(about, str) else about or {}).get("teacher")
+        if teacher is not None:
+            return str(teacher)
+    raise UsageError(
+        "the table does not say where its teacher is",
+        expected="student.teacher, beside student.layers",
+        found="neither that nor a teacher in the table's history",
+        where=table.location,
+        do="name the teacher's folder with student.teacher",
+    )
+
+
+def _layer_stack(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the layers, from the first token's to the last's."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise StudentError(
+        "this kind of model can't be pruned",
+        expected=f"one list of {count} layers",
+        found=f"none in {type(model).__name__}",
+        where=model.config.name_or_path,
+        do="give the student as student.model or student.config",
+    )
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of what turns text into ids, without the padding and truncation that a call may have left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _require_vocabulary(student: PreTrainedModel, table: Table) -> None:
+    rows = student.get_output_embeddings().weight.shape[0]
+    if rows < table.identity.vocabulary:
+        raise StudentError(
+            "the student has no room for the table's vocabulary",
+            expected=f"at least {table.identity.vocabulary} rows in its output layer (more are padding)",
+            found=rows,
+            where=student.config.name_or_path or "student.config",
+            do=f"set vocab_size to {table.identity.padded_vocabulary} in its configuration",
+        )
+
+
+@torch.no_grad()
+def _require_head(student: PreTrainedModel) -> None:
+    """A kind of model whose logits are made otherwise would silently be trained on wrong ones."""
+    ids = torch.arange(8)[None]
+    logits = student.eval()(input_ids=ids, use_cache=False).logits.float()
+    ours = output_head(student)(hidden_states(student, ids, ids)).float()
+    tolerance = (0.03 if student.dtype == torch.bfloat16 else 1e-3) * float(logits.abs().max())
+    difference = float((ours - logits).abs().max())
+    if not difference <= tolerance:
+        raise StudentError(
+            f"{type(student).__name__} makes its logits in a way that the loss does not know",
+            expected="scale x (W h + bias), soft-capped, as its configuration says",
+            found=f"logits that differ by up to {difference:.3g}",
+            where=student.config.name_or_path or "student.config",
+            do="take a student of another architecture",
+        )
