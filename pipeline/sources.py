@@ -1,0 +1,269 @@
+"""Files of documents, read in bounded pieces: which files a path means, and what their records hold, as found.
+
+``pipeline.documents`` judges the values. Strings of Parquet come as bytes, so that one broken character spoils one
+document and not the file.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.errors import DocumentsError, UsageError
+
+PIECE_ROWS = 4096
+PIECE_BYTES = 32 << 20
+SAMPLE = 1000
+"""Lines of JSON from which columns and their types are read off."""
+TEXT_COLUMNS = ("id", "text")
+"""What a plain text file has: its path below the folder, and what is in it."""
+
+_KINDS = {
+    ".parquet": "Parquet",
+    ".jsonl": "JSON lines",
+    ".ndjson": "JSON lines",
+    ".txt": "plain text",
+    ".md": "plain text",
+    ".rst": "plain text",
+}
+_COMPRESSED = (".gz", ".zst")
+
+
+class Piece(NamedTuple):
+    """Some records: where each stands, the values of each column, and the places (with a reason) that hold none."""
+
+    places: list[str]
+    values: dict[str, list[Any]]
+    unreadable: list[tuple[str, str]]
+
+
+class Source(Protocol):
+    """Files of one kind, below a root."""
+
+    def __init__(self, root: Path, files: list[Path]) -> None: ...
+
+    def schema(self) -> pa.Schema:
+        """Columns and their types, read off the first file or lines."""
+        ...
+
+    def read(self, columns: list[str]) -> Iterator[Piece]:
+        """All records, always in the same order, ``PIECE_ROWS`` or about ``PIECE_BYTES`` at a time."""
+        ...
+
+
+def find(path: str) -> Source:
+    """The files that a path, folder or glob means.
+
+    Raises:
+        UsageError: if there is nothing there.
+        DocumentsError: if nothing there is of a known kind, or more than one kind is.
+    """
+    root = Path(path)
+    if root.is_dir():
+        files = [file for file in sorted(root.rglob("*")) if file.is_file() and _visible(file.relative_to(root))]
+        files = [file for file in files if _kind(file)] or files
+    elif root.is_file():
+        root, files = root.parent, [root]
+    else:
+        root = Path(*takewhile(lambda part: not set(part) & set("*?["), root.parts))
+        pattern = Path(path).relative_to(root).as_posix()
+        files = [file for file in sorted(root.glob(pattern)) if file.is_file()] if pattern != "." else []
+        if not files:
+            raise UsageError(
+                "there are no documents at this path",
+                expected="a file, a folder or a glob",
+                found="nothing there",
+                where=path,
+                do="check the path; put a glob in quotes",
+            )
+    kinds = {_kind(file) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        raise DocumentsError(
+            "documents can't be read from this path",
+            expected=f"files of one kind: {', '.join(_KINDS)}; lines and text also {' or '.join(_COMPRESSED)}",
+            found=", ".join(sorted({file.name for file in files})[:10]) or "an empty folder",
+            where=path,
+            do="name the files by a glob, like 'folder/*.parquet'",
+        )
+    sources: dict[str | None, type[Source]] = {"Parquet": Parquet, "JSON lines": JsonLines, "plain text": PlainText}
+    return sources[kinds.pop()](root, files)
+
+
+class Parquet:
+    """Parquet files; a record is a row."""
+
+    def __init__(self, root: Path, files: list[Path]) -> None:
+        self._root, self._files = root, files
+
+    def schema(self) -> pa.Schema:
+        """Columns of the first file."""
+        with _reading(self._files[0]):
+            return pq.read_schema(self._files[0])
+
+    def read(self, columns: list[str]) -> Iterator[Piece]:
+        """Rows of one file after the other."""
+        for path in self._files:
+            with _reading(path):
+                file = pq.ParquetFile(path)
+                if missing := sorted(set(columns) - set(file.schema_arrow.names)):
+                    raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}, as the first file has")
+                batches = file.iter_batches(_rows_of_a_piece(file.metadata), columns=columns)
+                place, number = _place(path, self._root), 1
+                for batch in batches:
+                    places = [f"{place}:{number + i}" for i in range(len(batch))]
+                    yield Piece(places, {name: _values(batch.column(name)) for name in columns}, [])
+                    number += len(batch)
+
+
+class JsonLines:
+    """Files with a JSON object a line; a record is a line."""
+
+    def __init__(self, root: Path, files: list[Path]) -> None:
+        self._root, self._files = root, files
+
+    def schema(self) -> pa.Schema:
+        """Keys of the first objects and the types of their values, or of most of them."""
+        sample = list(islice((record for _, record in self._lines() if isinstance(record, dict)), SAMPLE))
+        if not sample:
+            raise DocumentsError(
+                "there are no documents",
+                expected="a JSON object a line",
+                found="not one",
+                where=", ".join(map(str, self._files[:3])),
+            )
+        keys = dict.fromkeys(chain.from_iterable(sample))
+        return pa.schema([(key, _type_of([record.get(key) for record in sample])) for key in keys])
+
+    def read(self, columns: list[str]) -> Iterator[Piece]:
+        """Objects of one file after the other."""
+        piece, held = Piece([], {name: [] for name in columns}, []), 0
+        for place, record in self._lines():
+            if isinstance(record, str):
+                piece.unreadable.append((place, record))
+            else:
+                piece.places.append(place)
+                for name in columns:
+                    piece.values[name].append(record.get(name))
+                    held += len(value) if isinstance(value := record.get(name), str) else 100
+            if len(piece.places) + len(piece.unreadable) == PIECE_ROWS or held > PIECE_BYTES:
+                yield piece
+                piece, held = Piece([], {name: [] for name in columns}, []), 0
+        yield piece
+
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """Place of each line that is not blank, and its object, or why it holds none."""
+        for path in self._files:
+            place = _place(path, self._root)
+            with _reading(path), pa.input_stream(str(path)) as stream:
+                for number, line in enumerate(io.BufferedReader(stream), 1):
+                    if line.strip():
+                        yield f"{place}:{number}", _object(line)
+
+
+class PlainText:
+    """Text files; each is a record."""
+
+    def __init__(self, root: Path, files: list[Path]) -> None:
+        self._root, self._files = root, files
+
+    def schema(self) -> pa.Schema:
+        """The path, and the text."""
+        return pa.schema([(name, pa.string()) for name in TEXT_COLUMNS])
+
+    def read(self, columns: list[str]) -> Iterator[Piece]:
+        """Files, each whole."""
+        piece, held = Piece([], {name: [] for name in columns}, []), 0
+        for path in self._files:
+            place = _place(path, self._root)
+            with _reading(path), pa.input_stream(str(path)) as stream:
+                content = stream.read()
+            piece.places.append(place)
+            for name in columns:
+                piece.values[name].append(dict(zip(TEXT_COLUMNS, (place, content), strict=True))[name])
+            held += len(content)
+            if len(piece.places) == PIECE_ROWS or held > PIECE_BYTES:
+                yield piece
+                piece, held = Piece([], {name: [] for name in columns}, []), 0
+        yield piece
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file it was that could not be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DocumentsError(
+            "a file of documents can't be read",
+            expected=f"{_kind(path)}, whole and undamaged",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
+            where=path,
+            do="write or copy the file again, or leave it out by a glob",
+        ) from None
+
+
+def _kind(path: Path) -> str | None:
+    ending = path.suffix.lower()
+    if ending in _COMPRESSED:
+        kind = _KINDS.get(path.with_suffix("").suffix.lower())
+        return None if kind == "Parquet" else kind
+    return _KINDS.get(ending)
+
+
+def _visible(path: Path) -> bool:
+    return not any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _place(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _rows_of_a_piece(file: pq.FileMetaData) -> int:
+    size = sum(file.row_group(i).total_byte_size for i in range(file.num_row_groups))
+    return int(min(PIECE_ROWS, max(1, PIECE_BYTES * file.num_rows // max(1, size))))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Python values; strings as bytes, unread."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.cast(column, pa.large_binary())
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # a broken string inside a list or struct: only its own row is lost
+        values = [_value(item) for item in column]
+    return values
+
+
+def _value(item: pa.Scalar) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError:
+        return b"\xff"  # what is no string to anybody
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    try:
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except UnicodeDecodeError as error:
+        return f"the line is broken UTF-8 at byte {error.start}"
+    except (ValueError, RecursionError) as error:
+        return f"the line is no JSON: {error}"
+    return record if isinstance(record, dict) else f"the line is no JSON object but {type(record).__name__}"
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        [(most, _)] = Counter(type(value) for value in values if value is not None).most_common(1)
+        return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(most, pa.string())
