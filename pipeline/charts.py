@@ -24,6 +24,7 @@ _ROLES = {"ink": "#000001", "muted": "#000002", "line": "#000003"} | {
 }
 _STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "softlabel",  # the same report gives the same page
     "text.parse_math": False,  # a folder may have a dollar in its name
     "font.size": 9.5,
     "text.color": _ROLES["ink"],

@@ -21,7 +21,7 @@ from storage.table import Table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pipeline.dataset import Batch
+    from pipeline.batch import Batch
 
 ENTROPY_BIN = 0.5
 """Width in nats of the bins by the teacher's entropy."""

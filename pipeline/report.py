@@ -5,7 +5,8 @@ and reads neither table nor model.
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter
 from pipeline import charts
 from pipeline.charts import Curve
 from pipeline.metrics import Estimate, Metrics
+from storage.errors import UsageError
 from storage.files import publish
 
 
@@ -97,19 +99,46 @@ def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes,
 
 def perplexity(cross_entropy: Estimate) -> Estimate:
     """exp of a cross-entropy in nats; the error by its first derivative."""
-    return Estimate(exp(cross_entropy.mean), exp(cross_entropy.mean) * cross_entropy.error)
+    mean = exp(cross_entropy.mean)
+    return Estimate(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
+
+
+def prepare(folder: Path) -> None:
+    """Make the report's folder, so that one that can't be written is known before anything is measured.
+
+    Raises:
+        UsageError: if it can't be made.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(report: Report, folder: Path) -> tuple[Path, Path]:
     """Write report.html and report.json, each whole or not at all, and return their paths.
 
     Raises:
-        OSError: if the folder can't be written to.
+        UsageError: if the folder can't be written to.
     """
     html, json = folder / "report.html", folder / "report.json"
-    publish(to_json(report), json)
-    publish(to_html(report).encode(), html)
+    page, content = to_html(report).encode(), to_json(report)
+    with _explained(folder):
+        publish(content, json)
+        publish(page, html)
     return html, json
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "the report can't be written",
+            expected="a folder that can be written, on a disk that has room",
+            found=error,
+            where=folder.absolute(),
+            do="choose another folder for the report",
+        ) from error
 
 
 def to_json(report: Report) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.dataset import Batch
+from pipeline.batch import Batch
 from pipeline.metrics import measure
 from pipeline.selection import Selection, select
 from pipeline.targets import CompactTargets

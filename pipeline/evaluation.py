@@ -1,0 +1,219 @@
+"""Compares students with their teacher on the table's held-out sequences, and writes the report.
+
+The teacher's side comes from the table: no teacher is loaded. What each student was made of is compared with the table
+before the first is measured, so that one that does not fit costs no time. Never changes a table or a student.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.batch import Batch
+from pipeline.config import EvaluateConfig, LossConfig, StudentConfig
+from pipeline.holdout import Holdout
+from pipeline.metrics import Metrics, measure
+from pipeline.progress import Progress, Watch, unwatched
+from pipeline.report import Report, StudentSummary, TeacherSummary, column_costs, perplexity, prepare, write
+from pipeline.student import build
+from pipeline.student_folder import table_record
+from pipeline.teacher import device
+from storage.errors import StudentError, UsageError
+from storage.inspection import column_bytes
+from storage.provenance import Identity, circumstances
+from storage.table import COMMIT_MESSAGE, Table
+
+PROVENANCE = "softlabel.json"
+"""What training leaves beside a student's weights."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the report's first table."""
+
+    name: str
+    perplexity: float
+    kl: float
+    """Forward KL from the teacher, nats a position."""
+    agreement: float | None
+    """Share of positions with the teacher's likeliest token; None if the table keeps no head."""
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What came out, in small numbers, and where the rest is."""
+
+    html: str
+    json: str
+    table: str
+    version: int
+    sequences: int
+    positions: int
+    left_out: int
+    """Sequences of the eval split that also occur in the train split."""
+    teacher: Score
+    students: tuple[Score, ...]
+
+
+def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport:
+    """Measure students and write report.html and report.json.
+
+    Raises:
+        TableError: if there is no such table, or nothing in it to measure on.
+        StudentError: if a student is not there, or does not fit the table.
+        UsageError: if the report can't be written.
+    """
+    if not config.students:
+        raise UsageError("no student is named", expected="at least one folder that train wrote", found="students: []")
+    table = Table.open(config.table)
+    holdout = Holdout.of(table)
+    on = device(config.device)
+    names = _names(config.students)
+    trained = [_read(Path(folder), table) for folder in config.students]
+    prepare(Path(config.report))
+
+    students = []
+    for folder, name, provenance in zip(config.students, names, trained, strict=True):
+        model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(on)
+        batches = _watched(holdout, config.batch_tokens, name, watch)
+        students.append(_summary(name, folder, provenance, measure(model, batches, table)))
+    report = Report(
+        table=config.table,
+        version=table.version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sequences=holdout.sequences,
+        positions=holdout.positions,
+        left_out=holdout.left_out,
+        teacher=_teacher(table, students[0].metrics),
+        students=tuple(students),
+        columns=column_costs(column_bytes(table), _positions(table)),
+        identity=table.identity.model_dump(mode="json"),
+        circumstances=circumstances(device=str(on)),
+        config=config.model_dump(mode="json"),
+    )
+    html, json_file = write(report, Path(config.report))
+    return EvaluationReport(
+        html=str(html),
+        json=str(json_file),
+        table=config.table,
+        version=table.version,
+        sequences=holdout.sequences,
+        positions=holdout.positions,
+        left_out=holdout.left_out,
+        teacher=Score(report.teacher.name, report.teacher.perplexity.mean, 0.0, 1.0, report.teacher.parameters),
+        students=tuple(map(_score, students)),
+    )
+
+
+def _read(folder: Path, table: Table) -> dict[str, Any]:
+    """A student's provenance, with a ``warnings`` entry for what a reader should know.
+
+    Raises:
+        StudentError: if it has none, or another tokenizer or teacher.
+    """
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text())
+        trained_on = provenance["table"]
+        made_from = Identity.model_validate(trained_on["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudentError(
+            "this is no student that softlabel trained",
+            expected=f"a folder with {PROVENANCE}, as softlabel train writes it",
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            where=folder / PROVENANCE,
+            do="check the path; a model trained elsewhere can be trained on with student.model",
+        ) from error
+    differences = made_from.differences(table.identity)
+    _require_same(differences, ("tokenizer.files", "vocabulary"), "tokenizer", folder, table)
+    _require_same(differences, ("teacher.files", "teacher.adapter"), "teacher", folder, table)
+    warnings = [f"trained on a table with another {name}: {a}, not {b}." for name, (a, b) in differences.items()]
+    if trained_on["content"] != table_record(table)["content"] and not _same_place(trained_on["location"], table):
+        place = f"{trained_on['location']}@{trained_on['version']}"
+        warnings.append(f"trained on {place}; whether it has seen what it is measured on is not known.")
+    return {**provenance, "warnings": tuple(warnings)}
+
+
+def _same_place(location: str, table: Table) -> bool:
+    """Another version of this table has the same documents in its eval split, or more."""
+    return Path(location).resolve() == Path(table.location).resolve()
+
+
+def _require_same(
+    differences: Mapping[str, tuple[Any, Any]], fields: tuple[str, ...], what: str, folder: Path, table: Table
+) -> None:
+    for name, (student, ours) in differences.items():
+        if name.startswith(fields):
+            raise StudentError(
+                f"this student learned from another {what} than the table's",
+                expected=f"{name}: {ours}",
+                found=f"{name}: {student}",
+                where=f"{folder}, against {table.location}",
+                do=f"evaluate it on a table of its own {what}",
+            )
+
+
+def _watched(holdout: Holdout, batch_tokens: int, name: str, watch: Watch) -> Iterator[Batch]:
+    done = 0
+    for batch in holdout.batches(batch_tokens):
+        yield batch
+        done += len(batch.positions)
+        watch(Progress(f"evaluate {name}", done, holdout.positions, "positions"))
+
+
+def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Metrics) -> StudentSummary:
+    table = provenance["table"]
+    return StudentSummary(
+        name=name,
+        folder=folder,
+        parameters=provenance["parameters"],
+        objective=_objective(LossConfig.model_validate(provenance["config"]["loss"])),
+        metrics=metrics,
+        perplexity=perplexity(metrics.cross_entropy),
+        history=tuple(provenance["history"]),
+        trained_on=f"{table['location']}@{table['version']}",
+        config=provenance["config"],
+        circumstances=provenance.get("circumstances", {}),
+        warnings=provenance["warnings"],
+    )
+
+
+def _objective(loss: LossConfig) -> str:
+    """The loss in words, like ``0.5 × cross-entropy + forward KL at temperature 2``."""
+    divergence = loss.divergence.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
+    if loss.temperature != 1:
+        divergence += f" at temperature {loss.temperature:g}"
+    parts = [(loss.hard_weight, "cross-entropy"), (loss.soft_weight, divergence)]
+    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for weight, name in parts if weight)
+
+
+def _teacher(table: Table, metrics: Metrics) -> TeacherSummary:
+    commits = [commit.get(COMMIT_MESSAGE, {}) for commit in table.history()]
+    about: dict[str, Any] = next((commit for commit in commits if "teacher" in commit), {})
+    return TeacherSummary(
+        name=Path(about.get("teacher", "teacher")).name,
+        parameters=about.get("parameters"),
+        cross_entropy=metrics.teacher_cross_entropy,
+        perplexity=perplexity(metrics.teacher_cross_entropy),
+        entropy=metrics.teacher_entropy,
+    )
+
+
+def _score(student: StudentSummary) -> Score:
+    metrics = student.metrics
+    agreement = metrics.agreement.mean if metrics.agreement else None
+    return Score(student.name, student.perplexity.mean, metrics.kl.mean, agreement, student.parameters)
+
+
+def _names(folders: tuple[str, ...]) -> list[str]:
+    """The folders' own names; the whole paths where two would be called the same."""
+    names = [Path(folder).absolute().name for folder in folders]
+    return [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
+
+
+def _positions(table: Table) -> int:
+    return int(table.scan().select(pl.col("positions").sum()).collect().item())

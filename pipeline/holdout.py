@@ -1,0 +1,101 @@
+"""The sequences that students are measured on: a table's eval split, without what also occurs in its train split.
+
+In the table's order, packed but never shuffled, so that every student is measured on the same batches. Decodes no soft
+labels and knows no model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.batch import COLUMNS, Batch, RowGroup, collate
+from pipeline.order import best_fit
+from storage.errors import TableError
+from storage.reader import batches
+from storage.table import Table
+
+Sequence = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The held-out sequences of one version of a table, read anew each time that they are asked for."""
+
+    table: Table
+    sequences: int
+    positions: int
+    left_out: int
+    """Sequences of the eval split whose key also occurs in the train split."""
+    _longest: int
+    _seen: pa.Array
+    """Keys that are left out."""
+
+    @classmethod
+    def of(cls, table: Table) -> Self:
+        """Find out what there is to measure on; reads keys and counts alone.
+
+        Raises:
+            TableError: if there is nothing.
+        """
+        if not table.shards("eval"):
+            raise _nothing(table, "no sequence in the eval split")
+        rows = table.scan().select("key", "split", "tokens", "positions")
+        held, trained = rows.filter(pl.col("split") == "eval"), rows.filter(pl.col("split") != "eval").select("key")
+        seen = held.join(trained, on="key", how="semi").select("key").collect()
+        kept, total = pl.collect_all(
+            [
+                held.join(trained, on="key", how="anti").select(
+                    pl.len(), pl.col("positions").sum(), longest=pl.col("tokens").max()
+                ),
+                held.select(pl.len()),
+            ]
+        )
+        sequences, positions, longest = kept.row(0)
+        if not positions:
+            raise _nothing(table, f"{total.item()} sequences, all of which also occur in the train split")
+        left_out = total.item() - sequences
+        return cls(
+            table, sequences, positions, left_out, longest, seen.get_column("key").unique().to_arrow().cast(pa.binary())
+        )
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        """Every sequence once, packed into rows.
+
+        Args:
+            batch_tokens: of one batch at most, padding included, or one row if the longest sequence has more.
+        """
+        packs: list[list[Sequence]] = []
+        rows = max(1, batch_tokens // self._longest)
+        for _, group in batches(self.table, ["key", "tokens", *COLUMNS], "eval"):
+            group = group.filter(pc.invert(pc.is_in(group.column("key"), self._seen)))
+            if not len(group):
+                continue
+            content = RowGroup(group)
+            places = best_fit(group.column("tokens").to_numpy(), self._longest)
+            members = [np.flatnonzero(places == pack).tolist() for pack in range(places.max() + 1)]
+            packs += [[content.sequence(row) for row in pack] for pack in members]
+            while len(packs) >= rows:
+                yield self._collate(packs[:rows])
+                packs = packs[rows:]
+        if packs:
+            yield self._collate(packs)
+
+    def _collate(self, packs: list[list[Sequence]]) -> Batch:
+        positions = sum(len(sequence["entropies"]) for pack in packs for sequence in pack)
+        return collate(packs, self._longest, len(self.table.temperatures), positions)
+
+
+def _nothing(table: Table, found: str) -> TableError:
+    return TableError(
+        "the table holds nothing to measure students on",
+        expected="sequences in the eval split that do not also occur in the train split",
+        found=f"{found}, version {table.version}",
+        where=table.location,
+        do="capture more documents, or into a new table with a larger shards.eval_fraction",
+    )
