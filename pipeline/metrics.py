@@ -103,7 +103,7 @@ class _Sums:
 
 
 def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) -> Iterator[_Sums]:
-    head, vocabulary = output_head(model), torch.from_numpy(table.vocabulary).to(model.device)
+    head, vocabulary = output_head(model), torch.tensor(table.vocabulary, device=model.device)
     loss = LossConfig(target="sampled" if table.identity.selection.draws else "bucket")
     for batch in batches:
         if not len(batch.positions):
