@@ -20,6 +20,7 @@ CODES_PER_NAT = 64
 ZERO_CODE = 32767
 """The code of probability 0, and of everything below exp(-511)."""
 ENTROPY_CODES_PER_NAT = 256
+_LARGEST_COUNT = 32767
 _MASS_QUANTUM = 2.0**-17
 _NEXT_QUANTUM = 2.0**-10
 
@@ -63,7 +64,8 @@ class SoftLabels:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after another; all with the same temperatures."""
+        """One after another; all with the same temperatures, but for those that have no positions."""
+        parts = [part for part in parts if part.positions] or parts[:1]
         joined = {
             field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=-1) for field in fields(cls)
         }
@@ -79,6 +81,8 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
         ranks: (V,) rank of each token id, the inverse of the table's vocabulary.
     """
     assert positions.sum() == labels.positions, "every row's positions have soft labels, and nothing else does"
+    for counts in (labels.head_counts, labels.tail_counts, labels.tail_draws):
+        assert counts.max(initial=0) <= _LARGEST_COUNT, f"an int16 would wrap beyond {_LARGEST_COUNT}"
     head_codes, tail_codes = _codes(labels.head_logprobs), _codes(labels.tail_logprobs)
     head_starts, tail_starts = _starts(labels.head_counts), _starts(labels.tail_counts)
     # The tail goes on where the head ends, so its first gap is from the head's last code (0 where there is no head).

@@ -1,0 +1,26 @@
+"""Small tables to write to and read from."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from storage.table import Table
+from tests.storage.tables import add, identity, make_table
+
+settings.register_profile("storage", deadline=None, print_blob=True)
+settings.load_profile("storage")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    """A table without rows."""
+    return make_table(tmp_path / "table", identity())
+
+
+@pytest.fixture
+def filled(table: Table) -> Table:
+    """A table of two commits of 40 rows each."""
+    add(table, [f"a{i}" for i in range(40)])
+    add(table.newest(), [f"b{i}" for i in range(40)])
+    return table.newest()

@@ -1,0 +1,149 @@
+"""Small tables, and soft labels made the slow and obvious way: from whole distributions in float64."""
+
+from collections.abc import Sequence
+from datetime import date
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.codec import SoftLabels
+from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
+from storage.reader import read
+from storage.schema import SEQUENCE
+from storage.table import Table
+from storage.writer import Commit, ShardWriter
+
+VOCABULARY = 300
+CARRIED = pa.schema([("source", pa.string()), ("year", pa.int64())])
+
+
+def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def log_mass(logprobs: NDArray[np.float64]) -> float:
+    return float(np.logaddexp.reduce(logprobs)) if len(logprobs) else -np.inf
+
+
+def soft_labels(
+    logits: NDArray[np.float64],
+    head_counts: Sequence[int],
+    draws: int,
+    temperatures: Sequence[float],
+    rng: np.random.Generator,
+) -> SoftLabels:
+    """What a selection that keeps so many ids and draws so often from the rest makes of (P, V) float64 logits."""
+    P, V = logits.shape
+    heads, tails, masses = [], [], np.zeros((len(temperatures), P))
+    logprobs = log_softmax(logits)
+    for i, k in enumerate(head_counts):
+        order = np.lexsort((np.arange(V), -logits[i]))
+        head, rest = order[:k], order[k:]
+        heads.append(head)
+        for t, T in enumerate(temperatures):
+            masses[t, i] = min(0.0, log_mass(log_softmax(logits[i] / T)[rest])) if k else 0.0
+        shares = np.exp(logprobs[i, rest] - logprobs[i, rest].max(initial=-1e300))
+        times = rng.multinomial(draws, shares / shares.sum()) if draws and shares.sum() else np.zeros(len(rest), int)
+        tails.append((rest[times > 0], times[times > 0]))
+
+    def flat(parts: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0), *parts]).astype(dtype)
+
+    return SoftLabels(
+        head_counts=np.array([len(head) for head in heads], np.int32),
+        head_ids=flat(heads, np.int32),
+        head_logprobs=flat([logprobs[i, head] for i, head in enumerate(heads)], np.float32),
+        tail_counts=np.array([len(ids) for ids, _ in tails], np.int32),
+        tail_ids=flat([ids for ids, _ in tails], np.int32),
+        tail_draws=flat([times for _, times in tails], np.int32),
+        tail_logprobs=flat([logprobs[i, ids] for i, (ids, _) in enumerate(tails)], np.float32),
+        tail_log_masses=masses.astype(np.float32),
+        entropies=-(np.exp(logprobs) * np.maximum(logprobs, -1e300)).sum(1).astype(np.float32),
+        next_logprobs=logprobs[np.arange(P), rng.integers(0, V, P)].astype(np.float32),
+    )
+
+
+def random_labels(positions: int, seed: int = 0, vocabulary: int = VOCABULARY, temperatures: int = 1) -> SoftLabels:
+    """Plausible soft labels: some ids likelier than others everywhere, heads of 1 to 8 ids, up to 6 draws."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(positions, vocabulary)) * 2 - 0.5 * np.log1p(np.arange(vocabulary))
+    return soft_labels(logits, rng.integers(1, 9, positions).tolist(), 6, (1.0, 2.0, 4.0)[:temperatures], rng)
+
+
+def sequences(names: Sequence[str], positions: Sequence[int], split: str | None = None) -> pa.Table:
+    """One sequence for each document name, the last of its tokens captured; names decide everything but the length."""
+    rows = []
+    for name, count in zip(names, positions, strict=True):
+        key = blake2b(name.encode(), digest_size=16).digest()
+        ids = [byte + 1 for byte in blake2b(key, digest_size=64).digest()] * (count // 64 + 1)
+        rows.append(
+            {
+                "key": key,
+                "document_id": name,
+                "chunk": 0,
+                "chunks": 1,
+                "fingerprint": key[::-1],
+                "label": None,
+                "split": split or ("eval" if key[0] < 64 else "train"),
+                "token_ids": ids[: count + 1],
+                "loss_mask": [False] + [True] * count,
+                "tokens": count + 1,
+                "positions": count,
+                "source": name[:1],
+                "year": 2000 + key[1],
+            }
+        )
+    return pa.Table.from_pylist(rows, pa.schema([*SEQUENCE, *CARRIED]))
+
+
+def rows(names: Sequence[str], split: str | None = None, temperatures: int = 1) -> tuple[pa.Table, SoftLabels]:
+    """Sequences and their soft labels, the same for the same name whatever is beside it."""
+    seeds = [int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") for name in names]
+    counts = [3 + seed % 10 for seed in seeds]
+    labels = [random_labels(n, seed, temperatures=temperatures) for n, seed in zip(counts, seeds, strict=True)]
+    return sequences(names, counts, split), SoftLabels.concatenate(labels)
+
+
+def identity(temperatures: tuple[float, ...] = (1.0,), **changes: Any) -> Identity:
+    made = Identity(
+        teacher=TeacherIdentity(files={"config.json": "c0", "model.safetensors": "a1"}, dtype="bfloat16"),
+        tokenizer=TokenizerIdentity(files="f3", chat_template=None, chat_template_date=date(2026, 1, 1)),
+        vocabulary=VOCABULARY,
+        padded_vocabulary=VOCABULARY + 20,
+        selection=SelectionIdentity(top_p=0.95, min_k=1, max_k=8, draws=6, seed=0),
+        temperatures=temperatures,
+        sequences=SequencesIdentity(max_tokens=1024, context=1, mask="all", eval_fraction=0.25),
+    )
+    return made.model_copy(update=changes)
+
+
+def make_table(location: Path, identity: Identity, seed: int = 0) -> Table:
+    """A table that is empty yet; the seed is of the labels that its vocabulary is numbered by."""
+    tokenizer = location.parent / "tokenizer"
+    tokenizer.mkdir(exist_ok=True, parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return Table.create(str(location), identity, CARRIED, random_labels(50, seed), tokenizer)
+
+
+def add(table: Table, names: Sequence[str], split: str | None = None) -> Commit:
+    """Write rows of these names and commit them."""
+    with ShardWriter(table, row_group=16) as writer:
+        writer.append(*rows(names, split, len(table.temperatures)))
+        return writer.commit({"operation": "capture", "circumstances": {"user": "test"}})
+
+
+def names_in(table: Table) -> list[str]:
+    """Document ids of a version, read through our own reader, which checks every byte."""
+    found = [read(table, shard, ["document_id"]).column("document_id").to_pylist() for shard in table.shards()]
+    return sorted(name for names in found for name in names)
+
+
+def leftovers(table: Table) -> list[str]:
+    """Files of shards in the making."""
+    return sorted(path.name for path in Path(table.location).rglob("_softlabel/writing/*"))
