@@ -74,13 +74,13 @@ class SelectionConfig(Settings):
     The default recovers about 97% of what the full distribution gives a student, at under half the bytes of top-64.
     """
 
-    top_k: PositiveInt | None = None
+    top_k: int | None = Field(default=None, ge=1, le=32767)
     """Plain top-k: keep exactly so many ids and no tail. Short for top_p 1, min_k = max_k = top_k, draws 0."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """The head is the smallest set of ids whose mass reaches this ..."""
     min_k: int = Field(default=1, ge=0)
     """... with at least so many ids ..."""
-    max_k: int = Field(default=24, ge=0)
+    max_k: int = Field(default=24, ge=0, le=32767)
     """... and at most so many. 0 keeps no head: pure sampling."""
     draws: int = Field(default=24, ge=0, le=32767)
     """Draws from what the head leaves, were all mass left; ceil(draws x mass left) are made. 0 keeps no tail."""
