@@ -82,25 +82,12 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
         model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(on)
         batches = _watched(holdout, config.batch_tokens, name, watch)
         students.append(_summary(name, folder, provenance, measure(model, batches, table)))
-    report = Report(
-        table=config.table,
-        version=table.version,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        sequences=holdout.sequences,
-        positions=holdout.positions,
-        left_out=holdout.left_out,
-        teacher=_teacher(table, students[0].metrics),
-        students=tuple(students),
-        columns=column_costs(column_bytes(table), _positions(table)),
-        identity=table.identity.model_dump(mode="json"),
-        circumstances=circumstances(device=str(on)),
-        config=config.model_dump(mode="json"),
-    )
+    report = _report(config, table, holdout, tuple(students), str(on))
     html, json_file = write(report, Path(config.report))
     return EvaluationReport(
         html=str(html),
         json=str(json_file),
-        table=config.table,
+        table=table.location,
         version=table.version,
         sequences=holdout.sequences,
         positions=holdout.positions,
@@ -163,6 +150,25 @@ def _watched(holdout: Holdout, batch_tokens: int, name: str, watch: Watch) -> It
         yield batch
         done += len(batch.positions)
         watch(Progress(f"evaluate {name}", done, holdout.positions, "positions"))
+
+
+def _report(
+    config: EvaluateConfig, table: Table, holdout: Holdout, students: tuple[StudentSummary, ...], on: str
+) -> Report:
+    return Report(
+        table=table.location,
+        version=table.version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sequences=holdout.sequences,
+        positions=holdout.positions,
+        left_out=holdout.left_out,
+        teacher=_teacher(table, students[0].metrics),
+        students=students,
+        columns=column_costs(column_bytes(table), _positions(table)),
+        identity=table.identity.model_dump(mode="json"),
+        circumstances=circumstances(device=on),
+        config=config.model_dump(mode="json"),
+    )
 
 
 def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Metrics) -> StudentSummary:

@@ -226,9 +226,14 @@ def _short(number: int | None) -> str:
     return str(number)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as rows of dotted name and value."""
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, str]] = []
     for name, value in tree.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            rows.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix + name, "—" if value is None else str(value)))
     return rows
