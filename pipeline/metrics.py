@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ENTROPY_BIN = 0.5
 """Width in nats of the bins by the teacher's entropy."""
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Logits in float32 that are held at a time, by kind of device."""
 _QUANTITIES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy", "teacher_entropy")
 
 
@@ -112,7 +113,8 @@ def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table
         states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = decode(batch.targets, vocabulary, table.temperatures, loss)
         likeliest = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
-        rows = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
+        budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
+        rows = max(1, budget // (4 * head.weight.shape[0]))
         chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
         student = torch.cat(
             [_student(head, len(vocabulary), states[c], targets[c], batch.next_ids[c], likeliest[c]) for c in chunks]
