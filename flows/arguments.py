@@ -52,7 +52,7 @@ class Setting:
             negative_iterable=(),
         )
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-        annotation = Annotated[self.field.annotation | None, described]  # type: ignore[operator]
+        annotation = Annotated[self.field.annotation | None, described]  # type: ignore[name-defined]
         return inspect.Parameter("__".join(self.path), kind, default=default, annotation=annotation)
 
 
@@ -152,8 +152,10 @@ def _explain(
             return UsageError(f"unknown setting {name}", expected=", ".join(siblings), where=where, do=advice)
         case "missing":
             needed = _first_needed(model, path)
-            where = f"{file} has no {'.'.join(needed)}" if file else None
-            return UsageError(f"{'.'.join(needed)} is needed", where=where, do=f"give {_flag(needed)}, or set it in a file")
+            lacking = f"{file} has no {'.'.join(needed)}" if file else None
+            return UsageError(
+                f"{'.'.join(needed)} is needed", where=where, do=f"give {_flag(needed)}, or set it in a file"
+            )
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return UsageError(f"{name or 'these settings'} can't be used: {message}", where=where)

@@ -22,9 +22,7 @@ from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, Settin
 from storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
-File = Annotated[
-    Path | None, Parameter("--config", group=_HERE, help="YAML file with settings; flags win over it.")
-]
+File = Annotated[Path | None, Parameter("--config", group=_HERE, help="YAML file with settings; flags win over it.")]
 AsJson = Annotated[
     bool,
     Parameter("--json", negative=(), group=_HERE, help="One JSON object on stdout; everything else goes to stderr."),
@@ -35,6 +33,7 @@ app = App(
     help="Run a teacher once over a corpus, keep what it knows in a table, and every student after that is cheap.",
     version=version("softlabel"),
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -60,14 +59,14 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def answer(work: Callable[[], Any], as_json: bool) -> None:
+def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
     """Do the work and show its result; whatever the work itself prints goes to stderr."""
     with redirect_stdout(sys.stderr):
         result = work()
     if as_json:
         print(to_json(result, inf_nan_mode="null").decode())
     else:
-        import_module("flows.display").show(result)
+        getattr(import_module("flows.display"), f"show_{verb}")(result)
 
 
 def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
@@ -84,7 +83,7 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
         given = signature.bind(*args, **kwargs).arguments
         file, as_json = given.pop("file", None), given.pop("as_json", False)
         config = resolve(model, {known[key].path: value for key, value in given.items() if value is not None}, file)
-        answer(lambda: import_module("flows.runner").run(name, config), as_json)
+        answer(name, lambda: import_module("flows.runner").run(name, config), as_json)
 
     verb.__doc__ = model.__doc__
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -104,3 +103,38 @@ def table_of(table: str | None, file: Path | None) -> str:
     if not isinstance(named, str):
         raise UsageError("no table is named", where=file, do="give its folder: softlabel inspect TABLE")
     return named
+
+
+@app.command(name="inspect")
+def inspect_table(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
+    """Show what a table holds: its teacher and selection, its rows by split, its bytes a position by column.
+
+    Args:
+        table: Folder of the table; TABLE@12 for version 12.
+    """
+
+    def work() -> dict[str, Any]:
+        from storage.inspection import inspect as measure
+        from storage.table import Table
+
+        opened = Table.open(table_of(table, file))
+        return {"inspection": measure(opened), "identity": opened.identity}
+
+    answer("inspect", work, as_json)
+
+
+@app.command
+def history(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
+    """Show a table's versions: when, by whom, what was done, and how many sequences, positions and bytes it added.
+
+    Args:
+        table: Folder of the table.
+    """
+
+    def work() -> dict[str, Any]:
+        from storage.inspection import history as entries
+        from storage.table import Table
+
+        return {"versions": entries(Table.open(table_of(table, file)))}
+
+    answer("history", work, as_json)

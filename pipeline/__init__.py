@@ -1,1 +1,75 @@
+"""What is done, as plain Python: capture, train, evaluate. Torch, transformers and the table; never Prefect.
 
+Names are loaded when they are asked for, so that the loss, the selection and the teacher also work where polars,
+deltalake or Prefect are absent.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.capturing import CaptureReport, capture
+    from pipeline.config import (
+        CaptureConfig,
+        ColumnsConfig,
+        DistillConfig,
+        EvaluateConfig,
+        LossConfig,
+        OptimiserConfig,
+        SelectionConfig,
+        SequencesConfig,
+        ShardsConfig,
+        StreamConfig,
+        StudentConfig,
+        TeacherConfig,
+        TrainConfig,
+    )
+    from pipeline.dataset import SoftLabelDataset
+    from pipeline.evaluation import EvaluationReport, evaluate
+    from pipeline.loss import distillation_loss
+    from pipeline.progress import Progress
+    from pipeline.training import TrainReport, train
+
+__all__ = [
+    "CaptureConfig",
+    "CaptureReport",
+    "ColumnsConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "EvaluationReport",
+    "LossConfig",
+    "OptimiserConfig",
+    "Progress",
+    "SelectionConfig",
+    "SequencesConfig",
+    "ShardsConfig",
+    "SoftLabelDataset",
+    "StreamConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "TrainReport",
+    "capture",
+    "distillation_loss",
+    "evaluate",
+    "train",
+]
+
+_ELSEWHERE = {
+    "CaptureReport": "capturing",
+    "EvaluationReport": "evaluation",
+    "Progress": "progress",
+    "SoftLabelDataset": "dataset",
+    "TrainReport": "training",
+    "capture": "capturing",
+    "distillation_loss": "loss",
+    "evaluate": "evaluation",
+    "train": "training",
+}
+"""Modules of the names that are no settings."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'config')}"), name)

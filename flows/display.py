@@ -1,0 +1,141 @@
+"""What each verb shows a person when it is done: short tables on stdout, and where the rest is."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.distill import DistillReport
+    from pipeline.evaluation import EvaluationReport
+    from pipeline.training import TrainReport
+    from storage.inspection import HistoryEntry
+    from storage.provenance import Identity
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def show_train(report: "TrainReport") -> None:
+    """One line, and what to do next."""
+    _train_line(report)
+    _next([f"softlabel evaluate {report.table} {report.output}"])
+
+
+def show_evaluate(report: "EvaluationReport") -> None:
+    """The teacher and its students side by side."""
+    _scores(report)
+    _facts({"report": report.html, "numbers": report.json})
+
+
+def show_distill(report: "DistillReport") -> None:
+    """What each stage did, the teacher and its students side by side, and what to try next."""
+    _capture_line(report.capture)
+    for trained in report.train.values():
+        _train_line(trained)
+    _scores(report.evaluate)
+    table = report.evaluate.table
+    _facts({"table": f"{table} (version {report.evaluate.version})", "report": report.evaluate.html})
+    smaller = "--student.layers 0 1 14 29 --optimiser.epochs 1"
+    _next([f"softlabel inspect {table}", f"softlabel history {table}", f"softlabel train {table} smaller {smaller}"])
+
+
+def show_inspect(result: Mapping[str, Any]) -> None:
+    """What made a table, its rows by split, and its bytes a position by column."""
+    inspection = result["inspection"]
+    _facts({"table": f"{inspection.location} (version {inspection.version})"} | _made_by(result["identity"]))
+    splits = _table("split", "shards", "documents", "sequences", "tokens", "positions", "bytes")
+    for name, size in inspection.splits.items():
+        counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
+        splits.add_row(name, *(f"{count:,}" for count in counts), _bytes(size.bytes))
+    _console.print(splits)
+    columns = _table("column", "bytes", "bytes a position", "entropy")
+    for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
+        entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
+        columns.add_row(name, _bytes(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
+    columns.add_section()
+    columns.add_row("soft labels together", "", f"{inspection.soft_label_bytes_per_position:.2f}", "")
+    _console.print(columns)
+    _console.print("entropy: bytes a position of a perfect code for the column's single values, from a sample")
+
+
+def show_history(result: Mapping[str, Sequence["HistoryEntry"]]) -> None:
+    """A table's versions, newest first."""
+    versions = _table("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
+    for entry in result["versions"]:
+        when = entry.time.removesuffix("+00:00").replace("T", " ")
+        counts = (entry.sequences, entry.positions)
+        versions.add_row(
+            str(entry.version), when, entry.operation, entry.user, *(f"{n:,}" for n in counts), _bytes(entry.bytes)
+        )
+    _console.print(versions)
+
+
+def _train_line(report: "TrainReport") -> None:
+    if not report.steps_trained:
+        _console.print(f"[bold]{report.output}[/] was trained already: {report.steps:,} steps on {report.table}")
+        return
+    resumed = "" if report.resumed_from is None else f", on from step {report.resumed_from:,}"
+    took = timedelta(seconds=round(report.seconds))
+    _console.print(
+        f"[bold]{report.output}[/] trained: {report.steps:,} steps{resumed}, {report.positions:,} positions"
+        f" of {report.table}, in {took}"
+    )
+
+
+def _scores(report: "EvaluationReport") -> None:
+    scores = _table("", "perplexity", "KL to the teacher", "top-1 agreement", "parameters")
+    for score in (report.teacher, *report.students):
+        agreement = "" if score.agreement is None else f"{score.agreement:.1%}"
+        parameters = "" if score.parameters is None else _short(score.parameters)
+        scores.add_row(score.name, f"{score.perplexity:,.2f}", f"{score.kl:.3f}", agreement, parameters)
+    _console.print(scores)
+    left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
+    _console.print(f"{report.positions:,} positions of {report.sequences:,} held-out sequences{left_out}")
+
+
+def _made_by(identity: "Identity") -> dict[str, str]:
+    selection = identity.selection
+    head = f"head of {selection.min_k} to {selection.max_k} ids, to mass {selection.top_p:g}"
+    tail = f"tail of up to {selection.draws} draws" if selection.draws else "no tail"
+    return {
+        "teacher": f"{identity.teacher.dtype}, {identity.vocabulary:,} ids",
+        "selection": f"{head}; {tail}",
+        "temperatures": " ".join(f"{temperature:g}" for temperature in identity.temperatures),
+    }
+
+
+def _facts(facts: Mapping[str, str]) -> None:
+    width = max(map(len, facts))
+    for name, text in facts.items():
+        _console.print(f"[dim]{name:<{width}}[/]  {text}")
+
+
+def _next(commands: Iterable[str]) -> None:
+    _console.print("[dim]try next[/]")
+    for command in commands:
+        _console.print(f"  {command}")
+
+
+def _table(*names: str, words: int = 1) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < words else "right", no_wrap=True)
+    return table
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _short(count: int) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g}{unit}"
+    return str(count)

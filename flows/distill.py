@@ -1,0 +1,31 @@
+"""The flow of flows: capture, train the student and its control, evaluate both."""
+
+from dataclasses import dataclass
+
+from pipeline.capturing import CaptureReport
+from prefect import flow
+
+from flows.capture import capture_flow
+from flows.evaluate import evaluate_flow
+from flows.train import train_flow
+from pipeline.config import DistillConfig
+from pipeline.evaluation import EvaluationReport
+from pipeline.training import TrainReport
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What each stage came to."""
+
+    capture: CaptureReport
+    train: dict[str, TrainReport]
+    """By name: the student, and the control if one was asked for."""
+    evaluate: EvaluationReport
+
+
+@flow(name="distill", persist_result=False)
+def distill_flow(config: DistillConfig) -> DistillReport:
+    """Capture, train and evaluate; what is there already is not made again."""
+    captured = capture_flow(config.capture())
+    trained = {name: train_flow(settings) for name, settings in config.train().items()}
+    return DistillReport(captured, trained, evaluate_flow(config.evaluate()))

@@ -1,0 +1,115 @@
+"""What a person sees of long work: bars on a terminal, else a plain line every few seconds; and a Prefect artifact.
+
+Every one of them says how far a stage is, at which rate it goes and how long it still takes. Measures nothing but time.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import FlowRunContext
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+
+from pipeline.progress import Progress, Watch
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+Show = Callable[[Progress, str], None]
+
+logger = logging.getLogger("softlabel")
+logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def watching(artifact: str | None = None) -> Iterator[Watch]:
+    """Show progress on stderr for as long as the block runs.
+
+    Args:
+        artifact: key under which a Prefect progress artifact is kept too, if a flow is running.
+    """
+    on_artifact = _artifact(artifact) if artifact and FlowRunContext.get() else None
+    with _bars() if sys.stderr.isatty() else _lines() as show:
+        paces: dict[str, Pace] = {}
+
+        def watch(progress: Progress) -> None:
+            pace = paces.setdefault(progress.stage, Pace(progress.done))
+            text = describe(progress, pace.rate(progress.done))
+            show(progress, text)
+            if on_artifact:
+                on_artifact(progress, text)
+
+        yield watch
+
+
+class Pace:
+    """The rate of a stage since it was first heard of."""
+
+    def __init__(self, done: int) -> None:
+        self._started, self._first = monotonic(), done
+
+    def rate(self, done: int) -> float | None:
+        """Units a second; None as long as nothing is known."""
+        seconds = monotonic() - self._started
+        return (done - self._first) / seconds if done > self._first and seconds > 0 else None
+
+
+def describe(progress: Progress, rate: float | None) -> str:
+    """One line: done of total, rate, time left, and what else the stage tells."""
+    parts = [f"{progress.done:,}/{progress.total:,} {progress.unit}"]
+    if rate:
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        if progress.done < progress.total:
+            parts.append(f"{timedelta(seconds=round((progress.total - progress.done) / rate))} left")
+    parts += [f"{name} {value:.4g}" for name, value in progress.details.items()]
+    return "  ".join(parts)
+
+
+def _throttled(show: Show) -> Show:
+    """The first and the last word of each stage, and one every few seconds between."""
+    shown: dict[str, float] = {}
+
+    def throttled(progress: Progress, text: str) -> None:
+        now = monotonic()
+        last = shown.get(progress.stage)
+        if last is None or progress.done >= progress.total or now - last >= _SECONDS_BETWEEN_LINES:
+            shown[progress.stage] = now
+            show(progress, text)
+
+    return throttled
+
+
+@contextmanager
+def _lines() -> Iterator[Show]:
+    yield _throttled(lambda progress, text: logger.info("%s  %s", progress.stage, text))
+
+
+@contextmanager
+def _bars() -> Iterator[Show]:
+    columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}")
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(progress: Progress, text: str) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage, text="")
+            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, text=text)
+
+        yield show
+
+
+def _artifact(key: str) -> Show:
+    made = create_progress_artifact(0.0, key=key)
+    assert isinstance(made, UUID)  # and no coroutine: flows are synchronous here
+
+    def show(progress: Progress, text: str) -> None:
+        share = 100.0 * progress.done / max(progress.total, 1)
+        update_progress_artifact(made, share, description=f"{progress.stage}: {text}")
+
+    return _throttled(show)

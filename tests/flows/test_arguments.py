@@ -1,0 +1,88 @@
+"""Settings from flags and files: who wins, and what is said of those that can't be used."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.arguments import read_file, resolve, settings
+from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, TrainConfig
+from storage.errors import UsageError
+
+NEEDED = {("documents",): "d", ("table",): "t", ("teacher", "model"): "m"}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
+    file = write(
+        tmp_path, "documents: a\ntable: b\nteacher: {model: c, dtype: float32}\nselection: {seed: 3, draws: 9}"
+    )
+    config = resolve(CaptureConfig, {("table",): "mine", ("selection", "draws"): 5}, file)
+    assert (config.documents, config.table, config.teacher.dtype) == ("a", "mine", "float32")
+    assert (config.selection.seed, config.selection.draws, config.selection.max_k) == (3, 5, 24)
+
+
+def test_flags_alone_are_enough():
+    assert resolve(CaptureConfig, NEEDED, None).teacher.model == "m"
+
+
+@pytest.mark.parametrize("model", [CaptureConfig, TrainConfig, EvaluateConfig, DistillConfig])
+def test_every_setting_is_explained(model: type):
+    assert all(setting.field.description for setting in settings(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tabel: x", ["unknown setting tabel", "did you mean table?", "run.yaml, tabel"]),
+        ("selection: {topk: 4}", ["unknown setting selection.topk", "did you mean top_k?"]),
+        ("selection: {top-k: 4}", ["did you mean top_k?"]),
+        ("selection: {top_k: 4, draws: 3}", ["top_k says the whole selection", "run.yaml, selection"]),
+        ("teacher: {model: m, dtype: fp8}", ["teacher.dtype can't be used", "'bfloat16'", "found:       'fp8'"]),
+        ("teacher: m", ["teacher can't be used", "run.yaml, teacher"]),
+    ],
+)
+def test_a_wrong_file_is_explained(tmp_path: Path, text: str, said: list[str]):
+    flags = {path: value for path, value in NEEDED.items() if not text.startswith("teacher")}
+    with pytest.raises(UsageError) as error:
+        resolve(CaptureConfig, flags, write(tmp_path, text))
+    assert all(words in str(error.value) for words in said), error.value
+
+
+def test_what_is_missing_is_named_by_its_flag(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"teacher\.model is needed") as error:
+        resolve(CaptureConfig, {("documents",): "d", ("table",): "t"}, write(tmp_path, ""))
+    assert "--teacher.model" in str(error.value)
+
+
+def test_a_wrong_flag_is_named():
+    with pytest.raises(UsageError, match=r"--selection\.draws") as error:
+        resolve(CaptureConfig, {**NEEDED, ("selection", "draws"): -1}, None)
+    assert "greater than or equal to 0" in str(error.value)
+
+
+def test_many_mistakes_fit_on_a_screen(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"and \d+ more") as error:
+        resolve(CaptureConfig, {}, write(tmp_path, "\n".join(f"wrong{i}: 1" for i in range(40))))
+    assert len(str(error.value).splitlines()) < 24
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a: [", "is not YAML"), (b"- a", "holds no settings"), (b"\xff\xfe\x00a", "can't be read|is not YAML")],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        read_file(path)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path):
+    file = write(tmp_path, "")
+    with pytest.raises(UsageError, match=f"did you mean {file}"):
+        read_file(tmp_path / "run.yml")

@@ -1,0 +1,44 @@
+"""Progress lines: rates, time left, and how often they come."""
+
+import logging
+
+import pytest
+
+from flows import progress
+from flows.progress import Pace, describe, watching
+from pipeline.progress import Progress
+
+
+def test_a_line_says_how_far_how_fast_and_how_long():
+    text = describe(Progress("capture", 3_000, 12_000, "positions", {"bytes a position": 58.214}), 1_500.0)
+    assert text == "3,000/12,000 positions  1,500/s  0:00:06 left  bytes a position 58.21"
+
+
+def test_no_rate_before_anything_is_known():
+    assert describe(Progress("train", 0, 10, "steps"), None) == "0/10 steps"
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be moved by hand."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    return now
+
+
+def test_pace_counts_from_where_a_stage_was_first_heard_of(now: list[float]):
+    pace = Pace(50)
+    assert pace.rate(50) is None
+    now[0] = 110.0
+    assert pace.rate(90) == 4.0
+
+
+def test_lines_are_few_and_the_first_and_last_are_among_them(caplog: pytest.LogCaptureFixture, now: list[float]):
+    with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
+        for done in range(101):
+            watch(Progress("capture", done, 100, "positions"))
+            now[0] += 0.1
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "capture  0/100 positions"
+    assert lines[-1] == "capture  100/100 positions  10/s"
+    assert len(lines) == 3

@@ -1,0 +1,85 @@
+"""The shape of the whole: imports go only downward, files stay small, and the public names are these."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("storage", "pipeline", "flows")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("**/*.py"))
+
+FORBIDDEN = {
+    "storage": {"pipeline", "flows", "torch", "transformers", "accelerate", "prefect", "cyclopts"},
+    "pipeline": {"flows", "prefect", "cyclopts", "rich"},
+    "flows": {"torch", "transformers", "accelerate", "numpy", "pyarrow", "polars", "deltalake", "safetensors"},
+}
+
+PIPELINE = {
+    *("CaptureConfig", "TrainConfig", "EvaluateConfig", "DistillConfig"),
+    *("ColumnsConfig", "TeacherConfig", "SequencesConfig", "SelectionConfig", "ShardsConfig"),
+    *("StudentConfig", "LossConfig", "StreamConfig", "OptimiserConfig"),
+    *("capture", "train", "evaluate", "CaptureReport", "TrainReport", "EvaluationReport", "Progress"),
+    *("SoftLabelDataset", "distillation_loss"),
+}
+STORAGE = {
+    *("Table", "Shard", "Identity", "SoftLabels", "read", "inspect", "history"),
+    *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
+    *("TableError", "TableNotFoundError", "ProvenanceError", "IntegrityError"),
+}
+
+ALONE = ("loss", "divergence", "targets", "selection", "teacher")
+"""Modules of the pipeline that work where prefect, polars and deltalake are absent."""
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports name their package"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_only_downward(path: Path):
+    assert not imported(path) & FORBIDDEN[path.relative_to(ROOT).parts[0]]
+
+
+def test_files_stay_small():
+    files = [*FILES, *(ROOT / "tests").glob("**/*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: lines for name, lines in lengths.items() if lines >= 300}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_what_it_is_for(path: Path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize(("package", "names"), [("pipeline", PIPELINE), ("storage", STORAGE)])
+def test_public_names(package: str, names: set[str]):
+    module = __import__(package)
+    assert set(module.__all__) == names
+    for name in names:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        module.nothing  # noqa: B018
+
+
+def test_the_loss_the_selection_and_the_teacher_stand_alone():
+    absent = "import sys; sys.modules.update(dict.fromkeys(['prefect', 'polars', 'deltalake', 'cyclopts', 'flows']))"
+    imports = ", ".join(f"pipeline.{module}" for module in ALONE)
+    subprocess.run([sys.executable, "-c", f"{absent}; import {imports}"], cwd=ROOT, check=True)
+
+
+def test_asking_for_settings_loads_no_heavy_library():
+    heavy = {"torch", "transformers", "prefect", "polars", "pyarrow", "deltalake", "matplotlib"}
+    code = f"import sys, flows.cli, pipeline.config; print(*({heavy!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
