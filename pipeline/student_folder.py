@@ -1,0 +1,162 @@
+"""Where a student lives: its folder, there whole or not at all, and beside it what an unfinished run has come to.
+
+    STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of)
+    STUDENT.training/    run.json and checkpoints, until the student is finished
+
+Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pipeline.config import TrainConfig
+from storage.errors import UsageError
+from storage.files import publish
+from storage.table import Table, parse
+
+_FREE = {"output", "table", "stream.micro_rows", "optimiser.device", "optimiser.checkpoint_steps"} | {
+    "optimiser.gradient_checkpointing"
+}
+"""Settings that change where and how fast a student is trained, but not what it becomes; the table has a record."""
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """A student's folder and its unfinished run."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        """Folder of the unfinished run."""
+        return self.path.with_name(f"{self.path.name}.training")
+
+    @property
+    def scratch(self) -> Path:
+        """Where checkpoints and the student are written before they are whole."""
+        return self.run / "scratch"
+
+    def finished(self) -> dict[str, Any] | None:
+        """What the finished student's softlabel.json says."""
+        return _read(self.path / "softlabel.json")
+
+    def begin(self, config: TrainConfig) -> Table:
+        """The table that this run reads: the version that an unfinished run began with, or the one asked for.
+
+        Raises:
+            UsageError: if the folder holds anything but a student of these settings, finished or not.
+        """
+        finished, unfinished = self.finished(), _read(self.run / "run.json")
+        table = config.table
+        if finished is None and unfinished is not None and parse(table)[1] is None:
+            table = f"{table}@{unfinished['table']['version']}"
+        opened = Table.open(table)
+        settings = {"config": config.model_dump(mode="json"), "table": table_record(opened)}
+        recorded = finished or unfinished
+        if recorded is not None:
+            self._require_same(recorded, settings, finished is not None)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UsageError(
+                "the output folder holds something else",
+                expected="an empty folder, none, or a student that was trained with these settings",
+                found=", ".join(sorted(path.name for path in self.path.iterdir())[:5]),
+                where=self.path,
+                do="choose another output",
+            )
+        else:
+            publish(json.dumps(settings, indent=2).encode(), self.run / "run.json")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return opened
+
+    def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
+        """Put a finished student in its place, all at once, and drop what its run had come to."""
+        whole = self.scratch / "student"
+        student.save_pretrained(whole)
+        shutil.copytree(tokenizer, whole, dirs_exist_ok=True)
+        (whole / "README.md").write_text(_card(record), encoding="utf-8")
+        (whole / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole.rename(self.path)
+        shutil.rmtree(self.run)
+
+    def _require_same(self, recorded: Mapping[str, Any], settings: Mapping[str, Any], finished: bool) -> None:
+        before, now = _flatten(recorded["config"]), _flatten(settings["config"])
+        names = [name for name in before if name in now and name not in _FREE and before[name] != now[name]]
+        differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
+        then, today = _flatten(recorded["table"]), _flatten(settings["table"])
+        if then["content"] != today["content"]:
+            differences.append(
+                f"table: {then['location']}@{then['version']} then, {today['location']}@{today['version']} now"
+            )
+        if differences:
+            raise UsageError(
+                f"there is {'a' if finished else 'an unfinished'} student here, with other settings",
+                expected="the same settings and the same version of the table, or an empty place",
+                found="\n               ".join(differences),
+                where=self.path if finished else self.run,
+                do="choose another output, or delete that folder; TABLE@VERSION pins a version of the table",
+            )
+
+
+def table_record(table: Table) -> dict[str, Any]:
+    """What a student's record says of its table; the content is a hash of the names that its shards have by theirs."""
+    shards = "\n".join(shard.path for shard in table.shards())
+    return {
+        "location": str(Path(table.location).absolute()),
+        "version": table.version,
+        "identity": table.identity.model_dump(mode="json"),
+        "content": hashlib.sha256(shards.encode()).hexdigest(),
+    }
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    """The model card: what a finder of the folder asks first."""
+    config, table = record["config"], record["table"]
+    source = next(
+        f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value is not None
+    )
+    evaluated = [entry for entry in record["history"] if "eval_kl" in entry]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation, softlabel]",
+        "---",
+        "",
+        f"# {Path(config['output']).name}",
+        "",
+        f"A student of {record['parameters']:,} parameters, trained by softlabel on what a teacher said of a corpus.",
+        "",
+        f"- from: {source}",
+        f"- table: {table['location']}, version {table['version']}",
+        "- loss: {hard_weight:g} x cross-entropy + {soft_weight:g} x {divergence}, temperature {temperature:g}".format(
+            **config["loss"]
+        ),
+        *(f"- {name.replace('_', ' ')}: {value:.4g}" for entry in evaluated[-1:] for name, value in entry.items()),
+        "",
+        "softlabel.json holds every setting, the table's provenance and the training curve.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,210 @@
+"""Train a student from a soft-label table: ``train`` builds it, runs it, and puts it in its folder with its record.
+
+Idempotent: a finished student is left as it is, an unfinished one goes on from its last checkpoint. The loop is
+``pipeline.trainer``'s, what a student is ``pipeline.student``'s, where it lies ``pipeline.student_folder``'s.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from pipeline.batch import Batch
+from pipeline.config import TrainConfig
+from pipeline.dataset import SoftLabelDataset
+from pipeline.holdout import Holdout
+from pipeline.order import Cursor
+from pipeline.progress import Watch, unwatched
+from pipeline.student import build, parameters
+from pipeline.student_folder import StudentFolder, table_record
+from pipeline.targets import resolve_target
+from pipeline.trainer import Distillation, DistillationTrainer, cursor_of, newest_checkpoint
+from storage.errors import IntegrityError, TableError, UsageError
+from storage.provenance import circumstances
+from storage.table import Table, parse
+
+EVAL_TOKENS = 16_384
+"""Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
+_LOGGED_STEPS = 500
+"""Points of a training curve, at most about."""
+_HISTORY = ("loss", "hard", "soft", "learning_rate", "positions", "eval_kl", "eval_cross_entropy", "eval_agreement")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run of ``train`` came to."""
+
+    output: str
+    table: str
+    """TABLE@version."""
+    steps: int
+    """Optimiser steps that the student has had."""
+    steps_trained: int
+    """Those of this run: 0 if the student was finished already."""
+    resumed_from: int | None
+    """Step of the checkpoint that this run went on from."""
+    parameters: int
+    positions: int
+    """Captured positions that the student has been trained on."""
+    seconds: float
+    metrics: dict[str, float]
+    """The last evaluation on the eval split (eval_kl, eval_cross_entropy, eval_agreement); empty without one."""
+
+
+def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
+    """Train a student, or go on training it, until it is finished.
+
+    Under torchrun each rank calls this, and takes its share.
+
+    Raises:
+        UsageError: if the settings contradict the table, each other, or what is in the output folder.
+        StudentError: if the student can't be built, or does not fit the table.
+        TrainingError: if the loss is no longer a number.
+        TableError: if the table can't be read.
+    """
+    began = time.monotonic()
+    folder = StudentFolder(Path(config.output))
+    ranks = PartialState(cpu=_on_cpu(config))
+    with ranks.main_process_first():  # the first decides on the table's version
+        table = folder.begin(config)
+    finished = folder.finished()
+    if finished is not None:
+        return _report(config, finished, 0, None, time.monotonic() - began)
+
+    _require_target(config, table)
+    set_seed(config.optimiser.seed)
+    student = build(config.student, table)
+    checkpoint = newest_checkpoint(folder.run)
+    start = cursor_of(checkpoint) if checkpoint else Cursor()
+    trainer = _trainer(config, table, student, folder, start, watch)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    record = _record(config, table, student, trainer)
+    if ranks.is_main_process:
+        folder.finish(student, table.tokenizer, record)
+    ranks.wait_for_everyone()
+    resumed_from = start.step if checkpoint else None
+    return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+
+
+def _trainer(
+    config: TrainConfig,
+    table: Table,
+    student: PreTrainedModel,
+    folder: StudentFolder,
+    start: Cursor,
+    watch: Watch,
+) -> DistillationTrainer:
+    ranks, settings = PartialState(), config.optimiser
+    dataset = SoftLabelDataset(
+        table,
+        config.stream,
+        rank=ranks.process_index,
+        world_size=ranks.num_processes,
+        start=start,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    evaluation = _evaluation(table, config.stream.row_tokens)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = TrainingArguments(
+        output_dir=str(folder.scratch),
+        max_steps=dataset.total_steps,
+        gradient_accumulation_steps=dataset.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=round(settings.warmup * dataset.total_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_gradient_norm,
+        bf16=settings.bf16,
+        use_cpu=_on_cpu(config),
+        seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        eval_strategy="steps" if evaluation else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=bool(evaluation) and start.step == 0,
+        logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
+        logging_nan_inf_filter=False,
+        ignore_data_skip=True,  # the dataset itself begins where the checkpoint was taken
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's business, never nn.DataParallel's
+    module = Distillation(student, table, config.loss, config.stream.max_k)
+    return DistillationTrainer(module, arguments, dataset, evaluation, table, folder.run, watch)
+
+
+def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
+    """The first held-out batches, in the table's order; none if nothing is held out."""
+    try:
+        holdout = Holdout.of(table)
+    except IntegrityError:
+        raise
+    except TableError:
+        return []
+    return list(islice(holdout.batches(row_tokens), max(1, EVAL_TOKENS // row_tokens)))
+
+
+def _require_target(config: TrainConfig, table: Table) -> None:
+    """Refuse a loss that the table can't give, before anything is built."""
+    if config.loss.soft_weight:
+        draws = table.identity.selection.draws > 0
+        resolve_target(config.loss, table.temperatures, draws, config.stream.max_k)
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    """Whether the CPU is asked for; otherwise each rank takes the GPU that has its local rank.
+
+    Raises:
+        UsageError: if a certain GPU is asked for, or one where there is none.
+    """
+    name = config.optimiser.device
+    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(
+            f"a student can't be trained on {name!r} here",
+            expected="optimiser.device: auto, cpu, or cuda where there is a GPU",
+            found=f"optimiser.device: {name}, {torch.cuda.device_count()} GPUs",
+            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, torchrun uses them all",
+        )
+    return name == "cpu" or not torch.cuda.is_available()
+
+
+def _record(
+    config: TrainConfig, table: Table, student: PreTrainedModel, trainer: DistillationTrainer
+) -> dict[str, Any]:
+    history = [
+        {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
+    ]
+    return {
+        "config": config.model_dump(mode="json"),
+        "table": table_record(table),
+        "parameters": parameters(student),
+        "history": [entry for entry in history if len(entry) > 1],
+        "circumstances": circumstances(device=str(trainer.args.device), ranks=str(trainer.args.world_size)),
+    }
+
+
+def _report(
+    config: TrainConfig, record: dict[str, Any], steps_trained: int, resumed_from: int | None, seconds: float
+) -> TrainReport:
+    trained = [entry for entry in record["history"] if "positions" in entry]
+    evaluated = [entry for entry in record["history"] if "eval_kl" in entry]
+    return TrainReport(
+        output=config.output,
+        table=f"{parse(config.table)[0]}@{record['table']['version']}",
+        steps=trained[-1]["step"],
+        steps_trained=steps_trained,
+        resumed_from=resumed_from,
+        parameters=record["parameters"],
+        positions=trained[-1]["positions"],
+        seconds=seconds,
+        metrics={name: value for name, value in evaluated[-1].items() if name != "step"} if evaluated else {},
+    )
