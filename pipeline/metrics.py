@@ -136,18 +136,19 @@ def _student(
 ) -> Tensor:
     """(n, 3) cross-entropy, KL and agreement (1, 0, or NaN if the teacher's likeliest token is not known)."""
     logits = head(states)[:, :vocabulary].float()
-    log_total = logits.logsumexp(1, keepdim=True)
+    top, argmax = logits.max(1, keepdim=True)
+    log_total = top + (logits - top).exp_().sum(1, keepdim=True).log()
     hard = log_total - logits.gather(1, next_ids[:, None])
-    agreement = (logits.argmax(1) == likeliest).float().masked_fill(likeliest < 0, torch.nan)
-    kept = targets.logprobs > -torch.inf
-    kept_logits = logits.gather(1, targets.ids)
-    # Added, not written: entries that pad a row all name id 0, which may be kept, or one of the rest.
-    logits.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0))
-    log_s = torch.cat([kept_logits, logits.logsumexp(1, keepdim=True)], 1) - log_total
-    log_t = torch.cat([targets.logprobs, targets.log_rest[:, None]], 1)
+    agreement = (argmax[:, 0] == likeliest).float().masked_fill(likeliest < 0, torch.nan)
+    log_s = logits.gather(1, targets.ids) - log_total
     if targets.target == "sampled":
-        kl = cross_entropy(log_t, log_s) - targets.entropies
+        kl = cross_entropy(targets.logprobs, log_s) - targets.entropies
     else:
+        # Added, not written: entries that pad a row all name id 0, which may be kept, or one of the rest.
+        kept = targets.logprobs > -torch.inf
+        logits.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0))
+        log_s = torch.cat([log_s, logits.logsumexp(1, keepdim=True) - log_total], 1)
+        log_t = torch.cat([targets.logprobs, targets.log_rest[:, None]], 1)
         kl = divergence_terms("forward_kl", log_t, log_s, mix=0.5)[0].sum(1)
     return torch.stack([hard[:, 0], kl, agreement], 1)
 
