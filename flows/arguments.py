@@ -152,9 +152,8 @@ def _explain(
             return UsageError(f"unknown setting {name}", expected=", ".join(siblings), where=where, do=advice)
         case "missing":
             needed = _first_needed(model, path)
-            lacking = f"{file} has no {'.'.join(needed)}" if file else None
             return UsageError(
-                f"{'.'.join(needed)} is needed", where=where, do=f"give {_flag(needed)}, or set it in a file"
+                f"{'.'.join(needed)} is needed", where=file, do=f"give {_flag(needed)}, or set it in a file"
             )
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")

@@ -108,8 +108,16 @@ def _artifact(key: str) -> Show:
     made = create_progress_artifact(0.0, key=key)
     assert isinstance(made, UUID)  # and no coroutine: flows are synchronous here
 
+    reachable = True
+
     def show(progress: Progress, text: str) -> None:
+        nonlocal reachable
         share = 100.0 * progress.done / max(progress.total, 1)
-        update_progress_artifact(made, share, description=f"{progress.stage}: {text}")
+        try:
+            if reachable:
+                update_progress_artifact(made, share, description=f"{progress.stage}: {text}")
+        except Exception as error:  # hours of work must not end because nobody could be told of them
+            reachable = False
+            logger.warning("the progress artifact is no longer kept: %s", error)
 
     return _throttled(show)

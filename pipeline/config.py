@@ -92,7 +92,11 @@ class SelectionConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_k is not None:
-            clash = sorted({"top_p", "min_k", "max_k", "draws"} & self.model_fields_set)
+            # By value, not by what was set: a dumped model names every field, and has to be read back.
+            fields = type(self).model_fields
+            clash = [
+                name for name in ("top_p", "min_k", "max_k", "draws") if getattr(self, name) != fields[name].default
+            ]
             if clash:
                 raise ValueError(f"top_k says the whole selection; leave out {', '.join(clash)}")
         elif self.min_k > self.max_k:

@@ -86,3 +86,8 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path):
     file = write(tmp_path, "")
     with pytest.raises(UsageError, match=f"did you mean {file}"):
         read_file(tmp_path / "run.yml")
+
+
+def test_what_a_run_saved_can_be_read_back():
+    config = resolve(CaptureConfig, {**NEEDED, ("selection", "top_k"): 64}, None)
+    assert CaptureConfig.model_validate_json(config.model_dump_json()) == config
