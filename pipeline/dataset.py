@@ -17,10 +17,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.batch import COLUMNS, Batch, RowGroup, collate
 from pipeline.config import StreamConfig
-from pipeline.order import Cursor, Ints, Plan, plan_epoch, share
+from pipeline.order import Cursor, Ints, Plan, accumulation, plan_epoch, share
 from storage.errors import UsageError
 from storage.reader import open_shard, read
 from storage.table import Shard, Table
+
+WINDOW_TOKENS = 1 << 20
+"""Sequences are mixed and packed among so many tokens. It is part of the order: a run that goes on after a change of
+it would see some sequences twice."""
 
 
 class SoftLabelDataset(IterableDataset[Batch]):
@@ -83,7 +87,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
     @property
     def accumulation(self) -> int:
         """Batches that each rank yields an optimiser step."""
-        return _ceil(_ceil(self._stream.batch_rows, self._world_size), self._stream.micro_rows)
+        return accumulation(self._stream.batch_rows, self._world_size, self._stream.micro_rows)
 
     def state(self, step: int) -> Cursor:
         """Where a run is that has done so many optimiser steps, those before ``start`` included.
@@ -139,11 +143,11 @@ class SoftLabelDataset(IterableDataset[Batch]):
         if cursor.epoch > whole or epochs == whole:
             return cursor.step
         part = math.ceil((epochs - whole) * self._packs_in(whole)) - cursor.packs
-        return cursor.step + max(0, _ceil(part, self._stream.batch_rows))
+        return cursor.step + max(0, math.ceil(part / self._stream.batch_rows))
 
     def _steps_left(self, cursor: Cursor) -> int:
         """Steps from a cursor to the end of its epoch."""
-        return _ceil(self._packs_in(cursor.epoch) - cursor.packs, self._stream.batch_rows)
+        return math.ceil((self._packs_in(cursor.epoch) - cursor.packs) / self._stream.batch_rows)
 
     def _packs_in(self, epoch: int) -> int:
         if epoch not in self._packs:
@@ -156,6 +160,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
                 self._index.tokens,
                 self._index.group_starts,
                 self._stream.row_tokens,
+                WINDOW_TOKENS,
                 seed=self._stream.seed,
                 epoch=epoch,
                 shuffle=self._shuffle,
@@ -257,7 +262,3 @@ class _Windows:
 
     def _load_group(self, shard: Shard, number: int) -> RowGroup:
         return RowGroup(read(self._table, shard, COLUMNS, [number]))
-
-
-def _ceil(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)

@@ -5,6 +5,7 @@ no worker and no batch size, and it never touches what a sequence holds. Whoever
 position, so that another number of ranks, or a resumed run, sees the same plan.
 """
 
+import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
@@ -12,9 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-
-WINDOW_TOKENS = 1 << 20
-"""Sequences are mixed and packed among so many tokens: about what a reader has in memory, twice."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,11 @@ def plan_epoch(
     lengths: NDArray[np.int32],
     group_starts: Ints,
     row_tokens: int,
+    window_tokens: int,
     *,
-    seed: int = 0,
-    epoch: int = 0,
+    seed: int,
+    epoch: int,
     shuffle: bool = True,
-    window_tokens: int = WINDOW_TOKENS,
 ) -> Plan:
     """Order and packing of one epoch.
 
@@ -86,10 +84,10 @@ def plan_epoch(
         lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``row_tokens``.
         group_starts: (row groups + 1,) the first sequence of each row group, and the number of sequences.
         row_tokens: tokens of a training row.
+        window_tokens: tokens among which sequences are mixed and packed.
         seed: of the order.
         epoch: which pass this is, from 0.
         shuffle: False for the table's own order.
-        window_tokens: tokens among which sequences are mixed and packed.
     """
     draw = _Draw(seed, epoch)
     group_tokens = np.add.reduceat(np.append(lengths.astype(np.int64), 0), group_starts)[:-1]
@@ -138,6 +136,11 @@ def best_fit(lengths: NDArray[np.int32], capacity: int) -> Ints:
     first = np.unique(packs, return_index=True)[1]
     renumbered: Ints = np.argsort(np.argsort(first))[packs]
     return renumbered
+
+
+def accumulation(batch_rows: int, world_size: int, micro_rows: int) -> int:
+    """Micro-batches that each rank makes of its share of ``batch_rows`` packs."""
+    return math.ceil(math.ceil(batch_rows / world_size) / micro_rows)
 
 
 def share(first: int, last: int, rank: int, world_size: int, micro_rows: int, micro: int) -> range:

@@ -69,10 +69,15 @@ class Table:
         self._vocabulary_file = settings["softlabel.vocabulary"]
         self._tokenizer_folder = settings["softlabel.tokenizer"]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process, such as a loader's worker, opens the same version for itself."""
+        return type(self).open, (f"{self.location}@{self.version}",)
+
     @staticmethod
     def exists(location: str) -> bool:
         """Whether there is a table, of softlabel's or another's making."""
-        return bool(DeltaTable.is_deltatable(parse(location)[0]))
+        path = parse(location)[0]
+        return Path(path).is_dir() and bool(DeltaTable.is_deltatable(path))
 
     @classmethod
     def open(cls, location: str) -> Self:
@@ -80,19 +85,34 @@ class Table:
 
         Raises:
             TableNotFoundError: if there is no table, or no such version.
+            IntegrityError: if its log is damaged.
             TableError: if it is a table of another kind.
         """
         path, version = parse(location)
         try:
             return cls(path, DeltaTable(path, version=version))
         except (DeltaNotFoundError, DeltaError, OSError) as error:
-            here = DeltaTable.is_deltatable(path) if Path(path).is_dir() else False
-            raise TableNotFoundError(
-                f"there is no version {version} of this table" if here else "there is no soft-label table here",
-                expected="a folder that softlabel capture made",
-                found=str(error).splitlines()[0],
-                where=location,
-                do="see softlabel history for its versions" if here else "check the path, or run softlabel capture",
+            found = str(error).splitlines()[0]
+            if not cls.exists(path):
+                raise TableNotFoundError(
+                    "there is no soft-label table here",
+                    expected="a folder that softlabel capture made",
+                    found=found,
+                    where=location,
+                    do="check the path, or run softlabel capture",
+                ) from error
+            if version is not None and not Path(path, "_delta_log", f"{version:020}.json").exists():
+                raise TableNotFoundError(
+                    f"there is no version {version} of this table",
+                    found=found,
+                    where=location,
+                    do="see softlabel history for its versions",
+                ) from error
+            raise IntegrityError(
+                "the table's log can't be read",
+                found=found,
+                where=Path(path, "_delta_log"),
+                do="restore this folder from a copy of the table",
             ) from error
 
     @classmethod
@@ -206,8 +226,10 @@ class Table:
         return pl.scan_delta(self.location, version=self.version)
 
     def history(self) -> list[dict[str, Any]]:
-        """What each commit says of itself, newest first."""
-        return [dict(commit) for commit in self._delta.history()]
+        """What each commit up to this version says of itself, newest first."""
+        # Asked of an old version, delta-rs lists every commit there is and numbers them from the old version down.
+        commits = DeltaTable(self.location).history()
+        return [dict(commit) for commit in commits if commit["version"] <= self.version]
 
     def newest(self) -> Self:
         """The same table at its newest version."""

@@ -1,11 +1,13 @@
 """Every sequence exactly once an epoch, whoever takes which share, and the same plan for whoever asks."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import Plan, best_fit, plan_epoch, share
+from pipeline.order import Plan, accumulation, best_fit, plan_epoch, share
 
 CAPACITY = 64
 
@@ -15,7 +17,7 @@ groups = st.lists(st.lists(st.integers(2, CAPACITY), min_size=1, max_size=9), mi
 def planned(groups: list[list[int]], **settings: object) -> Plan:
     lengths = np.array([length for group in groups for length in group], np.int32)
     starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
-    return plan_epoch(lengths, starts, CAPACITY, **{"window_tokens": 300, **settings})
+    return plan_epoch(lengths, starts, CAPACITY, **{"window_tokens": 300, "seed": 0, "epoch": 0, **settings})
 
 
 @given(groups, st.integers(0, 2**63), st.integers(0, 5), st.booleans())
@@ -36,7 +38,7 @@ def test_a_window_holds_whole_row_groups(groups, seed):
     starts = np.cumsum([0] + [len(group) for group in groups])
     for number in range(plan.windows):
         window = set(plan.window(number).tolist())
-        for first, last in zip(starts[:-1], starts[1:], strict=True):
+        for first, last in itertools.pairwise(starts):
             assert len(window & set(range(first, last))) in (0, last - first)
 
 
@@ -84,7 +86,7 @@ def test_best_fit_wastes_little(lengths):
 def test_rows_are_nearly_full():
     lengths = np.random.default_rng(0).integers(2, 1025, 50_000, dtype=np.int32)
     starts = np.append(np.arange(0, len(lengths), 256), len(lengths))
-    plan = plan_epoch(lengths, starts, 1024)
+    plan = plan_epoch(lengths, starts, 1024, 1 << 20, seed=0, epoch=0)
     assert lengths.sum() / (plan.packs * 1024) > 0.97
 
 
@@ -97,13 +99,12 @@ def test_shares_deal_out_every_pack_once_over_changes_of_topology(packs, phases)
     """Each phase has its own world size, micro-batch, global batch and number of steps; the last runs to the end."""
     cursor, seen = 0, []
     for world_size, micro_rows, batch_rows, steps in [*phases, (2, 2, 8, 50)]:
-        accumulation = -(-(-(-batch_rows // world_size)) // micro_rows)
         for _ in range(steps):
             first, last = cursor, min(packs, cursor + batch_rows)
             shares = [
                 share(first, last, rank, world_size, micro_rows, micro)
                 for rank in range(world_size)
-                for micro in range(accumulation)
+                for micro in range(accumulation(batch_rows, world_size, micro_rows))
             ]
             assert all(len(part) <= micro_rows for part in shares)
             seen += sorted(pack for part in shares for pack in part)
@@ -113,5 +114,6 @@ def test_shares_deal_out_every_pack_once_over_changes_of_topology(packs, phases)
 
 @pytest.mark.parametrize("lengths", [[], [CAPACITY]])
 def test_the_smallest_tables(lengths):
-    plan = plan_epoch(np.array(lengths, np.int32), np.array([0, len(lengths)][: len(lengths) + 1]), CAPACITY)
+    starts = np.arange(len(lengths) + 1)
+    plan = plan_epoch(np.array(lengths, np.int32), starts, CAPACITY, 300, seed=0, epoch=0)
     assert plan.packs == len(lengths)
