@@ -1,0 +1,195 @@
+"""Creating and opening tables: versions, wrong paths, damaged logs, and two processes that create at once."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+
+from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.schema import SEQUENCE, SOFT_LABELS
+from storage.table import Table, parse
+from tests.conftest import ROOT
+from tests.storage.tables import CARRIED, VOCABULARY, add, identity, make_table, random_labels
+
+
+def test_a_new_table(table: Table):
+    assert table.version == 0
+    assert table.shards() == []
+    assert table.identity == identity()
+    assert table.temperatures == (1.0,)
+    assert table.carried.equals(CARRIED)
+    assert table.schema.equals(pa.schema([*SEQUENCE, *SOFT_LABELS, *CARRIED]))
+    assert sorted(file.name for file in table.tokenizer.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert Table.exists(table.location)
+
+
+def test_ids_are_numbered_by_how_often_they_occur(table: Table):
+    labels = random_labels(50, seed=0)
+    counts = np.bincount(np.concatenate([labels.head_ids, labels.tail_ids]), minlength=VOCABULARY)
+    assert table.vocabulary.dtype == table.ranks.dtype == np.int32
+    assert (np.diff(counts[table.vocabulary]) <= 0).all()
+    np.testing.assert_array_equal(table.ranks[table.vocabulary], np.arange(VOCABULARY))
+    np.testing.assert_array_equal(np.sort(table.vocabulary), np.arange(VOCABULARY))
+
+
+def test_a_version_stays_what_it_was(filled: Table):
+    assert [Table.open(f"{filled.location}@{n}").version for n in range(3)] == [0, 1, 2]
+    assert Table.open(filled.location).version == filled.newest().version == 2
+    first = Table.open(f"{filled.location}@1")
+    assert sum(shard.rows for shard in first.shards()) == 40
+    assert first.scan().collect().height == 40
+    assert filled.scan().collect().height == 80
+    assert {shard.path for shard in first.shards()} < {shard.path for shard in filled.shards()}
+    assert [shard.split for shard in filled.shards("eval")] == ["eval"] * 2
+
+
+def test_history_of_an_old_version_ends_with_it(filled: Table):
+    for version in range(3):
+        history = Table.open(f"{filled.location}@{version}").history()
+        assert [commit["version"] for commit in history] == list(range(version, -1, -1))
+        assert [commit["operation"] for commit in history] == ["WRITE"] * version + ["CREATE TABLE"]
+
+
+@pytest.mark.parametrize(
+    ("location", "parsed"),
+    [("a/b", ("a/b", None)), ("a/b@12", ("a/b", 12)), ("a@b", ("a@b", None)), ("a@1/b@2", ("a@1/b", 2))],
+)
+def test_parse(location, parsed):
+    assert parse(location) == parsed
+
+
+def test_what_is_not_there(filled: Table, tmp_path: Path):
+    with pytest.raises(TableNotFoundError, match="no version 7"):
+        Table.open(f"{filled.location}@7")
+    for path in (tmp_path / "nothing", tmp_path / "empty", tmp_path / "file"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(TableNotFoundError, match="no soft-label table here"):
+            Table.open(str(path))
+        assert not Table.exists(str(path))
+    assert not (tmp_path / "nothing").exists(), "looking makes nothing"
+
+
+def test_a_table_of_another_kind(tmp_path: Path):
+    write_deltalake(tmp_path / "other", pa.table({"x": [1]}))
+    with pytest.raises(TableError, match=r"no such property(.|\n)*other"):
+        Table.open(str(tmp_path / "other"))
+    with pytest.raises(TableError, match="no soft-label table"):
+        make_table(tmp_path / "other", identity())
+
+
+def test_a_damaged_log_is_no_missing_table(filled: Table):
+    log = Path(filled.location) / "_delta_log" / f"{1:020}.json"
+    log.write_text(log.read_text()[:100])
+    for location in (filled.location, f"{filled.location}@1"):
+        with pytest.raises(IntegrityError, match="log can't be read"):
+            Table.open(location)
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "foreign"])
+def test_a_damaged_vocabulary(filled: Table, damage: str):
+    (path,) = Path(filled.location).glob("_softlabel/vocabulary-*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "flip":
+        path.write_bytes(content)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        shutil.copy(next(Path(filled.location).glob("split=train/*")), path)
+    with pytest.raises(IntegrityError, match=path.name):
+        _ = Table.open(filled.location).vocabulary
+
+
+def test_create_again_adopts_or_refuses(filled: Table):
+    again = make_table(Path(filled.location), identity(), seed=1)
+    assert again.version == 2
+    np.testing.assert_array_equal(again.vocabulary, filled.vocabulary)
+    selection = identity().selection.model_copy(update={"max_k": 5})
+    with pytest.raises(ProvenanceError, match=r"selection.max_k: the table has 8, this run 5") as error:
+        make_table(Path(filled.location), identity(selection=selection))
+    assert "min_k" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [pa.field("positions", pa.int64()), pa.field("when", pa.timestamp("us")), pa.field("xs", pa.list_(pa.int64()))],
+)
+def test_columns_that_can_not_be_carried(tmp_path: Path, field: pa.Field):
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(UsageError, match=field.name):
+        Table.create(str(tmp_path / "t"), identity(), pa.schema([field]), random_labels(5), tmp_path / "tokenizer")
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_folder_that_can_not_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "tokenizer").mkdir()
+    for location in (tmp_path / "file" / "table", Path("/proc/table")):
+        with pytest.raises(TableError, match=f"can't be made(.|\n)*{location}"):
+            Table.create(str(location), identity(), CARRIED, random_labels(5), tmp_path / "tokenizer")
+
+
+def test_a_tokenizer_that_can_not_be_copied_leaves_no_table(tmp_path: Path):
+    with pytest.raises(TableError, match="can't be made"):
+        Table.create(str(tmp_path / "t"), identity(), CARRIED, random_labels(5), tmp_path / "nothing")
+    assert not Table.exists(str(tmp_path / "t"))
+
+
+RACER = """
+import json, sys, time
+from pathlib import Path
+from storage.errors import ProvenanceError
+from tests.storage.tables import identity, make_table
+folder, seed, selection_seed, start = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+changed = identity(selection=identity().selection.model_copy(update={"seed": selection_seed}))
+made = []
+for n in range(15):
+    while time.time() < start + n * 0.06:
+        pass
+    try:
+        made.append(make_table(folder / f"table{n}", changed, seed).vocabulary[:9].tolist())
+    except ProvenanceError as error:
+        made.append(str(error))
+print(json.dumps(made))
+"""
+
+
+def race(folder: Path, selection_seeds: tuple[int, int]) -> list[list[list[int] | str]]:
+    """Two processes create the same 15 tables at the same times; the vocabulary or the error that each gets."""
+    start = str(time.time() + 2)
+    racers = []
+    for seed, selection_seed in enumerate(selection_seeds):
+        (folder / str(seed)).mkdir()
+        command = [sys.executable, "-c", RACER, str(folder), str(seed), str(selection_seed), start]
+        racers.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    outputs = [racer.communicate()[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    return [json.loads(output) for output in outputs]
+
+
+def test_two_processes_create_the_same_table(tmp_path: Path):
+    """Both come away with one table, numbered by the labels of whoever was first."""
+    first, second = race(tmp_path, (0, 0))
+    assert first == second
+    by_seed = [make_table(tmp_path / f"alone{n}" / "table", identity(), n).vocabulary[:9].tolist() for n in range(2)]
+    assert all(ids in by_seed for ids in first)
+    for n in range(15):
+        table = Table.open(str(tmp_path / f"table{n}"))
+        assert table.version == 0
+        assert add(table, ["a"]).sequences == 1
+
+
+def test_two_processes_create_different_tables_at_one_place(tmp_path: Path):
+    """One has it; the other is told what differs."""
+    for a, b in zip(*race(tmp_path, (0, 1)), strict=True):
+        (error,) = [part for part in (a, b) if isinstance(part, str)]
+        assert "selection.seed: the table has" in error
+        assert "temperatures" not in error
