@@ -79,6 +79,8 @@ class StudentFolder:
         """Put a finished student in its place, all at once, and drop what its run had come to."""
         whole = self.scratch / "student"
         student.save_pretrained(whole)
+        for weights in whole.glob("*.safetensors"):
+            shutil.copymode(whole / "config.json", weights)  # safetensors leaves them to their owner alone
         shutil.copytree(tokenizer, whole, dirs_exist_ok=True)
         (whole / "README.md").write_text(_card(record), encoding="utf-8")
         (whole / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -51,7 +51,7 @@ class Distillation(nn.Module):
     def __init__(self, student: PreTrainedModel, table: Table, loss: LossConfig, max_k: int | None) -> None:
         super().__init__()
         self.student = student
-        self.register_buffer("vocabulary", torch.from_numpy(table.vocabulary), persistent=False)
+        self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
         self._temperatures = table.temperatures
         self._loss = loss
         self._max_k = max_k
@@ -112,19 +112,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The dataset's batches as they are: it knows its rank, its order and where to begin."""
-        return DataLoader(self.train_dataset, batch_size=None, pin_memory=self.args.device.type == "cuda")
+        pinned = self.args.device.type == "cuda"
+        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned)
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: object = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch: object = None) -> Tensor:
         """One micro-batch, forward and backward; the Trainer's own divides by the number of micro-batches, too."""
         model.train()
+        batch = inputs["batch"].to(self.args.device, non_blocking=True)
         with self.compute_loss_context_manager():
-            loss, parts = model(inputs.to(self.args.device, non_blocking=True))
+            loss, parts = model(batch)
         # DDP averages the ranks' gradients, and the log their losses; both are to be sums.
         loss = loss * self.args.world_size
         self.accelerator.backward(loss)
         trained: Tensor = loss.detach()
         self._step_loss += trained
-        self._parts += torch.cat([parts, parts.new_tensor([len(inputs.positions)])])
+        self._parts += torch.cat([parts, parts.new_tensor([len(batch.positions)])])
         return trained
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -221,6 +223,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def cursor_of(checkpoint: Path) -> Cursor:
     """Where the stream was when a checkpoint was taken."""
     return Cursor(**json.loads((checkpoint / _CURSOR).read_text()))
+
+
+def _as_inputs(batch: Batch) -> dict[str, Batch]:
+    return {"batch": batch}  # the Trainer looks for names in its inputs
 
 
 def _by_step(folder: Path) -> list[Path]:
