@@ -9,12 +9,19 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from flows.distill import DistillReport
+    from pipeline.capturing import CaptureReport
     from pipeline.evaluation import EvaluationReport
     from pipeline.training import TrainReport
     from storage.inspection import HistoryEntry
     from storage.provenance import Identity
 
 _console = Console(highlight=False, soft_wrap=True)
+
+
+def show_capture(report: "CaptureReport") -> None:
+    """What was captured, what was there already, what could not be used, and what to do next."""
+    _capture_line(report)
+    _next([f"softlabel inspect {report.table}", f"softlabel train {report.table} STUDENT --student.layers 0 1 2"])
 
 
 def show_train(report: "TrainReport") -> None:
@@ -70,6 +77,21 @@ def show_history(result: Mapping[str, Sequence["HistoryEntry"]]) -> None:
             str(entry.version), when, entry.operation, entry.user, *(f"{n:,}" for n in counts), _bytes(entry.bytes)
         )
     _console.print(versions)
+
+
+def _capture_line(report: "CaptureReport") -> None:
+    where = f"[bold]{report.table}[/] (version {report.version})"
+    if not report.sequences and not report.copied:
+        _console.print(f"{where} holds all {report.documents:,} documents already: nothing was captured")
+    else:
+        rate = f"{report.positions / max(report.seconds, 1e-9):,.0f} positions/s"
+        copied = f", {report.copied:,} copied from other documents" if report.copied else ""
+        _console.print(
+            f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
+            f" {timedelta(seconds=round(report.seconds))} ({rate}), {_bytes(report.bytes)}{copied}"
+        )
+    if report.rejects:
+        _console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
 
 
 def _train_line(report: "TrainReport") -> None:

@@ -62,10 +62,11 @@ class Pace:
 
 def describe(progress: Progress, rate: float | None) -> str:
     """One line: done of total, rate, time left, and what else the stage tells."""
-    parts = [f"{progress.done:,}/{progress.total:,} {progress.unit}"]
+    total = "" if progress.total is None else f"/{progress.total:,}"
+    parts = [f"{progress.done:,}{total} {progress.unit}"]
     if rate:
         parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-        if progress.done < progress.total:
+        if progress.total is not None and progress.done < progress.total:
             parts.append(f"{timedelta(seconds=round((progress.total - progress.done) / rate))} left")
     parts += [f"{name} {value:.4g}" for name, value in progress.details.items()]
     return "  ".join(parts)
@@ -78,7 +79,7 @@ def _throttled(show: Show) -> Show:
     def throttled(progress: Progress, text: str) -> None:
         now = monotonic()
         last = shown.get(progress.stage)
-        if last is None or progress.done >= progress.total or now - last >= _SECONDS_BETWEEN_LINES:
+        if last is None or progress.done == progress.total or now - last >= _SECONDS_BETWEEN_LINES:
             shown[progress.stage] = now
             show(progress, text)
 
@@ -112,7 +113,7 @@ def _artifact(key: str) -> Show:
 
     def show(progress: Progress, text: str) -> None:
         nonlocal reachable
-        share = 100.0 * progress.done / max(progress.total, 1)
+        share = 100.0 * progress.done / progress.total if progress.total else 0.0
         try:
             if reachable:
                 update_progress_artifact(made, share, description=f"{progress.stage}: {text}")

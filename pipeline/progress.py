@@ -10,7 +10,8 @@ class Progress:
 
     stage: str
     done: int
-    total: int
+    total: int | None
+    """None as long as nobody knows."""
     unit: str
     details: Mapping[str, float] = field(default_factory=dict)
 

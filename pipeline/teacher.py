@@ -56,6 +56,11 @@ class TransformersTeacher:
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (4 * self.checkpoint.padded_vocabulary))
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that the model has learned."""
+        return int(self._model.num_parameters())
+
     @torch.inference_mode()
     def logits(
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]

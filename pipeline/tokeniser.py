@@ -6,6 +6,7 @@ sequences is ``pipeline.sequences``'s business.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,11 @@ class Tokeniser:
         """The tokenizer's files; whoever has them needs no hub."""
         found = chain.from_iterable(self._checkpoint.folder.glob(pattern) for pattern in _FILES)
         return sorted({path for path in found if path.is_file()})
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a folder."""
+        for path in self.files:
+            shutil.copy(path, folder)
 
     @cached_property
     def identity(self) -> TokenizerIdentity:

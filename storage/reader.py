@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import IntegrityError
+from storage.errors import IntegrityError, TableError
 from storage.files import content_hash
+from storage.schema import SOFT_LABELS
 from storage.table import Shard, Table
 
 
@@ -45,6 +46,37 @@ def batches(table: Table, columns: Sequence[str], split: str | None = None) -> I
             groups = file.num_row_groups
         for group in range(groups):
             yield shard, read(table, shard, columns, [group])
+
+
+def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
+    """The encoded soft labels that the table has for each key, in the order of the keys.
+
+    Raises:
+        TableError: if it has none for a key.
+    """
+    missing = set(keys)
+    found: list[bytes] = []
+    parts = [SOFT_LABELS.empty_table()]
+    for shard in table.shards():
+        with open_shard(table, shard) as file:
+            groups = range(file.num_row_groups)
+        for group in groups:
+            here = read(table, shard, ["key"], [group]).column("key").to_pylist()
+            rows = [row for row, key in enumerate(here) if key in missing]
+            if rows:
+                parts.append(read(table, shard, SOFT_LABELS.names, [group]).take(pa.array(rows)))
+                found += [here[row] for row in rows]
+                missing.difference_update(found[-len(rows) :])
+    if missing:
+        raise TableError(
+            f"the table lacks {len(missing)} sequences that were to be copied to further documents",
+            expected="their soft labels under another document",
+            found="they were removed meanwhile",
+            where=table.location,
+            do="run the capture again",
+        )
+    place = {key: row for row, key in enumerate(found)}
+    return pa.concat_tables(parts).take(pa.array([place[key] for key in keys], pa.int64()))
 
 
 def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:

@@ -27,7 +27,7 @@ from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
 from storage.codec import Ints, SoftLabels
-from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError
 from storage.files import publish
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
@@ -173,6 +173,24 @@ class Table:
         """Names and types of the columns that documents brought along."""
         return carried_schema(pa.schema(self._delta.schema()))
 
+    def require_carried(self, carried: pa.Schema) -> None:
+        """Refuse documents that bring other columns along than those that are here.
+
+        Raises:
+            ProvenanceError: naming both.
+        """
+        if not carried.equals(self.carried):
+            described = [
+                ", ".join(f"{f.name} ({f.type})" for f in columns) or "none" for columns in (self.carried, carried)
+            ]
+            raise ProvenanceError(
+                "the documents carry other columns than the table has",
+                expected=described[0],
+                found=described[1],
+                where=self.location,
+                do="name the same columns with columns.carry, or use another folder for a new table",
+            )
+
     @property
     def temperatures(self) -> tuple[float, ...]:
         """Temperatures whose tail mass is stored, in the order in which it is."""
@@ -269,9 +287,11 @@ def _store_tokenizer(folder: Path, source: Path) -> str:
     target = folder / SIDE_FOLDER / name
     if not target.exists():
         copy = target.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
-        shutil.copytree(source, copy)
         try:
+            shutil.copytree(source, copy)
             copy.rename(target)
-        except OSError:  # another process was first, with the same files
-            shutil.rmtree(copy)
+        except OSError:
+            shutil.rmtree(copy, ignore_errors=True)
+            if not target.exists():  # else another process was first, with the same files
+                raise
     return name

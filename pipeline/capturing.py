@@ -1,0 +1,242 @@
+"""Capture: run a teacher once over documents, and keep what it knows in a table.
+
+``capture`` is the whole job. ``capture_shard`` and ``copy_rows`` are its parts: each commits all that its file of the
+plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` finds out what there is to do.
+"""
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import CaptureConfig, TeacherConfig
+from pipeline.planning import Plan, identify, plan
+from pipeline.progress import Progress, Watch, unwatched
+from pipeline.selection import NotADistributionError, Selection, position_seeds, select
+from pipeline.teacher import TransformersTeacher, each_batch
+from pipeline.tokeniser import Tokeniser
+from storage.codec import SoftLabels
+from storage.errors import TeacherError
+from storage.provenance import Identity, circumstances
+from storage.reader import soft_labels_by_key
+from storage.schema import SEQUENCE
+from storage.table import Table
+from storage.writer import Commit, ShardWriter
+
+VOCABULARY_SAMPLE = 65_536
+"""Positions whose ids decide how a new table numbers its ids."""
+
+Labelled = tuple[pa.Table, SoftLabels]
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture did."""
+
+    table: str
+    version: int
+    """The table's newest at the end."""
+    documents: int
+    unchanged: int
+    """Documents that the table held whole before."""
+    rejects: int
+    """Documents that can't be used ..."""
+    rejects_file: str | None
+    """... and where their reasons are."""
+    sequences: int
+    """Sequences that the teacher was run over."""
+    copied: int
+    """Sequences that another document has too, copied from there."""
+    positions: int
+    """Captured positions of the teacher's sequences."""
+    bytes: int
+    """Of the new shards."""
+    seconds: float
+
+
+def capture(config: CaptureConfig, watch: Watch = unwatched) -> CaptureReport:
+    """Bring a table up to date with documents: what it lacks is captured, all else stays as it is.
+
+    Run again, it captures nothing; killed and run again, it goes on where it was, with at most one shard done twice.
+
+    Raises:
+        SoftlabelError: if documents, teacher or table can't be used; what was committed before stays.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
+        todo = plan(config, Path(folder), watch)
+        commits: list[Commit] = []
+        for path in todo.shards:
+            done = sum(commit.positions for commit in commits)
+            commits.append(capture_shard(config, path, within(watch, done, todo.positions)))
+        copies = [copy_rows(config, path) for path in todo.copies]
+    return summarise(config, todo, commits, copies, time.monotonic() - started)
+
+
+def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
+    """Run the teacher over one file of a plan and commit what it says.
+
+    The table is made if it is not there. The teacher stays loaded for the next shard of this process.
+
+    Args:
+        config: of the capture.
+        path: Parquet file of sequences, from ``Plan.shards``.
+        watch: told of each batch, in positions of this shard.
+
+    Raises:
+        TeacherError: if the teacher says what no distribution is, naming the document.
+        TableError: if the table can't be written.
+    """
+    teacher = load_teacher(config.teacher)
+    tokeniser = Tokeniser(teacher.checkpoint, config.sequences, chat=config.columns.messages is not None)
+    identity = identify(config, teacher.checkpoint, tokeniser)
+    sequences = pq.read_table(path)
+    batches = _labelled(config, teacher, identity, sequences)
+    if not Table.exists(config.table):
+        first = list(_at_least(batches, VOCABULARY_SAMPLE))
+        sample = SoftLabels.concatenate([labels for _, labels in first])
+        carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
+        with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
+            tokeniser.save(Path(folder))
+            Table.create(config.table, identity, carried, sample, Path(folder))
+        batches = chain(first, batches)
+    total, done = sum(sequences.column("positions").to_pylist()), 0
+    # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
+    with (
+        ShardWriter(Table.open(config.table), config.shards.row_group_sequences) as writer,
+        ThreadPoolExecutor(1) as io,
+    ):
+        written: Future[None] = io.submit(lambda: None)
+        for rows, labels in batches:
+            written.result()
+            written = io.submit(writer.append, rows, labels)
+            done += labels.positions
+            watch(Progress("capture", done, total, "positions", _details(labels)))
+        written.result()
+        return writer.commit({"operation": "capture", **_about(config, teacher)})
+
+
+def copy_rows(config: CaptureConfig, path: Path) -> Commit:
+    """Give the sequences of one file of a plan the soft labels that the table has for the same key; no teacher needed.
+
+    Args:
+        config: of the capture.
+        path: Parquet file of sequences, from ``Plan.copies``; the plan's shards are committed.
+    """
+    table, sequences = Table.open(config.table), pq.read_table(path)
+    labels = soft_labels_by_key(table, sequences.column("key").to_pylist())
+    with ShardWriter(table, config.shards.row_group_sequences) as writer:
+        columns = dict(zip(sequences.column_names, sequences.columns, strict=True))
+        columns |= dict(zip(labels.column_names, labels.columns, strict=True))
+        writer.append_encoded(pa.table(columns))
+        return writer.commit({"operation": "copy", "circumstances": circumstances()})
+
+
+def summarise(
+    config: CaptureConfig, todo: Plan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
+) -> CaptureReport:
+    """What a plan and the commits that carried it out come to."""
+    return CaptureReport(
+        table=config.table,
+        version=Table.open(config.table).version,
+        documents=todo.documents,
+        unchanged=todo.unchanged,
+        rejects=todo.rejects,
+        rejects_file=None if todo.rejects_file is None else str(todo.rejects_file),
+        sequences=sum(commit.sequences for commit in commits),
+        copied=sum(commit.sequences for commit in copies),
+        positions=sum(commit.positions for commit in commits),
+        bytes=sum(commit.bytes for commit in (*commits, *copies)),
+        seconds=seconds,
+    )
+
+
+def within(watch: Watch, done: int, total: int) -> Watch:
+    """A watch for one shard that tells how far the whole capture is."""
+    return lambda progress: watch(replace(progress, done=done + progress.done, total=total))
+
+
+@lru_cache(maxsize=1)
+def load_teacher(config: TeacherConfig) -> TransformersTeacher:
+    """The teacher, loaded once in each process."""
+    return TransformersTeacher(config)
+
+
+def _labelled(
+    config: CaptureConfig, teacher: TransformersTeacher, identity: Identity, sequences: pa.Table
+) -> Iterator[Labelled]:
+    """The sequences, a batch at a time, with what the teacher says of them."""
+    selection = Selection.of(config.selection)
+    teacher_hash = hashlib.blake2b(identity.teacher.model_dump_json().encode(), digest_size=16).digest()
+    tokens: list[NDArray[np.int32]] = [row.values.to_numpy() for row in sequences.column("token_ids")]
+    masks = (row.values.to_numpy(zero_copy_only=False) for row in sequences.column("loss_mask"))
+    positions = [np.flatnonzero(mask).astype(np.int32) for mask in masks]
+    keys = sequences.column("key").to_pylist()
+
+    def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
+        rows = sequences.take(pa.array(batch))
+        next_ids = torch.from_numpy(np.concatenate([tokens[i][positions[i]] for i in batch]))
+        seeds = torch.cat(
+            [position_seeds(selection, teacher_hash, keys[i], torch.from_numpy(positions[i])) for i in batch]
+        )
+        parts: list[SoftLabels] = []
+        start = 0
+        for logits in chunks:
+            part = slice(start, start + len(logits))
+            try:
+                parts.append(select(logits, next_ids[part], seeds[part], selection, teacher.vocabulary))
+            except NotADistributionError as error:
+                raise _no_distribution(rows, [start + row for row in error.rows]) from None
+            start += len(logits)
+        return rows, SoftLabels.concatenate(parts)
+
+    yield from each_batch(teacher, tokens, positions, select_batch, config.teacher.batch_tokens)
+
+
+def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]:
+    """The first batches, until they have so many positions."""
+    held = 0
+    for rows, labels in batches:
+        yield rows, labels
+        held += labels.positions
+        if held >= positions:
+            return
+
+
+def _no_distribution(rows: pa.Table, found: Sequence[int]) -> TeacherError:
+    """The error for logits that are no distribution, naming the documents."""
+    ends = np.cumsum(rows.column("positions").to_numpy())
+    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, found, side="right"))))
+    return TeacherError(
+        "the teacher says what is no distribution; nothing of this shard is kept",
+        expected="finite logits (-inf for an id of probability 0)",
+        found=f"NaN, +inf, or nothing but -inf, at {len(found)} positions",
+        where=f"document {', '.join(names.to_pylist()[:5])}",
+        do="take teacher.dtype bfloat16 or float32, or leave the document out",
+    )
+
+
+def _details(labels: SoftLabels) -> dict[str, float]:
+    """What a progress line says of the batch that was just captured."""
+    return {"kept mass": float(-np.expm1(labels.tail_log_masses[0]).mean())}
+
+
+def _about(config: CaptureConfig, teacher: TransformersTeacher) -> dict[str, object]:
+    """What the table's history says of a capture."""
+    return {
+        "teacher": config.teacher.model,
+        "revision": teacher.checkpoint.revision,
+        "parameters": teacher.parameters,
+        "circumstances": circumstances(device=str(teacher.device), attention=config.teacher.attention),
+    }

@@ -1,0 +1,224 @@
+"""What a capture has to do: the sequences that the documents have and the table has not.
+
+Documents that the table holds whole are not tokenised again, and a sequence that it holds under any document is never
+sent to the teacher again. The plan lies in files, one for each shard to come, so that any process can capture any
+shard, and a plan over millions of documents takes little more memory than one over thousands.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import CaptureConfig
+from pipeline.documents import Documents, Reject
+from pipeline.progress import Progress, Watch, unwatched
+from pipeline.selection import Selection
+from pipeline.sequences import to_sequences
+from pipeline.tokeniser import Tokeniser
+from storage.errors import DocumentsError
+from storage.files import publish
+from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
+from storage.schema import SEQUENCE, row_keys
+from storage.table import SIDE_FOLDER, Table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is pending, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
+
+    shards: tuple[Path, ...]
+    """Sequences that the teacher has not seen, a file for each shard; no key is in them twice."""
+    copies: tuple[Path, ...]
+    """Sequences that another document has too; their soft labels are copied once the shards are there."""
+    sequences: int
+    """In ``shards``."""
+    positions: int
+    """Captured positions of ``shards``."""
+    documents: int
+    """Usable documents that were found."""
+    unchanged: int
+    """Those among them that the table holds whole."""
+    rejects: int
+    """Documents that can't be used."""
+    rejects_file: Path | None
+    """JSON lines with the id and the reason of each, in the table's folder; None without rejects."""
+
+
+def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
+    """Find out what a capture has to do, and write that into files. No row of the table is touched.
+
+    Args:
+        config: of the capture.
+        folder: where the plan's files go.
+        watch: told of each batch of documents.
+
+    Raises:
+        DocumentsError: if there is no usable document, or with ``strict`` at the first that is not.
+        ProvenanceError: if the table that is there was made otherwise.
+        TeacherError: if there is no such teacher.
+    """
+    documents = Documents(config.documents, config.columns)
+    checkpoint = Checkpoint.find(config.teacher)
+    tokeniser = Tokeniser(checkpoint, config.sequences, chat=config.columns.messages is not None)
+    known = _Known(config, identify(config, checkpoint, tokeniser), documents.carried)
+    schema = pa.schema([*SEQUENCE, *documents.carried])
+    pending = _Files(folder / "shards", schema, config.shards.positions)
+    copies = _Files(folder / "copies", schema, config.shards.positions)
+    rejects: list[Reject] = []
+    found = unchanged = 0
+    for batch in documents.batches():
+        changed = batch.documents.filter(pa.array(known.changed(batch.documents), pa.bool_()))
+        sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
+        rejects += [*batch.rejects, *refused]
+        if config.strict and rejects:
+            raise _unusable("a document can't be used, and strict asks to stop there", rejects, config)
+        fates = known.fates(sequences)
+        pending.add(sequences.filter(pc.equal(fates, "pending")))
+        copies.add(sequences.filter(pc.equal(fates, "copy")))
+        found += batch.documents.num_rows - len(refused)
+        unchanged += batch.documents.num_rows - changed.num_rows
+        watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
+    if not found:
+        raise _unusable("no document can be used", rejects, config)
+    return Plan(
+        shards=pending.close(),
+        copies=copies.close(),
+        sequences=pending.sequences,
+        positions=pending.positions,
+        documents=found,
+        unchanged=unchanged,
+        rejects=len(rejects),
+        rejects_file=_write_rejects(rejects, config),
+    )
+
+
+def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Identity:
+    """All that the numbers of this capture depend on."""
+    selection = asdict(Selection.of(config.selection))
+    return Identity(
+        teacher=checkpoint.identity,
+        tokenizer=tokeniser.identity,
+        vocabulary=checkpoint.vocabulary,
+        padded_vocabulary=checkpoint.padded_vocabulary,
+        temperatures=selection.pop("temperatures"),
+        selection=SelectionIdentity(**selection),
+        sequences=SequencesIdentity(
+            max_tokens=config.sequences.max_tokens,
+            context=config.sequences.context,
+            mask=tokeniser.mask,
+            eval_fraction=config.shards.eval_fraction,
+        ),
+    )
+
+
+class _Known:
+    """What the table holds, and what this plan has seen: enough to tell the fate of each sequence."""
+
+    def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
+        self._whole: set[tuple[str, bytes]] = set()
+        self._rows: set[tuple[object, ...]] = set()
+        self._keys: set[bytes] = set()
+        if not Table.exists(config.table):
+            return
+        table = Table.open(config.table)
+        table.identity.require(identity, config.table)
+        table.require_carried(carried)
+        if not table.shards():
+            return
+        rows = table.scan().select("document_id", "chunk", "key", "fingerprint", "chunks").collect()
+        self._rows.update(rows.select("document_id", "chunk", "key").iter_rows())
+        self._keys.update(rows["key"])
+        # A run that was killed may have left some chunks of a document in shards that were never committed.
+        whole = (
+            rows.group_by("document_id", "fingerprint")
+            .agg(pl.col("chunk").n_unique().alias("present"), pl.col("chunks").max())
+            .filter(pl.col("present") == pl.col("chunks"))
+        )
+        self._whole.update(whole.select("document_id", "fingerprint").iter_rows())
+
+    def changed(self, documents: pa.Table) -> list[bool]:
+        """Which documents the table does not hold whole, as they are now."""
+        pairs = zip(
+            documents.column("document_id").to_pylist(), documents.column("fingerprint").to_pylist(), strict=True
+        )
+        return [pair not in self._whole for pair in pairs]
+
+    def fates(self, sequences: pa.Table) -> pa.Array:
+        """For each sequence: "present", "copy" (its key is known) or "pending"."""
+        fates = []
+        for row in row_keys(sequences):
+            key = row[-1]
+            assert isinstance(key, bytes)
+            if row in self._rows:
+                fates.append("present")
+                continue
+            fates.append("copy" if key in self._keys else "pending")
+            self._keys.add(key)
+        return pa.array(fates, pa.string())
+
+
+class _Files:
+    """Rows in files of at most so many captured positions (or one sequence)."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, limit: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._schema, self._limit = folder, schema, limit
+        self._paths: list[Path] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._room = 0
+        self.sequences = self.positions = 0
+
+    def add(self, rows: pa.Table) -> None:
+        while len(rows):
+            ends = np.cumsum(rows.column("positions").to_numpy())
+            count = int(np.searchsorted(ends, self._room, side="right"))
+            if not count:
+                self._start()
+                count = max(1, int(np.searchsorted(ends, self._limit, side="right")))
+            assert self._writer is not None
+            self._writer.write_table(rows.slice(0, count))
+            self._room -= int(ends[count - 1])
+            self.sequences += count
+            self.positions += int(ends[count - 1])
+            rows = rows.slice(count)
+
+    def _start(self) -> None:
+        self.close()
+        self._paths.append(self._folder / f"{len(self._paths):06}.parquet")
+        self._writer = pq.ParquetWriter(self._paths[-1], self._schema)
+        self._room = self._limit
+
+    def close(self) -> tuple[Path, ...]:
+        if self._writer is not None:
+            self._writer.close()
+        return tuple(self._paths)
+
+
+def _unusable(summary: str, rejects: list[Reject], config: CaptureConfig) -> DocumentsError:
+    shown = [f"{reject.document_id}: {reject.reason}" for reject in rejects[:5]]
+    more = [f"and {len(rejects) - 5} more"] if len(rejects) > 5 else []
+    return DocumentsError(
+        summary,
+        expected="documents with an id and a text of at least one token to predict",
+        found="\n               ".join(shown + more),
+        where=config.documents,
+        do="mend the documents, or say with columns.* which columns hold what",
+    )
+
+
+def _write_rejects(rejects: list[Reject], config: CaptureConfig) -> Path | None:
+    """The rejects of the newest run; those of the one before are no longer true."""
+    path = Path(config.table, SIDE_FOLDER, "rejects.jsonl")
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return None
+    lines = (json.dumps(reject._asdict(), ensure_ascii=False) for reject in rejects)
+    publish("".join(f"{line}\n" for line in lines).encode(), path)
+    return path
