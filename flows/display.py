@@ -44,8 +44,15 @@ def show_distill(report: "DistillReport") -> None:
     _scores(report.evaluate)
     table = report.evaluate.table
     _facts({"table": f"{table} (version {report.evaluate.version})", "report": report.evaluate.html})
-    smaller = "--student.layers 0 1 14 29 --optimiser.epochs 1"
-    _next([f"softlabel inspect {table}", f"softlabel history {table}", f"softlabel train {table} smaller {smaller}"])
+    student = report.train["student"].output
+    other = f"{student}-reverse"
+    _next(
+        [
+            f"softlabel inspect {table}",
+            f"softlabel train {table} {other} --student.model {student} --loss.divergence reverse_kl",
+            f"softlabel evaluate {table} {student} {other}",
+        ]
+    )
 
 
 def show_inspect(result: Mapping[str, Any]) -> None:
