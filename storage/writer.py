@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,7 @@ class ShardWriter:
             file.discard()
 
     def append(self, sequences: pa.Table, labels: SoftLabels) -> None:
-        """Add rows.
+        """Add rows; one that this writer has already is left out.
 
         Args:
             sequences: R rows with the columns of ``storage.schema.SEQUENCE`` and the carried ones.
@@ -175,12 +175,21 @@ class _ShardFile:
         folder = self._location / SIDE_FOLDER / "writing"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{uuid.uuid4().hex}.parquet"
-        self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
-        self.keys: list[RowKey] = []
+        try:
+            self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+        self.keys: dict[RowKey, None] = {}
         self.positions = 0
 
     def append(self, rows: pa.Table) -> None:
-        self.keys += row_keys(rows)
+        new = []
+        for key in row_keys(rows):
+            new.append(key not in self.keys)
+            self.keys[key] = None
+        if not all(new):
+            rows = rows.filter(pa.array(new))
         self.positions += pc.sum(rows.column("positions")).as_py() or 0
         self._buffer.append(rows.select(self._schema.names).cast(self._schema))
         while sum(map(len, self._buffer)) >= self._row_group:
@@ -234,7 +243,8 @@ class _ShardFile:
 
     def discard(self) -> None:
         """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
-        self._writer.close()
+        with suppress(OSError):  # a full disk has no room for the footer either
+            self._writer.close()
         if self._path.parent.name == "writing":
             self._path.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Small tables, and soft labels made the slow and obvious way: from whole distributions in float64."""
 
+import multiprocessing
 from collections.abc import Sequence
 from datetime import date
 from hashlib import blake2b
@@ -16,6 +17,10 @@ from storage.reader import read
 from storage.schema import SEQUENCE
 from storage.table import Table
 from storage.writer import Commit, ShardWriter
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Real processes, that start in a moment because what they import is there already."""
+PROCESSES.set_forkserver_preload(["tests.storage.tables"])
 
 VOCABULARY = 300
 CARRIED = pa.schema([("source", pa.string()), ("year", pa.int64())])

@@ -1,10 +1,8 @@
 """Creating and opening tables: versions, wrong paths, damaged logs, and two processes that create at once."""
 
-import json
 import shutil
-import subprocess
-import sys
-import time
+from multiprocessing.queues import SimpleQueue as Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,10 @@ import pytest
 from deltalake import write_deltalake
 
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.provenance import Identity
 from storage.schema import SEQUENCE, SOFT_LABELS
 from storage.table import Table, parse
-from tests.conftest import ROOT
-from tests.storage.tables import CARRIED, VOCABULARY, add, identity, make_table, random_labels
+from tests.storage.tables import CARRIED, PROCESSES, VOCABULARY, add, identity, make_table, random_labels
 
 
 def test_a_new_table(table: Table):
@@ -143,43 +141,37 @@ def test_a_tokenizer_that_can_not_be_copied_leaves_no_table(tmp_path: Path):
     assert not Table.exists(str(tmp_path / "t"))
 
 
-RACER = """
-import json, sys, time
-from pathlib import Path
-from storage.errors import ProvenanceError
-from tests.storage.tables import identity, make_table
-folder, seed, selection_seed, start = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-changed = identity(selection=identity().selection.model_copy(update={"seed": selection_seed}))
-made = []
-for n in range(15):
-    while time.time() < start + n * 0.06:
-        pass
-    try:
-        made.append(make_table(folder / f"table{n}", changed, seed).vocabulary[:9].tolist())
-    except ProvenanceError as error:
-        made.append(str(error))
-print(json.dumps(made))
-"""
+def create_often(folder: Path, identity: Identity, seed: int, start: Barrier, made: Queue) -> None:
+    """Create 15 tables, each at the same moment as another process; the vocabulary or the error that comes of each."""
+    found = []
+    for n in range(15):
+        start.wait(30)
+        try:
+            found.append(make_table(folder / f"table{n}", identity, seed).vocabulary.tolist())
+        except ProvenanceError as error:
+            found.append(str(error))
+    made.put(found)
 
 
-def race(folder: Path, selection_seeds: tuple[int, int]) -> list[list[list[int] | str]]:
-    """Two processes create the same 15 tables at the same times; the vocabulary or the error that each gets."""
-    start = str(time.time() + 2)
-    racers = []
-    for seed, selection_seed in enumerate(selection_seeds):
-        (folder / str(seed)).mkdir()
-        command = [sys.executable, "-c", RACER, str(folder), str(seed), str(selection_seed), start]
-        racers.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-    outputs = [racer.communicate()[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0]
-    return [json.loads(output) for output in outputs]
+def race(folder: Path, identities: list[Identity]) -> list[list[list[int] | str]]:
+    start, made = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in identities]
+    racers = [
+        PROCESSES.Process(target=create_often, args=(folder, identity, seed, start, queue))
+        for seed, (identity, queue) in enumerate(zip(identities, made, strict=True))
+    ]
+    for racer in racers:
+        racer.start()
+    found = [queue.get() for queue in made]
+    for racer in racers:
+        racer.join()
+    return found
 
 
 def test_two_processes_create_the_same_table(tmp_path: Path):
     """Both come away with one table, numbered by the labels of whoever was first."""
-    first, second = race(tmp_path, (0, 0))
+    first, second = race(tmp_path, [identity(), identity()])
     assert first == second
-    by_seed = [make_table(tmp_path / f"alone{n}" / "table", identity(), n).vocabulary[:9].tolist() for n in range(2)]
+    by_seed = [make_table(tmp_path / f"alone{n}" / "table", identity(), n).vocabulary.tolist() for n in range(2)]
     assert all(ids in by_seed for ids in first)
     for n in range(15):
         table = Table.open(str(tmp_path / f"table{n}"))
@@ -189,7 +181,8 @@ def test_two_processes_create_the_same_table(tmp_path: Path):
 
 def test_two_processes_create_different_tables_at_one_place(tmp_path: Path):
     """One has it; the other is told what differs."""
-    for a, b in zip(*race(tmp_path, (0, 1)), strict=True):
+    other = identity(selection=identity().selection.model_copy(update={"seed": 1}))
+    for a, b in zip(*race(tmp_path, [identity(), other]), strict=True):
         (error,) = [part for part in (a, b) if isinstance(part, str)]
         assert "selection.seed: the table has" in error
         assert "temperatures" not in error
