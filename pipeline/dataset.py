@@ -19,7 +19,7 @@ from pipeline.batch import COLUMNS, Batch, RowGroup, collate
 from pipeline.config import StreamConfig
 from pipeline.order import Cursor, Ints, Plan, accumulation, plan_epoch, share
 from storage.errors import UsageError
-from storage.reader import open_shard, read
+from storage.reader import outline, read
 from storage.table import Shard, Table
 
 WINDOW_TOKENS = 1 << 20
@@ -211,16 +211,14 @@ class _Index:
 
     @classmethod
     def read(cls, table: Table, split: str) -> Self:
-        groups, sizes = [], []
+        groups = []
         tokens, positions = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for shard in table.shards(split):
-            with open_shard(table, shard) as file:
-                sizes += [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-                groups += [(shard, number) for number in range(file.num_row_groups)]
-            rows = read(table, shard, ["tokens", "positions"])
-            tokens.append(rows.column("tokens").to_numpy())
-            positions.append(rows.column("positions").to_numpy())
-        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+            for number, rows in enumerate(outline(table, shard, ["tokens", "positions"])):
+                groups.append((shard, number))
+                tokens.append(rows.column("tokens").to_numpy())
+                positions.append(rows.column("positions").to_numpy())
+        starts = np.cumsum([len(part) for part in tokens], dtype=np.int64)
         return cls(np.concatenate(tokens), np.concatenate(positions), starts, groups)
 
     def group_of(self, sequences: Ints) -> Ints:
