@@ -1,7 +1,7 @@
 """Where a student lives: its folder, there whole or not at all, and beside it what an unfinished run has come to.
 
     STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of)
-    STUDENT.training/    run.json and checkpoints, until the student is finished
+    STUDENT.training/    its last checkpoints, each with the settings of its run (run.json), until it is finished
 
 Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
 """
@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
 from storage.errors import UsageError
-from storage.files import publish
 from storage.table import Table, parse
 
 _FREE = {"output", "table", "stream.micro_rows", "optimiser.device", "optimiser.checkpoint_steps"} | {
     "optimiser.gradient_checkpointing"
 }
 """Settings that change where and how fast a student is trained, but not what it becomes; the table has a record."""
+
+
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,30 @@ class StudentFolder:
         """Where checkpoints and the student are written before they are whole."""
         return self.run / "scratch"
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last whole checkpoint of the unfinished run."""
+        return newest_checkpoint(self.run)
+
     def finished(self) -> dict[str, Any] | None:
         """What the finished student's softlabel.json says."""
         return _read(self.path / "softlabel.json")
 
-    def begin(self, config: TrainConfig) -> Table:
+    def open_table(self, config: TrainConfig) -> Table:
         """The table that this run reads: the version that an unfinished run began with, or the one asked for.
 
         Raises:
             UsageError: if the folder holds anything but a student of these settings, finished or not.
         """
-        finished, unfinished = self.finished(), _read(self.run / "run.json")
-        table = config.table
-        if finished is None and unfinished is not None and parse(table)[1] is None:
-            table = f"{table}@{unfinished['table']['version']}"
-        opened = Table.open(table)
-        settings = {"config": config.model_dump(mode="json"), "table": table_record(opened)}
+        finished, checkpoint = self.finished(), self.checkpoint
+        unfinished = _read(checkpoint / RUN) if checkpoint else None
+        location = config.table
+        if finished is None and unfinished is not None and parse(location)[1] is None:
+            location = f"{location}@{unfinished['table']['version']}"
+        table = Table.open(location)
         recorded = finished or unfinished
         if recorded is not None:
-            self._require_same(recorded, settings, finished is not None)
+            self._require_same(recorded, run_record(config, table), finished is not None)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(
                 "the output folder holds something else",
@@ -70,10 +77,11 @@ class StudentFolder:
                 where=self.path,
                 do="choose another output",
             )
-        else:
-            publish(json.dumps(settings, indent=2).encode(), self.run / "run.json")
+        return table
+
+    def clear_scratch(self) -> None:
+        """Drop what a killed run was writing."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        return opened
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
         """Put a finished student in its place, all at once, and drop what its run had come to."""
@@ -105,6 +113,21 @@ class StudentFolder:
                 where=self.path if finished else self.run,
                 do="choose another output, or delete that folder; TABLE@VERSION pins a version of the table",
             )
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, in the order of their steps."""
+    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def run_record(config: TrainConfig, table: Table) -> dict[str, Any]:
+    """What a student is made of: the settings, and the version of the table."""
+    return {"config": config.model_dump(mode="json"), "table": table_record(table)}
 
 
 def table_record(table: Table) -> dict[str, Any]:

@@ -34,12 +34,12 @@ from pipeline.metrics import measure
 from pipeline.order import Cursor
 from pipeline.progress import Progress, Watch
 from pipeline.student import hidden_states, output_head
+from pipeline.student_folder import RUN, checkpoints, newest_checkpoint
 from pipeline.targets import decode
 from storage.errors import TrainingError
 from storage.table import Table
 
 _WEIGHTS = "model.safetensors"
-_CURSOR = "cursor.json"
 _KEPT_CHECKPOINTS = 2
 
 
@@ -85,10 +85,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         module: the student with its loss.
         arguments: the Trainer's own; ``output_dir`` is where checkpoints are written before they are whole.
-        dataset: this rank's batches, from the step that ``resume`` names.
+        dataset: this rank's batches, from the step on at which training begins.
         evaluation: batches of the eval split, the same on each rank; none, and nothing is evaluated.
         table: what both come from.
-        checkpoints: folder that whole checkpoints are moved to.
+        run: folder that whole checkpoints are moved to.
+        record: what each checkpoint says of its run.
         watch: told of each step.
     """
 
@@ -99,14 +100,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dataset: SoftLabelDataset,
         evaluation: list[Batch],
         table: Table,
-        checkpoints: Path,
+        run: Path,
+        record: Mapping[str, Any],
         watch: Watch,
     ) -> None:
         super().__init__(module, arguments, train_dataset=dataset, eval_dataset=evaluation)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(watch))
         self._table = table
-        self._checkpoints = checkpoints
+        self._run = run
+        self._record = record
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 
@@ -132,7 +135,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if not torch.isfinite(self._step_loss + norm):
-            last = newest_checkpoint(self._checkpoints)
+            last = newest_checkpoint(self._run)
             raise TrainingError(
                 "the loss is no longer a number",
                 expected="a finite loss and finite gradients",
@@ -170,10 +173,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             whole = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            cursor = self.train_dataset.state(self.state.global_step)
-            (whole / _CURSOR).write_text(json.dumps(asdict(cursor)))
-            whole.rename(self._checkpoints / whole.name)
-            for old in _by_step(self._checkpoints)[:-_KEPT_CHECKPOINTS]:
+            cursor = asdict(self.train_dataset.state(self.state.global_step))
+            (whole / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
+            whole.rename(self._run / whole.name)
+            for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -215,19 +218,10 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         self._details |= {name: value for name, value in (logs or {}).items() if name in shown}
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder."""
-    return next(reversed(_by_step(folder)), None)
-
-
 def cursor_of(checkpoint: Path) -> Cursor:
     """Where the stream was when a checkpoint was taken."""
-    return Cursor(**json.loads((checkpoint / _CURSOR).read_text()))
+    return Cursor(**json.loads((checkpoint / RUN).read_text())["cursor"])
 
 
-def _as_inputs(batch: Batch) -> dict[str, Batch]:
+def _as_inputs(batch: Any) -> dict[str, Batch]:
     return {"batch": batch}  # the Trainer looks for names in its inputs
-
-
-def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))

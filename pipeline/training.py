@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.batch import Batch
@@ -21,9 +22,9 @@ from pipeline.holdout import Holdout
 from pipeline.order import Cursor
 from pipeline.progress import Watch, unwatched
 from pipeline.student import build, parameters
-from pipeline.student_folder import StudentFolder, table_record
+from pipeline.student_folder import StudentFolder, run_record
 from pipeline.targets import resolve_target
-from pipeline.trainer import Distillation, DistillationTrainer, cursor_of, newest_checkpoint
+from pipeline.trainer import Distillation, DistillationTrainer, cursor_of
 from storage.errors import IntegrityError, TableError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table, parse
@@ -70,8 +71,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     began = time.monotonic()
     folder = StudentFolder(Path(config.output))
     ranks = PartialState(cpu=_on_cpu(config))
-    with ranks.main_process_first():  # the first decides on the table's version
-        table = folder.begin(config)
+    table = _agree(folder.open_table(config))
     finished = folder.finished()
     if finished is not None:
         return _report(config, finished, 0, None, time.monotonic() - began)
@@ -79,8 +79,10 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     _require_target(config, table)
     set_seed(config.optimiser.seed)
     student = build(config.student, table)
-    checkpoint = newest_checkpoint(folder.run)
+    checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
+    if ranks.is_main_process:
+        folder.clear_scratch()
     trainer = _trainer(config, table, student, folder, start, watch)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -90,6 +92,13 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     ranks.wait_for_everyone()
     resumed_from = start.step if checkpoint else None
     return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+
+
+def _agree(table: Table) -> Table:
+    """The version that the first rank has opened; others may have opened a newer one a moment later."""
+    versions = [table.version]
+    broadcast_object_list(versions)
+    return table if versions == [table.version] else Table.open(f"{table.location}@{versions[0]}")
 
 
 def _trainer(
@@ -112,7 +121,9 @@ def _trainer(
     )
     evaluation = _evaluation(table, config.stream.row_tokens)
     if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        # The older name, which is all that older transformers have, warns that it will go.
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(folder.scratch),
         max_steps=dataset.total_steps,
@@ -139,7 +150,8 @@ def _trainer(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's business, never nn.DataParallel's
     module = Distillation(student, table, config.loss, config.stream.max_k)
-    return DistillationTrainer(module, arguments, dataset, evaluation, table, folder.run, watch)
+    record = run_record(config, table)
+    return DistillationTrainer(module, arguments, dataset, evaluation, table, folder.run, record, watch)
 
 
 def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
@@ -184,8 +196,7 @@ def _record(
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
     ]
     return {
-        "config": config.model_dump(mode="json"),
-        "table": table_record(table),
+        **run_record(config, table),
         "parameters": parameters(student),
         "history": [entry for entry in history if len(entry) > 1],
         "circumstances": circumstances(device=str(trainer.args.device), ranks=str(trainer.args.world_size)),
