@@ -118,7 +118,8 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
         from storage.table import Table
 
         opened = Table.open(table_of(table, file))
-        return {"inspection": measure(opened), "identity": opened.identity}
+        teacher = opened.last_capture().get("teacher", "")
+        return {"inspection": measure(opened), "teacher": teacher, "identity": opened.identity}
 
     answer("inspect", work, as_json)
 

@@ -58,7 +58,8 @@ def show_distill(report: "DistillReport") -> None:
 def show_inspect(result: Mapping[str, Any]) -> None:
     """What made a table, its rows by split, and its bytes a position by column."""
     inspection = result["inspection"]
-    _facts({"table": f"{inspection.location} (version {inspection.version})"} | _made_by(result["identity"]))
+    made_by = _made_by(result["teacher"], result["identity"])
+    _facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by)
     splits = _table("split", "shards", "documents", "sequences", "tokens", "positions", "bytes")
     for name, size in inspection.splits.items():
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
@@ -66,7 +67,7 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     _console.print(splits)
     columns = _table("column", "bytes", "bytes a position", "entropy")
     for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
-        entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
+        entropy = "" if column.entropy_per_position is None else f"{abs(column.entropy_per_position):.2f}"
         columns.add_row(name, _bytes(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
     columns.add_section()
     columns.add_row("soft labels together", "", f"{inspection.soft_label_bytes_per_position:.2f}", "")
@@ -124,12 +125,12 @@ def _scores(report: "EvaluationReport") -> None:
     _console.print(f"{report.positions:,} positions of {report.sequences:,} held-out sequences{left_out}")
 
 
-def _made_by(identity: "Identity") -> dict[str, str]:
+def _made_by(teacher: str, identity: "Identity") -> dict[str, str]:
     selection = identity.selection
     head = f"head of {selection.min_k} to {selection.max_k} ids, to mass {selection.top_p:g}"
     tail = f"tail of up to {selection.draws} draws" if selection.draws else "no tail"
     return {
-        "teacher": f"{identity.teacher.dtype}, {identity.vocabulary:,} ids",
+        "teacher": f"{teacher}, {identity.teacher.dtype}, {identity.vocabulary:,} ids",
         "selection": f"{head}; {tail}",
         "temperatures": " ".join(f"{temperature:g}" for temperature in identity.temperatures),
     }

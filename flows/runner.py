@@ -4,6 +4,7 @@ Keeps Prefect's own words off the terminal; its server gets them all the same.
 """
 
 import logging
+import os
 import sys
 from contextlib import nullcontext
 from importlib import import_module
@@ -13,6 +14,10 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 
 from flows import server
 from pipeline.config import Settings
+
+
+# Read by huggingface_hub, and so by transformers: their bars would break ours, and litter a log.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def run(name: str, config: Settings) -> Any:
