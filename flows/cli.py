@@ -115,10 +115,11 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
 
     def work() -> dict[str, Any]:
         from storage.inspection import inspect as measure
+        from storage.inspection import last_capture
         from storage.table import Table
 
         opened = Table.open(table_of(table, file))
-        teacher = opened.last_capture().get("teacher", "")
+        teacher = last_capture(opened).get("teacher", "")
         return {"inspection": measure(opened), "teacher": teacher, "identity": opened.identity}
 
     answer("inspect", work, as_json)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -112,6 +113,12 @@ def history(table: Table) -> list[HistoryEntry]:
             )
         )
     return entries
+
+
+def last_capture(table: Table) -> dict[str, Any]:
+    """What the newest capture says of itself: teacher, parameters, circumstances; empty if there was none."""
+    commits = (commit.get(COMMIT_MESSAGE, {}) for commit in table.history())
+    return next((dict(commit) for commit in commits if "teacher" in commit), {})
 
 
 def _splits(table: Table) -> dict[str, SplitSize]:

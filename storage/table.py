@@ -249,11 +249,6 @@ class Table:
         commits = DeltaTable(self.location).history()
         return [dict(commit) for commit in commits if commit["version"] <= self.version]
 
-    def last_capture(self) -> dict[str, Any]:
-        """What the newest capture says of itself: teacher, parameters, circumstances; empty without a capture."""
-        commits = (commit.get(COMMIT_MESSAGE, {}) for commit in self.history())
-        return next((dict(commit) for commit in commits if "teacher" in commit), {})
-
     def newest(self) -> Self:
         """The same table at its newest version."""
         return type(self).open(self.location)
