@@ -16,9 +16,9 @@ from pipeline.divergence import cross_entropy, divergence_terms
 from pipeline.targets import SparseTargets
 from storage.errors import StudentError
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 """Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
-_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 512 << 20}
+_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 """Logits that are turned into gradients at a time: on a CPU, what stays in a core's cache from pass to pass."""
 
 

@@ -1,0 +1,200 @@
+"""Memory and time of the loss, forward and backward with the head's matrix products, beside the alternatives.
+
+``python -m tests.benchmarks.loss`` prints one table. Every round runs all of them, one after another, and a ratio is
+the median over the rounds of that round's own ratio, so that a busy machine slows both sides. On a CPU the peak is
+measured in a process for each (resident memory above what was there before the forward pass), on a GPU by torch.
+The dense teacher's probabilities, twice the size of all else that dense KL reads, are not counted against it.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from pipeline.config import LossConfig
+from pipeline.loss import distillation_loss
+from pipeline.targets import SparseTargets
+
+REFERENCE = "cross-entropy"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the problem."""
+
+    positions: int
+    hidden: int
+    vocabulary: int
+    device: str
+    dtype: torch.dtype
+    k: int = 64
+
+
+CPU = Shape(2048, 512, 65_536, "cpu", torch.float32)
+CUDA = Shape(8192, 4096, 128_256, "cuda", torch.bfloat16)
+
+
+class Problem:
+    """A student's hidden states and head, and a teacher's distribution, random."""
+
+    def __init__(self, shape: Shape) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        options = {"device": shape.device, "dtype": shape.dtype}
+        self.hidden = torch.randn(shape.positions, shape.hidden, **options).requires_grad_()
+        self.weight = torch.randn(shape.vocabulary, shape.hidden, **options).mul_(0.05).requires_grad_()
+        self.next_ids = torch.randint(shape.vocabulary, (shape.positions,), device=shape.device)
+
+    def targets(self) -> SparseTargets:
+        """k ids of 0.9 of the mass, and a bucket."""
+        shape, device = self.shape, self.shape.device
+        stride = shape.vocabulary // shape.k
+        first = torch.randint(stride, (shape.positions, shape.k), device=device)
+        ids = first + stride * torch.arange(shape.k, device=device)
+        logprobs = torch.randn(ids.shape, device=device).log_softmax(1) + torch.tensor(0.9).log()
+        log_rest = torch.full((shape.positions,), 0.1, device=device).log()
+        return SparseTargets(ids, logprobs, log_rest, torch.zeros_like(log_rest), "bucket")
+
+    def probabilities(self) -> Tensor:
+        """A teacher's dense distribution, made in place."""
+        p = torch.rand(self.shape.positions, self.shape.vocabulary, device=self.shape.device, dtype=self.shape.dtype)
+        return p.div_(p.sum(1, keepdim=True))
+
+
+Step = Callable[[], Tensor]
+
+
+def softlabel(problem: Problem, config: LossConfig) -> Step:
+    targets = problem.targets()
+    return lambda: distillation_loss(problem.hidden, problem.weight, problem.next_ids, targets, config).total
+
+
+def forward_kl(problem: Problem) -> Step:
+    return softlabel(problem, LossConfig(hard_weight=0.5, soft_weight=0.5))
+
+
+def jsd(problem: Problem) -> Step:
+    return softlabel(problem, LossConfig(divergence="jsd", hard_weight=0.5, soft_weight=0.5))
+
+
+def hard_labels(problem: Problem) -> Step:
+    return softlabel(problem, LossConfig(hard_weight=1.0, soft_weight=0.0))
+
+
+def cross_entropy(problem: Problem) -> Step:
+    return lambda: F.cross_entropy(problem.hidden @ problem.weight.t(), problem.next_ids)
+
+
+def dense_kl(problem: Problem) -> Step:
+    p = problem.probabilities()
+
+    def step() -> Tensor:
+        log_q = (problem.hidden @ problem.weight.t()).log_softmax(1)
+        return 0.5 * F.nll_loss(log_q, problem.next_ids) + 0.5 * F.kl_div(log_q, p, reduction="batchmean")
+
+    return step
+
+
+def liger_jsd(problem: Problem) -> Step:
+    """Liger's chunked JSD needs the teacher's head at hand; here it is as large as the student's."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5)
+    teacher = problem.hidden.detach().clone(), problem.weight.detach().clone()
+    return lambda: loss(problem.hidden, problem.weight, *teacher, problem.next_ids, None, None)
+
+
+METHODS: dict[str, Callable[[Problem], Step]] = {
+    REFERENCE: cross_entropy,
+    "dense KL": dense_kl,
+    "softlabel, forward KL": forward_kl,
+    "softlabel, JSD": jsd,
+    "softlabel, hard labels": hard_labels,
+    "Liger, JSD": liger_jsd,
+}
+
+
+def run(problem: Problem, step: Step) -> float:
+    """Seconds of forward and backward."""
+    problem.hidden.grad = problem.weight.grad = None
+    _wait(problem)
+    start = time.perf_counter()
+    step().backward()
+    _wait(problem)
+    return time.perf_counter() - start
+
+
+def _wait(problem: Problem) -> None:
+    if problem.shape.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(name: str, shape: Shape) -> int:
+    """Bytes above what is there before the forward pass."""
+    if shape.device == "cuda":
+        problem = Problem(shape)
+        step = METHODS[name](problem)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(problem, step)
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, "-m", "tests.benchmarks.loss", "--peak-of", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def resident_peak(name: str) -> int:
+    """The same, for a process of its own: the resident set's high-water mark less its size at the start."""
+    small = Problem(Shape(16, 16, 128, "cpu", torch.float32, k=8))
+    run(small, METHODS[name](small))
+    problem = Problem(CPU)
+    step = METHODS[name](problem)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    run(problem, step)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        print(resident_peak(arguments.peak_of))
+        return
+
+    shape = CUDA if torch.cuda.is_available() else CPU
+    names = list(METHODS)
+    try:
+        import liger_kernel  # noqa: F401
+    except ImportError:
+        names.remove("Liger, JSD")
+    peaks = {name: peak(name, shape) for name in names}
+    problem = Problem(shape)
+    steps = {name: METHODS[name](problem) for name in names}
+    for step in steps.values():
+        run(problem, step)
+    rounds = [{name: run(problem, step) for name, step in steps.items()} for _ in range(arguments.rounds)]
+
+    print(f"{shape.positions:,} positions, H {shape.hidden:,}, V {shape.vocabulary:,}, k {shape.k}, {shape.dtype},")
+    print(f"{shape.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
+    print(f"{'':<24}{'peak MB':>10}{'dense KL /':>12}{'ms':>10}{'/ ' + REFERENCE:>18}{'from':>8}{'to':>8}")
+    for name in names:
+        ratios = sorted(times[name] / times[REFERENCE] for times in rounds)
+        milliseconds = 1000 * statistics.median(times[name] for times in rounds)
+        print(
+            f"{name:<24}{peaks[name] / 1e6:>10,.0f}{peaks['dense KL'] / peaks[name]:>12.1f}{milliseconds:>10,.1f}"
+            f"{statistics.median(ratios):>18.2f}{ratios[0]:>8.2f}{ratios[-1]:>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
