@@ -45,7 +45,7 @@ def prepare_teacher(folder: Path) -> bool:
     Raises:
         TeacherError: if the package that carries the weights is not installed.
     """
-    if (folder / "config.json").exists():
+    if (config := folder / "config.json").exists():
         return False
 
     def write(unfinished: Path) -> None:
@@ -53,7 +53,7 @@ def prepare_teacher(folder: Path) -> bool:
         _save_model(source, unfinished)
         _save_tokenizer(source, unfinished)
 
-    _atomically(folder, write)
+    _atomically(folder, write, witness=config)
     return True
 
 
@@ -165,8 +165,8 @@ def _sections() -> list[tuple[str, str, str]]:
     return sorted(chosen)
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name beside the path, then rename: what is at the path is whole."""
+def _atomically(path: Path, write: Callable[[Path], object], witness: Path | None = None) -> None:
+    """Write under another name beside the path, then rename: what is at the path, as its witness shows, is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
         unfinished = Path(scratch) / path.name
@@ -174,7 +174,7 @@ def _atomically(path: Path, write: Callable[[Path], object]) -> None:
         try:
             unfinished.rename(path)
         except OSError:  # another process was first with this folder, and its work is as good
-            if not path.exists():
+            if not (witness or path).exists():
                 raise
 
 
