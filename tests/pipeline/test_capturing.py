@@ -1,0 +1,238 @@
+"""A capture brings a table up to date: nothing twice, nothing lost, whatever happens to it on the way."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.capturing import CaptureReport, capture
+from pipeline.config import CaptureConfig
+from pipeline.progress import Progress
+from storage.codec import decode
+from storage.errors import DocumentsError, ProvenanceError, TeacherError
+from storage.inspection import history
+from storage.reader import read
+from storage.schema import ROW_KEY, row_keys
+from storage.table import Table
+
+DENSE = {"top_p": 1.0, "min_k": 500, "max_k": 500, "draws": 0}
+"""Keeps every id, so that the table can be compared with the model."""
+
+
+def settings(teacher: Path, documents: Path, table: Path, **more: object) -> CaptureConfig:
+    return CaptureConfig.model_validate(
+        {
+            "documents": str(documents),
+            "table": str(table),
+            "teacher": {"model": str(teacher), "dtype": "float32", "batch_tokens": 1024},
+            "sequences": {"max_tokens": 128},
+            "shards": {"positions": 2000, "eval_fraction": 0.2, "row_group_sequences": 8},
+            **more,
+        }
+    )
+
+
+def write(path: Path, texts: dict[str, str]) -> Path:
+    pq.write_table(pa.table({"id": list(texts), "text": list(texts.values())}), path)
+    return path
+
+
+def texts(count: int, start: int = 0) -> dict[str, str]:
+    return {
+        f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(start, start + count)
+    }
+
+
+def rows_of(table: Path) -> list[tuple[object, ...]]:
+    opened = Table.open(str(table))
+    return [key for shard in opened.shards() for key in row_keys(read(opened, shard, ROW_KEY))]
+
+
+def test_the_table_says_what_the_model_says(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents = write(tmp_path / "d.parquet", texts(6) | {"long": "word " * 300})
+    capture(settings(tiny_teacher, documents, tmp_path / "t", selection=DENSE))
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    table = Table.open(str(tmp_path / "t"))
+    seen = 0
+    for shard in table.shards():
+        rows = read(table, shard)
+        for i in range(len(rows)):
+            row = rows.slice(i, 1)
+            ids = torch.tensor(row.column("token_ids")[0].as_py())
+            captured = np.flatnonzero(row.column("loss_mask")[0].as_py())
+            with torch.no_grad():
+                dense = model(ids[None]).logits[0, :, :500].log_softmax(-1)[captured - 1].numpy()
+            labels = decode(row, table.vocabulary)
+            stored = np.full_like(dense, np.nan)
+            stored[np.repeat(np.arange(len(captured)), labels.head_counts), labels.head_ids] = labels.head_logprobs
+            np.testing.assert_allclose(stored, dense, atol=1 / 64 + 1e-4)
+            following = dense[np.arange(len(captured)), ids[captured].numpy()]
+            np.testing.assert_allclose(labels.next_logprobs, following, atol=1e-3)
+            seen += len(captured)
+    assert seen == sum(entry.positions for entry in history(table))
+
+
+def test_a_second_run_captures_nothing_and_new_documents_alone_are_added(tiny_teacher: Path, tmp_path: Path) -> None:
+    first = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
+    again = capture(settings(tiny_teacher, tmp_path / "a.parquet", tmp_path / "t"))
+    assert (again.sequences, again.copied, again.unchanged, again.version) == (0, 0, 20, first.version)
+    more = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", texts(30)), tmp_path / "t"))
+    assert (more.sequences, more.unchanged) == (10, 20)
+    assert len(rows_of(tmp_path / "t")) == len(set(rows_of(tmp_path / "t"))) == 30
+
+
+def test_order_and_neighbours_change_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+    mixed = list(texts(20).items())
+    random.Random(0).shuffle(mixed)
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "a"))
+    capture(settings(tiny_teacher, write(tmp_path / "b.parquet", dict(mixed)), tmp_path / "b"))
+    assert sorted(rows_of(tmp_path / "a"), key=str) == sorted(rows_of(tmp_path / "b"), key=str)
+    assert capture(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "a")).sequences == 0
+
+
+def test_the_same_text_goes_to_the_teacher_once_and_stays_under_each_document(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    twins = texts(3) | {"twin-0": texts(1)["d0"], "twin-1": texts(1)["d0"]}
+    report = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", twins), tmp_path / "t"))
+    assert (report.sequences, report.copied) == (3, 2)
+    later = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", {"twin-2": texts(1)["d0"]}), tmp_path / "t"))
+    assert (later.sequences, later.copied) == (0, 1)
+    table = Table.open(str(tmp_path / "t"))
+    rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+    same = [i for i, name in enumerate(rows.column("document_id").to_pylist()) if name in ("d0",) or "twin" in name]
+    assert len(same) == 4
+    for name in set(rows.column_names) - {"document_id"}:
+        assert len({str(rows.column(name)[i].as_py()) for i in same}) == 1, name
+
+
+def test_a_changed_document_brings_its_new_sequences_and_keeps_the_old(tiny_teacher: Path, tmp_path: Path) -> None:
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(5)), tmp_path / "t"))
+    changed = texts(5) | {"d3": "Something else entirely."}
+    report = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", changed), tmp_path / "t"))
+    assert (report.sequences, report.unchanged) == (1, 4)
+    assert Counter(row[0] for row in rows_of(tmp_path / "t"))["d3"] == 2
+
+
+def test_carried_columns_travel_along(tiny_teacher: Path, documents: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, documents, tmp_path / "t", columns={"carry": ["source", "year"]})
+    capture(config)
+    counts = Table.open(str(tmp_path / "t")).scan().group_by("source").len().collect()
+    assert set(counts["source"]) == {"short", "long"}
+    with pytest.raises(ProvenanceError, match=r"columns\.carry"):
+        capture(config.model_copy(update={"columns": config.columns.model_copy(update={"carry": ()})}))
+
+
+def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents = write(tmp_path / "a.parquet", texts(3))
+    capture(settings(tiny_teacher, documents, tmp_path / "t"))
+    before = rows_of(tmp_path / "t")
+    with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 24, this run 8"):
+        capture(settings(tiny_teacher, documents, tmp_path / "t", selection={"top_k": 8}))
+    assert rows_of(tmp_path / "t") == before
+
+
+def test_unusable_documents_are_counted_written_down_and_never_stop_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = [{"id": name, "text": text} for name, text in texts(3).items()]
+    bad = [
+        {"id": "empty", "text": ""},
+        {"id": "null", "text": None},
+        {"id": "number", "text": 5},
+        {"id": "d1", "text": "x"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in good + bad) + "no json\n")
+    report = capture(settings(tiny_teacher, path, tmp_path / "t"))
+    assert (report.documents, report.rejects, report.sequences) == (3, 5, 3)
+    assert report.rejects_file is not None
+    rejects = [json.loads(line) for line in Path(report.rejects_file).read_text().splitlines()]
+    assert {reject["document_id"] for reject in rejects} >= {"empty", "null", "number", "d1"}
+    with pytest.raises(DocumentsError, match="strict"):
+        capture(settings(tiny_teacher, path, tmp_path / "t2", strict=True))
+    assert not (tmp_path / "t2").exists()
+
+
+def test_a_teacher_that_says_nan_is_named_with_the_document(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data.fill_(float("nan"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    for file in tiny_teacher.glob("tokenizer*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(TeacherError, match="document d0"):
+        capture(settings(broken, write(tmp_path / "a.parquet", texts(1)), tmp_path / "t"))
+    assert not (tmp_path / "t").exists()
+
+
+def test_progress_reaches_the_total(tiny_teacher: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    report = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(200)), tmp_path / "t"), seen.append)
+    captured = [progress for progress in seen if progress.stage == "capture"]
+    assert captured[-1].done == captured[-1].total == report.positions
+    assert [p.done for p in captured] == sorted(p.done for p in captured)
+    assert len(Table.open(str(tmp_path / "t")).history()) > 2  # several shards, each committed by itself
+
+
+def _capture_in_child(config: CaptureConfig, done: "multiprocessing.Queue[CaptureReport]") -> None:
+    torch.set_num_threads(1)
+    done.put(capture(config))
+
+
+def test_two_captures_at_once_leave_every_row_once(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(150)), tmp_path / "t")
+    context = multiprocessing.get_context("spawn")
+    done: multiprocessing.Queue[CaptureReport] = context.Queue()
+    children = [context.Process(target=_capture_in_child, args=(config, done)) for _ in range(2)]
+    for child in children:
+        child.start()
+    reports = [done.get(timeout=120) for _ in children]
+    for child in children:
+        child.join()
+    rows = rows_of(tmp_path / "t")
+    assert len(rows) == len(set(rows)) == 150
+    assert sum(report.sequences for report in reports) == 150  # each counted by the one that committed it
+
+
+def test_killed_and_run_again_the_table_is_complete(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(400)), tmp_path / "t")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pipeline import CaptureConfig, capture\n"
+        "capture(CaptureConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+    )
+    shards = (1, 3)
+    for wanted in shards:
+        child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "config.json")])
+        _wait_for_commits(tmp_path / "t", wanted, child)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    committed = set(rows_of(tmp_path / "t"))
+    assert 0 < len(committed) < 400
+    report = capture(config)
+    rows = rows_of(tmp_path / "t")
+    assert len(rows) == len(set(rows)) == 400
+    assert committed <= set(rows)
+    assert report.sequences == 400 - len(committed)
+
+
+def _wait_for_commits(table: Path, count: int, child: "subprocess.Popen[bytes]") -> None:
+    log = table / "_delta_log"
+    deadline = time.monotonic() + 120
+    while len(list(log.glob("*.json"))) < count + 1:
+        assert child.poll() is None, "the capture ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
