@@ -6,21 +6,22 @@ the draws through their sums, so nothing is sorted that could not be kept. This 
 writes a file.
 """
 
-import hashlib
-import math
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pipeline import counters
 from pipeline.config import SelectionConfig
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
-_CPU_LOGITS, _DEVICE_LOGITS = 2**20, 2**26
-"""Logits worked on at once: what stays in a CPU's cache, and what keeps an accelerator busy."""
+_CPU_LOGITS, _DEVICE_LOGITS = 2**21, 2**27
+"""Logits scanned at once: what stays in a CPU's cache, and what keeps an accelerator busy."""
+_ROWS = 512
+"""Positions that share what comes after the scan: many small steps, cheap if they are few."""
 _IMPOSSIBLE = -1e30
 """Stands for the logit -inf, of probability 0; finite, so that 0 times it is 0."""
 _ABSENT = -(2**63)
@@ -36,6 +37,7 @@ class Selection:
     max_k: int
     draws: int
     temperatures: tuple[float, ...]
+    """1 is the first."""
     seed: int
 
     @classmethod
@@ -72,11 +74,7 @@ def position_seeds(selection: Selection, teacher: bytes, key: bytes, positions: 
     Returns:
         (N,) int64.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (b"%d" % selection.seed, teacher, key):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    start = int.from_bytes(digest.digest(), "little", signed=True)
-    return _mix(positions.long() * _GOLDEN + start)
+    return counters.bits(counters.seed(b"%d" % selection.seed, teacher, key), positions)
 
 
 @torch.inference_mode()
@@ -92,68 +90,111 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     Raises:
         NotADistributionError: if a position's logits hold NaN or +inf, or are all -inf.
     """
-    P, device = len(logits), logits.device
+    device = logits.device
     logits, next_ids, seeds = logits[:, :vocabulary_size], next_ids.to(device).long(), seeds.to(device)
     block = _block_size(selection, vocabulary_size)
     width = -(-vocabulary_size // block) * block
-    rows = max(1, min(P, (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // width))
-    work = torch.full((2, rows, width), _IMPOSSIBLE, device=device)
-    chunks = []
-    for start in range(0, max(P, 1), rows):
-        part = slice(start, min(start + rows, P))
-        try:
-            chunks.append(_select_chunk(logits[part], next_ids[part], seeds[part], selection, block, work))
-        except NotADistributionError as error:
-            raise NotADistributionError([start + row for row in error.rows]) from None
-    joined = {name: torch.cat([chunk[name] for chunk in chunks], dim=-1) for name in chunks[0]}
+    cached = max(1, min(_ROWS, len(logits), (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // width))
+    work = torch.full((2, cached, width), _IMPOSSIBLE, device=device)
+    parts = []
+    for start in range(0, max(1, len(logits)), _ROWS):
+        rows = slice(start, start + _ROWS)
+        scans = [_scan(chunk, selection, block, work) for chunk in torch.split(logits[rows], cached)]
+        scan = _Scan(*map(torch.cat, zip(*scans, strict=True)))
+        wrong = ~(scan.maxima.isfinite() & (scan.maxima > _IMPOSSIBLE))
+        if wrong.any():
+            raise NotADistributionError((wrong.nonzero()[:, 0] + start).tolist())
+        parts.append(_labels(logits[rows], next_ids[rows], seeds[rows], scan, selection))
+    joined = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
     return SoftLabels(**{name: values.cpu().numpy() for name, values in joined.items()})
 
 
+def _singled_out(selection: Selection) -> int:
+    """Highest ids that are known one by one: enough for any head, and for most draws not to search a block."""
+    return max(selection.max_k, min(selection.draws, 64))
+
+
 def _block_size(selection: Selection, vocabulary_size: int) -> int:
-    """Ids of a block: balances finding the right blocks among all with looking through the ones found."""
-    sought = max(selection.max_k + 1, selection.draws)
-    return 2 ** max(0, round(math.log2(vocabulary_size / sought) / 2))
+    """Ids of a block: 64, or fewer where there would be too few blocks to tell the head's from the others."""
+    size = 64
+    while size > 1 and vocabulary_size < 4 * size * _singled_out(selection):
+        size //= 2
+    return size
 
 
-def _select_chunk(
-    logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection, block: int, work: Tensor
-) -> dict[str, Tensor]:
-    """The fields of ``SoftLabels`` for R rows; ``work``, (2, at least R, width) float32, is overwritten."""
+class _Scan(NamedTuple):
+    """What the passes over the vocabulary give for R rows: the S highest ids singled out, and the rest in sums."""
+
+    maxima: Tensor
+    """(R,) float32."""
+    values: Tensor
+    """(R, S + 1) float64, the highest logits; -inf where the row has fewer possible ids."""
+    ids: Tensor
+    """(R, S + 1) int64, theirs; 0 where there is none."""
+    rests: Tensor
+    """(R, T) float64, log of the rest's sum of exp(logit / temperature)."""
+    rest_means: Tensor
+    """(R,) float64, mean logit of the rest's distribution at T=1."""
+    block_shares: Tensor
+    """(R, blocks) float32, each block's share of the rest at T=1."""
+
+
+def _scan(logits: Tensor, selection: Selection, block: int, work: Tensor) -> _Scan:
+    """Work through the vocabulary of R rows; ``work``, (2, at least R, width) float32, is overwritten."""
     scores, shares = work[:, : len(logits)]
     scores[:, : logits.shape[1]].copy_(logits).clamp_(min=_IMPOSSIBLE)
-    values, ids = _highest(scores, block, selection.max_k + 1)
-    # Whatever the head will be, all beyond the first max_k ids is tail. It is summed relative to its own highest
+    maxima = scores.unflatten(1, (-1, block)).amax(2)
+    values, ids = _highest(scores, maxima, _singled_out(selection) + 1)
+    # Whatever the head will be, all beyond the first S ids is tail. It is summed relative to its own highest
     # logit, the next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
-    top, top_ids, peak, peak_ids = values[:, :-1], ids[:, :-1], values[:, -1], ids[:, -1:]
-    scores.scatter_(1, top_ids, _IMPOSSIBLE)
-    rests = {}
-    for T in sorted(selection.temperatures, key=lambda T: T == 1):  # 1 comes last: its shares are used below
+    scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
+    peaks, rests = values[:, -1], list[Tensor]()
+    for T in reversed(selection.temperatures):  # 1 comes last: its shares are used below
         torch.softmax(scores if T == 1 else scores / T, dim=1, out=shares)
-        block_shares = _blocks(shares, block).sum(1).double()
-        total = block_shares.sum(1)  # not quite 1: softmax adds its terms one by one
-        log_share = (shares.gather(1, peak_ids)[:, 0] / total).log()
-        rests[T] = torch.where(peak.isfinite(), peak / T - log_share, -torch.inf)
+        block_shares = shares.unflatten(1, (-1, block)).sum(2)
+        total = block_shares.double().sum(1)  # not quite 1: softmax adds its terms one by one
+        log_share = (shares.gather(1, ids[:, -1:])[:, 0] / total).log()
+        rests.insert(0, torch.where(peaks.isfinite(), peaks / T - log_share, -torch.inf))
+    means = shares.mul_(scores).sum(1) / total
+    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), means, block_shares)
 
-    log_sum = torch.logaddexp(top.logsumexp(1), rests[1.0])
+
+def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` ids of each row in the order (logit descending, id ascending), as in ``_Scan``.
+
+    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
+    ids that reach it are sorted, ties included.
+    """
+    R, blocks = maxima.shape
+    bound = torch.full_like(scores[:, 0], _IMPOSSIBLE)
+    if count <= blocks:
+        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1)
+    rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
+    members = scores.view(R * blocks, scores.shape[1] // blocks).index_select(0, rows * blocks + columns)
+    reached = (members >= bound[rows, None]) & (members > _IMPOSSIBLE)
+    found, offsets = reached.nonzero(as_tuple=True)
+    keys = _rank_keys(members[found, offsets], columns[found] * members.shape[1] + offsets)
+    ranked = _ranked(rows[found], keys, R, count)[:, :count]
+    values, ids = _from_rank_keys(ranked)
+    absent = ranked == _ABSENT
+    return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
+
+
+def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: _Scan, selection: Selection) -> dict[str, Tensor]:
+    """The fields of ``SoftLabels`` for R rows."""
+    top, top_ids, temperatures = scan.values[:, :-1], scan.ids[:, :-1], selection.temperatures
+    rest = scan.rests[:, 0]
+    log_sum = torch.logaddexp(top.logsumexp(1), rest)
     logprobs = top - log_sum[:, None]
     kept = _head(logprobs, selection)
     inside, outside = top.masked_fill(~kept, -torch.inf), top.masked_fill(kept, -torch.inf)
-    tails = {T: torch.logaddexp((outside / T).logsumexp(1), rest) for T, rest in rests.items()}
-    masses = {T: tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in tails.items()}
-
-    weights = torch.cat(
-        [
-            (outside - tails[1.0][:, None]).exp(),
-            block_shares * ((rests[1.0] - tails[1.0]).exp() / total)[:, None],
-        ],
-        dim=1,
+    tails = [torch.logaddexp((outside / T).logsumexp(1), scan.rests[:, i]) for i, T in enumerate(temperatures)]
+    log_masses = torch.stack(
+        [tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in zip(temperatures, tails, strict=True)]
     )
-    draws = (selection.draws * masses[1.0].exp()).ceil()
-    rows, drawn = _draw(seeds, draws, selection.draws, weights, top_ids, _blocks(shares, block))
+    rows, drawn = _draw(logits, seeds, scan, outside, log_masses[0], selection)
     tail_counts, tail_ids, tail_draws, tail_logits = _distinct(rows, drawn, logits)
-
-    rest_mean = shares.mul_(scores).sum(1) / total
-    mean = (logprobs.exp() * top.clamp(min=_IMPOSSIBLE)).sum(1) + (rests[1.0] - log_sum).exp() * rest_mean
+    mean = (logprobs.exp() * top.clamp(min=_IMPOSSIBLE)).sum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
         "head_counts": kept.sum(1).int(),
         "head_ids": top_ids[kept].int(),
@@ -162,88 +203,61 @@ def _select_chunk(
         "tail_ids": tail_ids.int(),
         "tail_draws": tail_draws.int(),
         "tail_logprobs": (tail_logits - log_sum.repeat_interleave(tail_counts)).float(),
-        "tail_log_masses": torch.stack([masses[T] for T in selection.temperatures]).float(),
+        "tail_log_masses": log_masses.float(),
         "entropies": (log_sum - mean).clamp(min=0).float(),
         "next_logprobs": (logits.gather(1, next_ids[:, None])[:, 0].double() - log_sum).float(),
     }
 
 
-def _blocks(rows: Tensor, block: int) -> Tensor:
-    """(R, width) seen as (R, block, blocks): block j holds the ids j, j + blocks, j + 2 blocks, ...
-
-    Interleaved, because low ids are often the likely ones: like this they are spread over the blocks.
-    """
-    return rows.view(len(rows), block, rows.shape[1] // block)
-
-
-def _highest(scores: Tensor, block: int, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` ids of each row in the order (logit descending, id ascending).
-
-    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
-    ids that reach it are sorted, ties included.
-
-    Returns:
-        (R, count) float64 logits and (R, count) int64 ids; -inf and 0 where the row has fewer possible ids.
-
-    Raises:
-        NotADistributionError: with the rows of the chunk.
-    """
-    maxima = _blocks(scores, block).amax(1)
-    R, blocks = maxima.shape
-    peaks = maxima.amax(1)
-    wrong = ~(peaks.isfinite() & (peaks > _IMPOSSIBLE))
-    if wrong.any():
-        raise NotADistributionError(wrong.nonzero()[:, 0].tolist())
-    if count <= blocks:
-        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1)
-    else:
-        bound = torch.full_like(peaks, _IMPOSSIBLE)
-    rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
-    members = _blocks(scores, block)[rows, :, columns]
-    found, offsets = ((members >= bound[rows, None]) & (members > _IMPOSSIBLE)).nonzero(as_tuple=True)
-    keys = _rank_keys(members[found, offsets], offsets * blocks + columns[found])
-    ranked = _ranked(rows[found], keys, R, count)[:, :count]
-    values, ids = _from_rank_keys(ranked)
-    absent = ranked == _ABSENT
-    return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
-
-
 def _head(logprobs: Tensor, selection: Selection) -> Tensor:
-    """(R, max_k) which of the highest ids are kept: the fewest that reach top_p, within min_k and max_k."""
+    """(R, S) which of the highest ids are kept: the fewest that reach top_p, within min_k and max_k."""
     probabilities = logprobs.exp()
     before = probabilities.cumsum(1) - probabilities
     ranks = torch.arange(logprobs.shape[1], device=logprobs.device)
-    wanted = (before < selection.top_p) | (ranks < selection.min_k)
-    # Rounding may reach 1 too early, so 1 means every id.
-    return (wanted if selection.top_p < 1 else torch.ones_like(wanted)) & logprobs.isfinite()
+    reaching = (before < selection.top_p) | (selection.top_p == 1)  # rounding may reach 1 too early
+    return (reaching | (ranks < selection.min_k)) & (ranks < selection.max_k) & logprobs.isfinite()
 
 
 def _draw(
-    seeds: Tensor, counts: Tensor, most: int, weights: Tensor, top_ids: Tensor, shares: Tensor
+    logits: Tensor, seeds: Tensor, scan: _Scan, outside: Tensor, log_masses: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """Ids drawn with replacement: first one of the highest ids or a block, then an id of that block.
+    """Ids drawn from the tail with replacement: first one of the highest ids or a block, then an id of that block.
 
     Args:
-        counts: (R,) draws of each row, at most ``most``.
-        weights: (R, max_k + blocks) float64, of the highest ids (0 for those in the head) and of the blocks.
-        shares: (R, block, blocks) weights of the ids within their blocks.
+        outside: (R, S) the highest logits, -inf for those in the head.
+        log_masses: (R,) of the tail, at T=1.
 
     Returns:
         (N,) row and (N,) id of each draw, row after row.
     """
-    steps = torch.arange(most, device=seeds.device).expand(len(seeds), most)
-    bounds = weights.cumsum(1)
-    picks = torch.searchsorted(bounds, _uniform(seeds[:, None], 2 * steps) * bounds[:, -1:], right=True)
-    rows, steps = (steps < counts[:, None]).nonzero(as_tuple=True)
+    if selection.draws == 0:
+        return seeds[:0], seeds[:0]
+    singles = outside.shape[1]
+    rest = scan.rests[:, :1]
+    highest = torch.maximum(rest, outside.amax(1, keepdim=True))
+    blocks = (rest - highest).exp() * scan.block_shares
+    bounds = torch.cat([(outside - highest).exp(), blocks], dim=1).cumsum(1)
+    steps = torch.arange(selection.draws, device=seeds.device).expand(len(seeds), -1)
+    picks = torch.searchsorted(bounds, counters.uniform(seeds[:, None], 2 * steps) * bounds[:, -1:], right=True)
+    rows, steps = (steps < (selection.draws * log_masses.exp()).ceil()[:, None]).nonzero(as_tuple=True)
     picks = picks[rows, steps]
-    singles, blocks = top_ids.shape[1], shares.shape[2]
-    columns = (picks - singles).clamp(min=0)
-    bounds = shares[rows, :, columns].double().cumsum(1)
-    aims = _uniform(seeds[rows], 2 * steps + 1)[:, None] * bounds[:, -1:]
-    ids = torch.searchsorted(bounds, aims, right=True)[:, 0] * blocks + columns
-    if singles:
-        ids = torch.where(picks < singles, top_ids[rows, picks.clamp(max=singles - 1)], ids)
+    ids = scan.ids[rows, picks.clamp(max=singles)]
+    deep = (picks >= singles).nonzero()[:, 0]
+    uniforms, size = counters.uniform(seeds[rows[deep]], 2 * steps[deep] + 1), _block_size(selection, logits.shape[1])
+    ids[deep] = _draw_in_block(logits, scan, rows[deep], picks[deep] - singles, uniforms, size)
     return rows, ids
+
+
+def _draw_in_block(logits: Tensor, scan: _Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor, size: int) -> Tensor:
+    """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks of ``size`` ids in (N,) rows."""
+    vocabulary_size = logits.shape[1]
+    ids = blocks[:, None] * size + torch.arange(size, device=rows.device)
+    members = logits[rows[:, None], ids.clamp(max=vocabulary_size - 1)].float()
+    peaks, peak_ids = scan.values[rows, -1:].float(), scan.ids[rows, -1:]
+    of_rest = (members < peaks) | ((members == peaks) & (ids >= peak_ids))
+    weights = (members - peaks).exp().where(of_rest & (ids < vocabulary_size), 0)
+    bounds = weights.double().cumsum(1)
+    return blocks * size + torch.searchsorted(bounds, uniforms[:, None] * bounds[:, -1:], right=True)[:, 0]
 
 
 def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -277,26 +291,3 @@ def _from_rank_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The values and ids that ``_rank_keys`` was given."""
     ordered = (keys >> 32).int()
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-
-
-_GOLDEN, _FIRST, _SECOND = (
-    constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-"""splitmix64's constants, as the int64 with the same bits."""
-
-
-def _mix(states: Tensor) -> Tensor:
-    """splitmix64's finaliser, on int64 that wrap: the same bits on every device.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-        # >> copies the sign; the mask makes it the shift of an unsigned number.
-        states = (states ^ ((states >> shift) & (2 ** (64 - shift) - 1))) * factor
-    return states
-
-
-def _uniform(seeds: Tensor, counters: Tensor) -> Tensor:
-    """float64 strictly between 0 and 1: each seed's stream at a counter."""
-    bits = (_mix(seeds + (counters + 1) * _GOLDEN) >> 12) & (2**52 - 1)
-    return (bits.double() + 0.5) * 2.0**-52
