@@ -7,3 +7,4 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 # Our own lines of progress belong to the run that they are about.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "softlabel")
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")

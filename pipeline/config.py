@@ -250,28 +250,26 @@ class EvaluateConfig(Settings):
     """Tokens of one forward pass."""
 
 
-class DistillConfig(Settings):
+class DistillConfig(CaptureConfig):
     """Capture, train and evaluate, from one file."""
 
-    documents: str
-    """File, folder or glob of documents: Parquet, JSON lines or plain text."""
-    table: str
-    """Folder of the table; made if it is not there, added to if it is."""
     output: str
     """Folder for the student (student/), its control (control/) and the report (report/)."""
-    teacher: TeacherConfig
-    columns: ColumnsConfig = ColumnsConfig()
-    sequences: SequencesConfig = SequencesConfig()
-    selection: SelectionConfig = SelectionConfig()
-    shards: ShardsConfig = ShardsConfig()
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     control: bool = True
     """Also train the same student on hard labels alone for as many steps, to compare with."""
-    strict: bool = False
-    """Stop at the first document that can't be used, instead of counting it and writing it to the rejects file."""
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        """Said here too, before the teacher has run for hours."""
+        given = [f"student.{name}" for name in ("model", "layers", "config") if getattr(self.student, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"give one of student.model, student.layers and student.config, not {found}")
+        return self
 
     def capture(self) -> CaptureConfig:
         """The first stage's settings."""

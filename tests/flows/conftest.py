@@ -1,6 +1,7 @@
 """One Prefect server for all tests of the flows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +13,9 @@ def prefect() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where embedded servers keep their database, which takes its time to be made."""
+    return tmp_path_factory.mktemp("prefect")

@@ -15,8 +15,8 @@ from flows import server
 
 url = server.start()
 server.wait(url)
-print(url, flush=True)
 try:
+    print(url, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     server.wait(url)
@@ -25,8 +25,8 @@ time.sleep(60)
 """
 
 
-def test_outlives_an_interrupt_and_not_its_process(tmp_path: Path):
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+def test_outlives_an_interrupt_and_not_its_process(prefect_home: Path):
+    environment = {**os.environ, "PREFECT_HOME": str(prefect_home)}
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

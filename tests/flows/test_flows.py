@@ -1,0 +1,170 @@
+"""The flows on a real Prefect server and a tiny teacher, as the command line runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.cli import run
+from tests.conftest import ROOT
+
+FLOWS = ("capture", "train", "evaluate", "distill")
+
+NO_WAY_OUT = """
+import os, socket
+
+def record(place):
+    if not str(place).startswith(("127.", "::1", "localhost", "/", "None")):
+        with open(os.environ["CALLED"], "a") as calls:
+            print(place, file=calls)
+
+connect, resolve = socket.socket.connect, socket.getaddrinfo
+socket.socket.connect = lambda self, at: (record(at[0] if isinstance(at, tuple) else at), connect(self, at))[1]
+socket.getaddrinfo = lambda host, *rest, **more: (record(host), resolve(host, *rest, **more))[1]
+"""
+"""A sitecustomize that notes every address that is not this machine's own."""
+
+
+@pytest.fixture
+def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
+    """A YAML that distils the tiny teacher in seconds."""
+    settings = {
+        "documents": str(documents),
+        "table": str(tmp_path / "table"),
+        "output": str(tmp_path / "runs"),
+        "teacher": {"model": str(tiny_teacher), "dtype": "float32"},
+        "sequences": {"max_tokens": 128},
+        "shards": {"positions": 8000, "eval_fraction": 0.2},
+        "student": {"layers": [0]},
+        "stream": {"row_tokens": 128, "batch_rows": 4, "micro_rows": 4},
+        "optimiser": {"max_steps": 2, "device": "cpu"},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def softlabel(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
+    """Exit code, the JSON on stdout, and stderr."""
+    code = run([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_forms_are_friendly(name: str):
+    from importlib import import_module
+
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(getattr(import_module(f"flows.{name}"), f"{name}_flow")).model_dump()
+    assert list(schema["properties"]) == ["config"]
+    fields = [field for part in schema["definitions"].values() for field in part["properties"].items()]
+    assert not [name for name, field in fields if not field.get("description") and "$ref" not in field]
+    assert not [name for name, field in fields if field.get("additionalProperties")]
+
+
+def test_deployments_name_the_flows():
+    from prefect.flows import load_flow_from_entrypoint
+
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    flows = [load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"])) for deployment in deployments]
+    assert tuple(flow.name for flow in flows) == FLOWS
+    assert {deployment["work_pool"]["name"] for deployment in deployments} == {"softlabel"}
+
+
+@pytest.mark.usefixtures("prefect")
+def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixture[str]):
+    code, result, err = softlabel(capsys, "distill", "--config", str(small))
+    assert code == 0
+    assert result["capture"]["positions"] > 10_000
+    assert {name: report["steps_trained"] for name, report in result["train"].items()} == {"student": 2, "control": 2}
+    assert [score["name"] for score in result["evaluate"]["students"]] == ["student", "control"]
+    assert Path(result["evaluate"]["html"]).is_file()
+    assert "Traceback" not in err
+    assert "positions" in err
+
+    assert {"capture-progress": "progress", "students": "table", "report": "markdown"}.items() <= artifacts().items()
+
+    assert run(["distill", "--config", str(small)]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was captured" in shown
+    assert shown.count("was trained already") == 2
+    assert "top-1 agreement" in shown
+    assert shown.count("  softlabel ") == 3
+
+    for verb in ("inspect", "history"):
+        code, told, _ = softlabel(capsys, verb, "--config", str(small))
+        assert code == 0
+        assert isinstance(told, dict)
+        assert run([verb, "--config", str(small)]) == 0
+        assert "positions" in capsys.readouterr().out
+
+
+def artifacts() -> dict[str, str]:
+    """Type of each artifact by its key."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return {artifact.key: artifact.type for artifact in client.read_artifacts()}
+
+
+@pytest.mark.usefixtures("prefect")
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["--teacher.model", "nowhere/at-all"], 1, "TeacherError"),
+        (["--documents", "nowhere.parquet"], 2, "UsageError"),
+        (["--documents", "broken.parquet"], 1, "DocumentsError"),
+        (["--columns.text", "txet"], 2, "UsageError"),
+        (["--student.model", "one-too-many"], 2, "UsageError"),
+    ],
+)
+def test_bad_input_is_one_screen(
+    small: Path,
+    arguments: list[str],
+    code: int,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.parquet").write_bytes(b"PAR1 and nothing else")
+    failed, error, err = softlabel(capsys, "distill", "--config", str(small), *arguments)
+    assert (failed, error["error"]) == (code, kind)
+    assert arguments[0].strip("-") in error["message"] or arguments[1] in error["message"]
+    assert not (tmp_path / "table").exists()
+    assert err.count(error["message"]) == 1
+    assert "Traceback" not in err
+    assert len(error["message"].splitlines()) < 24
+
+
+@pytest.mark.usefixtures("prefect")
+def test_empty_documents(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    code, error, _ = softlabel(capsys, "distill", "--config", str(small), "--documents", str(empty))
+    assert (code, error["error"]) == (1, "DocumentsError")
+    assert not (tmp_path / "table").exists()
+
+
+def test_embedded_server_without_a_way_out(small: Path, tmp_path: Path, prefect_home: Path):
+    """The command as a person runs it, with no server configured: stdout is one object, and nothing calls home."""
+    (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
+    calls = tmp_path / "calls"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "CI"))}
+    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(prefect_home)}
+    given = yaml.safe_load(small.read_text())
+    command = [Path(sys.executable).with_name("softlabel"), "capture", given["documents"], given["table"]]
+    command += ["--teacher.model", given["teacher"]["model"], "--sequences.max-tokens", "128", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["positions"] > 10_000
+    assert "Traceback" not in done.stderr
+    assert not calls.exists(), calls.read_text()
