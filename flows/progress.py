@@ -68,7 +68,9 @@ def describe(progress: Progress, rate: float | None) -> str:
         parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
         if progress.total is not None and progress.done < progress.total:
             parts.append(f"{timedelta(seconds=round((progress.total - progress.done) / rate))} left")
-    parts += [f"{name} {value:.4g}" for name, value in progress.details.items()]
+    parts += [
+        f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.4g}" for name, value in progress.details.items()
+    ]
     return "  ".join(parts)
 
 
@@ -99,6 +101,8 @@ def _bars() -> Iterator[Show]:
 
         def show(progress: Progress, text: str) -> None:
             if progress.stage not in tasks:
+                for before in bars.tasks:  # a stage that did not know its total is over when the next one begins
+                    bars.update(before.id, total=before.completed if before.total is None else before.total)
                 tasks[progress.stage] = bars.add_task(progress.stage, text="")
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, text=text)
 

@@ -26,6 +26,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def test_a_total_may_be_unknown():
+    text = describe(Progress("plan", 60, None, "documents", {"pending positions": 15_769.0}), 30.0)
+    assert text == "60 documents  30/s  pending positions 15,769"
+
+
 def test_pace_counts_from_where_a_stage_was_first_heard_of(now: list[float]):
     pace = Pace(50)
     assert pace.rate(50) is None
