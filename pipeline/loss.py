@@ -142,7 +142,7 @@ class _FusedLoss(torch.autograd.Function):
         return problem.config.hard_weight * hard + problem.config.soft_weight * soft, hard, soft
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *parts: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.along:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
@@ -241,6 +241,7 @@ def _differentiate(
     ρ to rounding, and dividing by it would overflow.
     """
     next_logits = z.gather(1, next_ids[:, None])[:, 0]
+    kept_logits = z[:, :0]
     if targets is not None:
         kept = targets.logprobs > -torch.inf
         kept_logits = z.gather(1, targets.ids).masked_fill(~kept, -torch.inf)
@@ -251,14 +252,16 @@ def _differentiate(
     top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
     z.sub_(top[:, None]).exp_()
     rest_sum = z.sum(1)
-    log_rest = log_total = top + rest_sum.log()
-    if targets is not None:
-        log_total = torch.logaddexp(log_rest, kept_logits.logsumexp(1))
-    hard = log_total - next_logits
-    soft = torch.zeros_like(hard)
-    rest_gradient = (log_rest - log_total).exp() * hard_weight
+    # Logs are relative to a level near the largest logit: a large logit has few digits left behind its point.
+    level = torch.maximum(top, kept_logits.logsumexp(1))
+    kept_logits = kept_logits - level[:, None]
+    log_rest = top - level + rest_sum.log()
+    log_total = torch.logaddexp(log_rest, kept_logits.logsumexp(1))
+    hard = log_total - (next_logits - level)
 
-    if targets is not None:
+    if targets is None:
+        soft, rest_gradient = torch.zeros_like(hard), torch.full_like(hard, hard_weight)
+    else:
         log_s = torch.cat([kept_logits, log_rest[:, None]], 1) - log_total[:, None]
         log_t = torch.cat([targets.logprobs, targets.log_rest[:, None]], 1).to(z.dtype)
         terms, g = divergence_terms(config.divergence, log_t, log_s, config.mix)
