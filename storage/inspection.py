@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage.reader import open_shard, read
+from storage.reader import footer, outline, read
 from storage.schema import SOFT_LABELS
 from storage.table import COMMIT_MESSAGE, Shard, Table
 
@@ -84,10 +83,14 @@ def inspect(table: Table) -> Inspection:
 
 
 def column_bytes(table: Table) -> dict[str, int]:
-    """Compressed bytes of each column over all shards, from their footers."""
+    """Compressed bytes of each column over all shards, from their footers.
+
+    Raises:
+        IntegrityError: if a shard has none that can be read.
+    """
     sizes: dict[str, int] = {}
     for shard in table.shards():
-        metadata = pq.read_metadata(Path(table.location) / shard.path)
+        metadata = footer(table, shard)
         for group in range(metadata.num_row_groups):
             for index in range(metadata.num_columns):
                 column = metadata.row_group(group).column(index)
@@ -122,26 +125,20 @@ def last_capture(table: Table) -> dict[str, Any]:
 
 
 def _splits(table: Table) -> dict[str, SplitSize]:
-    shards = table.shards()
-    if not shards:
-        return {}
-    counts = (
-        table.scan()
-        .group_by("split")
-        .agg(
-            pl.col("document_id").n_unique().alias("documents"),
-            pl.len().alias("sequences"),
-            pl.col("tokens").sum(),
-            pl.col("positions").sum(),
+    splits = {}
+    for split in sorted({shard.split for shard in table.shards()}, reverse=True):
+        shards = table.shards(split)
+        columns = ["document_id", "tokens", "positions"]
+        rows = pa.concat_tables(part for shard in shards for part in outline(table, shard, columns))
+        splits[split] = SplitSize(
+            shards=len(shards),
+            documents=pc.count_distinct(rows.column("document_id")).as_py(),
+            sequences=len(rows),
+            tokens=pc.sum(rows.column("tokens")).as_py(),
+            positions=pc.sum(rows.column("positions")).as_py(),
+            bytes=sum(shard.bytes for shard in shards),
         )
-        .sort("split", descending=True)
-        .collect()
-    )
-    return {
-        row.pop("split"): SplitSize(shards=len(mine), bytes=sum(shard.bytes for shard in mine), **row)
-        for row in counts.to_dicts()
-        for mine in [[shard for shard in shards if shard.split == row["split"]]]
-    }
+    return splits
 
 
 def _entropies(table: Table) -> dict[str, float]:
@@ -159,8 +156,7 @@ def _entropies(table: Table) -> dict[str, float]:
 
 
 def _middle(table: Table, shard: Shard) -> int:
-    with open_shard(table, shard) as file:
-        return int(file.num_row_groups // 2)
+    return int(footer(table, shard).num_row_groups // 2)
 
 
 def _entropy(values: NDArray[np.generic]) -> float:

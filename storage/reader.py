@@ -1,6 +1,7 @@
 """Reads shards, and stops at the first byte that is not the one that was written."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,12 +32,9 @@ def read(
         IntegrityError: if the shard is missing or its bytes are not those that were written.
     """
     names = list(columns) if columns is not None else None
-    with open_shard(table, shard) as file:
-        try:
-            wanted = range(file.num_row_groups) if row_groups is None else row_groups
-            return file.read_row_groups(list(wanted), columns=names, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise _damaged(table, shard, str(error)) from error
+    with open_shard(table, shard) as file, _intact(table, shard):
+        wanted = range(file.num_row_groups) if row_groups is None else row_groups
+        return file.read_row_groups(list(wanted), columns=names, use_threads=False)
 
 
 def batches(table: Table, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
@@ -57,16 +55,28 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
     Raises:
         IntegrityError: if the shard is missing, truncated, or damaged in these columns.
     """
-    path = Path(table.location) / shard.path
-    try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise _damaged(table, shard, f"{size} bytes")
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=list(columns), use_threads=False)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(table, shard, str(error)) from error
+    rows = 0
+    with _open(table, shard) as file, _intact(table, shard):
+        for group in range(file.num_row_groups):
+            part = file.read_row_group(group, columns=list(columns), use_threads=False)
+            rows += len(part)
+            if set(part.column_names) != set(columns) or rows > shard.rows:
+                break
+            yield part
+        else:
+            if rows == shard.rows:
+                return
+    raise _damaged(table, shard, "a footer that describes other rows")
+
+
+def footer(table: Table, shard: Shard) -> pq.FileMetaData:
+    """What a shard's footer says of it; checks no more than the file's size.
+
+    Raises:
+        IntegrityError: if the shard is missing, truncated, or has no footer that can be read.
+    """
+    with _open(table, shard) as file:
+        return file.metadata
 
 
 def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
@@ -107,14 +117,30 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
         IntegrityError: if the file is missing, truncated, or not the one that its name says.
     """
     path = Path(table.location) / shard.path
-    try:
+    with _intact(table, shard):
         stat = path.stat()
         found = _content_hash(str(path), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise _damaged(table, shard, str(error)) from error
     if found != path.stem:
         raise _damaged(table, shard, f"{stat.st_size} bytes with the hash {found}")
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    return _open(table, shard)
+
+
+def _open(table: Table, shard: Shard) -> pq.ParquetFile:
+    path = Path(table.location) / shard.path
+    with _intact(table, shard):
+        size = path.stat().st_size
+        if size == shard.bytes:
+            return pq.ParquetFile(path, page_checksum_verification=True)
+    raise _damaged(table, shard, f"{size} bytes")
+
+
+@contextmanager
+def _intact(table: Table, shard: Shard) -> Iterator[None]:
+    """Whatever a Parquet reader stumbles over is damage: what it is asked for was written."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(table, shard, str(error)) from error
 
 
 @lru_cache(maxsize=1 << 16)
