@@ -166,13 +166,13 @@ def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor
     ids that reach it are sorted, ties included.
     """
     R, blocks = maxima.shape
-    bound = torch.full_like(scores[:, 0], _IMPOSSIBLE)
+    least = _IMPOSSIBLE / 2  # above the impossible, below every other logit
+    bound = torch.full_like(scores[:, 0], least)
     if count <= blocks:
-        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1)
+        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=least)
     rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
     members = scores.view(R * blocks, scores.shape[1] // blocks).index_select(0, rows * blocks + columns)
-    reached = (members >= bound[rows, None]) & (members > _IMPOSSIBLE)
-    found, offsets = reached.nonzero(as_tuple=True)
+    found, offsets = (members >= bound[rows, None]).nonzero(as_tuple=True)
     keys = _rank_keys(members[found, offsets], columns[found] * members.shape[1] + offsets)
     ranked = _ranked(rows[found], keys, R, count)[:, :count]
     values, ids = _from_rank_keys(ranked)
