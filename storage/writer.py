@@ -24,7 +24,7 @@ from deltalake.transaction import AddAction, CommitProperties
 from storage.codec import SoftLabels, encode
 from storage.errors import IntegrityError, TableError
 from storage.files import content_hash, rename
-from storage.reader import read
+from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys, without
 from storage.table import COMMIT_MESSAGE, SIDE_FOLDER, Table
 
@@ -47,13 +47,13 @@ class ShardWriter:
     Use it as a context manager: what is not committed at its end is thrown away.
 
     Args:
-        table: the table, at a version that holds none of the rows to come.
+        table: any version of it; rows that its newest has by the time of the commit are left out.
         row_group: sequences of a row group, the unit that is read.
     """
 
     def __init__(self, table: Table, row_group: int = 256) -> None:
         self._table = table
-        self._known = {shard.path for shard in table.shards()}
+        self._checked: set[str] = set()
         self._row_group = row_group
         self._files: dict[str, _ShardFile] = {}
 
@@ -122,13 +122,17 @@ class ShardWriter:
                     return total
 
     def _drop_rows_of_others(self, files: list["_ShardFile"], newest: Table) -> None:
+        """A look at the small key column tells which shards share a key; only those are looked at row by row."""
         mine = {file.shard_path for file in files}
+        keys = pa.array({row[-1] for file in files for row in file.keys}, pa.binary())
         for shard in newest.shards():
-            if shard.path not in self._known and shard.path not in mine:
-                taken = set(row_keys(read(newest, shard, ROW_KEY)))
+            if shard.path in mine or shard.path in self._checked:
+                continue
+            self._checked.add(shard.path)
+            if any(pc.is_in(part.column("key"), keys).to_numpy().any() for part in outline(newest, shard, ["key"])):
+                taken = {row for part in outline(newest, shard, ROW_KEY) for row in row_keys(part)}
                 for file in files:
                     file.drop(taken)
-            self._known.add(shard.path)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

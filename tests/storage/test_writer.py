@@ -9,6 +9,7 @@ import time
 from multiprocessing.queues import SimpleQueue as Queue
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -94,6 +95,27 @@ def test_the_same_rows_twice_in_one_shard_are_there_once(table: Table):
     assert names_in(table.newest()) == sorted([*A, "c"])
 
 
+def test_rows_that_the_table_has_already(filled: Table):
+    """Whatever version a writer was given, and however the rows are cut into shards."""
+    for version in range(3):
+        table = Table.open(f"{filled.location}@{version}")
+        assert add(table, [*A[35:], *B[:7], f"new{version}"]).sequences == 1
+    assert names_in(filled.newest()) == sorted([*A, *B, "new0", "new1", "new2"])
+
+
+def test_the_same_text_in_another_document(table: Table):
+    """The same key under another document is another row."""
+    add(table, A)
+    sequences, labels = rows(A)
+    renamed = pa.array([f"copy of {name}" for name in A])
+    at = sequences.schema.get_field_index("document_id")
+    with ShardWriter(table.newest()) as writer:
+        writer.append(sequences.set_column(at, sequences.schema.field(at), renamed), labels)
+        writer.append(*rows(A[:3]))
+        assert writer.commit({}).sequences == 40
+    assert len(names_in(table.newest())) == 80
+
+
 def test_overlapping_writers(table: Table):
     """Each is told what it added; together every row is there once."""
     with ShardWriter(table, row_group=16) as first, ShardWriter(table, row_group=16) as second:
@@ -143,34 +165,37 @@ def test_commits_claim_nothing_but_the_number_of_rows(filled: Table):
 
 
 def capture(location: str, names: list[str], seed: int) -> None:
-    """What a capture does: whatever the table lacks, in some order, a shard of 12 rows at a time."""
+    """What a capture does: whatever the table lacks, in some order, a shard of 25 rows at a time."""
     table = Table.open(location)
     present = set(names_in(table))
     pending = [name for name in names if name not in present]
     random.Random(seed).shuffle(pending)
-    for start in range(0, len(pending), 12):
-        add(table, pending[start : start + 12])
+    for start in range(0, len(pending), 25):
+        add(table, pending[start : start + 25])
 
 
 def test_killed_writers(table: Table):
-    """20 times, one of two writers of overlapping rows is killed at a random moment; another takes its place."""
-    chance, died = random.Random(0), 0
-    names = [f"d{i}" for i in range(400)]
-    for seed in range(10):
-        parts = names[:300], names[100:]
-        writers = [PROCESSES.Process(target=capture, args=(table.location, part, seed)) for part in parts]
+    """20 times, one of two writers of overlapping rows is killed at a random moment, and another takes its place."""
+    chance, killed, window, version = random.Random(0), 0, 0.2, 0
+    names = [f"d{i}" for i in range(1000)]
+    while killed < 20:
+        parts = names[:700], names[300:]
+        writers = [PROCESSES.Process(target=capture, args=(table.location, part, killed)) for part in parts]
         for writer in writers:
             writer.start()
         for writer in writers:
-            time.sleep(chance.uniform(0.02, 0.2))
+            time.sleep(chance.uniform(0, window))
             writer.kill()
         for writer in writers:
             writer.join()
-            died += writer.exitcode == -signal.SIGKILL
-        seen = names_in(table.newest())
+            killed += writer.exitcode == -signal.SIGKILL
+        newest = table.newest()
+        seen = names_in(newest)
         assert len(seen) == len(set(seen)), "each row once, after every kill"
-    assert died > 15, "nearly all died while there was something to write"
-    assert 0 < len(seen) < 400, "so did some before their commit, and some after"
+        # However busy the machine is, writers are killed after a commit or a few.
+        window *= 1.5 if newest.version == version else 0.8
+        version = newest.version
+    assert 0 < len(seen) < 1000, "some died before a commit, some after"
 
     capture(table.location, names, 0)
     newest = table.newest()
