@@ -29,7 +29,7 @@ from storage.errors import IntegrityError, TableError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table, parse
 
-EVAL_TOKENS = 16_384
+EVAL_TOKENS = 4096
 """Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
 _LOGGED_STEPS = 500
 """Points of a training curve, at most about."""
