@@ -238,5 +238,6 @@ def _about(config: CaptureConfig, teacher: TransformersTeacher) -> dict[str, obj
         "teacher": config.teacher.model,
         "revision": teacher.checkpoint.revision,
         "parameters": teacher.parameters,
+        "config": config.model_dump(mode="json"),
         "circumstances": circumstances(device=str(teacher.device), attention=config.teacher.attention),
     }

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import polars as pl
+import pyarrow.compute as pc
 
 from pipeline.batch import Batch
 from pipeline.config import EvaluateConfig, LossConfig, StudentConfig
@@ -25,6 +25,7 @@ from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
 from storage.inspection import column_bytes
 from storage.provenance import Identity, circumstances
+from storage.reader import index
 from storage.table import COMMIT_MESSAGE, Table
 
 PROVENANCE = "softlabel.json"
@@ -222,4 +223,4 @@ def _names(folders: tuple[str, ...]) -> list[str]:
 
 
 def _positions(table: Table) -> int:
-    return int(table.scan().select(pl.col("positions").sum()).collect().item())
+    return int(pc.sum(index(table, ["positions"]).column("positions")).as_py())

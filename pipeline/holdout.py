@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.batch import COLUMNS, Batch, RowGroup, collate
 from pipeline.order import best_fit
 from storage.errors import TableError
-from storage.reader import batches
+from storage.reader import batches, index
 from storage.table import Table
 
 Sequence = dict[str, NDArray[Any]]
@@ -45,7 +45,7 @@ class Holdout:
         """
         if not table.shards("eval"):
             raise _nothing(table, "no sequence in the eval split")
-        rows = table.scan().select("key", "split", "tokens", "positions")
+        rows = pl.LazyFrame(index(table, ["key", "tokens", "positions"]))
         held, trained = rows.filter(pl.col("split") == "eval"), rows.filter(pl.col("split") != "eval").select("key")
         seen = held.join(trained, on="key", how="semi").select("key").collect()
         kept, total = pl.collect_all(

@@ -25,6 +25,7 @@ from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError
 from storage.files import publish
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
+from storage.reader import index
 from storage.schema import SEQUENCE, row_keys
 from storage.table import SIDE_FOLDER, Table
 
@@ -130,9 +131,7 @@ class _Known:
         table = Table.open(config.table)
         table.identity.require(identity, config.table)
         table.require_carried(carried)
-        if not table.shards():
-            return
-        rows = table.scan().select("document_id", "chunk", "key", "fingerprint", "chunks").collect()
+        rows = pl.DataFrame(index(table, ["document_id", "chunk", "key", "fingerprint", "chunks"]))
         self._rows.update(rows.select("document_id", "chunk", "key").iter_rows())
         self._keys.update(rows["key"])
         # A run that was killed may have left some chunks of a document in shards that were never committed.

@@ -20,13 +20,13 @@ from pipeline.config import TrainConfig
 from storage.errors import UsageError
 from storage.table import Table, parse
 
-_FREE = {"output", "table", "stream.micro_rows", "optimiser.device", "optimiser.checkpoint_steps"} | {
-    "optimiser.gradient_checkpointing"
-}
-"""Settings that change where and how fast a student is trained, but not what it becomes; the table has a record."""
-
-
 RUN = "run.json"
+"""In each checkpoint: what its run is made of, and where its stream was."""
+_FREE = {
+    *("output", "table"),  # the table is compared by what is in it
+    *("stream.micro_rows", "optimiser.device", "optimiser.checkpoint_steps", "optimiser.gradient_checkpointing"),
+}
+"""Settings that say where and how fast a student is trained, and do not change what it becomes."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class StudentFolder:
             )
         return table
 
-    def clear_scratch(self) -> None:
-        """Drop what a killed run was writing."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+    def clear(self) -> None:
+        """Drop what a killed run left half-written or, beside a finished student, all that it left."""
+        shutil.rmtree(self.run if self.finished() else self.scratch, ignore_errors=True)
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
         """Put a finished student in its place, all at once, and drop what its run had come to."""
@@ -100,7 +100,7 @@ class StudentFolder:
         before, now = _flatten(recorded["config"]), _flatten(settings["config"])
         names = [name for name in before if name in now and name not in _FREE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
-        then, today = _flatten(recorded["table"]), _flatten(settings["table"])
+        then, today = recorded["table"], settings["table"]
         if then["content"] != today["content"]:
             differences.append(
                 f"table: {then['location']}@{then['version']} then, {today['location']}@{today['version']} now"

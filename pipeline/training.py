@@ -69,9 +69,11 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         TableError: if the table can't be read.
     """
     began = time.monotonic()
-    folder = StudentFolder(Path(config.output))
+    folder = StudentFolder(Path(config.output).absolute())
     ranks = PartialState(cpu=_on_cpu(config))
     table = _agree(folder.open_table(config))
+    if ranks.is_main_process:
+        folder.clear()
     finished = folder.finished()
     if finished is not None:
         return _report(config, finished, 0, None, time.monotonic() - began)
@@ -81,8 +83,6 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     student = build(config.student, table)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
-    if ranks.is_main_process:
-        folder.clear_scratch()
     trainer = _trainer(config, table, student, folder, start, watch)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

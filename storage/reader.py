@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import IntegrityError, TableError
 from storage.files import content_hash
-from storage.schema import SOFT_LABELS
+from storage.schema import PARTITION, SOFT_LABELS
 from storage.table import Shard, Table
 
 
@@ -67,6 +67,22 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
             if rows == shard.rows:
                 return
     raise _damaged(table, shard, "a footer that describes other rows")
+
+
+def index(table: Table, columns: Sequence[str]) -> pa.Table:
+    """A few small columns of all rows, with their split; checked as ``outline`` does.
+
+    Raises:
+        IntegrityError: if a shard is missing, truncated, or damaged in these columns.
+    """
+    fields = [*(table.schema.field(name) for name in columns), table.schema.field(PARTITION)]
+    parts = [pa.schema(fields).empty_table()]
+    for shard in table.shards():
+        for part in outline(table, shard, columns):
+            parts.append(
+                part.append_column(fields[-1], pa.array([shard.split] * len(part))).select(parts[0].column_names)
+            )
+    return pa.concat_tables(parts)
 
 
 def footer(table: Table, shard: Shard) -> pq.FileMetaData:
