@@ -180,6 +180,7 @@ def _atomically(path: Path, write: Callable[[Path], object], witness: Path | Non
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's own bar
     from transformers.utils import logging as transformers_logging
 
     if len(sys.argv) != 2:

@@ -23,10 +23,10 @@ from pipeline.student import build
 from pipeline.student_folder import table_record
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
-from storage.inspection import column_bytes
+from storage.inspection import column_bytes, last_capture
 from storage.provenance import Identity, circumstances
 from storage.reader import index
-from storage.table import COMMIT_MESSAGE, Table
+from storage.table import Table
 
 PROVENANCE = "softlabel.json"
 """What training leaves beside a student's weights."""
@@ -199,8 +199,7 @@ def _objective(loss: LossConfig) -> str:
 
 
 def _teacher(table: Table, metrics: Metrics) -> TeacherSummary:
-    commits = [commit.get(COMMIT_MESSAGE, {}) for commit in table.history()]
-    about: dict[str, Any] = next((commit for commit in commits if "teacher" in commit), {})
+    about = last_capture(table)
     return TeacherSummary(
         name=Path(about.get("teacher", "teacher")).name,
         parameters=about.get("parameters"),

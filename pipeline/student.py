@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline.config import StudentConfig
 from storage.errors import StudentError, UsageError
-from storage.table import COMMIT_MESSAGE, Table
+from storage.inspection import last_capture
+from storage.table import Table
 
 T = TypeVar("T")
 
@@ -195,11 +196,9 @@ def _explained(source: str, what: str, load: Callable[[], T]) -> T:
 
 
 def _teacher_of(table: Table) -> str:
-    for commit in table.history():
-        about = commit.get(COMMIT_MESSAGE)
-        teacher = (json.loads(about) if isinstance(about, str) else about or {}).get("teacher")
-        if teacher is not None:
-            return str(teacher)
+    teacher = last_capture(table).get("teacher")
+    if teacher is not None:
+        return str(teacher)
     raise UsageError(
         "the table does not say where its teacher is",
         expected="student.teacher, beside student.layers",
