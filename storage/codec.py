@@ -98,7 +98,7 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
         "tail_ids": ranks[labels.tail_ids],
         "tail_draws": labels.tail_draws,
         "tail_codes": _gaps(tail_codes, tail_starts, labels.tail_counts, last),
-        "tail_log_masses": _trim(labels.tail_log_masses, _MASS_QUANTUM, full_above=-(2.0**-4)).T.ravel(),
+        "tail_log_masses": trim_log_masses(labels.tail_log_masses).T.ravel(),
         "entropies": np.rint(labels.entropies * ENTROPY_CODES_PER_NAT),
         "next_logprobs": _trim(labels.next_logprobs, _NEXT_QUANTUM),
     }
@@ -192,7 +192,12 @@ def _normalised(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
     return _LOGPROBS[codes] + np.repeat(shift, counts[filled])
 
 
-def _trim(values: Floats, quantum: float, full_above: float = np.inf) -> Floats:
+def trim_log_masses(log_masses: NDArray[np.floating[Any]]) -> Floats:
+    """Log-masses as they are stored: without the bits that are noise."""
+    return _trim(log_masses, _MASS_QUANTUM, full_above=-(2.0**-4))
+
+
+def _trim(values: NDArray[np.floating[Any]], quantum: float, full_above: float = np.inf) -> Floats:
     """Values rounded to a multiple of ``quantum``: the low bits of the mantissa become 0 and compress away.
 
     Values above ``full_above`` stay whole: where the tail is nearly everything, the head's mass is what is left.

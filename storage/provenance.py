@@ -74,6 +74,9 @@ class Identity(_Part):
     selection: SelectionIdentity
     temperatures: tuple[float, ...]
     sequences: SequencesIdentity
+    derived_from: SelectionIdentity | None = None
+    """Selection of the capture that this table's smaller one was derived from, without the teacher; None if the
+    teacher was there: its masses are not to the last digit the same."""
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """Dotted name of each field that differs, with its value here and there."""

@@ -7,7 +7,7 @@ has brought. A writer that dies, or loses such a race, leaves files that no vers
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction, CommitProperties
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from storage.codec import SoftLabels, encode
 from storage.errors import IntegrityError, TableError
@@ -55,7 +55,7 @@ class ShardWriter:
         self._table = table
         self._checked: set[str] = set()
         self._row_group = row_group
-        self._files: dict[str, _ShardFile] = {}
+        self._files: dict[str, ShardFile] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +91,7 @@ class ShardWriter:
         with self._explained():
             for split in pc.unique(rows.column(PARTITION)).to_pylist():
                 if split not in self._files:
-                    self._files[split] = _ShardFile(self._table, split, self._row_group)
+                    self._files[split] = ShardFile(self._table, split, self._row_group)
                 self._files[split].append(rows.filter(pc.equal(rows.column(PARTITION), split)))
 
     def commit(self, about: Mapping[str, Any]) -> Commit:
@@ -118,10 +118,11 @@ class ShardWriter:
                     sum(file.positions for file in new),
                     sum(file.publish() for file in new),
                 )
-                if not new or _committed(newest, new, about, total):
+                counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
+                if not new or committed(newest, [file.add_action() for file in new], {**about, **counts}):
                     return total
 
-    def _drop_rows_of_others(self, files: list["_ShardFile"], newest: Table) -> None:
+    def _drop_rows_of_others(self, files: list["ShardFile"], newest: Table) -> None:
         """A look at the small key column tells which shards share a key; only those are looked at row by row."""
         mine = {file.shard_path for file in files}
         keys = pa.array({row[-1] for file in files for row in file.keys}, pa.binary())
@@ -148,15 +149,21 @@ class ShardWriter:
             ) from error
 
 
-def _committed(newest: Table, files: list["_ShardFile"], about: Mapping[str, Any], total: Commit) -> bool:
-    """Try to commit on top of ``newest``; False if another commit came first."""
+def committed(newest: Table, actions: Sequence[AddAction | RemoveAction], about: Mapping[str, Any]) -> bool:
+    """Try to commit on top of ``newest``; False if another commit came first.
+
+    Args:
+        newest: the newest version of the table as far as the caller has seen it.
+        actions: shards that come and shards that go, all of them or none.
+        about: what the table's history is to say of it.
+    """
     delta = DeltaTable(newest.location, version=newest.version)
-    counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
-    # No retries inside delta-rs: rows that another commit brought must be dropped here first.
-    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: {**about, **counts}}, max_commit_retries=0)
-    adds = [file.add_action() for file in files]
+    # No retries inside delta-rs: the caller has to see first what another commit has changed.
+    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: dict(about)}, max_commit_retries=0)
     try:
-        delta.create_write_transaction(adds, "append", delta.schema(), [PARTITION], commit_properties=properties)
+        delta.create_write_transaction(
+            list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties
+        )
     except CommitFailedError:
         if newest.newest().version == newest.version:
             raise
@@ -164,7 +171,7 @@ def _committed(newest: Table, files: list["_ShardFile"], about: Mapping[str, Any
     return True
 
 
-class _ShardFile:
+class ShardFile:
     """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
 
     def __init__(self, table: Table, split: str, row_group: int) -> None:
@@ -188,6 +195,7 @@ class _ShardFile:
         self.positions = 0
 
     def append(self, rows: pa.Table) -> None:
+        """Add rows of the table's schema; one that the file has already is left out."""
         new = []
         for key in row_keys(rows):
             new.append(key not in self.keys)
@@ -240,6 +248,7 @@ class _ShardFile:
         return target.stat().st_size
 
     def add_action(self) -> AddAction:
+        """What makes the published file part of the table, in a commit."""
         stat = self._path.stat()
         # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
         stats = json.dumps({"numRecords": len(self.keys)})
