@@ -1,0 +1,244 @@
+"""What soft labels of a real teacher take in a table, column by column, and how fast one core writes and reads them.
+
+``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual and writes
+real tables of k=64 and of the default selection, each also with its ids renumbered at random over the 151,669 of a
+large vocabulary. Beside them: what a naive layout takes, measured, and what DistillKit's formats take by the
+arithmetic of their layouts. ``--npz FILE`` keeps the logits' selections in a file and takes them from there the next
+time. Speeds are the best of some runs, each reading from and writing to a real disk.
+"""
+
+import argparse
+import dataclasses
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage import reader
+from storage.codec import SoftLabels, decode
+from storage.inspection import inspect
+from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
+from storage.schema import SEQUENCE, SOFT_LABELS
+from storage.table import Table
+from storage.writer import ShardWriter
+
+LARGE = 151_669
+"""Ids of a large vocabulary, Qwen3's."""
+GOALS = {"k=64": (118, 100_000, 300_000), "default": (60, 200_000, 600_000)}
+"""Bytes a position, positions/s written, positions/s read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """Soft labels of some sequences."""
+
+    labels: SoftLabels
+    positions: NDArray[np.int64]
+    """Captured positions of each sequence."""
+    vocabulary: int
+
+
+def capture_demo(npz: Path | None, wanted: int) -> dict[str, Captured]:
+    """Both selections of the same logits: SmolLM2 over sections of Python's manual."""
+    if npz and npz.exists():
+        held = np.load(npz)
+        return {
+            name: Captured(
+                SoftLabels(**{f.name: held[f"{name}.{f.name}"] for f in dataclasses.fields(SoftLabels)}),
+                held["positions"],
+                int(held["vocabulary"]),
+            )
+            for name in GOALS
+        }
+    captured = _run_teacher(wanted)
+    if npz:
+        first = captured["k=64"]
+        fields = {f"{name}.{key}": value for name, c in captured.items() for key, value in vars(c.labels).items()}
+        np.savez(npz, positions=first.positions, vocabulary=first.vocabulary, **fields)
+    return captured
+
+
+def _run_teacher(wanted: int) -> dict[str, Captured]:
+    from pydoc_data.topics import topics
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from pipeline.config import SelectionConfig, TeacherConfig
+    from pipeline.demo import prepare_teacher
+    from pipeline.selection import Selection, position_seeds, select
+    from pipeline.teacher import TransformersTeacher
+
+    folder = Path(".demo/teacher")
+    prepare_teacher(folder)
+    teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
+    selections = {"k=64": Selection.of(SelectionConfig(top_k=64)), "default": Selection.of(SelectionConfig())}
+    text = "\n".join(text for _, text in sorted(topics.items()))
+    ids = np.array(AutoTokenizer.from_pretrained(folder)(text[: 8 * wanted])["input_ids"], np.int32)
+    sequences = np.split(ids, range(1024, len(ids), 1024))[: -(-wanted // 1023)]
+    parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
+    for number, sequence in enumerate(sequences):
+        start = 1
+        for logits in teacher.logits([sequence], [np.arange(1, len(sequence), dtype=np.int32)]):
+            at = torch.arange(start, start + len(logits))
+            start += len(logits)
+            for name, selection in selections.items():
+                seeds = position_seeds(selection, b"smollm2", b"%d" % number, at)
+                next_ids = torch.from_numpy(sequence[at.numpy()])
+                parts[name].append(select(logits, next_ids, seeds, selection, teacher.vocabulary))
+    positions = np.array([len(sequence) - 1 for sequence in sequences])
+    return {name: Captured(SoftLabels.concatenate(p), positions, teacher.vocabulary) for name, p in parts.items()}
+
+
+def renumbered(captured: Captured) -> Captured:
+    """The same with each id's number drawn at random from those of a large vocabulary."""
+    numbers = np.random.default_rng(0).permutation(LARGE).astype(np.int32)
+    labels = captured.labels
+    changed = {name: numbers[getattr(labels, name)] for name in ("head_ids", "tail_ids")}
+    return Captured(dataclasses.replace(labels, **changed), captured.positions, LARGE)
+
+
+def sequences_of(captured: Captured, copy: int) -> pa.Table:
+    names = [f"{copy}-{i}" for i in range(len(captured.positions))]
+    rows = [
+        {
+            "key": name.encode().rjust(16),
+            "document_id": name,
+            "chunk": 0,
+            "chunks": 1,
+            "fingerprint": name.encode().rjust(16),
+            "label": None,
+            "split": "train",
+            "token_ids": [0] * (n + 1),
+            "loss_mask": [False] + [True] * n,
+            "tokens": n + 1,
+            "positions": n,
+        }
+        for name, n in zip(names, captured.positions.tolist(), strict=True)
+    ]
+    return pa.Table.from_pylist(rows, SEQUENCE)
+
+
+def make_table(folder: Path, captured: Captured) -> Table:
+    """A table of the format's own, its ids numbered by how often they occur in these soft labels."""
+    identity = Identity(
+        teacher=TeacherIdentity(files={}, dtype="bfloat16"),
+        tokenizer=TokenizerIdentity(files="", chat_template=None, chat_template_date=date(2026, 1, 1)),
+        vocabulary=captured.vocabulary,
+        padded_vocabulary=captured.vocabulary,
+        selection=SelectionIdentity(top_p=1, min_k=0, max_k=64, draws=0, seed=0),
+        temperatures=(1.0,),
+        sequences=SequencesIdentity(max_tokens=1024, context=1, mask="all", eval_fraction=0),
+    )
+    (folder / "tokenizer").mkdir(parents=True)
+    return Table.create(str(folder / "table"), identity, pa.schema([]), captured.labels, folder / "tokenizer")
+
+
+def naive_bytes(labels: SoftLabels) -> float:
+    """Bytes a position of int32 ids and float32 log-probabilities as lists of lists, zstd, everything else left out."""
+    counts = labels.head_counts + labels.tail_counts
+    heads = np.repeat(np.arange(labels.positions), labels.head_counts)
+    tails = np.repeat(np.arange(labels.positions), labels.tail_counts)
+    order = np.argsort(np.concatenate([heads, tails]), kind="stable")
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    columns = {
+        "ids": np.concatenate([labels.head_ids, labels.tail_ids])[order],
+        "logprobs": np.concatenate([labels.head_logprobs, labels.tail_logprobs])[order],
+    }
+    sink = io.BytesIO()
+    lists = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
+    pq.write_table(pa.table(lists), sink, compression="zstd", use_dictionary=False)
+    return len(sink.getvalue()) / labels.positions
+
+
+def distillkit_bytes(k: int) -> dict[str, float]:
+    """Bytes a position by the arithmetic of DistillKit's layouts (distillkit/compression, not run here).
+
+    Ids are packed to the vocabulary's bits (18 for up to 262,144) into 64-bit words. Its exact setting keeps bf16
+    log-probabilities of all k; its polynomial one 16 bf16 exactly, and a cubic in 4 float32 for the others.
+    """
+    ids = -(-k * 18 // 64) * 8
+    return {"bf16 exact": ids + 2 * k, "polynomial": ids + 2 * 16 + 4 * 4}
+
+
+def best(work: Callable[[], object], positions: int, runs: int) -> float:
+    """Positions a second of CPU time, of the best of some runs: what one core does when it does nothing else."""
+    seconds = []
+    for _ in range(runs):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return positions / min(seconds)
+
+
+def measure(name: str, captured: Captured, runs: int) -> None:
+    """Print a selection's sizes and speeds."""
+    P = captured.labels.positions
+    sizes = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind, case in (("as they are", captured), ("random", renumbered(captured))):
+            table = make_table(Path(scratch) / kind, case)
+            with ShardWriter(table) as writer:
+                writer.append(sequences_of(case, 0), case.labels)
+                writer.commit({})
+            sizes[kind] = inspect(table.newest())
+        table = table.newest()
+        rows = sequences_of(captured, 1)
+        smollm2 = Table.open(str(Path(scratch) / "as they are" / "table"))
+
+        def write() -> None:
+            with ShardWriter(smollm2) as writer:
+                writer.append(rows, captured.labels)
+                for file in writer._files.values():
+                    file.finish()
+
+        def load() -> None:
+            reader._content_hash.cache_clear()  # each run checks the shard's bytes, as each process does once
+            for shard in smollm2.shards():
+                decode(reader.read(smollm2, shard, SOFT_LABELS.names), smollm2.vocabulary)
+
+        written, loaded = best(write, P, runs), best(load, P, runs)
+
+    plain, random = sizes["as they are"], sizes["random"]
+    goal_bytes, goal_write, goal_read = GOALS[name]
+    print(f"\n{name}: {P:,} positions, {captured.labels.head_counts.mean():.1f} ids in the head, ", end="")
+    print(f"{captured.labels.tail_counts.mean():.1f} in the tail")
+    print(f"  {'bytes a position':<20}{'stored':>8}{'entropy':>9}{'ids at random':>15}")
+    for column in SOFT_LABELS.names:
+        a, b = plain.columns[column], random.columns[column]
+        print(f"  {column:<20}{a.bytes_per_position:8.2f}{a.entropy_per_position:9.2f}{b.bytes_per_position:15.2f}")
+    ours, worst = plain.soft_label_bytes_per_position, random.soft_label_bytes_per_position
+    entropy = sum(plain.columns[column].entropy_per_position or 0 for column in SOFT_LABELS.names)
+    print(
+        f"  {'together':<20}{ours:8.2f}{entropy:9.2f}{worst:15.2f}   goals {goal_bytes}, +10%: {worst / ours - 1:+.1%}"
+    )
+    print(
+        f"  {'naive layout':<20}{naive_bytes(captured.labels):8.2f}   int32 ids + float32, zstd; ids and values alone"
+    )
+    if name == "k=64":
+        for setting, size in distillkit_bytes(64).items():
+            print(f"  {'DistillKit':<20}{size:8.2f}   {setting}, by arithmetic, before compression")
+    print(f"  encode and write  {written:10,.0f} positions/s   goal {goal_write:,}")
+    print(f"  read and decode   {loaded:10,.0f} positions/s   goal {goal_read:,}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--npz", type=Path, help="keep the teacher's soft labels here, and take them from here")
+    parser.add_argument("--positions", type=int, default=16_384)
+    parser.add_argument("--runs", type=int, default=7)
+    settings = parser.parse_args()
+    pa.set_cpu_count(1)
+    for name, captured in capture_demo(settings.npz, settings.positions).items():
+        measure(name, captured, settings.runs)
+
+
+if __name__ == "__main__":
+    main()
