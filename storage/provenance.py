@@ -108,7 +108,7 @@ class Identity(_Part):
 def circumstances(**more: str) -> dict[str, str]:
     """Who and what is at work: library versions, machine, user, and whatever the caller knows (device, kernel)."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
-    return {"user": _user(), "python": platform.python_version(), "machine": platform.machine(), **versions, **more}
+    return {"user": user(), "python": platform.python_version(), "machine": platform.machine(), **versions, **more}
 
 
 def _installed(name: str) -> bool:
@@ -119,7 +119,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _user() -> str:
+def user() -> str:
+    """Who is at work, as the operating system calls them."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may run under a user id that has no name

@@ -4,14 +4,10 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
 
     TABLE/_delta_log/                      the commits; a shard exists when its commit does
     TABLE/split=train/<hash>.parquet       the shards, named by their content
-    TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/
+    TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/     (``storage.beside``)
+    TABLE/_softlabel/tags/, pins/, vacuumed/                          (``storage.versions``)
 """
 
-import hashlib
-import json
-import re
-import shutil
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +16,18 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
+from storage.beside import read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError
-from storage.files import publish
+from storage.files import SIDE_FOLDER
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-
-SIDE_FOLDER = "_softlabel"
-"""Beside the shards; Delta's vacuum spares folders whose name starts with an underscore."""
+from storage.versions import parse, resolve
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
@@ -81,14 +75,15 @@ class Table:
 
     @classmethod
     def open(cls, location: str) -> Self:
-        """The newest version of a table, or the one that ``PATH@12`` names.
+        """The newest version of a table, or the one that ``PATH@12`` or ``PATH@tag`` names.
 
         Raises:
-            TableNotFoundError: if there is no table, or no such version.
+            TableNotFoundError: if there is no table, no such version or tag, or the version was vacuumed.
             IntegrityError: if its log is damaged.
             TableError: if it is a table of another kind.
         """
-        path, version = parse(location)
+        path, wanted = parse(location)
+        version = resolve(path, wanted) if cls.exists(path) else None
         try:
             return cls(path, DeltaTable(path, version=version))
         except (DeltaNotFoundError, DeltaError, OSError) as error:
@@ -116,27 +111,30 @@ class Table:
             ) from error
 
     @classmethod
-    def create(cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels, tokenizer: Path) -> Self:
+    def create(
+        cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels | Ints, tokenizer: Path
+    ) -> Self:
         """Make a table, or adopt the one that another process has made meanwhile.
 
         Args:
             location: a folder; made if it is not there.
             identity: of what will be added.
             carried: columns that the documents bring.
-            sample: soft labels that show how often each id occurs; the ids are numbered by that, once for all.
+            sample: soft labels that show how often each id occurs; the ids are numbered by that, once for all. Or
+                another table's vocabulary, to number them as it does.
             tokenizer: folder with the teacher's tokenizer, copied into the table.
 
         Raises:
             ProvenanceError: if another process made a table of another identity first.
         """
-        schema = row_schema(carried)
+        schema, beside = row_schema(carried), Path(location, SIDE_FOLDER)
         try:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
                 "softlabel.format": str(FORMAT),
                 "softlabel.identity": identity.model_dump_json(),
-                "softlabel.vocabulary": _store_vocabulary(Path(location), _by_frequency(sample, identity.vocabulary)),
-                "softlabel.tokenizer": _store_tokenizer(Path(location), tokenizer),
+                "softlabel.vocabulary": store_vocabulary(beside, sample, identity.vocabulary),
+                "softlabel.tokenizer": store_tokenizer(beside, tokenizer),
             }
             DeltaTable.create(
                 location,
@@ -208,21 +206,7 @@ class Table:
         Raises:
             IntegrityError: if the file is not the one that was written.
         """
-        path = Path(self.location) / SIDE_FOLDER / self._vocabulary_file
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise IntegrityError("the table's vocabulary can't be read", found=error, where=path) from error
-        if _vocabulary_name(content) != self._vocabulary_file:
-            raise IntegrityError(
-                "the table's vocabulary is damaged",
-                expected="content that has the hash in the file's name",
-                found=f"content with another hash, {len(content)} bytes",
-                where=path,
-                do="restore this file from a copy of the table",
-            )
-        ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
-        return ids
+        return read_vocabulary(Path(self.location, SIDE_FOLDER, self._vocabulary_file))
 
     @cached_property
     def ranks(self) -> Ints:
@@ -252,46 +236,3 @@ class Table:
     def newest(self) -> Self:
         """The same table at its newest version."""
         return type(self).open(self.location)
-
-
-def parse(location: str) -> tuple[str, int | None]:
-    """``PATH@12`` to path and version; without a version, the newest is meant."""
-    match = re.fullmatch(r"(.+)@(\d+)", location)
-    return (match[1], int(match[2])) if match else (location, None)
-
-
-def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
-    """Token ids, the most frequent first; those that do not occur follow in their own order."""
-    counts = np.bincount(np.concatenate([sample.head_ids, sample.tail_ids]), minlength=vocabulary)
-    return np.argsort(-counts, kind="stable").astype(np.int32)
-
-
-def _vocabulary_name(content: bytes) -> str:
-    return f"vocabulary-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
-
-
-def _store_vocabulary(folder: Path, ids: Ints) -> str:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
-    name = _vocabulary_name(content)
-    publish(content, folder / SIDE_FOLDER / name)
-    return name
-
-
-def _store_tokenizer(folder: Path, source: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(source.iterdir()):
-        digest.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
-    name = f"tokenizer-{digest.hexdigest()[:32]}"
-    target = folder / SIDE_FOLDER / name
-    if not target.exists():
-        copy = target.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
-        try:
-            shutil.copytree(source, copy)
-            copy.rename(target)
-        except OSError:
-            shutil.rmtree(copy, ignore_errors=True)
-            if not target.exists():  # else another process was first, with the same files
-                raise
-    return name

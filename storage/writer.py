@@ -6,7 +6,6 @@ has brought. A writer that dies, or loses such a race, leaves files that no vers
 
 import json
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from storage.codec import SoftLabels, encode
 from storage.errors import IntegrityError, TableError
-from storage.files import content_hash, rename
+from storage.files import WRITING, content_hash, gate, rename, start_writing
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys, without
-from storage.table import COMMIT_MESSAGE, SIDE_FOLDER, Table
+from storage.table import COMMIT_MESSAGE, Table
 
 RowKey = tuple[object, ...]
 
@@ -107,6 +106,7 @@ class ShardWriter:
             files = list(self._files.values())
             for file in files:
                 file.finish()
+        with self._explained(), gate(self._table.location):
             while True:
                 newest = self._table.newest()
                 self._drop_rows_of_others(files, newest)
@@ -183,13 +183,12 @@ class ShardFile:
         self._open()
 
     def _open(self) -> None:
-        folder = self._location / SIDE_FOLDER / "writing"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{uuid.uuid4().hex}.parquet"
+        self._path, self._mark = start_writing(str(self._location), ".parquet")
         try:
             self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
         except OSError:
             self._path.unlink(missing_ok=True)
+            self._mark.close()
             raise
         self.keys: dict[RowKey, None] = {}
         self.positions = 0
@@ -258,8 +257,9 @@ class ShardFile:
         """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
         with suppress(OSError):  # a full disk has no room for the footer either
             self._writer.close()
-        if self._path.parent.name == "writing":
+        if self._path.parent.name == WRITING:
             self._path.unlink(missing_ok=True)
+        self._mark.close()
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:

@@ -57,7 +57,13 @@ def test_history_of_an_old_version_ends_with_it(filled: Table):
 
 @pytest.mark.parametrize(
     ("location", "parsed"),
-    [("a/b", ("a/b", None)), ("a/b@12", ("a/b", 12)), ("a@b", ("a@b", None)), ("a@1/b@2", ("a@1/b", 2))],
+    [
+        ("a/b", ("a/b", None)),
+        ("a/b@12", ("a/b", 12)),
+        ("a@b", ("a", "b")),
+        ("a@1/b@2", ("a@1/b", 2)),
+        ("a@b/c", ("a@b/c", None)),
+    ],
 )
 def test_parse(location, parsed):
     assert parse(location) == parsed

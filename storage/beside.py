@@ -1,0 +1,111 @@
+"""What lies beside the shards: the vocabulary and the tokenizer's files, named by their content and never changed."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.codec import Ints, SoftLabels
+from storage.errors import IntegrityError
+from storage.files import publish
+
+_RESTORE = "restore it from a copy of the table"
+
+
+def store_vocabulary(folder: Path, sample: SoftLabels | Ints, vocabulary: int) -> str:
+    """Number the token ids by how often they occur in a sample, and keep that as a file.
+
+    Args:
+        folder: that it goes into.
+        sample: soft labels with teacher's ids, or another table's vocabulary, to number them as it does.
+        vocabulary: how many ids there are; those that do not occur follow in their own order.
+
+    Returns:
+        The file's name.
+    """
+    ids = _by_frequency(sample, vocabulary) if isinstance(sample, SoftLabels) else sample
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    name = _vocabulary_name(content)
+    publish(content, folder / name)
+    return name
+
+
+def read_vocabulary(path: Path) -> Ints:
+    """(V,) int32 token id of each rank.
+
+    Raises:
+        IntegrityError: if the file is not the one that was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError("the table's vocabulary can't be read", found=error, where=path, do=_RESTORE) from error
+    if _vocabulary_name(content) != path.name:
+        raise IntegrityError(
+            "the table's vocabulary is damaged",
+            expected="content that has the hash in the file's name",
+            found=f"content with another hash, {len(content)} bytes",
+            where=path,
+            do=_RESTORE,
+        )
+    ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
+    return ids
+
+
+def store_tokenizer(folder: Path, source: Path) -> str:
+    """Copy the tokenizer's files; returns the name of the folder that they are in."""
+    name = _tokenizer_name(source)
+    target = folder / name
+    if not target.exists():
+        copy = target.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            shutil.copytree(source, copy)
+            copy.rename(target)
+        except OSError:
+            shutil.rmtree(copy, ignore_errors=True)
+            if not target.exists():  # else another process was first, with the same files
+                raise
+    return name
+
+
+def check_tokenizer(path: Path) -> None:
+    """See that the tokenizer's files are those that were copied.
+
+    Raises:
+        IntegrityError: if they are not.
+    """
+    try:
+        found = _tokenizer_name(path)
+    except OSError as error:
+        raise IntegrityError("the table's tokenizer can't be read", found=error, where=path, do=_RESTORE) from error
+    if found != path.name:
+        raise IntegrityError(
+            "the table's tokenizer is damaged",
+            expected="files that have the hash in the folder's name",
+            found=", ".join(sorted(file.name for file in path.iterdir())) or "no files",
+            where=path,
+            do=_RESTORE,
+        )
+
+
+def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
+    counts = np.bincount(np.concatenate([sample.head_ids, sample.tail_ids]), minlength=vocabulary)
+    return np.argsort(-counts, kind="stable").astype(np.int32)
+
+
+def _vocabulary_name(content: bytes) -> str:
+    return f"vocabulary-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+
+
+def _tokenizer_name(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
+    return f"tokenizer-{digest.hexdigest()[:32]}"
