@@ -5,7 +5,7 @@ the id before, and cuts the noise off the floats: small integers that Parquet's 
 entropy. Decoding is vectorised and needs nothing but the table's vocabulary. FORMAT.md is the specification.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -102,15 +102,25 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
         "entropies": np.rint(labels.entropies * ENTROPY_CODES_PER_NAT),
         "next_logprobs": _trim(labels.next_logprobs, _NEXT_QUANTUM),
     }
+    return assemble(flat, positions)
+
+
+def assemble(flat: Mapping[str, NDArray[Any]], positions: NDArray[np.int64]) -> pa.Table:
+    """The soft-label columns of R rows, out of their encoded values.
+
+    Args:
+        flat: values of each column of ``storage.schema.SOFT_LABELS``, position after position.
+        positions: (R,) captured positions of each row.
+    """
     ends = np.concatenate([[0], np.cumsum(positions)])
-    heads, tails = _ends(labels.head_counts)[ends], _ends(labels.tail_counts)[ends]
-    offsets = dict.fromkeys(flat, ends) | {
+    heads, tails = _ends(flat["head_counts"])[ends], _ends(flat["tail_counts"])[ends]
+    offsets = dict.fromkeys(SOFT_LABELS.names, ends) | {
         "head_ids": heads,
         "head_codes": heads,
         "tail_ids": tails,
         "tail_draws": tails,
         "tail_codes": tails,
-        "tail_log_masses": ends * len(labels.tail_log_masses),
+        "tail_log_masses": ends * (len(flat["tail_log_masses"]) // max(len(flat["head_counts"]), 1)),
     }
     columns = [
         pa.ListArray.from_arrays(
@@ -120,6 +130,11 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
         for field in SOFT_LABELS
     ]
     return pa.Table.from_arrays(columns, schema=SOFT_LABELS)
+
+
+def flatten(rows: pa.Table) -> dict[str, NDArray[Any]]:
+    """The encoded values of rows by column, position after position: what ``assemble`` was given."""
+    return {name: _flatten(rows.column(name)) for name in SOFT_LABELS.names}
 
 
 def decode(rows: pa.Table, vocabulary: Ints) -> SoftLabels:
@@ -133,7 +148,7 @@ def decode(rows: pa.Table, vocabulary: Ints) -> SoftLabels:
         Soft labels whose log-probabilities are within 1/64 nat of those that were encoded, and whose head and tail
         mass add up to 1.
     """
-    flat = {name: _flatten(rows.column(name)) for name in SOFT_LABELS.names}
+    flat = flatten(rows)
     head_counts, tail_counts = flat["head_counts"].astype(np.int32), flat["tail_counts"].astype(np.int32)
     count = len(head_counts)
     masses = flat["tail_log_masses"].reshape(count, -1).T if count else flat["tail_log_masses"].reshape(1, 0)

@@ -1,0 +1,251 @@
+"""Fewer ids, draws and temperatures out of what a table holds, without the teacher.
+
+Works on codes as they are stored: nothing that is kept is rounded a second time. Only the mass of what is dropped is
+computed, from the decoded probabilities. Reads and writes no file.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.codec import CODES_PER_NAT, ZERO_CODE, assemble, flatten, trim_log_masses
+from storage.provenance import Identity
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """From one identity to a smaller one of the same teacher."""
+
+    source: Identity
+    max_k: int
+    draws: int
+    temperatures: tuple[float, ...]
+
+    @property
+    def identity(self) -> Identity:
+        """What the narrowed rows are. Fewer temperatures alone are what a capture would have stored."""
+        old = self.source.selection
+        new = old.model_copy(update={"max_k": self.max_k, "min_k": min(old.min_k, self.max_k), "draws": self.draws})
+        changes: dict[str, Any] = {"selection": new, "temperatures": self.temperatures}
+        if new != old:
+            changes["derived_from"] = self.source.derived_from or old
+        return self.source.model_copy(update=changes)
+
+    @property
+    def seed(self) -> bytes:
+        """What the draws of a row depend on, beside its key; another one for each narrowing of a chain."""
+        return hashlib.blake2b(self.source.model_dump_json().encode(), digest_size=16).digest()
+
+
+def narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
+    """The same rows with fewer ids, draws and temperatures.
+
+    The first ``max_k`` ids of each head stay, with their codes. A dropped id's probability goes to the tail, at each
+    temperature: there p = (1 - r) softmax(log p / T) over the head. What is dropped (with its exact probability) and
+    the old draws (each standing for r / M) are what the new draws are made from, ceil(draws x r') of them, so that
+    the expectation of head and tail is what it was. A position that loses nothing keeps its draws.
+
+    Args:
+        rows: with the columns of ``storage.schema.SOFT_LABELS`` and the key.
+        narrowing: what to keep.
+        seed: of the draws, together with each row's key.
+
+    Returns:
+        The rows, other columns as they are.
+    """
+    flat, temperatures = flatten(rows), narrowing.source.temperatures
+    row_positions = rows.column("positions").to_numpy()
+    log_masses = flat["tail_log_masses"].reshape(-1, len(temperatures)).T.astype(np.float64)
+    ids = _Ids.of(flat)
+    head = ids.is_head & (ids.places < narrowing.max_k)
+    masses = np.array([_log_mass(ids, head, mass, T) for mass, T in zip(log_masses, temperatures, strict=True)])
+    before, after = _draws(ids, head, masses[0], narrowing)
+    random = _random(rows.column("key").to_pylist(), row_positions, before, after, seed)
+    draws = _draw(ids, head, log_masses[0], before, after, *random)
+    tail = draws > 0
+    gaps = _gaps(ids, head | tail)
+    flat |= {
+        "head_counts": ids.count(head),
+        "head_ids": ids.ranks[head],
+        "head_codes": gaps[head[head | tail]],
+        "tail_counts": ids.count(tail),
+        "tail_ids": ids.ranks[tail],
+        "tail_draws": draws[tail],
+        "tail_codes": gaps[tail[head | tail]],
+        "tail_log_masses": trim_log_masses(masses[[temperatures.index(T) for T in narrowing.temperatures]]).T.ravel(),
+    }
+    columns = dict(zip(rows.column_names, rows.columns, strict=True))
+    encoded = assemble(flat, row_positions.astype(np.int64))
+    columns |= dict(zip(encoded.column_names, encoded.columns, strict=True))
+    return pa.table(columns, schema=rows.schema)
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """Head and tail of N positions as one list, position after position: one run of ever less probable ids each."""
+
+    ranks: Array
+    codes: Array
+    """Absolute."""
+    draws: Array
+    """0 in the head."""
+    is_head: Array
+    counts: Array
+    """(N,) ids of each position."""
+    positions: Array
+    """Number of each id's position ..."""
+    places: Array
+    """... and its place there, from 0."""
+
+    @classmethod
+    def of(cls, flat: dict[str, Array]) -> "_Ids":
+        heads, tails = flat["head_counts"].astype(np.int64), flat["tail_counts"].astype(np.int64)
+        counts = heads + tails
+        positions = np.repeat(np.arange(len(counts)), counts)
+        places = np.arange(counts.sum()) - _starts(counts)[positions]
+        is_head = places < np.repeat(heads, counts)
+        ranks, gaps, draws = (np.zeros(len(places), np.int64) for _ in range(3))
+        ranks[is_head], ranks[~is_head] = flat["head_ids"], flat["tail_ids"]
+        gaps[is_head], gaps[~is_head] = flat["head_codes"], flat["tail_codes"]
+        draws[~is_head] = flat["tail_draws"]
+        running = np.cumsum(gaps)
+        codes = running - np.repeat(np.append(0, running)[_starts(counts)], counts)
+        return cls(ranks, codes, draws, is_head, counts, positions, places)
+
+    def sum(self, values: Array) -> Array:
+        """(N,) sum over the ids of each position."""
+        total: Array = np.bincount(self.positions, values, len(self.counts))
+        return total
+
+    def count(self, chosen: Array) -> Array:
+        """(N,) how many ids of each position are chosen."""
+        total: Array = np.bincount(self.positions[chosen], minlength=len(self.counts))
+        return total
+
+
+def _weights(ids: _Ids, T: float) -> Array:
+    """Of the head's ids at temperature T, in proportion to their probabilities; 0 for the tail's."""
+    weights = np.exp(ids.codes / (-CODES_PER_NAT * T))
+    return np.where(ids.is_head & (ids.codes < ZERO_CODE), weights, 0.0)
+
+
+def _shares(ids: _Ids, chosen: Array, T: float) -> Array:
+    """(N,) share of the head's mass that the chosen of its ids have."""
+    weights = _weights(ids, T)
+    total = ids.sum(weights)
+    shares: Array = ids.sum(np.where(chosen, weights, 0.0)) / np.where(total > 0, total, 1.0)
+    return shares
+
+
+def _log_mass(ids: _Ids, kept: Array, log_mass: Array, T: float) -> Array:
+    """(N,) log of what is outside the ids that are kept, given that of what was outside the head."""
+    with np.errstate(divide="ignore"):
+        head = np.log(-np.expm1(log_mass))
+        dropped = head + np.log(_shares(ids, ids.is_head & ~kept, T))
+    return np.where(ids.count(kept) > 0, np.minimum(np.logaddexp(log_mass, dropped), 0.0), 0.0)
+
+
+def _draws(ids: _Ids, head: Array, log_masses: Array, narrowing: Narrowing) -> tuple[Array, Array]:
+    """(N,) draws of each position before and after."""
+    before = ids.sum(ids.draws).astype(np.int64)
+    dropped = ids.count(_dropped(ids, head))
+    after = np.ceil(narrowing.draws * np.exp(log_masses)).astype(np.int64)
+    after[before + dropped == 0] = 0  # nothing to draw from: what is left has no probability
+    same = narrowing.draws == narrowing.source.selection.draws
+    return before, np.where((dropped == 0) & same, before, after)
+
+
+def _random(keys: Sequence[bytes], row_positions: Array, before: Array, after: Array, seed: bytes) -> list[Array]:
+    """uint64 random bits for the draws after, and for those before, from a counter-based generator for each row."""
+    ends = np.append(0, np.cumsum(row_positions))
+    olds, news = (np.append(0, np.cumsum(counts))[ends] for counts in (before, after))
+    parts = [np.zeros((0,), np.uint64)], [np.zeros((0,), np.uint64)]
+    for key, new, old in zip(keys, np.diff(news).tolist(), np.diff(olds).tolist(), strict=True):
+        if new:
+            digest = hashlib.blake2b(seed + key, digest_size=16).digest()
+            bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(new + old)
+            parts[0].append(bits[:new])
+            parts[1].append(bits[new:])
+        else:
+            parts[1].append(np.zeros(old, np.uint64))
+    return [np.concatenate(part) for part in parts]
+
+
+def _draw(
+    ids: _Ids, head: Array, log_masses: Array, before: Array, after: Array, choices: Array, shuffles: Array
+) -> Array:
+    """How often each id is drawn into the new tail.
+
+    Each draw falls on a dropped id in proportion to its probability, or else on the next of the old draws in a random
+    order: each of them is as likely as any other, and none comes twice before all have come once.
+
+    Args:
+        ids: of N positions.
+        head: which of them stay in the head.
+        log_masses: (N,) of the old tail.
+        before: (N,) old draws.
+        after: (N,) new draws.
+        choices: (sum of after,) random bits.
+        shuffles: (sum of before,) random bits.
+    """
+    at = np.repeat(np.arange(len(after)), after)
+    dropped = _dropped(ids, head)
+    share = _dropped_share(ids, dropped, log_masses, before)
+    uniforms = ((choices >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    from_head = uniforms < share[at]
+
+    where = np.flatnonzero(dropped)
+    weights = _weights(ids, 1.0)[where]
+    total = np.bincount(ids.positions[where], weights, len(after))
+    running = np.append(0.0, np.cumsum(weights / total[ids.positions[where]]))  # 1 more after each position
+    counts = ids.count(dropped)
+    position = at[from_head]
+    targets = running[_starts(counts)[position]] + uniforms[from_head] / share[position]
+    found = np.searchsorted(running[1:], targets, side="right")
+    first = _starts(counts)[position]
+    picked = where[np.clip(found, first, first + counts[position] - 1)]
+
+    shuffled = np.repeat(np.arange(len(ids.draws)), ids.draws)
+    shuffled = shuffled[np.lexsort((shuffles, ids.positions[shuffled]))]
+    position = at[~from_head]
+    number = np.cumsum(~from_head)[~from_head] - 1
+    number -= np.append(0, np.cumsum(~from_head))[_starts(after)][position]  # of the old draw within its position
+    again = shuffled[_starts(before)[position] + number % before[position]]
+    times: Array = np.bincount(np.concatenate([picked, again]), minlength=len(ids.draws))
+    return times
+
+
+def _dropped(ids: _Ids, head: Array) -> Array:
+    """Which ids fall out of the head, but for those of probability 0."""
+    dropped: Array = ids.is_head & ~head & (ids.codes < ZERO_CODE)
+    return dropped
+
+
+def _dropped_share(ids: _Ids, dropped: Array, log_masses: Array, before: Array) -> Array:
+    """(N,) share of the dropped ids in the new tail's mass, as far as there is anything to draw from."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_dropped = np.log(-np.expm1(log_masses)) + np.log(_shares(ids, dropped, 1.0))
+        share: Array = 1 / (1 + np.exp(log_masses - log_dropped))
+    share[log_dropped == -np.inf] = 0.0
+    share[before == 0] = 1.0
+    return share
+
+
+def _gaps(ids: _Ids, chosen: Array) -> Array:
+    """Gap of each chosen id's code from that of the one before it in its position, or from 0."""
+    codes, positions = ids.codes[chosen], ids.positions[chosen]
+    first = np.diff(positions, prepend=-1) > 0
+    gaps: Array = codes - np.where(first, 0, np.append(0, codes)[: len(codes)])
+    return gaps
+
+
+def _starts(counts: Array) -> Array:
+    starts: Array = np.cumsum(counts) - counts
+    return starts
