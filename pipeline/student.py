@@ -58,9 +58,10 @@ def build(config: StudentConfig, table: Table) -> PreTrainedModel:
     if config.config is not None:
         student = _fresh(config.config, table, dtype)
     else:
-        source = config.model or config.teacher or _teacher_of(table)
-        require_tokenizer(source, table)
-        student = _load(source, dtype)
+        named = config.model or config.teacher
+        source, revision = (named, None) if named else _teacher_of(table)
+        require_tokenizer(source, table, revision)
+        student = _load(source, dtype, revision)
         if config.layers is not None:
             student = prune(student, config.layers)
     _require_vocabulary(student, table)
@@ -128,13 +129,13 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def require_tokenizer(source: str, table: Table) -> None:
+def require_tokenizer(source: str, table: Table, revision: str | None = None) -> None:
     """Refuse a model whose tokenizer is not the one that made the table.
 
     Raises:
         StudentError: if its ids mean other tokens, or text becomes other ids.
     """
-    theirs = _explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
+    theirs = _explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, revision=revision or "main"))
     ours = AutoTokenizer.from_pretrained(table.tokenizer)
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
@@ -154,12 +155,17 @@ def require_tokenizer(source: str, table: Table) -> None:
     )
 
 
-def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load(source: str, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
     student, report = _explained(
         source,
         "model",
         lambda: AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            source,
+            revision=revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         ),
     )
     if report["missing_keys"]:  # transformers would fill them with random numbers
@@ -191,14 +197,16 @@ def _explained(source: str, what: str, load: Callable[[], T]) -> T:
             expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
             found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
             where=Path(source).absolute() if Path(source).exists() else source,
-            do="check the path; a model that needs code of its own, or has no safetensors, is not loaded",
+            do="check the path (student.teacher says where a teacher is now); a model that needs code of its own, or "
+            "has no safetensors, is not loaded",
         ) from error
 
 
-def _teacher_of(table: Table) -> str:
-    teacher = last_capture(table).get("teacher")
-    if teacher is not None:
-        return str(teacher)
+def _teacher_of(table: Table) -> tuple[str, str | None]:
+    """Where the table's teacher was when it was last captured from, and the revision of a hub model."""
+    capture = last_capture(table)
+    if "teacher" in capture:
+        return capture["teacher"], capture.get("revision")
     raise UsageError(
         "the table does not say where its teacher is",
         expected="student.teacher, beside student.layers",

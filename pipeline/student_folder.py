@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
 from storage.errors import UsageError
-from storage.table import Table, parse
+from storage.table import Table
+from storage.versions import parse
 
 RUN = "run.json"
 """In each checkpoint: what its run is made of, and where its stream was."""

@@ -5,6 +5,7 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 """
 
 import time
+import warnings
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,9 +26,10 @@ from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, run_record
 from pipeline.targets import resolve_target
 from pipeline.trainer import Distillation, DistillationTrainer, cursor_of
-from storage.errors import IntegrityError, TableError, UsageError
+from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
-from storage.table import Table, parse
+from storage.table import Table
+from storage.versions import parse, pin
 
 EVAL_TOKENS = 4096
 """Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
@@ -84,6 +86,8 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
     trainer = _trainer(config, table, student, folder, start, watch)
+    if ranks.is_main_process:
+        _pin(table, folder.path)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     record = _record(config, table, student, trainer)
@@ -99,6 +103,16 @@ def _agree(table: Table) -> Table:
     versions = [table.version]
     broadcast_object_list(versions)
     return table if versions == [table.version] else Table.open(f"{table.location}@{versions[0]}")
+
+
+def _pin(table: Table, student: Path) -> None:
+    """Keep the version from being vacuumed; a table that may only be read is trained from all the same."""
+    try:
+        pin(table, student)
+    except TableNotFoundError:
+        raise
+    except TableError as error:
+        warnings.warn(f"{error}\nNothing keeps this version of the table from being vacuumed.", stacklevel=3)
 
 
 def _trainer(

@@ -53,6 +53,15 @@ def _with_bias(model):
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models as small as these are faster without company."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory, tiny_teacher):
     return make_table(tmp_path_factory.mktemp("student") / "table", tiny_teacher, train=4, held_out=0)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import student, trainer
+from pipeline import student, trainer, training
 from pipeline.config import LossConfig, StreamConfig, StudentConfig, TrainConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.trainer import Distillation
 from pipeline.training import train
-from storage.errors import StudentError, TrainingError, UsageError
+from storage.errors import StudentError, TableError, TrainingError, UsageError
 from storage.table import Table
+from storage.versions import pins
 from tests.conftest import ROOT
 from tests.pipeline.tables import make_table
 
@@ -77,7 +78,7 @@ def run(command, config, **die):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -109,6 +110,16 @@ def test_what_is_left_behind(uninterrupted, table):
     assert record["parameters"] == uninterrupted.parameters == student.parameters(model)
     assert f"version {table.version}" in (folder / "README.md").read_text()
     student.build(StudentConfig(model=str(folder)), table)
+    assert (str(folder), table.version) in {(pin.student, pin.version) for pin in pins(table.location)}
+
+
+def test_a_table_that_may_only_be_read(table, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise TableError("can't be written")
+
+    monkeypatch.setattr(training, "pin", refuse)
+    with pytest.warns(UserWarning, match="Nothing keeps this version"):
+        assert train(settings(table, tmp_path / "student", optimiser={"max_steps": 1})).steps == 1
 
 
 def test_the_curve_that_is_recorded(uninterrupted):
