@@ -45,7 +45,14 @@ class Shard:
 
 
 class Table:
-    """One version of a table; the version does not move when others commit."""
+    """One version of a table; the version does not move when others commit.
+
+    Attributes:
+        location: the table's folder.
+        identity: all that its numbers depend on.
+        vocabulary_file: numbers the token ids; see ``vocabulary``.
+        tokenizer: folder with the teacher's tokenizer.
+    """
 
     def __init__(self, location: str, delta: DeltaTable) -> None:
         self.location = location
@@ -60,8 +67,8 @@ class Table:
                 do="check the path, or read it with the version of softlabel that made it",
             )
         self.identity = Identity.model_validate_json(settings["softlabel.identity"])
-        self._vocabulary_file = settings["softlabel.vocabulary"]
-        self._tokenizer_folder = settings["softlabel.tokenizer"]
+        self.vocabulary_file = Path(location, SIDE_FOLDER, settings["softlabel.vocabulary"])
+        self.tokenizer = Path(location, SIDE_FOLDER, settings["softlabel.tokenizer"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process, such as a loader's worker, opens the same version for itself."""
@@ -194,11 +201,6 @@ class Table:
         """Temperatures whose tail mass is stored, in the order in which it is."""
         return self.identity.temperatures
 
-    @property
-    def tokenizer(self) -> Path:
-        """Folder with the teacher's tokenizer."""
-        return Path(self.location, SIDE_FOLDER, str(self._tokenizer_folder))
-
     @cached_property
     def vocabulary(self) -> Ints:
         """(V,) int32 token id of each rank.
@@ -206,7 +208,7 @@ class Table:
         Raises:
             IntegrityError: if the file is not the one that was written.
         """
-        return read_vocabulary(Path(self.location, SIDE_FOLDER, self._vocabulary_file))
+        return read_vocabulary(self.vocabulary_file)
 
     @cached_property
     def ranks(self) -> Ints:

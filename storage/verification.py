@@ -1,0 +1,220 @@
+"""Looks at every byte of a table, without its teacher, and names each file that is damaged, missing or foreign.
+
+Reads shard after shard, a row group at a time; of all rows it keeps 8 bytes each, to find those that are there twice.
+``remove_damaged`` takes shards out of the newest version, after which their rows are pending again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake.transaction import RemoveAction
+
+from storage.beside import check_tokenizer, read_vocabulary
+from storage.errors import IntegrityError
+from storage.examination import Hashes, WrongShardError, examine
+from storage.log import Log, read_log
+from storage.provenance import circumstances
+from storage.schema import PARTITION, ROW_KEY, row_keys
+from storage.table import Shard, Table
+from storage.versions import vacuumed
+from storage.writer import RowKey, committed
+
+_SHOWN = 20
+"""Findings that fit one screen."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    path: str
+    """Of the file, relative to the table."""
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a look at every byte has found."""
+
+    location: str
+    version: int
+    shards: int
+    """Shards that were looked at."""
+    rows: int
+    bytes: int
+    findings: tuple[Finding, ...]
+    orphans: tuple[str, ...]
+    """Files among the shards that no version names; they do no harm."""
+    removed: tuple[str, ...] = ()
+    """Shards that were taken out of the newest version."""
+
+    @property
+    def unsolved(self) -> tuple[Finding, ...]:
+        """What is wrong still."""
+        return tuple(finding for finding in self.findings if finding.path not in self.removed)
+
+
+class DamageError(IntegrityError):
+    """What ``verify`` has found, a line each."""
+
+    def __init__(self, found: Verification) -> None:
+        lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
+        more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        super().__init__(
+            f"{len(lines)} things are wrong with this table" if len(lines) > 1 else "this table is not as it was made",
+            expected="the bytes that were written",
+            found="\n               ".join(lines[:_SHOWN] + more),
+            where=f"{found.location}@{found.version}",
+            do="restore these files from a copy of the table; or take damaged shards out of it with softlabel verify"
+            f" {found.location} --remove-damaged, and capture their documents again",
+        )
+        self.details = {"verification": found}
+
+
+def verify(
+    table: Table, *, all_versions: bool = False, watch: Callable[[int, int], None] | None = None
+) -> Verification:
+    """Look at every byte of a version: its shards, its vocabulary, its tokenizer.
+
+    A shard's content must have the hash in its name; its rows the number that its commit says, the table's columns,
+    lists of lengths that fit each other, and ids that there are; and each row must be in the version only once.
+
+    Args:
+        table: the version.
+        all_versions: look at the shards of every version that can be opened, too.
+        watch: told of each shard: bytes that were looked at, and bytes to look at in all.
+
+    Raises:
+        IntegrityError: if the table's log is damaged; whatever else is wrong is in what is returned.
+    """
+    log, kept = read_log(table), _Opened(table)
+    shards = dict.fromkeys(table.shards(), table.version)
+    if all_versions:
+        shards |= {shard: version for shard, version in _ever(log, vacuumed(table.location)) if shard not in shards}
+    findings = [
+        finding for version in sorted(set(shards.values()) | {table.version}) for finding in kept.beside(version)
+    ]
+    rows, done, total = _Rows(table), 0, sum(shard.bytes for shard in shards)
+    for shard, version in shards.items():
+        try:
+            hashes = examine(kept[version], shard)
+        except WrongShardError as wrong:
+            findings.append(Finding(shard.path, str(wrong)))
+        else:
+            rows.add(shard, hashes, here=version == table.version)
+        done += shard.bytes
+        if watch:
+            watch(done, total)
+    findings += rows.twice()
+    return Verification(
+        location=table.location,
+        version=table.version,
+        shards=len(shards),
+        rows=rows.count,
+        bytes=total,
+        findings=tuple(dict.fromkeys(findings)),
+        orphans=_orphans(table, log),
+    )
+
+
+def remove_damaged(found: Verification) -> Verification:
+    """Take every shard that something is wrong with out of the newest version, in one commit.
+
+    Its rows are pending from then on: a capture of the same documents brings exactly them back. The files stay where
+    they are, for the versions that name them, until ``maintain`` vacuums these.
+
+    Raises:
+        TableError: if the commit can't be written.
+    """
+    damaged = {finding.path for finding in found.findings}
+    while True:
+        newest = Table.open(found.location)
+        going = [shard for shard in newest.shards() if shard.path in damaged]
+        if not going:
+            return found
+        now = int(time.time() * 1000)
+        actions = [RemoveAction(shard.path, True, now, shard.bytes, {PARTITION: shard.split}) for shard in going]
+        about = {
+            "operation": f"remove {len(going)} damaged shards",
+            "circumstances": circumstances(),
+            "sequences": -sum(shard.rows for shard in going),
+            "bytes": -sum(shard.bytes for shard in going),
+        }
+        if committed(newest, actions, about):
+            return replace(found, removed=tuple(shard.path for shard in going))
+
+
+class _Opened:
+    """The versions that shards are looked at in."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._versions = {table.version: table}
+
+    def __getitem__(self, version: int) -> Table:
+        if version not in self._versions:
+            self._versions[version] = Table.open(f"{self._table.location}@{version}")
+        return self._versions[version]
+
+    def beside(self, version: int) -> Iterator[Finding]:
+        """What is wrong with a version's vocabulary and tokenizer."""
+        table = self[version]
+        for check, path in ((read_vocabulary, table.vocabulary_file), (check_tokenizer, table.tokenizer)):
+            try:
+                check(path)
+            except IntegrityError as error:
+                yield Finding(str(path.relative_to(table.location)), str(error).splitlines()[0])
+
+
+class _Rows:
+    """All rows of a version, by a hash of what makes each the only one."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._parts: list[tuple[Shard, Hashes]] = []
+        self.count = 0
+
+    def add(self, shard: Shard, hashes: Hashes, here: bool) -> None:
+        """Count a shard's rows, and remember them if the shard is of this version."""
+        self.count += len(hashes)
+        if here:
+            self._parts.append((shard, hashes))
+
+    def twice(self) -> Iterator[Finding]:
+        """Shards with rows that a shard before them has too."""
+        hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *(part for _, part in self._parts)]))
+        suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if not len(suspects):
+            return
+        first: dict[RowKey, str] = {}
+        for shard, part in self._parts:
+            rows = np.flatnonzero(np.isin(part, suspects))
+            if not len(rows):
+                continue
+            with pq.ParquetFile(Path(self._table.location, shard.path)) as file:
+                keys = row_keys(file.read(columns=list(ROW_KEY)).take(pa.array(rows)))
+            others = Counter(first[key] for key in keys if first.setdefault(key, shard.path) is not shard.path)
+            others += Counter({shard.path: len(keys) - len(set(keys))})
+            for path, count in others.items():
+                yield Finding(shard.path, f"{count} of its rows are there twice, also in {path}")
+
+
+def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
+    """Every shard that a version names which can be opened, and the newest such version."""
+    for named in log.named:
+        version = next((version for version in reversed(named.versions) if version not in gone), None)
+        if named.shard is not None and version is not None:
+            yield named.shard, version
+
+
+def _orphans(table: Table, log: Log) -> tuple[str, ...]:
+    named = {named.path for named in log.named}
+    folder = Path(table.location)
+    paths = (str(path.relative_to(folder)) for path in folder.glob(f"{PARTITION}=*/*"))
+    return tuple(sorted(path for path in paths if path not in named))
