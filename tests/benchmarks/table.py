@@ -158,14 +158,15 @@ def naive_bytes(labels: SoftLabels) -> float:
     return len(sink.getvalue()) / labels.positions
 
 
-def distillkit_bytes(k: int) -> dict[str, float]:
-    """Bytes a position by the arithmetic of DistillKit's layouts (distillkit/compression, not run here).
+def distillkit_bytes(k: int, vocabulary: int) -> dict[str, float]:
+    """Bytes a position by the arithmetic of DistillKit's layout; its code is not run here.
 
-    Ids are packed to the vocabulary's bits (18 for up to 262,144) into 64-bit words. Its exact setting keeps bf16
-    log-probabilities of all k; its polynomial one 16 bf16 exactly, and a cubic in 4 float32 for the others.
+    Ids are packed to as many bits as the vocabulary needs (``DistributionQuantizationConfig.total_bits`` in
+    distillkit/compression/config.py). The exact setting keeps all k log-probabilities as bfloat16; the one that its
+    README recommends keeps 16, and 6 float32 terms of a polynomial for the others.
     """
-    ids = -(-k * 18 // 64) * 8
-    return {"bf16 exact": ids + 2 * k, "polynomial": ids + 2 * 16 + 4 * 4}
+    ids = (k * (vocabulary - 1).bit_length() + 7) // 8
+    return {"bf16 exact": ids + 2 * k, "polynomial": ids + 2 * 16 + 4 * 6}
 
 
 def best(work: Callable[[], object], positions: int, runs: int) -> float:
@@ -223,8 +224,9 @@ def measure(name: str, captured: Captured, runs: int) -> None:
         f"  {'naive layout':<20}{naive_bytes(captured.labels):8.2f}   int32 ids + float32, zstd; ids and values alone"
     )
     if name == "k=64":
-        for setting, size in distillkit_bytes(64).items():
-            print(f"  {'DistillKit':<20}{size:8.2f}   {setting}, by arithmetic, before compression")
+        sizes_here, sizes_large = (distillkit_bytes(64, V) for V in (captured.vocabulary, LARGE))
+        for setting, size in sizes_here.items():
+            print(f"  {'DistillKit':<20}{size:8.2f}{sizes_large[setting]:24.2f}   {setting}, by arithmetic")
     print(f"  encode and write  {written:10,.0f} positions/s   goal {goal_write:,}")
     print(f"  read and decode   {loaded:10,.0f} positions/s   goal {goal_read:,}")
 
