@@ -59,7 +59,15 @@ def test_every_field_is_tried_above():
         }
 
     named = leaves(identity().model_dump()) - {"teacher.files.config.json"}
-    assert named == set(CHANGES)
+    assert named == {*CHANGES, "derived_from"}
+
+
+def test_what_is_derived_is_not_what_was_captured():
+    mine = identity()
+    derived = mine.model_copy(update={"derived_from": mine.selection})
+    assert set(mine.differences(derived)) == {f"derived_from.{name}" for name in type(mine.selection).model_fields}
+    with pytest.raises(ProvenanceError, match="derived_from"):
+        mine.require(derived, "here")
 
 
 def test_equal_identities_pass():
