@@ -19,6 +19,7 @@ from pydantic_core import to_json
 
 from flows.arguments import read_file, resolve, settings
 from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, Settings, TrainConfig
+from pipeline.table_config import MaintainConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
@@ -51,7 +52,9 @@ def run(arguments: list[str]) -> int:
         kind = UsageError.__name__ if isinstance(error, CycloptsError) else type(error).__name__
         print(f"softlabel: {error}", file=sys.stderr)
         if "--json" in arguments:
-            print(to_json({"error": kind, "message": str(error)}).decode())
+            details = getattr(error, "details", None)
+            more = {} if details is None else {"details": details}
+            print(to_json({"error": kind, "message": str(error)} | more).decode())
         return 2 if misused else 1
     except KeyboardInterrupt:
         print("softlabel: interrupted; what was committed is kept, and the same command goes on", file=sys.stderr)
@@ -95,6 +98,8 @@ add_job("capture", CaptureConfig, ("documents", "table"))
 add_job("train", TrainConfig, ("table", "output"))
 add_job("evaluate", EvaluateConfig, ("table", "students"))
 add_job("distill", DistillConfig)
+add_job("verify", VerifyConfig, ("table",))
+add_job("maintain", MaintainConfig, ("table",))
 
 
 def table_of(table: str | None, file: Path | None) -> str:
@@ -110,24 +115,31 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
     """Show what a table holds: its teacher and selection, its rows by split, its bytes a position by column.
 
     Args:
-        table: Folder of the table; TABLE@12 for version 12.
+        table: Folder of the table; TABLE@12 for version 12, TABLE@tag for the one of a tag.
     """
 
     def work() -> dict[str, Any]:
         from storage.inspection import inspect as measure
         from storage.inspection import last_capture
         from storage.table import Table
+        from storage.versions import pins, tags
 
         opened = Table.open(table_of(table, file))
-        teacher = last_capture(opened).get("teacher", "")
-        return {"inspection": measure(opened), "teacher": teacher, "identity": opened.identity}
+        return {
+            "inspection": measure(opened),
+            "teacher": last_capture(opened).get("teacher", ""),
+            "identity": opened.identity,
+            "tags": [tag for tag in tags(opened.location).values() if tag.version == opened.version],
+            "pins": [pin for pin in pins(opened.location) if pin.version == opened.version],
+        }
 
     answer("inspect", work, as_json)
 
 
 @app.command
 def history(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
-    """Show a table's versions: when, by whom, what was done, and how many sequences, positions and bytes it added.
+    """Show a table's versions: when, by whom, what was done, how many sequences, positions and bytes it added, who
+    needs it.
 
     Args:
         table: Folder of the table.
@@ -136,7 +148,14 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
     def work() -> dict[str, Any]:
         from storage.inspection import history as entries
         from storage.table import Table
+        from storage.versions import pins, tags, vacuumed
 
-        return {"versions": entries(Table.open(table_of(table, file)))}
+        opened = Table.open(table_of(table, file))
+        return {
+            "versions": entries(opened),
+            "tags": list(tags(opened.location).values()),
+            "pins": pins(opened.location),
+            "vacuumed": sorted(vacuumed(opened.location)),
+        }
 
     answer("history", work, as_json)

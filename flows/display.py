@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from storage.versions import spans
+
 if TYPE_CHECKING:
     from flows.distill import DistillReport
+    from flows.maintain import MaintainReport
     from pipeline.capturing import CaptureReport
     from pipeline.evaluation import EvaluationReport
     from pipeline.training import TrainReport
     from storage.inspection import HistoryEntry
+    from storage.maintenance import Maintenance
     from storage.provenance import Identity
+    from storage.verification import Verification
+    from storage.versions import Pin, Tag
 
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -59,7 +65,9 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     """What made a table, its rows by split, and its bytes a position by column."""
     inspection = result["inspection"]
     made_by = _made_by(result["teacher"], result["identity"])
-    _facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by)
+    needed = ", ".join(_needed_by(inspection.version, result["tags"], result["pins"]))
+    needed_by = {"needed by": needed} if needed else {}
+    _facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by | needed_by)
     splits = _table("split", "shards", "documents", "sequences", "tokens", "positions", "bytes")
     for name, size in inspection.splits.items():
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
@@ -75,16 +83,65 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     _console.print("entropy: bytes a position of a perfect code for the column's single values, from a sample")
 
 
-def show_history(result: Mapping[str, Sequence["HistoryEntry"]]) -> None:
-    """A table's versions, newest first."""
-    versions = _table("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
-    for entry in result["versions"]:
+def show_history(result: Mapping[str, Any]) -> None:
+    """A table's versions, newest first, and who needs them."""
+    versions = _table("version", "when (UTC)", "what", "who", "needed by", "sequences", "positions", "bytes", words=5)
+    entries: Sequence[HistoryEntry] = result["versions"]
+    for entry in entries:
+        vacuumed = ["vacuumed"] if entry.version in result["vacuumed"] else []
+        needed = vacuumed + _needed_by(entry.version, result["tags"], result["pins"])
         when = entry.time.removesuffix("+00:00").replace("T", " ")
         counts = (entry.sequences, entry.positions)
-        versions.add_row(
-            str(entry.version), when, entry.operation, entry.user, *(f"{n:,}" for n in counts), _bytes(entry.bytes)
-        )
+        texts = (str(entry.version), when, entry.operation, entry.user, ", ".join(needed))
+        versions.add_row(*texts, *(f"{n:,}" for n in counts), _bytes(entry.bytes))
     _console.print(versions)
+
+
+def show_verify(found: "Verification") -> None:
+    """What was looked at, and what was taken out."""
+    if found.removed:
+        removed = f"{len(found.removed):,} damaged shards, whose {found.removed_rows:,} sequences are pending again"
+        _console.print(f"[bold]{found.location}[/]: taken out of the newest version are {removed}")
+        for finding in found.findings:
+            _console.print(f"  {finding.path}  [dim]{finding.problem}[/]")
+        _next([f"softlabel capture DOCUMENTS {found.location}, as before: it brings back exactly what is missing"])
+    else:
+        counts = f"{found.shards:,} shards, {found.rows:,} sequences, {_bytes(found.bytes)}"
+        _console.print(f"[bold]{found.location}[/] (version {found.version}) is as it was written: {counts}")
+    if found.orphans:
+        _console.print(f"{len(found.orphans):,} files among the shards belong to no version, and do no harm:")
+        for path in found.orphans:
+            _console.print(f"  {path}")
+        _next([f"softlabel maintain {found.location}"])
+
+
+def show_maintain(report: "MaintainReport") -> None:
+    """What was deleted with its bytes, what was spared, and who needs which version."""
+    if report.deletion:
+        _deletion(report.deletion)
+    needed = {tag.version for tag in report.tags} | {pin.version for pin in report.pins}
+    for version in sorted(needed):
+        _console.print(f"version {version}: {', '.join(_needed_by(version, report.tags, report.pins))}")
+
+
+def _deletion(done: "Maintenance") -> None:
+    verb = "would be deleted" if done.dry_run else "deleted"
+    for leftover in done.deleted:
+        _console.print(f"  {_bytes(leftover.bytes):>8}  {leftover.path}  [dim]{leftover.why}[/]")
+    total = _bytes(sum(leftover.bytes for leftover in done.deleted))
+    what = f"{len(done.deleted):,} files, {total}, {verb}" if done.deleted else "nothing to delete"
+    _console.print(f"[bold]{done.location}[/]: {what}")
+    if done.vacuumed:
+        verb = "could no longer be opened" if done.dry_run else "can no longer be opened"
+        _console.print(f"versions that {verb}: {spans(done.vacuumed)}")
+    if done.spared:
+        size = _bytes(sum(leftover.bytes for leftover in done.spared))
+        _console.print(f"{len(done.spared):,} files, {size}, spared: written lately (grace_hours), or being written")
+
+
+def _needed_by(version: int, tags: Iterable["Tag"], pins: Iterable["Pin"]) -> list[str]:
+    named = [tag.name for tag in tags if tag.version == version]
+    return named + [f"student {pin.student}" for pin in pins if pin.version == version]
 
 
 def _capture_line(report: "CaptureReport") -> None:

@@ -23,11 +23,11 @@ from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError
-from storage.files import publish
+from storage.files import SIDE_FOLDER, publish
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
 from storage.reader import index
 from storage.schema import SEQUENCE, row_keys
-from storage.table import SIDE_FOLDER, Table
+from storage.table import Table
 
 
 @dataclass(frozen=True)

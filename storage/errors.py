@@ -27,12 +27,15 @@ class SoftlabelError(Exception):
         found: object = None,
         where: object = None,
         do: object = None,
+        details: object = None,
     ) -> None:
         lines = [summary]
         for name, text in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):
             if text is not None:
                 lines.append(f"  {name + ':':<12} {text}")
         super().__init__("\n".join(lines))
+        self.details = details
+        """What a program may want to read of it, all of what the screen has no room for."""
 
 
 class UsageError(SoftlabelError):

@@ -171,5 +171,6 @@ def _damaged(table: Table, shard: Shard, found: str) -> IntegrityError:
         expected=f"{shard.bytes} bytes that have the hash in the file's name",
         found=found,
         where=Path(table.location) / shard.path,
-        do="restore this file from a copy of the table, or remove the shard and capture its documents again",
+        do="restore this file from a copy of the table; or take what is damaged out of it with\n"
+        f"               softlabel verify {table.location} --remove-damaged, then capture the same documents again",
     )

@@ -53,6 +53,8 @@ class Verification:
     """Files among the shards that no version names; they do no harm."""
     removed: tuple[str, ...] = ()
     """Shards that were taken out of the newest version."""
+    removed_rows: int = 0
+    """Their rows, which are pending again."""
 
     @property
     def unsolved(self) -> tuple[Finding, ...]:
@@ -60,21 +62,19 @@ class Verification:
         return tuple(finding for finding in self.findings if finding.path not in self.removed)
 
 
-class DamageError(IntegrityError):
-    """What ``verify`` has found, a line each."""
-
-    def __init__(self, found: Verification) -> None:
-        lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
-        more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        super().__init__(
-            f"{len(lines)} things are wrong with this table" if len(lines) > 1 else "this table is not as it was made",
-            expected="the bytes that were written",
-            found="\n               ".join(lines[:_SHOWN] + more),
-            where=f"{found.location}@{found.version}",
-            do="restore these files from a copy of the table; or take damaged shards out of it with softlabel verify"
-            f" {found.location} --remove-damaged, and capture their documents again",
-        )
-        self.details = {"verification": found}
+def damage(found: Verification) -> IntegrityError:
+    """The error that says what was found, a line each."""
+    lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
+    more = [f"... and {len(lines) - _SHOWN} more; --json lists them all"] if len(lines) > _SHOWN else []
+    return IntegrityError(
+        "this table is not as it was written",
+        expected="files that hold what their names and their commits say",
+        found="\n               ".join(lines[:_SHOWN] + more),
+        where=f"{found.location}@{found.version}",
+        do="restore them from a copy of the table; or take damaged shards out of its newest version with\n"
+        f"               softlabel verify {found.location} --remove-damaged, then capture the same documents again",
+        details=found,
+    )
 
 
 def verify(
@@ -147,7 +147,8 @@ def remove_damaged(found: Verification) -> Verification:
             "bytes": -sum(shard.bytes for shard in going),
         }
         if committed(newest, actions, about):
-            return replace(found, removed=tuple(shard.path for shard in going))
+            removed = tuple(shard.path for shard in going)
+            return replace(found, removed=removed, removed_rows=sum(shard.rows for shard in going))
 
 
 class _Opened:
