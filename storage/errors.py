@@ -11,6 +11,7 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
     ├── TrainingError          training that can't go on
     └── TableError             a table that can't be used
         ├── TableNotFoundError     no table, version or tag there
+        │   └── PurgedError        a version that went with documents that were taken down
         ├── ProvenanceError        another teacher, tokenizer or selection made it
         └── IntegrityError         bytes that are not the ones that were written
 """
@@ -64,6 +65,10 @@ class TableError(SoftlabelError):
 
 class TableNotFoundError(TableError):
     """No table there, or no such version or tag of it."""
+
+
+class PurgedError(TableNotFoundError):
+    """Documents were taken down, and this version went with them."""
 
 
 class ProvenanceError(TableError):

@@ -5,7 +5,7 @@ computed, from the decoded probabilities. Reads and writes no file.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import CODES_PER_NAT, ZERO_CODE, assemble, flatten, trim_log_masses
+from storage.codec import CODES_PER_NAT, ZERO_CODE, Ints, assemble, flatten, trim_log_masses
 from storage.provenance import Identity
 
 Array = NDArray[Any]
@@ -81,8 +81,18 @@ def narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
         "tail_codes": gaps[tail[head | tail]],
         "tail_log_masses": trim_log_masses(masses[[temperatures.index(T) for T in narrowing.temperatures]]).T.ravel(),
     }
+    return _replaced(rows, flat)
+
+
+def renumber(rows: pa.Table, ranks: Ints) -> pa.Table:
+    """The same rows with other ids: (V,) the new rank of each old one."""
+    flat = flatten(rows)
+    return _replaced(rows, flat | {name: ranks[flat[name]] for name in ("head_ids", "tail_ids")})
+
+
+def _replaced(rows: pa.Table, flat: Mapping[str, Array]) -> pa.Table:
     columns = dict(zip(rows.column_names, rows.columns, strict=True))
-    encoded = assemble(flat, row_positions.astype(np.int64))
+    encoded = assemble(flat, rows.column("positions").to_numpy().astype(np.int64))
     columns |= dict(zip(encoded.column_names, encoded.columns, strict=True))
     return pa.table(columns, schema=rows.schema)
 

@@ -12,6 +12,7 @@ from storage.errors import IntegrityError, TableError
 from storage.files import content_hash
 from storage.schema import PARTITION, SOFT_LABELS
 from storage.table import Shard, Table
+from storage.takedown import tombstone
 
 
 def read(
@@ -165,8 +166,8 @@ def _content_hash(path: str, size: int, modified: int) -> str:
     return content_hash(Path(path))
 
 
-def _damaged(table: Table, shard: Shard, found: str) -> IntegrityError:
-    return IntegrityError(
+def _damaged(table: Table, shard: Shard, found: str) -> TableError:
+    return tombstone(table.location, shard.path) or IntegrityError(
         "a shard is damaged or missing; nothing was read from it",
         expected=f"{shard.bytes} bytes that have the hash in the file's name",
         found=found,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from storage.errors import TableError, TableNotFoundError, UsageError
 from storage.provenance import user
 from storage.records import Record, Records, now
+from storage.takedown import explain, lost
 
 if TYPE_CHECKING:
     from storage.table import Table
@@ -179,8 +180,8 @@ def needed(table: str) -> set[int]:
 
 
 def vacuumed(table: str) -> set[int]:
-    """Versions that can no longer be opened."""
-    return {version for vacuum in _VACUUMED.all(table) for version in vacuum.versions}
+    """Versions that can no longer be opened, since a vacuum or since documents were taken down."""
+    return {version for vacuum in _VACUUMED.all(table) for version in vacuum.versions} | set(lost(table))
 
 
 def remaining(table: str) -> set[int]:
@@ -217,6 +218,8 @@ def spans(versions: Iterable[int]) -> str:
 
 
 def _require_kept(table: str, version: int) -> None:
+    if purge := lost(table).get(version):
+        raise explain(table, purge)
     for vacuum in _VACUUMED.all(table):
         if version in vacuum.versions:
             raise TableNotFoundError(

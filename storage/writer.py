@@ -4,30 +4,26 @@ Any number of writers may add to one table at once, also the same rows: whoever 
 has brought. A writer that dies, or loses such a race, leaves files that no version names; ``maintain`` removes them.
 """
 
-import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from storage.codec import SoftLabels, encode
-from storage.errors import IntegrityError, TableError
-from storage.files import WRITING, content_hash, gate, rename, start_writing
+from storage.errors import TableError
+from storage.files import gate
 from storage.reader import outline
-from storage.schema import PARTITION, ROW_KEY, row_keys, without
+from storage.schema import PARTITION, ROW_KEY, row_keys
+from storage.shard_file import ShardFile, add_action
 from storage.table import COMMIT_MESSAGE, Table
-
-RowKey = tuple[object, ...]
+from storage.takedown import refusal
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,7 @@ class ShardWriter:
         with self._explained(), gate(self._table.location):
             while True:
                 newest = self._table.newest()
+                self._drop_refused(files)
                 self._drop_rows_of_others(files, newest)
                 present = {shard.path for shard in newest.shards()}
                 new = [file for file in files if file.keys and file.shard_path not in present]
@@ -119,8 +116,14 @@ class ShardWriter:
                     sum(file.publish() for file in new),
                 )
                 counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
-                if not new or committed(newest, [file.add_action() for file in new], {**about, **counts}):
+                if not new or committed(newest, [add_action(file.shard) for file in new], {**about, **counts}):
                     return total
+
+    def _drop_refused(self, files: list["ShardFile"]) -> None:
+        """Documents may have been taken down since these rows were asked for."""
+        refused = refusal(self._table.location)
+        for file in files:
+            file.drop({row for row in file.keys if refused(str(row[0]))})
 
     def _drop_rows_of_others(self, files: list["ShardFile"], newest: Table) -> None:
         """A look at the small key column tells which shards share a key; only those are looked at row by row."""
@@ -169,119 +172,3 @@ def committed(newest: Table, actions: Sequence[AddAction | RemoveAction], about:
             raise
         return False
     return True
-
-
-class ShardFile:
-    """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
-
-    def __init__(self, table: Table, split: str, row_group: int) -> None:
-        self._location = Path(table.location)
-        self._schema = without(table.schema, [PARTITION])
-        self._split = split
-        self._row_group = row_group
-        self._buffer: list[pa.Table] = []
-        self._open()
-
-    def _open(self) -> None:
-        self._path, self._mark = start_writing(str(self._location), ".parquet")
-        try:
-            self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
-        except OSError:
-            self._path.unlink(missing_ok=True)
-            self._mark.close()
-            raise
-        self.keys: dict[RowKey, None] = {}
-        self.positions = 0
-
-    def append(self, rows: pa.Table) -> None:
-        """Add rows of the table's schema; one that the file has already is left out."""
-        new = []
-        for key in row_keys(rows):
-            new.append(key not in self.keys)
-            self.keys[key] = None
-        if not all(new):
-            rows = rows.filter(pa.array(new))
-        self.positions += pc.sum(rows.column("positions")).as_py() or 0
-        self._buffer.append(rows.select(self._schema.names).cast(self._schema))
-        while sum(map(len, self._buffer)) >= self._row_group:
-            self._write_row_group(self._row_group)
-
-    def _write_row_group(self, count: int) -> None:
-        rows = pa.concat_tables(self._buffer)
-        self._writer.write_table(rows.slice(0, count).combine_chunks(), row_group_size=count)
-        self._buffer = [rows.slice(count)] if len(rows) > count else []
-
-    def finish(self) -> None:
-        """Close the file, read its footer back, and name it by its content."""
-        if self._buffer:
-            self._write_row_group(sum(map(len, self._buffer)))
-        self._writer.close()
-        found = pq.read_metadata(self._path).num_rows
-        if found != len(self.keys):
-            expected = f"{len(self.keys)} rows"
-            raise IntegrityError("a shard was not written whole", expected=expected, found=found, where=self._path)
-        self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._path)}.parquet"
-
-    def drop(self, taken: set[RowKey]) -> None:
-        """Leave out rows that the table has from another; the file that held them is nobody's from then on."""
-        kept = [key not in taken for key in self.keys]
-        if all(kept):
-            return
-        rows = pq.read_table(self._path, schema=self._schema).filter(pa.array(kept))
-        self.discard()
-        self._open()
-        if len(rows):
-            self.append(rows)
-        self.finish()
-
-    def publish(self) -> int:
-        """Give the file its final name, where a reader of a version that has it looks; returns its bytes.
-
-        Another writer with the very same rows makes the very same file: the name is then there already, and whoever
-        commits first has it.
-        """
-        target = self._location / self.shard_path
-        if self._path != target:
-            rename(self._path, target)
-            self._path = target
-        return target.stat().st_size
-
-    def add_action(self) -> AddAction:
-        """What makes the published file part of the table, in a commit."""
-        stat = self._path.stat()
-        # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
-        stats = json.dumps({"numRecords": len(self.keys)})
-        return AddAction(self.shard_path, stat.st_size, {PARTITION: self._split}, int(time.time() * 1000), True, stats)
-
-    def discard(self) -> None:
-        """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
-        with suppress(OSError):  # a full disk has no room for the footer either
-            self._writer.close()
-        if self._path.parent.name == WRITING:
-            self._path.unlink(missing_ok=True)
-        self._mark.close()
-
-
-def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a shard's columns are encoded: what was smallest within the time that a capture can spare.
-
-    Bytes of one significance have a distribution of their own, so lists of numbers are split by it and left to zstd's
-    entropy coder; a dictionary only gets in its way. Ids hold nothing but that, which the lowest level sees as well
-    as the highest; codes repeat from position to position, which takes a higher one to find. A ``tests.benchmarks``
-    command shows the bytes by column.
-    """
-    numbers = [field.name for field in schema if pa.types.is_list(field.type) and field.name != "loss_mask"]
-    levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}
-    return {
-        "compression": "zstd",
-        "compression_level": {_leaf(name): level for name, level in levels.items()},
-        "column_encoding": {_leaf(name): "BYTE_STREAM_SPLIT" for name in numbers},
-        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
-        "write_page_checksum": True,
-        "write_statistics": False,
-        "version": "2.6",
-    }
-
-
-def _leaf(name: str) -> str:
-    return f"{name}.list.element"

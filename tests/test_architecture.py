@@ -27,7 +27,7 @@ PIPELINE = {
 STORAGE = {
     *("Table", "Shard", "Identity", "SoftLabels", "read", "inspect", "history"),
     *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
-    *("TableError", "TableNotFoundError", "ProvenanceError", "IntegrityError"),
+    *("TableError", "TableNotFoundError", "PurgedError", "ProvenanceError", "IntegrityError"),
 }
 
 ALONE = ("loss", "divergence", "targets", "selection", "teacher")

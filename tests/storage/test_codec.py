@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from storage.codec import SoftLabels, decode, encode
 from storage.schema import SOFT_LABELS
-from storage.writer import parquet_options
+from storage.shard_file import parquet_options
 from tests.storage.tables import log_mass, log_softmax, random_labels, soft_labels
 
 NAT = 1 / 64 + 1e-4

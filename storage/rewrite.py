@@ -1,0 +1,182 @@
+"""Lays rows of a table into new shards, of the same table or of another, and puts these in its place by one commit.
+
+Streams: what is decided about a row group is a few numbers a row, and soft labels are read when their new shard is
+written. New shards wait in the side folder, named by what they are made from, until all are there: a run that was
+killed goes on with them. Knows no documents and no settings; what to do with a row is decided by what it is given.
+
+    TABLE/_softlabel/rewritten/<hash of what it is made from>-<hash of its content>.parquet
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from deltalake.transaction import AddAction, RemoveAction
+
+from storage.codec import Ints
+from storage.errors import TableError, UsageError
+from storage.files import SIDE_FOLDER, gate, rename
+from storage.layout import Output, Rewriting, Rewritten, outputs
+from storage.narrowing import narrow, renumber
+from storage.reader import read
+from storage.schema import PARTITION
+from storage.shard_file import ShardFile, add_action
+from storage.table import Shard, Table
+from storage.writer import committed
+
+REWRITTEN = "rewritten"
+"""Folder, in the side folder, of shards that wait for the commit."""
+
+
+class ConflictError(TableError):
+    """Somebody else has changed what was being rewritten."""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    path: Path
+    shard: Shard
+
+
+def rewrite(
+    job: Rewriting, about: Mapping[str, Any], watch: Callable[[int], None] = lambda rows: None, *, always: bool = False
+) -> Rewritten:
+    """Rewrite a table; it is as it was until all is done, and then all is.
+
+    Args:
+        job: what to do.
+        about: what the table's history is to say of it.
+        watch: told how many of the source's rows are done.
+        always: commit even if nothing changes, or nothing is left.
+
+    Raises:
+        ConflictError: if shards that were read are gone meanwhile; the table is as the others have left it.
+        IntegrityError: if a shard is damaged.
+        UsageError: if no row would be left.
+        TableError: if the disk is full or the folder can't be written; the table is as it was.
+    """
+    done, removed, finished = Rewritten(), list[Shard](), list[_Finished]()
+    try:
+        for output in outputs(job, done, removed):
+            whole = output.pieces[0][0]
+            if job.in_place and output.is_just(whole):
+                removed.remove(whole)
+                done.left += whole.rows
+            else:
+                finished.append(_write(job, output))
+                done.sequences += output.rows
+                done.positions += output.positions
+            watch(done.sequences + done.left + done.dropped)
+        done.shards, done.replaced = len(finished), len(removed)
+        done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
+        if done.dropped and not always:
+            _require_rows(job, done)
+        changes = bool(finished or removed) or always
+        done.version = _commit(job, finished, removed, about, done) if changes else job.target.version
+    except ConflictError:
+        for new in finished:
+            new.path.unlink(missing_ok=True)
+        raise
+    except OSError as error:
+        raise TableError(
+            "the table could not be rewritten; it is as it was",
+            expected="a folder that can be written, on a disk that has room",
+            found=error,
+            where=job.target.location,
+            do="make room or mend the permissions, then run the same command again",
+        ) from error
+    return done
+
+
+def _write(job: Rewriting, output: Output) -> _Finished:
+    """Make a shard, or find the one that a run before this one has made."""
+    folder = Path(job.target.location, SIDE_FOLDER, REWRITTEN)
+    name = _name(job, output)
+    path = next(iter(folder.glob(f"{name}-*.parquet")), None)
+    numbering = _numbering(job)
+    if path is None:
+        file = ShardFile(job.target, output.split, job.row_group)
+        try:
+            for shard, group, rows in output.pieces:
+                part = read(job.source, shard, row_groups=[group]).take(pa.array(rows))
+                part = narrow(part, job.narrowing, job.narrowing.seed) if job.narrowing else part
+                file.append(part if numbering is None else renumber(part, numbering))
+            file.finish()
+            path = folder / f"{name}-{Path(file.shard_path).stem}.parquet"
+            file.move(path)
+        finally:
+            file.discard()
+    content = path.stem.rpartition("-")[2]
+    target = f"{PARTITION}={output.split}/{content}.parquet"
+    return _Finished(path, Shard(target, output.split, output.rows, path.stat().st_size))
+
+
+def _numbering(job: Rewriting) -> Ints | None:
+    """The target's rank for each of the source's; None if they are the same."""
+    if np.array_equal(job.source.vocabulary, job.target.vocabulary):
+        return None
+    ranks: Ints = job.target.ranks[job.source.vocabulary]
+    return ranks
+
+
+def _name(job: Rewriting, output: Output) -> str:
+    """All that a shard is made from, as a hash: the same name, the same rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    identities = job.source.identity.model_dump_json(), job.target.identity.model_dump_json()
+    for text in (*identities, output.split, str(job.row_group)):
+        digest.update(f"{text}\n".encode())
+    for shard, group, rows in output.pieces:
+        digest.update(f"{shard.path} {group} {len(rows)}\n".encode() + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _commit(
+    job: Rewriting, finished: Sequence[_Finished], removed: Sequence[Shard], about: Mapping[str, Any], done: Rewritten
+) -> int:
+    """Give the new shards their names and put them into the table, in the place of those that they stand for."""
+    moment = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = [add_action(new.shard) for new in finished]
+    actions += [RemoveAction(old.path, True, moment, old.bytes, {PARTITION: old.split}) for old in removed]
+    counts = {
+        "sequences": -done.dropped if job.in_place else done.sequences,
+        "positions": -done.dropped_positions if job.in_place else done.positions,
+        "bytes": done.bytes,
+    }
+    with gate(job.target.location):
+        _require_unchanged(job, job.target.newest(), removed)
+        for new in finished:
+            rename(new.path, Path(job.target.location, new.shard.path))
+        while True:
+            newest = job.target.newest()
+            _require_unchanged(job, newest, removed)
+            if committed(newest, actions, {**about, **counts}):
+                return newest.version + 1
+
+
+def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) -> None:
+    """New shards of others may have come, and stay as they are; those that were read must be there still."""
+    gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
+    if gone or (newest.version != job.target.version and (job.exclusive or not job.in_place)):
+        raise ConflictError(
+            "somebody else has changed the table meanwhile; it is as they have left it",
+            expected=f"version {job.target.version}" if not gone else "the shards that were read",
+            found=f"version {newest.version}" + (f", without {len(gone)} of them" if gone else ""),
+            where=job.target.location,
+            do="run the same command again",
+        )
+
+
+def _require_rows(job: Rewriting, done: Rewritten) -> None:
+    if not done.sequences and not done.left:
+        raise UsageError(
+            "no row would be left; nothing was changed",
+            expected="at least one row that stays",
+            found=f"{done.dropped:,} rows, all of them dropped",
+            where=f"{job.source.location}@{job.source.version}",
+            do="check the filter and the list of documents",
+        )

@@ -1,0 +1,144 @@
+"""One Parquet file of a table, from its first row to its final name."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake.transaction import AddAction
+
+from storage.errors import IntegrityError
+from storage.files import WRITING, content_hash, rename, start_writing
+from storage.schema import PARTITION, row_keys, without
+from storage.table import Shard, Table
+
+RowKey = tuple[object, ...]
+"""The values of ``storage.schema.ROW_KEY``."""
+
+
+def add_action(shard: Shard) -> AddAction:
+    """What makes a file that has its final name part of the table, in a commit."""
+    # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
+    stats = json.dumps({"numRecords": shard.rows})
+    return AddAction(shard.path, shard.bytes, {PARTITION: shard.split}, int(time.time() * 1000), True, stats)
+
+
+class ShardFile:
+    """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
+
+    def __init__(self, table: Table, split: str, row_group: int) -> None:
+        self._location = Path(table.location)
+        self._schema = without(table.schema, [PARTITION])
+        self._split = split
+        self._row_group = row_group
+        self._buffer: list[pa.Table] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._path, self._mark = start_writing(str(self._location), ".parquet")
+        try:
+            self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            self._mark.close()
+            raise
+        self.keys: dict[RowKey, None] = {}
+        self.positions = 0
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows of the table's schema; one that the file has already is left out."""
+        new = []
+        for key in row_keys(rows):
+            new.append(key not in self.keys)
+            self.keys[key] = None
+        if not all(new):
+            rows = rows.filter(pa.array(new))
+        self.positions += pc.sum(rows.column("positions")).as_py() or 0
+        self._buffer.append(rows.select(self._schema.names).cast(self._schema))
+        while sum(map(len, self._buffer)) >= self._row_group:
+            self._write_row_group(self._row_group)
+
+    def _write_row_group(self, count: int) -> None:
+        rows = pa.concat_tables(self._buffer)
+        self._writer.write_table(rows.slice(0, count).combine_chunks(), row_group_size=count)
+        self._buffer = [rows.slice(count)] if len(rows) > count else []
+
+    def finish(self) -> None:
+        """Close the file, read its footer back, and name it by its content."""
+        if self._buffer:
+            self._write_row_group(sum(map(len, self._buffer)))
+        self._writer.close()
+        found = pq.read_metadata(self._path).num_rows
+        if found != len(self.keys):
+            expected = f"{len(self.keys)} rows"
+            raise IntegrityError("a shard was not written whole", expected=expected, found=found, where=self._path)
+        self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._path)}.parquet"
+
+    def drop(self, taken: set[RowKey]) -> None:
+        """Leave out rows that the table has from another; the file that held them is nobody's from then on."""
+        kept = [key not in taken for key in self.keys]
+        if all(kept):
+            return
+        rows = pq.read_table(self._path, schema=self._schema).filter(pa.array(kept))
+        self.discard()
+        self._open()
+        if len(rows):
+            self.append(rows)
+        self.finish()
+
+    @property
+    def shard(self) -> Shard:
+        """What the finished file is to a table."""
+        return Shard(self.shard_path, self._split, len(self.keys), self._path.stat().st_size)
+
+    def publish(self) -> int:
+        """Give the file its final name, where a reader of a version that has it looks; returns its bytes.
+
+        Another writer with the very same rows makes the very same file: the name is then there already, and whoever
+        commits first has it.
+        """
+        self.move(self._location / self.shard_path)
+        return self.shard.bytes
+
+    def move(self, target: Path) -> None:
+        """Give the finished file another name; it is not discarded then."""
+        if self._path != target:
+            rename(self._path, target)
+            self._path = target
+
+    def discard(self) -> None:
+        """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
+        with suppress(OSError):  # a full disk has no room for the footer either
+            self._writer.close()
+        if self._path.parent.name == WRITING:
+            self._path.unlink(missing_ok=True)
+        self._mark.close()
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a shard's columns are encoded: what was smallest within the time that a capture can spare.
+
+    Bytes of one significance have a distribution of their own, so lists of numbers are split by it and left to zstd's
+    entropy coder; a dictionary only gets in its way. Ids hold nothing but that, which the lowest level sees as well
+    as the highest; codes repeat from position to position, which takes a higher one to find. A ``tests.benchmarks``
+    command shows the bytes by column.
+    """
+    numbers = [field.name for field in schema if pa.types.is_list(field.type) and field.name != "loss_mask"]
+    levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}
+    return {
+        "compression": "zstd",
+        "compression_level": {_leaf(name): level for name, level in levels.items()},
+        "column_encoding": {_leaf(name): "BYTE_STREAM_SPLIT" for name in numbers},
+        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
+        "write_page_checksum": True,
+        "write_statistics": False,
+        "version": "2.6",
+    }
+
+
+def _leaf(name: str) -> str:
+    return f"{name}.list.element"
