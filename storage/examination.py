@@ -55,9 +55,10 @@ def _require(what: str, found: object, expected: object) -> None:
 
 
 def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
-    if not found.equals(expected):
-        different = {f"{field.name} ({field.type})" for field in set(found) ^ set(expected)}
-        raise WrongShardError(f"other columns than the table has: {', '.join(sorted(different)) or 'in another order'}")
+    types = {field.name: field.type for field in found}
+    wanted = {field.name: field.type for field in expected}
+    for name in sorted({*types, *wanted}):
+        _require(f"column {name}", types.get(name, "none"), wanted.get(name, "none"))
 
 
 def _require_sense(table: Table, rows: pa.Table) -> None:

@@ -71,9 +71,9 @@ class Records(Generic[R]):
         path = self.path(table, name)
         try:
             publish(json.dumps(asdict(record)).encode(), path, replace=replace)
-        except FileExistsError:
-            raise
         except OSError as error:
+            if isinstance(error, FileExistsError) and path.parent.is_dir():
+                raise
             raise _unwritable(path, error) from error
 
     def remove(self, table: str, name: str) -> None:

@@ -21,9 +21,10 @@ from storage.examination import Hashes, WrongShardError, examine
 from storage.log import Log, read_log
 from storage.provenance import circumstances
 from storage.schema import PARTITION, ROW_KEY, row_keys
+from storage.shard_file import RowKey
 from storage.table import Shard, Table
 from storage.versions import vacuumed
-from storage.writer import RowKey, committed
+from storage.writer import committed
 
 _SHOWN = 20
 """Findings that fit one screen."""
@@ -200,7 +201,8 @@ class _Rows:
                 continue
             with pq.ParquetFile(Path(self._table.location, shard.path)) as file:
                 keys = row_keys(file.read(columns=list(ROW_KEY)).take(pa.array(rows)))
-            others = Counter(first[key] for key in keys if first.setdefault(key, shard.path) is not shard.path)
+            others = Counter(first.setdefault(key, shard.path) for key in set(keys))
+            del others[shard.path]
             others += Counter({shard.path: len(keys) - len(set(keys))})
             for path, count in others.items():
                 yield Finding(shard.path, f"{count} of its rows are there twice, also in {path}")

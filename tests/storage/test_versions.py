@@ -1,0 +1,190 @@
+"""Versions have names that never move, students hold theirs, and a vacuum is not forgotten."""
+
+import json
+from multiprocessing.queues import SimpleQueue as Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from storage import versions
+from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
+from storage.table import Table
+from storage.versions import Tag, parse, pin, pins, retire, spans, tag, tags, unpin, untag
+from tests.storage.tables import PROCESSES, add, names_in
+
+
+def at(table: Table, version: int) -> Table:
+    return Table.open(f"{table.location}@{version}")
+
+
+def test_a_tag_opens_its_version_for_good(filled: Table):
+    tag(at(filled, 1), "gold")
+    add(filled, ["c"])
+    opened = Table.open(f"{filled.location}@gold")
+    assert (opened.version, opened.location) == (1, filled.location)
+    assert names_in(opened) == names_in(at(filled, 1))
+    assert {name: made.version for name, made in tags(filled.location).items()} == {"gold": 1}
+
+
+def test_a_tag_never_moves_silently(filled: Table):
+    made = tag(at(filled, 1), "gold")
+    assert tag(at(filled, 1), "gold") == made
+    with pytest.raises(TableError, match=r"gold is taken(.|\n)*version 1, tagged(.|\n)*--untag gold"):
+        tag(filled, "gold")
+    assert untag(filled.location, "gold") == made
+    assert tag(filled, "gold").version == 2
+    assert Table.open(f"{filled.location}@gold").version == 2
+
+
+def test_a_tag_that_is_not_there(filled: Table):
+    tag(filled, "gold")
+    with pytest.raises(TableNotFoundError, match=r"no tag golf(.|\n)*did you mean .*@gold\?"):
+        Table.open(f"{filled.location}@golf")
+    with pytest.raises(TableNotFoundError, match="no tag silver"):
+        untag(filled.location, "silver")
+
+
+@pytest.mark.parametrize("name", ["", "1st", "a/b", "../x", "a b", "ä", ".hidden", "a@b"])
+def test_what_can_not_be_a_tag(filled: Table, name: str):
+    with pytest.raises(UsageError, match="can't be a tag"):
+        tag(filled, name)
+    assert tags(filled.location) == {}
+
+
+def test_a_folder_with_an_at_in_its_name_is_a_folder(tmp_path: Path):
+    (tmp_path / "a@b").mkdir()
+    assert parse(f"{tmp_path}/a@b") == (f"{tmp_path}/a@b", None)
+    assert parse(f"{tmp_path}/a@b@7") == (f"{tmp_path}/a@b", 7)
+    assert parse(f"{tmp_path}/a@c") == (f"{tmp_path}/a", "c")
+
+
+def tag_often(location: str, version: int, start: Barrier, said: Queue) -> None:
+    """Give ten names to a version, each at the moment at which another process gives it to another version."""
+    table, won, lost = Table.open(f"{location}@{version}"), [], []
+    for n in range(10):
+        start.wait(30)
+        try:
+            tag(table, f"tag{n}")
+            won.append(n)
+        except TableError as error:
+            lost.append("a tag never moves" in str(error))
+    said.put((won, lost))
+
+
+def test_two_processes_that_want_one_name(filled: Table):
+    """One has it, the other is told; nobody's tag is half written or moved."""
+    start, said = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in range(2)]
+    for version, queue in enumerate(said, 1):
+        PROCESSES.Process(target=tag_often, args=(filled.location, version, start, queue)).start()
+    won, lost = zip(*(queue.get() for queue in said), strict=True)
+    assert sorted(won[0] + won[1]) == list(range(10))
+    assert lost[0] + lost[1] == [True] * 10
+    for version, names in enumerate(won, 1):
+        assert all(tags(filled.location)[f"tag{n}"].version == version for n in names)
+
+
+def test_a_student_holds_the_version_that_it_read_last(filled: Table, tmp_path: Path):
+    pin(at(filled, 1), tmp_path / "a")
+    pin(filled, tmp_path / "b")
+    assert [(held.student, held.version) for held in pins(filled.location)] == [
+        (str(tmp_path / "a"), 1),
+        (str(tmp_path / "b"), 2),
+    ]
+    pin(filled, tmp_path / "a")
+    assert [held.version for held in pins(filled.location)] == [2, 2]
+    assert unpin(filled.location, str(tmp_path / "a")).version == 2
+    assert [held.student for held in pins(filled.location)] == [str(tmp_path / "b")]
+    with pytest.raises(TableNotFoundError, match=str(tmp_path / "b")):
+        unpin(filled.location, str(tmp_path / "a"))
+
+
+def test_a_pin_is_released_by_the_path_that_was_typed(filled: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    pin(filled, Path("runs/a"))
+    unpin(filled.location, "runs/a")
+    assert pins(filled.location) == []
+
+
+def test_a_vacuumed_version_says_when_and_which_remain(filled: Table):
+    add(filled, ["c"])
+    retire(filled.location, [0, 2])
+    with pytest.raises(TableNotFoundError, match=r"vacuumed(.|\n)*remains: 1, 3(.|\n)*vacuumed 20") as error:
+        at(filled, 2)
+    assert len(str(error.value).splitlines()) < 10
+    assert at(filled, 1).version == 1
+    assert filled.newest().version == 3
+
+
+def test_a_version_that_is_needed_is_not_retired(filled: Table, tmp_path: Path):
+    tag(at(filled, 1), "gold")
+    pin(filled, tmp_path / "a")
+    for needed in (1, 2):
+        with pytest.raises(TableError, match="needed since a moment ago"):
+            retire(filled.location, [0, needed])
+    assert at(filled, 0).version == 0
+
+
+@pytest.mark.parametrize("hold", [lambda table: tag(table, "gold"), lambda table: pin(table, Path("a"))])
+def test_who_comes_a_moment_after_the_vacuum_is_told_and_holds_nothing(filled: Table, hold):
+    opened = at(filled, 1)
+    retire(filled.location, [1])
+    with pytest.raises(TableNotFoundError, match="vacuumed"):
+        hold(opened)
+    assert versions.needed(filled.location) == set()
+
+
+def hold_and_tell(location: str, start: Barrier, said: Queue) -> None:
+    """Try to tag each of ten versions at the moment at which another process retires it."""
+    held = []
+    for version in range(10):
+        table = Table.open(f"{location}@{version}")
+        start.wait(30)
+        try:
+            held.append(tag(table, f"tag{version}"))
+        except TableNotFoundError:
+            held.append(None)
+    said.put(held)
+
+
+def test_never_both_held_and_vacuumed(table: Table):
+    for n in range(10):
+        add(table, [f"a{n}"])
+    start, said = PROCESSES.Barrier(2), PROCESSES.SimpleQueue()
+    PROCESSES.Process(target=hold_and_tell, args=(table.location, start, said)).start()
+    retired = []
+    for version in range(10):
+        start.wait(30)
+        try:
+            retire(table.location, [version])
+            retired.append(version)
+        except TableError:
+            continue
+    held: list[Tag | None] = said.get()
+    for version in range(10):
+        assert held[version] is None or version not in retired
+        assert (f"tag{version}" in tags(table.location)) == (held[version] is not None)
+
+
+def test_a_damaged_record_is_named(filled: Table):
+    tag(filled, "gold")
+    path = Path(filled.location, "_softlabel/tags/gold.json")
+    for content in ("", json.dumps({"name": "gold"})):
+        path.write_text(content)
+        with pytest.raises(IntegrityError, match=r"gold\.json"):
+            Table.open(f"{filled.location}@gold")
+
+
+def test_a_folder_that_can_not_be_written(filled: Table, tmp_path: Path):
+    for kind in ("tags", "pins"):
+        Path(filled.location, "_softlabel", kind).write_text("a file where the folder should be")
+    for hold in (lambda: tag(filled, "gold"), lambda: pin(filled, tmp_path / "a")):
+        with pytest.raises(TableError, match="can't be written"):
+            hold()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2, 5"), ([5, 1, 2, 9, 8], "1-2, 5, 8-9")]
+)
+def test_spans(numbers, text):
+    assert spans(numbers) == text
