@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from flows.arguments import read_file, resolve, settings
 from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, Settings, TrainConfig
-from pipeline.table_config import MaintainConfig, VerifyConfig
+from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
@@ -100,6 +100,7 @@ add_job("evaluate", EvaluateConfig, ("table", "students"))
 add_job("distill", DistillConfig)
 add_job("verify", VerifyConfig, ("table",))
 add_job("maintain", MaintainConfig, ("table",))
+add_job("reprocess", ReprocessConfig, ("source", "destination"))
 
 
 def table_of(table: str | None, file: Path | None) -> str:
@@ -148,6 +149,7 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
     def work() -> dict[str, Any]:
         from storage.inspection import history as entries
         from storage.table import Table
+        from storage.takedown import lost
         from storage.versions import pins, tags, vacuumed
 
         opened = Table.open(table_of(table, file))
@@ -155,7 +157,8 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
             "versions": entries(opened),
             "tags": list(tags(opened.location).values()),
             "pins": pins(opened.location),
-            "vacuumed": sorted(vacuumed(opened.location)),
+            "vacuumed": sorted(vacuumed(opened.location) - set(lost(opened.location))),
+            "purged": sorted(lost(opened.location)),
         }
 
     answer("history", work, as_json)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from flows.maintain import MaintainReport
     from pipeline.capturing import CaptureReport
     from pipeline.evaluation import EvaluationReport
+    from pipeline.reprocessing import ReprocessReport
     from pipeline.training import TrainReport
     from storage.inspection import HistoryEntry
     from storage.maintenance import Maintenance
     from storage.provenance import Identity
+    from storage.purge import Purged
     from storage.verification import Verification
     from storage.versions import Pin, Tag
 
@@ -88,8 +90,8 @@ def show_history(result: Mapping[str, Any]) -> None:
     versions = _table("version", "when (UTC)", "what", "who", "needed by", "sequences", "positions", "bytes", words=5)
     entries: Sequence[HistoryEntry] = result["versions"]
     for entry in entries:
-        vacuumed = ["vacuumed"] if entry.version in result["vacuumed"] else []
-        needed = vacuumed + _needed_by(entry.version, result["tags"], result["pins"])
+        gone = [fate for fate in ("vacuumed", "purged") if entry.version in result[fate]]
+        needed = gone + _needed_by(entry.version, result["tags"], result["pins"])
         when = entry.time.removesuffix("+00:00").replace("T", " ")
         counts = (entry.sequences, entry.positions)
         texts = (str(entry.version), when, entry.operation, entry.user, ", ".join(needed))
@@ -122,6 +124,36 @@ def show_maintain(report: "MaintainReport") -> None:
     needed = {tag.version for tag in report.tags} | {pin.version for pin in report.pins}
     for version in sorted(needed):
         _console.print(f"version {version}: {', '.join(_needed_by(version, report.tags, report.pins))}")
+
+
+def show_reprocess(report: "ReprocessReport") -> None:
+    """What became of the rows, what was taken down and what is out of reach, and what to do next."""
+    rows, where = report.rows, f"[bold]{report.table}[/] (version {report.version})"
+    counts = [f"{rows.dropped:,} sequences dropped", f"{rows.sequences:,} in {rows.shards:,} new shards"]
+    counts += [f"{rows.left:,} left as they are"] if rows.left else []
+    _console.print(f"{where} {report.operation}: {', '.join(counts)}; {_bytes(rows.bytes)}")
+    if report.unknown:
+        _console.print(f"[yellow]{report.unknown:,} documents of the list[/] are not in the table")
+    if report.purged:
+        _purged(report.purged)
+    _next([f"softlabel inspect {report.table}", f"softlabel history {report.table}"])
+
+
+def _purged(done: "Purged") -> None:
+    found = f"{done.found:,} of them found now" if done.found else "none of them found"
+    _console.print(f"{done.documents:,} documents taken down ({found}), {len(done.files):,} files deleted")
+    if done.versions:
+        _console.print(f"versions that can no longer be opened: {spans(done.versions)}")
+    lists = {
+        "[yellow]these lose their version[/]": done.broken,
+        "[yellow]other documents with a text of theirs stay[/]": done.same_text,
+        "[yellow]out of reach[/]": done.out_of_reach,
+    }
+    for title, lines in lists.items():
+        if lines:
+            _console.print(f"{title}:")
+        for line in lines:
+            _console.print(f"  {line}")
 
 
 def _deletion(done: "Maintenance") -> None:
@@ -213,6 +245,8 @@ def _table(*names: str, words: int = 1) -> Table:
 
 
 def _bytes(count: int) -> str:
+    if count < 0:
+        return f"-{_bytes(-count)}"
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

@@ -1,4 +1,4 @@
-"""What is done, as plain Python: capture, train, evaluate. Torch, transformers and the table; never Prefect.
+"""What is done, as plain Python: capture, train, evaluate, reprocess. Torch, transformers and the table; never Prefect.
 
 Names are loaded when they are asked for, so that the loss, the selection and the teacher also work where polars,
 deltalake or Prefect are absent.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.evaluation import EvaluationReport, evaluate
     from pipeline.loss import distillation_loss
     from pipeline.progress import Progress
+    from pipeline.reprocessing import ReprocessReport, reprocess
+    from pipeline.table_config import ReprocessConfig
     from pipeline.training import TrainReport, train
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "LossConfig",
     "OptimiserConfig",
     "Progress",
+    "ReprocessConfig",
+    "ReprocessReport",
     "SelectionConfig",
     "SequencesConfig",
     "ShardsConfig",
@@ -52,6 +56,7 @@ __all__ = [
     "capture",
     "distillation_loss",
     "evaluate",
+    "reprocess",
     "train",
 ]
 
@@ -59,11 +64,14 @@ _ELSEWHERE = {
     "CaptureReport": "capturing",
     "EvaluationReport": "evaluation",
     "Progress": "progress",
+    "ReprocessConfig": "table_config",
+    "ReprocessReport": "reprocessing",
     "SoftLabelDataset": "dataset",
     "TrainReport": "training",
     "capture": "capturing",
     "distillation_loss": "loss",
     "evaluate": "evaluation",
+    "reprocess": "reprocessing",
     "train": "training",
 }
 """Modules of the names that are no settings."""

@@ -6,13 +6,14 @@ but a plain text one, which is a document.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import ColumnsConfig
 from pipeline.sources import Piece, find
@@ -43,6 +44,15 @@ class Batch(NamedTuple):
 
     documents: pa.Table
     rejects: list[Reject]
+
+    def without(self, unwanted: Sequence[bool], reason: str) -> "Batch":
+        """The batch with some of its documents as rejects, for this reason."""
+        if not any(unwanted):
+            return self
+        mask = pa.array(unwanted, pa.bool_())
+        names = self.documents.filter(mask).column("document_id").to_pylist()
+        kept = self.documents.filter(pc.invert(mask))
+        return Batch(kept, [*self.rejects, *(Reject(name, reason) for name in names)])
 
 
 class Documents:

@@ -28,6 +28,7 @@ from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
 from storage.reader import index
 from storage.schema import SEQUENCE, row_keys
 from storage.table import Table
+from storage.takedown import refusal
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     copies = _Files(folder / "copies", schema, config.shards.positions)
     rejects: list[Reject] = []
     found = unchanged = 0
-    for batch in documents.batches():
+    is_refused = refusal(config.table)
+    for found_batch in documents.batches():
+        taken_down = [is_refused(name) for name in found_batch.documents.column("document_id").to_pylist()]
+        batch = found_batch.without(taken_down, "it was taken down: the table's refuse list has it")
         changed = batch.documents.filter(pa.array(known.changed(batch.documents), pa.bool_()))
         sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
         rejects += [*batch.rejects, *refused]

@@ -2,9 +2,9 @@
 
 from typing import Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import Settings
+from pipeline.config import ColumnsConfig, Settings, ShardsConfig
 
 _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 
@@ -48,4 +48,65 @@ class MaintainConfig(Settings):
     def _vacuum_is_named(self) -> Self:
         if self.keep_versions is not None and not self.vacuum:
             raise ValueError("keep_versions drops versions, which only vacuum does; give vacuum too")
+        return self
+
+
+class NarrowingConfig(Settings):
+    """Keep less of each distribution than the table does; what is left out here stays as it is."""
+
+    max_k: int | None = Field(default=None, ge=0, le=32767)
+    """Keep at most so many ids of each head. A sampled tail is drawn again from what is dropped and the old draws."""
+    draws: int | None = Field(default=None, ge=0, le=32767)
+    """Keep so many draws, were all mass in the tail; 0 drops the tail."""
+    temperatures: tuple[PositiveFloat, ...] | None = None
+    """Keep these of the stored temperatures, 1 first."""
+
+
+class RelayConfig(ShardsConfig):
+    """How rows are laid into new shards."""
+
+    eval_fraction: float | None = Field(default=None, ge=0, lt=1)  # type: ignore[assignment]
+    """Split the documents anew, so that this share of them goes to the eval split; left out, all stay in theirs."""
+
+
+class ReprocessConfig(Settings):
+    """Make a smaller table of a table, or change it in place as one new version; the teacher is not needed.
+
+    Any of the settings can be combined, in one pass; purge stands alone.
+    """
+
+    source: str
+    """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
+    destination: str | None = None
+    """Folder of another table, made if it is not there, added to if it is; left out, the source gets a new version."""
+    where: str | None = None
+    """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
+    "source = 'web' AND tokens > 20"."""
+    drop: str | None = None
+    """File with a document's id a line: drop these documents."""
+    stale: str | None = None
+    """File, folder or glob of documents: drop what a table holds of former versions of them. Others stay."""
+    compact: bool = False
+    """Merge shards that are less than half full."""
+    purge: str | None = None
+    """File with a document's id a line: delete these documents from every version, for good. Old versions that held
+    them can no longer be opened, and no capture brings the documents back."""
+    selection: NarrowingConfig = NarrowingConfig()
+    columns: ColumnsConfig = ColumnsConfig()
+    shards: RelayConfig = RelayConfig()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        renames = [f"selection.{name}" for name, value in self.selection if value is not None]
+        renames += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
+        changes = renames + [name for name in ("where", "drop", "stale", "compact") if getattr(self, name)]
+        if self.purge and (changes or self.destination):
+            raise ValueError(f"purge stands alone; leave out {', '.join(changes) or 'the destination'}")
+        if renames and not self.destination:
+            raise ValueError(
+                f"{', '.join(renames)} would change what the table is, and captures could not be added to it any more;"
+                " give a destination, a folder for another table"
+            )
+        if not (changes or self.purge or self.destination):
+            raise ValueError("nothing to do; give a destination, where, drop, stale, compact or purge")
         return self

@@ -23,6 +23,7 @@ PIPELINE = {
     *("StudentConfig", "LossConfig", "StreamConfig", "OptimiserConfig"),
     *("capture", "train", "evaluate", "CaptureReport", "TrainReport", "EvaluationReport", "Progress"),
     *("SoftLabelDataset", "distillation_loss"),
+    *("reprocess", "ReprocessConfig", "ReprocessReport"),
 }
 STORAGE = {
     *("Table", "Shard", "Identity", "SoftLabels", "read", "inspect", "history"),

@@ -1,0 +1,122 @@
+"""Which rows of a table stay when it is reprocessed: an SQL expression, a list of documents, the documents as they are.
+
+Looks at a row at a time, whatever is beside it; never at soft labels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.config import ColumnsConfig
+from pipeline.documents import Documents
+from pipeline.table_config import ReprocessConfig
+from storage.errors import UsageError
+from storage.schema import PARTITION, SEQUENCE
+from storage.table import Table
+
+Predicate = Callable[[pa.Table], NDArray[np.bool_]]
+
+
+class RowFilter:
+    """True for the rows that stay.
+
+    Args:
+        source: the table that the rows are of.
+        config: what is to be dropped.
+
+    Raises:
+        UsageError: if the expression can't be evaluated, or a file can't be read.
+        DocumentsError: if the documents can't be read.
+    """
+
+    def __init__(self, source: Table, config: ReprocessConfig) -> None:
+        self._predicates: list[Predicate] = []
+        self._dropped = listed(config.drop) if config.drop else frozenset[str]()
+        self._found: set[str] = set()
+        self.columns: tuple[str, ...] = ("document_id", "fingerprint")
+        """What is looked at, beside the split."""
+        if config.drop:
+            self._predicates.append(self._not_dropped)
+        if config.stale:
+            self._predicates.append(_unless_stale(config.stale, config.columns))
+        if config.where:
+            columns, predicate = _where(source, config.where)
+            self.columns = (*self.columns, *columns)
+            self._predicates.append(predicate)
+
+    def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """(R,) which of R rows stay; they have the columns and the split."""
+        mask = np.ones(len(rows), bool)
+        for holds in self._predicates:
+            mask &= holds(rows)
+        return mask
+
+    @property
+    def unknown(self) -> int:
+        """Documents of the list that no row was of."""
+        return len(self._dropped - self._found)
+
+    def _not_dropped(self, rows: pa.Table) -> NDArray[np.bool_]:
+        documents = rows.column("document_id").to_pylist()
+        self._found |= self._dropped.intersection(documents)
+        return np.array([name not in self._dropped for name in documents], bool)
+
+
+def listed(path: str) -> frozenset[str]:
+    """The documents' ids in a file, one a line.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        lines = frozenset(line.rstrip("\r") for line in Path(path).read_text(encoding="utf-8").split("\n")) - {""}
+        found = "no id" if not lines else ""
+    except (OSError, UnicodeDecodeError) as error:
+        lines, found = frozenset(), str(error)
+    if found:
+        raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
+    return lines
+
+
+def _where(source: Table, text: str) -> tuple[set[str], Predicate]:
+    """An SQL expression as a predicate."""
+    known = pa.schema([*SEQUENCE, *source.carried])
+    names: set[str] = set()
+    try:
+        expression = pl.sql_expr(text)
+        names = set(expression.meta.root_names())
+        empty = pl.DataFrame(known.empty_table())
+        problem = "" if empty.select(expression).dtypes == [pl.Boolean] else "it is neither true nor false"
+        if not expression.meta.is_row_separable():
+            problem = "it needs more than one row to be told"
+    except pl.exceptions.PolarsError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        unknown = ", ".join(sorted(names - {*known.names}))
+        raise UsageError(
+            "rows can't be filtered by this expression",
+            expected=f"SQL that is true or false for a row, over {', '.join(known.names)}",
+            found=f"no column {unknown}" if unknown else problem,
+            where=f"where: {text}",
+            do="strings go in single quotes: source = 'web' AND tokens > 20",
+        )
+    true = expression.fill_null(value=False).alias("true")
+    return names - {PARTITION}, lambda rows: pl.DataFrame(rows).select(true).to_series().to_numpy()
+
+
+def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:
+    """Whether a row is of its document as that is now, or of one that is not among the documents."""
+    now: dict[str, bytes] = {}
+    for batch in Documents(path, columns).batches():
+        pair = (batch.documents.column(name).to_pylist() for name in ("document_id", "fingerprint"))
+        now.update(zip(*pair, strict=True))
+
+    def holds(rows: pa.Table) -> NDArray[np.bool_]:
+        pairs = zip(rows.column("document_id").to_pylist(), rows.column("fingerprint").to_pylist(), strict=True)
+        return np.array([now.get(name, fingerprint) == fingerprint for name, fingerprint in pairs], bool)
+
+    return holds
