@@ -18,8 +18,6 @@ from storage.errors import StudentError
 
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 """Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
-"""Logits that are turned into gradients at a time: on a CPU, what stays in a core's cache from pass to pass."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +171,12 @@ def _sweep(
     hard, soft = h.new_zeros(N, dtype=precision), h.new_zeros(N, dtype=precision)
 
     chunk_rows = _rows(N, problem.chunk_bytes, V * precision.itemsize)
-    block_rows = _rows(chunk_rows, _BLOCK_BYTES.get(h.device.type, problem.chunk_bytes), V * precision.itemsize)
     buffer = h.new_empty(chunk_rows, V, dtype=precision)
     with torch.autocast(h.device.type, enabled=False):
         for chunk in _slices(N, chunk_rows):
             z = buffer[: chunk.stop - chunk.start]
             _product(z, h[chunk], w.t(), scale, add=False)
-            for block in _slices(len(z), block_rows):
-                place = slice(chunk.start + block.start, chunk.start + block.stop)
-                hard[place], soft[place] = _overwrite(z[block], bias, problem, place)
+            hard[chunk], soft[chunk] = _overwrite(z, bias, problem, chunk)
             if not any(wanted):
                 continue
             g = z.to(problem.compute)
@@ -196,19 +191,19 @@ def _sweep(
     return hard.sum(), soft.sum(), (d_hidden, d_weight, d_bias)
 
 
-def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, place: slice) -> tuple[Tensor, Tensor]:
+def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, chunk: slice) -> tuple[Tensor, Tensor]:
     """Turn raw logits z (n, V), in place, into the gradient of the weighted loss with respect to them.
 
     Returns:
         Hard and soft part of each row, (n,) each, without their weights.
     """
-    config, next_ids, cap = problem.config, problem.next_ids[place], problem.soft_cap
-    targets = None if problem.targets is None else problem.targets[place]
+    config, next_ids, cap = problem.config, problem.next_ids[chunk], problem.soft_cap
+    targets = None if problem.targets is None else problem.targets[chunk]
     if bias is not None:
         z.add_(bias, alpha=problem.logit_scale)
     if cap is not None:
         z.div_(cap).tanh_()
-        slope = 1 - z.square()
+        slope = z.square().neg_().add_(1)
         z.mul_(cap)
     z[:, problem.vocabulary_size :] = -torch.inf
 
