@@ -234,8 +234,9 @@ def _details(labels: SoftLabels) -> dict[str, float]:
 
 def _about(config: CaptureConfig, teacher: TransformersTeacher) -> dict[str, object]:
     """What the table's history says of a capture."""
+    folder = Path(config.teacher.model)
     return {
-        "teacher": config.teacher.model,
+        "teacher": str(folder.absolute()) if folder.is_dir() else config.teacher.model,
         "revision": teacher.checkpoint.revision,
         "parameters": teacher.parameters,
         "config": config.model_dump(mode="json"),

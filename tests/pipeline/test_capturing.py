@@ -2,12 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -204,35 +199,3 @@ def test_two_captures_at_once_leave_every_row_once(tiny_teacher: Path, tmp_path:
     rows = rows_of(tmp_path / "t")
     assert len(rows) == len(set(rows)) == 150
     assert sum(report.sequences for report in reports) == 150  # each counted by the one that committed it
-
-
-def test_killed_and_run_again_the_table_is_complete(tiny_teacher: Path, tmp_path: Path) -> None:
-    config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(400)), tmp_path / "t")
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    script = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pipeline import CaptureConfig, capture\n"
-        "capture(CaptureConfig.model_validate_json(open(sys.argv[1]).read()))\n"
-    )
-    shards = (1, 3)
-    for wanted in shards:
-        child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "config.json")])
-        _wait_for_commits(tmp_path / "t", wanted, child)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
-    committed = set(rows_of(tmp_path / "t"))
-    assert 0 < len(committed) < 400
-    report = capture(config)
-    rows = rows_of(tmp_path / "t")
-    assert len(rows) == len(set(rows)) == 400
-    assert committed <= set(rows)
-    assert report.sequences == 400 - len(committed)
-
-
-def _wait_for_commits(table: Path, count: int, child: "subprocess.Popen[bytes]") -> None:
-    log = table / "_delta_log"
-    deadline = time.monotonic() + 120
-    while len(list(log.glob("*.json"))) < count + 1:
-        assert child.poll() is None, "the capture ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

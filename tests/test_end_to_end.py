@@ -1,0 +1,82 @@
+"""The main job as a user runs it: from documents to a report, on a real teacher; and killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline import demo
+from storage.reader import index
+from storage.table import Table
+
+
+def softlabel(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("softlabel")), *arguments]
+
+
+def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 and a few pages of Python's manual: with its soft labels a student comes closer to it than without."""
+    demo.prepare_documents(tmp_path / "all.parquet")
+    documents = pq.read_table(tmp_path / "all.parquet")
+    small = pa.compute.less(pa.compute.utf8_length(documents.column("text")), 1200)
+    pq.write_table(documents.filter(small).slice(0, 14), tmp_path / "documents.parquet")
+    config = demo.demo_config(tmp_path).model_dump(mode="json", exclude_unset=True)
+    config["teacher"]["model"] = str(smollm2)
+    config["student"]["layers"] = [0, 14, 29]
+    config["shards"]["eval_fraction"] = 0.3
+    config["stream"] = {"row_tokens": 512, "batch_rows": 1, "micro_rows": 1}
+    config["optimiser"] = {"max_steps": 12, "eval_steps": 12, "learning_rate": 1e-3, "bf16": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    student, control = report["evaluate"]["students"]
+    assert (student["name"], control["name"]) == ("student", "control")
+    assert student["kl"] < control["kl"]
+    assert report["evaluate"]["teacher"]["perplexity"] < student["perplexity"]
+    assert report["train"]["student"]["steps"] == report["train"]["control"]["steps"] == 12
+    page = Path(report["evaluate"]["html"]).read_text()
+    assert all(name in page for name in ("student", "control", "<svg"))
+
+
+def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: Path, tmp_path: Path) -> None:
+    count = 600
+    texts = {f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(count)}
+    pq.write_table(pa.table({"id": list(texts), "text": list(texts.values())}), tmp_path / "documents.parquet")
+    command = softlabel("capture", str(tmp_path / "documents.parquet"), str(tmp_path / "table"))
+    command += ["--teacher.model", str(tiny_teacher), "--teacher.dtype", "float32", "--teacher.batch-tokens", "512"]
+    command += ["--shards.positions", "2000"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:
+        _wait_for_commits(tmp_path / "table", 3, child)
+        os.kill(child.pid, signal.SIGKILL)
+    committed = _rows(tmp_path / "table")
+    assert 0 < len(committed) < count
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    rows = _rows(tmp_path / "table")
+    assert len(rows) == count
+    assert set(rows.values()) == {1}
+    assert committed.keys() <= rows.keys()
+    assert json.loads(done.stdout)["sequences"] == count - len(committed)
+
+
+def _rows(table: Path) -> Counter[tuple[str, int, bytes]]:
+    columns = index(Table.open(str(table)), ["document_id", "chunk", "key"])
+    return Counter(zip(*(columns.column(name).to_pylist() for name in columns.column_names[:3]), strict=True))
+
+
+def _wait_for_commits(table: Path, count: int, child: "subprocess.Popen[bytes]") -> None:
+    log = table / "_delta_log"
+    deadline = time.monotonic() + 180
+    while len(list(log.glob("*.json"))) < count + 1:
+        assert child.poll() is None, "the capture ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
