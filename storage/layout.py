@@ -84,8 +84,15 @@ class Output:
         return self.split == shard.split and self.rows == shard.rows and {s for s, _, _ in self.pieces} == {shard}
 
 
-def outputs(job: Rewriting, done: Rewritten, removed: list[Shard]) -> Iterator[Output]:
-    """The shards to come, each as soon as it is full; counts what is dropped or left, and notes what is replaced."""
+def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], tell: Callable[[], None]) -> Iterator[Output]:
+    """The shards to come, each as soon as it is full.
+
+    Args:
+        job: what to do.
+        done: here it is counted what is dropped or left.
+        removed: here the shards are noted that are replaced.
+        tell: called when a shard of the source has been looked at.
+    """
     present, refused = _present(job), refusal(job.target.location)
     filling: dict[str, Output] = {}
     for shard in job.source.shards():
@@ -94,6 +101,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard]) -> Iterator[O
         small = job.compact and positions < job.positions / 2
         if job.in_place and not small and not any(group.changes(shard) for group in groups):
             done.left += shard.rows
+            tell()
             continue
         removed += [shard] if job.in_place else []
         for number, group in enumerate(groups):
@@ -103,6 +111,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard]) -> Iterator[O
             for split in dict.fromkeys(group.splits[group.kept].tolist()):
                 rows = np.flatnonzero(group.kept & (group.splits == split))
                 yield from _fill(filling, split, (shard, number, rows), group.positions[rows], job.positions)
+        tell()
     yield from filling.values()
 
 

@@ -61,8 +61,12 @@ def rewrite(
         TableError: if the disk is full or the folder can't be written; the table is as it was.
     """
     done, removed, finished = Rewritten(), list[Shard](), list[_Finished]()
+
+    def tell() -> None:
+        watch(done.sequences + done.left + done.dropped)
+
     try:
-        for output in outputs(job, done, removed):
+        for output in outputs(job, done, removed, tell):
             whole = output.pieces[0][0]
             if job.in_place and output.is_just(whole):
                 removed.remove(whole)
@@ -71,7 +75,7 @@ def rewrite(
                 finished.append(_write(job, output))
                 done.sequences += output.rows
                 done.positions += output.positions
-            watch(done.sequences + done.left + done.dropped)
+            tell()
         done.shards, done.replaced = len(finished), len(removed)
         done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
         if done.dropped and not always:
