@@ -87,16 +87,19 @@ def show_inspect(result: Mapping[str, Any]) -> None:
 
 def show_history(result: Mapping[str, Any]) -> None:
     """A table's versions, newest first, and who needs them."""
-    versions = _table("version", "when (UTC)", "what", "who", "needed by", "sequences", "positions", "bytes", words=5)
+    versions = _table("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
     entries: Sequence[HistoryEntry] = result["versions"]
     for entry in entries:
-        gone = [fate for fate in ("vacuumed", "purged") if entry.version in result[fate]]
-        needed = gone + _needed_by(entry.version, result["tags"], result["pins"])
         when = entry.time.removesuffix("+00:00").replace("T", " ")
         counts = (entry.sequences, entry.positions)
-        texts = (str(entry.version), when, entry.operation, entry.user, ", ".join(needed))
-        versions.add_row(*texts, *(f"{n:,}" for n in counts), _bytes(entry.bytes))
+        versions.add_row(
+            str(entry.version), when, entry.operation, entry.user, *(f"{n:,}" for n in counts), _bytes(entry.bytes)
+        )
     _console.print(versions)
+    _names(result["tags"], result["pins"])
+    for fate in ("vacuumed", "purged"):
+        if result[fate]:
+            _console.print(f"{fate}, and can no longer be opened: {spans(result[fate])}")
 
 
 def show_verify(found: "Verification") -> None:
@@ -121,9 +124,7 @@ def show_maintain(report: "MaintainReport") -> None:
     """What was deleted with its bytes, what was spared, and who needs which version."""
     if report.deletion:
         _deletion(report.deletion)
-    needed = {tag.version for tag in report.tags} | {pin.version for pin in report.pins}
-    for version in sorted(needed):
-        _console.print(f"version {version}: {', '.join(_needed_by(version, report.tags, report.pins))}")
+    _names(report.tags, report.pins)
 
 
 def show_reprocess(report: "ReprocessReport") -> None:
@@ -169,6 +170,12 @@ def _deletion(done: "Maintenance") -> None:
     if done.spared:
         size = _bytes(sum(leftover.bytes for leftover in done.spared))
         _console.print(f"{len(done.spared):,} files, {size}, spared: written lately (grace_hours), or being written")
+
+
+def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:
+    """Tags and pins, a line a version."""
+    for version in sorted({tag.version for tag in tags} | {pin.version for pin in pins}):
+        _console.print(f"version {version} is needed by {', '.join(_needed_by(version, tags, pins))}")
 
 
 def _needed_by(version: int, tags: Iterable["Tag"], pins: Iterable["Pin"]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from flows.cli import run
 
-VERBS = ("capture", "train", "evaluate", "distill", "inspect", "history")
+VERBS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "inspect", "history")
 
 
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,167 @@
+"""``softlabel verify`` and ``softlabel maintain`` as a person runs them, on a table that a teacher made."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import run
+from pipeline.capturing import capture
+from storage.table import Table
+from tests.pipeline.test_capturing import rows_of, settings, texts, write
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A table of 150 documents in several shards, and the documents beside it."""
+    folder = tmp_path_factory.mktemp("captured")
+    capture(settings(tiny_teacher, write(folder / "d.parquet", texts(150)), folder / "table"))
+    return folder
+
+
+@pytest.fixture
+def table(captured: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    shutil.copytree(captured, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "table"
+
+
+def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+    """Exit code, the JSON on stdout, and stderr."""
+    code = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a person sees on stdout."""
+    assert run([*map(str, arguments)]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_whole_table(table: Path, capsys: pytest.CaptureFixture[str]):
+    code, found, err = softlabel(capsys, "verify", table)
+    assert (code, found["findings"], found["rows"]) == (0, [], 150)
+    assert "verify" in err
+    assert "is as it was written" in shown(capsys, "verify", table, "--all-versions")
+
+
+def test_damage_is_found_taken_out_and_captured_again(
+    table: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The whole of it: a flipped byte, the error, the removal, and a teacher that is asked for those rows alone."""
+    before = sorted(rows_of(table), key=str)
+    shards = Table.open(str(table)).shards()
+    flipped, missing = (table / shard.path for shard in shards[-2:])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    missing.unlink()
+
+    code, error, err = softlabel(capsys, "verify", table)
+    assert (code, error["error"]) == (1, "IntegrityError")
+    assert {finding["path"] for finding in error["details"]["findings"]} == {shard.path for shard in shards[-2:]}
+    assert err.count(flipped.name) >= 1
+    assert "missing" in err
+    assert f"softlabel verify {table} --remove-damaged" in err
+    assert "Traceback" not in err
+
+    code, taken, _ = softlabel(capsys, "verify", table, "--remove-damaged")
+    lost = sum(shard.rows for shard in shards[-2:])
+    assert (code, taken["removed_rows"]) == (0, lost)
+    assert len(rows_of(table)) == 150 - lost
+
+    report = capture(settings(tiny_teacher, table.parent / "d.parquet", table))
+    assert report.sequences == lost
+    assert sorted(rows_of(table), key=str) == before
+    assert softlabel(capsys, "verify", table)[0] == 0
+
+
+def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
+    newest = Table.open(str(table)).version
+    code, report, _ = softlabel(capsys, "maintain", table, "--tag", "gold")
+    assert (code, report["deletion"]) == (0, None)
+    assert [(tag["name"], tag["version"]) for tag in report["tags"]] == [("gold", newest)]
+    assert "version 1 is needed by first" in shown(capsys, "maintain", table, "--tag", "first=1")
+    assert softlabel(capsys, "maintain", f"{table}@1", "--tag", "also")[1]["tags"][0]["version"] == 1
+    assert softlabel(capsys, "inspect", f"{table}@first")[1]["inspection"]["version"] == 1
+    assert "needed by gold" in shown(capsys, "inspect", f"{table}@gold")
+    told = softlabel(capsys, "history", table)[1]
+    assert {tag["name"] for tag in told["tags"]} == {"gold", "first", "also"}
+    assert "version 1 is needed by also, first" in shown(capsys, "history", table)
+
+    code, error, _ = softlabel(capsys, "maintain", table, "--tag", "first")
+    assert (code, error["error"]) == (1, "TableError")
+    assert "a tag never moves" in error["message"]
+    assert [tag["name"] for tag in softlabel(capsys, "maintain", table, "--untag", "also")[1]["tags"]] == [
+        "first",
+        "gold",
+    ]
+    code, error, _ = softlabel(capsys, "maintain", table, "--unpin", "nobody")
+    assert (code, error["error"]) == (1, "TableNotFoundError")
+    code, error, _ = softlabel(capsys, "inspect", f"{table}@golden")
+    assert (code, error["error"]) == (1, "TableNotFoundError")
+    assert f"did you mean {table}@gold?" in error["message"]
+
+
+def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.CaptureFixture[str]):
+    orphan = table / "split=train" / f"{'0' * 32}.parquet"
+    orphan.write_bytes(b"x" * 1234)
+    assert f"softlabel maintain {table}" in shown(capsys, "verify", table)
+    assert "1 files, 1.2 kB, spared" in shown(capsys, "maintain", table)
+    assert "would be deleted" in shown(capsys, "maintain", table, "--grace-hours", "0", "--dry-run")
+    assert orphan.exists()
+    code, report, _ = softlabel(capsys, "maintain", table, "--grace-hours", "0")
+    assert (code, [(gone["path"], gone["bytes"]) for gone in report["deletion"]["deleted"]]) == (
+        0,
+        [(f"split=train/{orphan.name}", 1234)],
+    )
+    assert not orphan.exists()
+    assert "nothing to delete" in shown(capsys, "maintain", table, "--grace-hours", "0")
+
+
+def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
+    damaged = Table.open(str(table)).shards()[0]
+    (table / damaged.path).write_bytes(b"x" * damaged.bytes)
+    softlabel(capsys, "verify", table, "--remove-damaged")
+    last = Table.open(str(table)).version
+    softlabel(capsys, "maintain", table, "--tag", f"before={last - 1}")
+    vacuum = ("maintain", table, "--vacuum", "--keep-versions", "1", "--grace-hours", "0")
+    assert softlabel(capsys, *vacuum)[1]["deletion"]["deleted"] == []
+    softlabel(capsys, "maintain", table, "--untag", "before")
+    text = shown(capsys, *vacuum)
+    assert damaged.path in text
+    assert "can no longer be opened" in text
+    assert f"vacuumed, and can no longer be opened: 1-{last - 1}" in shown(capsys, "history", table)
+    code, error, _ = softlabel(capsys, "inspect", f"{table}@{last - 1}")
+    assert (code, error["error"]) == (1, "TableNotFoundError")
+    assert "was vacuumed" in error["message"]
+    assert softlabel(capsys, "verify", table, "--all-versions")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--keep-versions", "2"], "vacuum"),
+        (["--vacuum", "--keep-versions", "0"], "--keep-versions"),
+        (["--tag", "a b"], "tag"),
+        (["--tag", "gold=x"], "tag"),
+        (["--grace-hours", "-1"], "grace_hours"),
+    ],
+)
+def test_misuse(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["maintain", "t", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) < 10
+
+
+@pytest.mark.parametrize("verb", ["verify", "maintain"])
+def test_no_table(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, error, _ = softlabel(capsys, verb, tmp_path / "nowhere")
+    assert (code, error["error"]) == (1, "TableNotFoundError")
+    assert not (tmp_path / "nowhere").exists()
