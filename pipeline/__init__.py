@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.loss import distillation_loss
     from pipeline.progress import Progress
     from pipeline.reprocessing import ReprocessReport, reprocess
-    from pipeline.table_config import ReprocessConfig
+    from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
     from pipeline.training import TrainReport, train
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationReport",
     "LossConfig",
+    "MaintainConfig",
     "OptimiserConfig",
     "Progress",
     "ReprocessConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "TrainReport",
+    "VerifyConfig",
     "capture",
     "distillation_loss",
     "evaluate",
@@ -63,11 +65,13 @@ __all__ = [
 _ELSEWHERE = {
     "CaptureReport": "capturing",
     "EvaluationReport": "evaluation",
+    "MaintainConfig": "table_config",
     "Progress": "progress",
     "ReprocessConfig": "table_config",
     "ReprocessReport": "reprocessing",
     "SoftLabelDataset": "dataset",
     "TrainReport": "training",
+    "VerifyConfig": "table_config",
     "capture": "capturing",
     "distillation_loss": "loss",
     "evaluate": "evaluation",

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
         UsageError,
     )
     from storage.inspection import history, inspect
+    from storage.maintenance import Maintenance, maintain
     from storage.provenance import Identity
     from storage.reader import read
     from storage.table import Shard, Table
+    from storage.verification import Verification, remove_damaged, verify
+    from storage.versions import Pin, Tag, pin, pins, tag, tags, unpin, untag
 
 __all__ = [
     "DocumentsError",
     "Identity",
     "IntegrityError",
+    "Maintenance",
+    "Pin",
     "ProvenanceError",
     "PurgedError",
     "Shard",
@@ -39,22 +44,46 @@ __all__ = [
     "Table",
     "TableError",
     "TableNotFoundError",
+    "Tag",
     "TeacherError",
     "TrainingError",
     "UsageError",
+    "Verification",
     "history",
     "inspect",
+    "maintain",
+    "pin",
+    "pins",
     "read",
+    "remove_damaged",
+    "tag",
+    "tags",
+    "unpin",
+    "untag",
+    "verify",
 ]
 
 _ELSEWHERE = {
     "Identity": "provenance",
+    "Maintenance": "maintenance",
+    "Pin": "versions",
     "Shard": "table",
     "SoftLabels": "codec",
     "Table": "table",
+    "Tag": "versions",
+    "Verification": "verification",
     "history": "inspection",
     "inspect": "inspection",
+    "maintain": "maintenance",
+    "pin": "versions",
+    "pins": "versions",
     "read": "reader",
+    "remove_damaged": "verification",
+    "tag": "versions",
+    "tags": "versions",
+    "unpin": "versions",
+    "untag": "versions",
+    "verify": "verification",
 }
 """Modules of the names that are no errors."""
 

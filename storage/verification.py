@@ -1,12 +1,13 @@
 """Looks at every byte of a table, without its teacher, and names each file that is damaged, missing or foreign.
 
-Reads shard after shard, a row group at a time; of all rows it keeps 8 bytes each, to find those that are there twice.
-``remove_damaged`` takes shards out of the newest version, after which their rows are pending again.
+Reads a few shards at once, each a row group at a time; of each row it keeps 8 bytes, to find those that are there
+twice. ``remove_damaged`` takes shards out of the newest version, after which their rows are pending again.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from storage.table import Shard, Table
 from storage.versions import vacuumed
 from storage.writer import committed
 
+_THREADS = 4
+"""Shards that are looked at side by side, each with one row group in memory."""
 _SHOWN = 20
 """Findings that fit one screen."""
 
@@ -102,13 +105,11 @@ def verify(
         finding for version in sorted(set(shards.values()) | {table.version}) for finding in kept.beside(version)
     ]
     rows, done, total = _Rows(table), 0, sum(shard.bytes for shard in shards)
-    for shard, version in shards.items():
-        try:
-            hashes = examine(kept[version], shard)
-        except WrongShardError as wrong:
-            findings.append(Finding(shard.path, str(wrong)))
+    for shard, found in _examined([(kept[version], shard) for shard, version in shards.items()]):
+        if isinstance(found, WrongShardError):
+            findings.append(Finding(shard.path, str(found)))
         else:
-            rows.add(shard, hashes, here=version == table.version)
+            rows.add(shard, found, here=shards[shard] == table.version)
         done += shard.bytes
         if watch:
             watch(done, total)
@@ -150,6 +151,22 @@ def remove_damaged(found: Verification) -> Verification:
         if committed(newest, actions, about):
             removed = tuple(shard.path for shard in going)
             return replace(found, removed=removed, removed_rows=sum(shard.rows for shard in going))
+
+
+def _examined(jobs: Sequence[tuple[Table, Shard]]) -> Iterator[tuple[Shard, Hashes | WrongShardError]]:
+    """Each shard with what came of looking at it, in order."""
+
+    def look(job: tuple[Table, Shard]) -> Hashes | WrongShardError:
+        try:
+            return examine(*job)
+        except WrongShardError as wrong:
+            return wrong
+
+    pool = ThreadPoolExecutor(_THREADS, "softlabel-verify")
+    try:
+        yield from zip((shard for _, shard in jobs), pool.map(look, jobs), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Opened:

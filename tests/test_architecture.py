@@ -23,10 +23,12 @@ PIPELINE = {
     *("StudentConfig", "LossConfig", "StreamConfig", "OptimiserConfig"),
     *("capture", "train", "evaluate", "CaptureReport", "TrainReport", "EvaluationReport", "Progress"),
     *("SoftLabelDataset", "distillation_loss"),
-    *("reprocess", "ReprocessConfig", "ReprocessReport"),
+    *("reprocess", "ReprocessConfig", "ReprocessReport", "VerifyConfig", "MaintainConfig"),
 }
 STORAGE = {
     *("Table", "Shard", "Identity", "SoftLabels", "read", "inspect", "history"),
+    *("verify", "remove_damaged", "Verification", "maintain", "Maintenance"),
+    *("Tag", "tag", "tags", "untag", "Pin", "pin", "pins", "unpin"),
     *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
     *("TableError", "TableNotFoundError", "PurgedError", "ProvenanceError", "IntegrityError"),
 }
