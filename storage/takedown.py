@@ -36,7 +36,7 @@ _PURGES = Records("purged", Purge)
 
 def purges(table: str) -> list[Purge]:
     """All take-downs, the oldest first."""
-    return sorted(_PURGES.all(table), key=lambda purge: purge.time)
+    return sorted(_PURGES.all(table), key=lambda purge: (purge.time, purge.version or 0))
 
 
 def refusal(table: str) -> Callable[[str], bool]:
