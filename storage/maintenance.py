@@ -22,6 +22,7 @@ from pathlib import Path
 from storage.errors import TableError, UsageError
 from storage.files import SIDE_FOLDER, WRITING, gate, writer_of
 from storage.log import Log, read_log
+from storage.rewrite import REWRITTEN
 from storage.schema import PARTITION
 from storage.table import Table
 from storage.versions import needed, retire, vacuumed
@@ -136,6 +137,8 @@ def _leftovers(folder: Path, log: Log, kept: list[int]) -> Iterator[Leftover]:
     side = folder / SIDE_FOLDER
     for path in sorted(side.glob(f"{WRITING}/*")):
         yield _leftover(folder, path, "a shard in the making that its writer has left")
+    for path in sorted(side.glob(f"{REWRITTEN}/*.parquet")):
+        yield _leftover(folder, path, "a shard of a rewriting that was not finished")
     for path in sorted([*side.rglob("*.tmp"), *folder.glob("_delta_log/*.json#*")]):
         yield _leftover(folder, path, "written by half")
     for path in sorted([*side.glob("vocabulary-*.parquet"), *side.glob("tokenizer-*")]):
