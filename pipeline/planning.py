@@ -22,13 +22,14 @@ from pipeline.progress import Progress, Watch, unwatched
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
-from storage.errors import DocumentsError
+from storage.errors import DocumentsError, UsageError
 from storage.files import SIDE_FOLDER, publish
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
 from storage.reader import index
 from storage.schema import SEQUENCE, row_keys
 from storage.table import Table
 from storage.takedown import refusal
+from storage.versions import parse
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,16 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         DocumentsError: if there is no usable document, or with ``strict`` at the first that is not.
         ProvenanceError: if the table that is there was made otherwise.
         TeacherError: if there is no such teacher.
+        UsageError: if the table is named with a version.
     """
+    table, version = parse(config.table)
+    if version is not None:
+        raise UsageError(
+            "rows can only be added to the newest version of a table",
+            expected=f"a folder: {table}",
+            found=config.table,
+            do="leave the version or tag out",
+        )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
     tokeniser = Tokeniser(checkpoint, config.sequences, chat=config.columns.messages is not None)

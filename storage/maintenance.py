@@ -1,8 +1,8 @@
 """Deletes what no version of a table names and nobody is writing; and, if asked, what only old versions name.
 
-What a writer leaves that was killed, or lost a race: shards in the making, shards that were never committed, copies of
-vocabulary and tokenizer that another was quicker with. A vacuum drops old versions too, but never the newest, nor one
-that has a tag or the pin of a student.
+What a writer leaves that was killed, or lost a race: shards in the making, shards that were never committed, what a
+rewriting has come to, copies of vocabulary and tokenizer that another was quicker with. A vacuum drops old versions
+too, but never the newest, nor one that has a tag or the pin of a student.
 
 A writer in flight is spared. On this machine its locks are seen, whatever its age. On another they may not be; so a
 file is spared until it has lain unchanged for a grace period, by the clock that stamps this file system's files. A

@@ -9,6 +9,7 @@ import pytest
 
 from flows.cli import run
 from pipeline.capturing import capture
+from storage.errors import UsageError
 from storage.table import Table
 from tests.pipeline.test_capturing import rows_of, settings, texts, write
 
@@ -106,6 +107,13 @@ def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     code, error, _ = softlabel(capsys, "inspect", f"{table}@golden")
     assert (code, error["error"]) == (1, "TableNotFoundError")
     assert f"did you mean {table}@gold?" in error["message"]
+
+
+def test_nothing_is_captured_into_an_old_version(table: Path, tiny_teacher: Path):
+    for name in ("1", "gold"):
+        with pytest.raises(UsageError, match="leave the version or tag out"):
+            capture(settings(tiny_teacher, table.parent / "d.parquet", Path(f"{table}@{name}")))
+    assert sorted(path.name for path in table.parent.glob("table*")) == ["table"]
 
 
 def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.CaptureFixture[str]):

@@ -107,6 +107,28 @@ def test_what_killed_writers_left_is_found_and_removed(table: Table):
     assert names_in(newest) == sorted(names)
 
 
+def test_maintenance_among_writers_that_are_killed(table: Table):
+    """Without any grace: what is committed is never deleted, whatever two writers and their deaths are up to."""
+    chance, names = random.Random(5), [f"d{i}" for i in range(300)]
+    rounds = 0
+    for seed in range(6):
+        parts = names[:200], names[100:]
+        writers = [PROCESSES.Process(target=capture, args=(table.location, part, seed)) for part in parts]
+        for writer in writers:
+            writer.start()
+        until = time.monotonic() + chance.uniform(0.1, 0.4)
+        while time.monotonic() < until:
+            maintain(table.location, keep_versions=1, grace_hours=0)
+            rounds += 1
+        for writer in writers:
+            writer.kill()
+            writer.join()
+        assert verify(table.newest(), all_versions=True).findings == ()
+    capture(table.location, names, 0)
+    assert rounds > 20
+    assert names_in(table.newest()) == sorted(names)
+
+
 def test_a_writer_in_flight_is_spared_however_old_its_file(table: Table):
     names = [f"a{i}" for i in range(40)]
     halfway, go_on = PROCESSES.Event(), PROCESSES.Event()
@@ -165,8 +187,12 @@ def test_copies_beside_the_shards_that_no_version_uses(filled: Table):
     (half / "tokenizer.json").write_text("{")
     (side / "vocabulary-0.parquet.2.tmp").write_text("PAR")
     (side / "rejects.jsonl").write_text("{}")
+    (side / "rewritten").mkdir()
+    (side / "rewritten" / "0-1.parquet").write_text("PAR")
     done = maintain(filled.location, grace_hours=0)
-    assert len(done.deleted) == 3
+    assert len(done.deleted) == 4
+    assert not list((side / "rewritten").iterdir())
+    (side / "rewritten").rmdir()
     assert sum(leftover.bytes for leftover in done.deleted) > 4
     assert sorted(path.name.split("-")[0] for path in side.iterdir()) == [
         "maintenance.lock",
