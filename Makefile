@@ -9,17 +9,23 @@ INSTALLED := .venv/installed
 TORCH := 2.13.0
 SMOLLM2 := 0.1.2
 
-.PHONY: demo test test-long lint lock
+.PHONY: demo test test-long test-gpu lint lock bench
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m pipeline.demo .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not gpu"
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(INSTALLED)
+	@for name in table selection loss stream; do $(BIN)/python -m tests.benchmarks.$$name || exit; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

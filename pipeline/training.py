@@ -6,7 +6,7 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     student = build(config.student, table)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
-    trainer = _trainer(config, table, student, folder, start, watch)
+    trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
     if ranks.is_main_process:
         _pin(table, folder.path)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -96,6 +96,11 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     ranks.wait_for_everyone()
     resumed_from = start.step if checkpoint else None
     return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+
+
+def _named(watch: Watch, student: str) -> Watch:
+    """A watch that tells students apart."""
+    return lambda progress: watch(replace(progress, stage=f"train {student}"))
 
 
 def _agree(table: Table) -> Table:

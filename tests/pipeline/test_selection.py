@@ -348,7 +348,7 @@ def test_top_k_is_short_for_a_head_without_tail():
     assert Selection(1.0, 8, 8, 0, (1.0,), 0) == TOP_8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_gpu_says_the_same(name):
     selection, logits = SELECTIONS[name], zipf(50, 3000)
