@@ -7,6 +7,7 @@ computed, from the decoded probabilities. Reads and writes no file.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from storage.codec import CODES_PER_NAT, ZERO_CODE, Ints, assemble, flatten, tri
 from storage.provenance import Identity
 
 Array = NDArray[Any]
+
+_POSITIONS = 4096
+"""Positions, or one row, that are worked on at a time; a few dozen numbers of each id are held meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ def narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
     Returns:
         The rows, other columns as they are.
     """
+    ends = np.cumsum(rows.column("positions").to_numpy(), dtype=np.int64)
+    cuts = np.flatnonzero(np.diff(ends // _POSITIONS, prepend=0)).tolist()
+    parts = [rows.slice(a, b - a) for a, b in pairwise([0, *(cut for cut in cuts if cut), len(rows)])]
+    return pa.concat_tables([_narrow(part, narrowing, seed) for part in parts])
+
+
+def _narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
     flat, temperatures = flatten(rows), narrowing.source.temperatures
     row_positions = rows.column("positions").to_numpy()
     log_masses = flat["tail_log_masses"].reshape(-1, len(temperatures)).T.astype(np.float64)
