@@ -154,6 +154,8 @@ def _broken(location: str, record: Purge) -> Iterator[str]:
 def _out_of_reach(newest: Table) -> Iterator[str]:
     location = newest.location
     yield from (f"student {pin.student}, trained on version {pin.version}" for pin in pins(location))
+    if Path(location, SIDE_FOLDER, "rejects.jsonl").exists():
+        yield f"{location}/{SIDE_FOLDER}/rejects.jsonl, which names what the newest capture left out, by id"
     yield "other students that were trained on older versions, and reports about them"
     yield f"copies of {location}, and tables that softlabel reprocess made from it: purge them as well"
     yield "backups, snapshots of the file system, and an object store's own versions of deleted objects"

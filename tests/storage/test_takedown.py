@@ -11,10 +11,12 @@ import pytest
 from storage import purge as module
 from storage.errors import PurgedError, TableError, TableNotFoundError
 from storage.layout import Rewriting
+from storage.maintenance import maintain
 from storage.purge import Purged, purge
 from storage.rewrite import rewrite
 from storage.table import Table
 from storage.takedown import carry_over, lost, purges, refusal
+from storage.verification import verify
 from storage.versions import needed, pin, remaining, tag
 from storage.writer import ShardWriter
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in, rows
@@ -194,6 +196,13 @@ def test_again_it_finds_nothing(filled: Table) -> None:
     assert (take_down_one.found, take_down_one.versions) == (1, (2, 3))
     assert names_in(filled.newest()) == sorted({*A, *B} - {*GONE, "b3"})
     assert set(lost(filled.location)) == {1, 2, 3}
+
+
+def test_verify_finds_nothing_wrong_afterwards(filled: Table) -> None:
+    take_down(filled.location)
+    found = verify(filled.newest(), all_versions=True)
+    assert (found.findings, found.orphans) == ((), ())
+    assert maintain(filled.location, grace_hours=0).deleted == ()
 
 
 def test_a_table_may_lose_every_document(filled: Table) -> None:

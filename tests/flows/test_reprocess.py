@@ -1,0 +1,69 @@
+"""``softlabel reprocess`` as a person runs it: what it says when it works, when it is misused, and in the history."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import run
+from storage.table import Table
+from storage.versions import pin
+from tests.storage.tables import add, identity, make_table, names_in
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    made = make_table(tmp_path / "table", identity())
+    add(made, [f"a{i}" for i in range(20)])
+    return made.location
+
+
+def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+    """Exit code, the JSON on stdout, and stderr."""
+    code = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_smaller_table(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report, err = softlabel(
+        capsys, "reprocess", table, tmp_path / "small", "--selection.max-k", 4, "--where", "tokens > 4"
+    )
+    assert (code, report["operation"], report["version"]) == (0, "narrow + filter", 1)
+    assert report["rows"]["sequences"] + report["rows"]["dropped"] == 20
+    assert "20/20 sequences" in err
+    assert run(["reprocess", table, "--compact"]) == 0
+    assert "0 sequences dropped" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pin(Table.open(table), tmp_path / "student")
+    (tmp_path / "ids").write_text("a1\na2\n")
+    assert run(["reprocess", table, "--purge", str(tmp_path / "ids")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 documents taken down (2 of them found now)" in shown
+    assert f"student {tmp_path}/student" in shown
+    assert "out of reach" in shown
+    assert not {"a1", "a2"} & {*names_in(Table.open(table))}
+    assert run(["history", table]) == 0
+    assert "purge" in capsys.readouterr().out
+    code, said, _ = softlabel(capsys, "inspect", f"{table}@1")
+    assert (code, said["error"]) == (1, "PurgedError")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to do"),
+        (["--selection.max-k", "4"], "give a destination"),
+        (["--purge", "ids", "--compact"], "purge stands alone"),
+        (["--shards.eval-fraction", "2"], "shards.eval_fraction can't be used"),
+    ],
+)
+def test_misuse(arguments: list[str], said: str, table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["reprocess", table, *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert Table.open(table).version == 1
