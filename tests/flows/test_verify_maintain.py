@@ -11,6 +11,8 @@ from flows.cli import run
 from pipeline.capturing import capture
 from storage.errors import UsageError
 from storage.table import Table
+from storage.verification import remove_damaged, verify
+from storage.versions import tag, untag
 from tests.pipeline.test_capturing import rows_of, settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -79,26 +81,26 @@ def test_damage_is_found_taken_out_and_captured_again(
     report = capture(settings(tiny_teacher, table.parent / "d.parquet", table))
     assert report.sequences == lost
     assert sorted(rows_of(table), key=str) == before
-    assert softlabel(capsys, "verify", table)[0] == 0
+    assert verify(Table.open(str(table))).findings == ()
 
 
 def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     newest = Table.open(str(table)).version
     code, report, _ = softlabel(capsys, "maintain", table, "--tag", "gold")
     assert (code, report["deletion"]) == (0, None)
-    assert [(tag["name"], tag["version"]) for tag in report["tags"]] == [("gold", newest)]
+    assert [(made["name"], made["version"]) for made in report["tags"]] == [("gold", newest)]
     assert "version 1 is needed by first" in shown(capsys, "maintain", table, "--tag", "first=1")
     assert softlabel(capsys, "maintain", f"{table}@1", "--tag", "also")[1]["tags"][0]["version"] == 1
     assert softlabel(capsys, "inspect", f"{table}@first")[1]["inspection"]["version"] == 1
     assert "needed by gold" in shown(capsys, "inspect", f"{table}@gold")
     told = softlabel(capsys, "history", table)[1]
-    assert {tag["name"] for tag in told["tags"]} == {"gold", "first", "also"}
+    assert {made["name"] for made in told["tags"]} == {"gold", "first", "also"}
     assert "version 1 is needed by also, first" in shown(capsys, "history", table)
 
     code, error, _ = softlabel(capsys, "maintain", table, "--tag", "first")
     assert (code, error["error"]) == (1, "TableError")
     assert "a tag never moves" in error["message"]
-    assert [tag["name"] for tag in softlabel(capsys, "maintain", table, "--untag", "also")[1]["tags"]] == [
+    assert [made["name"] for made in softlabel(capsys, "maintain", table, "--untag", "also")[1]["tags"]] == [
         "first",
         "gold",
     ]
@@ -135,12 +137,12 @@ def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.Ca
 def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
     damaged = Table.open(str(table)).shards()[0]
     (table / damaged.path).write_bytes(b"x" * damaged.bytes)
-    softlabel(capsys, "verify", table, "--remove-damaged")
+    remove_damaged(verify(Table.open(str(table))))
     last = Table.open(str(table)).version
-    softlabel(capsys, "maintain", table, "--tag", f"before={last - 1}")
+    tag(Table.open(f"{table}@{last - 1}"), "before")
     vacuum = ("maintain", table, "--vacuum", "--keep-versions", "1", "--grace-hours", "0")
     assert softlabel(capsys, *vacuum)[1]["deletion"]["deleted"] == []
-    softlabel(capsys, "maintain", table, "--untag", "before")
+    untag(str(table), "before")
     text = shown(capsys, *vacuum)
     assert damaged.path in text
     assert "can no longer be opened" in text
@@ -148,7 +150,7 @@ def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
     code, error, _ = softlabel(capsys, "inspect", f"{table}@{last - 1}")
     assert (code, error["error"]) == (1, "TableNotFoundError")
     assert "was vacuumed" in error["message"]
-    assert softlabel(capsys, "verify", table, "--all-versions")[0] == 0
+    assert verify(Table.open(str(table)), all_versions=True).findings == ()
 
 
 @pytest.mark.parametrize(
