@@ -102,8 +102,8 @@ def demo_config(folder: Path) -> DistillConfig:
         sequences=SequencesConfig(max_tokens=512),
         shards=ShardsConfig(positions=4096, eval_fraction=0.15),
         student=StudentConfig(layers=(0, 1, 7, 14, 21, 28, 29)),
-        stream=StreamConfig(row_tokens=512, batch_rows=4, micro_rows=4),
-        optimiser=OptimiserConfig(epochs=2, learning_rate=1e-3, bf16=True, checkpoint_steps=13, eval_steps=13),
+        stream=StreamConfig(row_tokens=512, batch_rows=2, micro_rows=2),
+        optimiser=OptimiserConfig(epochs=1.5, bf16=True, checkpoint_steps=13, eval_steps=13),
     )
 
 
