@@ -77,6 +77,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         self._rank = rank
         self._world_size = world_size
         self._start = start or Cursor()
+        self._window_tokens = WINDOW_TOKENS
         self._index = _Index.read(table, split)
         self._check(split)
         self._plans: dict[int, Plan] = {}
@@ -160,7 +161,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
                 self._index.tokens,
                 self._index.group_starts,
                 self._stream.row_tokens,
-                WINDOW_TOKENS,
+                self._window_tokens,
                 seed=self._stream.seed,
                 epoch=epoch,
                 shuffle=self._shuffle,

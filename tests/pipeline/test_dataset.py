@@ -1,5 +1,6 @@
 """The stream against a plain reading of the same table, over topologies, restarts and workers."""
 
+import multiprocessing
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,10 @@ from storage.errors import IntegrityError, UsageError
 from storage.reader import read
 from storage.table import Table
 from tests.pipeline.streams import LONGEST, TEMPERATURES, make_table, reference, unpacked
+
+# Forked from a process of their own: children of one that has run a Prefect flow die of its threads when they end.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pipeline.dataset"])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,9 @@ def test_another_batch_size_goes_on_where_the_last_one_was(table):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_change_nothing(table, workers):
     rows = SoftLabelDataset(table, stream(), rank=1, world_size=2, epochs=2)
-    loaded = DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=2)
+    loaded = DataLoader(
+        rows, batch_size=None, num_workers=workers, prefetch_factor=2, multiprocessing_context=PROCESSES
+    )
     for found, expected in zip(loaded, rows, strict=True):
         assert found.input_ids.equal(expected.input_ids)
         assert found.positions.equal(expected.positions)
