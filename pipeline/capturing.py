@@ -7,12 +7,13 @@ plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` fi
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,21 @@ VOCABULARY_SAMPLE = 65_536
 """Positions whose ids decide how a new table numbers its ids."""
 
 Labelled = tuple[pa.Table, SoftLabels]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Wrap(Protocol):
+    """Something that runs the steps of a capture in its own way."""
+
+    def __call__(self, step: Callable[P, R], /) -> Callable[P, R]:
+        """What to call instead of the step."""
+        ...
+
+
+def as_it_is(step: Callable[P, R], /) -> Callable[P, R]:
+    """A step by itself."""
+    return step
 
 
 @dataclass(frozen=True)
@@ -65,23 +81,28 @@ class CaptureReport:
     seconds: float
 
 
-def capture(config: CaptureConfig, watch: Watch = unwatched) -> CaptureReport:
+def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is) -> CaptureReport:
     """Bring a table up to date with documents: what it lacks is captured, all else stays as it is.
 
     Run again, it captures nothing; killed and run again, it goes on where it was, with at most one shard done twice.
+
+    Args:
+        config: of the capture.
+        watch: told of each batch.
+        by: wraps ``plan``, ``capture_shard`` and ``copy_rows``, so that a scheduler can make tasks of them.
 
     Raises:
         SoftlabelError: if documents, teacher or table can't be used; what was committed before stays.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
-        todo = plan(config, Path(folder), watch)
+        todo = by(plan)(config, Path(folder), watch)
         commits: list[Commit] = []
         for path in todo.shards:
             done = sum(commit.positions for commit in commits)
-            commits.append(capture_shard(config, path, within(watch, done, todo.positions)))
-        copies = [copy_rows(config, path) for path in todo.copies]
-    return summarise(config, todo, commits, copies, time.monotonic() - started)
+            commits.append(by(capture_shard)(config, path, _within(watch, done, todo.positions)))
+        copies = [by(copy_rows)(config, path) for path in todo.copies]
+    return _summarise(config, todo, commits, copies, time.monotonic() - started)
 
 
 def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
@@ -143,7 +164,7 @@ def copy_rows(config: CaptureConfig, path: Path) -> Commit:
         return writer.commit({"operation": "copy", "circumstances": circumstances()})
 
 
-def summarise(
+def _summarise(
     config: CaptureConfig, todo: Plan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
 ) -> CaptureReport:
     """What a plan and the commits that carried it out come to."""
@@ -162,7 +183,7 @@ def summarise(
     )
 
 
-def within(watch: Watch, done: int, total: int) -> Watch:
+def _within(watch: Watch, done: int, total: int) -> Watch:
     """A watch for one shard that tells how far the whole capture is."""
     return lambda progress: watch(replace(progress, done=done + progress.done, total=total))
 
