@@ -69,10 +69,7 @@ class SequencesConfig(Settings):
 
 
 class SelectionConfig(Settings):
-    """What is kept of the teacher's distribution at each captured position: an exact head and a sampled tail.
-
-    The default recovers about 97% of what the full distribution gives a student, at under half the bytes of top-64.
-    """
+    """What is kept of the teacher's distribution at each captured position: an exact head and a sampled tail."""
 
     top_k: int | None = Field(default=None, ge=1, le=32767)
     """Plain top-k: keep exactly so many ids and no tail. Short for top_p 1, min_k = max_k = top_k, draws 0."""
