@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import LossConfig
+from storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT, ZERO_CODE
 from storage.errors import UsageError
 
 Target = Literal["bucket", "sampled", "renormalised", "zero_tail"]
-
-_ZERO_CODE = 32767
-"""The code of probability 0 (FORMAT.md)."""
-_CODES_PER_NAT = 64
-_ENTROPY_CODES_PER_NAT = 256
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ def decode(
         logprobs = logprobs + _shift(-logprobs.logsumexp(1))
     if target != "bucket":
         log_rest = torch.full_like(log_rest, -torch.inf)
-    entropies = compact.entropies.to(log_rest.dtype) / _ENTROPY_CODES_PER_NAT
+    entropies = compact.entropies.to(log_rest.dtype) / ENTROPY_CODES_PER_NAT
     return SparseTargets(ids, logprobs, log_rest, entropies, target)
 
 
@@ -193,8 +189,8 @@ def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:
     running = compact.head_codes.cumsum(0, dtype=torch.int64)
     starts = _starts(compact.head_counts)
     codes = running - torch.cat([running.new_zeros(1), running])[starts][rows]
-    logprobs = codes.to(compact.tail_log_masses.dtype) / -_CODES_PER_NAT
-    return logprobs.masked_fill(codes >= _ZERO_CODE, -torch.inf)
+    logprobs = codes.to(compact.tail_log_masses.dtype) / -CODES_PER_NAT
+    return logprobs.masked_fill(codes >= ZERO_CODE, -torch.inf)
 
 
 def _tail(compact: CompactTargets, vocabulary: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:

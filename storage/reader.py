@@ -106,10 +106,8 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
     found: list[bytes] = []
     parts = [SOFT_LABELS.empty_table()]
     for shard in table.shards():
-        with open_shard(table, shard) as file:
-            groups = range(file.num_row_groups)
-        for group in groups:
-            here = read(table, shard, ["key"], [group]).column("key").to_pylist()
+        for group, part in enumerate(outline(table, shard, ["key"])):
+            here = part.column("key").to_pylist()
             rows = [row for row, key in enumerate(here) if key in missing]
             if rows:
                 parts.append(read(table, shard, SOFT_LABELS.names, [group]).take(pa.array(rows)))

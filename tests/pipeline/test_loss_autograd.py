@@ -18,14 +18,7 @@ from tests.pipeline.dense import (
     reference,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Problems are tiny: handing them out to threads costs more than solving them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_chunks_change_nothing():

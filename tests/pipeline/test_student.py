@@ -53,13 +53,7 @@ def _with_bias(model):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these are faster without company."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -51,13 +51,7 @@ train(TrainConfig.model_validate(settings), watch)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums that are split among threads may be split otherwise in another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
