@@ -15,8 +15,9 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m pipeline.demo .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
+# A process for each core, each with one thread for its tensors.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long and not gpu"
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
