@@ -4,7 +4,6 @@
 plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` finds out what there is to do.
 """
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.planning import Plan, identify, plan
 from pipeline.progress import Progress, Watch, unwatched
-from pipeline.selection import NotADistributionError, Selection, position_seeds, select
+from pipeline.questions import Questions
+from pipeline.selection import NotADistributionError, Selection, select
 from pipeline.teacher import TransformersTeacher, each_batch
 from pipeline.tokeniser import Tokeniser
 from storage.codec import SoftLabels
@@ -199,18 +199,11 @@ def _labelled(
 ) -> Iterator[Labelled]:
     """The sequences, a batch at a time, with what the teacher says of them."""
     selection = Selection.of(config.selection)
-    teacher_hash = hashlib.blake2b(identity.teacher.model_dump_json().encode(), digest_size=16).digest()
-    tokens: list[NDArray[np.int32]] = [row.values.to_numpy() for row in sequences.column("token_ids")]
-    masks = (row.values.to_numpy(zero_copy_only=False) for row in sequences.column("loss_mask"))
-    positions = [np.flatnonzero(mask).astype(np.int32) for mask in masks]
-    keys = sequences.column("key").to_pylist()
+    asked = Questions(sequences)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))
-        next_ids = torch.from_numpy(np.concatenate([tokens[i][positions[i]] for i in batch]))
-        seeds = torch.cat(
-            [position_seeds(selection, teacher_hash, keys[i], torch.from_numpy(positions[i])) for i in batch]
-        )
+        next_ids, seeds = asked.next_ids(batch), asked.seeds(batch, selection, identity.teacher)
         parts: list[SoftLabels] = []
         start = 0
         for logits in chunks:
@@ -222,7 +215,7 @@ def _labelled(
             start += len(logits)
         return rows, SoftLabels.concatenate(parts)
 
-    yield from each_batch(teacher, tokens, positions, select_batch, config.teacher.batch_tokens)
+    yield from each_batch(teacher, asked.tokens, asked.positions, select_batch, config.teacher.batch_tokens)
 
 
 def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]:

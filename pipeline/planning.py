@@ -6,6 +6,7 @@ shard, and a plan over millions of documents takes little more memory than one o
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import CaptureConfig
-from pipeline.documents import Documents, Reject
+from pipeline.documents import Batch, Documents, Reject
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
@@ -79,17 +80,14 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
     tokeniser = Tokeniser(checkpoint, config.sequences, chat=config.columns.messages is not None)
-    known = _Known(config, identify(config, checkpoint, tokeniser), documents.carried)
+    known = Known(config, identify(config, checkpoint, tokeniser), documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = _Files(folder / "shards", schema, config.shards.positions)
     copies = _Files(folder / "copies", schema, config.shards.positions)
     rejects: list[Reject] = []
     found = unchanged = 0
-    is_refused = refusal(config.table)
-    for found_batch in documents.batches():
-        taken_down = [is_refused(name) for name in found_batch.documents.column("document_id").to_pylist()]
-        batch = found_batch.without(taken_down, "it was taken down: the table's refuse list has it")
-        changed = batch.documents.filter(pa.array(known.changed(batch.documents), pa.bool_()))
+    for batch in known.welcome(documents):
+        changed = known.changed(batch.documents)
         sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
         rejects += [*batch.rejects, *refused]
         if config.strict and rejects:
@@ -133,10 +131,11 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
     )
 
 
-class _Known:
+class Known:
     """What the table holds, and what this plan has seen: enough to tell the fate of each sequence."""
 
     def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
+        self._table = config.table
         self._whole: set[tuple[str, bytes]] = set()
         self._rows: set[tuple[object, ...]] = set()
         self._keys: set[bytes] = set()
@@ -156,12 +155,19 @@ class _Known:
         )
         self._whole.update(whole.select("document_id", "fingerprint").iter_rows())
 
-    def changed(self, documents: pa.Table) -> list[bool]:
-        """Which documents the table does not hold whole, as they are now."""
+    def welcome(self, documents: Documents) -> Iterator[Batch]:
+        """The documents, but those that were taken down."""
+        is_refused = refusal(self._table)
+        for batch in documents.batches():
+            taken_down = [is_refused(name) for name in batch.documents.column("document_id").to_pylist()]
+            yield batch.without(taken_down, "it was taken down: the table's refuse list has it")
+
+    def changed(self, documents: pa.Table) -> pa.Table:
+        """The documents that the table does not hold whole, as they are now."""
         pairs = zip(
             documents.column("document_id").to_pylist(), documents.column("fingerprint").to_pylist(), strict=True
         )
-        return [pair not in self._whole for pair in pairs]
+        return documents.filter(pa.array([pair not in self._whole for pair in pairs], pa.bool_()))
 
     def fates(self, sequences: pa.Table) -> pa.Array:
         """For each sequence: "present", "copy" (its key is known) or "pending"."""
