@@ -18,7 +18,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from pydantic_core import to_json
 
 from flows.arguments import read_file, resolve, settings
-from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, Settings, TrainConfig
+from pipeline.config import CaptureConfig, EvaluateConfig, Settings, TrainConfig
+from pipeline.distill_config import DistillConfig
 from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
 

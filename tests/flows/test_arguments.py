@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from flows.arguments import read_file, resolve, settings
-from pipeline.config import CaptureConfig, DistillConfig, EvaluateConfig, TrainConfig
+from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
+from pipeline.distill_config import DistillConfig
 from storage.errors import UsageError
 
 NEEDED = {("documents",): "d", ("table",): "t", ("teacher", "model"): "m"}

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from pipeline import demo
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import ColumnsConfig, DistillConfig, TeacherConfig
+from pipeline.config import ColumnsConfig, TeacherConfig
+from pipeline.distill_config import DistillConfig
 from pipeline.documents import Documents
 from pipeline.sequences import to_sequences
 from pipeline.teacher import TransformersTeacher
