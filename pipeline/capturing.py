@@ -120,7 +120,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         TableError: if the table can't be written.
     """
     teacher = load_teacher(config.teacher)
-    tokeniser = Tokeniser(teacher.checkpoint, config.sequences, chat=config.columns.messages is not None)
+    tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
     identity = identify(config, teacher.checkpoint, tokeniser)
     sequences = pq.read_table(path)
     batches = _labelled(config, teacher, identity, sequences)

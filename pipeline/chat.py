@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import date, datetime, time
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -66,27 +66,39 @@ class ChatTemplate:
                 do="enclose the assistant's words in {% generation %} ... {% endgeneration %} in chat_template.jinja",
             ) from None
 
-    def write(self, chat: str) -> Written:
-        """The chat, given as JSON, as the template writes it.
+    def write(self, chat: str, turns: Literal["all", "last"] = "all") -> Written:
+        """A chat as the template writes it, and the turns of the assistant that are wanted.
+
+        Args:
+            chat: JSON: a list of messages, or {prompt, completion} with a list of messages each. Of the latter, only
+                turns of the completion are wanted.
+            turns: all of them, or the last alone.
 
         Raises:
             ChatRefusedError: if the template refuses it, or no assistant speaks in it.
         """
         if found := _MARKS.search(chat):
             raise ChatRefusedError(f"the chat holds U+{ord(found[0]):04X}, which is no character")
-        messages = json.loads(chat)
-        answers = sum(message["role"] == "assistant" for message in messages)
-        if not answers:
-            raise ChatRefusedError("no assistant speaks in the chat")
+        parts = json.loads(chat)
+        prompt, completion = (parts["prompt"], parts["completion"]) if isinstance(parts, dict) else ([], parts)
+        wanted = _answers(completion)
+        if not wanted:
+            raise ChatRefusedError(f"no assistant speaks in the {'completion' if prompt else 'chat'}")
+        answers = _answers(prompt) + wanted
         try:
-            text = self._render(self._quote(messages))
+            text = self._render(self._quote(prompt + completion))
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise ChatRefusedError(f"the chat template refuses it: {error}") from None
         if self._turn is not None:
-            text, turns = self._turn.subn(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
-            if turns != answers:
-                raise ChatRefusedError(f"the chat template writes {turns} turns for {answers} of the assistant")
-        return _parse(text)
+            text = self._turn.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
+        written = _parse(text)
+        wanted = wanted if turns == "all" else 1
+        # A template that encloses what the assistant says may do so in several parts, all of which are wanted then.
+        if len(written.turns) != answers and (self._turn is not None or wanted < answers):
+            raise ChatRefusedError(
+                f"the chat template writes {len(written.turns)} turns for {answers} of the assistant"
+            )
+        return written if wanted == answers else Written(written.pieces, written.turns[-wanted:])
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return self._template.render(messages=messages, add_generation_prompt=prompt, **self._special_tokens)
@@ -126,6 +138,10 @@ class _Generation(Extension):
 
     def _mark(self, caller: Any) -> str:
         return f"{_SPEAK}{caller()}{_STOP}"
+
+
+def _answers(messages: list[dict[str, Any]]) -> int:
+    return sum(message["role"] == "assistant" for message in messages)
 
 
 def _environment(today: date) -> ImmutableSandboxedEnvironment:

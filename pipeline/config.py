@@ -10,6 +10,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+Content = Literal["text", "chat", "completion"]
+"""What a document is: a text, a chat, or a prompt and its completion."""
+
 
 class Settings(BaseModel):
     """A frozen group of settings; a name that it does not know is an error."""
@@ -26,10 +29,33 @@ class ColumnsConfig(Settings):
     """Column with plain text."""
     messages: str | None = None
     """Column with a chat, a list of {role, content}; read instead of the text."""
+    prompt: str | None = None
+    """Column with a prompt, read with its completion instead of the text; both are text, or messages of one chat."""
+    completion: str | None = None
+    """Column with what follows the prompt. Only the completion is captured; the prompt is its context."""
     label: str | None = None
     """Column with a class label, kept beside the soft labels."""
     carry: tuple[str, ...] = ()
     """Further columns (source, language, ...) that every row of the table keeps, so that it can be filtered by them."""
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion go together; give both")
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("messages are a whole chat; leave out prompt and completion")
+        return self
+
+    @property
+    def content(self) -> Content:
+        """What the documents are."""
+        return "chat" if self.messages else "completion" if self.prompt else "text"
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """The columns that are read for it, by setting."""
+        names = {"text": ("text",), "chat": ("messages",), "completion": ("prompt", "completion")}[self.content]
+        return {name: getattr(self, name) for name in names}
 
 
 class TeacherConfig(Settings):
@@ -58,6 +84,10 @@ class SequencesConfig(Settings):
     """Longest sequence, in tokens; a longer document is cut into chunks."""
     context: PositiveInt = 1
     """Tokens that a chunk repeats from the one before it, as context; they are predicted only once."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """The turns of the assistant that are captured of a chat: each, or the last alone."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What a special token's name inside a document, such as <|im_end|>, is: text like any other, or the token."""
     chat_template_date: date = date(2026, 1, 1)
     """The date that a chat template is told is today's; fixed, or every key would change each day."""
 
@@ -217,6 +247,12 @@ class CaptureConfig(Settings):
     shards: ShardsConfig = ShardsConfig()
     strict: bool = False
     """Stop at the first document that can't be used, instead of counting it and writing it to the rejects file."""
+
+    @model_validator(mode="after")
+    def _turns_are_of_chats(self) -> Self:
+        if self.sequences.assistant_turns == "last" and self.columns.content != "chat":
+            raise ValueError("sequences.assistant_turns is about chats; give columns.messages, or leave it out")
+        return self
 
 
 class TrainConfig(Settings):

@@ -6,7 +6,7 @@ but a plain text one, which is a document.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
@@ -28,7 +28,7 @@ DOCUMENT = pa.schema(
         pa.field("fingerprint", pa.binary(), nullable=False),
     ]
 )
-"""A document: its content is its text or, if ``columns.messages`` is set, its chat as JSON. The fingerprint is a
+"""A document: its content is its text or, as JSON, its chat or its prompt and completion. The fingerprint is a
 16-byte BLAKE2b of content and label: it changes when the document's sequences would, and not with a carried column."""
 
 
@@ -85,7 +85,7 @@ class Documents:
             DocumentsError: if a file turns out to be damaged, or there is no document at all.
         """
         c = self._columns
-        wanted = [c.id, c.messages or c.text, *([c.label] if c.label else []), *c.carry]
+        wanted = [c.id, *c.contents.values(), *([c.label] if c.label else []), *c.carry]
         seen: set[str] = set()
         empty = True
         for piece in self._source.read(list(dict.fromkeys(wanted))):
@@ -100,7 +100,8 @@ class Documents:
     def _judged(self, piece: Piece, seen: set[str]) -> Batch:
         """The usable records as a table, the others as rejects."""
         c, values = self._columns, piece.values
-        judge, contents = (_chat, values[c.messages]) if c.messages else (_text, values[c.text])
+        judge = _JUDGES[c.content]
+        contents = zip(*(values[name] for name in c.contents.values()), strict=True)
         labels = values[c.label] if c.label else [None] * len(piece.places)
         carried, misfits = _carried(values, self.carried)
         rejects = [Reject(place, reason) for place, reason in piece.unreadable]
@@ -110,7 +111,7 @@ class Documents:
         ):
             try:
                 named = _id(name)
-                row = _document(named, judge(content), _label(label))
+                row = _document(named, judge(*content), _label(label))
                 if i in misfits:
                     raise _UnfitError(misfits[i])
                 if named in seen:
@@ -130,7 +131,7 @@ class Documents:
     def _require_columns(self, found: list[str]) -> None:
         c = self._columns
         wanted = {"columns.id": c.id, "columns.label": c.label}
-        wanted |= {"columns.messages": c.messages} if c.messages else {"columns.text": c.text}
+        wanted |= {f"columns.{setting}": name for setting, name in c.contents.items()}
         wanted |= {f"columns.carry[{i}]": name for i, name in enumerate(c.carry)}
         for setting, name in wanted.items():
             if name is not None and name not in found:
@@ -240,17 +241,42 @@ def _label(value: Any) -> str | None:
 
 
 def _chat(value: Any) -> str:
-    """Messages with a role and a content each, as JSON; keys that are null are left out: Parquet fills structs so."""
+    """Messages, as JSON."""
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
         except ValueError:
             raise _UnfitError("the chat is a string that is no JSON") from None
+    return _json(_messages(value, "chat"))
+
+
+def _completion(prompt: Any, completion: Any) -> str:
+    """A prompt, which may be empty, and what follows it, as JSON: two texts, or the messages of one chat."""
+    parts = {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _json({what: _messages(value, what) for what, value in parts.items()})
+    for what, value in parts.items():
+        parts[what] = _string(value, what)
+    if not parts["completion"].strip():
+        raise _UnfitError("the completion is empty")
+    return _json(parts)
+
+
+_JUDGES: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "completion": _completion}
+"""What makes the content of a document of the values of its columns."""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _messages(value: Any, what: str) -> list[dict[str, Any]]:
+    """Messages with a role and a content each; keys that are null are left out: Parquet fills structs so."""
     if value is None or not isinstance(value, list):
-        raise _UnfitError(f"the chat is no list of messages but {'null' if value is None else type(value).__name__}")
+        raise _UnfitError(f"the {what} is no list of messages but {'null' if value is None else type(value).__name__}")
     if not value:
-        raise _UnfitError("the chat has no message")
-    return json.dumps([_message(i, message) for i, message in enumerate(value)], ensure_ascii=False)
+        raise _UnfitError(f"the {what} has no message")
+    return [_message(i, message) for i, message in enumerate(value)]
 
 
 def _message(i: int, value: Any) -> dict[str, Any]:

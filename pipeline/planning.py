@@ -79,7 +79,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
-    tokeniser = Tokeniser(checkpoint, config.sequences, chat=config.columns.messages is not None)
+    tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
     known = Known(config, identify(config, checkpoint, tokeniser), documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = _Files(folder / "shards", schema, config.shards.positions)
@@ -126,6 +126,7 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
             max_tokens=config.sequences.max_tokens,
             context=config.sequences.context,
             mask=tokeniser.mask,
+            special_tokens=config.sequences.special_tokens,
             eval_fraction=config.shards.eval_fraction,
         ),
     )

@@ -1,7 +1,7 @@
 """The teacher's tokenizer, and how the content of a document becomes token ids.
 
-Which of them are worth predicting is decided here: all of a text, the assistant's words of a chat. Cutting them into
-sequences is ``pipeline.sequences``'s business.
+Which of them are worth predicting is decided here: all of a text, the assistant's words of a chat, what follows a
+prompt. Cutting them into sequences is ``pipeline.sequences``'s business.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 
 from pipeline.chat import ChatRefusedError, ChatTemplate, Written
 from pipeline.checkpoint import Checkpoint, sha256
-from pipeline.config import SequencesConfig
+from pipeline.config import Content, SequencesConfig
 from storage.errors import UsageError
 from storage.provenance import TokenizerIdentity
 
@@ -40,30 +41,39 @@ class Encoded:
 
     ids: NDArray[np.int32]
     wanted: NDArray[np.bool_]
-    """Which of them are worth predicting: all of a text, the assistant's of a chat."""
+    """Which of them are worth predicting."""
     lengths: NDArray[np.int64]
     begins: NDArray[np.bool_]
     """Which documents begin with the tokenizer's prefix."""
+
+
+class _Row(NamedTuple):
+    """One document's token ids, which of them are wanted, or why it has none."""
+
+    ids: list[int]
+    wanted: NDArray[np.bool_]
+    refused: str | None = None
 
 
 class Tokeniser:
     """The teacher's tokenizer, and how a document becomes token ids.
 
     Text gets what the tokenizer puts before a text by itself (BOS, for many), and the end-of-sequence token after its
-    end, so that a student learns where to stop. Special tokens in it are taken as text. A chat is written by the
-    teacher's chat template, which brings its own.
+    end, so that a student learns where to stop. So does a prompt with its completion; see ``_encode_pairs`` for where
+    the one ends. A chat is written by the teacher's chat template, which brings its own. Special tokens' names inside
+    a document are taken as text unless ``sequences.special_tokens`` says otherwise.
 
     Args:
         checkpoint: the teacher's files.
-        settings: chunking, and the date of the chat template.
-        chat: whether documents are chats.
+        settings: chunking, the date of the chat template, which turns are captured, what special tokens in text are.
+        content: what documents are.
 
     Raises:
         TeacherError: if the tokenizer can't be loaded.
         UsageError: if chats are asked for and there is no usable chat template, or no room for a token in a sequence.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig, chat: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig, content: Content) -> None:
         tokenizer = checkpoint.tokenizer
         self._checkpoint, self._settings, self._eos = checkpoint, settings, tokenizer.eos_token_id
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -71,9 +81,13 @@ class Tokeniser:
         self._backend.no_padding()
         self.prefix = np.array(_prefix(self._backend), np.int32)
         """Ids that the tokenizer puts before a text, and that each of its sequences begins with."""
-        self.mask = "assistant" if chat else "text"
-        """Name of the rule that says which tokens are captured: the assistant's turns, or all that can be predicted."""
-        self._template = _chat_template(checkpoint, settings) if chat else None
+        self._content = content
+        answers = "assistant" if settings.assistant_turns == "all" else "last_assistant"
+        self.mask = answers if content == "chat" else content
+        """Name of the rule that says which tokens are captured: all of a text that can be predicted ("text"), every
+        turn of the assistant or the last ("assistant", "last_assistant"), what follows the prompt ("completion")."""
+        if content == "chat":
+            _ = self._template
         if settings.max_tokens <= len(self.prefix) + settings.context:
             raise UsageError(
                 "a sequence has no room for a token to predict",
@@ -104,46 +118,81 @@ class Tokeniser:
             chat_template_date=self._settings.chat_template_date,
         )
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return _chat_template(self._checkpoint, self._settings)
+
     def encode(self, contents: Sequence[str]) -> tuple[Encoded, dict[int, str]]:
         """Token ids of documents, and by its number why a document has none."""
-        if self._template is None:
-            return self._encode_texts(contents), {}
-        return self._encode_chats(contents, self._template)
+        if self._content == "text":
+            rows = self._encode_pairs([("", text) for text in contents])
+        elif self._content == "chat":
+            rows = self._encode_chats(contents)
+        else:
+            parts = [json.loads(content) for content in contents]
+            are_chats = [isinstance(part["prompt"], list) for part in parts]
+            chats = iter(self._encode_chats([c for c, is_chat in zip(contents, are_chats, strict=True) if is_chat]))
+            texts = [part for part, is_chat in zip(parts, are_chats, strict=True) if not is_chat]
+            pairs = iter(self._encode_pairs([(part["prompt"], part["completion"]) for part in texts]))
+            rows = [next(chats if is_chat else pairs) for is_chat in are_chats]
+        return self._joined(rows), {i: row.refused for i, row in enumerate(rows) if row.refused is not None}
 
-    def _encode_texts(self, texts: Sequence[str]) -> Encoded:
-        self._backend.encode_special_tokens = True  # as text
-        end = [] if self._eos is None else [self._eos]
-        lists = [
-            encoding.ids + end for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
-        ids, lengths = _flat(lists)
-        return Encoded(ids, np.ones(len(ids), bool), lengths, np.full(len(texts), len(self.prefix) > 0))
+    def _joined(self, rows: list[_Row]) -> Encoded:
+        """Documents one after the other, without the prefix."""
+        size, prefix = len(self.prefix), self.prefix.tolist()
+        begins = np.array([size > 0 and row.ids[:size] == prefix for row in rows], bool)
+        skips = np.where(begins, size, 0).tolist()
+        ids = [row.ids[skip:] for row, skip in zip(rows, skips, strict=True)]
+        wanted = [row.wanted[skip:] for row, skip in zip(rows, skips, strict=True)]
+        lengths = np.array([len(part) for part in ids], np.int64)
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        return Encoded(flat, np.concatenate([*wanted, np.zeros(0, bool)]), lengths, begins)
 
-    def _encode_chats(self, chats: Sequence[str], template: ChatTemplate) -> tuple[Encoded, dict[int, str]]:
-        written: list[Written] = []
-        refused: dict[int, str] = {}
-        for i, content in enumerate(chats):
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[_Row]:
+        """Texts, each of a prompt (which may be empty) and a completion, which is wanted.
+
+        The prompt's ids are those that it has alone, as when a student is asked. The completion's are what the whole
+        text has after them. Where a token of the whole would span both, they are those that it has alone, too.
+        """
+        prompts = self._ids([prompt for prompt, _ in pairs])
+        wholes = self._ids([prompt + completion for prompt, completion in pairs])
+        torn = [i for i, whole in enumerate(wholes) if whole[: len(prompts[i])] != prompts[i]]
+        for i, completion in zip(torn, self._ids([pairs[i][1] for i in torn]), strict=True):
+            wholes[i] = prompts[i] + completion
+        start, end = self.prefix.tolist(), [] if self._eos is None else [self._eos]
+        rows = []
+        for prompt, whole in zip(prompts, wholes, strict=True):
+            # A text may bring both by itself if its special tokens are parsed.
+            before = [] if whole[: len(start)] == start else start
+            ids = before + whole + (end if whole[-1:] != end else [])
+            rows.append(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt)))
+        return rows
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        self._backend.encode_special_tokens = self._settings.special_tokens == "text"
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_chats(self, chats: Sequence[str]) -> list[_Row]:
+        written: list[Written | str] = []
+        for content in chats:
             try:
-                written.append(template.write(content))
+                written.append(self._template.write(content, self._settings.assistant_turns))
             except ChatRefusedError as reason:
-                written.append(Written([], []))
-                refused[i] = str(reason)
-        pieces = self._encode_pieces([piece for chat in written for piece in chat.pieces])
-        lists, masks, begins, size = [], [], [], len(self.prefix)
+                written.append(str(reason))
+        pieces = self._encode_pieces([piece for chat in written if isinstance(chat, Written) for piece in chat.pieces])
+        rows = []
         for chat in written:
+            if isinstance(chat, str):
+                rows.append(_Row([], np.zeros(0, bool), chat))
+                continue
             ids, starts, position = [], [], 0
             for text, _ in chat.pieces:
                 encoding = next(pieces)
                 ids += encoding.ids
                 starts += [position + start for start, _ in encoding.offsets]
                 position += len(text)
-            begins.append(size > 0 and ids[:size] == self.prefix.tolist())
-            skip = size if begins[-1] else 0
-            lists.append(ids[skip:])
-            masks.append(_within(np.array(starts[skip:], np.int64), chat.turns))
-        flat, lengths = _flat(lists)
-        wanted = np.concatenate([*masks, np.zeros(0, bool)])
-        return Encoded(flat, wanted, lengths, np.array(begins, bool)), refused
+            rows.append(_Row(ids, _within(np.array(starts, np.int64), chat.turns)))
+        return rows
 
     def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> Iterator[Encoding]:
         encoded = {}
@@ -170,18 +219,14 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
         raise UsageError(
             "the teacher has no chat template",
             expected="chat_template.jinja, to write chats as the teacher knows them",
-            found="columns.messages, and a tokenizer without one",
+            found="documents that are chats, and a tokenizer without one",
             where=checkpoint.folder,
             do="give an instruct model, or plain text with columns.text",
         ) from None
     named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    quoted = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    quoted = special if settings.special_tokens == "text" else []
     return ChatTemplate(source, named, quoted, settings.chat_template_date)
-
-
-def _flat(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    lengths = np.array([len(ids) for ids in lists], np.int64)
-    return np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum())), lengths
 
 
 def _within(starts: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:

@@ -59,6 +59,8 @@ class SequencesIdentity(_Part):
     context: int
     mask: str
     """Name of the rule that says which tokens are captured."""
+    special_tokens: str = "text"
+    """What the name of a special token inside a document is: "text", or the token itself ("parse")."""
     eval_fraction: float
 
 

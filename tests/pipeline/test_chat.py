@@ -109,7 +109,7 @@ def captured(
     path.write_text("".join(json.dumps({"id": i, "messages": chat}) + "\n" for i, chat in enumerate(chats)))
     [batch] = Documents(str(path), ColumnsConfig(messages="messages")).batches()
     config = SequencesConfig(**settings)
-    rows, rejects = to_sequences(batch.documents, Tokeniser(checkpoint, config, chat=True), config, 0)
+    rows, rejects = to_sequences(batch.documents, Tokeniser(checkpoint, config, "chat"), config, 0)
     pairs = [zip(row["token_ids"], row["loss_mask"], strict=True) for row in rows.to_pylist()]
     return rows, [checkpoint.tokenizer.decode([i for i, m in pair if m]) for pair in pairs], rejects
 
@@ -160,10 +160,3 @@ def test_long_chats_keep_only_the_chunks_in_which_the_assistant_speaks(checkpoin
     assert "".join(texts) == "more words " * 20 + "<|im_end|>"
     assert rows["chunk"].to_pylist() == list(range(rows.num_rows))
     assert set(rows["chunks"].to_pylist()) == {rows.num_rows}
-
-
-def test_a_teacher_without_a_chat_template_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    folder = shutil.copytree(checkpoint.folder, tmp_path / "teacher")
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UsageError, match="no chat template"):
-        Tokeniser(Checkpoint.find(TeacherConfig(model=str(folder))), SequencesConfig(), chat=True)

@@ -65,7 +65,7 @@ def test_about_32000_tokens_are_captured(smollm2: Path, tmp_path: Path) -> None:
     demo.prepare_documents(tmp_path / "documents.parquet")
     config = demo.demo_config(tmp_path)
     checkpoint = Checkpoint.find(TeacherConfig(model=str(smollm2)))
-    tokeniser = Tokeniser(checkpoint, config.sequences, chat=False)
+    tokeniser = Tokeniser(checkpoint, config.sequences, "text")
     rows = []
     for batch in Documents(config.documents, config.columns).batches():
         assert not batch.rejects

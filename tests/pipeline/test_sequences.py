@@ -35,7 +35,7 @@ def document_table(path: Path, texts: dict[str, str], **columns: list[object]) -
 
 def rows_of(texts: dict[str, str], checkpoint: Checkpoint, tmp_path: Path, **columns: list[object]) -> list[dict]:
     documents = document_table(tmp_path / "x.parquet", texts, **columns)
-    rows, rejects = to_sequences(documents, Tokeniser(checkpoint, SMALL, chat=False), SMALL, 0.5)
+    rows, rejects = to_sequences(documents, Tokeniser(checkpoint, SMALL, "text"), SMALL, 0.5)
     assert not rejects
     return rows.to_pylist()
 
@@ -72,7 +72,7 @@ def test_each_token_after_the_first_is_predicted_exactly_once(data: st.DataObjec
 
 def test_rows_are_those_of_the_table(checkpoint: Checkpoint, documents: Path) -> None:
     [batch] = Documents(str(documents), ColumnsConfig(carry=("source", "year"))).batches()
-    tokeniser = Tokeniser(checkpoint, SMALL, chat=False)
+    tokeniser = Tokeniser(checkpoint, SMALL, "text")
     rows, rejects = to_sequences(batch.documents, tokeniser, SMALL, 0.3)
     assert not rejects
     assert rows.schema == pa.schema([*SEQUENCE, ("source", pa.string()), ("year", pa.int64())])
@@ -156,7 +156,7 @@ def test_every_chunk_begins_with_bos_if_the_tokenizer_adds_one(checkpoint: Check
 def test_without_an_end_token_a_document_of_one_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
     endless = with_tokenizer(checkpoint, tmp_path, eos_token=None)
     documents = document_table(tmp_path / "x.parquet", {"one": "a", "two": "a b"})
-    rows, rejects = to_sequences(documents, Tokeniser(endless, SMALL, chat=False), SMALL, 0)
+    rows, rejects = to_sequences(documents, Tokeniser(endless, SMALL, "text"), SMALL, 0)
     assert rows["document_id"].to_pylist() == ["two"]
     assert [tuple(reject) for reject in rejects] == [("one", "no token of it can be predicted")]
 
@@ -172,16 +172,16 @@ def test_the_split_is_a_function_of_the_id() -> None:
 def test_identity_is_the_tokenizers_files_and_the_template_with_its_date(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    tokeniser = Tokeniser(checkpoint, SMALL, chat=False)
+    tokeniser = Tokeniser(checkpoint, SMALL, "text")
     assert [path.name for path in tokeniser.files] == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     later = SequencesConfig(chat_template_date="2027-01-01")
-    other = Tokeniser(with_tokenizer(checkpoint, tmp_path, bos=True), SMALL, chat=False)
-    identities = [tokeniser.identity, other.identity, Tokeniser(checkpoint, later, chat=False).identity]
+    other = Tokeniser(with_tokenizer(checkpoint, tmp_path, bos=True), SMALL, "text")
+    identities = [tokeniser.identity, other.identity, Tokeniser(checkpoint, later, "text").identity]
     assert len(set(identities)) == 3
-    assert Tokeniser(checkpoint, SequencesConfig(), chat=True).identity == tokeniser.identity
+    assert Tokeniser(checkpoint, SequencesConfig(), "chat").identity == tokeniser.identity
 
 
 def test_no_room_for_a_prediction_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with_bos = with_tokenizer(checkpoint, tmp_path, bos=True)
     with pytest.raises(UsageError, match="no room"):
-        Tokeniser(with_bos, SequencesConfig(max_tokens=3, context=2), chat=False)
+        Tokeniser(with_bos, SequencesConfig(max_tokens=3, context=2), "text")
