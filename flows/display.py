@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from storage.versions import Pin, Tag
 
 _console = Console(highlight=False, soft_wrap=True)
+_SHOWN_CLASSES = 12
 
 
 def show_capture(report: "CaptureReport") -> None:
@@ -194,6 +195,10 @@ def _capture_line(report: "CaptureReport") -> None:
             f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
             f" {timedelta(seconds=round(report.seconds))} ({rate}), {_bytes(report.bytes)}{copied}"
         )
+    if report.truncated:
+        _console.print(
+            f"[yellow]{report.truncated:,} documents are longer[/] than what the classifier reads: cut short"
+        )
     if report.rejects:
         _console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
 
@@ -222,6 +227,10 @@ def _scores(report: "EvaluationReport") -> None:
 
 
 def _made_by(teacher: str, identity: "Identity") -> dict[str, str]:
+    if identity.classes is not None:
+        by = f"{teacher}, {identity.teacher.dtype}" if identity.teacher.files else "the documents' own labels"
+        shown = ", ".join(identity.classes[:_SHOWN_CLASSES]) + (", ..." if identity.vocabulary > _SHOWN_CLASSES else "")
+        return {"teacher": by, "classes": f"{identity.vocabulary:,}: {shown}"}
     selection = identity.selection
     head = f"head of {selection.min_k} to {selection.max_k} ids, to mass {selection.top_p:g}"
     tail = f"tail of up to {selection.draws} draws" if selection.draws else "no tail"

@@ -20,11 +20,14 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from pipeline.checkpoint import Checkpoint
+from pipeline.classes import selection_of
+from pipeline.classifier import ClassifierTeacher, LabelTeacher
 from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.planning import Plan, identify, plan
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.questions import Questions
-from pipeline.selection import NotADistributionError, Selection, select
+from pipeline.selection import NotADistributionError, select
 from pipeline.teacher import TransformersTeacher, each_batch
 from pipeline.tokeniser import Tokeniser
 from storage.codec import SoftLabels
@@ -70,6 +73,8 @@ class CaptureReport:
     """Documents that can't be used ..."""
     rejects_file: str | None
     """... and where their reasons are."""
+    truncated: int
+    """Documents that were cut short to what a classifier reads."""
     sequences: int
     """Sequences that the teacher was run over."""
     copied: int
@@ -175,6 +180,7 @@ def _summarise(
         unchanged=todo.unchanged,
         rejects=todo.rejects,
         rejects_file=None if todo.rejects_file is None else str(todo.rejects_file),
+        truncated=todo.truncated,
         sequences=sum(commit.sequences for commit in commits),
         copied=sum(commit.sequences for commit in copies),
         positions=sum(commit.positions for commit in commits),
@@ -189,17 +195,24 @@ def _within(watch: Watch, done: int, total: int) -> Watch:
 
 
 @lru_cache(maxsize=1)
-def load_teacher(config: TeacherConfig) -> TransformersTeacher:
+def load_teacher(config: TeacherConfig) -> TransformersTeacher | LabelTeacher:
     """The teacher, loaded once in each process."""
-    return TransformersTeacher(config)
+    checkpoint = Checkpoint.find(config)
+    if config.labels:
+        return LabelTeacher(checkpoint)
+    kind = TransformersTeacher if checkpoint.classes is None else ClassifierTeacher
+    return kind(config, checkpoint)
 
 
 def _labelled(
-    config: CaptureConfig, teacher: TransformersTeacher, identity: Identity, sequences: pa.Table
+    config: CaptureConfig, teacher: TransformersTeacher | LabelTeacher, identity: Identity, sequences: pa.Table
 ) -> Iterator[Labelled]:
     """The sequences, a batch at a time, with what the teacher says of them."""
-    selection = Selection.of(config.selection)
-    asked = Questions(sequences)
+    if isinstance(teacher, LabelTeacher):
+        yield from teacher.answers(sequences)
+        return
+    selection = selection_of(config.selection, identity.classes)
+    asked = Questions(sequences, identity.classes)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))
@@ -246,7 +259,7 @@ def _details(labels: SoftLabels) -> dict[str, float]:
     return {"kept mass": float(-np.expm1(labels.tail_log_masses[0]).mean())}
 
 
-def _about(config: CaptureConfig, teacher: TransformersTeacher) -> dict[str, object]:
+def _about(config: CaptureConfig, teacher: TransformersTeacher | LabelTeacher) -> dict[str, object]:
     """What the table's history says of a capture."""
     folder = Path(config.teacher.model)
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config import TeacherConfig
 from storage.errors import TeacherError, UsageError
@@ -34,13 +34,15 @@ class Checkpoint:
     """Commit of a hub model."""
     trust_remote_code: bool
     dtype: str
+    labels: tuple[str, ...] = ()
+    """Classes of documents that stand for a teacher themselves; no weight is then needed, and none is loaded."""
 
     @classmethod
     def find(cls, config: TeacherConfig) -> "Checkpoint":
         """The files of the teacher that the settings name; a hub model's are fetched if they are not there.
 
         Raises:
-            TeacherError: if it is not there, or is no causal language model in safetensors.
+            TeacherError: if it is not there, or is neither a causal language model nor a classifier in safetensors.
             UsageError: if a revision is asked of a folder.
         """
         folder = Path(config.model)
@@ -56,8 +58,12 @@ class Checkpoint:
                 where=folder,
                 do="leave out teacher.revision",
             )
-        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype)
-        _require_causal(checkpoint)
+        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels)
+        _require_config(checkpoint)
+        if checkpoint.classes is None:
+            _require_causal(checkpoint)
+        elif not config.labels:
+            _require_classifier(checkpoint)
         return checkpoint
 
     @cached_property
@@ -96,6 +102,8 @@ class Checkpoint:
     @cached_property
     def identity(self) -> TeacherIdentity:
         """What the teacher is, by the bytes of its files."""
+        if self.labels:
+            return TeacherIdentity(files={}, dtype="none")
         files = [self.folder / "config.json", *self.weights]
         if self.trust_remote_code:
             files += sorted(self.folder.glob("*.py"))
@@ -103,14 +111,27 @@ class Checkpoint:
             hashes = threads.map(sha256, files)
             return TeacherIdentity(files={f.name: h for f, h in zip(files, hashes, strict=True)}, dtype=self.dtype)
 
+    @cached_property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that documents are of, in the order of their ids; None for a language model."""
+        if self.labels or not _is_classifier(self.config):
+            return self.labels or None
+        names = self.config.id2label
+        return tuple(str(names[index]) for index in sorted(names))
+
     @property
     def padded_vocabulary(self) -> int:
-        """Rows of the output layer."""
+        """Rows of the output layer or, of a classifier, of the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that the tokenizer knows, counted up to the highest; at most the rows of the output layer."""
+        """Token ids that the tokenizer knows, counted up to the highest; at most the rows of the output layer.
+
+        Of a classifier, the number of classes.
+        """
+        if self.classes is not None:
+            return len(self.classes)
         return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
 
     def load(self, device: torch.device, attention: str) -> Any:
@@ -119,8 +140,9 @@ class Checkpoint:
         Raises:
             TeacherError: if the files are damaged or lack weights, or the device has no room.
         """
+        architecture = AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = architecture.from_pretrained(
                 self.folder,
                 config=self.config,
                 dtype=getattr(torch, self.dtype),
@@ -221,8 +243,29 @@ def _fetch(config: TeacherConfig) -> Path:
     )
 
 
-def _require_causal(checkpoint: Checkpoint) -> None:
-    """Refuse what is no causal language model in safetensors, before a weight is loaded."""
+def _is_classifier(config: Any) -> bool:
+    """Whether a configuration says that its model was saved as a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _require_classifier(checkpoint: Checkpoint) -> None:
+    """Refuse a classifier that gives no distribution over classes, each with a name of its own."""
+    config, names = checkpoint.config, checkpoint.classes or ()
+    kind = config.problem_type or "single_label_classification"
+    if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
+        raise TeacherError(
+            "the teacher gives no distribution over classes",
+            expected="a classifier with one label a document: problem_type single_label_classification (or none), and "
+            "at least two classes with different names in id2label",
+            found=f"problem_type {kind}, {len(names)} classes, {len(set(names))} names",
+            where=checkpoint.folder / "config.json",
+            do="mend config.json if it says the wrong thing, or give another classifier",
+        )
+    _ = checkpoint.weights
+
+
+def _require_config(checkpoint: Checkpoint) -> None:
+    """Refuse a folder without a model."""
     if not (checkpoint.folder / "config.json").is_file():
         raise TeacherError(
             "this folder holds no model",
@@ -231,15 +274,19 @@ def _require_causal(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             do="give the folder that save_pretrained() wrote",
         )
+
+
+def _require_causal(checkpoint: Checkpoint) -> None:
+    """Refuse what is no causal language model in safetensors, before a weight is loaded."""
     architectures = checkpoint.config.architectures or []
     causal = AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
     remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(
-            "the teacher is no causal language model",
+            "the teacher is neither a causal language model nor a sequence classifier",
             expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM knows",
             found=", ".join(architectures) or checkpoint.config.model_type,
             where=checkpoint.folder / "config.json",
-            do="give a model that predicts the next token",
+            do="give a model that predicts the next token, or one that was saved as a sequence classifier",
         )
     _ = checkpoint.weights

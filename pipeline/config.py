@@ -59,10 +59,13 @@ class ColumnsConfig(Settings):
 
 
 class TeacherConfig(Settings):
-    """The model whose distributions are stored."""
+    """The model whose distributions are stored: of the next token, or of a document's class."""
 
     model: str
-    """Folder or hub name of a causal language model."""
+    """Folder or hub name of a causal language model, or of a sequence classifier: its config.json says which."""
+    labels: tuple[str, ...] = ()
+    """Run no model: take the documents' own labels, which are these, for what a classifier that is always right and
+    always sure would say. A teacher can be trained from such a table; the model gives the tokenizer alone."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -76,12 +79,19 @@ class TeacherConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
 
+    @model_validator(mode="after")
+    def _labels_tell_apart(self) -> Self:
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"labels must be at least two, each once; found {' '.join(self.labels)}")
+        return self
+
 
 class SequencesConfig(Settings):
     """How a document becomes sequences."""
 
     max_tokens: int = Field(default=1024, ge=2)
-    """Longest sequence, in tokens; a longer document is cut into chunks."""
+    """Longest sequence, in tokens; a longer document is cut into chunks. For a classifier it is cut short instead, and
+    counted; the classifier's own limit holds too."""
     context: PositiveInt = 1
     """Tokens that a chunk repeats from the one before it, as context; they are predicted only once."""
     assistant_turns: Literal["all", "last"] = "all"

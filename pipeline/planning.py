@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.classes import MASK, WholeDocuments, longest, selection_of
 from pipeline.config import CaptureConfig
 from pipeline.documents import Batch, Documents, Reject
 from pipeline.progress import Progress, Watch, unwatched
-from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError, UsageError
@@ -51,6 +51,8 @@ class Plan:
     """Those among them that the table holds whole."""
     rejects: int
     """Documents that can't be used."""
+    truncated: int
+    """Documents that were cut short to what a classifier reads; a language model's are never."""
     rejects_file: Path | None
     """JSON lines with the id and the reason of each, in the table's folder; None without rejects."""
 
@@ -80,6 +82,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
     tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
+    whole = None if checkpoint.classes is None else _whole(config, checkpoint)
     known = Known(config, identify(config, checkpoint, tokeniser), documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = _Files(folder / "shards", schema, config.shards.positions)
@@ -88,7 +91,10 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     found = unchanged = 0
     for batch in known.welcome(documents):
         changed = known.changed(batch.documents)
-        sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
+        if whole is None:
+            sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
+        else:
+            sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
         rejects += [*batch.rejects, *refused]
         if config.strict and rejects:
             raise _unusable("a document can't be used, and strict asks to stop there", rejects, config)
@@ -108,28 +114,55 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         documents=found,
         unchanged=unchanged,
         rejects=len(rejects),
+        truncated=0 if whole is None else whole.truncated,
         rejects_file=_write_rejects(rejects, config),
     )
 
 
 def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Identity:
     """All that the numbers of this capture depend on."""
-    selection = asdict(Selection.of(config.selection))
+    classes = checkpoint.classes
+    selection = asdict(selection_of(config.selection, classes))
     return Identity(
         teacher=checkpoint.identity,
         tokenizer=tokeniser.identity,
         vocabulary=checkpoint.vocabulary,
         padded_vocabulary=checkpoint.padded_vocabulary,
+        classes=classes,
         temperatures=selection.pop("temperatures"),
         selection=SelectionIdentity(**selection),
         sequences=SequencesIdentity(
-            max_tokens=config.sequences.max_tokens,
-            context=config.sequences.context,
-            mask=tokeniser.mask,
+            max_tokens=config.sequences.max_tokens if classes is None else longest(checkpoint, config.sequences),
+            context=config.sequences.context if classes is None else 0,
+            mask=tokeniser.mask if classes is None else MASK,
             special_tokens=config.sequences.special_tokens,
             eval_fraction=config.shards.eval_fraction,
         ),
     )
+
+
+def _whole(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
+    """What makes sequences of the documents for a classifier.
+
+    Raises:
+        UsageError: if the documents are no plain text, or their labels are to be the teacher and are not there.
+    """
+    if config.columns.content != "text":
+        raise UsageError(
+            "a classifier reads plain text",
+            expected="columns.text",
+            found=", ".join(f"columns.{setting}: {name}" for setting, name in config.columns.contents.items()),
+            where=checkpoint.folder,
+            do="put the whole text of each document into one column",
+        )
+    if checkpoint.labels and config.columns.label is None:
+        raise UsageError(
+            "the documents' labels are to be the teacher, and no column holds them",
+            expected="columns.label, beside teacher.labels",
+            found=f"teacher.labels: {' '.join(checkpoint.labels)}",
+            do="say with columns.label which column holds the labels",
+        )
+    return WholeDocuments(checkpoint, config.sequences)
 
 
 class Known:
@@ -140,6 +173,7 @@ class Known:
         self._whole: set[tuple[str, bytes]] = set()
         self._rows: set[tuple[object, ...]] = set()
         self._keys: set[bytes] = set()
+        self._copies = identity.classes is None  # a document's label is part of what a classifier's row says
         if not Table.exists(config.table):
             return
         table = Table.open(config.table)
@@ -179,7 +213,7 @@ class Known:
             if row in self._rows:
                 fates.append("present")
                 continue
-            fates.append("copy" if key in self._keys else "pending")
+            fates.append("copy" if key in self._keys and self._copies else "pending")
             self._keys.add(key)
         return pa.array(fates, pa.string())
 

@@ -4,12 +4,14 @@ Nothing here knows where the rows come from, a plan's file or a table, or what b
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from pipeline.classes import class_ids
 from pipeline.selection import Selection, position_seeds
 from storage.provenance import TeacherIdentity
 
@@ -19,9 +21,10 @@ class Questions:
 
     Args:
         rows: with at least the columns key, token_ids and loss_mask of ``storage.schema.SEQUENCE``.
+        classes: what a classifier is asked about; the rows then have their label, too.
     """
 
-    def __init__(self, rows: pa.Table) -> None:
+    def __init__(self, rows: pa.Table, classes: Sequence[str] | None = None) -> None:
         masks = (row.values.to_numpy(zero_copy_only=False) for row in rows.column("loss_mask"))
         self.rows = rows
         self.tokens: list[NDArray[np.int32]] = [row.values.to_numpy() for row in rows.column("token_ids")]
@@ -29,9 +32,15 @@ class Questions:
         self.positions: list[NDArray[np.int32]] = [np.flatnonzero(mask).astype(np.int32) for mask in masks]
         """Of each sequence, the positions of the tokens to be predicted; see ``teacher.Teacher.logits``."""
         self._keys = rows.column("key").to_pylist()
+        self._classes = None if classes is None else class_ids(rows.column("label").to_pylist(), classes)
 
     def next_ids(self, batch: NDArray[np.int64]) -> torch.Tensor:
-        """(P,) int32: the tokens that really stand at the positions of these sequences, one after the other."""
+        """(P,) int: the tokens that really stand at the positions of these sequences, one after the other.
+
+        For a classifier, the classes that the documents really are of; -1 where that is not known.
+        """
+        if self._classes is not None:
+            return torch.from_numpy(self._classes[batch])
         return torch.from_numpy(np.concatenate([self.tokens[i][self.positions[i]] for i in batch]))
 
     def seeds(self, batch: NDArray[np.int64], selection: Selection, teacher: TeacherIdentity) -> torch.Tensor:

@@ -132,6 +132,14 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
 
 
 def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
+    if source.identity.classes is not None:
+        raise UsageError(
+            "a table of classes holds every class for every temperature, and can't be narrowed",
+            expected="no selection",
+            found=", ".join(f"selection.{name}: {value}" for name, value in wanted if value is not None),
+            where=f"{source.location}@{source.version}",
+            do="give a student a smaller label set with student.labels instead",
+        )
     stored = source.identity.selection
     max_k = stored.max_k if wanted.max_k is None else wanted.max_k
     draws = stored.draws if wanted.draws is None else wanted.draws

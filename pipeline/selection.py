@@ -83,7 +83,7 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
 
     Args:
         logits: (P, W) of any float dtype, on any device; columns from ``vocabulary_size`` on are padding.
-        next_ids: (P,) the token that follows each position.
+        next_ids: (P,) the token that follows each position; -1 where that is not known, and its log-probability NaN.
         seeds: (P,) from ``position_seeds``.
         vocabulary_size: the teacher's real ids.
 
@@ -194,6 +194,7 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: _Scan, select
     )
     rows, drawn = _draw(logits, seeds, scan, outside, log_masses[0], selection)
     tail_counts, tail_ids, tail_draws, tail_logits = _distinct(rows, drawn, logits)
+    next_logprobs = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0].double() - log_sum
     mean = (logprobs.exp() * top.clamp(min=_IMPOSSIBLE)).sum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
         "head_counts": kept.sum(1).int(),
@@ -205,7 +206,7 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: _Scan, select
         "tail_logprobs": (tail_logits - log_sum.repeat_interleave(tail_counts)).float(),
         "tail_log_masses": log_masses.float(),
         "entropies": (log_sum - mean).clamp(min=0).float(),
-        "next_logprobs": (logits.gather(1, next_ids[:, None])[:, 0].double() - log_sum).float(),
+        "next_logprobs": next_logprobs.masked_fill(next_ids < 0, torch.nan).float(),
     }
 
 

@@ -41,12 +41,12 @@ def to_sequences(
         Rows of ``storage.schema.SEQUENCE`` and the carried columns, in the documents' order; and the documents that
         have none.
     """
-    schema = pa.schema([*SEQUENCE, *documents.select(documents.schema.names[len(DOCUMENT) :]).schema])
+    schema = row_schema_of(documents)
     tables, rejects = [schema.empty_table()], []
-    for part in _parts(documents):
+    for part in parts(documents):
         encoded, refused = tokeniser.encode(part.column("content").to_pylist())
         chunks = cut(encoded, tokeniser.prefix, settings.max_tokens, settings.context)
-        tables.append(_table(part, chunks, eval_fraction, schema))
+        tables.append(to_rows(part, chunks, eval_fraction, schema))
         names = part.column("document_id")
         without = sorted(set(range(part.num_rows)) - set(chunks.documents.tolist()))
         rejects += [Reject(names[i].as_py(), refused.get(i, "no token of it can be predicted")) for i in without]
@@ -99,13 +99,19 @@ def cut(encoded: Encoded, prefix: NDArray[np.int32], max_tokens: int, context: i
     )
 
 
+def row_schema_of(documents: pa.Table) -> pa.Schema:
+    """``storage.schema.SEQUENCE`` and the columns that these documents carry."""
+    return pa.schema([*SEQUENCE, *documents.select(documents.schema.names[len(DOCUMENT) :]).schema])
+
+
 def split_of(document_id: str, eval_fraction: float) -> str:
     """The split of a document: a function of its id and the fraction alone."""
     digest = hashlib.blake2b(document_id.encode(), digest_size=8, person=b"softlabel split").digest()
     return "eval" if int.from_bytes(digest, "little") < eval_fraction * 2**64 else "train"
 
 
-def _table(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: pa.Schema) -> pa.Table:
+def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: pa.Schema) -> pa.Table:
+    """Rows of ``schema``: ``storage.schema.SEQUENCE`` and the documents' carried columns."""
     ids, mask, offsets = chunks.ids.astype("<i4"), chunks.mask, chunks.offsets
     bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
     keys = [hashlib.blake2b(ids[a:b].tobytes() + mask[a:b].tobytes(), digest_size=16).digest() for a, b in bounds]
@@ -125,8 +131,8 @@ def _table(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: pa
     return pa.table(columns, schema=schema)
 
 
-def _parts(documents: pa.Table) -> Iterator[pa.Table]:
-    """Slices of at most ``_CHARACTERS``, or a document."""
+def parts(documents: pa.Table) -> Iterator[pa.Table]:
+    """Slices that can be tokenised at once: of at most ``_CHARACTERS``, or a document."""
     sizes = pc.utf8_length(documents.column("content")).to_numpy()
     start, held = 0, 0
     for i, size in enumerate(sizes.tolist()):

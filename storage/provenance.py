@@ -70,9 +70,12 @@ class Identity(_Part):
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
     vocabulary: int
-    """Token ids that the tokenizer knows: the support of every distribution."""
+    """Token ids that the tokenizer knows, or the number of classes: the support of every distribution."""
     padded_vocabulary: int
-    """Rows of the teacher's output layer."""
+    """Rows of the teacher's output layer or, of a classifier, of its embedding: above every token id."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their ids: each row is a document, and its distribution is over these.
+    None if the teacher predicts tokens."""
     selection: SelectionIdentity
     temperatures: tuple[float, ...]
     sequences: SequencesIdentity

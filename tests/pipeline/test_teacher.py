@@ -179,7 +179,7 @@ def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
         ("garbage weights", "can't be loaded"),
         ("truncated weights", "can't be loaded"),
         ("garbage tokenizer", "tokenizer can't be loaded"),
-        ("an encoder", "no causal language model"),
+        ("an encoder", "neither a causal language model nor"),
         ("a layer too many", "lack weights"),
     ],
 )

@@ -1,0 +1,98 @@
+"""Teachers that say what class a document is of: a sequence classifier, or the documents' own labels in its place.
+
+They turn documents into distributions over classes, and nothing else; ``pipeline.classes`` makes the sequences.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.classes import class_ids
+from pipeline.teacher import TransformersTeacher
+from storage.codec import SoftLabels
+from storage.errors import TeacherError
+
+_SLICE = 4096
+"""Rows that are labelled at a time."""
+
+
+class ClassifierTeacher(TransformersTeacher):
+    """A sequence classifier run by transformers; its logits are over classes, one row for each sequence."""
+
+    @torch.inference_mode()
+    def logits(
+        self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
+    ) -> Iterator[torch.Tensor]:
+        """See ``Teacher.logits``; each sequence has one position, and is read whole."""
+        inputs = padded(sequences, self._model.config, self.checkpoint.tokenizer)
+        yield self._model(**{name: values.to(self.device) for name, values in inputs.items()}).logits.float()
+
+
+class LabelTeacher:
+    """The documents' own labels, as what a classifier that is always right and always sure would say."""
+
+    parameters = None
+    device = torch.device("cpu")
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.classes = checkpoint.labels
+        self.vocabulary = len(self.classes)
+
+    def answers(self, sequences: pa.Table) -> Iterator[tuple[pa.Table, SoftLabels]]:
+        """The sequences, some at a time, with all mass on the label of each."""
+        for start in range(0, len(sequences), _SLICE):
+            rows = sequences.slice(start, _SLICE)
+            yield rows, _certain(class_ids(rows.column("label").to_pylist(), self.classes).astype(np.int32))
+
+
+def padded(sequences: Sequence[NDArray[np.int32]], config: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """What a classifier is called with: the sequences side by side, padded on the right, and where they end.
+
+    Args:
+        sequences: token ids, each (length,).
+        config: of the model; says which id is padding, for architectures that look for the last token that is none.
+        tokenizer: says so where the model does not.
+
+    Returns:
+        input_ids (N, longest) and attention_mask (N, longest), int64.
+
+    Raises:
+        TeacherError: if neither says so, and the sequences differ in length.
+    """
+    pad = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    if pad is None and int(lengths.min()) != int(lengths.max()):
+        raise TeacherError(
+            "there is no padding token",
+            expected="pad_token_id in config.json, or a pad token of the tokenizer",
+            found="neither",
+            do="set one and save model and tokenizer again",
+        )
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    ids = torch.full_like(mask, pad or 0)
+    ids[mask.bool()] = torch.from_numpy(np.concatenate(sequences)).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _certain(ids: NDArray[np.int32]) -> SoftLabels:
+    """Soft labels with all mass on one id each."""
+    nothing, zeros, ones = np.zeros(0, np.int32), np.zeros(len(ids), np.float32), np.ones(len(ids), np.int32)
+    return SoftLabels(
+        head_counts=ones,
+        head_ids=ids,
+        head_logprobs=zeros,
+        tail_counts=ones - 1,
+        tail_ids=nothing,
+        tail_draws=nothing,
+        tail_logprobs=zeros[:0],
+        tail_log_masses=np.full((1, len(ids)), -np.inf, np.float32),
+        entropies=zeros,
+        next_logprobs=zeros,
+    )
