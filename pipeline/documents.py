@@ -6,16 +6,18 @@ but a plain text one, which is a document.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.config import ColumnsConfig
+from pipeline.digests import DigestSet, digests
 from pipeline.sources import Piece, find
 from storage.errors import DocumentsError, UsageError
 from storage.schema import row_schema
@@ -45,13 +47,12 @@ class Batch(NamedTuple):
     documents: pa.Table
     rejects: list[Reject]
 
-    def without(self, unwanted: Sequence[bool], reason: str) -> "Batch":
+    def without(self, unwanted: NDArray[np.bool_], reason: str) -> "Batch":
         """The batch with some of its documents as rejects, for this reason."""
-        if not any(unwanted):
+        if not unwanted.any():
             return self
-        mask = pa.array(unwanted, pa.bool_())
-        names = self.documents.filter(mask).column("document_id").to_pylist()
-        kept = self.documents.filter(pc.invert(mask))
+        names = self.documents.filter(pa.array(unwanted)).column("document_id").to_pylist()
+        kept = self.documents.filter(pa.array(~unwanted))
         return Batch(kept, [*self.rejects, *(Reject(name, reason) for name in names)])
 
 
@@ -86,10 +87,12 @@ class Documents:
         """
         c = self._columns
         wanted = [c.id, *c.contents.values(), *([c.label] if c.label else []), *c.carry]
-        seen: set[str] = set()
+        seen = DigestSet()
         empty = True
         for piece in self._source.read(list(dict.fromkeys(wanted))):
-            batch = self._judged(piece, seen)
+            judged = self._judged(piece)
+            twice = ~seen.add(digests(judged.documents.column("document_id").to_pylist()))
+            batch = judged.without(twice, "another document has this id")
             empty = empty and not batch.documents.num_rows and not batch.rejects
             yield batch
         if empty:
@@ -97,7 +100,7 @@ class Documents:
                 "there are no documents", expected="at least one", found="files without a record", where=self.path
             )
 
-    def _judged(self, piece: Piece, seen: set[str]) -> Batch:
+    def _judged(self, piece: Piece) -> Batch:
         """The usable records as a table, the others as rejects."""
         c, values = self._columns, piece.values
         judge = _JUDGES[c.content]
@@ -114,12 +117,9 @@ class Documents:
                 row = _document(named, judge(*content), _label(label))
                 if i in misfits:
                     raise _UnfitError(misfits[i])
-                if named in seen:
-                    raise _UnfitError("another document has this id")
             except _UnfitError as unfit:
                 rejects.append(Reject(named, str(unfit)))
                 continue
-            seen.add(named)
             rows.append(row)
             kept.append(i)
         columns = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)

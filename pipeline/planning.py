@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.classes import MASK, WholeDocuments, longest, selection_of
 from pipeline.config import CaptureConfig
+from pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from pipeline.documents import Batch, Documents, Reject
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.sequences import to_sequences
@@ -26,8 +27,8 @@ from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError, UsageError
 from storage.files import SIDE_FOLDER, publish
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
-from storage.reader import index
-from storage.schema import SEQUENCE, row_keys
+from storage.reader import outline
+from storage.schema import SEQUENCE
 from storage.table import Table
 from storage.takedown import refusal
 from storage.versions import parse
@@ -166,56 +167,61 @@ def _whole(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
 
 
 class Known:
-    """What the table holds, and what this plan has seen: enough to tell the fate of each sequence."""
+    """What the table holds, and what this plan has seen: enough to tell the fate of each sequence.
+
+    About a hundred bytes a row of the table, whatever is in it.
+    """
 
     def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
         self._table = config.table
-        self._whole: set[tuple[str, bytes]] = set()
-        self._rows: set[tuple[object, ...]] = set()
-        self._keys: set[bytes] = set()
+        self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
         self._copies = identity.classes is None  # a document's label is part of what a classifier's row says
         if not Table.exists(config.table):
             return
         table = Table.open(config.table)
         table.identity.require(identity, config.table)
         table.require_carried(carried)
-        rows = pl.DataFrame(index(table, ["document_id", "chunk", "key", "fingerprint", "chunks"]))
-        self._rows.update(rows.select("document_id", "chunk", "key").iter_rows())
-        self._keys.update(rows["key"])
-        # A run that was killed may have left some chunks of a document in shards that were never committed.
-        whole = (
-            rows.group_by("document_id", "fingerprint")
-            .agg(pl.col("chunk").n_unique().alias("present"), pl.col("chunks").max())
-            .filter(pl.col("present") == pl.col("chunks"))
-        )
-        self._whole.update(whole.select("document_id", "fingerprint").iter_rows())
+        columns = ["document_id", "chunk", "key", "fingerprint", "chunks"]
+        parts = [_compact(rows) for shard in table.shards() for rows in outline(table, shard, columns)]
+        if parts:
+            names, chunk, keys, contents, chunks = (np.concatenate(column) for column in zip(*parts, strict=True))
+            self._rows.add(side_by_side(names, chunk, keys))
+            self._keys.add(keys)
+            # A run that was killed may have left some chunks of a document in shards that were never committed.
+            versions = side_by_side(names, contents)
+            _, each = np.unique(side_by_side(versions, chunk), return_index=True)
+            found, first, present = np.unique(versions[each], return_index=True, return_counts=True)
+            self._whole.add(found[present == chunks[each[first]]])
 
     def welcome(self, documents: Documents) -> Iterator[Batch]:
         """The documents, but those that were taken down."""
         is_refused = refusal(self._table)
         for batch in documents.batches():
-            taken_down = [is_refused(name) for name in batch.documents.column("document_id").to_pylist()]
+            names = batch.documents.column("document_id").to_pylist()
+            taken_down = np.array([is_refused(name) for name in names], bool)
             yield batch.without(taken_down, "it was taken down: the table's refuse list has it")
 
     def changed(self, documents: pa.Table) -> pa.Table:
         """The documents that the table does not hold whole, as they are now."""
-        pairs = zip(
-            documents.column("document_id").to_pylist(), documents.column("fingerprint").to_pylist(), strict=True
-        )
-        return documents.filter(pa.array([pair not in self._whole for pair in pairs], pa.bool_()))
+        versions = side_by_side(_names(documents), as_digests(documents.column("fingerprint")))
+        return documents.filter(pa.array(~self._whole.has(versions)))
 
     def fates(self, sequences: pa.Table) -> pa.Array:
         """For each sequence: "present", "copy" (its key is known) or "pending"."""
-        fates = []
-        for row in row_keys(sequences):
-            key = row[-1]
-            assert isinstance(key, bytes)
-            if row in self._rows:
-                fates.append("present")
-                continue
-            fates.append("copy" if key in self._keys and self._copies else "pending")
-            self._keys.add(key)
-        return pa.array(fates, pa.string())
+        names, chunk, keys, *_ = _compact(sequences)
+        present, new = self._rows.has(side_by_side(names, chunk, keys)), self._keys.add(keys)
+        pending = new | (not self._copies)
+        return pa.array(np.where(present, "present", np.where(pending, "pending", "copy")), pa.string())
+
+
+def _compact(rows: pa.Table) -> tuple[Digests, NDArray[np.int32], Digests, Digests, NDArray[np.int32]]:
+    """Document, chunk, key, fingerprint and number of chunks of each row."""
+    chunk, chunks = (rows.column(name).to_numpy() for name in ("chunk", "chunks"))
+    return _names(rows), chunk, as_digests(rows.column("key")), as_digests(rows.column("fingerprint")), chunks
+
+
+def _names(rows: pa.Table) -> Digests:
+    return digests(rows.column("document_id").to_pylist())
 
 
 class _Files:

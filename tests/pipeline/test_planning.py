@@ -1,0 +1,55 @@
+"""A nightly run over many documents looks at the new ones, in little memory."""
+
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import CaptureConfig, SelectionConfig, TeacherConfig
+from pipeline.documents import Documents
+from pipeline.planning import Known, identify, plan
+from pipeline.tokeniser import Tokeniser
+from tests.benchmarks.planning import fill, write_documents
+
+MANY = 20_000
+BYTES_A_DOCUMENT = 150
+"""What is kept of each document of the table; a set of Python's own takes five times as much."""
+
+
+def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["some", "of", "the", "words", "that", "there", "are", "in", "these", "short", "documents"]
+    write_documents(tmp_path / "d.parquet", words, MANY)
+    config = CaptureConfig(
+        documents=str(tmp_path / "d.parquet"),
+        table=str(tmp_path / "table"),
+        teacher=TeacherConfig(model=str(tiny_teacher)),
+        selection=SelectionConfig(top_k=1),
+    )
+    assert plan(config, tmp_path / "first").documents == MANY
+    fill(config, tmp_path / "first")
+    write_documents(tmp_path / "d.parquet", words, MANY + 10)
+
+    tokenised: list[str] = []
+    encode = Tokeniser.encode
+
+    def counting(self: Tokeniser, contents: Sequence[str]) -> object:
+        tokenised.extend(contents)
+        return encode(self, contents)
+
+    monkeypatch.setattr(Tokeniser, "encode", counting)
+    nightly = plan(config, tmp_path / "nightly")
+    assert (nightly.documents, nightly.unchanged, nightly.sequences) == (MANY + 10, MANY, 10)
+    assert len(tokenised) == 10
+
+    checkpoint = Checkpoint.find(config.teacher)
+    identity = identify(config, checkpoint, Tokeniser(checkpoint, config.sequences, "text"))
+    carried = Documents(config.documents, config.columns).carried
+    tracemalloc.start()
+    known = Known(config, identity, carried)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del known
+    assert kept < BYTES_A_DOCUMENT * MANY
+    assert peak < 4 * BYTES_A_DOCUMENT * MANY
