@@ -4,17 +4,21 @@ Any number of writers may add to one table at once, also the same rows: whoever 
 has brought. A writer that dies, or loses such a race, leaves files that no version names; ``maintain`` removes them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction
+from numpy.typing import NDArray
 
 from storage.codec import SoftLabels, encode
 from storage.errors import TableError
@@ -22,8 +26,14 @@ from storage.files import gate
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import ShardFile, add_action
-from storage.table import COMMIT_MESSAGE, Table
+from storage.table import COMMIT_MESSAGE, Shard, Table
 from storage.takedown import refusal
+
+_THREADS = 8
+"""Shards whose keys are read side by side."""
+_KEY_STARTS: dict[str, NDArray[np.uint64]] = {}
+"""By path, which stands for the content, of each shard that this process has met: 8 bytes a row, so that only the
+first of many commits reads the keys of a large table."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +137,16 @@ class ShardWriter:
 
     def _drop_rows_of_others(self, files: list["ShardFile"], newest: Table) -> None:
         """A look at the small key column tells which shards share a key; only those are looked at row by row."""
-        mine = {file.shard_path for file in files}
-        keys = pa.array({row[-1] for file in files for row in file.keys}, pa.binary())
-        for shard in newest.shards():
-            if shard.path in mine or shard.path in self._checked:
-                continue
-            self._checked.add(shard.path)
-            if any(pc.is_in(part.column("key"), keys).to_numpy().any() for part in outline(newest, shard, ["key"])):
-                taken = {row for part in outline(newest, shard, ROW_KEY) for row in row_keys(part)}
-                for file in files:
-                    file.drop(taken)
+        known = {file.shard_path for file in files} | self._checked
+        others = [shard for shard in newest.shards() if shard.path not in known]
+        starts = _starts(cast(bytes, row[-1]) for file in files for row in file.keys)
+        with ThreadPoolExecutor(_THREADS, "softlabel-keys") as pool:
+            for shard, theirs in zip(others, pool.map(partial(_key_starts, newest), others), strict=True):
+                self._checked.add(shard.path)
+                if np.isin(starts, theirs).any():
+                    taken = {row for part in outline(newest, shard, ROW_KEY) for row in row_keys(part)}
+                    for file in files:
+                        file.drop(taken)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -172,3 +182,15 @@ def committed(newest: Table, actions: Sequence[AddAction | RemoveAction], about:
             raise
         return False
     return True
+
+
+def _key_starts(table: Table, shard: Shard) -> NDArray[np.uint64]:
+    if shard.path not in _KEY_STARTS:
+        parts = outline(table, shard, ["key"])
+        _KEY_STARTS[shard.path] = _starts(key for part in parts for key in part.column("key").to_pylist())
+    return _KEY_STARTS[shard.path]
+
+
+def _starts(keys: Iterable[bytes]) -> NDArray[np.uint64]:
+    """The first half of each key: where it is another, so is the key."""
+    return np.frombuffer(b"".join(key[:8] for key in keys), np.uint64)

@@ -1,0 +1,153 @@
+"""What a table of very many shards costs before the first row is read or written.
+
+``python -m tests.benchmarks.shards`` makes a table of 10,000 small shards and prints a line for each thing that looks
+at all of them. Each runs in a process of its own. Seconds are of CPU time, all threads added up, so that a busy
+machine does not change them; they and the peak, by which resident memory rose, are of the work alone, without imports.
+The files are on a local disk and in the system's cache.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import StreamConfig
+from pipeline.dataset import SoftLabelDataset
+from storage.codec import encode
+from storage.inspection import inspect
+from storage.schema import SEQUENCE
+from storage.shard_file import ShardFile, add_action
+from storage.table import Table
+from storage.verification import verify
+from storage.writer import ShardWriter, committed
+from tests.benchmarks.stream import random_labels
+from tests.benchmarks.table import Captured, make_table
+
+SEQUENCES, POSITIONS = 16, 8
+"""Of a shard, and of a sequence."""
+LABELS = random_labels(np.random.default_rng(0), SEQUENCES * POSITIONS)
+A_COMMIT = 100
+"""Shards of one commit."""
+
+
+def rows(table: Table, number: int) -> pa.Table:
+    """Rows that no other shard has, but for their soft labels."""
+    names = [f"{number}-{i}" for i in range(SEQUENCES)]
+    keys = [number.to_bytes(8, "big") + i.to_bytes(8, "big") for i in range(SEQUENCES)]
+    lengths = np.full(SEQUENCES, POSITIONS)
+    own = {
+        "key": keys,
+        "document_id": names,
+        "chunk": [0] * SEQUENCES,
+        "chunks": [1] * SEQUENCES,
+        "fingerprint": keys,
+        "label": [None] * SEQUENCES,
+        "split": ["train"] * SEQUENCES,
+        "token_ids": [range(POSITIONS + 1)] * SEQUENCES,
+        "loss_mask": [[False] + [True] * POSITIONS] * SEQUENCES,
+        "tokens": lengths + 1,
+        "positions": lengths,
+    }
+    sequences, labels = pa.table(own, schema=SEQUENCE), encode(LABELS, lengths, table.ranks)
+    return pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
+
+
+def make(folder: Path, shards: int) -> Table:
+    """A table of so many shards, many of them in each commit."""
+    table = make_table(folder, Captured(LABELS, np.full(SEQUENCES, POSITIONS), 49_152))
+    for first in range(0, shards, A_COMMIT):
+        added = []
+        for number in range(first, min(first + A_COMMIT, shards)):
+            file = ShardFile(table, "train", SEQUENCES)
+            file.append(rows(table, number))
+            file.finish()
+            added.append(add_action(file.shard))
+            file.publish()
+            file.discard()
+        committed(table.newest(), added, {})
+        print(f"\rshard {first + len(added):,} of {shards:,}", end="", file=sys.stderr, flush=True)
+    print("\r" + " " * 40, end="\r", file=sys.stderr)
+    return table.newest()
+
+
+def opening(location: str) -> Callable[[], object]:
+    Table.open(location)  # what it imports when it is first called
+    return lambda: Table.open(location).shards()
+
+
+def planning(location: str) -> Callable[[], object]:
+    table, stream = Table.open(location), StreamConfig()
+    return lambda: SoftLabelDataset(table, stream).state(1)
+
+
+def inspecting(location: str) -> Callable[[], object]:
+    table = Table.open(location)
+    return lambda: inspect(table)
+
+
+def verifying(location: str) -> Callable[[], object]:
+    table = Table.open(location)
+    return lambda: verify(table)
+
+
+def committing(location: str) -> Callable[[], object]:
+    table = Table.open(location)
+    writer = ShardWriter(table)
+    writer.append_encoded(rows(table, time.time_ns()))
+    return lambda: writer.commit({})
+
+
+def committing_again(location: str) -> Callable[[], object]:
+    committing(location)()
+    return committing(location)
+
+
+WORK: dict[str, Callable[[str], Callable[[], object]]] = {
+    "open, list its shards": opening,
+    "plan an epoch": planning,
+    "inspect": inspecting,
+    "verify": verifying,
+    "a process's first commit": committing,
+    "its second": committing_again,
+}
+
+
+def measure(name: str, location: str) -> None:
+    """In a process of its own: print the seconds, and the bytes that resident memory rose by at its highest."""
+    work = WORK[name](location)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    start = time.process_time()
+    work()
+    seconds = time.process_time() - start
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--measure", nargs=2, metavar=("WORK", "TABLE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        location = make(Path(scratch), arguments.shards).location
+        print(f"{arguments.shards:,} shards of {SEQUENCES} sequences and {SEQUENCES * POSITIONS} positions")
+        print(f"{'':<34}{'CPU s':>8}{'shards/s':>10}{'peak MB':>9}")
+        for name in WORK:
+            command = [sys.executable, "-m", "tests.benchmarks.shards", "--measure", name, location]
+            seconds, peak = map(
+                float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            )
+            print(f"{name:<34}{seconds:>8.2f}{arguments.shards / seconds:>10,.0f}{peak / 1e6:>9.0f}")
+
+
+if __name__ == "__main__":
+    main()
