@@ -18,8 +18,9 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from pydantic_core import to_json
 
 from flows.arguments import read_file, resolve, settings
-from pipeline.config import CaptureConfig, EvaluateConfig, Settings, TrainConfig
+from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
 from pipeline.distill_config import DistillConfig
+from pipeline.settings import Settings
 from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
 

@@ -14,7 +14,7 @@ from typing import Any
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows import server
-from pipeline.config import Settings
+from pipeline.settings import Settings
 
 # Read by huggingface_hub, and so by transformers: their bars would break ours, and litter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

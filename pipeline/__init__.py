@@ -13,13 +13,10 @@ if TYPE_CHECKING:
         CaptureConfig,
         ColumnsConfig,
         EvaluateConfig,
-        LossConfig,
-        OptimiserConfig,
         SelectionConfig,
         SequencesConfig,
         ShardsConfig,
         StreamConfig,
-        StudentConfig,
         TeacherConfig,
         TrainConfig,
     )
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.loss import distillation_loss
     from pipeline.progress import Progress
     from pipeline.reprocessing import ReprocessReport, reprocess
+    from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
     from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
     from pipeline.training import TrainReport, train
 
@@ -66,11 +64,14 @@ _ELSEWHERE = {
     "CaptureReport": "capturing",
     "DistillConfig": "distill_config",
     "EvaluationReport": "evaluation",
+    "LossConfig": "student_config",
     "MaintainConfig": "table_config",
+    "OptimiserConfig": "student_config",
     "Progress": "progress",
     "ReprocessConfig": "table_config",
     "ReprocessReport": "reprocessing",
     "SoftLabelDataset": "dataset",
+    "StudentConfig": "student_config",
     "TrainReport": "training",
     "VerifyConfig": "table_config",
     "capture": "capturing",

@@ -1,23 +1,19 @@
-"""Every setting of softlabel, defined once.
+"""The settings of capture, train and evaluate, and of their parts, each defined once.
 
-The same frozen models are the Python arguments, the YAML file, the flags of the command line and the Prefect form;
-a field's docstring is its help everywhere. ``CaptureConfig``, ``TrainConfig`` and ``EvaluateConfig`` are jobs, the
-others their parts; further jobs are in ``pipeline.distill_config`` and ``pipeline.table_config``.
+Further parts are in ``pipeline.student_config``, further jobs in ``pipeline.distill_config`` and
+``pipeline.table_config``.
 """
 
 from datetime import date
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.settings import Settings
+from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
 
 Content = Literal["text", "chat", "completion"]
 """What a document is: a text, a chat, or a prompt and its completion."""
-
-
-class Settings(BaseModel):
-    """A frozen group of settings; a name that it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ColumnsConfig(Settings):
@@ -156,47 +152,6 @@ class ShardsConfig(Settings):
     """Share of the documents, chosen by a hash of their ids, that goes to the eval split."""
 
 
-class StudentConfig(Settings):
-    """The model that is trained: give exactly one of model, layers and config."""
-
-    model: str | None = None
-    """Folder or hub name of a model to go on from."""
-    teacher: str | None = None
-    """Folder or hub name of the teacher that layers are taken from; left out, the one that the table names."""
-    layers: tuple[int, ...] | None = None
-    """Prune the teacher to these of its layers, counted from 0."""
-    config: str | None = None
-    """Folder or JSON file with a model configuration; the student starts from random weights."""
-    dtype: Literal["bfloat16", "float32"] = "float32"
-    """Precision of the student's weights."""
-
-
-class LossConfig(Settings):
-    """L = hard_weight x cross-entropy + soft_weight x divergence, each averaged over the captured positions."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"] = (
-        "forward_kl"
-    )
-    """Divergence between teacher and student."""
-    target: Literal["auto", "bucket", "sampled", "renormalised", "zero_tail"] = "auto"
-    """The rest of the distribution: one bucket of its mass, or the sampled tail (forward KL at temperature 1, and
-    what auto takes there if the table has one); renormalised and zero_tail drop it, and are biased."""
-    mix: float = Field(default=0.5, gt=0, lt=1)
-    """The mixture weight of jsd (beta) and of the skew divergences (lambda)."""
-    temperature: PositiveFloat = 1.0
-    """Softens teacher and student alike; one of the temperatures stored in the table."""
-    hard_weight: float = Field(default=0.0, ge=0)
-    """Weight of the cross-entropy with the token that follows."""
-    soft_weight: float = Field(default=1.0, ge=0)
-    """Weight of the divergence; 0 trains on hard labels alone."""
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
-        if self.hard_weight == 0 and self.soft_weight == 0:
-            raise ValueError("hard_weight and soft_weight are both 0: nothing would be learned")
-        return self
-
-
 class StreamConfig(Settings):
     """How rows of the table become batches."""
 
@@ -210,37 +165,6 @@ class StreamConfig(Settings):
     """Use only so many of the stored head ids; left out, all of them."""
     seed: int = 0
     """Seed of the order."""
-
-
-class OptimiserConfig(Settings):
-    """How long and how fast the student is trained."""
-
-    epochs: PositiveFloat = 1.0
-    """Passes over the train split."""
-    max_steps: PositiveInt | None = None
-    """Optimiser steps, instead of epochs."""
-    learning_rate: PositiveFloat = 5e-4
-    """Peak learning rate of AdamW."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after that."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    max_gradient_norm: PositiveFloat = 1.0
-    """Gradients longer than this are shortened to it."""
-    bf16: bool = False
-    """Forward and backward in bfloat16, the weights staying in the student's dtype."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
-    checkpoint_steps: PositiveInt = 500
-    """Steps between checkpoints; a killed run goes on from the last one."""
-    eval_steps: PositiveInt = 100
-    """Steps between evaluations on the eval split."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
-    seed: int = 0
-    """Seed of the student's random numbers."""
 
 
 class CaptureConfig(Settings):

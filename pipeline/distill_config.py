@@ -4,15 +4,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from pipeline.config import (
-    CaptureConfig,
-    EvaluateConfig,
-    LossConfig,
-    OptimiserConfig,
-    StreamConfig,
-    StudentConfig,
-    TrainConfig,
-)
+from pipeline.config import CaptureConfig, EvaluateConfig, StreamConfig, TrainConfig
+from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
 
 
 class DistillConfig(CaptureConfig):
@@ -30,10 +23,11 @@ class DistillConfig(CaptureConfig):
     @model_validator(mode="after")
     def _one_student(self) -> Self:
         """Said here too, before the teacher has run for hours."""
-        given = [f"student.{name}" for name in ("model", "layers", "config") if getattr(self.student, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"give one of student.model, student.layers and student.config, not {found}")
+        if len(self.student.given) != 1:
+            found = " and ".join(self.student.given) or "none of them"
+            raise ValueError(
+                f"give one of student.model, student.layers, student.depth and student.config, not {found}"
+            )
         return self
 
     def capture(self) -> CaptureConfig:

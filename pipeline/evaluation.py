@@ -14,12 +14,13 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.batch import Batch
-from pipeline.config import EvaluateConfig, LossConfig, StudentConfig
+from pipeline.config import EvaluateConfig
 from pipeline.holdout import Holdout
 from pipeline.metrics import Metrics, measure
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.report import Report, StudentSummary, TeacherSummary, column_costs, perplexity, prepare, write
 from pipeline.student import build
+from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.student_folder import table_record
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError

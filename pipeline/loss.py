@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import LossConfig
 from pipeline.divergence import cross_entropy, divergence_terms
+from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
 from storage.errors import StudentError
 

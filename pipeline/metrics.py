@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pipeline.config import LossConfig
 from pipeline.divergence import cross_entropy, divergence_terms
 from pipeline.student import OutputHead, hidden_states, output_head
+from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets, decode
 from storage.table import Table
 

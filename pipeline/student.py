@@ -6,7 +6,7 @@ the same in pieces. Never trains, and loads nothing but safetensors.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config import StudentConfig
+from pipeline.pruning import narrow, prune, spread
+from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
 from storage.inspection import last_capture
+from storage.reader import batches
 from storage.table import Table
 
 T = TypeVar("T")
+
+CALIBRATION_TOKENS = 4096
+"""Tokens of the table on which the activity of a teacher's neurons is measured."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,14 @@ def build(config: StudentConfig, table: Table) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, ready for a table's labels.
 
     Raises:
-        UsageError: unless exactly one of model, layers and config is given.
+        UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or output layer does not fit.
     """
-    given = [name for name in ("model", "layers", "config") if getattr(config, name) is not None]
-    if len(given) != 1:
+    if len(config.given) != 1:
         raise UsageError(
             "a student comes from exactly one place",
-            expected="one of student.model, student.layers and student.config",
-            found=", ".join(f"student.{name}" for name in given) or "none of them",
+            expected="one of student.model, student.layers, student.depth and student.config",
+            found=", ".join(config.given) or "none of them",
             do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
         )
     dtype = getattr(torch, config.dtype)
@@ -62,41 +66,14 @@ def build(config: StudentConfig, table: Table) -> PreTrainedModel:
         source, revision = (named, None) if named else _teacher_of(table)
         require_tokenizer(source, table, revision)
         student = _load(source, dtype, revision)
+        if config.intermediate_size is not None:
+            student = narrow(student, config.intermediate_size, _some_sequences(table))
+        if config.depth is not None:
+            student = prune(student, spread(config.depth, student.config.num_hidden_layers))
         if config.layers is not None:
             student = prune(student, config.layers)
     _require_vocabulary(student, table)
     _require_head(student)
-    return student
-
-
-def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A smaller model of the same kind that has only these of the teacher's layers, in this order.
-
-    It is rebuilt from a configuration of its own, so that all that depends on a layer's place is what a reload would
-    make of it.
-
-    Raises:
-        UsageError: if the layers are not distinct ones of the teacher's.
-    """
-    config = teacher.config
-    count = config.num_hidden_layers
-    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
-        raise UsageError(
-            "the teacher can't be pruned to these layers",
-            expected=f"distinct layers between 0 and {count - 1}",
-            found=f"student.layers: {list(layers)}",
-            where=config.name_or_path,
-        )
-    name, stack = _layer_stack(teacher, count)
-    settings = {
-        key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
-        for key, value in config.to_dict().items()
-    }
-    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    student = type(teacher)(type(config).from_dict(settings)).to(teacher.dtype)
-    teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
-    student.load_state_dict(teacher.state_dict())
-    student.generation_config = teacher.generation_config
     return student
 
 
@@ -202,6 +179,17 @@ def _explained(source: str, what: str, load: Callable[[], T]) -> T:
         ) from error
 
 
+def _some_sequences(table: Table) -> Iterator[Tensor]:
+    """Token ids (L,) of the first sequences that students are trained on, about CALIBRATION_TOKENS of them."""
+    tokens = 0
+    for _, rows in batches(table, ["token_ids"], "train"):
+        for ids in rows.column("token_ids"):
+            if tokens >= CALIBRATION_TOKENS:
+                return
+            tokens += len(ids)
+            yield torch.tensor(ids.values.to_numpy(), dtype=torch.int64)
+
+
 def _teacher_of(table: Table) -> tuple[str, str | None]:
     """Where the table's teacher was when it was last captured from, and the revision of a hub model."""
     capture = last_capture(table)
@@ -213,20 +201,6 @@ def _teacher_of(table: Table) -> tuple[str, str | None]:
         found="neither that nor a teacher in the table's history",
         where=table.location,
         do="name the teacher's folder with student.teacher",
-    )
-
-
-def _layer_stack(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the layers, from the first token's to the last's."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise StudentError(
-        "this kind of model can't be pruned",
-        expected=f"one list of {count} layers",
-        found=f"none in {type(model).__name__}",
-        where=model.config.name_or_path,
-        do="give the student as student.model or student.config",
     )
 
 

@@ -145,7 +145,7 @@ def table_record(table: Table) -> dict[str, Any]:
 def _card(record: Mapping[str, Any]) -> str:
     """The model card: what a finder of the folder asks first."""
     config, table = record["config"], record["table"]
-    source = next(
+    source = ", ".join(
         f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value is not None
     )
     evaluated = [entry for entry in record["history"] if "eval_kl" in entry]

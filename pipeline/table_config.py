@@ -4,7 +4,8 @@ from typing import Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import ColumnsConfig, Settings, ShardsConfig
+from pipeline.config import ColumnsConfig, ShardsConfig
+from pipeline.settings import Settings
 
 _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 

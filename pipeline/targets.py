@@ -12,7 +12,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from pipeline.config import LossConfig
+from pipeline.student_config import LossConfig
 from storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT, ZERO_CODE
 from storage.errors import UsageError
 

@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from pipeline.batch import Batch
-from pipeline.config import LossConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.loss import distillation_loss
 from pipeline.metrics import measure
 from pipeline.order import Cursor
 from pipeline.progress import Progress, Watch
 from pipeline.student import hidden_states, output_head
+from pipeline.student_config import LossConfig
 from pipeline.student_folder import RUN, checkpoints, newest_checkpoint
 from pipeline.targets import decode
 from storage.errors import TrainingError

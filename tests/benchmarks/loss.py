@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.config import LossConfig
 from pipeline.loss import distillation_loss
+from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
 
 REFERENCE = "cross-entropy"

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from pipeline import dataset
 from pipeline.batch import RowGroup
-from pipeline.config import LossConfig, StreamConfig
+from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.order import Cursor
+from pipeline.student_config import LossConfig
 from pipeline.targets import decode
 from storage import codec
 from storage.errors import IntegrityError, UsageError

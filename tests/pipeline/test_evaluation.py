@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import EvaluateConfig, StudentConfig, TrainConfig
+from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.evaluation import evaluate
 from pipeline.holdout import Holdout
 from pipeline.selection import Selection, select
+from pipeline.student_config import StudentConfig
 from pipeline.student_folder import table_record
 from storage.codec import SoftLabels
 from storage.errors import StudentError, TableError, UsageError

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.config import LossConfig
 from pipeline.loss import distillation_loss
+from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
 from tests.pipeline.dense import (
     CASES,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.config import LossConfig
 from pipeline.loss import distillation_loss
+from pipeline.student_config import LossConfig
 from storage.errors import StudentError
 from tests.pipeline.dense import (
     DIVERGENCES,

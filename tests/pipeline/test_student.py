@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from pipeline import student
-from pipeline.config import StudentConfig
+from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
 from tests.pipeline.tables import PADDED, make_table
 
@@ -84,40 +85,23 @@ def test_packed_sequences_do_not_see_each_other(model):
         torch.testing.assert_close(packed[row, first:last], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_a_pruned_teacher_has_the_layers_that_were_asked_for(tmp_path):
-    torch.manual_seed(0)
-    teacher = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0])).eval()
-    weights = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    pruned = student.prune(teacher, (0, 3)).eval()
-    assert pruned.config.num_hidden_layers == 2
-    assert pruned.config.no_rope_layers == [1, 0]
-    for new, old in ((0, 0), (1, 3)):
-        for name, tensor in pruned.model.layers[new].state_dict().items():
-            assert torch.equal(tensor, weights[f"model.layers.{old}.{name}"])
-    assert torch.equal(pruned.model.norm.weight, weights["model.norm.weight"])
-
-    pruned.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = torch.arange(3, 13)[None]
-    whole = pruned(input_ids=ids).logits
-    assert torch.equal(again(input_ids=ids).logits, whole)
-    # With a cache, which each layer keeps under its own number.
-    cache = again(input_ids=ids[:, :6], use_cache=True).past_key_values
-    torch.testing.assert_close(again(input_ids=ids[:, 6:], past_key_values=cache).logits, whole[:, 6:])
-
-
-@pytest.mark.parametrize("layers", [(), (0, 0), (0, 4), (-1,)])
-def test_layers_that_the_teacher_does_not_have(layers):
-    with pytest.raises(UsageError, match="distinct layers between 0 and 3"):
-        student.prune(LlamaForCausalLM(LlamaConfig(**SIZES)), layers)
-
-
 def test_the_table_knows_its_teacher(table, tiny_teacher):
     pruned = student.build(StudentConfig(layers=(1,)), table)
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
     assert torch.equal(pruned.model.layers[0].mlp.up_proj.weight, teacher.model.layers[1].mlp.up_proj.weight)
     assert student.parameters(pruned) < student.parameters(teacher)
+
+
+def test_narrower_by_what_the_table_says(table):
+    whole = student.build(StudentConfig(depth=2), table)
+    narrow = student.build(StudentConfig(depth=2, intermediate_size=100), table)
+    assert (whole.config.num_hidden_layers, narrow.config.num_hidden_layers) == (2, 2)
+    assert student.parameters(whole) - student.parameters(narrow) == 2 * 3 * 28 * 64
+
+
+def test_only_a_pruned_teacher_is_narrowed():
+    with pytest.raises(ValidationError, match="give layers or depth"):
+        StudentConfig(model="a", intermediate_size=8)
 
 
 def test_going_on_from_a_model_with_another_padding(table, tiny_teacher, tmp_path):
@@ -145,7 +129,7 @@ def test_too_few_rows_for_the_vocabulary(table, tmp_path):
     assert "set vocab_size to 512" in str(error.value)
 
 
-@pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"model": "a", "config": "b"}])
+@pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"depth": 2, "config": "b"}])
 def test_a_student_comes_from_exactly_one_place(given, table):
     with pytest.raises(UsageError, match="exactly one place"):
         student.build(StudentConfig(**given), table)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import LossConfig, SelectionConfig
+from pipeline.config import SelectionConfig
 from pipeline.selection import Selection, select
+from pipeline.student_config import LossConfig
 from pipeline.targets import CompactTargets, decode, resolve_target
 from storage.codec import SoftLabels, encode
 from storage.codec import decode as decode_rows

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import student, trainer, training
-from pipeline.config import LossConfig, StreamConfig, StudentConfig, TrainConfig
+from pipeline.config import StreamConfig, TrainConfig
 from pipeline.dataset import SoftLabelDataset
+from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.trainer import Distillation
 from pipeline.training import train
 from storage.errors import StudentError, TableError, TrainingError, UsageError
