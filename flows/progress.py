@@ -5,7 +5,7 @@ Every one of them says how far a stage is, at which rate it goes and how long it
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
@@ -21,7 +21,8 @@ from pipeline.progress import Progress, Watch
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-Show = Callable[[Progress, str], None]
+Show = Callable[[Progress, str, Mapping[str, str]], None]
+"""Shows a stage, and each of its parts, as text."""
 
 logger = logging.getLogger("softlabel")
 logger.setLevel(logging.INFO)
@@ -36,14 +37,18 @@ def watching(artifact: str | None = None) -> Iterator[Watch]:
     """
     on_artifact = _artifact(artifact) if artifact and FlowRunContext.get() else None
     with _bars() if sys.stderr.isatty() else _lines() as show:
-        paces: dict[str, Pace] = {}
+        paces: dict[tuple[str, str], Pace] = {}
+
+        def described(progress: Progress, part: str = "") -> str:
+            pace = paces.setdefault((progress.stage, part), Pace(progress.done))
+            return describe(progress, pace.rate(progress.done))
 
         def watch(progress: Progress) -> None:
-            pace = paces.setdefault(progress.stage, Pace(progress.done))
-            text = describe(progress, pace.rate(progress.done))
-            show(progress, text)
+            parts = {name: described(part, name) for name, part in progress.parts.items()}
+            text = described(progress)
+            show(progress, text, parts)
             if on_artifact:
-                on_artifact(progress, text)
+                on_artifact(progress, text, parts)
 
         yield watch
 
@@ -78,19 +83,24 @@ def _throttled(show: Show) -> Show:
     """The first and the last word of each stage, and one every few seconds between."""
     shown: dict[str, float] = {}
 
-    def throttled(progress: Progress, text: str) -> None:
+    def throttled(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
         now = monotonic()
         last = shown.get(progress.stage)
         if last is None or progress.done == progress.total or now - last >= _SECONDS_BETWEEN_LINES:
             shown[progress.stage] = now
-            show(progress, text)
+            show(progress, text, parts)
 
     return throttled
 
 
 @contextmanager
 def _lines() -> Iterator[Show]:
-    yield _throttled(lambda progress, text: logger.info("%s  %s", progress.stage, text))
+    def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
+        logger.info("%s  %s", progress.stage, text)
+        for name, part in parts.items():
+            logger.info("  %s  %s", name, part)
+
+    yield _throttled(show)
 
 
 @contextmanager
@@ -99,12 +109,17 @@ def _bars() -> Iterator[Show]:
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def show(progress: Progress, text: str) -> None:
+        def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
             if progress.stage not in tasks:
                 for before in bars.tasks:  # a stage that did not know its total is over when the next one begins
                     bars.update(before.id, total=before.completed if before.total is None else before.total)
                 tasks[progress.stage] = bars.add_task(progress.stage, text="")
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, text=text)
+            for name, part in parts.items():  # the bar of a part is its share of the whole
+                if name not in tasks:
+                    tasks[name] = bars.add_task(f"  {name}", text="")
+                done = progress.parts[name].done
+                bars.update(tasks[name], completed=done, total=progress.total, text=part)
 
         yield show
 
@@ -115,12 +130,13 @@ def _artifact(key: str) -> Show:
 
     reachable = True
 
-    def show(progress: Progress, text: str) -> None:
+    def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
         nonlocal reachable
         share = 100.0 * progress.done / progress.total if progress.total else 0.0
         try:
             if reachable:
-                update_progress_artifact(made, share, description=f"{progress.stage}: {text}")
+                lines = [f"{progress.stage}: {text}", *(f"{name}: {part}" for name, part in parts.items())]
+                update_progress_artifact(made, share, description="  \n".join(lines))
         except Exception as error:  # hours of work must not end because nobody could be told of them
             reachable = False
             logger.warning("the progress artifact is no longer kept: %s", error)

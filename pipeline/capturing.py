@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -25,11 +25,12 @@ from pipeline.classes import selection_of
 from pipeline.classifier import ClassifierTeacher, LabelTeacher
 from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.planning import Plan, identify, plan
-from pipeline.progress import Progress, Watch, unwatched
+from pipeline.progress import Progress, Together, Watch, unwatched
 from pipeline.questions import Questions
 from pipeline.selection import NotADistributionError, select
-from pipeline.teacher import TransformersTeacher, each_batch
+from pipeline.teacher import TransformersTeacher, devices, each_batch
 from pipeline.tokeniser import Tokeniser
+from pipeline.workers import Workers
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 from storage.provenance import Identity, circumstances
@@ -44,6 +45,9 @@ VOCABULARY_SAMPLE = 65_536
 Labelled = tuple[pa.Table, SoftLabels]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+ShardStep = Callable[[CaptureConfig, Path, Watch], Commit]
 
 
 class Wrap(Protocol):
@@ -102,10 +106,18 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
         todo = by(plan)(config, Path(folder), watch)
-        commits: list[Commit] = []
-        for path in todo.shards:
-            done = sum(commit.positions for commit in commits)
-            commits.append(by(capture_shard)(config, path, _within(watch, done, todo.positions)))
+        together = Together(Progress("capture", 0, todo.positions, "positions"), watch)
+
+        def done_by(name: str, step: ShardStep, path: Path) -> Commit:
+            with together.piece(name) as piece:
+                return by(step)(config, path, piece)
+
+        places = (devices(config.teacher.device) * config.teacher.workers)[: len(todo.shards)]
+        if len(places) > 1:
+            with Workers(places, Path(folder)) as workers:
+                commits = workers.each(todo.shards, lambda w, path: done_by(w.name, w.capture_shard, path))
+        else:
+            commits = [done_by("", capture_shard, path) for path in todo.shards]
         copies = [by(copy_rows)(config, path) for path in todo.copies]
     return _summarise(config, todo, commits, copies, time.monotonic() - started)
 
@@ -128,7 +140,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
     identity = identify(config, teacher.checkpoint, tokeniser)
     sequences = pq.read_table(path)
-    batches = _labelled(config, teacher, identity, sequences)
+    batches = _told(_labelled(config, teacher, identity, sequences), sum(sequences["positions"].to_pylist()), watch)
     if not Table.exists(config.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
@@ -137,7 +149,6 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
             tokeniser.save(Path(folder))
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
-    total, done = sum(sequences.column("positions").to_pylist()), 0
     # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
     with (
         ShardWriter(Table.open(config.table), config.shards.row_group_sequences) as writer,
@@ -147,8 +158,6 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         for rows, labels in batches:
             written.result()
             written = io.submit(writer.append, rows, labels)
-            done += labels.positions
-            watch(Progress("capture", done, total, "positions", _details(labels)))
         written.result()
         return writer.commit({"operation": "capture", **_about(config, teacher)})
 
@@ -189,11 +198,6 @@ def _summarise(
     )
 
 
-def _within(watch: Watch, done: int, total: int) -> Watch:
-    """A watch for one shard that tells how far the whole capture is."""
-    return lambda progress: watch(replace(progress, done=done + progress.done, total=total))
-
-
 @lru_cache(maxsize=1)
 def load_teacher(config: TeacherConfig) -> TransformersTeacher | LabelTeacher:
     """The teacher, loaded once in each process."""
@@ -231,6 +235,16 @@ def _labelled(
     yield from each_batch(teacher, asked.tokens, asked.positions, select_batch, config.teacher.batch_tokens)
 
 
+def _told(batches: Iterator[Labelled], total: int, watch: Watch) -> Iterator[Labelled]:
+    """The same batches; the watch is told of each."""
+    done, mass = 0, 0.0
+    for rows, labels in batches:
+        done += labels.positions
+        mass -= float(np.expm1(labels.tail_log_masses[0]).sum())
+        watch(Progress("capture", done, total, "positions", {"kept mass": mass / done}))
+        yield rows, labels
+
+
 def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]:
     """The first batches, until they have so many positions."""
     held = 0
@@ -252,11 +266,6 @@ def _no_distribution(rows: pa.Table, found: Sequence[int]) -> TeacherError:
         where=f"document {', '.join(names.to_pylist()[:5])}",
         do="take teacher.dtype bfloat16 or float32, or leave the document out",
     )
-
-
-def _details(labels: SoftLabels) -> dict[str, float]:
-    """What a progress line says of the batch that was just captured."""
-    return {"kept mass": float(-np.expm1(labels.tail_log_masses[0]).mean())}
 
 
 def _about(config: CaptureConfig, teacher: TransformersTeacher | LabelTeacher) -> dict[str, object]:

@@ -67,7 +67,9 @@ class TeacherConfig(Settings):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the teacher's forward pass."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto takes every GPU of the machine, a worker process each, or else the CPU."""
+    workers: PositiveInt = 1
+    """Worker processes on each device, each with the teacher loaded; on a CPU they share its cores."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto is sdpa where the architecture has it (Gemma 2 has only eager)."""
     batch_tokens: PositiveInt = 8192

@@ -147,6 +147,12 @@ def each_batch(
             )
 
 
+def devices(name: str) -> list[str]:
+    """The devices that a name stands for; auto is every GPU of the machine, or else the CPU."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return gpus or ["cpu"] if name == "auto" else [name]
+
+
 def device(name: str) -> torch.device:
     """The device of that name; auto is a GPU if there is one.
 

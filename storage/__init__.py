@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TeacherError,
         TrainingError,
         UsageError,
+        WorkerError,
     )
     from storage.inspection import history, inspect
     from storage.maintenance import Maintenance, maintain
@@ -49,6 +50,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "Verification",
+    "WorkerError",
     "history",
     "inspect",
     "maintain",

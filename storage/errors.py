@@ -9,6 +9,7 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
     ├── TeacherError           a teacher that can't be loaded, or that says what no distribution is
     ├── StudentError           a student that can't be built, or does not fit its table
     ├── TrainingError          training that can't go on
+    ├── WorkerError            worker processes that died over their work
     └── TableError             a table that can't be used
         ├── TableNotFoundError     no table, version or tag there
         │   └── PurgedError        a version that went with documents that were taken down
@@ -57,6 +58,10 @@ class StudentError(SoftlabelError):
 
 class TrainingError(SoftlabelError):
     """Training that can't go on."""
+
+
+class WorkerError(SoftlabelError):
+    """Worker processes that died over their work."""
 
 
 class TableError(SoftlabelError):

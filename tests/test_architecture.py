@@ -30,6 +30,7 @@ STORAGE = {
     *("verify", "remove_damaged", "Verification", "maintain", "Maintenance"),
     *("Tag", "tag", "tags", "untag", "Pin", "pin", "pins", "unpin"),
     *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
+    "WorkerError",
     *("TableError", "TableNotFoundError", "PurgedError", "ProvenanceError", "IntegrityError"),
 }
 

@@ -16,6 +16,7 @@ import yaml
 from pipeline import demo
 from storage.reader import index
 from storage.table import Table
+from tests.pipeline.test_workers import gone, workers_of
 
 
 def softlabel(*arguments: str) -> list[str]:
@@ -55,9 +56,13 @@ def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: 
     command = softlabel("capture", str(tmp_path / "documents.parquet"), str(tmp_path / "table"))
     command += ["--teacher.model", str(tiny_teacher), "--teacher.dtype", "float32", "--teacher.batch-tokens", "512"]
     command += ["--shards.positions", "2000"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:
+    by_two = [*command, "--teacher.device", "cpu", "--teacher.workers", "2"]
+    with subprocess.Popen(by_two, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:
         _wait_for_commits(tmp_path / "table", 3, child)
+        workers = workers_of(child.pid)
         os.kill(child.pid, signal.SIGKILL)
+    assert len(workers) == 2
+    _wait_for_end(workers)
     committed = _rows(tmp_path / "table")
     assert 0 < len(committed) < count
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
@@ -71,6 +76,13 @@ def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: 
 def _rows(table: Path) -> Counter[tuple[str, int, bytes]]:
     columns = index(Table.open(str(table)), ["document_id", "chunk", "key"])
     return Counter(zip(*(columns.column(name).to_pylist() for name in columns.column_names[:3]), strict=True))
+
+
+def _wait_for_end(workers: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while not all(map(gone, workers)):
+        assert time.monotonic() < deadline, "a worker outlived the process that started it"
+        time.sleep(0.05)
 
 
 def _wait_for_commits(table: Path, count: int, child: "subprocess.Popen[bytes]") -> None:

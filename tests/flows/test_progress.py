@@ -47,3 +47,20 @@ def test_lines_are_few_and_the_first_and_last_are_among_them(caplog: pytest.LogC
     assert lines[0] == "capture  0/100 positions"
     assert lines[-1] == "capture  100/100 positions  10/s"
     assert len(lines) == 3
+
+
+def test_each_worker_has_a_line_of_its_own(caplog: pytest.LogCaptureFixture, now: list[float]):
+    with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
+        for done in (0, 100):
+            parts = {
+                f"cuda:{i}": Progress("capture", done // 4 + done // 2 * i, None, "positions", {"kept mass": 0.9})
+                for i in range(2)
+            }
+            watch(Progress("capture", done, 100, "positions", parts=parts))
+            now[0] += 10
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[3:] == [
+        "capture  100/100 positions  10/s",
+        "  cuda:0  25 positions  2.5/s  kept mass 0.9",
+        "  cuda:1  75 positions  7.5/s  kept mass 0.9",
+    ]

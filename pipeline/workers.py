@@ -1,0 +1,229 @@
+"""Worker processes side by side on one machine, one for each device: a worker that dies costs its shard, no more.
+
+A shard whose worker died is done again by another, a few times at most; a worker that dies over and over is given up.
+What happens to a shard is ``pipeline.capturing``'s business, and the process itself is ``pipeline.worker``.
+"""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from pipeline.config import CaptureConfig
+from pipeline.progress import Progress, Watch, unwatched
+from storage import errors
+from storage.errors import WorkerError
+from storage.writer import Commit
+
+ATTEMPTS = 3
+"""How often a shard is tried before it is left: one that kills its workers must not do so for ever."""
+_DEATHS = 2
+"""In a row, after which a worker is given up: its device is broken, or there is no room for it."""
+_SECONDS_TO_END = 2.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+logger = logging.getLogger("softlabel")
+
+
+class Worker:
+    """A process on one device; it starts with its first shard, and anew with the next one after it has died.
+
+    Args:
+        name: for people.
+        device: that it is pinned to.
+        threads: of its CPU work.
+        log: file for whatever it prints.
+    """
+
+    def __init__(self, name: str, device: str, threads: int, log: Path) -> None:
+        self.name = name
+        self.deaths = 0
+        """In a row."""
+        self.closed = False
+        self._device, self._threads, self._log = device, threads, log
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = Lock()
+
+    def capture_shard(self, config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
+        """See ``pipeline.capturing.capture_shard``, which the process does.
+
+        Raises:
+            WorkerError: if the process dies; nothing of the shard is done then.
+        """
+        pinned = config.teacher.model_copy(update={"device": self._device, "workers": 1})
+        settings = config.model_copy(update={"teacher": pinned}).model_dump(mode="json")
+        process = self._running()
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(json.dumps([settings, str(path)]) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died(process) from None
+        for line in process.stdout:
+            if not line.endswith("\n"):
+                break
+            kind, value = json.loads(line)
+            if kind == "progress":
+                watch(Progress(**value))
+            elif kind == "commit":
+                self.deaths = 0
+                return Commit(**value)
+            else:
+                name, message = value
+                raise getattr(errors, name)(message)
+        raise self._died(process)
+
+    def close(self) -> None:
+        """End the process, whatever it is at, and start none again."""
+        with self._lock:
+            self.closed = True
+            if self._process is None:
+                return
+            self._process.terminate()
+            try:
+                self._process.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _running(self) -> "subprocess.Popen[str]":
+        with self._lock:
+            if self.closed:
+                raise WorkerError("the capture has ended")
+            if self._process is None or self._process.poll() is not None:
+                # Its standard input is a pipe of ours that closes with us; its own session keeps our signals from it.
+                with self._log.open("w") as log:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-m", "pipeline.worker", str(self._threads)],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        encoding="utf-8",
+                        start_new_session=True,
+                    )
+            return self._process
+
+    def _died(self, process: "subprocess.Popen[str]") -> WorkerError:
+        self.deaths += 1
+        code = process.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        memory = " (the system kills so when memory runs out)" if code == -signal.SIGKILL else ""
+        said = self._log.read_text(errors="replace").splitlines()[-15:]
+        return WorkerError(
+            f"the worker {self.name} died; nothing of its shard is done",
+            found="\n               ".join([how + memory, *said]),
+        )
+
+
+class Workers:
+    """All workers of a capture. Use it as a context manager: none of them is there at its end.
+
+    Args:
+        devices: one for each worker; workers on the same device are numbered.
+        folder: for what they print.
+    """
+
+    def __init__(self, devices: Sequence[str], folder: Path) -> None:
+        threads = max(1, torch.get_num_threads() // len(devices))
+        self._last: WorkerError | None = None
+        several = len(set(devices)) < len(devices)
+        names = [f"{device} #{i}" if several else device for i, device in enumerate(devices, 1)]
+        self._workers = [
+            Worker(name, device, threads, folder / f"worker-{i}.log")
+            for i, (name, device) in enumerate(zip(names, devices, strict=True))
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def each(self, paths: Sequence[Path], do: Callable[[Worker, Path], Commit]) -> list[Commit]:
+        """Do every shard once, in no certain order.
+
+        Args:
+            paths: of the shards.
+            do: has a worker do one shard. Called from several threads, in the context of this call.
+
+        Raises:
+            WorkerError: if shards are left because workers died over them; all others are done.
+            SoftlabelError: what a shard raised otherwise, at once; the shards that were being done are not.
+        """
+        commits: list[Commit] = []
+        left = list(paths)
+        for attempt in range(ATTEMPTS):
+            alive = [worker for worker in self._workers if worker.deaths < _DEATHS]
+            if left and alive:
+                left = self._once(left, alive, do, commits, again=attempt + 1 < ATTEMPTS)
+        if left:
+            raise WorkerError(
+                f"{len(left)} of {len(paths)} shards are not captured: the workers that tried them died",
+                found=self._last,
+                do="mend what they died of, and run the same command again: it captures what is left\n"
+                "               (if memory ran out, set teacher.batch_tokens or teacher.workers lower)",
+            )
+        return commits
+
+    def _once(
+        self,
+        paths: Sequence[Path],
+        alive: Sequence[Worker],
+        do: Callable[[Worker, Path], Commit],
+        commits: list[Commit],
+        again: bool,
+    ) -> list[Path]:
+        """Give each shard to one worker; those that were not done are returned."""
+        waiting, failed = deque(paths), list[Path]()
+
+        def work(worker: Worker) -> None:
+            while waiting and worker.deaths < _DEATHS:
+                try:
+                    path = waiting.popleft()
+                except IndexError:  # another worker was faster
+                    return
+                try:
+                    commits.append(do(worker, path))
+                except WorkerError as error:
+                    if worker.closed:
+                        return
+                    failed.append(path)
+                    self._last = error
+                    logger.warning("%s\n  what follows: %s", error, _what_follows(worker, again))
+
+        with ThreadPoolExecutor(len(alive)) as threads:
+            at_work = {threads.submit(copy_context().run, work, worker) for worker in alive}
+            try:
+                while at_work:  # with polars loaded, a wait without end is deaf to Ctrl-C
+                    done, at_work = wait(at_work, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+            except BaseException:
+                waiting.clear()
+                self._close()
+                raise
+        return [*failed, *waiting]
+
+    def _close(self) -> None:
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            list(threads.map(Worker.close, self._workers))
+
+
+def _what_follows(worker: Worker, again: bool) -> str:
+    shard = "its shard is done again" if again else "its shard is left"
+    return f"{shard}, and this worker is given up" if worker.deaths >= _DEATHS else shard
