@@ -173,7 +173,7 @@ class CaptureConfig(Settings):
     """Run a teacher once over documents and keep what it knows in a table."""
 
     documents: str
-    """File, folder or glob of documents: Parquet, JSON lines or plain text."""
+    """File, folder or glob of documents, here or in s3://BUCKET/: Parquet, JSON lines or plain text."""
     table: str
     """Folder of the table; made if it is not there, added to if it is."""
     teacher: TeacherConfig

@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 
 class Documents:
-    """The documents at a path: a file, a folder or a glob.
+    """The documents at a path: a file, a folder or a glob, on this machine or in s3://BUCKET/.
 
     Args:
         path: of Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text (.txt, .md, .rst), the latter two also

@@ -1,4 +1,4 @@
-"""Files of documents, read in bounded pieces: which files a path means, and what their records hold, as found.
+"""Files of documents, read in bounded pieces: what their records hold, as found.
 
 ``pipeline.documents`` judges the values. Strings of Parquet come as bytes, so that one broken character spoils one
 document and not the file.
@@ -9,15 +9,15 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, islice, takewhile
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.errors import DocumentsError, UsageError
+from pipeline.files import File, find_files
+from storage.errors import DocumentsError
 
 PIECE_ROWS = 4096
 PIECE_BYTES = 32 << 20
@@ -34,7 +34,7 @@ _KINDS = {
     ".md": "plain text",
     ".rst": "plain text",
 }
-_COMPRESSED = (".gz", ".zst")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Piece(NamedTuple):
@@ -46,9 +46,9 @@ class Piece(NamedTuple):
 
 
 class Source(Protocol):
-    """Files of one kind, below a root."""
+    """Files of one kind."""
 
-    def __init__(self, root: Path, files: list[Path]) -> None: ...
+    def __init__(self, files: list[File]) -> None: ...
 
     def schema(self) -> pa.Schema:
         """Columns and their types, read off the first file or lines."""
@@ -66,59 +66,42 @@ def find(path: str) -> Source:
         UsageError: if there is nothing there.
         DocumentsError: if nothing there is of a known kind, or more than one kind is.
     """
-    root = Path(path)
-    if root.is_dir():
-        files = [file for file in sorted(root.rglob("*")) if file.is_file() and _visible(file.relative_to(root))]
+    files, is_folder = find_files(path)
+    if is_folder:
         files = [file for file in files if _kind(file)] or files
-    elif root.is_file():
-        root, files = root.parent, [root]
-    else:
-        root = Path(*takewhile(lambda part: not set(part) & set("*?["), root.parts))
-        pattern = Path(path).relative_to(root).as_posix()
-        files = [file for file in sorted(root.glob(pattern)) if file.is_file()] if pattern != "." else []
-        if not files:
-            raise UsageError(
-                "there are no documents at this path",
-                expected="a file, a folder or a glob",
-                found="nothing there",
-                where=path,
-                do="check the path; put a glob in quotes",
-            )
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
         raise DocumentsError(
             "documents can't be read from this path",
             expected=f"files of one kind: {', '.join(_KINDS)}; lines and text also {' or '.join(_COMPRESSED)}",
-            found=", ".join(sorted({file.name for file in files})[:10]) or "an empty folder",
+            found=", ".join([file.name for file in files][:10]) or "an empty folder",
             where=path,
             do="name the files by a glob, like 'folder/*.parquet'",
         )
     sources: dict[str | None, type[Source]] = {"Parquet": Parquet, "JSON lines": JsonLines, "plain text": PlainText}
-    return sources[kinds.pop()](root, files)
+    return sources[kinds.pop()](files)
 
 
 class Parquet:
     """Parquet files; a record is a row."""
 
-    def __init__(self, root: Path, files: list[Path]) -> None:
-        self._root, self._files = root, files
+    def __init__(self, files: list[File]) -> None:
+        self._files = files
 
     def schema(self) -> pa.Schema:
         """Columns of the first file."""
         with _reading(self._files[0]):
-            return pq.read_schema(self._files[0])
+            return pq.read_schema(self._files[0].open())
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
         """Rows of one file after the other."""
-        for path in self._files:
-            with _reading(path):
-                file = pq.ParquetFile(path)
-                if missing := sorted(set(columns) - set(file.schema_arrow.names)):
+        for file in self._files:
+            with _reading(file), pq.ParquetFile(file.open()) as rows:
+                if missing := sorted(set(columns) - set(rows.schema_arrow.names)):
                     raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}, as the first file has")
-                batches = file.iter_batches(_rows_of_a_piece(file.metadata), columns=columns)
-                place, number = _place(path, self._root), 1
-                for batch in batches:
-                    places = [f"{place}:{number + i}" for i in range(len(batch))]
+                number = 1
+                for batch in rows.iter_batches(_rows_of_a_piece(rows.metadata), columns=columns):
+                    places = [f"{file.name}:{number + i}" for i in range(len(batch))]
                     yield Piece(places, {name: _values(batch.column(name)) for name in columns}, [])
                     number += len(batch)
 
@@ -126,8 +109,8 @@ class Parquet:
 class JsonLines:
     """Files with a JSON object a line; a record is a line."""
 
-    def __init__(self, root: Path, files: list[Path]) -> None:
-        self._root, self._files = root, files
+    def __init__(self, files: list[File]) -> None:
+        self._files = files
 
     def schema(self) -> pa.Schema:
         """Keys of the first objects and the types of their values, or of most of them."""
@@ -137,7 +120,7 @@ class JsonLines:
                 "there are no documents",
                 expected="a JSON object a line",
                 found="not one",
-                where=", ".join(map(str, self._files[:3])),
+                where=", ".join(file.address for file in self._files[:3]),
             )
         keys = dict.fromkeys(chain.from_iterable(sample))
         return pa.schema([(key, _type_of([record.get(key) for record in sample])) for key in keys])
@@ -160,19 +143,18 @@ class JsonLines:
 
     def _lines(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
         """Place of each line that is not blank, and its object, or why it holds none."""
-        for path in self._files:
-            place = _place(path, self._root)
-            with _reading(path), pa.input_stream(str(path)) as stream:
+        for file in self._files:
+            with _reading(file), _stream(file) as stream:
                 for number, line in enumerate(io.BufferedReader(stream), 1):
                     if line.strip():
-                        yield f"{place}:{number}", _object(line)
+                        yield f"{file.name}:{number}", _object(line)
 
 
 class PlainText:
     """Text files; each is a record."""
 
-    def __init__(self, root: Path, files: list[Path]) -> None:
-        self._root, self._files = root, files
+    def __init__(self, files: list[File]) -> None:
+        self._files = files
 
     def schema(self) -> pa.Schema:
         """The path, and the text."""
@@ -181,13 +163,12 @@ class PlainText:
     def read(self, columns: list[str]) -> Iterator[Piece]:
         """Files, each whole."""
         piece, held = Piece([], {name: [] for name in columns}, []), 0
-        for path in self._files:
-            place = _place(path, self._root)
-            with _reading(path), pa.input_stream(str(path)) as stream:
+        for file in self._files:
+            with _reading(file), _stream(file) as stream:
                 content = stream.read()
-            piece.places.append(place)
+            piece.places.append(file.name)
             for name in columns:
-                piece.values[name].append(dict(zip(TEXT_COLUMNS, (place, content), strict=True))[name])
+                piece.values[name].append(dict(zip(TEXT_COLUMNS, (file.name, content), strict=True))[name])
             held += len(content)
             if len(piece.places) == PIECE_ROWS or held > PIECE_BYTES:
                 yield piece
@@ -196,34 +177,30 @@ class PlainText:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(file: File) -> Iterator[None]:
     """Say which file it was that could not be read."""
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DocumentsError(
             "a file of documents can't be read",
-            expected=f"{_kind(path)}, whole and undamaged",
+            expected=f"{_kind(file)}, whole and undamaged",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
-            where=path,
+            where=file.address,
             do="write or copy the file again, or leave it out by a glob",
         ) from None
 
 
-def _kind(path: Path) -> str | None:
-    ending = path.suffix.lower()
-    if ending in _COMPRESSED:
-        kind = _KINDS.get(path.with_suffix("").suffix.lower())
-        return None if kind == "Parquet" else kind
-    return _KINDS.get(ending)
+def _stream(file: File) -> pa.NativeFile:
+    """Its bytes from first to last, unpacked."""
+    return pa.input_stream(file.open(), compression=_COMPRESSED.get(file.suffixes[-1]))
 
 
-def _visible(path: Path) -> bool:
-    return not any(part.startswith((".", "_")) for part in path.parts)
-
-
-def _place(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+def _kind(file: File) -> str | None:
+    *_, before, last = ["", "", *file.suffixes]
+    if last in _COMPRESSED:
+        return None if (kind := _KINDS.get(before)) == "Parquet" else kind
+    return _KINDS.get(last)
 
 
 def _rows_of_a_piece(file: pq.FileMetaData) -> int:
