@@ -32,7 +32,7 @@ def change_names(config: MaintainConfig) -> bool:
         unpin(table, config.unpin)
     if config.tag:
         name, _, version = config.tag.partition("=")
-        tag(Table.open(f"{table}@{version}" if version else config.table), name)
+        tag(table, Table.open(f"{table}@{version}" if version else config.table).version, name)
     return bool(config.untag or config.unpin or config.tag)
 
 

@@ -188,7 +188,7 @@ def _summarise(
         documents=todo.documents,
         unchanged=todo.unchanged,
         rejects=todo.rejects,
-        rejects_file=None if todo.rejects_file is None else str(todo.rejects_file),
+        rejects_file=todo.rejects_file,
         truncated=todo.truncated,
         sequences=sum(commit.sequences for commit in commits),
         copied=sum(commit.sequences for commit in copies),

@@ -25,6 +25,7 @@ from pipeline.student_folder import table_record
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
 from storage.inspection import column_bytes, last_capture
+from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.reader import index
 from storage.table import Table
@@ -129,7 +130,7 @@ def _read(folder: Path, table: Table) -> dict[str, Any]:
 
 def _same_place(location: str, table: Table) -> bool:
     """Another version of this table has the same documents in its eval split, or more."""
-    return Path(location).resolve() == Path(table.location).resolve()
+    return place_of(location).address == table.place.address
 
 
 def _require_same(

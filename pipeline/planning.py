@@ -25,7 +25,7 @@ from pipeline.progress import Progress, Watch, unwatched
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError, UsageError
-from storage.files import SIDE_FOLDER, publish
+from storage.place import REJECTS, place_of
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
 from storage.reader import outline
 from storage.schema import SEQUENCE
@@ -54,7 +54,7 @@ class Plan:
     """Documents that can't be used."""
     truncated: int
     """Documents that were cut short to what a classifier reads; a language model's are never."""
-    rejects_file: Path | None
+    rejects_file: str | None
     """JSON lines with the id and the reason of each, in the table's folder; None without rejects."""
 
 
@@ -273,12 +273,12 @@ def _unusable(summary: str, rejects: list[Reject], config: CaptureConfig) -> Doc
     )
 
 
-def _write_rejects(rejects: list[Reject], config: CaptureConfig) -> Path | None:
+def _write_rejects(rejects: list[Reject], config: CaptureConfig) -> str | None:
     """The rejects of the newest run; those of the one before are no longer true."""
-    path = Path(config.table, SIDE_FOLDER, "rejects.jsonl")
+    place = place_of(config.table)
     if not rejects:
-        path.unlink(missing_ok=True)
+        place.delete(REJECTS)
         return None
     lines = (json.dumps(reject._asdict(), ensure_ascii=False) for reject in rejects)
-    publish("".join(f"{line}\n" for line in lines).encode(), path)
-    return path
+    place.write(REJECTS, "".join(f"{line}\n" for line in lines).encode())
+    return place.where(REJECTS)

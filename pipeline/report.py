@@ -19,7 +19,7 @@ from pipeline import charts
 from pipeline.charts import Curve
 from pipeline.metrics import Estimate, Metrics
 from storage.errors import UsageError
-from storage.files import publish
+from storage.folder import publish
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Says what is to become of each row; ``storage.rewrite`` carries it out as one co
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.progress import Progress, Watch, unwatched
@@ -17,6 +16,7 @@ from storage.errors import UsageError
 from storage.inspection import last_capture
 from storage.layout import Rewriting, Rewritten
 from storage.narrowing import Narrowing
+from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.purge import Purged, purge
 from storage.rewrite import rewrite
@@ -183,7 +183,7 @@ def _target(source: Table, config: ReprocessConfig, identity: Identity) -> Table
                 do="leave the version out, or give a folder for another table",
             )
         return source
-    if Path(config.destination).resolve() == Path(source.location).resolve():
+    if place_of(config.destination).address == source.place.address:
         raise UsageError(
             "source and destination are the same folder",
             where=config.destination,

@@ -135,7 +135,7 @@ def table_record(table: Table) -> dict[str, Any]:
     """What a student's record says of its table; the content is a hash of the names that its shards have by theirs."""
     shards = "\n".join(shard.path for shard in table.shards())
     return {
-        "location": str(Path(table.location).absolute()),
+        "location": table.place.address,
         "version": table.version,
         "identity": table.identity.model_dump(mode="json"),
         "content": hashlib.sha256(shards.encode()).hexdigest(),

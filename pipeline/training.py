@@ -113,7 +113,7 @@ def _agree(table: Table) -> Table:
 def _pin(table: Table, student: Path) -> None:
     """Keep the version from being vacuumed; a table that may only be read is trained from all the same."""
     try:
-        pin(table, student)
+        pin(table.location, table.version, student)
     except TableNotFoundError:
         raise
     except TableError as error:

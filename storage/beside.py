@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +10,16 @@ import pyarrow.parquet as pq
 
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError
-from storage.files import publish
+from storage.place import SIDE_FOLDER, Place
 
 _RESTORE = "restore it from a copy of the table"
 
 
-def store_vocabulary(folder: Path, sample: SoftLabels | Ints, vocabulary: int) -> str:
+def store_vocabulary(place: Place, sample: SoftLabels | Ints, vocabulary: int) -> str:
     """Number the token ids by how often they occur in a sample, and keep that as a file.
 
     Args:
-        folder: that it goes into.
+        place: of the table.
         sample: soft labels with teacher's ids, or another table's vocabulary, to number them as it does.
         vocabulary: how many ids there are; those that do not occur follow in their own order.
 
@@ -33,66 +31,65 @@ def store_vocabulary(folder: Path, sample: SoftLabels | Ints, vocabulary: int) -
     pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     name = _vocabulary_name(content)
-    publish(content, folder / name)
+    place.write(f"{SIDE_FOLDER}/{name}", content)
     return name
 
 
-def read_vocabulary(path: Path) -> Ints:
+def read_vocabulary(place: Place, name: str) -> Ints:
     """(V,) int32 token id of each rank.
 
     Raises:
         IntegrityError: if the file is not the one that was written.
     """
+    path = f"{SIDE_FOLDER}/{name}"
     try:
-        content = path.read_bytes()
+        content = place.read(path)
     except OSError as error:
-        raise IntegrityError("the table's vocabulary can't be read", found=error, where=path, do=_RESTORE) from error
-    if _vocabulary_name(content) != path.name:
+        raise IntegrityError(
+            "the table's vocabulary can't be read", found=error, where=place.where(path), do=_RESTORE
+        ) from error
+    if _vocabulary_name(content) != name:
         raise IntegrityError(
             "the table's vocabulary is damaged",
             expected="content that has the hash in the file's name",
             found=f"content with another hash, {len(content)} bytes",
-            where=path,
+            where=place.where(path),
             do=_RESTORE,
         )
     ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
     return ids
 
 
-def store_tokenizer(folder: Path, source: Path) -> str:
+def store_tokenizer(place: Place, source: Path) -> str:
     """Copy the tokenizer's files; returns the name of the folder that they are in."""
     name = _tokenizer_name(source)
-    target = folder / name
-    if not target.exists():
-        copy = target.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
-        try:
-            shutil.copytree(source, copy)
-            copy.rename(target)
-        except OSError:
-            shutil.rmtree(copy, ignore_errors=True)
-            if not target.exists():  # else another process was first, with the same files
-                raise
+    place.write_folder(source, f"{SIDE_FOLDER}/{name}")
     return name
 
 
-def check_tokenizer(path: Path) -> None:
-    """See that the tokenizer's files are those that were copied.
+def read_tokenizer(place: Place, name: str) -> Path:
+    """A folder of this machine with the tokenizer's files.
 
     Raises:
-        IntegrityError: if they are not.
+        IntegrityError: if they are not those that were copied.
     """
+    path = f"{SIDE_FOLDER}/{name}"
     try:
-        found = _tokenizer_name(path)
+        folder = place.fetch_folder(path)
+        found = _tokenizer_name(folder)
     except OSError as error:
-        raise IntegrityError("the table's tokenizer can't be read", found=error, where=path, do=_RESTORE) from error
-    if found != path.name:
+        raise IntegrityError(
+            "the table's tokenizer can't be read", found=error, where=place.where(path), do=_RESTORE
+        ) from error
+    if found != name:
         raise IntegrityError(
             "the table's tokenizer is damaged",
             expected="files that have the hash in the folder's name",
-            found=", ".join(sorted(file.name for file in path.iterdir())) or "no files",
-            where=path,
+            found=", ".join(sorted(file.name for file in folder.iterdir())) or "no files",
+            where=place.where(path),
             do=_RESTORE,
         )
+    return folder
 
 
 def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:

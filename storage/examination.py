@@ -1,6 +1,6 @@
 """Looks at every byte of one shard: that it is what was written, and that what was written makes sense."""
 
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.files import content_hash
+from storage.place import content_hash
 from storage.schema import PARTITION, ROW_KEY, without
 from storage.table import Shard, Table
 
@@ -30,11 +30,11 @@ def examine(table: Table, shard: Shard) -> Hashes:
     Raises:
         WrongShardError: if a byte is not the one that was written, or the rows do not make sense.
     """
-    path = Path(table.location, shard.path)
     try:
-        _require("bytes", path.stat().st_size, shard.bytes)
-        _require("content with the hash", content_hash(path), path.stem)
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _require("bytes", table.place.stat(shard.path).bytes, shard.bytes)
+        with table.place.fetch(shard.path) as content:
+            _require("content with the hash", content_hash(content), PurePath(shard.path).stem)
+            file = pq.ParquetFile(content, page_checksum_verification=True)
             _require("rows", file.metadata.num_rows, shard.rows)
             _require_columns(file.schema_arrow, without(table.schema, [PARTITION]))
             groups = [np.zeros(0, np.uint64)]

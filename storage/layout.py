@@ -39,7 +39,7 @@ class Rewriting:
     @property
     def in_place(self) -> bool:
         """Whether the rows stay in their table."""
-        return self.source.location == self.target.location
+        return self.source.place.address == self.target.place.address
 
 
 @dataclass

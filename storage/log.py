@@ -4,17 +4,20 @@ Delta opens one version at a time; what no version names, and what only old ones
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from storage.errors import IntegrityError
 from storage.schema import PARTITION
 from storage.table import Shard, Table
+from storage.versions import commit_file, commits
 
 _BESIDE = ("softlabel.vocabulary", "softlabel.tokenizer")
 """Properties of a version that name files in the side folder."""
+_THREADS = 8
+"""Commits that are read side by side: in a bucket, each is a request."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,28 @@ def read_log(table: Table) -> Log:
     Raises:
         IntegrityError: if a file of it is missing or damaged.
     """
-    newest = table.newest().version
-    files = {int(path.stem): path for path in Path(table.location, "_delta_log").glob("[0-9]*.json")}
+    newest, there = table.newest().version, commits(table.place)
     first = newest
-    while first - 1 in files:
+    while first - 1 in there:
         first -= 1
     replay = _Replay()
     if first:  # somebody has cleaned the log; its rest begins with a checkpoint
         replay.begin(Table.open(f"{table.location}@{first}"))
-    for version in range(first + bool(first), newest + 1):
-        try:
-            with files[version].open(encoding="utf-8") as lines:
-                for line in lines:
+    versions = range(first + bool(first), newest + 1)
+    with ThreadPoolExecutor(_THREADS, "softlabel-log") as pool:
+        jobs = [pool.submit(table.place.read, commit_file(version)) for version in versions]
+        for version, job in zip(versions, jobs, strict=True):
+            try:
+                for line in job.result().splitlines():
                     replay.step(version, json.loads(line))
-        except (KeyError, OSError, ValueError) as error:
-            raise IntegrityError(
-                "the table's log can't be read",
-                found=repr(error),
-                where=Path(table.location, "_delta_log", f"{version:020}.json"),
-                do="restore this file from a copy of the table",
-            ) from error
+            except (OSError, ValueError) as error:
+                pool.shutdown(cancel_futures=True)
+                raise IntegrityError(
+                    "the table's log can't be read",
+                    found=repr(error),
+                    where=table.place.where(commit_file(version)),
+                    do="restore this file from a copy of the table",
+                ) from error
     return Log(first, newest, replay.end(newest))
 
 
@@ -85,7 +90,7 @@ class _Replay:
         """Start from a version instead of from nothing."""
         for shard in table.shards():
             self._add(table.version, shard.path, shard)
-        self._name_beside(table.version, [table.vocabulary_file.name, table.tokenizer.name])
+        self._name_beside(table.version, [table.vocabulary_name, table.tokenizer_name])
 
     def step(self, version: int, action: dict[str, Any]) -> None:
         """Take one line of a commit into account."""

@@ -4,32 +4,34 @@ What a writer leaves that was killed, or lost a race: shards in the making, shar
 rewriting has come to, copies of vocabulary and tokenizer that another was quicker with. A vacuum drops old versions
 too, but never the newest, nor one that has a tag or the pin of a student.
 
-A writer in flight is spared. On this machine its locks are seen, whatever its age. On another they may not be; so a
-file is spared until it has lain unchanged for a grace period, by the clock that stamps this file system's files. A
-clock that jumps back makes files seem younger than they are: they stay longer. One that jumps forward by more than the
-grace period makes files of other machines seem old: then give no shorter grace period than the jump.
+A writer in flight is spared. On this machine its locks are seen, whatever its age. On another they may not be, and in
+a bucket there are none; so a file is spared until it has lain unchanged for a grace period, by the clock that stamps
+the files of its place, and its age is looked at once more before it is deleted: a writer that is about to commit a twin
+of it has made it young, and looks for it after its commit (``storage.writer``). A clock that jumps back makes files
+seem younger than they are: they stay longer. One that jumps forward by more than the grace period makes files of
+other machines seem old: then give no shorter grace period than the jump.
 """
 
 import re
-import shutil
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
 from storage.errors import TableError, UsageError
-from storage.files import SIDE_FOLDER, WRITING, gate, writer_of
 from storage.log import Log, read_log
+from storage.place import SIDE_FOLDER, WRITING, File, Place, place_of
 from storage.rewrite import REWRITTEN
 from storage.schema import PARTITION
 from storage.table import Table
-from storage.versions import needed, retire, vacuumed
+from storage.versions import LOG, needed, retire, vacuumed
 
 GRACE_HOURS = 24.0
 
-_SHARD = re.compile(r"[0-9a-f]{32}\.parquet")
+_SHARD = re.compile(rf"{PARTITION}=[^/]*/[0-9a-f]{{32}}\.parquet")
+_HALF = re.compile(rf"{SIDE_FOLDER}/.*\.tmp|{LOG}/.*\.json#.*")
+_BESIDE = re.compile(rf"{SIDE_FOLDER}/(vocabulary-[^/]*\.parquet|tokenizer-[^/]*)(?![^/])")
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,21 @@ def maintain(
     if keep_versions is not None and keep_versions < 1:
         raise UsageError("the newest version always stays", expected="at least 1 version", found=keep_versions)
     location = Table.open(location).location
+    place = place_of(location)
     try:
-        with gate(location, alone=True) as now:
+        with place.gate(alone=True) as now:
+            limit = now - round(grace_hours * 3600e9)
+            files = sorted(place.files(), key=lambda file: file.name)  # and then the log: what has come since is in it
             log = read_log(Table.open(location))
             dropped = _dropped(location, log, keep_versions)
             kept = sorted(set(log.versions) - vacuumed(location) - dropped)
-            deleted: list[Leftover] = []
-            spared: list[Leftover] = []
-            for leftover in _leftovers(Path(location), log, kept):
-                young = _is_young(Path(location, leftover.path), now - 3600 * grace_hours)
-                (spared if young else deleted).append(leftover)
+            found = list(_leftovers(files, log, kept))
+            deleted = [leftover for leftover, changed in found if not _is_young(place, leftover, changed, limit)]
             lost = _lost(log, {leftover.path for leftover in deleted}, dropped)
             if not dry_run:
                 if lost:
                     retire(location, lost)
-                for leftover in deleted:
-                    _delete(Path(location, leftover.path))
+                deleted = [leftover for leftover in deleted if _delete(place, leftover, limit)]
     except OSError as error:
         raise TableError(
             "not all that was to be deleted could be; the table is whole",
@@ -105,7 +106,8 @@ def maintain(
             where=location,
             do="mend the folder's permissions, then run the same command again",
         ) from error
-    return Maintenance(location, log.newest, dry_run, tuple(deleted), tuple(spared), tuple(sorted(lost)))
+    spared = tuple(leftover for leftover, _ in found if leftover not in deleted)
+    return Maintenance(location, log.newest, dry_run, tuple(deleted), spared, tuple(sorted(lost)))
 
 
 def _dropped(location: str, log: Log, keep_versions: int | None) -> set[int]:
@@ -119,8 +121,8 @@ def _lost(log: Log, deleted: set[str], dropped: set[int]) -> set[int]:
     return {version for named in log.named if named.path in deleted for version in named.versions if version in dropped}
 
 
-def _leftovers(folder: Path, log: Log, kept: list[int]) -> Iterator[Leftover]:
-    """What none of the kept versions (in their order) names."""
+def _leftovers(files: list[File], log: Log, kept: list[int]) -> Iterator[tuple[Leftover, int]]:
+    """What none of the kept versions (in their order) names, with its last change."""
     spans: dict[str, list[range]] = defaultdict(list)
     for named in log.named:
         spans[named.path].append(named.versions)
@@ -128,48 +130,48 @@ def _leftovers(folder: Path, log: Log, kept: list[int]) -> Iterator[Leftover]:
     def is_needed(name: str) -> bool:
         return any(bisect_left(kept, span.start) < bisect_left(kept, span.stop) for span in spans[name])
 
-    for path in sorted(folder.glob(f"{PARTITION}=*/*")):
-        name = str(path.relative_to(folder))
-        if name in spans and not is_needed(name):
-            yield _leftover(folder, path, "named by dropped versions alone")
-        elif name not in spans and _SHARD.fullmatch(path.name):
-            yield _leftover(folder, path, "a shard that was never committed")
-    side = folder / SIDE_FOLDER
-    for path in sorted(side.glob(f"{WRITING}/*")):
-        yield _leftover(folder, path, "a shard in the making that its writer has left")
-    for path in sorted(side.glob(f"{REWRITTEN}/*.parquet")):
-        yield _leftover(folder, path, "a shard of a rewriting that was not finished")
-    for path in sorted([*side.rglob("*.tmp"), *folder.glob("_delta_log/*.json#*")]):
-        yield _leftover(folder, path, "written by half")
-    for path in sorted([*side.glob("vocabulary-*.parquet"), *side.glob("tokenizer-*")]):
-        if path.suffix != ".tmp" and not is_needed(path.name):
-            yield _leftover(folder, path, "no version uses it")
+    for path, group in groupby(files, key=lambda file: _folder_or_file(file.name)):
+        if why := _why(path, path in spans, is_needed):
+            parts = list(group)
+            yield Leftover(path, sum(file.bytes for file in parts), why), max(file.changed for file in parts)
 
 
-def _leftover(folder: Path, path: Path, why: str) -> Leftover:
-    return Leftover(str(path.relative_to(folder)), sum(_size(file) for file in [path, *path.rglob("*")]), why)
+def _folder_or_file(name: str) -> str:
+    """A tokenizer's folder is one thing, whatever is in it."""
+    beside = _BESIDE.match(name)
+    return beside[0] if beside else name
 
 
-def _size(path: Path) -> int:
-    with suppress(FileNotFoundError):  # its writer has finished it, or given it up, a moment ago
-        return path.stat().st_size if path.is_file() else 0
-    return 0
+def _why(path: str, named: bool, is_needed: Callable[[str], bool]) -> str | None:
+    """Why a file is not needed; None if it is, or is none of ours."""
+    if named:
+        return None if is_needed(path) else "named by dropped versions alone"
+    if _SHARD.fullmatch(path):
+        return "a shard that was never committed"
+    if path.startswith(f"{WRITING}/"):
+        return "a shard in the making that its writer has left"
+    if path.startswith(f"{REWRITTEN}/"):
+        return "a shard of a rewriting that was not finished"
+    if _HALF.fullmatch(path):
+        return "written by half"
+    if (beside := _BESIDE.fullmatch(path)) and not is_needed(beside[1]):
+        return "no version uses it"
+    return None
 
 
-def _is_young(path: Path, limit: float) -> bool:
+def _is_young(place: Place, leftover: Leftover, changed: int, limit: int) -> bool:
     """Whether a writer may be at work on a file still."""
-    alive = writer_of(path) if path.parent.name == WRITING else None
-    if alive is not None:
-        return alive
+    alive = place.is_written(leftover.path) if leftover.path.startswith(f"{WRITING}/") else None
+    return changed > limit if alive is None else alive
+
+
+def _delete(place: Place, leftover: Leftover, limit: int) -> bool:
+    """Delete it, unless somebody is about to commit its twin, and has made it young: whether it was deleted."""
     try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return True
-    return max(stat.st_mtime, stat.st_ctime) > limit
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        changed = place.stat(leftover.path).changed
+    except FileNotFoundError:  # a bucket knows no folders
+        changed = max((file.changed for file in place.files(leftover.path)), default=limit)
+    if _is_young(place, leftover, changed, limit):
+        return False
+    place.delete(leftover.path)
+    return True

@@ -6,7 +6,6 @@ documents back; then the commit; then the tombstone; and the bytes go last. See 
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.errors import TableError
-from storage.files import SIDE_FOLDER, WRITING, gate, writer_of
 from storage.layout import Rewriting, Rewritten
 from storage.log import read_log
+from storage.place import REJECTS, SIDE_FOLDER, WRITING, Place, place_of
 from storage.reader import outline
 from storage.rewrite import REWRITTEN, ConflictError, rewrite
 from storage.schema import PARTITION
@@ -75,7 +74,7 @@ def purge(
             break
         except ConflictError:
             continue
-    with gate(location, alone=True):
+    with place_of(location).gate(alone=True):
         pass  # whoever was about to give a file its final name has done so, or sees the refuse list
     try:
         return rewritten, _delete(Table.open(location), record, rewritten.version)
@@ -89,31 +88,30 @@ def purge(
 
 
 def _delete(newest: Table, record: Purge, version: int) -> Purged:
-    location, refused = Path(newest.location), refusal(newest.location)
+    place, refused = newest.place, refusal(newest.location)
     doomed: list[str] = []
     unreadable: list[str] = []
     found: set[str] = set()
     keys: set[bytes] = set()
-    for path in _candidates(newest):
-        name = str(path.relative_to(location))
+    for name in _candidates(newest):
         try:
-            rows = [row for row in _rows(path) if refused(row[0])]
+            rows = [row for row in _rows(place, name) if refused(row[0])]
         except (OSError, ValueError, pa.ArrowException) as error:
             unreadable.append(f"{name}: can't be read ({error})")
             continue
         doomed += [name] if rows else []
         found.update(document for document, _ in rows)
         keys.update(key for _, key in rows)
-    deserted = [path for path in location.glob(f"{SIDE_FOLDER}/{WRITING}/*") if writer_of(path) is False]
+    deserted = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
     named = {shard.path: shard.versions for shard in read_log(newest).named}
     lost = {version for path in doomed for version in named.get(path, ())}
     record = bury(newest.location, record, version, [name for name in doomed if name in named], lost)
-    for path in [*(location / name for name in doomed), *deserted]:
-        path.unlink(missing_ok=True)
+    for name in [*doomed, *deserted]:
+        place.delete(name)
     return Purged(
         documents=len(record.documents),
         found=len(found),
-        files=tuple(sorted([*doomed, *(str(path.relative_to(location)) for path in deserted)])),
+        files=tuple(sorted([*doomed, *deserted])),
         versions=tuple(record.versions),
         broken=tuple(_broken(newest.location, record)),
         same_text=tuple(sorted(_holders(newest, keys))),
@@ -121,19 +119,18 @@ def _delete(newest: Table, record: Purge, version: int) -> Purged:
     )
 
 
-def _candidates(newest: Table) -> Iterator[Path]:
+def _candidates(newest: Table) -> list[str]:
     """Every file of rows but those of the newest version, which were looked at."""
-    location = Path(newest.location)
-    present = {location / shard.path for shard in newest.shards()}
-    for pattern in (f"{PARTITION}=*/*.parquet", f"{SIDE_FOLDER}/{REWRITTEN}/*.parquet"):
-        yield from sorted(set(location.glob(pattern)) - present)
+    present = {shard.path for shard in newest.shards()}
+    names = {file.name for file in newest.place.files() if file.name.endswith(".parquet")}
+    return sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, bytes]]:
+def _rows(place: Place, name: str) -> Iterator[tuple[str, bytes]]:
     """Document and key of each row of a file."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["document_id", "key"]):
-            yield from zip(*(batch.column(name).to_pylist() for name in ("document_id", "key")), strict=True)
+    file = pq.ParquetFile(place.open(name)[0])
+    for batch in file.iter_batches(columns=["document_id", "key"]):
+        yield from zip(*(batch.column(name).to_pylist() for name in ("document_id", "key")), strict=True)
 
 
 def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:
@@ -152,12 +149,14 @@ def _broken(location: str, record: Purge) -> Iterator[str]:
 
 
 def _out_of_reach(newest: Table) -> Iterator[str]:
-    location = newest.location
+    location, place = newest.location, newest.place
     yield from (f"student {pin.student}, trained on version {pin.version}" for pin in pins(location))
-    if Path(location, SIDE_FOLDER, "rejects.jsonl").exists():
-        yield f"{location}/{SIDE_FOLDER}/rejects.jsonl, which names what the newest capture left out, by id"
+    if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
+        yield f"{place.where(REJECTS)}, which names what the newest capture left out, by id"
     yield "other students that were trained on older versions, and reports about them"
     yield f"copies of {location}, and tables that softlabel reprocess made from it: purge them as well"
     yield "backups, snapshots of the file system, and an object store's own versions of deleted objects"
-    if list(Path(location, SIDE_FOLDER, WRITING).glob("*")):
+    if not place.sees_writers or any(place.files(WRITING)):
         yield "shards that are being written at this moment; their writers leave these documents out when they commit"
+    if not place.sees_writers:
+        yield f"what they have uploaded in vain: softlabel maintain {location} deletes it after its grace period"

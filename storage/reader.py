@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
+from pathlib import PurePath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import IntegrityError, TableError
-from storage.files import content_hash
+from storage.place import File, Place, content_hash
 from storage.schema import PARTITION, SOFT_LABELS
 from storage.table import Shard, Table
 from storage.takedown import tombstone
@@ -57,7 +56,7 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
         IntegrityError: if the shard is missing, truncated, or damaged in these columns.
     """
     rows = 0
-    with _open(table, shard) as file, _intact(table, shard):
+    with _open(table, shard)[0] as file, _intact(table, shard):
         for group in range(file.num_row_groups):
             part = file.read_row_group(group, columns=list(columns), use_threads=False)
             rows += len(part)
@@ -92,7 +91,7 @@ def footer(table: Table, shard: Shard) -> pq.FileMetaData:
     Raises:
         IntegrityError: if the shard is missing, truncated, or has no footer that can be read.
     """
-    with _open(table, shard) as file:
+    with _open(table, shard)[0] as file:
         return file.metadata
 
 
@@ -128,25 +127,27 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
 def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     """The Parquet file of a shard, its content checked the first time that this process opens it.
 
+    Checking reads the whole file once more: from a disk that costs far less than decoding it; from a bucket it is a
+    download of its own, so a process that reads a whole table moves each byte twice, and later passes once.
+
     Raises:
         IntegrityError: if the file is missing, truncated, or not the one that its name says.
     """
-    path = Path(table.location) / shard.path
+    parquet, file = _open(table, shard)
     with _intact(table, shard):
-        stat = path.stat()
-        found = _content_hash(str(path), stat.st_size, stat.st_mtime_ns)
-    if found != path.stem:
-        raise _damaged(table, shard, f"{stat.st_size} bytes with the hash {found}")
-    return _open(table, shard)
+        found = _content_hash(table.place, file)
+    if found != PurePath(shard.path).stem:
+        raise _damaged(table, shard, f"{file.bytes} bytes with the hash {found}")
+    return parquet
 
 
-def _open(table: Table, shard: Shard) -> pq.ParquetFile:
-    path = Path(table.location) / shard.path
+def _open(table: Table, shard: Shard) -> tuple[pq.ParquetFile, File]:
     with _intact(table, shard):
-        size = path.stat().st_size
-        if size == shard.bytes:
-            return pq.ParquetFile(path, page_checksum_verification=True)
-    raise _damaged(table, shard, f"{size} bytes")
+        source, file = table.place.open(shard.path)
+        if file.bytes == shard.bytes:
+            # Column chunks that lie side by side are read at once: from a bucket, a row group in a request or a few.
+            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True), file
+    raise _damaged(table, shard, f"{file.bytes} bytes")
 
 
 @contextmanager
@@ -158,10 +159,15 @@ def _intact(table: Table, shard: Shard) -> Iterator[None]:
         raise _damaged(table, shard, str(error)) from error
 
 
-@lru_cache(maxsize=1 << 16)
-def _content_hash(path: str, size: int, modified: int) -> str:
-    """Once for each state of a file: reading its bytes a second time costs far less than decoding them."""
-    return content_hash(Path(path))
+_HASHES: dict[tuple[str, File], str] = {}
+"""Of each state of a file that this process has looked at, by its place."""
+
+
+def _content_hash(place: Place, file: File) -> str:
+    if (place.address, file) not in _HASHES:
+        with place.fetch(file.name) as content:
+            _HASHES[place.address, file] = content_hash(content)
+    return _HASHES[place.address, file]
 
 
 def _damaged(table: Table, shard: Shard, found: str) -> TableError:
@@ -169,7 +175,7 @@ def _damaged(table: Table, shard: Shard, found: str) -> TableError:
         "a shard is damaged or missing; nothing was read from it",
         expected=f"{shard.bytes} bytes that have the hash in the file's name",
         found=found,
-        where=Path(table.location) / shard.path,
+        where=table.place.where(shard.path),
         do="restore this file from a copy of the table; or take what is damaged out of it with\n"
         f"               softlabel verify {table.location} --remove-damaged, then capture the same documents again",
     )

@@ -6,11 +6,10 @@ TABLE/_softlabel/<kind>/<name>.json
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from storage.errors import IntegrityError, TableError
-from storage.files import SIDE_FOLDER, publish
+from storage.place import SIDE_FOLDER, place_of
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,24 @@ class Records(Generic[R]):
     def __init__(self, kind: str, record: type[R]) -> None:
         self._kind, self._record = kind, record
 
-    def path(self, table: str, name: str) -> Path:
-        """Where the record of that name is."""
-        return Path(table, SIDE_FOLDER, self._kind, f"{name}.json")
-
     def all(self, table: str) -> list[R]:
         """Every record of this kind, in the order of their names.
 
         Raises:
             IntegrityError: if one of them can't be read.
         """
-        found = []
-        for path in sorted(self.path(table, "*").parent.glob("*.json")):
+        place, found = place_of(table), []
+        names = sorted(file.name for file in place.files(f"{SIDE_FOLDER}/{self._kind}"))
+        for name in (name for name in names if name.endswith(".json")):
             try:
-                found.append(self._record(**json.loads(path.read_text(encoding="utf-8"))))
+                found.append(self._record(**json.loads(place.read(name).decode())))
             except FileNotFoundError:
                 continue  # removed a moment ago
             except (OSError, ValueError, TypeError) as error:
                 raise IntegrityError(
                     f"a record in the table's {self._kind} can't be read",
                     found=error,
-                    where=path,
+                    where=place.where(name),
                     do="restore this file from a copy of the table, or delete it",
                 ) from error
         return found
@@ -68,13 +64,13 @@ class Records(Generic[R]):
             FileExistsError: if there is one and it must not be replaced.
             TableError: if it can't be written.
         """
-        path = self.path(table, name)
+        place, path = place_of(table), self._path(name)
         try:
-            publish(json.dumps(asdict(record)).encode(), path, replace=replace)
+            place.write(path, json.dumps(asdict(record)).encode(), replace=replace)
+        except FileExistsError:
+            raise
         except OSError as error:
-            if isinstance(error, FileExistsError) and path.parent.is_dir():
-                raise
-            raise _unwritable(path, error) from error
+            raise _unwritable(place.where(path), error) from error
 
     def remove(self, table: str, name: str) -> None:
         """Remove a record, if it is there.
@@ -82,11 +78,14 @@ class Records(Generic[R]):
         Raises:
             TableError: if it can't be removed.
         """
-        path = self.path(table, name)
+        place, path = place_of(table), self._path(name)
         try:
-            path.unlink(missing_ok=True)
+            place.delete(path)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _unwritable(place.where(path), error) from error
+
+    def _path(self, name: str) -> str:
+        return f"{SIDE_FOLDER}/{self._kind}/{name}.json"
 
 
 def now() -> str:
@@ -94,7 +93,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _unwritable(path: Path, error: OSError) -> TableError:
+def _unwritable(path: str, error: OSError) -> TableError:
     return TableError(
         "the table's records can't be written",
         expected="a folder that can be written, on a disk that has room",

@@ -11,7 +11,8 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,17 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from storage.codec import Ints
 from storage.errors import TableError, UsageError
-from storage.files import SIDE_FOLDER, gate, rename
 from storage.layout import Output, Rewriting, Rewritten, outputs
 from storage.narrowing import narrow, renumber
+from storage.place import SIDE_FOLDER, File, Unnamed
 from storage.reader import read
 from storage.schema import PARTITION
 from storage.shard_file import ShardFile, add_action
 from storage.table import Shard, Table
-from storage.writer import committed
+from storage.writer import all_or_nothing, committed
 
-REWRITTEN = "rewritten"
-"""Folder, in the side folder, of shards that wait for the commit."""
+REWRITTEN = f"{SIDE_FOLDER}/rewritten"
+"""Folder of shards that wait for the commit."""
 
 
 class ConflictError(TableError):
@@ -39,7 +40,7 @@ class ConflictError(TableError):
 
 @dataclass(frozen=True)
 class _Finished:
-    path: Path
+    file: Unnamed
     shard: Shard
 
 
@@ -65,14 +66,15 @@ def rewrite(
     def tell() -> None:
         watch(done.sequences + done.left + done.dropped)
 
-    try:
+    with all_or_nothing(job.target.location):
+        waiting = list(job.target.place.files(REWRITTEN))
         for output in outputs(job, done, removed, tell):
             whole = output.pieces[0][0]
             if job.in_place and output.is_just(whole):
                 removed.remove(whole)
                 done.left += whole.rows
             else:
-                finished.append(_write(job, output))
+                finished.append(_write(job, output, waiting))
                 done.sequences += output.rows
                 done.positions += output.positions
             tell()
@@ -82,28 +84,15 @@ def rewrite(
             _require_rows(job, done)
         changes = bool(finished or removed) or always
         done.version = _commit(job, finished, removed, about, done) if changes else job.target.version
-    except ConflictError:
-        for new in finished:
-            new.path.unlink(missing_ok=True)
-        raise
-    except OSError as error:
-        raise TableError(
-            "the table could not be rewritten; it is as it was",
-            expected="a folder that can be written, on a disk that has room",
-            found=error,
-            where=job.target.location,
-            do="make room or mend the permissions, then run the same command again",
-        ) from error
     return done
 
 
-def _write(job: Rewriting, output: Output) -> _Finished:
+def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished:
     """Make a shard, or find the one that a run before this one has made."""
-    folder = Path(job.target.location, SIDE_FOLDER, REWRITTEN)
-    name = _name(job, output)
-    path = next(iter(folder.glob(f"{name}-*.parquet")), None)
+    prefix = f"{REWRITTEN}/{_name(job, output)}-"
+    name = next((file.name for file in waiting if file.name.startswith(prefix)), None)
     numbering = _numbering(job)
-    if path is None:
+    if name is None:
         file = ShardFile(job.target, output.split, job.row_group)
         try:
             for shard, group, rows in output.pieces:
@@ -111,13 +100,13 @@ def _write(job: Rewriting, output: Output) -> _Finished:
                 part = narrow(part, job.narrowing, job.narrowing.seed) if job.narrowing else part
                 file.append(part if numbering is None else renumber(part, numbering))
             file.finish()
-            path = folder / f"{name}-{Path(file.shard_path).stem}.parquet"
-            file.move(path)
+            name = f"{prefix}{PurePath(file.shard_path).name}"
+            file.publish(name)
         finally:
             file.discard()
-    content = path.stem.rpartition("-")[2]
-    target = f"{PARTITION}={output.split}/{content}.parquet"
-    return _Finished(path, Shard(target, output.split, output.rows, path.stat().st_size))
+    place = job.target.place
+    path = f"{PARTITION}={output.split}/{name.removeprefix(prefix)}"
+    return _Finished(place.waiting(name), Shard(path, output.split, output.rows, place.stat(name).bytes))
 
 
 def _numbering(job: Rewriting) -> Ints | None:
@@ -151,15 +140,25 @@ def _commit(
         "positions": -done.dropped_positions if job.in_place else done.positions,
         "bytes": done.bytes,
     }
-    with gate(job.target.location):
-        _require_unchanged(job, job.target.newest(), removed)
-        for new in finished:
-            rename(new.path, Path(job.target.location, new.shard.path))
-        while True:
-            newest = job.target.newest()
-            _require_unchanged(job, newest, removed)
-            if committed(newest, actions, {**about, **counts}):
-                return newest.version + 1
+    publications = [partial(new.file.publish, new.shard.path) for new in finished]
+    try:
+        with job.target.place.gate():
+            while True:
+                newest = job.target.newest()
+                _require_unchanged(job, newest, removed)
+                if committed(newest, actions, {**about, **counts}, publications):
+                    break
+    except ConflictError:
+        _discard(finished)
+        raise
+    _discard(finished)
+    return newest.version + 1
+
+
+def _discard(finished: Sequence[_Finished]) -> None:
+    """They are in the table by now, or have come too late."""
+    for new in finished:
+        new.file.discard()
 
 
 def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) -> None:

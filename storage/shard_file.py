@@ -1,9 +1,9 @@
 """One Parquet file of a table, from its first row to its final name."""
 
 import json
+import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
 from storage.errors import IntegrityError
-from storage.files import WRITING, content_hash, rename, start_writing
+from storage.place import content_hash
 from storage.schema import PARTITION, row_keys, without
 from storage.table import Shard, Table
 
@@ -31,7 +31,7 @@ class ShardFile:
     """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
 
     def __init__(self, table: Table, split: str, row_group: int) -> None:
-        self._location = Path(table.location)
+        self._place = table.place
         self._schema = without(table.schema, [PARTITION])
         self._split = split
         self._row_group = row_group
@@ -39,12 +39,11 @@ class ShardFile:
         self._open()
 
     def _open(self) -> None:
-        self._path, self._mark = start_writing(str(self._location), ".parquet")
+        self._draft = self._place.draft()
         try:
-            self._writer = pq.ParquetWriter(self._path, self._schema, **parquet_options(self._schema))
+            self._writer = pq.ParquetWriter(self._draft.file, self._schema, **parquet_options(self._schema))
         except OSError:
-            self._path.unlink(missing_ok=True)
-            self._mark.close()
+            self._draft.discard()
             raise
         self.keys: dict[RowKey, None] = {}
         self.positions = 0
@@ -72,18 +71,18 @@ class ShardFile:
         if self._buffer:
             self._write_row_group(sum(map(len, self._buffer)))
         self._writer.close()
-        found = pq.read_metadata(self._path).num_rows
+        self._draft.file.flush()
+        found = pq.read_metadata(self._draft.file).num_rows
         if found != len(self.keys):
-            expected = f"{len(self.keys)} rows"
-            raise IntegrityError("a shard was not written whole", expected=expected, found=found, where=self._path)
-        self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._path)}.parquet"
+            raise IntegrityError("a shard was not written whole", expected=f"{len(self.keys)} rows", found=found)
+        self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._draft.file)}.parquet"
 
     def drop(self, taken: set[RowKey]) -> None:
         """Leave out rows that the table has from another; the file that held them is nobody's from then on."""
         kept = [key not in taken for key in self.keys]
         if all(kept):
             return
-        rows = pq.read_table(self._path, schema=self._schema).filter(pa.array(kept))
+        rows = pq.ParquetFile(self._draft.file).read().cast(self._schema).filter(pa.array(kept))
         self.discard()
         self._open()
         if len(rows):
@@ -93,30 +92,21 @@ class ShardFile:
     @property
     def shard(self) -> Shard:
         """What the finished file is to a table."""
-        return Shard(self.shard_path, self._split, len(self.keys), self._path.stat().st_size)
+        return Shard(self.shard_path, self._split, len(self.keys), os.fstat(self._draft.file.fileno()).st_size)
 
-    def publish(self) -> int:
-        """Give the file its final name, where a reader of a version that has it looks; returns its bytes.
+    def publish(self, name: str | None = None) -> None:
+        """Give the file its final name, where a reader of a version that has it looks; or another one meanwhile.
 
         Another writer with the very same rows makes the very same file: the name is then there already, and whoever
         commits first has it.
         """
-        self.move(self._location / self.shard_path)
-        return self.shard.bytes
-
-    def move(self, target: Path) -> None:
-        """Give the finished file another name; it is not discarded then."""
-        if self._path != target:
-            rename(self._path, target)
-            self._path = target
+        self._draft.publish(name or self.shard_path)
 
     def discard(self) -> None:
-        """Remove the temporary file. A published one stays: another writer may be about to commit its twin."""
+        """Let go of the file; what was published stays, since another writer may be about to commit its twin."""
         with suppress(OSError):  # a full disk has no room for the footer either
             self._writer.close()
-        if self._path.parent.name == WRITING:
-            self._path.unlink(missing_ok=True)
-        self._mark.close()
+        self._draft.discard()
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
     TABLE/_softlabel/tags/, pins/, vacuumed/                          (``storage.versions``)
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,17 @@ from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
-from storage.beside import read_vocabulary, store_tokenizer, store_vocabulary
+from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError
-from storage.files import SIDE_FOLDER
+from storage.place import place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from storage.versions import parse, resolve
+from storage.versions import LOG, commits, parse, resolve
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
+_COMMIT = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ class Table:
     """One version of a table; the version does not move when others commit.
 
     Attributes:
-        location: the table's folder.
+        location: the table's folder, or its URL.
+        place: where its files are.
         identity: all that its numbers depend on.
-        vocabulary_file: numbers the token ids; see ``vocabulary``.
-        tokenizer: folder with the teacher's tokenizer.
+        vocabulary_name: of the file that numbers the token ids; see ``vocabulary``.
+        tokenizer_name: of the folder with the teacher's tokenizer; see ``tokenizer``.
     """
 
     def __init__(self, location: str, delta: DeltaTable) -> None:
         self.location = location
+        self.place = place_of(location)
         self._delta = delta
         settings = delta.metadata().configuration
         if settings.get("softlabel.format") != str(FORMAT):
@@ -67,8 +71,8 @@ class Table:
                 do="check the path, or read it with the version of softlabel that made it",
             )
         self.identity = Identity.model_validate_json(settings["softlabel.identity"])
-        self.vocabulary_file = Path(location, SIDE_FOLDER, settings["softlabel.vocabulary"])
-        self.tokenizer = Path(location, SIDE_FOLDER, settings["softlabel.tokenizer"])
+        self.vocabulary_name: str = settings["softlabel.vocabulary"]
+        self.tokenizer_name: str = settings["softlabel.tokenizer"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process, such as a loader's worker, opens the same version for itself."""
@@ -77,8 +81,7 @@ class Table:
     @staticmethod
     def exists(location: str) -> bool:
         """Whether there is a table, of softlabel's or another's making."""
-        path = parse(location)[0]
-        return Path(path).is_dir() and bool(DeltaTable.is_deltatable(path))
+        return any(_COMMIT.fullmatch(file.name) for file in place_of(parse(location)[0]).files(LOG))
 
     @classmethod
     def open(cls, location: str) -> Self:
@@ -103,7 +106,7 @@ class Table:
                     where=location,
                     do="check the path, or run softlabel capture",
                 ) from error
-            if version is not None and not Path(path, "_delta_log", f"{version:020}.json").exists():
+            if version is not None and version not in commits(place_of(path)):
                 raise TableNotFoundError(
                     f"there is no version {version} of this table",
                     found=found,
@@ -113,7 +116,7 @@ class Table:
             raise IntegrityError(
                 "the table's log can't be read",
                 found=found,
-                where=Path(path, "_delta_log"),
+                where=place_of(path).where(LOG),
                 do="restore this folder from a copy of the table",
             ) from error
 
@@ -124,7 +127,7 @@ class Table:
         """Make a table, or adopt the one that another process has made meanwhile.
 
         Args:
-            location: a folder; made if it is not there.
+            location: a folder, made if it is not there; or s3://BUCKET/PREFIX.
             identity: of what will be added.
             carried: columns that the documents bring.
             sample: soft labels that show how often each id occurs; the ids are numbered by that, once for all. Or
@@ -134,14 +137,14 @@ class Table:
         Raises:
             ProvenanceError: if another process made a table of another identity first.
         """
-        schema, beside = row_schema(carried), Path(location, SIDE_FOLDER)
+        schema, place = row_schema(carried), place_of(location)
         try:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
                 "softlabel.format": str(FORMAT),
                 "softlabel.identity": identity.model_dump_json(),
-                "softlabel.vocabulary": store_vocabulary(beside, sample, identity.vocabulary),
-                "softlabel.tokenizer": store_tokenizer(beside, tokenizer),
+                "softlabel.vocabulary": store_vocabulary(place, sample, identity.vocabulary),
+                "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
             DeltaTable.create(
                 location,
@@ -208,7 +211,16 @@ class Table:
         Raises:
             IntegrityError: if the file is not the one that was written.
         """
-        return read_vocabulary(self.vocabulary_file)
+        return read_vocabulary(self.place, self.vocabulary_name)
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """Folder of this machine with the teacher's tokenizer.
+
+        Raises:
+            IntegrityError: if its files are not those that were copied.
+        """
+        return read_tokenizer(self.place, self.tokenizer_name)
 
     @cached_property
     def ranks(self) -> Ints:

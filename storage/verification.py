@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake.transaction import RemoveAction
 
-from storage.beside import check_tokenizer, read_vocabulary
+from storage.beside import read_tokenizer, read_vocabulary
 from storage.errors import IntegrityError
 from storage.examination import Hashes, WrongShardError, examine
 from storage.log import Log, read_log
+from storage.place import SIDE_FOLDER
 from storage.provenance import circumstances
+from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import RowKey
 from storage.table import Shard, Table
@@ -184,11 +184,11 @@ class _Opened:
     def beside(self, version: int) -> Iterator[Finding]:
         """What is wrong with a version's vocabulary and tokenizer."""
         table = self[version]
-        for check, path in ((read_vocabulary, table.vocabulary_file), (check_tokenizer, table.tokenizer)):
+        for check, name in ((read_vocabulary, table.vocabulary_name), (read_tokenizer, table.tokenizer_name)):
             try:
-                check(path)
+                check(table.place, name)
             except IntegrityError as error:
-                yield Finding(str(path.relative_to(table.location)), str(error).splitlines()[0])
+                yield Finding(f"{SIDE_FOLDER}/{name}", str(error).splitlines()[0])
 
 
 class _Rows:
@@ -216,8 +216,7 @@ class _Rows:
             rows = np.flatnonzero(np.isin(part, suspects))
             if not len(rows):
                 continue
-            with pq.ParquetFile(Path(self._table.location, shard.path)) as file:
-                keys = row_keys(file.read(columns=list(ROW_KEY)).take(pa.array(rows)))
+            keys = row_keys(pa.concat_tables(outline(self._table, shard, ROW_KEY)).take(pa.array(rows)))
             others = Counter(first.setdefault(key, shard.path) for key in set(keys))
             del others[shard.path]
             others += Counter({shard.path: len(keys) - len(set(keys))})
@@ -235,6 +234,5 @@ def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
 
 def _orphans(table: Table, log: Log) -> tuple[str, ...]:
     named = {named.path for named in log.named}
-    folder = Path(table.location)
-    paths = (str(path.relative_to(folder)) for path in folder.glob(f"{PARTITION}=*/*"))
+    paths = (file.name for file in table.place.files() if file.name.startswith(f"{PARTITION}="))
     return tuple(sorted(path for path in paths if path not in named))

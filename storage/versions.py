@@ -16,16 +16,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from storage.errors import TableError, TableNotFoundError, UsageError
+from storage.place import Place, place_of
 from storage.provenance import user
 from storage.records import Record, Records, now
 from storage.takedown import explain, lost
 
-if TYPE_CHECKING:
-    from storage.table import Table
-
+LOG = "_delta_log"
+"""Folder of the commits."""
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
 """What a tag may be called."""
 
@@ -60,10 +59,10 @@ _TAGS, _PINS, _VACUUMED = Records("tags", Tag), Records("pins", Pin), Records("v
 def parse(location: str) -> tuple[str, int | str | None]:
     """``PATH@12`` to path and version, ``PATH@name`` to path and tag; without either, the newest version is meant.
 
-    A folder that has an @ in its own name is taken for what it is.
+    A folder that has an @ in its own name is taken for what it is; so is a prefix of a bucket.
     """
     match = re.fullmatch(rf"(.+)@(\d+|{TAG})", location)
-    if match is None or Path(location).is_dir():
+    if match is None or place_of(location).exists():
         return location, None
     return match[1], int(match[2]) if match[2].isdigit() else match[2]
 
@@ -86,7 +85,7 @@ def tags(table: str) -> dict[str, Tag]:
     return {tag.name: tag for tag in _TAGS.all(table)}
 
 
-def tag(table: "Table", name: str) -> Tag:
+def tag(table: str, version: int, name: str) -> Tag:
     """Name a table's version. To name it twice the same is no error; of two processes that differ, one wins.
 
     Raises:
@@ -96,24 +95,24 @@ def tag(table: "Table", name: str) -> Tag:
     """
     if not re.fullmatch(TAG, name):
         raise UsageError("that can't be a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name))
-    made = Tag(now(), user(), name, table.version)
+    made = Tag(now(), user(), name, version)
     try:
-        _TAGS.write(table.location, name, made, replace=False)
+        _TAGS.write(table, name, made, replace=False)
     except FileExistsError:
-        there = tags(table.location).get(name)
-        if there is not None and there.version == made.version:
+        there = tags(table).get(name)
+        if there is not None and there.version == version:
             return there
         raise TableError(
             f"the tag {name} is taken, and a tag never moves",
-            expected=f"no tag {name}, or one of version {made.version}",
+            expected=f"no tag {name}, or one of version {version}",
             found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "it was just freed",
-            where=table.location,
-            do=f"choose another name, or free this one: softlabel maintain {table.location} --untag {name}",
+            where=table,
+            do=f"choose another name, or free this one: softlabel maintain {table} --untag {name}",
         ) from None
     try:
-        _require_kept(table.location, table.version)
+        _require_kept(table, version)
     except TableNotFoundError:
-        _TAGS.remove(table.location, name)
+        _TAGS.remove(table, name)
         raise
     return made
 
@@ -134,19 +133,19 @@ def pins(table: str) -> list[Pin]:
     return sorted(_PINS.all(table), key=lambda pin: (pin.version, pin.student))
 
 
-def pin(table: "Table", student: Path) -> Pin:
+def pin(table: str, version: int, student: Path) -> Pin:
     """Keep a version for a student, instead of the one that the same folder held before.
 
     Raises:
         TableError: if that can't be written.
         TableNotFoundError: if the version is vacuumed at this moment.
     """
-    made = Pin(now(), user(), str(student.absolute()), table.version)
-    _PINS.write(table.location, _pin_name(made.student), made, replace=True)
+    made = Pin(now(), user(), str(student.absolute()), version)
+    _PINS.write(table, _pin_name(made.student), made, replace=True)
     try:
-        _require_kept(table.location, table.version)
+        _require_kept(table, version)
     except TableNotFoundError:
-        _PINS.remove(table.location, _pin_name(made.student))
+        _PINS.remove(table, _pin_name(made.student))
         raise
     return made
 
@@ -186,8 +185,18 @@ def vacuumed(table: str) -> set[int]:
 
 def remaining(table: str) -> set[int]:
     """Versions that can be opened."""
-    logs = Path(table, "_delta_log").glob("[0-9]*.json")
-    return {int(path.stem) for path in logs} - vacuumed(table)
+    return commits(place_of(table)) - vacuumed(table)
+
+
+def commits(place: Place) -> set[int]:
+    """Versions whose commits are in a table's log."""
+    names = (re.fullmatch(rf"{LOG}/(\d{{20}})\.json", file.name) for file in place.files(LOG))
+    return {int(match[1]) for match in names if match}
+
+
+def commit_file(version: int) -> str:
+    """Where the commit that made a version is."""
+    return f"{LOG}/{version:020}.json"
 
 
 def retire(table: str, versions: Iterable[int]) -> None:
@@ -197,7 +206,7 @@ def retire(table: str, versions: Iterable[int]) -> None:
         TableError: if one of them has just been tagged or pinned; then all of them stay.
     """
     name, retired = uuid.uuid4().hex, sorted(versions)
-    _VACUUMED.write(table, name, Vacuumed(now(), user(), retired), replace=False)
+    _VACUUMED.write(table, name, Vacuumed(now(), user(), retired), replace=True)
     if taken := needed(table).intersection(retired):
         _VACUUMED.remove(table, name)
         raise TableError(

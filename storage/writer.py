@@ -4,7 +4,7 @@ Any number of writers may add to one table at once, also the same rows: whoever 
 has brought. A writer that dies, or loses such a race, leaves files that no version names; ``maintain`` removes them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from storage.codec import SoftLabels, encode
 from storage.errors import TableError
-from storage.files import gate
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import ShardFile, add_action
@@ -93,7 +92,7 @@ class ShardWriter:
         Raises:
             TableError: if the disk is full or the folder can't be written.
         """
-        with self._explained():
+        with all_or_nothing(self._table.location):
             for split in pc.unique(rows.column(PARTITION)).to_pylist():
                 if split not in self._files:
                     self._files[split] = ShardFile(self._table, split, self._row_group)
@@ -108,11 +107,11 @@ class ShardWriter:
         Raises:
             TableError: if the disk is full or the folder can't be written; the table is then as it was.
         """
-        with self._explained():
+        with all_or_nothing(self._table.location):
             files = list(self._files.values())
             for file in files:
                 file.finish()
-        with self._explained(), gate(self._table.location):
+        with all_or_nothing(self._table.location), self._table.place.gate():
             while True:
                 newest = self._table.newest()
                 self._drop_refused(files)
@@ -123,10 +122,11 @@ class ShardWriter:
                     newest.version + bool(new),
                     sum(len(file.keys) for file in new),
                     sum(file.positions for file in new),
-                    sum(file.publish() for file in new),
+                    sum(file.shard.bytes for file in new),
                 )
                 counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
-                if not new or committed(newest, [add_action(file.shard) for file in new], {**about, **counts}):
+                actions = [add_action(file.shard) for file in new]
+                if not new or committed(newest, actions, {**about, **counts}, [file.publish for file in new]):
                     return total
 
     def _drop_refused(self, files: list["ShardFile"]) -> None:
@@ -148,28 +148,42 @@ class ShardWriter:
                     for file in files:
                         file.drop(taken)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, DeltaError) as error:
-            raise TableError(
-                "rows could not be written; the table is as it was",
-                expected="a folder that can be written, on a disk that has room",
-                found=error,
-                where=self._table.location,
-                do="make room or mend the permissions, then run the same command again",
-            ) from error
+
+@contextmanager
+def all_or_nothing(location: str) -> Iterator[None]:
+    """Say of whatever stops a change of a table, up to its commit, that nothing has changed.
+
+    Raises:
+        TableError: if the disk is full or the folder can't be written.
+    """
+    try:
+        yield
+    except (OSError, DeltaError) as error:
+        raise TableError(
+            "the table could not be written; it is as it was",
+            expected="a folder that can be written, on a disk that has room",
+            found=error,
+            where=location,
+            do="make room or mend the permissions, then run the same command again",
+        ) from error
 
 
-def committed(newest: Table, actions: Sequence[AddAction | RemoveAction], about: Mapping[str, Any]) -> bool:
+def committed(
+    newest: Table,
+    actions: Sequence[AddAction | RemoveAction],
+    about: Mapping[str, Any],
+    publications: Sequence[Callable[[], None]] = (),
+) -> bool:
     """Try to commit on top of ``newest``; False if another commit came first.
 
     Args:
         newest: the newest version of the table as far as the caller has seen it.
         actions: shards that come and shards that go, all of them or none.
         about: what the table's history is to say of it.
+        publications: give the new shards their names, or see that they have them still.
     """
+    for publish in publications:
+        publish()
     delta = DeltaTable(newest.location, version=newest.version)
     # No retries inside delta-rs: the caller has to see first what another commit has changed.
     properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: dict(about)}, max_commit_retries=0)
@@ -181,6 +195,9 @@ def committed(newest: Table, actions: Sequence[AddAction | RemoveAction], about:
         if newest.newest().version == newest.version:
             raise
         return False
+    # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.
+    for publish in publications:
+        publish()
     return True
 
 

@@ -40,7 +40,7 @@ def test_a_smaller_table(table: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("prefect")
 def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pin(Table.open(table), tmp_path / "student")
+    pin(table, Table.open(table).version, tmp_path / "student")
     (tmp_path / "ids").write_text("a1\na2\n")
     assert run(["reprocess", table, "--purge", str(tmp_path / "ids")]) == 0
     shown = capsys.readouterr().out

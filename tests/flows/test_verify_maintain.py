@@ -139,7 +139,7 @@ def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
     (table / damaged.path).write_bytes(b"x" * damaged.bytes)
     remove_damaged(verify(Table.open(str(table))))
     last = Table.open(str(table)).version
-    tag(Table.open(f"{table}@{last - 1}"), "before")
+    tag(str(table), last - 1, "before")
     vacuum = ("maintain", table, "--vacuum", "--keep-versions", "1", "--grace-hours", "0")
     assert softlabel(capsys, *vacuum)[1]["deletion"]["deleted"] == []
     untag(str(table), "before")

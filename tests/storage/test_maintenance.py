@@ -13,9 +13,8 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
-from storage import files, maintenance
+from storage import folder, maintenance
 from storage.errors import TableError, TableNotFoundError, UsageError
-from storage.files import start_writing
 from storage.maintenance import maintain
 from storage.table import Table
 from storage.verification import Finding, Verification, remove_damaged, verify
@@ -154,9 +153,10 @@ def test_a_dead_writer_of_this_machine_need_not_be_waited_for(table: Table):
 def test_a_writer_of_another_machine_has_the_grace_period(table: Table, monkeypatch: pytest.MonkeyPatch):
     """Its locks may not be seen from here, so only time tells."""
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(files, "_machine", lambda: "elsewhere")
-        path, mark = start_writing(table.location, ".parquet")
-        mark.close()
+        elsewhere.setattr(folder, "_machine", lambda: "elsewhere")
+        draft = table.place.draft()
+        draft.file.close()
+        path = Path(draft.file.name)
     assert paths(maintain(table.location).spared) == {f"_softlabel/writing/{path.name}"}
     assert path.exists()
     assert len(maintain(table.location, grace_hours=0).deleted) == 1
@@ -229,12 +229,12 @@ def test_vacuum_drops_old_versions_and_says_so(filled: Table):
 
 
 def hold_tag(table: Table) -> Callable[[], object]:
-    tag(table, "gold")
+    tag(table.location, table.version, "gold")
     return lambda: untag(table.location, "gold")
 
 
 def hold_pin(table: Table) -> Callable[[], object]:
-    pin(table, Path("/student"))
+    pin(table.location, table.version, Path("/student"))
     return lambda: unpin(table.location, "/student")
 
 
@@ -257,13 +257,13 @@ def vacuum(location: str, deletions: int, dying: Queue) -> None:
     """Die without a word after so many deletions."""
     real = maintenance._delete
 
-    def delete(path: Path) -> None:
+    def delete(*args: object) -> bool:
         nonlocal deletions
         if not deletions:
             dying.put(None)
             os.kill(os.getpid(), 9)
         deletions -= 1
-        real(path)
+        return real(*args)
 
     maintenance._delete = delete
     maintain(location, keep_versions=1, grace_hours=0)
@@ -335,7 +335,7 @@ def test_ten_thousand_shards_open_within_a_second(table: Table):
 
 def test_a_writer_waits_for_maintenance(filled: Table):
     """Between the moment in which its file gets its name and its commit, nobody may take the file for an orphan."""
-    with files.gate(filled.location, alone=True):
+    with filled.place.gate(alone=True):
         writer = PROCESSES.Process(target=add, args=(filled, ["c"]))
         writer.start()
         writer.join(0.5)

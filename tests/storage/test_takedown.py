@@ -122,7 +122,7 @@ def test_a_writer_about_to_commit_is_thrown_back(filled: Table, monkeypatch: pyt
 def rewrite_only(location: str) -> None:
     """A take-down as far as its commit; the rest would wait for the writer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "gate", stop)
+        patch.setattr(module, "place_of", stop)
         with pytest.raises(KeyboardInterrupt):
             take_down(location)
 
@@ -163,9 +163,9 @@ def test_files_that_no_version_names_go_too(filled: Table) -> None:
 
 
 def test_it_says_what_it_breaks_and_what_it_can_not_reach(filled: Table, tmp_path: Path) -> None:
-    pin(filled, tmp_path / "student")
-    tag(filled, "paper")
-    tag(Table.open(f"{filled.location}@0"), "empty")
+    pin(filled.location, filled.version, tmp_path / "student")
+    tag(filled.location, filled.version, "paper")
+    tag(filled.location, 0, "empty")
     done = take_down(filled.location)
     assert done.broken == (f"student {tmp_path}/student, of version 2", "tag paper, of version 2")
     reach = "\n".join(done.out_of_reach)
@@ -224,7 +224,7 @@ def test_a_file_that_can_not_be_deleted(filled: Table, monkeypatch: pytest.Monke
         raise PermissionError(13, "Permission denied", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Path, "unlink", lambda self, **more: refuse(self) if "split=" in str(self) else None)
+        patch.setattr(Path, "unlink", lambda self, **more: refuse(self) if "split=" in str(self) else None)
         with pytest.raises(TableError, match="not every file"):
             take_down(filled.location)
     assert on_disk(filled.location) & {*GONE}

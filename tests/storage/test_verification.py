@@ -15,7 +15,7 @@ from deltalake.transaction import AddAction
 
 from storage.errors import IntegrityError
 from storage.examination import examine
-from storage.files import content_hash
+from storage.place import content_hash
 from storage.reader import read
 from storage.schema import ROW_KEY, row_keys
 from storage.shard_file import parquet_options
@@ -120,7 +120,8 @@ def forge(table: Table, name: str, change, count: int = 5, claimed: int | None =
     forged = change(original.set_column(original.column_names.index("document_id"), original.field("document_id"), ids))
     path = Path(table.location, "split=train/forged.parquet")
     pq.write_table(forged, path, **parquet_options(forged.schema))
-    path = path.rename(path.with_name(f"{content_hash(path)}.parquet"))
+    with path.open("rb") as file:
+        path = path.rename(path.with_name(f"{content_hash(file)}.parquet"))
     delta = DeltaTable(table.location)
     statistics = json.dumps({"numRecords": len(forged) if claimed is None else claimed})
     action = AddAction(relative(table, path), path.stat().st_size, {"split": "train"}, 0, True, statistics)

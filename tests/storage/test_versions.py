@@ -19,7 +19,7 @@ def at(table: Table, version: int) -> Table:
 
 
 def test_a_tag_opens_its_version_for_good(filled: Table):
-    tag(at(filled, 1), "gold")
+    tag(filled.location, 1, "gold")
     add(filled, ["c"])
     opened = Table.open(f"{filled.location}@gold")
     assert (opened.version, opened.location) == (1, filled.location)
@@ -28,17 +28,17 @@ def test_a_tag_opens_its_version_for_good(filled: Table):
 
 
 def test_a_tag_never_moves_silently(filled: Table):
-    made = tag(at(filled, 1), "gold")
-    assert tag(at(filled, 1), "gold") == made
+    made = tag(filled.location, 1, "gold")
+    assert tag(filled.location, 1, "gold") == made
     with pytest.raises(TableError, match=r"gold is taken(.|\n)*version 1, tagged(.|\n)*--untag gold"):
-        tag(filled, "gold")
+        tag(filled.location, filled.version, "gold")
     assert untag(filled.location, "gold") == made
-    assert tag(filled, "gold").version == 2
+    assert tag(filled.location, filled.version, "gold").version == 2
     assert Table.open(f"{filled.location}@gold").version == 2
 
 
 def test_a_tag_that_is_not_there(filled: Table):
-    tag(filled, "gold")
+    tag(filled.location, filled.version, "gold")
     with pytest.raises(TableNotFoundError, match=r"no tag golf(.|\n)*did you mean .*@gold\?"):
         Table.open(f"{filled.location}@golf")
     with pytest.raises(TableNotFoundError, match="no tag silver"):
@@ -48,7 +48,7 @@ def test_a_tag_that_is_not_there(filled: Table):
 @pytest.mark.parametrize("name", ["", "1st", "a/b", "../x", "a b", "ä", ".hidden", "a@b"])
 def test_what_can_not_be_a_tag(filled: Table, name: str):
     with pytest.raises(UsageError, match="can't be a tag"):
-        tag(filled, name)
+        tag(filled.location, filled.version, name)
     assert tags(filled.location) == {}
 
 
@@ -65,7 +65,7 @@ def tag_often(location: str, version: int, start: Barrier, said: Queue) -> None:
     for n in range(10):
         start.wait(30)
         try:
-            tag(table, f"tag{n}")
+            tag(table.location, table.version, f"tag{n}")
             won.append(n)
         except TableError as error:
             lost.append("a tag never moves" in str(error))
@@ -85,13 +85,13 @@ def test_two_processes_that_want_one_name(filled: Table):
 
 
 def test_a_student_holds_the_version_that_it_read_last(filled: Table, tmp_path: Path):
-    pin(at(filled, 1), tmp_path / "a")
-    pin(filled, tmp_path / "b")
+    pin(filled.location, 1, tmp_path / "a")
+    pin(filled.location, filled.version, tmp_path / "b")
     assert [(held.student, held.version) for held in pins(filled.location)] == [
         (str(tmp_path / "a"), 1),
         (str(tmp_path / "b"), 2),
     ]
-    pin(filled, tmp_path / "a")
+    pin(filled.location, filled.version, tmp_path / "a")
     assert [held.version for held in pins(filled.location)] == [2, 2]
     assert unpin(filled.location, str(tmp_path / "a")).version == 2
     assert [held.student for held in pins(filled.location)] == [str(tmp_path / "b")]
@@ -101,7 +101,7 @@ def test_a_student_holds_the_version_that_it_read_last(filled: Table, tmp_path: 
 
 def test_a_pin_is_released_by_the_path_that_was_typed(filled: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    pin(filled, Path("runs/a"))
+    pin(filled.location, filled.version, Path("runs/a"))
     unpin(filled.location, "runs/a")
     assert pins(filled.location) == []
 
@@ -117,15 +117,21 @@ def test_a_vacuumed_version_says_when_and_which_remain(filled: Table):
 
 
 def test_a_version_that_is_needed_is_not_retired(filled: Table, tmp_path: Path):
-    tag(at(filled, 1), "gold")
-    pin(filled, tmp_path / "a")
+    tag(filled.location, 1, "gold")
+    pin(filled.location, filled.version, tmp_path / "a")
     for needed in (1, 2):
         with pytest.raises(TableError, match="needed since a moment ago"):
             retire(filled.location, [0, needed])
     assert at(filled, 0).version == 0
 
 
-@pytest.mark.parametrize("hold", [lambda table: tag(table, "gold"), lambda table: pin(table, Path("a"))])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda table: tag(table.location, table.version, "gold"),
+        lambda table: pin(table.location, table.version, Path("a")),
+    ],
+)
 def test_who_comes_a_moment_after_the_vacuum_is_told_and_holds_nothing(filled: Table, hold):
     opened = at(filled, 1)
     retire(filled.location, [1])
@@ -141,7 +147,7 @@ def hold_and_tell(location: str, start: Barrier, said: Queue) -> None:
         table = Table.open(f"{location}@{version}")
         start.wait(30)
         try:
-            held.append(tag(table, f"tag{version}"))
+            held.append(tag(table.location, table.version, f"tag{version}"))
         except TableNotFoundError:
             held.append(None)
     said.put(held)
@@ -167,7 +173,7 @@ def test_never_both_held_and_vacuumed(table: Table):
 
 
 def test_a_damaged_record_is_named(filled: Table):
-    tag(filled, "gold")
+    tag(filled.location, filled.version, "gold")
     path = Path(filled.location, "_softlabel/tags/gold.json")
     for content in ("", json.dumps({"name": "gold"})):
         path.write_text(content)
@@ -178,7 +184,10 @@ def test_a_damaged_record_is_named(filled: Table):
 def test_a_folder_that_can_not_be_written(filled: Table, tmp_path: Path):
     for kind in ("tags", "pins"):
         Path(filled.location, "_softlabel", kind).write_text("a file where the folder should be")
-    for hold in (lambda: tag(filled, "gold"), lambda: pin(filled, tmp_path / "a")):
+    for hold in (
+        lambda: tag(filled.location, filled.version, "gold"),
+        lambda: pin(filled.location, filled.version, tmp_path / "a"),
+    ):
         with pytest.raises(TableError, match="can't be written"):
             hold()
 
