@@ -30,7 +30,7 @@ class ClassifierTeacher(TransformersTeacher):
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
     ) -> Iterator[torch.Tensor]:
         """See ``Teacher.logits``; each sequence has one position, and is read whole."""
-        inputs = padded(sequences, self._model.config, self.checkpoint.tokenizer)
+        inputs = padded(sequences, padding_id(self._model, self.checkpoint.tokenizer))
         yield self._model(**{name: values.to(self.device) for name, values in inputs.items()}).logits.float()
 
 
@@ -52,31 +52,32 @@ class LabelTeacher:
             yield rows, _certain(class_ids(rows.column("label").to_pylist(), self.classes).astype(np.int32))
 
 
-def padded(sequences: Sequence[NDArray[np.int32]], config: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """What a classifier is called with: the sequences side by side, padded on the right, and where they end.
-
-    Args:
-        sequences: token ids, each (length,).
-        config: of the model; says which id is padding, for architectures that look for the last token that is none.
-        tokenizer: says so where the model does not.
-
-    Returns:
-        input_ids (N, longest) and attention_mask (N, longest), int64.
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """The id that pads a model's sequences. The model is told, if its configuration does not say: some architectures
+    look for the last token that is no padding.
 
     Raises:
-        TeacherError: if neither says so, and the sequences differ in length.
+        TeacherError: if neither model nor tokenizer has one.
     """
-    pad = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    if pad is None and int(lengths.min()) != int(lengths.max()):
+    config = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
         raise TeacherError(
             "there is no padding token",
             expected="pad_token_id in config.json, or a pad token of the tokenizer",
             found="neither",
+            where=config.name_or_path,
             do="set one and save model and tokenizer again",
         )
+    return int(config.pad_token_id)
+
+
+def padded(sequences: Sequence[NDArray[np.int32]], pad: int) -> dict[str, Tensor]:
+    """What a classifier is called with: input_ids and attention_mask, (N, longest) int64, padded on the right."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    ids = torch.full_like(mask, pad or 0)
+    ids = torch.full_like(mask, pad)
     ids[mask.bool()] = torch.from_numpy(np.concatenate(sequences)).long()
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -57,7 +57,8 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     student = type(teacher)(type(config).from_dict(settings)).to(teacher.dtype)
     teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
     student.load_state_dict(teacher.state_dict())
-    student.generation_config = teacher.generation_config
+    if student.can_generate():
+        student.generation_config = teacher.generation_config
     return student
 
 

@@ -51,6 +51,23 @@ def build(config: StudentConfig, table: Table) -> PreTrainedModel:
         UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or output layer does not fit.
     """
+    require_one_source(config)
+    dtype = getattr(torch, config.dtype)
+    if config.config is not None:
+        student = _fresh(config.config, table, dtype)
+    else:
+        student = from_weights(config, table, lambda source, revision: _load(source, dtype, revision))
+    _require_vocabulary(student, table)
+    _require_head(student)
+    return student
+
+
+def require_one_source(config: StudentConfig) -> None:
+    """Refuse a student that comes from nowhere, or from two places.
+
+    Raises:
+        UsageError: unless exactly one place is named.
+    """
     if len(config.given) != 1:
         raise UsageError(
             "a student comes from exactly one place",
@@ -58,22 +75,28 @@ def build(config: StudentConfig, table: Table) -> PreTrainedModel:
             found=", ".join(config.given) or "none of them",
             do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
         )
-    dtype = getattr(torch, config.dtype)
-    if config.config is not None:
-        student = _fresh(config.config, table, dtype)
-    else:
-        named = config.model or config.teacher
-        source, revision = (named, None) if named else _teacher_of(table)
-        require_tokenizer(source, table, revision)
-        student = _load(source, dtype, revision)
-        if config.intermediate_size is not None:
-            student = narrow(student, config.intermediate_size, _some_sequences(table))
-        if config.depth is not None:
-            student = prune(student, spread(config.depth, student.config.num_hidden_layers))
-        if config.layers is not None:
-            student = prune(student, config.layers)
-    _require_vocabulary(student, table)
-    _require_head(student)
+
+
+def from_weights(
+    config: StudentConfig, table: Table, load: Callable[[str, str | None], PreTrainedModel]
+) -> PreTrainedModel:
+    """A model to go on from, or what the settings leave of the teacher.
+
+    Args:
+        config: of the student.
+        table: whose tokenizer it has to have.
+        load: makes a model of its folder or hub name and its revision.
+    """
+    named = config.model or config.teacher
+    source, revision = (named, None) if named else _teacher_of(table)
+    require_tokenizer(source, table, revision)
+    student = load(source, revision)
+    if config.intermediate_size is not None:
+        student = narrow(student, config.intermediate_size, _some_sequences(table))
+    if config.depth is not None:
+        student = prune(student, spread(config.depth, student.config.num_hidden_layers))
+    if config.layers is not None:
+        student = prune(student, config.layers)
     return student
 
 
@@ -112,7 +135,7 @@ def require_tokenizer(source: str, table: Table, revision: str | None = None) ->
     Raises:
         StudentError: if its ids mean other tokens, or text becomes other ids.
     """
-    theirs = _explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, revision=revision or "main"))
+    theirs = explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, revision=revision or "main"))
     ours = AutoTokenizer.from_pretrained(table.tokenizer)
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
@@ -133,7 +156,7 @@ def require_tokenizer(source: str, table: Table, revision: str | None = None) ->
 
 
 def _load(source: str, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    student, report = _explained(
+    student, report = explained(
         source,
         "model",
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -157,14 +180,14 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> PreTrainedMo
 
 
 def _fresh(source: str, table: Table, dtype: torch.dtype) -> PreTrainedModel:
-    config = _explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+    config = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     tokenizer = AutoTokenizer.from_pretrained(table.tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    return _explained(source, "model", lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+    return explained(source, "model", lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
-def _explained(source: str, what: str, load: Callable[[], T]) -> T:
+def explained(source: str, what: str, load: Callable[[], T]) -> T:
     """The loaded thing, or an error that says where it was looked for."""
     try:
         return load()

@@ -26,6 +26,9 @@ class StudentConfig(Settings):
     text."""
     config: str | None = None
     """Folder or JSON file with a model configuration; the student starts from random weights."""
+    labels: tuple[str, ...] = ()
+    """Labels of a classifier: NAME=CLASS,CLASS,... for several of the teacher's classes together, or a class's name;
+    left out, its classes. What the teacher says of classes without a label is left out, the rest renormalised."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the student's weights."""
 

@@ -146,13 +146,13 @@ def _card(record: Mapping[str, Any]) -> str:
     """The model card: what a finder of the folder asks first."""
     config, table = record["config"], record["table"]
     source = ", ".join(
-        f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value is not None
+        f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value not in (None, [])
     )
     evaluated = [entry for entry in record["history"] if "eval_kl" in entry]
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: text-{'generation' if table['identity'].get('classes') is None else 'classification'}",
         "tags: [distillation, softlabel]",
         "---",
         "",

@@ -7,8 +7,8 @@ at all, and a loss that is no number stops the run before it touches a weight. K
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from pipeline.batch import Batch
-from pipeline.dataset import SoftLabelDataset
 from pipeline.loss import distillation_loss
 from pipeline.metrics import measure
 from pipeline.order import Cursor
@@ -79,15 +78,36 @@ class Distillation(nn.Module):
         return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained and measured on: all that differs between a language model and a classifier."""
+
+    module: nn.Module
+    """The student, its attribute ``student``, with its loss; called with a batch like ``Distillation``."""
+    dataset: Callable[..., Any]
+    """Makes one rank's batches, given ``SoftLabelDataset``'s keyword arguments, whose methods it has."""
+    evaluation: Sequence[Any]
+    """Batches of the eval split, the same on each rank; none, and nothing is evaluated."""
+    measure: Callable[[PreTrainedModel, Sequence[Any]], dict[str, float]]
+    """What the curves show of the student on these batches."""
+
+
+def measured(student: PreTrainedModel, batches: Sequence[Batch], table: Table) -> dict[str, float]:
+    """What the curves show of a language model."""
+    metrics = measure(student, batches, table)
+    logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
+    if metrics.agreement is not None:
+        logs["eval_agreement"] = metrics.agreement.mean
+    return logs
+
+
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains the student inside a ``Distillation`` on one rank's batches.
+    """Trains a lesson's student on one rank's batches.
 
     Args:
-        module: the student with its loss.
+        lesson: the student with its loss, and what it is measured on.
         arguments: the Trainer's own; ``output_dir`` is where checkpoints are written before they are whole.
         dataset: this rank's batches, from the step on at which training begins.
-        evaluation: batches of the eval split, the same on each rank; none, and nothing is evaluated.
-        table: what both come from.
         run: folder that whole checkpoints are moved to.
         record: what each checkpoint says of its run.
         watch: told of each step.
@@ -95,30 +115,29 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        module: Distillation,
+        lesson: Lesson,
         arguments: TrainingArguments,
-        dataset: SoftLabelDataset,
-        evaluation: list[Batch],
-        table: Table,
+        dataset: Any,
         run: Path,
         record: Mapping[str, Any],
         watch: Watch,
     ) -> None:
-        super().__init__(module, arguments, train_dataset=dataset, eval_dataset=evaluation)
+        super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(watch))
-        self._table = table
+        self._measure = lesson.measure
         self._run = run
         self._record = record
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The dataset's batches as they are: it knows its rank, its order and where to begin."""
         pinned = self.args.device.type == "cuda"
-        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned)
+        own = torch.Generator()  # a loader draws a seed: not from the numbers that dropout goes on with after a resume
+        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned, generator=own)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Batch], num_items_in_batch: object = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: object = None) -> Tensor:
         """One micro-batch, forward and backward; the Trainer's own divides by the number of micro-batches, too."""
         model.train()
         batch = inputs["batch"].to(self.args.device, non_blocking=True)
@@ -160,10 +179,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the eval split, by the metrics that its report will show."""
-        metrics = measure(self.model.student, self.eval_dataset, self._table)
-        logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
-        if metrics.agreement is not None:
-            logs["eval_agreement"] = metrics.agreement.mean
+        logs = self._measure(self.model.student, self.eval_dataset)
         self.log(dict(logs))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -214,7 +230,7 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        shown = ("loss", "eval_kl", "eval_cross_entropy", "eval_agreement")
+        shown = ("loss", "eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1")
         self._details |= {name: value for name, value in (logs or {}).items() if name in shown}
 
 
@@ -223,5 +239,5 @@ def cursor_of(checkpoint: Path) -> Cursor:
     return Cursor(**json.loads((checkpoint / RUN).read_text())["cursor"])
 
 
-def _as_inputs(batch: Any) -> dict[str, Batch]:
+def _as_inputs(batch: Any) -> dict[str, Any]:
     return {"batch": batch}  # the Trainer looks for names in its inputs

@@ -7,6 +7,7 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from pipeline.batch import Batch
+from pipeline.class_student import build_classifier, class_lesson, require_class_settings
 from pipeline.config import TrainConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.holdout import Holdout
@@ -25,7 +27,7 @@ from pipeline.progress import Watch, unwatched
 from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, run_record
 from pipeline.targets import resolve_target
-from pipeline.trainer import Distillation, DistillationTrainer, cursor_of
+from pipeline.trainer import Distillation, DistillationTrainer, Lesson, cursor_of, measured
 from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table
@@ -35,7 +37,10 @@ EVAL_TOKENS = 4096
 """Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
 _LOGGED_STEPS = 500
 """Points of a training curve, at most about."""
-_HISTORY = ("loss", "hard", "soft", "learning_rate", "positions", "eval_kl", "eval_cross_entropy", "eval_agreement")
+_HISTORY = (
+    *("loss", "hard", "soft", "learning_rate", "positions"),
+    *("eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
 
     _require_target(config, table)
     set_seed(config.optimiser.seed)
-    student = build(config.student, table)
+    student = (build if table.identity.classes is None else build_classifier)(config.student, table)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
     trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
@@ -129,16 +134,14 @@ def _trainer(
     watch: Watch,
 ) -> DistillationTrainer:
     ranks, settings = PartialState(), config.optimiser
-    dataset = SoftLabelDataset(
-        table,
-        config.stream,
+    lesson = (_lesson if table.identity.classes is None else class_lesson)(config, table, student)
+    dataset = lesson.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
         start=start,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
     )
-    evaluation = _evaluation(table, config.stream.row_tokens)
     if settings.gradient_checkpointing:
         # The older name, which is all that older transformers have, warns that it will go.
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -157,9 +160,9 @@ def _trainer(
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
-        eval_strategy="steps" if evaluation else "no",
+        eval_strategy="steps" if lesson.evaluation else "no",
         eval_steps=settings.eval_steps,
-        eval_on_start=bool(evaluation) and start.step == 0,
+        eval_on_start=bool(lesson.evaluation) and start.step == 0,
         logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the dataset itself begins where the checkpoint was taken
@@ -168,9 +171,18 @@ def _trainer(
         report_to="none",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's business, never nn.DataParallel's
-    module = Distillation(student, table, config.loss, config.stream.max_k)
     record = run_record(config, table)
-    return DistillationTrainer(module, arguments, dataset, evaluation, table, folder.run, record, watch)
+    return DistillationTrainer(lesson, arguments, dataset, folder.run, record, watch)
+
+
+def _lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
+    """What a language model is trained and measured on."""
+    return Lesson(
+        module=Distillation(student, table, config.loss, config.stream.max_k),
+        dataset=partial(SoftLabelDataset, table, config.stream),
+        evaluation=_evaluation(table, config.stream.row_tokens),
+        measure=partial(measured, table=table),
+    )
 
 
 def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
@@ -186,7 +198,17 @@ def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
 
 def _require_target(config: TrainConfig, table: Table) -> None:
     """Refuse a loss that the table can't give, before anything is built."""
-    if config.loss.soft_weight:
+    if table.identity.classes is not None:
+        require_class_settings(config)
+    elif config.student.labels:
+        raise UsageError(
+            "labels are a classifier's, and this table's teacher predicts tokens",
+            expected="no student.labels, or a table that a classifier made",
+            found=f"student.labels: {' '.join(config.student.labels)}",
+            where=table.location,
+            do="leave them out",
+        )
+    elif config.loss.soft_weight:
         draws = table.identity.selection.draws > 0
         resolve_target(config.loss, table.temperatures, draws, config.stream.max_k)
 

@@ -1,0 +1,210 @@
+"""A classifier as a student: building it for its labels, and its loss.
+
+It is called as transformers calls it, so any architecture with a classification head will do. Loads nothing but
+safetensors; the loop is ``pipeline.trainer``'s.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from pipeline.class_labels import LabelMap
+from pipeline.class_metrics import measure_classes
+from pipeline.class_stream import ClassBatch, ClassDataset, Documents
+from pipeline.classifier import padding_id
+from pipeline.config import TrainConfig
+from pipeline.loss import distillation_loss
+from pipeline.student import explained, from_weights, require_one_source
+from pipeline.student_config import LossConfig, StudentConfig
+from pipeline.targets import SparseTargets
+from pipeline.trainer import Lesson
+from storage.errors import IntegrityError, StudentError, TableError, UsageError
+from storage.table import Table
+
+EVAL_TOKENS = 8192
+"""Tokens of one forward pass, padding included, when a student is measured while it is trained."""
+
+
+def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
+    """The student that the settings describe, on the CPU, with a head for its labels.
+
+    A head for the same labels is kept as it is; of another model, or for other labels, it is made anew at random.
+
+    Raises:
+        UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
+        StudentError: if it can't be loaded, or its tokenizer does not fit.
+    """
+    require_one_source(config)
+    names = LabelMap.of(config.labels, table.identity.classes or ()).names
+    head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    dtype, tokenizer = getattr(torch, config.dtype), AutoTokenizer.from_pretrained(table.tokenizer)
+    if config.config is not None:
+        source = config.config
+        settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, **head))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(settings, name, getattr(tokenizer, name))
+        student = explained(
+            source, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
+        )
+    else:
+        student = from_weights(config, table, lambda source, revision: _load(source, revision or "main", dtype, head))
+    padding_id(student, tokenizer)
+    _require_room(student, table)
+    return student
+
+
+def _load(source: str, revision: str, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
+    settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, revision=revision))
+    same = list(settings.id2label.values()) == list(head["id2label"].values())
+    student, report = explained(
+        source,
+        "model",
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not same,
+            **head,
+        ),
+    )
+    if not same:  # of other labels, even if they are as many
+        _renew_head(student)
+    # A new head, and what pools the layers' states for it, may be missing; nothing else.
+    body = f"{student.base_model_prefix}."
+    missing = [name for name in report["missing_keys"] if same or (name.startswith(body) and ".pooler." not in name)]
+    if missing:
+        raise StudentError(
+            "the student's files lack weights",
+            expected=f"every weight of {type(student).__name__} but its head's",
+            found=f"{len(missing)} missing, the first {min(missing)}",
+            where=source,
+            do="fetch or save the model again",
+        )
+    return student
+
+
+@torch.no_grad()
+def _renew_head(student: PreTrainedModel) -> None:
+    """Draw the layers outside of the body anew."""
+    for name, module in student.named_children():
+        if name != student.base_model_prefix:
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.normal_(part.weight, std=getattr(student.config, "initializer_range", 0.02))
+                    if part.bias is not None:
+                        nn.init.zeros_(part.bias)
+
+
+def _require_room(student: PreTrainedModel, table: Table) -> None:
+    rows = student.get_input_embeddings().weight.shape[0]
+    ids = max(AutoTokenizer.from_pretrained(table.tokenizer).get_vocab().values()) + 1
+    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    longest = table.identity.sequences.max_tokens
+    if rows < ids or (limit is not None and limit < longest):
+        raise StudentError(
+            "the student can't read the table's documents",
+            expected=f"an embedding of at least {ids} rows, and at least {longest} positions",
+            found=f"{rows} rows, {limit} positions",
+            where=student.config.name_or_path or "student.config",
+            do="set vocab_size and max_position_embeddings in its configuration, or take another model",
+        )
+
+
+class Classification(nn.Module):
+    """A classifier and its loss in one module, so that whatever wraps it (autocast, DDP) wraps both."""
+
+    same: Tensor
+
+    def __init__(self, student: PreTrainedModel, loss: LossConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("same", torch.eye(student.config.num_labels), persistent=False)
+        self._hard = loss.model_copy(update={"soft_weight": 0.0})
+        self._soft = loss.model_copy(update={"hard_weight": 0.0})
+
+    def forward(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
+        """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without.
+
+        Both are divided by all documents of the step. One without a label adds nothing to the hard part, and one of
+        which the label map leaves everything out adds nothing to the soft part.
+        """
+        logits = self.student(**batch.inputs).logits[: len(batch.labels)].float()
+        known, taught = batch.labels >= 0, ~batch.logprobs.isnan().any(1)
+        documents = max(1, batch.global_positions)
+        with torch.autocast(logits.device.type, enabled=False):
+            # The logits are there already: they go through a head that changes nothing.
+            hard = distillation_loss(
+                logits[known], self.same, batch.labels[known], None, self._hard, normaliser=documents
+            )
+            total, soft_part = hard.total, torch.zeros_like(hard.soft)
+            if self._soft.soft_weight:
+                targets = _targets(batch.logprobs[taught], self._soft.temperature)
+                nothing = batch.labels[taught].clamp(min=0)
+                soft = distillation_loss(logits[taught], self.same, nothing, targets, self._soft, normaliser=documents)
+                total, soft_part = total + soft.total, soft.soft
+        # Every parameter has a gradient, of 0 if there is nothing to learn: ranks wait for each other's.
+        return total + 0 * logits.sum(), torch.stack([hard.hard, soft_part]).float() / documents
+
+
+def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
+    """What a classifier is trained and measured on.
+
+    Raises:
+        TableError: if there is nothing to train on.
+        UsageError: if documents have labels that nobody knows.
+    """
+    labels = LabelMap.of(config.student.labels, table.identity.classes or ())
+    pad = student.config.pad_token_id
+    try:
+        held = list(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS))
+    except IntegrityError:
+        raise
+    except TableError:
+        held = []
+    return Lesson(
+        module=Classification(student, config.loss),
+        dataset=partial(ClassDataset, Documents.read(table, "train", labels), config.stream, pad),
+        evaluation=held,
+        measure=_measured,
+    )
+
+
+def _measured(student: PreTrainedModel, batches: Sequence[ClassBatch]) -> dict[str, float]:
+    """What the curves show of a classifier."""
+    metrics = measure_classes(student, batches)
+    found = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
+    if metrics.quality is not None:
+        found |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
+    return {name: estimate.mean for name, estimate in found.items()}
+
+
+def require_class_settings(config: TrainConfig) -> None:
+    """Refuse what a table of classes knows nothing of.
+
+    Raises:
+        UsageError: if a part of the distribution is asked for: there is only the whole.
+    """
+    found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
+    found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
+    if found:
+        raise UsageError(
+            "the whole of a classifier's distribution is the target",
+            expected="neither stream.max_k nor loss.target",
+            found=", ".join(found),
+            do="leave it out; student.labels says which classes a student learns",
+        )
+
+
+def _targets(logprobs: Tensor, temperature: float) -> SparseTargets:
+    """Distributions over all labels, (N, labels) nats at temperature 1, at another."""
+    softened = (logprobs / temperature).log_softmax(1)
+    ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand(len(logprobs), -1)
+    rest = softened.new_full((len(logprobs),), -torch.inf)
+    return SparseTargets(ids, softened, rest, entropies=torch.zeros_like(rest), target="bucket")
