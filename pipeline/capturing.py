@@ -28,7 +28,7 @@ from pipeline.planning import Plan, identify, plan
 from pipeline.progress import Progress, Together, Watch, unwatched
 from pipeline.questions import Questions
 from pipeline.selection import NotADistributionError, select
-from pipeline.teacher import TransformersTeacher, devices, each_batch
+from pipeline.teacher import TransformersTeacher, each_batch, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.workers import Workers
 from storage.codec import SoftLabels
@@ -112,9 +112,9 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
             with together.piece(name) as piece:
                 return by(step)(config, path, piece)
 
-        places = (devices(config.teacher.device) * config.teacher.workers)[: len(todo.shards)]
-        if len(places) > 1:
-            with Workers(places, Path(folder)) as workers:
+        devices = places(config.teacher)[: len(todo.shards)]
+        if len(devices) > 1:
+            with Workers(devices, Path(folder)) as workers:
                 commits = workers.each(todo.shards, lambda w, path: done_by(w.name, w.capture_shard, path))
         else:
             commits = [done_by("", capture_shard, path) for path in todo.shards]

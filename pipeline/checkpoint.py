@@ -5,9 +5,7 @@ downloaded when a folder is given, no repository's code is run unless asked for,
 lack a weight are an error, not a random layer.
 """
 
-import hashlib
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pipeline.adapter import Adapter
 from pipeline.config import TeacherConfig
+from pipeline.model_folder import broken, locate, sha256
 from storage.errors import TeacherError, UsageError
 from storage.provenance import TeacherIdentity
 
 _SINGLE = "model.safetensors"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Checkpoint:
     dtype: str
     labels: tuple[str, ...] = ()
     """Classes of documents that stand for a teacher themselves; no weight is then needed, and none is loaded."""
+    adapter: Adapter | None = None
+    """Merged into the weights as they are loaded."""
 
     @classmethod
     def find(cls, config: TeacherConfig) -> "Checkpoint":
@@ -45,12 +46,9 @@ class Checkpoint:
             TeacherError: if it is not there, or is neither a causal language model nor a classifier in safetensors.
             UsageError: if a revision is asked of a folder.
         """
-        folder = Path(config.model)
-        revision = None
-        if not folder.is_dir():
-            folder = _fetch(config)
-            revision = folder.name
-        elif config.revision is not None:
+        folder = locate(config.model, "teacher", config.revision, config.trust_remote_code)
+        revision = None if Path(config.model).is_dir() else folder.name
+        if revision is None and config.revision is not None:
             raise UsageError(
                 "a folder has no revisions",
                 expected="a hub name with teacher.revision, or a folder without",
@@ -58,7 +56,8 @@ class Checkpoint:
                 where=folder,
                 do="leave out teacher.revision",
             )
-        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels)
+        adapter = None if config.adapter is None else Adapter.find(config.adapter)
+        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels, adapter)
         _require_config(checkpoint)
         if checkpoint.classes is None:
             _require_causal(checkpoint)
@@ -109,7 +108,8 @@ class Checkpoint:
             files += sorted(self.folder.glob("*.py"))
         with ThreadPoolExecutor() as threads:  # hashing releases the GIL
             hashes = threads.map(sha256, files)
-            return TeacherIdentity(files={f.name: h for f, h in zip(files, hashes, strict=True)}, dtype=self.dtype)
+            by_name = {f.name: h for f, h in zip(files, hashes, strict=True)}
+        return TeacherIdentity(files=by_name, dtype=self.dtype, adapter=self.adapter and self.adapter.hash)
 
     @cached_property
     def classes(self) -> tuple[str, ...] | None:
@@ -134,8 +134,12 @@ class Checkpoint:
             return len(self.classes)
         return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
 
-    def load(self, device: torch.device, attention: str) -> Any:
-        """The model in evaluation mode on the device, every weight of it from the files.
+    def load(self, device_map: str | dict[str, Any], attention: str) -> Any:
+        """The model in evaluation mode, every weight of it from the files, the adapter merged into them.
+
+        Args:
+            device_map: what goes where, as transformers takes it: {"": device} for all of it on one.
+            attention: implementation of attention; auto for transformers' own choice.
 
         Raises:
             TeacherError: if the files are damaged or lack weights, or the device has no room.
@@ -149,16 +153,16 @@ class Checkpoint:
                 attn_implementation=None if attention == "auto" else attention,
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
-                device_map={"": device},
+                device_map=device_map,
                 output_loading_info=True,
             )
         except torch.OutOfMemoryError:
             raise TeacherError(
                 "the teacher does not fit the device",
                 expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
-                found=f"out of memory on {device}",
+                found="out of memory",
                 where=self.folder,
-                do="take a larger device, or teacher.dtype bfloat16",
+                do="take a larger device, teacher.dtype bfloat16, or teacher.device_map auto on several",
             ) from None
         except Exception as error:  # damaged files fail in as many ways as there are readers
             raise broken("the teacher can't be loaded", self.folder, error) from error
@@ -171,7 +175,7 @@ class Checkpoint:
                 where=self.folder,
                 do="fetch or save the model again",
             )
-        return model.eval()
+        return (model if self.adapter is None else self.adapter.merged(model)).eval()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -193,54 +197,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             do="convert it with transformers and save_pretrained() it",
         )
     return tokenizer
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
-    """The error for files that are there and can't be used."""
-    return TeacherError(
-        summary,
-        expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
-        found=f"{type(error).__name__}: {_first_line(error)}",
-        where=folder,
-        do="fetch or save the model again",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
-
-
-def _fetch(config: TeacherConfig) -> Path:
-    """Folder of a hub model's files; its name is the commit, so that what is loaded is what is written down."""
-    from huggingface_hub import snapshot_download  # only a hub model needs it
-
-    found = "no such folder"
-    if _HUB_NAME.fullmatch(config.model):
-        try:
-            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-            code = ["*.py"] if config.trust_remote_code else []
-            path = snapshot_download(
-                config.model,
-                revision=config.revision,
-                allow_patterns=patterns + code,
-                ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
-            )
-            return Path(path)
-        except (OSError, ValueError) as error:
-            found = f"no such folder, and from the hub {type(error).__name__}: {_first_line(error)}"
-    raise TeacherError(
-        "there is no such teacher",
-        expected="a folder with config.json, tokenizer.json and model.safetensors, or the name of a hub model",
-        found=found,
-        where=f"teacher.model: {config.model}" + (f", revision {config.revision}" if config.revision else ""),
-        do="check the name; offline, fetch the model beforehand and give its folder",
-    )
 
 
 def _is_classifier(config: Any) -> bool:

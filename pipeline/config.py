@@ -64,18 +64,29 @@ class TeacherConfig(Settings):
     always sure would say. A teacher can be trained from such a table; the model gives the tokenizer alone."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
+    adapter: str | None = None
+    """Folder or hub name of a peft adapter, which is merged into the model; the package peft is needed for it."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the teacher's forward pass."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes every GPU of the machine, a worker process each, or else the CPU."""
     workers: PositiveInt = 1
     """Worker processes on each device, each with the teacher loaded; on a CPU they share its cores."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads one teacher that does not fit a card over all GPUs, and over the machine's memory what they have no
+    room for. There is one worker then, and one GPU computes at a time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto is sdpa where the architecture has it (Gemma 2 has only eager)."""
     batch_tokens: PositiveInt = 8192
     """Tokens of one forward pass, padding included."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.device_map is not None and (self.device != "auto" or self.workers > 1):
+            raise ValueError("device_map auto takes the whole machine: leave out device and workers")
+        return self
 
     @model_validator(mode="after")
     def _labels_tell_apart(self) -> Self:

@@ -51,7 +51,7 @@ class TransformersTeacher:
         self.checkpoint = checkpoint or Checkpoint.find(config)
         self.vocabulary = self.checkpoint.vocabulary
         self.device = device(config.device)
-        self._model = self.checkpoint.load(self.device, config.attention)
+        self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attention)
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (4 * self.checkpoint.padded_vocabulary))
@@ -147,10 +147,12 @@ def each_batch(
             )
 
 
-def devices(name: str) -> list[str]:
-    """The devices that a name stands for; auto is every GPU of the machine, or else the CPU."""
+def places(config: TeacherConfig) -> list[str]:
+    """The device of each process that is to run the teacher: auto is every GPU of the machine, or else the CPU."""
+    if config.device_map is not None or config.labels:
+        return [config.device]
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return gpus or ["cpu"] if name == "auto" else [name]
+    return (gpus or ["cpu"] if config.device == "auto" else [config.device]) * config.workers
 
 
 def device(name: str) -> torch.device:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from pipeline.chat import ChatRefusedError, ChatTemplate, Written
-from pipeline.checkpoint import Checkpoint, sha256
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import Content, SequencesConfig
+from pipeline.model_folder import sha256
 from storage.errors import UsageError
 from storage.provenance import TokenizerIdentity
 

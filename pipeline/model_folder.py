@@ -1,0 +1,71 @@
+"""Folders with a model's or an adapter's files: found on disk or fetched from the hub, hashed, and named when broken.
+
+Nothing is downloaded when a folder is given, and never anything but safetensors and what describes them.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from storage.errors import TeacherError
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def locate(name: str, what: str, revision: str | None = None, code: bool = False) -> Path:
+    """The folder itself, or that of a hub model; its name is then the commit, so that what is loaded is written down.
+
+    Args:
+        name: a folder, or a name on the hub.
+        what: it is, for the error.
+        revision: commit, tag or branch on the hub.
+        code: whether to fetch Python files too.
+
+    Raises:
+        TeacherError: if it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    found = "no such folder"
+    if _HUB_NAME.fullmatch(name):
+        from huggingface_hub import snapshot_download  # only a hub model needs it
+
+        try:
+            path = snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_FILES + (["*.py"] if code else []),
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
+            )
+            return Path(path)
+        except (OSError, ValueError) as error:
+            found = f"no such folder, and from the hub {type(error).__name__}: {_first_line(error)}"
+    raise TeacherError(
+        f"there is no such {what}",
+        expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub",
+        found=found,
+        where=name + (f", revision {revision}" if revision else ""),
+        do="check the name; offline, fetch it beforehand and give its folder",
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
+    """The error for files that are there and can't be used."""
+    return TeacherError(
+        summary,
+        expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
+        found=f"{type(error).__name__}: {_first_line(error)}",
+        where=folder,
+        do="fetch or save the model again",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
