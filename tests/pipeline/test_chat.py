@@ -146,12 +146,18 @@ def test_a_chat_without_an_answer_is_a_reject(checkpoint: Checkpoint, tmp_path: 
 
 def test_a_chat_that_the_template_refuses_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "teacher")
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + CHATML
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+        "{{ 1 // (messages | length - 3) }}" + CHATML
+    )
     (folder / "chat_template.jinja").write_text(strict)
     picky = Checkpoint.find(TeacherConfig(model=str(folder)))
-    rows, _, rejects = captured(picky, tmp_path, CHAT, CHAT[1:])
+    rows, _, rejects = captured(picky, tmp_path, CHAT, CHAT[1:], CHAT[2:])
     assert rows["document_id"].to_pylist() == ["1"]
-    assert rejects == [Reject("0", "the chat template refuses it: no system prompt")]
+    assert rejects == [
+        Reject("0", "the chat template refuses it: no system prompt"),
+        Reject("2", "the chat template refuses it: integer division or modulo by zero"),
+    ]
 
 
 def test_long_chats_keep_only_the_chunks_in_which_the_assistant_speaks(checkpoint: Checkpoint, tmp_path: Path) -> None:

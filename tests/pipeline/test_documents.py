@@ -52,6 +52,14 @@ def test_a_folder_is_all_its_files_in_the_order_of_their_names(tmp_path: Path) -
     assert read(tmp_path / "*" / "*.jsonl")[0].num_rows == 4, "a glob means what it says"
 
 
+def test_an_id_is_used_once_in_all_files(tmp_path: Path) -> None:
+    for name in ("1.jsonl", "2.jsonl"):
+        lines(tmp_path / name, [{"id": "same", "text": name}, {"id": name, "text": "x"}])
+    documents, rejects = read(tmp_path)
+    assert documents["content"].to_pylist() == ["1.jsonl", "x", "x"]
+    assert rejects == [Reject("same", "another document has this id")]
+
+
 def test_a_text_file_is_a_document_named_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "one.txt").write_text("One\nmore")
