@@ -1,28 +1,19 @@
 """Which files of documents a path means, on a disk of this machine or in a bucket of S3; readers see both alike.
 
-A bucket is configured as a table's is, by the environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_REGION, AWS_ALLOW_HTTP and what else object_store reads there. Objects are read as they are asked for, never whole.
+A bucket is reached and configured as a table's is, see ``storage.bucket``.
 """
 
-import io
-import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from storage.errors import DocumentsError, UsageError
-
-_READ_AHEAD = 1 << 20
-"""Bytes of an object that are fetched at least, one request each."""
-_ASKS_THE_MACHINE = "/latest/api/token"
-"""Of the address that has a cloud machine's own credentials, where the client looks last."""
+from storage.errors import DocumentsError, TableError, UsageError
 
 
 class File(NamedTuple):
@@ -32,8 +23,8 @@ class File(NamedTuple):
     """Below the folder or the fixed part of the glob, with slashes."""
     address: str
     """Path or URL."""
-    open: Callable[[], Any]
-    """Begins to read its bytes: a seekable file for pyarrow."""
+    open: Callable[[], pa.NativeFile]
+    """Begins to read its bytes, here and there or from first to last."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -59,7 +50,8 @@ def find_files(path: str) -> Found:
     scheme, is_url, rest = path.partition("://")
     if is_url and scheme != "s3":
         raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)
-    found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
+    with in_bucket():
+        found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
     if not found.files and not found.is_folder:
         raise UsageError(
             "there are no documents at this path",
@@ -70,6 +62,19 @@ def find_files(path: str) -> Found:
         )
     files = [file for file in found.files if not found.is_folder or _is_visible(file.name)]
     return found._replace(files=sorted(files, key=lambda file: file.name.split("/")))
+
+
+@contextmanager
+def in_bucket() -> Iterator[None]:
+    """What is wrong with a bucket, said of documents.
+
+    Raises:
+        DocumentsError: if it can't be read.
+    """
+    try:
+        yield
+    except TableError as error:
+        raise DocumentsError(str(error)) from None
 
 
 def _on_disk(path: str) -> Found:
@@ -86,28 +91,22 @@ def _on_disk(path: str) -> Found:
     return Found(files, is_folder)
 
 
-def _in_bucket(bucket: str, key: str) -> Found:
-    import obstore  # loads only where there is a bucket
-    from obstore.store import S3Store
+def _in_bucket(name: str, key: str) -> Found:
+    from storage.bucket import Bucket  # its library loads only where there is a bucket
 
-    url = f"s3://{bucket}"
-    with _reachable(url):
-        # Options that are given here take the place of those in the environment; the one that matters is passed on.
-        http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
-        store = S3Store.from_url(url, client_options={"allow_http": http})
-
-    def below(root: str) -> list[File]:
-        with _reachable(f"{url}/{root}"):
-            keys = [meta["path"] for page in obstore.list(store, root or None, chunk_size=1000) for meta in page]
-        lead = f"{root}/" if root else ""
-        return [file(key, key.removeprefix(lead)) for key in keys if key != root]  # a folder may be an object, too
+    bucket, key = Bucket(f"s3://{name}"), key.strip("/")
 
     def file(key: str, name: str) -> File:
-        return File(name, f"{url}/{key}", partial(_Object, store, key, f"{url}/{key}"))
+        return File(name, bucket.where(key), lambda: pa.PythonFile(bucket.open(key)[0], "r"))
 
-    key = key.strip("/")
-    with _reachable(f"{url}/{key}"):
-        if key and _is_object(store, key):
+    def below(root: str) -> list[File]:
+        lead = f"{root}/" if root else ""
+        # A folder may be an object, too.
+        return [file(o.name, o.name.removeprefix(lead)) for o in bucket.files(root) if o.name != root]
+
+    with suppress(FileNotFoundError):
+        if key:
+            bucket.stat(key)
             return Found([file(key, PurePosixPath(key).name)], is_folder=False)
     if folder := below(key):
         return Found(folder, is_folder=True)
@@ -116,68 +115,6 @@ def _in_bucket(bucket: str, key: str) -> Found:
     pattern = parts[len(root) :]
     files = [file for file in below("/".join(root)) if _matches(tuple(file.name.split("/")), pattern)]
     return Found(files if pattern else [], is_folder=False)
-
-
-def _is_object(store: Any, key: str) -> bool:
-    import obstore
-
-    try:
-        obstore.head(store, key)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-class _Object(io.RawIOBase):
-    """An object as a file."""
-
-    def __init__(self, store: Any, key: str, url: str) -> None:
-        import obstore
-
-        self._url = url
-        with _reachable(url):
-            self._reader = obstore.open_reader(store, key, buffer_size=_READ_AHEAD)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._reader.tell())
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._reader.seek(offset, whence))
-
-    def read(self, size: int | None = -1) -> bytes:
-        with _reachable(self._url):
-            return bytes(self._reader.read(None if size is None or size < 0 else size))
-
-
-@contextmanager
-def _reachable(url: str) -> Iterator[None]:
-    """A bucket that can't be read is said in S3's words, and not in the client's, which may repeat what it was given.
-
-    Raises:
-        DocumentsError: if it can't.
-    """
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except (OSError, BaseError) as error:
-        text = str(error)
-        code = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status code: (\d+ [\w ]+)", text)
-        found = code[1] if code else text.splitlines()[0].rpartition(" - ")[2]
-        raise DocumentsError(
-            "documents can't be read from this bucket",
-            expected="an S3 endpoint that knows the bucket, and credentials that it accepts",
-            found="no credentials" if _ASKS_THE_MACHINE in text else found,
-            where=url,
-            do="check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL\n"
-            "               (if it is http://, with AWS_ALLOW_HTTP=true)",
-        ) from None
 
 
 def _fixed(parts: tuple[str, ...]) -> tuple[str, ...]:

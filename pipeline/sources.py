@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.files import File, find_files
+from pipeline.files import File, find_files, in_bucket
 from storage.errors import DocumentsError
 
 PIECE_ROWS = 4096
 PIECE_BYTES = 32 << 20
+READ_AHEAD = 1 << 20
+"""Bytes of a stream that are read at a time: of an object, each is a request."""
 SAMPLE = 1000
 """Lines of JSON from which columns and their types are read off."""
 TEXT_COLUMNS = ("id", "text")
@@ -180,7 +182,8 @@ class PlainText:
 def _reading(file: File) -> Iterator[None]:
     """Say which file it was that could not be read."""
     try:
-        yield
+        with in_bucket():
+            yield
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DocumentsError(
             "a file of documents can't be read",
@@ -193,7 +196,9 @@ def _reading(file: File) -> Iterator[None]:
 
 def _stream(file: File) -> pa.NativeFile:
     """Its bytes from first to last, unpacked."""
-    return pa.input_stream(file.open(), compression=_COMPRESSED.get(file.suffixes[-1]))
+    ahead = pa.BufferedInputStream(file.open(), READ_AHEAD)
+    compression = _COMPRESSED.get(file.suffixes[-1])
+    return pa.CompressedInputStream(ahead, compression) if compression else ahead
 
 
 def _kind(file: File) -> str | None:

@@ -260,5 +260,7 @@ def _file(name: str, meta: Any) -> File:
 
 def _code(error: str) -> str:
     """What S3 calls it, or what the client says in its first line."""
+    if "/latest/api/token" in error:  # of a cloud machine's own credentials, where the client looks last
+        return "no credentials"
     code = re.search(r"<Code>(\w+)</Code>", error) or re.search(r"status code: (\d+ [\w ]+)", error)
     return code[1] if code else error.splitlines()[0].rpartition(" - ")[2]
