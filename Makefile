@@ -9,7 +9,9 @@ INSTALLED := .venv/installed
 TORCH := 2.13.0
 SMOLLM2 := 0.1.2
 
-.PHONY: demo test test-long test-gpu lint lock bench
+BENCHMARKS := $(patsubst tests/benchmarks/%.py,bench-%,$(sort $(wildcard tests/benchmarks/*.py)))
+
+.PHONY: demo test test-long test-gpu lint lock bench $(BENCHMARKS)
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m pipeline.demo .demo
@@ -25,8 +27,12 @@ test-long: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(INSTALLED)
-	@for name in table selection loss stream; do $(BIN)/python -m tests.benchmarks.$$name || exit; done
+# Every table in tests/benchmarks, one after the other; `make bench-loss` prints one.
+bench: $(BENCHMARKS)
+
+$(BENCHMARKS): bench-%: $(INSTALLED)
+	@printf '\n== python -m tests.benchmarks.$*\n\n'
+	@$(BIN)/python -m tests.benchmarks.$*
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

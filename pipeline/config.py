@@ -126,9 +126,9 @@ class SelectionConfig(Settings):
     """The head is the smallest set of ids whose mass reaches this ..."""
     min_k: int = Field(default=1, ge=0)
     """... with at least so many ids ..."""
-    max_k: int = Field(default=24, ge=0, le=32767)
+    max_k: int = Field(default=16, ge=0, le=32767)
     """... and at most so many. 0 keeps no head: pure sampling."""
-    draws: int = Field(default=24, ge=0, le=32767)
+    draws: int = Field(default=48, ge=0, le=32767)
     """Draws from what the head leaves, were all mass left; ceil(draws x mass left) are made. 0 keeps no tail."""
     temperatures: tuple[PositiveFloat, ...] = (1.0,)
     """Temperatures that students may train at, 1 first; each costs about 3 bytes a position."""

@@ -78,7 +78,7 @@ def make(folder: Path, shards: int) -> Table:
 
 
 def opening(location: str) -> Callable[[], object]:
-    Table.open(location)  # what it imports when it is first called
+    Table.open(location).shards()  # what this imports when it is called first
     return lambda: Table.open(location).shards()
 
 

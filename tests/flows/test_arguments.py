@@ -24,7 +24,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
     )
     config = resolve(CaptureConfig, {("table",): "mine", ("selection", "draws"): 5}, file)
     assert (config.documents, config.table, config.teacher.dtype) == ("a", "mine", "float32")
-    assert (config.selection.seed, config.selection.draws, config.selection.max_k) == (3, 5, 24)
+    assert (config.selection.seed, config.selection.draws, config.selection.max_k) == (3, 5, 16)
 
 
 def test_flags_alone_are_enough():

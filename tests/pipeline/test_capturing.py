@@ -135,7 +135,7 @@ def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Pa
     documents = write(tmp_path / "a.parquet", texts(3))
     capture(settings(tiny_teacher, documents, tmp_path / "t"))
     before = rows_of(tmp_path / "t")
-    with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 24, this run 8"):
+    with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 16, this run 8"):
         capture(settings(tiny_teacher, documents, tmp_path / "t", selection={"top_k": 8}))
     assert rows_of(tmp_path / "t") == before
 
