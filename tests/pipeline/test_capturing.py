@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.capturing import CaptureReport, capture
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import CaptureConfig
 from pipeline.progress import Progress
 from storage.codec import decode
@@ -138,6 +139,28 @@ def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Pa
     with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 16, this run 8"):
         capture(settings(tiny_teacher, documents, tmp_path / "t", selection={"top_k": 8}))
     assert rows_of(tmp_path / "t") == before
+
+
+def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    pairs = [{"id": i, "prompt": f"What is {i} squared?", "completion": f" It is {i * i}."} for i in range(5)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    columns = {"prompt": "prompt", "completion": "completion"}
+    report = capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns))
+    table = Table.open(str(tmp_path / "t"))
+    rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+    ids, masks = rows.column("token_ids").to_pylist(), rows.column("loss_mask").to_pylist()
+    tokenizer = Checkpoint.find(settings(tiny_teacher, path, tmp_path).teacher).tokenizer
+    texts = [tokenizer.decode([i for i, m in zip(*row, strict=True) if m]) for row in zip(ids, masks, strict=True)]
+    assert sorted(texts) == sorted(f"{pair['completion']}<|im_end|>" for pair in pairs)
+    assert report.positions == sum(map(sum, masks))
+    again = capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns))
+    assert (again.sequences, again.unchanged) == (0, 5)
+    with pytest.raises(ProvenanceError, match="mask: the table has completion, this run text"):
+        capture(settings(tiny_teacher, path, tmp_path / "t", columns={"text": "prompt"}))
+    parse = {"max_tokens": 128, "special_tokens": "parse"}
+    with pytest.raises(ProvenanceError, match="special_tokens: the table has text, this run parse"):
+        capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns, sequences=parse))
 
 
 def test_unusable_documents_are_counted_written_down_and_never_stop_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
