@@ -208,9 +208,10 @@ def _train_line(report: "TrainReport") -> None:
         _console.print(f"[bold]{report.output}[/] was trained already: {report.steps:,} steps on {report.table}")
         return
     resumed = "" if report.resumed_from is None else f", on from step {report.resumed_from:,}"
+    best = "" if report.steps == report.stopped_at else f" (the best of {report.stopped_at:,})"
     took = timedelta(seconds=round(report.seconds))
     _console.print(
-        f"[bold]{report.output}[/] trained: {report.steps:,} steps{resumed}, {report.positions:,} positions"
+        f"[bold]{report.output}[/] trained: {report.steps:,} steps{best}{resumed}, {report.positions:,} positions"
         f" of {report.table}, in {took}"
     )
 

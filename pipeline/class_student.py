@@ -126,8 +126,8 @@ class Classification(nn.Module):
         super().__init__()
         self.student = student
         self.register_buffer("same", torch.eye(student.config.num_labels), persistent=False)
-        self._hard = loss.model_copy(update={"soft_weight": 0.0})
-        self._soft = loss.model_copy(update={"hard_weight": 0.0})
+        self.loss = loss
+        """What is minimised, its weights as they are at this step."""
 
     def forward(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without.
@@ -135,19 +135,21 @@ class Classification(nn.Module):
         Both are divided by all documents of the step. One without a label adds nothing to the hard part, and one of
         which the label map leaves everything out adds nothing to the soft part.
         """
+        hard_loss = self.loss.model_copy(update={"soft_weight": 0.0})
+        soft_loss = self.loss.model_copy(update={"hard_weight": 0.0})
         logits = self.student(**batch.inputs).logits[: len(batch.labels)].float()
         known, taught = batch.labels >= 0, ~batch.logprobs.isnan().any(1)
         documents = max(1, batch.global_positions)
         with torch.autocast(logits.device.type, enabled=False):
             # The logits are there already: they go through a head that changes nothing.
             hard = distillation_loss(
-                logits[known], self.same, batch.labels[known], None, self._hard, normaliser=documents
+                logits[known], self.same, batch.labels[known], None, hard_loss, normaliser=documents
             )
             total, soft_part = hard.total, torch.zeros_like(hard.soft)
-            if self._soft.soft_weight:
-                targets = _targets(batch.logprobs[taught], self._soft.temperature)
+            if soft_loss.soft_weight:
+                targets = _targets(batch.logprobs[taught], soft_loss.temperature)
                 nothing = batch.labels[taught].clamp(min=0)
-                soft = distillation_loss(logits[taught], self.same, nothing, targets, self._soft, normaliser=documents)
+                soft = distillation_loss(logits[taught], self.same, nothing, targets, soft_loss, normaliser=documents)
                 total, soft_part = total + soft.total, soft.soft
         # Every parameter has a gradient, of 0 if there is nothing to learn: ranks wait for each other's.
         return total + 0 * logits.sum(), torch.stack([hard.hard, soft_part]).float() / documents

@@ -180,7 +180,7 @@ def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Met
         name=name,
         folder=folder,
         parameters=provenance["parameters"],
-        objective=_objective(LossConfig.model_validate(provenance["config"]["loss"])),
+        objective=LossConfig.model_validate(provenance["config"]["loss"]).in_words,
         metrics=metrics,
         perplexity=perplexity(metrics.cross_entropy),
         history=tuple(provenance["history"]),
@@ -189,15 +189,6 @@ def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Met
         circumstances=provenance.get("circumstances", {}),
         warnings=provenance["warnings"],
     )
-
-
-def _objective(loss: LossConfig) -> str:
-    """The loss in words, like ``0.5 × cross-entropy + forward KL at temperature 2``."""
-    divergence = loss.divergence.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
-    if loss.temperature != 1:
-        divergence += f" at temperature {loss.temperature:g}"
-    parts = [(loss.hard_weight, "cross-entropy"), (loss.soft_weight, divergence)]
-    return " + ".join(name if weight == 1 else f"{weight:g} × {name}" for weight, name in parts if weight)
 
 
 def _teacher(table: Table, metrics: Metrics) -> TeacherSummary:

@@ -63,12 +63,47 @@ class LossConfig(Settings):
     """Weight of the cross-entropy with the token that follows."""
     soft_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence; 0 trains on hard labels alone."""
+    hard_weight_end: float | None = Field(default=None, ge=0)
+    """Weight of the cross-entropy at the last step, reached in equal steps; left out, it stays as it is."""
+    soft_weight_end: float | None = Field(default=None, ge=0)
+    """Weight of the divergence at the last step, reached in equal steps; left out, it stays as it is."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if self.hard_weight == 0 and self.soft_weight == 0:
-            raise ValueError("hard_weight and soft_weight are both 0: nothing would be learned")
+        for moment, loss in (("first", self.at(0.0)), ("last", self.at(1.0))):
+            if loss.hard_weight == 0 and loss.soft_weight == 0:
+                raise ValueError(f"both weights are 0 at the {moment} step: nothing would be learned")
         return self
+
+    def at(self, share: float) -> "LossConfig":
+        """The loss, its weights constant, when a share (0 to 1) of the run is done."""
+        weights = {
+            "hard_weight": _between(self.hard_weight, self.hard_weight_end, share),
+            "soft_weight": _between(self.soft_weight, self.soft_weight_end, share),
+        }
+        return self.model_copy(update={**weights, "hard_weight_end": None, "soft_weight_end": None})
+
+    @property
+    def in_words(self) -> str:
+        """The loss as a reader of a report knows it: ``0.5 × cross-entropy + forward KL at temperature 2``."""
+        divergence = self.divergence.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
+        if self.temperature != 1:
+            divergence += f" at temperature {self.temperature:g}"
+        parts = [
+            (self.hard_weight, self.hard_weight_end, "cross-entropy"),
+            (self.soft_weight, self.soft_weight_end, divergence),
+        ]
+        return " + ".join(_weighted(*part) for part in parts if part[0] or part[1])
+
+
+def _between(start: float, end: float | None, share: float) -> float:
+    return start if end is None else start + share * (end - start)
+
+
+def _weighted(weight: float, end: float | None, name: str) -> str:
+    if end is not None and end != weight:
+        return f"({weight:g} to {end:g}) × {name}"
+    return name if weight == 1 else f"{weight:g} × {name}"
 
 
 class OptimiserConfig(Settings):
@@ -96,7 +131,17 @@ class OptimiserConfig(Settings):
     """Steps between checkpoints; a killed run goes on from the last one."""
     eval_steps: PositiveInt = 100
     """Steps between evaluations on the eval split."""
+    patience: PositiveInt | None = None
+    """Stop when so many evaluations in a row have brought no lower eval_kl; left out, all steps are done."""
+    keep: Literal["auto", "last", "best"] = "auto"
+    """The weights that the student is saved with: those of the last step, or of the evaluation with the lowest
+    eval_kl; auto takes the best with patience, else the last."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     seed: int = 0
     """Seed of the student's random numbers."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights are kept, and not the last."""
+        return self.keep == "best" or (self.keep == "auto" and self.patience is not None)

@@ -1,7 +1,8 @@
 """Where a student lives: its folder, there whole or not at all, and beside it what an unfinished run has come to.
 
-    STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of)
-    STUDENT.training/    its last checkpoints, each with the settings of its run (run.json), until it is finished
+    STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of), tensorboard/
+    STUDENT.training/    its last checkpoints, each with the settings of its run (run.json), the best weights so far
+                         and the curves, until it is finished
 
 Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
+from pipeline.student_config import LossConfig
 from storage.errors import UsageError
 from storage.table import Table
 from storage.versions import parse
@@ -45,6 +47,11 @@ class StudentFolder:
     def scratch(self) -> Path:
         """Where checkpoints and the student are written before they are whole."""
         return self.run / "scratch"
+
+    @property
+    def curves(self) -> Path:
+        """What TensorBoard shows of the run."""
+        return self.run / "tensorboard"
 
     @property
     def checkpoint(self) -> Path | None:
@@ -88,6 +95,7 @@ class StudentFolder:
         """Put a finished student in its place, all at once, and drop what its run had come to."""
         whole = self.scratch / "student"
         student.save_pretrained(whole)
+        shutil.copytree(self.curves, whole / self.curves.name, dirs_exist_ok=True)
         for weights in whole.glob("*.safetensors"):
             shutil.copymode(whole / "config.json", weights)  # safetensors leaves them to their owner alone
         shutil.copytree(tokenizer, whole, dirs_exist_ok=True)
@@ -121,9 +129,19 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
+def best_weights(run: Path, step: int) -> Path:
+    """Folder of the weights that a run had at the step of its best evaluation."""
+    return run / f"best-{step}"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, in the order of their steps."""
-    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(run.glob("checkpoint-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps that a checkpoint's run had done."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def run_record(config: TrainConfig, table: Table) -> dict[str, Any]:
@@ -142,13 +160,19 @@ def table_record(table: Table) -> dict[str, Any]:
     }
 
 
+def last_evaluation(record: Mapping[str, Any]) -> dict[str, float]:
+    """The step and the metrics of the last evaluation of the weights that are kept, or before; empty without one."""
+    evaluated = [entry for entry in record["history"] if "eval_kl" in entry and entry["step"] <= record["step"]]
+    return dict(evaluated[-1]) if evaluated else {}
+
+
 def _card(record: Mapping[str, Any]) -> str:
     """The model card: what a finder of the folder asks first."""
     config, table = record["config"], record["table"]
     source = ", ".join(
         f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value not in (None, [])
     )
-    evaluated = [entry for entry in record["history"] if "eval_kl" in entry]
+    evaluated = last_evaluation(record)
     lines = [
         "---",
         "library_name: transformers",
@@ -162,10 +186,8 @@ def _card(record: Mapping[str, Any]) -> str:
         "",
         f"- from: {source}",
         f"- table: {table['location']}, version {table['version']}",
-        "- loss: {hard_weight:g} x cross-entropy + {soft_weight:g} x {divergence}, temperature {temperature:g}".format(
-            **config["loss"]
-        ),
-        *(f"- {name.replace('_', ' ')}: {value:.4g}" for entry in evaluated[-1:] for name, value in entry.items()),
+        f"- loss: {LossConfig.model_validate(config['loss']).in_words}",
+        *(f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in evaluated.items()),
         "",
         "softlabel.json holds every setting, the table's provenance and the training curve.",
         "",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,9 +32,10 @@ from pipeline.loss import distillation_loss
 from pipeline.metrics import measure
 from pipeline.order import Cursor
 from pipeline.progress import Progress, Watch
+from pipeline.stopping import best_step, drop_superseded, evaluations_since_best
 from pipeline.student import hidden_states, output_head
-from pipeline.student_config import LossConfig
-from pipeline.student_folder import RUN, checkpoints, newest_checkpoint
+from pipeline.student_config import LossConfig, OptimiserConfig
+from pipeline.student_folder import RUN, best_weights, checkpoints, newest_checkpoint
 from pipeline.targets import decode
 from storage.errors import TrainingError
 from storage.table import Table
@@ -51,8 +53,9 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
+        self.loss = loss
+        """What is minimised, its weights as they are at this step."""
         self._temperatures = table.temperatures
-        self._loss = loss
         self._max_k = max_k
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -60,15 +63,15 @@ class Distillation(nn.Module):
         head = output_head(self.student)
         hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = None
-        if self._loss.soft_weight:
-            targets = decode(batch.targets, self.vocabulary, self._temperatures, self._loss, self._max_k)
+        if self.loss.soft_weight:
+            targets = decode(batch.targets, self.vocabulary, self._temperatures, self.loss, self._max_k)
         positions = max(1, batch.global_positions)
         loss = distillation_loss(
             hidden,
             head.weight,
             batch.next_ids,
             targets,
-            self._loss,
+            self.loss,
             bias=head.bias,
             vocabulary_size=len(self.vocabulary),
             soft_cap=head.soft_cap,
@@ -83,7 +86,8 @@ class Lesson:
     """What a student is trained and measured on: all that differs between a language model and a classifier."""
 
     module: nn.Module
-    """The student, its attribute ``student``, with its loss; called with a batch like ``Distillation``."""
+    """The student, its attribute ``student``, with its loss, whose settings are ``loss``; called with a batch like
+    ``Distillation``."""
     dataset: Callable[..., Any]
     """Makes one rank's batches, given ``SoftLabelDataset``'s keyword arguments, whose methods it has."""
     evaluation: Sequence[Any]
@@ -110,6 +114,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dataset: this rank's batches, from the step on at which training begins.
         run: folder that whole checkpoints are moved to.
         record: what each checkpoint says of its run.
+        optimiser: when to stop, and which weights to keep.
         watch: told of each step.
     """
 
@@ -120,6 +125,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dataset: Any,
         run: Path,
         record: Mapping[str, Any],
+        optimiser: OptimiserConfig,
         watch: Watch,
     ) -> None:
         super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
@@ -128,6 +134,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._measure = lesson.measure
         self._run = run
         self._record = record
+        self._optimiser = optimiser
+        self._loss: Any = lesson.module.loss
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 
@@ -140,6 +148,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: object = None) -> Tensor:
         """One micro-batch, forward and backward; the Trainer's own divides by the number of micro-batches, too."""
         model.train()
+        self.model.loss = self._loss.at(self.state.global_step / max(1, self.state.max_steps - 1))
         batch = inputs["batch"].to(self.args.device, non_blocking=True)
         with self.compute_loss_context_manager():
             loss, parts = model(batch)
@@ -179,10 +188,36 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the eval split, by the metrics that its report will show."""
-        logs = self._measure(self.model.student, self.eval_dataset)
+        agreed = [self._measure(self.model.student, self.eval_dataset)]
+        broadcast_object_list(agreed)  # all ranks stop at the same step, whatever the last digits that each has found
+        logs = agreed[0]
         self.log(dict(logs))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._keep_or_stop()
         return logs
+
+    def _keep_or_stop(self) -> None:
+        """What follows from the evaluations so far, which the log has: so a resumed run decides as the first did."""
+        history, step = self.state.log_history, self.state.global_step
+        if self._optimiser.keeps_best and best_step(history) == step and self.args.should_save:
+            unfinished, whole = Path(self.args.output_dir, "best"), best_weights(self._run, step)
+            self._save(str(unfinished))
+            shutil.rmtree(whole, ignore_errors=True)
+            unfinished.rename(whole)
+            drop_superseded(self._run, history)
+        patience = self._optimiser.patience
+        if patience is not None and evaluations_since_best(history) >= patience:
+            self.control.should_training_stop = True
+            self.control.should_save = False  # the finished student is saved instead
+
+    def choose(self) -> int:
+        """Give the student the weights that are to be kept, and return their step."""
+        step: int = self.state.global_step
+        if self._optimiser.keeps_best:
+            step = best_step(self.state.log_history)
+            self.accelerator.wait_for_everyone()
+            load_model(self.model.student, best_weights(self._run, step) / _WEIGHTS)
+        return step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -194,6 +229,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             whole.rename(self._run / whole.name)
             for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
+            if self._optimiser.keeps_best:
+                drop_superseded(self._run, self.state.log_history)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from pipeline.batch import Batch
 from pipeline.class_student import build_classifier, class_lesson, require_class_settings
@@ -25,7 +27,7 @@ from pipeline.holdout import Holdout
 from pipeline.order import Cursor
 from pipeline.progress import Watch, unwatched
 from pipeline.student import build, parameters
-from pipeline.student_folder import StudentFolder, run_record
+from pipeline.student_folder import StudentFolder, last_evaluation, run_record
 from pipeline.targets import resolve_target
 from pipeline.trainer import Distillation, DistillationTrainer, Lesson, cursor_of, measured
 from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
@@ -51,7 +53,9 @@ class TrainReport:
     table: str
     """TABLE@version."""
     steps: int
-    """Optimiser steps that the student has had."""
+    """Optimiser steps that the student's weights have had."""
+    stopped_at: int
+    """Last step of the run; later than steps if the best weights are kept."""
     steps_trained: int
     """Those of this run: 0 if the student was finished already."""
     resumed_from: int | None
@@ -61,7 +65,7 @@ class TrainReport:
     """Captured positions that the student has been trained on."""
     seconds: float
     metrics: dict[str, float]
-    """The last evaluation on the eval split (eval_kl, eval_cross_entropy, eval_agreement); empty without one."""
+    """The weights' evaluation on the eval split (eval_kl, eval_cross_entropy, eval_agreement); empty without one."""
 
 
 def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
@@ -95,7 +99,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         _pin(table, folder.path)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    record = _record(config, table, student, trainer)
+    record = _record(config, table, student, trainer, trainer.choose())
     if ranks.is_main_process:
         folder.finish(student, table.tokenizer, record)
     ranks.wait_for_everyone()
@@ -172,7 +176,20 @@ def _trainer(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's business, never nn.DataParallel's
     record = run_record(config, table)
-    return DistillationTrainer(lesson, arguments, dataset, folder.run, record, watch)
+    if not lesson.evaluation and (settings.keeps_best or settings.patience is not None):
+        raise UsageError(
+            "nothing is held out that could say which weights are the best, or when to stop",
+            expected="an eval split, or neither optimiser.patience nor optimiser.keep best",
+            found=f"no sequence in the eval split of version {table.version}",
+            where=table.location,
+            do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
+        )
+    trainer = DistillationTrainer(lesson, arguments, dataset, folder.run, record, settings, watch)
+    if ranks.is_main_process:
+        # What a killed run logged after its last checkpoint comes again: TensorBoard is told to forget it.
+        curves = SummaryWriter(str(folder.curves), purge_step=start.step + 1 if start.step else 0)
+        trainer.add_callback(TensorBoardCallback(curves))
+    return trainer
 
 
 def _lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
@@ -208,7 +225,7 @@ def _require_target(config: TrainConfig, table: Table) -> None:
             where=table.location,
             do="leave them out",
         )
-    elif config.loss.soft_weight:
+    elif config.loss.soft_weight or config.loss.soft_weight_end:
         draws = table.identity.selection.draws > 0
         resolve_target(config.loss, table.temperatures, draws, config.stream.max_k)
 
@@ -231,7 +248,7 @@ def _on_cpu(config: TrainConfig) -> bool:
 
 
 def _record(
-    config: TrainConfig, table: Table, student: PreTrainedModel, trainer: DistillationTrainer
+    config: TrainConfig, table: Table, student: PreTrainedModel, trainer: DistillationTrainer, step: int
 ) -> dict[str, Any]:
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
@@ -239,6 +256,7 @@ def _record(
     return {
         **run_record(config, table),
         "parameters": parameters(student),
+        "step": step,
         "history": [entry for entry in history if len(entry) > 1],
         "circumstances": circumstances(device=str(trainer.args.device), ranks=str(trainer.args.world_size)),
     }
@@ -248,15 +266,18 @@ def _report(
     config: TrainConfig, record: dict[str, Any], steps_trained: int, resumed_from: int | None, seconds: float
 ) -> TrainReport:
     trained = [entry for entry in record["history"] if "positions" in entry]
-    evaluated = [entry for entry in record["history"] if "eval_kl" in entry]
+    kept = [entry["positions"] for entry in trained if entry["step"] <= record["step"]]
+    metrics = last_evaluation(record)
+    metrics.pop("step", None)
     return TrainReport(
         output=config.output,
         table=f"{parse(config.table)[0]}@{record['table']['version']}",
-        steps=trained[-1]["step"],
+        steps=record["step"],
+        stopped_at=trained[-1]["step"],
         steps_trained=steps_trained,
         resumed_from=resumed_from,
         parameters=record["parameters"],
-        positions=trained[-1]["positions"],
+        positions=kept[-1] if kept else 0,
         seconds=seconds,
-        metrics={name: value for name, value in evaluated[-1].items() if name != "step"} if evaluated else {},
+        metrics=metrics,
     )

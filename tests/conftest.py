@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with the longest tests first: of several processes, none has then to wait for another at the end."""
-    long = ("test_end_to_end.py", "test_training.py", "test_flows.py")
-    items.sort(key=lambda item: item.path.name not in long)
+    long = ("test_end_to_end", "test_training", "test_flows")
+    items.sort(key=lambda item: not item.path.name.startswith(long))
 
 
 CHATML = (

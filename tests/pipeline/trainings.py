@@ -1,0 +1,72 @@
+"""What tests of training share: small settings, a process that trains and dies where it is told to, what is left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from pipeline.config import TrainConfig
+from tests.conftest import ROOT
+
+STREAM = {"row_tokens": 40, "batch_rows": 8, "micro_rows": 3}
+OPTIMISER = {"epochs": 3, "eval_steps": 5, "checkpoint_steps": 4, "learning_rate": 1e-3, "device": "cpu"}
+
+CHILD = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from pipeline.config import TrainConfig
+from pipeline.training import train
+
+settings, die = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+if "saving" in die:
+    save, count = torch.save, [0]
+    def dying_save(value, path, *more, **others):
+        if f"checkpoint-{die['saving']}" in str(path):
+            save({}, path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(value, path, *more, **others)
+    torch.save = dying_save
+
+def watch(progress):
+    if progress.done == die.get("step"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainConfig.model_validate(settings), watch)
+"""
+
+
+def settings(table, output, **changes):
+    groups = {"student": {"layers": (1,)}, "loss": {}, "stream": STREAM, "optimiser": OPTIMISER}
+    changed = {name: {**values, **changes.get(name, {})} for name, values in groups.items()}
+    return TrainConfig.model_validate({"table": table.location, "output": str(output), **changed})
+
+
+def run(command, config, **die):
+    """A child process that trains, and dies where it is told to."""
+    return subprocess.run(
+        [sys.executable, *command, config.model_dump_json(), json.dumps(die)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def history(folder):
+    return json.loads((Path(folder) / "softlabel.json").read_text())["history"]
+
+
+def interrupt_at(step):
+    def watch(progress):
+        if progress.done == step:
+            raise KeyboardInterrupt
+
+    return watch
