@@ -1,0 +1,301 @@
+"""How close each selection brings a student's gradient to that of the teacher's whole distribution, and at what size.
+
+``python -m tests.benchmarks.fidelity`` prints one table, by size; the default's sizes are chosen from it. The teacher
+is SmolLM2-135M (unpacked to .demo/teacher), the text Python's own manual, the student the teacher pruned to 7 of its
+30 layers and trained for a minute on other pages of it; ``--student`` takes one from a folder instead. Each selection
+goes through the real codec. Its bytes a position are those of all soft-label columns of a real table. The gradient is
+of forward KL, with respect to every weight of the student's layers, against the gradient of the dense KL of the same
+positions, in percent of that one's length:
+
+- bias: how far the mean over the seeds is off, less what so few seeds would be off by chance;
+- spread: root mean square distance of one seed's gradient from their mean. Over n times as many positions it shrinks
+  by the root of n; the bias stays;
+- error: both together, root of the sum of squares. A star marks those that no smaller one beats.
+
+A loss that is off by a constant does no harm; it is shown because curves of biased targets can't be compared.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pipeline.config import LossConfig, SelectionConfig, TeacherConfig
+from pipeline.demo import prepare_teacher
+from pipeline.loss import distillation_loss
+from pipeline.selection import Selection, position_seeds, select
+from pipeline.student import hidden_states, output_head, prune
+from pipeline.targets import CompactTargets, Target, decode
+from pipeline.teacher import TransformersTeacher
+from storage.codec import SoftLabels, encode, flatten
+from storage.inspection import inspect
+from storage.table import Table
+from storage.writer import ShardWriter
+from tests.benchmarks.table import Captured, make_table, sequences_of
+
+LENGTH = 512
+LAYERS = (0, 1, 7, 14, 21, 28, 29)
+STORED, TRAINED = 8, 24
+"""Sequences whose soft labels are stored, and others that the student is trained on."""
+DEFAULT = SelectionConfig()
+
+
+SELECTIONS: tuple[SelectionConfig, ...] = (
+    DEFAULT,
+    *(
+        SelectionConfig(top_p=top_p, max_k=max_k, draws=draws)
+        for top_p, max_k, draws in ((0.95, 24, 24), (0.95, 12, 24), (0.9, 16, 48), (0.95, 32, 32))
+    ),
+    *(SelectionConfig(min_k=0, max_k=0, draws=draws) for draws in (32, 50, 100)),
+    *(SelectionConfig(top_k=k) for k in (16, 32, 64)),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences of one length, and the teacher's logits at all their positions but the first."""
+
+    sequences: NDArray[np.int32]
+    """(S, L)"""
+    logits: Tensor
+    """(S x (L - 1), V) bfloat16, as the teacher makes them."""
+
+    @property
+    def next_ids(self) -> Tensor:
+        return torch.from_numpy(self.sequences[:, 1:].reshape(-1)).long()
+
+    def first(self, count: int) -> "Text":
+        return Text(self.sequences[:count], self.logits[: count * (self.sequences.shape[1] - 1)])
+
+    def one_by_one(self) -> Iterator["Text"]:
+        for sequence, logits in zip(self.sequences, self.logits.split(self.sequences.shape[1] - 1), strict=True):
+            yield Text(sequence[None], logits)
+
+
+def read_text(folder: Path, counts: Sequence[int]) -> list[Text]:
+    """So many sequences of the manual for each count, one part after the other."""
+    teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
+    text = "\n".join(text for _, text in sorted(topics.items()))
+    ids = np.array(AutoTokenizer.from_pretrained(folder)(text[: 8 * LENGTH * sum(counts)])["input_ids"], np.int32)
+    places = np.arange(1, LENGTH, dtype=np.int32)
+    parts = []
+    for part in np.split(ids[: LENGTH * sum(counts)].reshape(-1, LENGTH), np.cumsum(counts)[:-1]):
+        logits = [torch.zeros(0, teacher.vocabulary, dtype=torch.bfloat16)]
+        for number, row in enumerate(part, 1):
+            say(f"the teacher reads sequence {number} of {len(part)}")
+            logits += [chunk.bfloat16() for chunk in teacher.logits([row], [places])]
+        parts.append(Text(part, torch.cat(logits)))
+    return parts
+
+
+def say(what: str) -> None:
+    print(f"\r{what:<80}", end="", file=sys.stderr, flush=True)
+
+
+def states(student: PreTrainedModel, text: Text) -> Tensor:
+    """(N, H) hidden states that predict the text's positions."""
+    ids = torch.from_numpy(text.sequences).long()
+    hidden = hidden_states(student, ids, torch.arange(ids.shape[1]).expand_as(ids))
+    return hidden[:, :-1].reshape(-1, hidden.shape[2])
+
+
+def dense_kl(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """Forward KL over the whole vocabulary, summed over positions."""
+    log_q = F.linear(hidden, weight).float().log_softmax(1)
+    return F.kl_div(log_q, logits.float().log_softmax(1), log_target=True, reduction="sum")
+
+
+def train(student: PreTrainedModel, text: Text) -> None:
+    """One pass, a sequence a step, on the dense KL, so that no selection has shaped the student."""
+    optimiser = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.0)
+    for step, one in enumerate(text.one_by_one(), 1):
+        loss = dense_kl(states(student, one), output_head(student).weight, one.logits) / len(one.next_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        say(f"the student is trained: step {step} of {TRAINED}, KL {loss:.2f}")
+
+
+class Student:
+    """Gradients of the layers of a student whose embedding and head stand still."""
+
+    def __init__(self, model: PreTrainedModel, text: Text) -> None:
+        self.head = output_head(model)
+        self.head.weight.requires_grad_(False)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.text = text
+        self.hidden = states(model, text)
+
+    def dense(self) -> tuple[Tensor, float]:
+        """Gradient of the mean dense KL, and the mean."""
+        hidden = self.hidden.detach().requires_grad_()
+        total = 0.0
+        for part, logits in zip(hidden.split(256), self.text.logits.split(256), strict=True):
+            loss = dense_kl(part, self.head.weight, logits) / len(hidden)
+            loss.backward()
+            total += loss.item()
+        return self._flat(self.hidden, hidden.grad), total
+
+    def sparse(self, compact: CompactTargets, vocabulary: Tensor, target: Target) -> tuple[Tensor, float]:
+        """The same of stored soft labels."""
+        config = LossConfig(target=target)
+        targets = decode(compact, vocabulary, (1.0,), config)
+        loss = distillation_loss(self.hidden, self.head.weight, self.text.next_ids, targets, config)
+        return self._flat(loss.total), loss.soft.item() / loss.positions
+
+    def _flat(self, of: Tensor, gradient: Tensor | None = None) -> Tensor:
+        parts = torch.autograd.grad(of, self.weights, gradient, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Of a selection's gradient to the dense one, and of its loss."""
+
+    cosine: float
+    bias: float
+    spread: float
+    loss: float
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.bias, self.spread)
+
+
+def square(vector: Tensor) -> float:
+    """Squared length. Over so many numbers, float32 would be off in the third digit."""
+    return vector.square().sum(dtype=torch.float64).item()
+
+
+def closeness(gradients: Iterator[tuple[Tensor, float]], dense: Tensor, dense_loss: float) -> Closeness:
+    """Over one gradient and loss for each seed.
+
+    With d the differences from the dense gradient, the mean of d·d' over pairs of different seeds estimates the
+    squared bias without bias; the square of the mean difference would count the seeds' noise as well.
+    """
+    length = math.sqrt(square(dense))
+    total, squares, cosines, losses = torch.zeros_like(dense), 0.0, [], []
+    for gradient, loss in gradients:
+        difference = gradient - dense
+        total += difference
+        squares += square(difference)
+        along = (square(gradient) + length**2 - square(difference)) / 2
+        cosines.append(along / length / math.sqrt(square(gradient)))
+        losses.append(loss - dense_loss)
+    n = len(losses)
+    mean_square = squares / n
+    bias_square = (square(total) - squares) / (n * (n - 1)) if n > 1 else mean_square
+    spread = math.sqrt(max(0.0, mean_square - bias_square)) / length
+    return Closeness(sum(cosines) / n, math.sqrt(max(0.0, bias_square)) / length, spread, sum(losses) / n)
+
+
+def labels_of(text: Text, config: SelectionConfig) -> SoftLabels:
+    """What a capture would keep of the text."""
+    selection, parts = Selection.of(config), []
+    places = torch.arange(1, text.sequences.shape[1])
+    for one in text.one_by_one():
+        seeds = position_seeds(selection, b"smollm2", one.sequences.tobytes(), places)
+        parts.append(select(one.logits, one.next_ids, seeds, selection, one.logits.shape[1]))
+    return SoftLabels.concatenate(parts)
+
+
+def stored(labels: SoftLabels, text: Text) -> tuple[float, Table]:
+    """Bytes a position of all soft-label columns, and the table's settings; its files are gone."""
+    captured = Captured(labels, _lengths(text), text.logits.shape[1])
+    with tempfile.TemporaryDirectory() as scratch:
+        table = make_table(Path(scratch), captured)
+        with ShardWriter(table) as writer:
+            writer.append(sequences_of(captured, 0), labels)
+            writer.commit({})
+        table.ranks  # noqa: B018  (read while its file is there)
+        return inspect(table.newest()).soft_label_bytes_per_position, table
+
+
+def compact(labels: SoftLabels, text: Text, table: Table) -> CompactTargets:
+    """Soft labels as a shard would give them back."""
+    flat = flatten(encode(labels, _lengths(text), table.ranks))
+    flat["tail_log_masses"] = flat["tail_log_masses"][None]
+    return CompactTargets(**{name: torch.from_numpy(values.copy()) for name, values in flat.items()})
+
+
+def _lengths(text: Text) -> NDArray[np.int64]:
+    return np.full(len(text.sequences), text.sequences.shape[1] - 1)
+
+
+def name_of(config: SelectionConfig) -> str:
+    if config.top_k:
+        return f"top-{config.top_k}"
+    if not config.max_k:
+        return f"RS-{config.draws}"
+    return f"head {config.top_p:g}, ≤{config.max_k}; {config.draws} draws" + (" (default)" if config == DEFAULT else "")
+
+
+def measure(
+    config: SelectionConfig, student: Student, text: Text, seeds: int, dense: tuple[Tensor, float]
+) -> Iterator[tuple[str, float, str, Closeness]]:
+    """Name, bytes a position, ids and mass, and closeness, for each target that the selection allows."""
+    labels = labels_of(text, config)
+    size, table = stored(labels, text)
+    vocabulary = torch.from_numpy(table.vocabulary)
+    held = f"{labels.head_counts.mean():5.1f}{labels.tail_counts.mean():6.1f}"
+    held += f"{1 - np.exp(labels.tail_log_masses[0], dtype=np.float64).mean():8.3f}"
+    targets: tuple[Target, ...] = ("renormalised", "zero_tail", "bucket") if config.top_k else ("sampled",)
+    for target in targets:
+        gradients = (
+            student.sparse(
+                compact(labels_of(student.text, config.model_copy(update={"seed": seed})), student.text, table),
+                vocabulary,
+                target,
+            )
+            for seed in range(1 if config.top_k else seeds)
+        )
+        name = name_of(config) + (f", {target.replace('_', ' ')}" if config.top_k else "")
+        yield name, size, held, closeness(gradients, *dense)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", help="folder of a student of SmolLM2's family, instead of training one")
+    parser.add_argument("--sequences", type=int, default=2, help=f"sequences of {LENGTH} tokens for the gradient")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    folder = Path(".demo/teacher")
+    prepare_teacher(folder)
+    torch.manual_seed(0)
+    text, other = read_text(folder, (STORED, 0 if arguments.student else TRAINED))
+    model = AutoModelForCausalLM.from_pretrained(arguments.student or folder, dtype=torch.float32)
+    if not arguments.student:
+        model = prune(model, LAYERS)
+        train(model, other)
+    student = Student(model.eval(), text.first(arguments.sequences))
+    dense = student.dense()
+
+    rows = []
+    for number, config in enumerate(SELECTIONS, 1):
+        say(f"selection {number} of {len(SELECTIONS)}: {name_of(config)}")
+        rows += measure(config, student, text, arguments.seeds, dense)
+    say("")
+    print(f"\r{len(student.hidden):,} positions, KL to the teacher {dense[1]:.3f}, {arguments.seeds} seeds")
+    print(f"{'':<36}{'bytes':>7}{'head':>6}{'tail':>6}{'mass':>8}{'loss':>8}{'cosine':>8}", end="")
+    print(f"{'bias':>8}{'spread':>8}{'error':>8}")
+    best = math.inf
+    for name, size, held, found in sorted(rows, key=lambda row: row[1]):
+        star, best = " *" if found.error < best else "", min(best, found.error)
+        print(f"{name:<36}{size:>7.1f} {held}{found.loss:>+8.3f}{found.cosine:>8.4f}", end="")
+        print(f"{found.bias:>8.1%}{found.spread:>8.1%}{found.error:>8.1%}{star}")
+
+
+if __name__ == "__main__":
+    main()
