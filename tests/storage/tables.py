@@ -1,7 +1,9 @@
 """Small tables, and soft labels made the slow and obvious way: from whole distributions in float64."""
 
 import multiprocessing
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.codec import SoftLabels
+from storage.place import WRITING
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
 from storage.reader import read
 from storage.schema import SEQUENCE
@@ -21,6 +24,18 @@ from storage.writer import Commit, ShardWriter
 PROCESSES = multiprocessing.get_context("forkserver")
 """Real processes, that start in a moment because what they import is there already."""
 PROCESSES.set_forkserver_preload(["tests.storage.tables"])
+
+
+def process(target: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:
+    """One that starts with this one's way to the buckets."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return PROCESSES.Process(target=_run, args=(environment, target, *args))
+
+
+def _run(environment: Mapping[str, str], target: Callable[..., object], *args: object) -> None:
+    os.environ |= environment
+    target(*args)
+
 
 VOCABULARY = 300
 CARRIED = pa.schema([("source", pa.string()), ("year", pa.int64())])
@@ -127,13 +142,12 @@ def identity(temperatures: tuple[float, ...] = (1.0,), **changes: Any) -> Identi
     return made.model_copy(update=changes)
 
 
-def make_table(location: Path, identity: Identity, seed: int = 0) -> Table:
+def make_table(location: Path | str, identity: Identity, seed: int = 0) -> Table:
     """A table that is empty yet; the seed is of the labels that its vocabulary is numbered by."""
-    tokenizer = location.parent / "tokenizer"
-    tokenizer.mkdir(exist_ok=True, parents=True)
-    (tokenizer / "tokenizer.json").write_text("{}")
-    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    return Table.create(str(location), identity, CARRIED, random_labels(50, seed), tokenizer)
+    with tempfile.TemporaryDirectory() as tokenizer:
+        Path(tokenizer, "tokenizer.json").write_text("{}")
+        Path(tokenizer, "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+        return Table.create(str(location), identity, CARRIED, random_labels(50, seed), Path(tokenizer))
 
 
 def add(table: Table, names: Sequence[str], split: str | None = None) -> Commit:
@@ -151,4 +165,4 @@ def names_in(table: Table) -> list[str]:
 
 def leftovers(table: Table) -> list[str]:
     """Files of shards in the making."""
-    return sorted(path.name for path in Path(table.location).rglob("_softlabel/writing/*"))
+    return sorted(file.name for file in table.place.files(WRITING))

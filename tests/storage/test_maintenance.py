@@ -26,9 +26,7 @@ from tests.storage.test_writer import capture
 
 def everything(table: Table) -> dict[str, int]:
     """Bytes of each file, but for the lock that maintenance itself takes."""
-    folder = Path(table.location)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    return {name: size for name, size in files.items() if not name.endswith("maintenance.lock")}
+    return {file.name: file.bytes for file in table.place.files() if not file.name.endswith("maintenance.lock")}
 
 
 def replaced(table: Table) -> Table:
@@ -180,7 +178,7 @@ def test_a_clock_that_jumped_back_spares(filled: Table):
 
 def test_copies_beside_the_shards_that_no_version_uses(filled: Table):
     """A lost race to create the table leaves a vocabulary; a kill leaves half a tokenizer."""
-    Table.create(filled.location, identity(), CARRIED, random_labels(50, seed=9), Path(filled.location, "../tokenizer"))
+    Table.create(filled.location, identity(), CARRIED, random_labels(50, seed=9), filled.tokenizer)
     side = Path(filled.location, "_softlabel")
     half = side / "tokenizer-0.1.tmp"
     half.mkdir()

@@ -54,9 +54,9 @@ def contents(table: Table) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: str(row["document_id"]))
 
 
-def waiting(table: Table) -> list[Path]:
+def waiting(table: Table) -> list[str]:
     """New shards that wait for a commit."""
-    return sorted(Path(table.location, "_softlabel", "rewritten").glob("*"))
+    return sorted(file.name for file in table.place.files("_softlabel/rewritten"))
 
 
 def job(table: Table, **more: object) -> Rewriting:

@@ -14,7 +14,7 @@ from storage.errors import IntegrityError, ProvenanceError, TableError, TableNot
 from storage.provenance import Identity
 from storage.schema import SEQUENCE, SOFT_LABELS
 from storage.table import Table, parse
-from tests.storage.tables import CARRIED, PROCESSES, VOCABULARY, add, identity, make_table, random_labels
+from tests.storage.tables import CARRIED, PROCESSES, VOCABULARY, add, identity, make_table, process, random_labels
 
 
 def test_a_new_table(table: Table):
@@ -147,22 +147,22 @@ def test_a_tokenizer_that_can_not_be_copied_leaves_no_table(tmp_path: Path):
     assert not Table.exists(str(tmp_path / "t"))
 
 
-def create_often(folder: Path, identity: Identity, seed: int, start: Barrier, made: Queue) -> None:
+def create_often(folder: Path | str, identity: Identity, seed: int, start: Barrier, made: Queue) -> None:
     """Create 15 tables, each at the same moment as another process; the vocabulary or the error that comes of each."""
     found = []
     for n in range(15):
         start.wait(30)
         try:
-            found.append(make_table(folder / f"table{n}", identity, seed).vocabulary.tolist())
+            found.append(make_table(f"{folder}/table{n}", identity, seed).vocabulary.tolist())
         except ProvenanceError as error:
             found.append(str(error))
     made.put(found)
 
 
-def race(folder: Path, identities: list[Identity]) -> list[list[list[int] | str]]:
+def race(folder: Path | str, identities: list[Identity]) -> list[list[list[int] | str]]:
     start, made = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in identities]
     racers = [
-        PROCESSES.Process(target=create_often, args=(folder, identity, seed, start, queue))
+        process(create_often, folder, identity, seed, start, queue)
         for seed, (identity, queue) in enumerate(zip(identities, made, strict=True))
     ]
     for racer in racers:

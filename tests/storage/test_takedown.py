@@ -12,6 +12,7 @@ from storage import purge as module
 from storage.errors import PurgedError, TableError, TableNotFoundError
 from storage.layout import Rewriting
 from storage.maintenance import maintain
+from storage.place import place_of
 from storage.purge import Purged, purge
 from storage.rewrite import rewrite
 from storage.table import Table
@@ -35,9 +36,11 @@ def take_down(location: str) -> Purged:
 def on_disk(location: str) -> set[str]:
     """Documents in any file of rows below the table's folder, whoever names it."""
     found = set()
-    for path in Path(location).rglob("*.parquet"):
-        if "vocabulary" not in path.name and "_delta_log" not in path.parts:
-            found.update(pq.read_table(path, columns=["document_id"]).column("document_id").to_pylist())
+    place = place_of(location)
+    for name in [file.name for file in place.files() if file.name.endswith(".parquet")]:
+        if not name.startswith(("_softlabel/vocabulary", "_delta_log")):
+            with place.fetch(name) as file:
+                found.update(pq.read_table(file, columns=["document_id"]).column("document_id").to_pylist())
     return found
 
 

@@ -11,7 +11,7 @@ from storage import versions
 from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.table import Table
 from storage.versions import Tag, parse, pin, pins, retire, spans, tag, tags, unpin, untag
-from tests.storage.tables import PROCESSES, add, names_in
+from tests.storage.tables import PROCESSES, add, names_in, process
 
 
 def at(table: Table, version: int) -> Table:
@@ -76,7 +76,7 @@ def test_two_processes_that_want_one_name(filled: Table):
     """One has it, the other is told; nobody's tag is half written or moved."""
     start, said = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in range(2)]
     for version, queue in enumerate(said, 1):
-        PROCESSES.Process(target=tag_often, args=(filled.location, version, start, queue)).start()
+        process(tag_often, filled.location, version, start, queue).start()
     won, lost = zip(*(queue.get() for queue in said), strict=True)
     assert sorted(won[0] + won[1]) == list(range(10))
     assert lost[0] + lost[1] == [True] * 10

@@ -17,10 +17,10 @@ from deltalake import DeltaTable
 from storage.codec import decode
 from storage.errors import TableError
 from storage.place import content_hash
-from storage.reader import read
+from storage.reader import footer, read
 from storage.table import Table
 from storage.writer import ShardWriter
-from tests.storage.tables import PROCESSES, add, leftovers, names_in, rows
+from tests.storage.tables import PROCESSES, add, leftovers, names_in, process, rows
 
 A = [f"a{i}" for i in range(40)]
 B = [f"b{i}" for i in range(40)]
@@ -36,9 +36,10 @@ def test_what_is_committed_is_there(table: Table):
     assert commit.positions == newest.scan().collect()["positions"].sum()
     assert leftovers(table) == []
     for shard in newest.shards():
-        file = Path(table.location) / shard.path
-        assert file.stem == content_hash(file.open("rb"))
-        assert (shard.rows, shard.bytes) == (pq.read_metadata(file).num_rows, file.stat().st_size)
+        with table.place.fetch(shard.path) as file:
+            assert Path(shard.path).stem == content_hash(file)
+            assert shard.rows == pq.read_metadata(file).num_rows
+        assert shard.bytes == table.place.stat(shard.path).bytes
         assert shard.path.startswith(f"split={shard.split}/")
 
 
@@ -55,14 +56,14 @@ def test_rows_come_back_as_they_went_in(table: Table):
     assert (decoded.head_ids == labels.head_ids).all()
     assert (decoded.tail_draws == labels.tail_draws).all()
     assert abs(decoded.head_logprobs - labels.head_logprobs).max() < 1 / 64
-    groups = pq.ParquetFile(Path(table.location) / shard.path).metadata
+    groups = footer(newest, shard)
     assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [16, 16, 8]
 
 
 def test_what_is_not_committed_leaves_nothing(table: Table):
     with ShardWriter(table) as writer:
         writer.append(*rows(A))
-        assert len(leftovers(table)) == 2
+        assert len(leftovers(table)) == 2 * table.place.sees_writers
     assert leftovers(table) == []
     with ShardWriter(table) as writer:
         writer.append(*rows(A))
@@ -70,7 +71,7 @@ def test_what_is_not_committed_leaves_nothing(table: Table):
             writer.append(rows(A)[0], rows(B[:3])[1])
     assert leftovers(table) == []
     assert table.newest().version == 0
-    assert not list(Path(table.location).glob("split=*/*"))
+    assert not [file for file in table.place.files() if file.name.startswith("split=")]
 
 
 def test_nothing_to_commit_is_no_commit(table: Table):
@@ -176,12 +177,16 @@ def capture(location: str, names: list[str], seed: int) -> None:
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_writers(table: Table, kills: int):
+    kill_writers(table, kills)
+
+
+def kill_writers(table: Table, kills: int) -> None:
     """Two writers of overlapping rows are killed at random moments, again and again, and others take their places."""
     chance, killed, window, version = random.Random(0), 0, 0.2, 0
     names = [f"d{i}" for i in range(50 * kills)]
     while killed < kills:
         parts = names[: 35 * kills], names[15 * kills :]
-        writers = [PROCESSES.Process(target=capture, args=(table.location, part, killed)) for part in parts]
+        writers = [process(capture, table.location, part, killed) for part in parts]
         for writer in writers:
             writer.start()
         for writer in writers:

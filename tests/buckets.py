@@ -1,0 +1,89 @@
+"""Servers that speak S3, each a process of its own with a bucket in it, and the environment that leads there."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import obstore
+import pytest
+from obstore.store import S3Store
+
+BUCKET = "s3://softlabel"
+KEYS = {"AWS_ACCESS_KEY_ID": "softlabel", "AWS_SECRET_ACCESS_KEY": "a-secret", "AWS_REGION": "us-east-1"}
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    """A server that knows S3's answers, but is no judge of races."""
+    port = free_port()
+    with _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET.removeprefix('s3://')}", method="PUT"))
+        yield url
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """A server that teams run; it keeps conditional puts apart by locks."""
+    ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
+    keys = f'[{{"accessKey": "{KEYS["AWS_ACCESS_KEY_ID"]}", "secretKey": "{KEYS["AWS_SECRET_ACCESS_KEY"]}"}}]'
+    config = folder / "s3.json"
+    config.write_text(f'{{"identities": [{{"name": "test", "credentials": {keys}, "actions": ["Admin"]}}]}}')
+    command = [str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-s3", f"-s3.config={config}"]
+    command += ["-ip=127.0.0.1", "-master.telemetry=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += [f"-{name}.port.grpc={free_port()}" for name in ports]
+    with _server(command, ports["s3"]) as url, environment(url):
+        _until(lambda: obstore.put(S3Store.from_url(BUCKET), "made", b""))
+        yield url
+
+
+@contextmanager
+def environment(url: str) -> Iterator[None]:
+    """The usual variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}.items():
+            patch.setenv(name, value)
+        yield
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _server(command: Sequence[str], port: int) -> Iterator[str]:
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _until(lambda: _answers(url, server))
+            yield url
+        finally:
+            server.kill()
+
+
+def _answers(url: str, server: "subprocess.Popen[bytes]") -> None:
+    assert server.poll() is None, "the server has ended"
+    try:
+        urllib.request.urlopen(url, timeout=5)
+    except urllib.error.HTTPError:
+        return
+
+
+def _until(attempt) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            attempt()
+            return
+        except (OSError, obstore.exceptions.BaseError):
+            assert time.monotonic() < deadline, "no answer"
+            time.sleep(0.1)
