@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import obstore
@@ -28,8 +28,8 @@ _TAIL = 1 << 16
 """Bytes that are fetched when an object is opened: as many as pyarrow asks for first, to find the footer."""
 _TIMEOUT = "10 minutes"
 """Of one request: long enough for a shard in a slow network."""
-_COPIES: dict[tuple[str, str], "tempfile.TemporaryDirectory[str]"] = {}
-"""Folders that were fetched, by address and name."""
+_COPIES: dict[tuple[str, frozenset[File]], "tempfile.TemporaryDirectory[str]"] = {}
+"""Folders that were fetched, by address and by what was in them."""
 
 
 class Bucket:
@@ -74,7 +74,7 @@ class Bucket:
         try:
             found = obstore.get(self._store, name, options={"range": {"suffix": _TAIL}})
             file, tail = _file(name, found.meta), bytes(found.bytes())
-        except (FileNotFoundError, PermissionError, BaseError):  # an empty object has no end
+        except (FileNotFoundError, BaseError):  # an empty object has no end
             file, tail = self.stat(name), b""
         return _Object(self, file, tail), file
 
@@ -94,12 +94,14 @@ class Bucket:
             yield file
 
     def fetch_folder(self, name: str) -> Path:
-        """Copied once a process; the copy goes with the process."""
-        if (self.address, name) not in _COPIES:
-            _COPIES[self.address, name] = folder = tempfile.TemporaryDirectory(prefix="softlabel-")
-            for file in self.files(name):
-                Path(folder.name, Path(file.name).name).write_bytes(self.read(file.name))
-        return Path(_COPIES[self.address, name].name)
+        """A copy in a temporary folder; made once, and gone with the process."""
+        files = frozenset(self.files(name))
+        if (self.address, files) not in _COPIES:
+            folder = tempfile.TemporaryDirectory(prefix="softlabel-")
+            for file in files:
+                Path(folder.name, PurePath(file.name).name).write_bytes(self.read(file.name))
+            _COPIES[self.address, files] = folder
+        return Path(_COPIES[self.address, files].name)
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
         """Without ``replace``, a conditional put."""
@@ -159,7 +161,7 @@ class Bucket:
             yield
         except AlreadyExistsError:
             raise FileExistsError(f"there is an object already: {self.where(name)}") from None
-        except (FileNotFoundError, PermissionError, BaseError) as error:
+        except (FileNotFoundError, BaseError) as error:
             code = _code(str(error))
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise FileNotFoundError(f"no such object: {self.where(name)}") from None

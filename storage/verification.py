@@ -5,7 +5,7 @@ twice. ``remove_damaged`` takes shards out of the newest version, after which th
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -87,7 +87,7 @@ def verify(
     """Look at every byte of a version: its shards, its vocabulary, its tokenizer.
 
     A shard's content must have the hash in its name; its rows the number that its commit says, the table's columns,
-    lists of lengths that fit each other, and ids that there are; and each row must be in the version only once.
+    lists of lengths that fit each other, and ids that there are; and each row must be in a version only once.
 
     Args:
         table: the version.
@@ -104,12 +104,15 @@ def verify(
     findings = [
         finding for version in sorted(set(shards.values()) | {table.version}) for finding in kept.beside(version)
     ]
+    spans: dict[str, list[range]] = defaultdict(list)
+    for named in log.named:
+        spans[named.path].append(named.versions)
     rows, done, total = _Rows(table), 0, sum(shard.bytes for shard in shards)
     for shard, found in _examined([(kept[version], shard) for shard, version in shards.items()]):
         if isinstance(found, WrongShardError):
             findings.append(Finding(shard.path, str(found)))
         else:
-            rows.add(shard, found, here=shards[shard] == table.version)
+            rows.add(shard, spans[shard.path] if all_versions else [range(table.version, table.version + 1)], found)
         done += shard.bytes
         if watch:
             watch(done, total)
@@ -192,36 +195,47 @@ class _Opened:
 
 
 class _Rows:
-    """All rows of a version, by a hash of what makes each the only one."""
+    """All rows of the versions that are looked at, by a hash of what makes each the only one of its version."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
-        self._parts: list[tuple[Shard, Hashes]] = []
+        self._parts: list[tuple[Shard, list[range], Hashes]] = []
         self.count = 0
 
-    def add(self, shard: Shard, hashes: Hashes, here: bool) -> None:
-        """Count a shard's rows, and remember them if the shard is of this version."""
+    def add(self, shard: Shard, versions: list[range], hashes: Hashes) -> None:
+        """Remember a shard's rows, and the versions that have them."""
         self.count += len(hashes)
-        if here:
-            self._parts.append((shard, hashes))
+        self._parts.append((shard, versions, hashes))
 
     def twice(self) -> Iterator[Finding]:
-        """Shards with rows that a shard before them has too."""
-        hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *(part for _, part in self._parts)]))
-        suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        if not len(suspects):
-            return
-        first: dict[RowKey, str] = {}
-        for shard, part in self._parts:
-            rows = np.flatnonzero(np.isin(part, suspects))
+        """Shards with rows that another shard of the same version has too."""
+        suspects = self._suspects()
+        holders: dict[RowKey, list[tuple[str, list[range]]]] = defaultdict(list)
+        for shard, versions, hashes in self._parts if len(suspects) else ():
+            rows = np.flatnonzero(np.isin(hashes, suspects))
             if not len(rows):
                 continue
             keys = row_keys(pa.concat_tables(outline(self._table, shard, ROW_KEY)).take(pa.array(rows)))
-            others = Counter(first.setdefault(key, shard.path) for key in set(keys))
-            del others[shard.path]
-            others += Counter({shard.path: len(keys) - len(set(keys))})
-            for path, count in others.items():
+            others = Counter({shard.path: len(keys) - len(set(keys))})
+            for key in set(keys):
+                others.update([path for path, theirs in holders[key] if _meet(theirs, versions)][:1])
+                holders[key].append((shard.path, versions))
+            for path, count in (+others).items():
                 yield Finding(shard.path, f"{count} of its rows are there twice, also in {path}")
+
+    def _suspects(self) -> Hashes:
+        """Hashes that come twice in a version: sorted by where they begin, one begins before the last has ended."""
+        spans = [(hashes, span) for _, versions, hashes in self._parts for span in versions]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(part for part, _ in spans)])
+        starts = np.repeat([span.start for _, span in spans], [len(part) for part, _ in spans])
+        stops = np.repeat([span.stop for _, span in spans], [len(part) for part, _ in spans])
+        order = np.lexsort((starts, hashes))
+        hashes, starts, stops = hashes[order], starts[order], stops[order]
+        return np.unique(hashes[1:][(hashes[1:] == hashes[:-1]) & (starts[1:] < stops[:-1])])
+
+
+def _meet(some: list[range], others: list[range]) -> bool:
+    return any(a.start < b.stop and b.start < a.stop for a in some for b in others)
 
 
 def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:

@@ -7,6 +7,7 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
+from storage import bucket
 from storage.errors import IntegrityError, TableError, TableNotFoundError
 from storage.maintenance import maintain
 from storage.place import place_of
@@ -126,7 +127,7 @@ def test_a_twin_that_becomes_young_before_it_is_deleted(table: Table, monkeypatc
         for file in writer._files.values():
             file.finish()
             file.publish()
-    (orphan,) = [file for file in table.place.files("split=train")]
+    (orphan,) = list(table.place.files("split=train"))
     aged = obstore.list
 
     def old(*args: object, **kwargs: object) -> object:
@@ -158,6 +159,22 @@ def test_a_row_group_is_read_in_few_requests(table: Table, monkeypatch: pytest.M
     read(newest, shard, None, [3])
     assert shard.bytes > 200_000
     assert len(ranges) <= 2
+
+
+def test_a_network_that_fails_in_the_middle_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> object:
+        raise obstore.exceptions.GenericError("Generic S3 error: HTTP error: connection reset")
+
+    shard = filled.shards()[0]
+    read(filled, shard, ["tokens"])
+    monkeypatch.setattr(bucket, "_TAIL", 8)  # so that the rest is a request of its own
+    monkeypatch.setattr(obstore, "get_range", fail)
+    with pytest.raises(TableError, match=r"can't be used(.|\n)*connection reset") as error:
+        read(filled, shard)
+    assert not isinstance(error.value, IntegrityError)
+    monkeypatch.setattr(obstore, "get", fail)
+    with pytest.raises(TableError, match="can't be used"):
+        verify(filled)
 
 
 @pytest.mark.parametrize(

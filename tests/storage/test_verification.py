@@ -15,8 +15,10 @@ from deltalake.transaction import AddAction
 
 from storage.errors import IntegrityError
 from storage.examination import examine
+from storage.layout import Rewriting
 from storage.place import content_hash
 from storage.reader import read
+from storage.rewrite import rewrite
 from storage.schema import ROW_KEY, row_keys
 from storage.shard_file import parquet_options
 from storage.table import Table
@@ -199,6 +201,25 @@ def test_rows_that_are_there_twice(filled: Table):
     taken = remove_damaged(verify(filled.newest()))
     assert taken.unsolved == ()
     assert verify(filled.newest()).findings == ()
+
+
+def test_rows_that_were_there_twice_in_an_old_version(filled: Table):
+    """Each version by itself: that a rewriting has laid the same rows into another shard is no harm."""
+    assert rewrite(Rewriting(filled, filled, 1000, 16, compact=True), {}).replaced
+    assert verify(filled.newest(), all_versions=True).findings == ()
+    again = forge(filled.newest(), "x", lambda table: pa.concat_tables([table, table.slice(0, 2)]))
+    remove_damaged(verify(filled.newest()))
+    assert verify(filled.newest()).findings == ()
+    (finding,) = verify(filled.newest(), all_versions=True).findings
+    assert finding.path == again
+    with ShardWriter(filled.newest()) as writer:
+        writer.append(*rows(["a1", "z"]))
+        writer.commit({})
+    one, other = (forge(filled.newest(), "y", lambda table: table, count=count) for count in (4, 3))
+    remove_damaged(verify(filled.newest()))
+    findings = {finding.path: finding.problem for finding in verify(filled.newest(), all_versions=True).findings}
+    assert set(findings) - {again} in ({one}, {other})
+    assert "3 of its rows are there twice, also in" in findings[(set(findings) - {again}).pop()]
 
 
 def test_what_is_taken_out_is_pending_and_comes_back(filled: Table):

@@ -1,0 +1,83 @@
+"""The main job with its table in a bucket: every verb, the same settings, an address in place of a path."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.capturing import capture
+from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.evaluation import evaluate
+from pipeline.reprocessing import reprocess
+from pipeline.table_config import ReprocessConfig
+from pipeline.training import train
+from storage.errors import IntegrityError, UsageError
+from storage.inspection import history, inspect
+from storage.maintenance import maintain
+from storage.place import place_of
+from storage.table import Table
+from storage.verification import verify
+from storage.versions import pins
+from tests import buckets
+from tests.pipeline.test_capturing import settings, texts, write
+from tests.storage.tables import names_in
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def server() -> Iterator[str]:
+    with buckets.moto() as url, buckets.environment(url):
+        yield url
+
+
+def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
+    location = f"{buckets.BUCKET}/tables/tiny"
+    documents = write(tmp_path / "documents.parquet", texts(60) | {"empty": ""})
+    asked = settings(tiny_teacher, documents, location)  # type: ignore[arg-type]
+    done = capture(asked)
+    assert done.sequences == 60
+    assert json.loads(place_of(location).read("_softlabel/rejects.jsonl"))["document_id"] == "empty"
+    assert done.rejects_file == f"{location}/_softlabel/rejects.jsonl"
+    assert capture(asked).sequences == 0
+
+    student = tmp_path / "student"
+    config = {
+        "student": {"layers": (1,)},
+        "stream": {"row_tokens": 128, "batch_rows": 4},
+        "optimiser": {"max_steps": 2},
+    }
+    trained = train(TrainConfig.model_validate({"table": location, "output": str(student), **config}))
+    assert trained.table == f"{location}@{done.version}"
+    assert [(pin.student, pin.version) for pin in pins(location)] == [(str(student), done.version)]
+    assert json.loads((student / "softlabel.json").read_text())["table"]["location"] == location
+    assert (student / "tokenizer.json").exists()
+    report = evaluate(EvaluateConfig(table=f"{location}/", students=(str(student),), report=str(tmp_path / "report")))
+    assert report.positions > 0
+    assert inspect(Table.open(location)).splits["train"].sequences > 40
+    assert history(Table.open(location))[-2].operation == "capture"
+
+    fewer = f"{buckets.BUCKET}/tables/fewer"
+    where = {"where": "document_id <> 'd7'"}
+    assert reprocess(ReprocessConfig(source=location, destination=fewer, **where)).rows.sequences == 59
+    local = str(tmp_path / "local")
+    assert reprocess(ReprocessConfig(source=fewer, destination=local)).rows.sequences == 59
+    assert names_in(Table.open(local)) == names_in(Table.open(fewer))
+    with pytest.raises(UsageError, match="same"):
+        reprocess(ReprocessConfig(source=fewer, destination=f"{fewer}/"))
+    (tmp_path / "gone").write_text("d8\n")
+    purged = reprocess(ReprocessConfig(source=location, purge=str(tmp_path / "gone"))).purged
+    assert purged is not None
+    assert any("maintain" in line for line in purged.out_of_reach)
+    assert "d8" not in names_in(Table.open(location))
+    assert verify(Table.open(location)).findings == ()
+    assert maintain(location, grace_hours=-1).deleted == ()
+
+    damaged = Table.open(fewer)
+    (name,) = [file.name for file in damaged.place.files("_softlabel") if file.name.endswith("/tokenizer.json")]
+    damaged.place.write(name, b"{}")
+    (finding,) = verify(damaged).findings
+    assert "tokenizer" in finding.path
+    with pytest.raises(IntegrityError, match="tokenizer"):
+        train(TrainConfig.model_validate({"table": fewer, "output": str(tmp_path / "other"), **config}))
