@@ -186,7 +186,7 @@ class CaptureConfig(Settings):
     documents: str
     """File, folder or glob of documents, here or in s3://BUCKET/: Parquet, JSON lines or plain text."""
     table: str
-    """Folder of the table; made if it is not there, added to if it is."""
+    """Folder of the table, or s3://BUCKET/PREFIX; made if it is not there, added to if it is."""
     teacher: TeacherConfig
     columns: ColumnsConfig = ColumnsConfig()
     sequences: SequencesConfig = SequencesConfig()

@@ -79,7 +79,8 @@ class ReprocessConfig(Settings):
     source: str
     """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
     destination: str | None = None
-    """Folder of another table, made if it is not there, added to if it is; left out, the source gets a new version."""
+    """Folder or s3:// address of another table, made if it is not there, added to if it is; left out, the source gets a
+    new version."""
     where: str | None = None
     """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
     "source = 'web' AND tokens > 20"."""
