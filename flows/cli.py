@@ -21,7 +21,7 @@ from flows.arguments import read_file, resolve, settings
 from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
 from pipeline.distill_config import DistillConfig
 from pipeline.settings import Settings
-from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
+from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
@@ -103,6 +103,7 @@ add_job("distill", DistillConfig)
 add_job("verify", VerifyConfig, ("table",))
 add_job("maintain", MaintainConfig, ("table",))
 add_job("reprocess", ReprocessConfig, ("source", "destination"))
+add_job("mix", MixConfig, ("view", "tables"))
 
 
 def table_of(table: str | None, file: Path | None) -> str:
@@ -118,16 +119,19 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
     """Show what a table holds: its teacher and selection, its rows by split, its bytes a position by column.
 
     Args:
-        table: Folder of the table; TABLE@12 for version 12, TABLE@tag for the one of a tag.
+        table: Folder of the table, or of a view; TABLE@12 for version 12, TABLE@tag for the one of a tag.
     """
 
     def work() -> dict[str, Any]:
         from storage.inspection import inspect as measure
         from storage.inspection import last_capture
-        from storage.table import Table
         from storage.versions import pins, tags
+        from storage.view import View, open_table
+        from storage.view_inspection import inspect_view
 
-        opened = Table.open(table_of(table, file))
+        opened = open_table(table_of(table, file))
+        if isinstance(opened, View):
+            return {"view": inspect_view(opened)}
         return {
             "inspection": measure(opened),
             "teacher": last_capture(opened).get("teacher", ""),
@@ -150,11 +154,14 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
 
     def work() -> dict[str, Any]:
         from storage.inspection import history as entries
-        from storage.table import Table
         from storage.takedown import lost
         from storage.versions import pins, tags, vacuumed
+        from storage.view import View, open_table
+        from storage.view_inspection import view_history
 
-        opened = Table.open(table_of(table, file))
+        opened = open_table(table_of(table, file))
+        if isinstance(opened, View):
+            return {"versions": view_history(opened), "tags": [], "pins": [], "vacuumed": [], "purged": []}
         return {
             "versions": entries(opened),
             "tags": list(tags(opened.location).values()),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.progress import Progress
     from pipeline.reprocessing import ReprocessReport, reprocess
     from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
-    from pipeline.table_config import MaintainConfig, ReprocessConfig, VerifyConfig
+    from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
     from pipeline.training import TrainReport, train
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "EvaluationReport",
     "LossConfig",
     "MaintainConfig",
+    "MixConfig",
     "OptimiserConfig",
     "Progress",
     "ReprocessConfig",
@@ -66,6 +67,7 @@ _ELSEWHERE = {
     "EvaluationReport": "evaluation",
     "LossConfig": "student_config",
     "MaintainConfig": "table_config",
+    "MixConfig": "table_config",
     "OptimiserConfig": "student_config",
     "Progress": "progress",
     "ReprocessConfig": "table_config",

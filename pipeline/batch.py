@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.averaging import AveragedTargets
 from pipeline.targets import CompactTargets
+from storage.groups import column_of
 from storage.schema import SOFT_LABELS
+from storage.view import AnyTable, View
 
 COLUMNS = ("token_ids", "loss_mask", *SOFT_LABELS.names)
 """What is read of a row once its turn has come."""
@@ -36,8 +39,8 @@ class Batch:
     """(N,) int64: where in rows x L the hidden state is that predicts each captured token: at the one before it."""
     next_ids: Tensor
     """(N,) int64: the captured tokens."""
-    targets: CompactTargets
-    """What the teacher said at each."""
+    targets: CompactTargets | AveragedTargets
+    """What the teacher, or each of several, said at each."""
     sequences: int
     """Sequences in these rows."""
     global_positions: int
@@ -69,15 +72,15 @@ class Batch:
 
 
 class RowGroup:
-    """What ``COLUMNS`` hold, as flat numpy arrays and where each sequence's part of them begins.
+    """What columns of lists hold, as flat numpy arrays and where each sequence's part of them begins.
 
     Args:
-        rows: of one row group, with these columns.
+        rows: of one row group; other columns are passed over.
     """
 
     def __init__(self, rows: pa.Table) -> None:
         self._columns: dict[str, tuple[NDArray[Any], list[int]]] = {}
-        for name in COLUMNS:
+        for name in [field.name for field in rows.schema if pa.types.is_list(field.type)]:
             lists = rows.column(name).combine_chunks()
             values = lists.values.to_numpy(zero_copy_only=False)
             self._columns[name] = values, lists.offsets.to_numpy().tolist()
@@ -88,14 +91,14 @@ class RowGroup:
 
 
 def collate(
-    packs: Sequence[Iterable[dict[str, NDArray[Any]]]], row_tokens: int, temperatures: int, global_positions: int
+    packs: Sequence[Iterable[dict[str, NDArray[Any]]]], row_tokens: int, table: AnyTable, global_positions: int
 ) -> Batch:
     """Lay out packs as a batch.
 
     Args:
         packs: for each row, its sequences; without any row, the batch is one row of padding.
         row_tokens: L.
-        temperatures: T, how many tail masses a position has.
+        table: what they are of.
         global_positions: of the whole optimiser step.
     """
     shape = max(1, len(packs)), row_tokens
@@ -113,15 +116,28 @@ def collate(
             sequences.append(sequence)
         position_ids[row, end:] = counting[: row_tokens - end]
     places = np.flatnonzero(captured)
-    flat = {name: np.concatenate([empty, *(s[name] for s in sequences)]) for name, empty in _EMPTY.items()}
-    assert len(flat["head_counts"]) == len(places), "each captured token has its soft labels"
-    flat["tail_log_masses"] = np.ascontiguousarray(flat["tail_log_masses"].reshape(-1, temperatures).T)
+    targets = _targets(sequences, table)
+    assert targets.positions == len(places), "each captured token has its soft labels"
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         positions=torch.from_numpy(places - 1),  # a sequence's first token is never captured
         next_ids=torch.from_numpy(input_ids.ravel()[places]),
-        targets=CompactTargets(**{name: torch.from_numpy(values) for name, values in flat.items()}),
+        targets=targets,
         sequences=len(sequences),
         global_positions=global_positions,
     )
+
+
+def _targets(sequences: Sequence[dict[str, NDArray[Any]]], table: AnyTable) -> CompactTargets | AveragedTargets:
+    if isinstance(table, View) and table.average:
+        parts = (_compact(sequences, len(table.temperatures), number) for number in range(len(table.tables)))
+        return AveragedTargets(tuple(parts), table.weights)
+    return _compact(sequences, len(table.temperatures), 0)
+
+
+def _compact(sequences: Sequence[dict[str, NDArray[Any]]], temperatures: int, table: int) -> CompactTargets:
+    names = {name: column_of(name, table) for name in _EMPTY}
+    flat = {name: np.concatenate([_EMPTY[name], *(s[column] for s in sequences)]) for name, column in names.items()}
+    flat["tail_log_masses"] = np.ascontiguousarray(flat["tail_log_masses"].reshape(-1, temperatures).T)
+    return CompactTargets(**{name: torch.from_numpy(values) for name, values in flat.items()})

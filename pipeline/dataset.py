@@ -1,4 +1,4 @@
-"""The stream of a student's training rows: reads a table's shards and yields one rank's batches, from any step on.
+"""The stream of a student's training rows: reads a table or a view and yields one rank's batches, from any step on.
 
 Which sequences come when, and which share a row, is ``pipeline.order``'s plan; how they are laid out is
 ``pipeline.batch``'s. This file reads what the plan names, a window ahead. It never decodes soft labels
@@ -17,10 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.batch import COLUMNS, Batch, RowGroup, collate
 from pipeline.config import StreamConfig
-from pipeline.order import Cursor, Ints, Plan, accumulation, plan_epoch, share
+from pipeline.order import Cursor, Ints, Plan, accumulation, occurrences, plan_epoch, share
 from storage.errors import UsageError
-from storage.reader import outline, read
-from storage.table import Shard, Table
+from storage.groups import Group, load, outlines
+from storage.view import AnyTable, View
 
 WINDOW_TOKENS = 1 << 20
 """Sequences are mixed and packed among so many tokens. It is part of the order: a run that goes on after a change of
@@ -30,19 +30,19 @@ it would see some sequences twice."""
 class SoftLabelDataset(IterableDataset[Batch]):
     """One rank's share of a table's training rows, from a cursor on.
 
-    Every sequence comes exactly once an epoch, over any number of ranks and DataLoader workers, in an order that the
-    table's version, ``stream.seed`` and the epoch alone decide; ``pipeline.order.plan_epoch`` says what shuffling
-    does. An optimiser step takes the plan's next ``stream.batch_rows`` packs (fewer at an epoch's end) and deals them
-    out to the ranks one by one; each rank yields ``accumulation`` batches a step, of ``stream.micro_rows`` rows at
-    most. A rank that has no pack left for a batch yields one row of padding without captured positions, so that all
-    ranks make equally many passes.
+    Every sequence comes exactly once an epoch (or, from a view with weights, as often as ``pipeline.order.occurrences``
+    says), over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and
+    the epoch alone decide; ``pipeline.order.plan_epoch`` says what shuffling does. An optimiser step takes the plan's
+    next ``stream.batch_rows`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
+    yields ``accumulation`` batches a step, of ``stream.micro_rows`` rows at most. A rank that has no pack left for a
+    batch yields one row of padding without captured positions, so that all ranks make equally many passes.
 
     Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
     DataLoader asks for them: their number changes nothing but the speed. Each worker of each rank reads every window
     of the plan, a window ahead of its use, so two windows are in its memory.
 
     Args:
-        table: the version to read.
+        table: the version, or the view, to read.
         stream: length of a row, batch sizes and seed.
         split: train or eval.
         shuffle: False for the table's own order.
@@ -59,7 +59,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        table: Table,
+        table: AnyTable,
         stream: StreamConfig,
         *,
         split: str = "train",
@@ -122,7 +122,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
             groups = windows.get(step.epoch, step.plan, step.plan.window_of(pack))
             members = step.plan.members(pack, pack + 1).tolist()
             packs.append([groups[group].sequence(row) for group, row in map(self._index.place, members)])
-        return collate(packs, self._stream.row_tokens, len(self._table.temperatures), global_positions)
+        return collate(packs, self._stream.row_tokens, self._table, global_positions)
 
     def _steps(self) -> Iterator["_Step"]:
         """The optimiser steps from the start on."""
@@ -157,14 +157,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     def _plan(self, epoch: int) -> Plan:
         if epoch not in self._plans:
+            seed, weights = self._stream.seed, self._index.weights
             plan = plan_epoch(
                 self._index.tokens,
                 self._index.group_starts,
                 self._stream.row_tokens,
                 self._window_tokens,
-                seed=self._stream.seed,
+                seed=seed,
                 epoch=epoch,
                 shuffle=self._shuffle,
+                counts=None if weights is None else occurrences(weights, seed, epoch),
             )
             self._plans = {epoch: plan}
             self._packs[epoch] = plan.packs
@@ -205,22 +207,27 @@ class _Index:
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
+    weights: NDArray[np.float64] | None
+    """How often each comes in an epoch; None for once each."""
     group_starts: Ints
     """(row groups + 1,) the first sequence of each, and the number of sequences."""
-    groups: list[tuple[Shard, int]]
-    """Shard of each row group, and its number there."""
+    groups: list[Group]
 
     @classmethod
-    def read(cls, table: Table, split: str) -> Self:
+    def read(cls, table: AnyTable, split: str) -> Self:
         groups = []
         tokens, positions = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-        for shard in table.shards(split):
-            for number, rows in enumerate(outline(table, shard, ["tokens", "positions"])):
-                groups.append((shard, number))
-                tokens.append(rows.column("tokens").to_numpy())
-                positions.append(rows.column("positions").to_numpy())
-        starts = np.cumsum([len(part) for part in tokens], dtype=np.int64)
-        return cls(np.concatenate(tokens), np.concatenate(positions), starts, groups)
+        for group, rows in outlines(table, ["tokens", "positions"], split):
+            groups.append(group)
+            tokens.append(rows.column("tokens").to_numpy())
+            positions.append(rows.column("positions").to_numpy())
+        counts = [len(part) for part in tokens]
+        weights = None
+        if isinstance(table, View) and not table.average:
+            weights = np.repeat([0.0, *(table.weights[group.table] for group in groups)], counts)
+        return cls(
+            np.concatenate(tokens), np.concatenate(positions), weights, np.cumsum(counts, dtype=np.int64), groups
+        )
 
     def group_of(self, sequences: Ints) -> Ints:
         """Row group of each sequence."""
@@ -235,7 +242,7 @@ class _Index:
 class _Windows:
     """The row groups of the window in use, and in the background those of the next one."""
 
-    def __init__(self, table: Table, index: _Index) -> None:
+    def __init__(self, table: AnyTable, index: _Index) -> None:
         self._table = table
         self._index = index
         self._read: dict[tuple[int, int], Future[dict[int, RowGroup]]] = {}
@@ -257,7 +264,4 @@ class _Windows:
         return self._read[epoch, number].result()
 
     def _load(self, groups: list[int]) -> dict[int, RowGroup]:
-        return {group: self._load_group(*self._index.groups[group]) for group in groups}
-
-    def _load_group(self, shard: Shard, number: int) -> RowGroup:
-        return RowGroup(read(self._table, shard, COLUMNS, [number]))
+        return {group: RowGroup(load(self._table, self._index.groups[group], COLUMNS)) for group in groups}

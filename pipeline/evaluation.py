@@ -5,7 +5,8 @@ before the first is measured, so that one that does not fit costs no time. Never
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,6 @@ from pipeline.progress import Progress, Watch, unwatched
 from pipeline.report import Report, StudentSummary, TeacherSummary, column_costs, perplexity, prepare, write
 from pipeline.student import build
 from pipeline.student_config import LossConfig, StudentConfig
-from pipeline.student_folder import table_record
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
 from storage.inspection import column_bytes, last_capture
@@ -29,9 +29,12 @@ from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.reader import index
 from storage.table import Table
+from storage.view import AnyTable, View, open_table
 
 PROVENANCE = "softlabel.json"
 """What training leaves beside a student's weights."""
+_TEACHER = ("teacher.files", "teacher.adapter")
+"""Fields of the identity that say which model spoke."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class EvaluationReport:
     """Sequences of the eval split that also occur in the train split."""
     teacher: Score
     students: tuple[Score, ...]
+    kl_kind: str
+    """What the KL is: ``pipeline.metrics.Metrics.kl_kind``."""
 
 
 def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport:
@@ -73,7 +78,7 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     """
     if not config.students:
         raise UsageError("no student is named", expected="at least one folder that train wrote", found="students: []")
-    table = Table.open(config.table)
+    table = open_table(config.table)
     holdout = Holdout.of(table)
     on = device(config.device)
     names = _names(config.students)
@@ -97,10 +102,11 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
         left_out=holdout.left_out,
         teacher=Score(report.teacher.name, report.teacher.perplexity.mean, 0.0, 1.0, report.teacher.parameters),
         students=tuple(map(_score, students)),
+        kl_kind=students[0].metrics.kl_kind,
     )
 
 
-def _read(folder: Path, table: Table) -> dict[str, Any]:
+def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
     """A student's provenance, with a ``warnings`` entry for what a reader should know.
 
     Raises:
@@ -109,7 +115,8 @@ def _read(folder: Path, table: Table) -> dict[str, Any]:
     try:
         provenance = json.loads((folder / PROVENANCE).read_text())
         trained_on = provenance["table"]
-        made_from = Identity.model_validate(trained_on["identity"])
+        records = trained_on.get("tables", [trained_on])
+        made_from = [Identity.model_validate(record["identity"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudentError(
             "this is no student that softlabel trained",
@@ -118,19 +125,30 @@ def _read(folder: Path, table: Table) -> dict[str, Any]:
             where=folder / PROVENANCE,
             do="check the path; a model trained elsewhere can be trained on with student.model",
         ) from error
-    differences = made_from.differences(table.identity)
-    _require_same(differences, ("tokenizer.files", "vocabulary"), "tokenizer", folder, table)
-    _require_same(differences, ("teacher.files", "teacher.adapter"), "teacher", folder, table)
-    warnings = [f"trained on a table with another {name}: {a}, not {b}." for name, (a, b) in differences.items()]
-    if trained_on["content"] != table_record(table)["content"] and not _same_place(trained_on["location"], table):
+    warnings = [warning for part in table.tables for warning in _differences(made_from, folder, part)]
+    if not all(any(_same_documents(record, part) for record in records) for part in table.tables):
         place = f"{trained_on['location']}@{trained_on['version']}"
         warnings.append(f"trained on {place}; whether it has seen what it is measured on is not known.")
-    return {**provenance, "warnings": tuple(warnings)}
+    return {**provenance, "warnings": tuple(dict.fromkeys(warnings))}
 
 
-def _same_place(location: str, table: Table) -> bool:
+def _differences(made_from: Sequence[Identity], folder: Path, table: Table) -> list[str]:
+    """How a table differs from the one, among those that a student learned from, that is most like it.
+
+    Raises:
+        StudentError: if it learned from no table with this tokenizer and teacher.
+    """
+    every = [identity.differences(table.identity) for identity in made_from]
+    differences = min(every, key=lambda found: (any(name.startswith(_TEACHER) for name in found), len(found)))
+    _require_same(differences, ("tokenizer.files", "vocabulary"), "tokenizer", folder, table)
+    _require_same(differences, _TEACHER, "teacher", folder, table)
+    return [f"trained on a table with another {name}: {a}, not {b}." for name, (a, b) in differences.items()]
+
+
+def _same_documents(record: Mapping[str, Any], table: Table) -> bool:
     """Another version of this table has the same documents in its eval split, or more."""
-    return place_of(location).address == table.place.address
+    same_place = place_of(record["location"]).address == table.place.address
+    return same_place or bool(record["content"] == table.content)
 
 
 def _require_same(
@@ -156,7 +174,7 @@ def _watched(holdout: Holdout, batch_tokens: int, name: str, watch: Watch) -> It
 
 
 def _report(
-    config: EvaluateConfig, table: Table, holdout: Holdout, students: tuple[StudentSummary, ...], on: str
+    config: EvaluateConfig, table: AnyTable, holdout: Holdout, students: tuple[StudentSummary, ...], on: str
 ) -> Report:
     return Report(
         table=table.location,
@@ -167,8 +185,8 @@ def _report(
         left_out=holdout.left_out,
         teacher=_teacher(table, students[0].metrics),
         students=students,
-        columns=column_costs(column_bytes(table), _positions(table)),
-        identity=table.identity.model_dump(mode="json"),
+        columns=column_costs(_column_bytes(table), _positions(table)),
+        identity=_identity(table),
         circumstances=circumstances(device=on),
         config=config.model_dump(mode="json"),
     )
@@ -191,11 +209,13 @@ def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Met
     )
 
 
-def _teacher(table: Table, metrics: Metrics) -> TeacherSummary:
-    about = last_capture(table)
+def _teacher(table: AnyTable, metrics: Metrics) -> TeacherSummary:
+    captures = [last_capture(part) for part in table.tables]
+    names = dict.fromkeys(Path(about.get("teacher", "teacher")).name for about in captures)
+    parameters = {about.get("parameters") for about in captures}
     return TeacherSummary(
-        name=Path(about.get("teacher", "teacher")).name,
-        parameters=about.get("parameters"),
+        name=" and ".join(names),
+        parameters=parameters.pop() if len(names) == len(parameters) == 1 else None,
         cross_entropy=metrics.teacher_cross_entropy,
         perplexity=perplexity(metrics.teacher_cross_entropy),
         entropy=metrics.teacher_entropy,
@@ -214,5 +234,20 @@ def _names(folders: tuple[str, ...]) -> list[str]:
     return [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
 
 
-def _positions(table: Table) -> int:
-    return int(pc.sum(index(table, ["positions"]).column("positions")).as_py())
+def _positions(table: AnyTable) -> int:
+    return sum(pc.sum(index(part, ["positions"]).column("positions")).as_py() or 0 for part in table.tables)
+
+
+def _column_bytes(table: AnyTable) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for part in table.tables:
+        sizes.update(column_bytes(part))
+    return dict(sizes)
+
+
+def _identity(table: AnyTable) -> dict[str, Any]:
+    """What the report says of what made a table or, by name, each table of a view."""
+    if isinstance(table, View):
+        named = zip(table.names, table.tables, strict=True)
+        return {name: part.identity.model_dump(mode="json") for name, part in named}
+    return table.identity.model_dump(mode="json")

@@ -17,36 +17,39 @@ from numpy.typing import NDArray
 from pipeline.batch import COLUMNS, Batch, RowGroup, collate
 from pipeline.order import best_fit
 from storage.errors import TableError
-from storage.reader import batches, index
-from storage.table import Table
+from storage.groups import load, outlines
+from storage.reader import index
+from storage.view import AnyTable
 
 Sequence = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """The held-out sequences of one version of a table, read anew each time that they are asked for."""
+    """The held-out sequences of a table's version, or of a view, read anew each time that they are asked for."""
 
-    table: Table
+    table: AnyTable
     sequences: int
     positions: int
     left_out: int
-    """Sequences of the eval split whose key also occurs in the train split."""
+    """Sequences of the eval split whose key also occurs in the train split (of a view: of any of its tables)."""
     _longest: int
     _seen: pa.Array
     """Keys that are left out."""
 
     @classmethod
-    def of(cls, table: Table) -> Self:
+    def of(cls, table: AnyTable) -> Self:
         """Find out what there is to measure on; reads keys and counts alone.
 
         Raises:
             TableError: if there is nothing.
         """
-        if not table.shards("eval"):
+        parts = [rows for _, rows in outlines(table, ["key", "tokens", "positions"], "eval")]
+        if not sum(map(len, parts)):
             raise _nothing(table, "no sequence in the eval split")
-        rows = pl.LazyFrame(index(table, ["key", "tokens", "positions"]))
-        held, trained = rows.filter(pl.col("split") == "eval"), rows.filter(pl.col("split") != "eval").select("key")
+        held = pl.LazyFrame(pa.concat_tables(parts))
+        rows = pl.LazyFrame(pa.concat_tables(index(part, ["key"]) for part in table.tables))
+        trained = rows.filter(pl.col("split") != "eval").select("key")
         seen = held.join(trained, on="key", how="semi").select("key").collect()
         kept, total = pl.collect_all(
             [
@@ -72,7 +75,8 @@ class Holdout:
         """
         packs: list[list[Sequence]] = []
         rows = max(1, batch_tokens // self._longest)
-        for _, group in batches(self.table, ["key", "tokens", *COLUMNS], "eval"):
+        for where, _ in outlines(self.table, ["key"], "eval"):
+            group = load(self.table, where, ["key", "tokens", *COLUMNS])
             group = group.filter(pc.invert(pc.is_in(group.column("key"), self._seen)))
             if not len(group):
                 continue
@@ -88,10 +92,10 @@ class Holdout:
 
     def _collate(self, packs: list[list[Sequence]]) -> Batch:
         positions = sum(len(sequence["entropies"]) for pack in packs for sequence in pack)
-        return collate(packs, self._longest, len(self.table.temperatures), positions)
+        return collate(packs, self._longest, self.table, positions)
 
 
-def _nothing(table: Table, found: str) -> TableError:
+def _nothing(table: AnyTable, found: str) -> TableError:
     return TableError(
         "the table holds nothing to measure students on",
         expected="sequences in the eval split that do not also occur in the train split",

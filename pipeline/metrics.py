@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pipeline.averaging import decode
 from pipeline.divergence import cross_entropy, divergence_terms
 from pipeline.student import OutputHead, hidden_states, output_head
 from pipeline.student_config import LossConfig
-from pipeline.targets import SparseTargets, decode
-from storage.table import Table
+from pipeline.targets import SparseTargets
+from storage.view import AnyTable, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +60,10 @@ class Metrics:
     """With the token that really follows."""
     kl: Estimate
     """Forward KL, from the teacher to the student."""
-    kl_kind: Literal["unbiased", "lower bound"]
+    kl_kind: Literal["unbiased", "lower bound", "mean over teachers"]
     """Unbiased where the table has a sampled tail or keeps everything; a lower bound where what the head leaves counts
-    as one outcome."""
+    as one outcome; of an average, unbiased too, but the mean of the KL from each teacher: the KL from their average,
+    and what the teachers differ from that."""
     agreement: Estimate | None
     """Share of positions at which both hold the same token most likely; None if the table keeps no head."""
     teacher_cross_entropy: Estimate
@@ -71,7 +73,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) -> Metrics:
+def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> Metrics:
     """Measure a student, without changing whether it is in training mode.
 
     The KL is the cross-entropy with head and weighted draws, less the teacher's exact entropy, which is stored: that is
@@ -86,7 +88,8 @@ def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) 
     was_training = model.training
     model.eval()
     try:
-        return _summarise(list(_by_batch(model, batches, table)))
+        average = isinstance(table, View) and table.average
+        return _summarise(list(_by_batch(model, batches, table)), "mean over teachers" if average else "unbiased")
     finally:
         model.train(was_training)
 
@@ -103,9 +106,9 @@ class _Sums:
     """Whether any KL is only a lower bound."""
 
 
-def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: Table) -> Iterator[_Sums]:
+def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> Iterator[_Sums]:
     head, vocabulary = output_head(model), torch.tensor(table.vocabulary, device=model.device)
-    loss = LossConfig(target="sampled" if table.identity.selection.draws else "bucket")
+    loss = LossConfig(target="sampled" if table.draws else "bucket")
     for batch in batches:
         if not len(batch.positions):
             continue
@@ -160,7 +163,7 @@ def _sums(groups: Tensor, values: Tensor) -> Tensor:
     return sums.index_add_(0, groups, counted).cpu()
 
 
-def _summarise(parts: list[_Sums]) -> Metrics:
+def _summarise(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teachers"]) -> Metrics:
     by_sequence = torch.cat([part.by_sequence for part in parts])
     means = {name: _estimate(by_sequence[:, 0], by_sequence[:, 1 + i]) for i, name in enumerate(_QUANTITIES)}
     by_bin = torch.zeros(max(len(part.by_bin) for part in parts), 2, dtype=torch.float64)
@@ -170,7 +173,7 @@ def _summarise(parts: list[_Sums]) -> Metrics:
     return Metrics(
         sequences=len(by_sequence),
         positions=int(by_sequence[:, 0].sum()),
-        kl_kind="lower bound" if any(part.bounded for part in parts) else "unbiased",
+        kl_kind="lower bound" if any(part.bounded for part in parts) else kl_kind,
         agreement=None if math.isnan(agreement.mean) else agreement,
         by_entropy=tuple(
             EntropyBin(i * ENTROPY_BIN, (i + 1) * ENTROPY_BIN, int(positions), kl / positions)

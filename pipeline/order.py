@@ -8,6 +8,7 @@ position, so that another number of ranks, or a resumed run, sees the same plan.
 import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    counts: Ints | None = None,
 ) -> Plan:
     """Order and packing of one epoch.
 
@@ -78,7 +80,8 @@ def plan_epoch(
     groups are permuted, packed by best fit, and the packs permuted. So two sequences of different row groups are
     anywhere in the epoch, while two of one row group are at most a window apart: what was captured together is spread
     over a window, not over the epoch. Without shuffling, row groups, sequences and packs keep the table's order, as
-    far as packing within a window lets them.
+    far as packing within a window lets them. A sequence that comes more than once comes with copies of its row group,
+    each of which has a place of its own in the epoch.
 
     Args:
         lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``row_tokens``.
@@ -88,14 +91,17 @@ def plan_epoch(
         seed: of the order.
         epoch: which pass this is, from 0.
         shuffle: False for the table's own order.
+        counts: (sequences,) how often each comes in this epoch; once each if left out.
     """
     draw = _Draw(seed, epoch)
-    group_tokens = np.add.reduceat(np.append(lengths.astype(np.int64), 0), group_starts)[:-1]
-    groups = draw.permutation(len(group_tokens), 0) if shuffle else np.arange(len(group_tokens))
-    before = np.cumsum(group_tokens[groups]) - group_tokens[groups]
+    groups = _copies(group_starts, np.ones(len(lengths), np.int64) if counts is None else counts)
+    groups = [groups[place] for place in draw.permutation(len(groups), 0)] if shuffle else groups
+    group_tokens = np.array([lengths[group].sum(dtype=np.int64) for group in groups], np.int64)
+    before = np.cumsum(group_tokens) - group_tokens
+    cuts = np.flatnonzero(np.diff(before // window_tokens)) + 1
     sequences, packs_counts, windows = [], [], [0]
-    for number, window in enumerate(np.split(groups, np.flatnonzero(np.diff(before // window_tokens)) + 1)):
-        members = np.concatenate([np.arange(0), *(np.arange(group_starts[g], group_starts[g + 1]) for g in window)])
+    for number, (first, last) in enumerate(pairwise([0, *cuts.tolist(), len(groups)])):
+        members = np.concatenate([np.arange(0), *groups[first:last]])
         if shuffle:
             members = members[draw.permutation(len(members), 2 * number + 1)]
         packs = best_fit(lengths[members], row_tokens)
@@ -107,6 +113,33 @@ def plan_epoch(
         windows.append(windows[-1] + len(packs_counts[-1]))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(packs_counts))])
     return Plan(np.concatenate(sequences), starts, np.array(windows))
+
+
+def occurrences(weights: NDArray[np.float64], seed: int, epoch: int) -> Ints:
+    """(sequences,) how often each comes in an epoch, so that over the epochs it comes as often as its weight says.
+
+    By the end of epoch e a sequence has come floor((e + 1) w + u) times, u being drawn for it from the seed: w = 2 is
+    twice in each epoch, w = 0.5 is every second one, for one half of the sequences the even ones.
+
+    Args:
+        weights: (sequences,) of each.
+        seed: of the order.
+        epoch: which pass this is, from 0.
+    """
+    words = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64), counter=_PHASES).random_raw(len(weights))
+    phases = (words >> np.uint64(32)) * 2.0**-32  # few enough bits that adding a whole epoch to them rounds nothing
+    counts: Ints = np.floor((epoch + 1) * weights + phases).astype(np.int64)
+    return counts - np.floor(epoch * weights + phases).astype(np.int64)
+
+
+_PHASES = np.array([0, 0, 1, 0], np.uint64)
+"""Where no permutation counts."""
+
+
+def _copies(group_starts: Ints, counts: Ints) -> list[Ints]:
+    """Sequences of each row group, and again, as often as one of them comes, of those that come so often."""
+    groups = [np.arange(first, last) for first, last in pairwise(group_starts.tolist())]
+    return [group[counts[group] > copy] for group in groups for copy in range(counts[group].max(initial=0))]
 
 
 def best_fit(lengths: NDArray[np.int32], capacity: int) -> Ints:

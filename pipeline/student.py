@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.pruning import narrow, prune, spread
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
+from storage.groups import load, outlines
 from storage.inspection import last_capture
-from storage.reader import batches
-from storage.table import Table
+from storage.view import AnyTable
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class OutputHead:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-def build(config: StudentConfig, table: Table) -> PreTrainedModel:
+def build(config: StudentConfig, table: AnyTable) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, ready for a table's labels.
 
     Raises:
@@ -78,7 +78,7 @@ def require_one_source(config: StudentConfig) -> None:
 
 
 def from_weights(
-    config: StudentConfig, table: Table, load: Callable[[str, str | None], PreTrainedModel]
+    config: StudentConfig, table: AnyTable, load: Callable[[str, str | None], PreTrainedModel]
 ) -> PreTrainedModel:
     """A model to go on from, or what the settings leave of the teacher.
 
@@ -129,7 +129,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def require_tokenizer(source: str, table: Table, revision: str | None = None) -> None:
+def require_tokenizer(source: str, table: AnyTable, revision: str | None = None) -> None:
     """Refuse a model whose tokenizer is not the one that made the table.
 
     Raises:
@@ -179,7 +179,7 @@ def _load(source: str, dtype: torch.dtype, revision: str | None) -> PreTrainedMo
     return student
 
 
-def _fresh(source: str, table: Table, dtype: torch.dtype) -> PreTrainedModel:
+def _fresh(source: str, table: AnyTable, dtype: torch.dtype) -> PreTrainedModel:
     config = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     tokenizer = AutoTokenizer.from_pretrained(table.tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -202,26 +202,27 @@ def explained(source: str, what: str, load: Callable[[], T]) -> T:
         ) from error
 
 
-def _some_sequences(table: Table) -> Iterator[Tensor]:
+def _some_sequences(table: AnyTable) -> Iterator[Tensor]:
     """Token ids (L,) of the first sequences that students are trained on, about CALIBRATION_TOKENS of them."""
     tokens = 0
-    for _, rows in batches(table, ["token_ids"], "train"):
-        for ids in rows.column("token_ids"):
+    for group, _ in outlines(table, ["key"], "train"):
+        for ids in load(table, group, ["token_ids"]).column("token_ids"):
             if tokens >= CALIBRATION_TOKENS:
                 return
             tokens += len(ids)
             yield torch.tensor(ids.values.to_numpy(), dtype=torch.int64)
 
 
-def _teacher_of(table: Table) -> tuple[str, str | None]:
+def _teacher_of(table: AnyTable) -> tuple[str, str | None]:
     """Where the table's teacher was when it was last captured from, and the revision of a hub model."""
-    capture = last_capture(table)
-    if "teacher" in capture:
-        return capture["teacher"], capture.get("revision")
+    captures = [last_capture(part) for part in table.tables]
+    named = list({(capture["teacher"], capture.get("revision")) for capture in captures if "teacher" in capture})
+    if len(named) == 1:
+        return named[0]
     raise UsageError(
-        "the table does not say where its teacher is",
+        "the table does not say which teacher is meant" if named else "the table does not say where its teacher is",
         expected="student.teacher, beside student.layers",
-        found="neither that nor a teacher in the table's history",
+        found=", ".join(sorted(name for name, _ in named)) or "neither that nor a teacher in the table's history",
         where=table.location,
         do="name the teacher's folder with student.teacher",
     )
@@ -236,15 +237,16 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
-def _require_vocabulary(student: PreTrainedModel, table: Table) -> None:
+def _require_vocabulary(student: PreTrainedModel, table: AnyTable) -> None:
     rows = student.get_output_embeddings().weight.shape[0]
-    if rows < table.identity.vocabulary:
+    identity = table.tables[0].identity
+    if rows < identity.vocabulary:
         raise StudentError(
             "the student has no room for the table's vocabulary",
-            expected=f"at least {table.identity.vocabulary} rows in its output layer (more are padding)",
+            expected=f"at least {identity.vocabulary} rows in its output layer (more are padding)",
             found=rows,
             where=student.config.name_or_path or "student.config",
-            do=f"set vocab_size to {table.identity.padded_vocabulary} in its configuration",
+            do=f"set vocab_size to {identity.padded_vocabulary} in its configuration",
         )
 
 

@@ -7,7 +7,6 @@
 Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from pipeline.student_config import LossConfig
 from storage.errors import UsageError
 from storage.table import Table
 from storage.versions import parse
+from storage.view import AnyTable, open_table
 
 RUN = "run.json"
 """In each checkpoint: what its run is made of, and where its stream was."""
@@ -62,7 +62,7 @@ class StudentFolder:
         """What the finished student's softlabel.json says."""
         return _read(self.path / "softlabel.json")
 
-    def open_table(self, config: TrainConfig) -> Table:
+    def open_table(self, config: TrainConfig) -> AnyTable:
         """The table that this run reads: the version that an unfinished run began with, or the one asked for.
 
         Raises:
@@ -73,7 +73,7 @@ class StudentFolder:
         location = config.table
         if finished is None and unfinished is not None and parse(location)[1] is None:
             location = f"{location}@{unfinished['table']['version']}"
-        table = Table.open(location)
+        table = open_table(location)
         recorded = finished or unfinished
         if recorded is not None:
             self._require_same(recorded, run_record(config, table), finished is not None)
@@ -144,19 +144,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(config: TrainConfig, table: Table) -> dict[str, Any]:
+def run_record(config: TrainConfig, table: AnyTable) -> dict[str, Any]:
     """What a student is made of: the settings, and the version of the table."""
     return {"config": config.model_dump(mode="json"), "table": table_record(table)}
 
 
-def table_record(table: Table) -> dict[str, Any]:
-    """What a student's record says of its table; the content is a hash of the names that its shards have by theirs."""
-    shards = "\n".join(shard.path for shard in table.shards())
-    return {
-        "location": table.place.address,
-        "version": table.version,
-        "identity": table.identity.model_dump(mode="json"),
-        "content": hashlib.sha256(shards.encode()).hexdigest(),
+def table_record(table: AnyTable) -> dict[str, Any]:
+    """What a student's record says of its table: its identity or, of a view, all that of each of the view's tables."""
+    record = {"location": table.place.address, "version": table.version, "content": table.content}
+    if isinstance(table, Table):
+        return record | {"identity": table.identity.model_dump(mode="json")}
+    parts = zip(table.tables, table.weights, strict=True)
+    return record | {
+        "how": table.definition.how,
+        "tables": [table_record(part) | {"weight": weight} for part, weight in parts],
     }
 
 
@@ -176,7 +177,7 @@ def _card(record: Mapping[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: text-{'generation' if table['identity'].get('classes') is None else 'classification'}",
+        f"pipeline_tag: text-{'generation' if table.get('identity', {}).get('classes') is None else 'classification'}",
         "tags: [distillation, softlabel]",
         "---",
         "",
@@ -185,7 +186,7 @@ def _card(record: Mapping[str, Any]) -> str:
         f"A student of {record['parameters']:,} parameters, trained by softlabel on what a teacher said of a corpus.",
         "",
         f"- from: {source}",
-        f"- table: {table['location']}, version {table['version']}",
+        f"- table: {_described(table)}",
         f"- loss: {LossConfig.model_validate(config['loss']).in_words}",
         *(f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in evaluated.items()),
         "",
@@ -193,6 +194,13 @@ def _card(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _described(table: Mapping[str, Any]) -> str:
+    if "tables" not in table:
+        return f"{table['location']}, version {table['version']}"
+    parts = (f"{part['weight']:g} x {_described(part)}" for part in table["tables"])
+    return f"{table['location']}, a view ({table['how']}): {'; '.join(parts)}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

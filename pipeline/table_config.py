@@ -1,6 +1,6 @@
 """Settings of the jobs that look after a table, like those of ``pipeline.config``."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -49,6 +49,30 @@ class MaintainConfig(Settings):
     def _vacuum_is_named(self) -> Self:
         if self.keep_versions is not None and not self.vacuum:
             raise ValueError("keep_versions drops versions, which only vacuum does; give vacuum too")
+        return self
+
+
+class MixConfig(Settings):
+    """Make a view: several tables with one tokenizer that can be trained on, evaluated and inspected like one.
+
+    It is a small file that names them, and pins their versions; no row is copied.
+    """
+
+    view: str
+    """Folder of the view."""
+    tables: tuple[str, ...] = Field(min_length=2)
+    """Folders of the tables; TABLE@12 or TABLE@tag for another version than the newest."""
+    how: Literal["concatenate", "average"] = "concatenate"
+    """The rows of all tables; or, for the sequences that all of them hold, the average of what the teachers say, which
+    is a target of forward KL alone."""
+    weights: tuple[PositiveFloat, ...] = ()
+    """For each table, how often its sequences come in an epoch (0.5: in every second one), or its weight in the
+    average; left out, all are alike."""
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.tables):
+            raise ValueError(f"there are {len(self.tables)} tables and {len(self.weights)} weights")
         return self
 
 

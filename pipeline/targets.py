@@ -181,7 +181,7 @@ def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: Los
     if compact.tail_ids.numel():
         return True
     masses = compact.tail_log_masses[list(temperatures).index(1.0)]
-    return loss.target == "sampled" and bool(masses.isneginf().all())
+    return loss.target == "sampled" and bool((masses.exp() == 0).all())
 
 
 def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pipeline.averaging import decode
 from pipeline.batch import Batch
 from pipeline.loss import distillation_loss
 from pipeline.metrics import measure
@@ -36,9 +37,8 @@ from pipeline.stopping import best_step, drop_superseded, evaluations_since_best
 from pipeline.student import hidden_states, output_head
 from pipeline.student_config import LossConfig, OptimiserConfig
 from pipeline.student_folder import RUN, best_weights, checkpoints, newest_checkpoint
-from pipeline.targets import decode
 from storage.errors import TrainingError
-from storage.table import Table
+from storage.view import AnyTable
 
 _WEIGHTS = "model.safetensors"
 _KEPT_CHECKPOINTS = 2
@@ -49,11 +49,12 @@ class Distillation(nn.Module):
 
     vocabulary: Tensor
 
-    def __init__(self, student: PreTrainedModel, table: Table, loss: LossConfig, max_k: int | None) -> None:
+    def __init__(self, student: PreTrainedModel, table: AnyTable, loss: LossConfig, max_k: int | None) -> None:
         super().__init__()
         self.student = student
         self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
-        self.loss = loss
+        # A view may have tables with draws beside others without: then none are used.
+        self.loss = loss if table.draws or loss.target != "auto" else loss.model_copy(update={"target": "bucket"})
         """What is minimised, its weights as they are at this step."""
         self._temperatures = table.temperatures
         self._max_k = max_k
@@ -96,7 +97,7 @@ class Lesson:
     """What the curves show of the student on these batches."""
 
 
-def measured(student: PreTrainedModel, batches: Sequence[Batch], table: Table) -> dict[str, float]:
+def measured(student: PreTrainedModel, batches: Sequence[Batch], table: AnyTable) -> dict[str, float]:
     """What the curves show of a language model."""
     metrics = measure(student, batches, table)
     logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from pipeline.averaging import require_average
 from pipeline.batch import Batch
 from pipeline.class_student import build_classifier, class_lesson, require_class_settings
 from pipeline.config import TrainConfig
@@ -34,6 +35,7 @@ from storage.errors import IntegrityError, TableError, TableNotFoundError, Usage
 from storage.provenance import circumstances
 from storage.table import Table
 from storage.versions import parse, pin
+from storage.view import AnyTable, View, open_table
 
 EVAL_TOKENS = 4096
 """Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
@@ -91,7 +93,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
 
     _require_target(config, table)
     set_seed(config.optimiser.seed)
-    student = (build if table.identity.classes is None else build_classifier)(config.student, table)
+    student = build_classifier(config.student, table) if _of_classes(table) else build(config.student, table)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
     trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
@@ -112,17 +114,18 @@ def _named(watch: Watch, student: str) -> Watch:
     return lambda progress: watch(replace(progress, stage=f"train {student}"))
 
 
-def _agree(table: Table) -> Table:
+def _agree(table: AnyTable) -> AnyTable:
     """The version that the first rank has opened; others may have opened a newer one a moment later."""
     versions = [table.version]
     broadcast_object_list(versions)
-    return table if versions == [table.version] else Table.open(f"{table.location}@{versions[0]}")
+    return table if versions == [table.version] else open_table(f"{table.location}@{versions[0]}")
 
 
-def _pin(table: Table, student: Path) -> None:
+def _pin(table: AnyTable, student: Path) -> None:
     """Keep the version from being vacuumed; a table that may only be read is trained from all the same."""
     try:
-        pin(table.location, table.version, student)
+        for part in table.tables:
+            pin(part.location, part.version, student)
     except TableNotFoundError:
         raise
     except TableError as error:
@@ -131,14 +134,14 @@ def _pin(table: Table, student: Path) -> None:
 
 def _trainer(
     config: TrainConfig,
-    table: Table,
+    table: AnyTable,
     student: PreTrainedModel,
     folder: StudentFolder,
     start: Cursor,
     watch: Watch,
 ) -> DistillationTrainer:
     ranks, settings = PartialState(), config.optimiser
-    lesson = (_lesson if table.identity.classes is None else class_lesson)(config, table, student)
+    lesson = class_lesson(config, table, student) if _of_classes(table) else _lesson(config, table, student)
     dataset = lesson.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
@@ -192,7 +195,7 @@ def _trainer(
     return trainer
 
 
-def _lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
+def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel) -> Lesson:
     """What a language model is trained and measured on."""
     return Lesson(
         module=Distillation(student, table, config.loss, config.stream.max_k),
@@ -202,7 +205,7 @@ def _lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Less
     )
 
 
-def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
+def _evaluation(table: AnyTable, row_tokens: int) -> list[Batch]:
     """The first held-out batches, in the table's order; none if nothing is held out."""
     try:
         holdout = Holdout.of(table)
@@ -213,9 +216,9 @@ def _evaluation(table: Table, row_tokens: int) -> list[Batch]:
     return list(islice(holdout.batches(row_tokens), max(1, EVAL_TOKENS // row_tokens)))
 
 
-def _require_target(config: TrainConfig, table: Table) -> None:
+def _require_target(config: TrainConfig, table: AnyTable) -> None:
     """Refuse a loss that the table can't give, before anything is built."""
-    if table.identity.classes is not None:
+    if _of_classes(table):
         require_class_settings(config)
     elif config.student.labels:
         raise UsageError(
@@ -226,8 +229,14 @@ def _require_target(config: TrainConfig, table: Table) -> None:
             do="leave them out",
         )
     elif config.loss.soft_weight or config.loss.soft_weight_end:
-        draws = table.identity.selection.draws > 0
-        resolve_target(config.loss, table.temperatures, draws, config.stream.max_k)
+        if isinstance(table, View) and table.average:
+            require_average(config.loss, config.stream.max_k)
+        resolve_target(config.loss, table.temperatures, table.draws, config.stream.max_k)
+
+
+def _of_classes(table: AnyTable) -> TypeGuard[Table]:
+    """Whether a classifier made it; a view's tables are of teachers that predict tokens."""
+    return isinstance(table, Table) and table.identity.classes is not None
 
 
 def _on_cpu(config: TrainConfig) -> bool:
@@ -248,7 +257,7 @@ def _on_cpu(config: TrainConfig) -> bool:
 
 
 def _record(
-    config: TrainConfig, table: Table, student: PreTrainedModel, trainer: DistillationTrainer, step: int
+    config: TrainConfig, table: AnyTable, student: PreTrainedModel, trainer: DistillationTrainer, step: int
 ) -> dict[str, Any]:
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     )
     from storage.inspection import history, inspect
     from storage.maintenance import Maintenance, maintain
+    from storage.mixing import make_view
     from storage.provenance import Identity
     from storage.reader import read
     from storage.table import Shard, Table
     from storage.verification import Verification, remove_damaged, verify
     from storage.versions import Pin, Tag, pin, pins, tag, tags, unpin, untag
+    from storage.view import View, open_table
 
 __all__ = [
     "DocumentsError",
@@ -50,10 +52,13 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "Verification",
+    "View",
     "WorkerError",
     "history",
     "inspect",
     "maintain",
+    "make_view",
+    "open_table",
     "pin",
     "pins",
     "read",
@@ -74,9 +79,12 @@ _ELSEWHERE = {
     "Table": "table",
     "Tag": "versions",
     "Verification": "verification",
+    "View": "view",
     "history": "inspection",
     "inspect": "inspection",
     "maintain": "maintenance",
+    "make_view": "mixing",
+    "open_table": "view",
     "pin": "versions",
     "pins": "versions",
     "read": "reader",

@@ -144,13 +144,14 @@ def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:
 
 def _broken(location: str, record: Purge) -> Iterator[str]:
     lost = set(record.versions)
-    yield from (f"student {pin.student}, of version {pin.version}" for pin in pins(location) if pin.version in lost)
+    yield from (f"{pin.kind} {pin.student}, of version {pin.version}" for pin in pins(location) if pin.version in lost)
     yield from (f"tag {tag.name}, of version {tag.version}" for tag in tags(location).values() if tag.version in lost)
 
 
 def _out_of_reach(newest: Table) -> Iterator[str]:
     location, place = newest.location, newest.place
-    yield from (f"student {pin.student}, trained on version {pin.version}" for pin in pins(location))
+    students = [pin for pin in pins(location) if pin.kind == "student"]
+    yield from (f"student {pin.student}, trained on version {pin.version}" for pin in students)
     if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
         yield f"{place.where(REJECTS)}, which names what the newest capture left out, by id"
     yield "other students that were trained on older versions, and reports about them"

@@ -8,6 +8,7 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
     TABLE/_softlabel/tags/, pins/, vacuumed/                          (``storage.versions``)
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from deltalake.transaction import CommitProperties
 
 from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
-from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError
+from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
 from storage.place import place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
@@ -33,6 +34,17 @@ from storage.versions import LOG, commits, parse, resolve
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
 _COMMIT = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
+VIEW_FILE = "view.json"
+"""In the folder of a view."""
+
+
+def is_view(location: str) -> bool:
+    """Whether there is a view over tables (``storage.view``), which is no table itself."""
+    try:
+        place_of(location).stat(VIEW_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -80,14 +92,16 @@ class Table:
 
     @staticmethod
     def exists(location: str) -> bool:
-        """Whether there is a table, of softlabel's or another's making."""
-        return any(_COMMIT.fullmatch(file.name) for file in place_of(parse(location)[0]).files(LOG))
+        """Whether there is a table, of softlabel's or another's making, or a view."""
+        path = parse(location)[0]
+        return any(_COMMIT.fullmatch(file.name) for file in place_of(path).files(LOG)) or is_view(path)
 
     @classmethod
     def open(cls, location: str) -> Self:
         """The newest version of a table, or the one that ``PATH@12`` or ``PATH@tag`` names.
 
         Raises:
+            UsageError: if it is a view: ``storage.view.open_table`` opens either, to be read.
             TableNotFoundError: if there is no table, no such version or tag, or the version was vacuumed.
             IntegrityError: if its log is damaged.
             TableError: if it is a table of another kind.
@@ -98,6 +112,14 @@ class Table:
             return cls(path, DeltaTable(path, version=version))
         except (DeltaNotFoundError, DeltaError, OSError) as error:
             found = str(error).splitlines()[0]
+            if is_view(path):
+                raise UsageError(
+                    "this is a view over several tables, which can only be read",
+                    expected="a table",
+                    found="a view; softlabel inspect names its tables",
+                    where=path,
+                    do="do this to one of its tables, and make a new view of what comes of it (softlabel mix)",
+                ) from error
             if not cls.exists(path):
                 raise TableNotFoundError(
                     "there is no soft-label table here",
@@ -170,6 +192,21 @@ class Table:
     def version(self) -> int:
         """The version that this object shows."""
         return int(self._delta.version())
+
+    @property
+    def tables(self) -> tuple[Self, ...]:
+        """The table itself: a view has several."""
+        return (self,)
+
+    @property
+    def content(self) -> str:
+        """A hash of what is in this version: of the names that its shards have by their content."""
+        return hashlib.sha256("\n".join(shard.path for shard in self.shards()).encode()).hexdigest()
+
+    @property
+    def draws(self) -> bool:
+        """Whether tails are sampled."""
+        return self.identity.selection.draws > 0
 
     @property
     def schema(self) -> pa.Schema:

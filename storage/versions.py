@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from storage.errors import TableError, TableNotFoundError, UsageError
 from storage.place import Place, place_of
@@ -39,11 +40,12 @@ class Tag(Record):
 
 @dataclass(frozen=True)
 class Pin(Record):
-    """A student that was, or is being, trained on one version."""
+    """A student that was, or is being, trained on one version, or a view over it."""
 
     student: str
-    """Its folder."""
+    """Its folder, or the view's."""
     version: int
+    kind: Literal["student", "view"] = "student"
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,21 @@ def pins(table: str) -> list[Pin]:
     return sorted(_PINS.all(table), key=lambda pin: (pin.version, pin.student))
 
 
-def pin(table: str, version: int, student: Path) -> Pin:
-    """Keep a version for a student, instead of the one that the same folder held before.
+def pin(table: str, version: int, student: Path | str, kind: Literal["student", "view"] = "student") -> Pin:
+    """Keep a version for a student or a view, instead of the one that the same folder held before.
+
+    Args:
+        table: its location.
+        version: of it.
+        student: folder of a student, or address of a view.
+        kind: which of them.
 
     Raises:
         TableError: if that can't be written.
         TableNotFoundError: if the version is vacuumed at this moment.
     """
-    made = Pin(now(), user(), str(student.absolute()), version)
+    holder = str(student.absolute()) if isinstance(student, Path) else student
+    made = Pin(now(), user(), holder, version, kind)
     _PINS.write(table, _pin_name(made.student), made, replace=True)
     try:
         _require_kept(table, version)

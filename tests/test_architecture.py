@@ -23,11 +23,12 @@ PIPELINE = {
     *("StudentConfig", "LossConfig", "StreamConfig", "OptimiserConfig"),
     *("capture", "train", "evaluate", "CaptureReport", "TrainReport", "EvaluationReport", "Progress"),
     *("SoftLabelDataset", "distillation_loss"),
-    *("reprocess", "ReprocessConfig", "ReprocessReport", "VerifyConfig", "MaintainConfig"),
+    *("reprocess", "ReprocessConfig", "ReprocessReport", "VerifyConfig", "MaintainConfig", "MixConfig"),
 }
 STORAGE = {
     *("Table", "Shard", "Identity", "SoftLabels", "read", "inspect", "history"),
     *("verify", "remove_damaged", "Verification", "maintain", "Maintenance"),
+    *("View", "make_view", "open_table"),
     *("Tag", "tag", "tags", "untag", "Pin", "pin", "pins", "unpin"),
     *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
     "WorkerError",

@@ -60,8 +60,7 @@ def following(sequences):
 
 def table(chosen):
     vocabulary = np.random.default_rng(0).permutation(V).astype(np.int32)
-    identity = SimpleNamespace(selection=SimpleNamespace(draws=chosen.draws))
-    return SimpleNamespace(vocabulary=vocabulary, temperatures=chosen.temperatures, identity=identity)
+    return SimpleNamespace(vocabulary=vocabulary, temperatures=chosen.temperatures, draws=chosen.draws > 0)
 
 
 def batch(sequences, labels, table):

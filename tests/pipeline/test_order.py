@@ -1,13 +1,14 @@
 """Every sequence exactly once an epoch, whoever takes which share, and the same plan for whoever asks."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import Plan, accumulation, best_fit, plan_epoch, share
+from pipeline.order import Plan, accumulation, best_fit, occurrences, plan_epoch, share
 
 CAPACITY = 64
 
@@ -117,3 +118,40 @@ def test_the_smallest_tables(lengths):
     starts = np.arange(len(lengths) + 1)
     plan = plan_epoch(np.array(lengths, np.int32), starts, CAPACITY, 300, seed=0, epoch=0)
     assert plan.packs == len(lengths)
+
+
+weights = st.one_of(st.floats(0.01, 5), st.sampled_from([0.1, 0.25, 1 / 3, 0.5, 1.0, 2.0, 3.0]))
+
+
+@given(st.lists(weights, min_size=1, max_size=30), st.integers(0, 2**64 - 1), st.integers(1, 40))
+def test_over_epochs_each_sequence_comes_as_often_as_its_weight_says(weights, seed, epochs):
+    counts = np.array([occurrences(np.array(weights), seed, epoch) for epoch in range(epochs)])
+    for weight, of_one in zip(weights, counts.T, strict=True):
+        assert abs(of_one.sum() - weight * epochs) < 1 + 1e-9
+        assert {*of_one.tolist()} <= {math.floor(weight), math.ceil(weight)}
+        if weight == int(weight):
+            assert (of_one == weight).all()
+
+
+def test_sequences_of_half_weight_take_turns():
+    counts = np.array([occurrences(np.full(1000, 0.5), 3, epoch) for epoch in range(4)])
+    assert (counts[0] + counts[1] == 1).all()
+    assert (counts[0] == counts[2]).all()
+    assert 400 < counts[0].sum() < 600, "half of them in each epoch"
+
+
+@given(groups, st.data(), st.integers(0, 9), st.booleans())
+def test_a_plan_holds_each_sequence_as_often_as_it_is_to_come(groups, data, seed, shuffle):
+    total = sum(map(len, groups))
+    counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=total, max_size=total)), np.int64)
+    plan = planned(groups, seed=seed, shuffle=shuffle, counts=counts)
+    assert (np.bincount(plan.sequences, minlength=total) == counts).all()
+    lengths = np.array([length for group in groups for length in group])
+    assert all(lengths[plan.members(p, p + 1)].sum() <= CAPACITY for p in range(plan.packs))
+
+
+def test_copies_of_a_sequence_are_spread_over_the_epoch():
+    many = [[30] * 8 for _ in range(40)]
+    plan = planned(many, seed=1, window_tokens=480, counts=np.full(320, 2))
+    first, second = np.argsort(plan.sequences, kind="stable").reshape(-1, 2).T
+    assert np.mean(second - first) > 100

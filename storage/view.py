@@ -1,0 +1,185 @@
+"""A view: several tables with one tokenizer, each at a pinned version, that whoever reads takes for one table.
+
+    VIEW/view.json      the tables, their weights and how they are mixed; written once, never changed
+
+Concatenated, a view has the rows of all its tables. Averaged, it has the sequences that all of them hold, and what the
+teachers say of one is averaged. Opened here, made by ``storage.mixing``; its rows come from ``storage.groups``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from storage.alignment import Alignment
+from storage.codec import Ints
+from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.place import Place, place_of
+from storage.table import VIEW_FILE, Table, is_view
+from storage.versions import parse
+
+How = Literal["concatenate", "average"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a view."""
+
+    table: str
+    version: int
+    weight: float
+    content: str
+    """``Table.content`` of that version."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What view.json holds."""
+
+    format: int
+    how: How
+    parts: tuple[Part, ...]
+    time: str
+    """UTC, ISO 8601."""
+    user: str
+
+
+class View:
+    """Several tables as one, to be read.
+
+    Attributes:
+        location: the view's folder, or its URL.
+        place: where its file is.
+        definition: how it was made.
+        tables: each at its version.
+        weights: of each table: how often its sequences come in an epoch; or its share of the average, 1 in all.
+    """
+
+    version = 0
+    """A view never changes; students name it like a table that has this version alone."""
+
+    def __init__(self, location: str, definition: Definition, tables: Sequence[Table]) -> None:
+        self.location = location
+        self.place = place_of(location)
+        self.definition = definition
+        self.tables = tuple(tables)
+        weights = [part.weight for part in definition.parts]
+        self.weights = tuple(weight / sum(weights) if self.average else weight for weight in weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same view for itself."""
+        return open_table, (self.location,)
+
+    @property
+    def average(self) -> bool:
+        """Whether the tables' distributions are averaged, instead of their rows put side by side."""
+        return self.definition.how == "average"
+
+    @property
+    def names(self) -> list[str]:
+        """TABLE@version of each table."""
+        return [f"{table.location}@{table.version}" for table in self.tables]
+
+    @property
+    def content(self) -> str:
+        """A hash of all that a student of this view depends on."""
+        parts = [[part.content, part.weight] for part in self.definition.parts]
+        return sha256(json.dumps([self.definition.how, parts]).encode()).hexdigest()
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures that all tables store; of an average, 1 alone."""
+        common = set.intersection(*(set(table.temperatures) for table in self.tables))
+        return (1.0,) if self.average else tuple(T for T in self.tables[0].temperatures if T in common)
+
+    @property
+    def draws(self) -> bool:
+        """Whether head and draws estimate the whole distribution without bias, in each of the tables."""
+        return all(map(is_unbiased, self.tables))
+
+    @cached_property
+    def vocabulary(self) -> Ints:
+        """(V,) int32: a view's rows hold token ids, whatever each table's own numbers for them are."""
+        return np.arange(self.tables[0].identity.vocabulary, dtype=np.int32)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with the tokenizer that all tables have."""
+        return self.tables[0].tokenizer
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Which rows of an average's tables are about the same sequence."""
+        return Alignment(self.tables)
+
+
+AnyTable = Table | View
+
+
+def open_table(location: str) -> AnyTable:
+    """What can be read under a name: a version of a table, or a view.
+
+    Raises:
+        TableNotFoundError: if there is neither, or a version that it needs is gone.
+        IntegrityError: if the view is damaged, or a table is not the one that it was made of.
+    """
+    path, version = parse(location)
+    if not is_view(path):
+        return Table.open(location)
+    if version not in (None, View.version):
+        raise TableNotFoundError(
+            "a view has no versions",
+            expected=path,
+            found=location,
+            do="leave the version out; the versions of its tables are pinned",
+        )
+    definition = read_definition(place_of(path))
+    tables = [Table.open(f"{part.table}@{part.version}") for part in definition.parts]
+    for part, table in zip(definition.parts, tables, strict=True):
+        if table.content != part.content:
+            raise IntegrityError(
+                "a table of this view is not the one that the view was made of",
+                expected=f"shards with the names that version {part.version} had",
+                found="other shards",
+                where=part.table,
+                do=f"put the table back in its place, or make a new view ({path} names them)",
+            )
+    return View(path, definition, tables)
+
+
+def is_unbiased(table: Table) -> bool:
+    """Whether a table's heads and draws estimate the whole distribution: it has draws, or its heads are everything."""
+    selection = table.identity.selection
+    certain = selection.max_k if selection.top_p == 1 else selection.min_k
+    return table.draws or certain >= table.identity.vocabulary
+
+
+def read_definition(place: Place) -> Definition:
+    """What a view's file holds.
+
+    Raises:
+        IntegrityError: if it can't be read.
+        TableError: if another version of softlabel made it.
+    """
+    try:
+        content = json.loads(place.read(VIEW_FILE))
+        parts = tuple(Part(**part) for part in content.pop("parts"))
+        definition = Definition(**content, parts=parts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(
+            "the view can't be read", found=error, where=place.where(VIEW_FILE), do="make it again with softlabel mix"
+        ) from error
+    if definition.format != FORMAT:
+        raise TableError(
+            "this view is of another version of softlabel",
+            expected=f"format {FORMAT}",
+            found=f"format {definition.format}",
+            where=place.where(VIEW_FILE),
+        )
+    return definition

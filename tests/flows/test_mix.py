@@ -1,0 +1,154 @@
+"""``softlabel mix`` and what every other verb makes of a view, as a person runs them, over tables of two teachers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flows.cli import run
+from pipeline.capturing import capture
+from storage.table import Table
+from storage.verification import remove_damaged, verify
+from storage.versions import pins
+from tests.pipeline.test_capturing import settings, texts, write
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+TRAIN = ("--stream.row-tokens", 128, "--optimiser.max-steps", 2, "--optimiser.device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """Tables a, of 40 documents, and b, by another teacher, of 40 of which 30 are the same; and two views of them."""
+    folder = tmp_path_factory.mktemp("mix")
+    other = folder / "other"
+    shutil.copytree(tiny_teacher, other)
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(1)
+    noisy = {name: weight + 0.3 * weight.std() * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(noisy, other / "model.safetensors", {"format": "pt"})
+    capture(settings(tiny_teacher, write(folder / "a.parquet", texts(40)), folder / "a"))
+    capture(settings(other, write(folder / "b.parquet", texts(40, 10)), folder / "b"))
+    for name in ("average", "concatenate"):
+        assert run(["mix", str(folder / name), str(folder / "a"), str(folder / "b"), "--how", name]) == 0
+    return folder
+
+
+def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+    """Exit code, the JSON on stdout, and stderr."""
+    code = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a person sees on stdout."""
+    assert run([*map(str, arguments)]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_student_of_an_average(folder: Path, capsys: pytest.CaptureFixture[str]):
+    view, student = folder / "average", folder / "student"
+    train = ("train", view, student, "--student.model", folder / "other", *TRAIN)
+    code, report, _ = softlabel(capsys, *train)
+    assert (code, report["table"], report["steps_trained"]) == (0, f"{view}@0", 2)
+    assert softlabel(capsys, *train)[1]["steps_trained"] == 0
+
+    made_of = json.loads((student / "softlabel.json").read_text())["table"]
+    assert [(Path(part["location"]).name, part["weight"]) for part in made_of["tables"]] == [("a", 0.5), ("b", 0.5)]
+    assert f"a view (average): 0.5 x {folder / 'a'}, version" in (student / "README.md").read_text()
+
+    text = shown(capsys, "evaluate", view, student, "--report", folder / "report")
+    assert "teacher and other" in text
+    assert "the KL is the mean over the teachers" in text
+    assert "mean of the KL from each teacher" in (folder / "report" / "report.html").read_text()
+    code, evaluated, _ = softlabel(capsys, "evaluate", folder / "a", student, "--report", folder / "report-a")
+    assert (code, evaluated["kl_kind"]) == (0, "unbiased"), "one of its teachers alone"
+    assert json.loads((folder / "report-a" / "report.json").read_text())["students"][0]["warnings"] == []
+
+    alone = softlabel(capsys, "train", folder / "a", folder / "alone", "--student.layers", 0, *TRAIN)
+    assert alone[0] == 0
+    code, error, _ = softlabel(capsys, "evaluate", view, folder / "alone", "--report", folder / "none")
+    assert (code, error["error"]) == (1, "StudentError")
+    assert "another teacher" in error["message"]
+
+
+def test_a_student_of_a_concatenation(folder: Path, capsys: pytest.CaptureFixture[str]):
+    view = folder / "concatenate"
+    code, error, _ = softlabel(capsys, "train", view, folder / "pruned", "--student.layers", 0, *TRAIN)
+    assert (code, error["error"]) == (2, "UsageError")
+    assert "which teacher is meant" in error["message"]
+    teacher = ("--student.layers", 0, "--student.teacher", folder / "other", "--loss.divergence", "reverse_kl")
+    assert softlabel(capsys, "train", view, folder / "pruned", *teacher, *TRAIN)[0] == 0
+    code, report, _ = softlabel(capsys, "evaluate", view, folder / "pruned", "--report", folder / "report-c")
+    assert (code, report["kl_kind"]) == (0, "unbiased")
+    held_out = softlabel(capsys, "inspect", view)[1]["view"]["splits"]["eval"]
+    assert report["sequences"] == held_out["sequences"]
+
+
+def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
+    both = softlabel(capsys, "inspect", folder / "concatenate")[1]["view"]["splits"]
+    assert sum(split["sequences"] for split in both.values()) == 80
+    found = softlabel(capsys, "inspect", folder / "average")[1]["view"]
+    assert sum(split["sequences"] for split in found["splits"].values()) == 30
+    assert found["left_out"] == 20
+    text = shown(capsys, "inspect", folder / "average")
+    assert f"0.5 x {folder / 'a'}@" in text
+    assert "teacher, head of 1 to 24 ids" in text
+    assert "20 sequences are left out" in text
+    assert "average" in shown(capsys, "history", folder / "average")
+    assert "(version 0) is as it was written" in shown(capsys, "verify", folder / "average")
+    assert f"view {folder / 'average'}" in shown(capsys, "history", folder / "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["capture", "{folder}/a.parquet", "{folder}/average", "--teacher.model", "{teacher}"], "can only be read"),
+        (["maintain", "{folder}/average"], "can only be read"),
+        (["mix", "{folder}/new", "{folder}/a"], "tables"),
+        (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"], "2 tables and 1 weights"),
+        (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1", "0"], "weights"),
+        (
+            ["train", "{folder}/average", "{folder}/s", "--student.layers", "0", "--loss.divergence", "jsd"],
+            "forward KL",
+        ),
+    ],
+)
+def test_misuse(folder: Path, tiny_teacher: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    before = sorted(folder.glob("*"))
+    assert run([part.format(folder=folder, teacher=tiny_teacher) for part in arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(folder.glob("*")) == before
+
+
+def test_a_vacuum_spares_what_a_view_needs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The newest version of a table loses a shard; the view's own keeps it, as long as the view holds it."""
+    for name in ("a", "b"):
+        shutil.copytree(folder / name, tmp_path / name)
+    view, table = tmp_path / "view", str(tmp_path / "a")
+    assert softlabel(capsys, "mix", view, table, tmp_path / "b")[0] == 0
+    damaged = Table.open(table).shards()[0]
+    content = (tmp_path / "a" / damaged.path).read_bytes()
+    (tmp_path / "a" / damaged.path).write_bytes(b"x" * damaged.bytes)
+    code, error, _ = softlabel(capsys, "verify", view)
+    assert (code, error["error"]) == (1, "IntegrityError")
+    assert f"softlabel verify {table} --remove-damaged" in error["message"]
+    remove_damaged(verify(Table.open(table)))
+    (tmp_path / "a" / damaged.path).write_bytes(content)
+
+    vacuum = ("maintain", table, "--vacuum", "--keep-versions", 1, "--grace-hours", 0)
+    for pin in pins(table):
+        if pin.student != str(view):
+            assert softlabel(capsys, "maintain", table, "--unpin", pin.student)[0] == 0
+    assert damaged.path not in {gone["path"] for gone in softlabel(capsys, *vacuum)[1]["deletion"]["deleted"]}
+    assert softlabel(capsys, "verify", view)[0] == 0
+    assert softlabel(capsys, "maintain", table, "--unpin", view)[0] == 0
+    assert damaged.path in {gone["path"] for gone in softlabel(capsys, *vacuum)[1]["deletion"]["deleted"]}
+    code, error, _ = softlabel(capsys, "inspect", view)
+    assert (code, error["error"]) == (1, "TableNotFoundError")
+    assert "was vacuumed" in error["message"]
