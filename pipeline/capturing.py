@@ -6,7 +6,7 @@ plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` fi
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from pipeline.questions import Questions
 from pipeline.selection import NotADistributionError, select
 from pipeline.teacher import TransformersTeacher, each_batch, places
 from pipeline.tokeniser import Tokeniser
-from pipeline.workers import Workers
+from pipeline.workers import Workers, cut
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 from storage.provenance import Identity, circumstances
@@ -112,12 +113,13 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
             with together.piece(name) as piece:
                 return by(step)(config, path, piece)
 
-        devices = places(config.teacher)[: len(todo.shards)]
-        if len(devices) > 1:
-            with Workers(devices, Path(folder)) as workers:
-                commits = workers.each(todo.shards, lambda w, path: done_by(w.name, w.capture_shard, path))
+        devices = places(config.teacher)
+        shards = cut(todo.shards, len(devices))
+        if min(len(devices), len(shards)) > 1:
+            with Workers(devices[: len(shards)], Path(folder)) as workers:
+                commits = workers.each(shards, lambda w, path: done_by(w.name, w.capture_shard, path))
         else:
-            commits = [done_by("", capture_shard, path) for path in todo.shards]
+            commits = [done_by("", capture_shard, path) for path in shards]
         copies = [by(copy_rows)(config, path) for path in todo.copies]
     return _summarise(config, todo, commits, copies, time.monotonic() - started)
 
@@ -140,7 +142,9 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
     identity = identify(config, teacher.checkpoint, tokeniser)
     sequences = pq.read_table(path)
-    batches = _told(_labelled(config, teacher, identity, sequences), sum(sequences["positions"].to_pylist()), watch)
+    details: dict[str, float] = {}
+    total = pc.sum(sequences.column("positions")).as_py()
+    batches = _told(_labelled(config, teacher, identity, sequences), total, watch, details)
     if not Table.exists(config.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
@@ -157,6 +161,8 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         written: Future[None] = io.submit(lambda: None)
         for rows, labels in batches:
             written.result()
+            if (size := writer.bytes_a_position) is not None:
+                details["bytes a position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
         return writer.commit({"operation": "capture", **_about(config, teacher)})
@@ -235,13 +241,13 @@ def _labelled(
     yield from each_batch(teacher, asked.tokens, asked.positions, select_batch, config.teacher.batch_tokens)
 
 
-def _told(batches: Iterator[Labelled], total: int, watch: Watch) -> Iterator[Labelled]:
-    """The same batches; the watch is told of each."""
+def _told(batches: Iterator[Labelled], total: int, watch: Watch, details: Mapping[str, float]) -> Iterator[Labelled]:
+    """The same batches; the watch is told of each, with these details."""
     done, mass = 0, 0.0
     for rows, labels in batches:
         done += labels.positions
         mass -= float(np.expm1(labels.tail_log_masses[0]).sum())
-        watch(Progress("capture", done, total, "positions", {"kept mass": mass / done}))
+        watch(Progress("capture", done, total, "positions", {"kept mass": mass / done, **details}))
         yield rows, labels
 
 

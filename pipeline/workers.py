@@ -13,11 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextvars import copy_context
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import CaptureConfig
@@ -28,12 +31,36 @@ from storage.writer import Commit
 
 ATTEMPTS = 3
 """How often a shard is tried before it is left: one that kills its workers must not do so for ever."""
+SMALLEST_SHARD = 65_536
+"""Positions for which a worker is started at all."""
 _DEATHS = 2
 """In a row, after which a worker is given up: its device is broken, or there is no room for it."""
 _SECONDS_TO_END = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 logger = logging.getLogger("softlabel")
+
+
+def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
+    """A plan's shards, cut further if there are fewer than workers, as far as that is worth a worker's start.
+
+    Args:
+        shards: Parquet files of sequences; those that are cut are replaced.
+        workers: that there are.
+    """
+    if len(shards) >= workers:
+        return shards
+    found = []
+    for path in shards:
+        rows = pq.read_table(path)
+        ends = np.cumsum(rows.column("positions").to_numpy())
+        pieces = max(1, min(-(-workers // len(shards)), int(ends[-1]) // SMALLEST_SHARD))
+        bounds = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, pieces) / pieces), len(rows)]
+        for number, (start, end) in enumerate(pairwise(bounds)):
+            found.append(path.with_stem(f"{path.stem}-{number}"))
+            pq.write_table(rows.slice(start, end - start), found[-1])
+        path.unlink()
+    return found
 
 
 class Worker:

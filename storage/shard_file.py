@@ -46,7 +46,7 @@ class ShardFile:
             self._draft.discard()
             raise
         self.keys: dict[RowKey, None] = {}
-        self.positions = 0
+        self.positions = self.written_positions = self.written_bytes = 0
 
     def append(self, rows: pa.Table) -> None:
         """Add rows of the table's schema; one that the file has already is left out."""
@@ -63,7 +63,10 @@ class ShardFile:
 
     def _write_row_group(self, count: int) -> None:
         rows = pa.concat_tables(self._buffer)
-        self._writer.write_table(rows.slice(0, count).combine_chunks(), row_group_size=count)
+        group = rows.slice(0, count).combine_chunks()
+        self._writer.write_table(group, row_group_size=count)
+        self.written_positions += pc.sum(group.column("positions")).as_py()
+        self.written_bytes = self._draft.file.tell()
         self._buffer = [rows.slice(count)] if len(rows) > count else []
 
     def finish(self) -> None:

@@ -98,6 +98,13 @@ class ShardWriter:
                     self._files[split] = ShardFile(self._table, split, self._row_group)
                 self._files[split].append(rows.filter(pc.equal(rows.column(PARTITION), split)))
 
+    @property
+    def bytes_a_position(self) -> float | None:
+        """What a captured position takes in the row groups that are written; None before the first."""
+        files = list(self._files.values())
+        positions = sum(file.written_positions for file in files)
+        return sum(file.written_bytes for file in files) / positions if positions else None
+
     def commit(self, about: Mapping[str, Any]) -> Commit:
         """Make the rows part of the table, each exactly once whoever else commits meanwhile.
 

@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.capturing import CaptureReport, capture
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import CaptureConfig
+from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.progress import Progress
+from pipeline.teacher import TransformersTeacher
 from storage.codec import decode
 from storage.errors import DocumentsError, ProvenanceError, TeacherError
 from storage.inspection import history
 from storage.reader import read
 from storage.schema import ROW_KEY, row_keys
 from storage.table import Table
+from tests.conftest import topics
 
 DENSE = {"top_p": 1.0, "min_k": 500, "max_k": 500, "draws": 0}
 """Keeps every id, so that the table can be compared with the model."""
@@ -97,6 +99,46 @@ def test_order_and_neighbours_change_nothing(tiny_teacher: Path, tmp_path: Path)
     capture(settings(tiny_teacher, write(tmp_path / "b.parquet", dict(mixed)), tmp_path / "b"))
     assert sorted(rows_of(tmp_path / "a"), key=str) == sorted(rows_of(tmp_path / "b"), key=str)
     assert capture(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "a")).sequences == 0
+
+
+def test_another_composition_of_batches_changes_no_more_than_the_teachers_own_noise(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """In bf16 a sum depends on how it is cut up, and so on the padding. The k-th highest logit moves no further."""
+    texts = {str(i): text[: 60 * i] for i, text in enumerate(topics().values()) if i < 20}
+    documents = write(tmp_path / "d.parquet", texts | {"0": "the first"})
+    tables = []
+    for name, batch_tokens in (("alone", 1), ("together", 8192)):
+        teacher = {"model": str(tiny_teacher), "dtype": "bfloat16", "batch_tokens": batch_tokens}
+        config = settings(tiny_teacher, documents, tmp_path / name, selection={"top_k": 16})
+        capture(config.model_copy(update={"teacher": TeacherConfig.model_validate(teacher)}))
+        table = Table.open(str(tmp_path / name))
+        rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+        rows = rows.sort_by([("document_id", "ascending"), ("chunk", "ascending")])
+        tables.append((rows, decode(rows, table.vocabulary)))
+    (alone, one), (together, other) = tables
+    assert alone.column("key").equals(together.column("key"))
+    noise = _noise(tiny_teacher, alone)
+    assert noise < 0.5
+    unlike = np.abs(one.head_logprobs - other.head_logprobs)
+    assert unlike.max() <= noise + 1 / 64 + 1e-4
+    # Where neighbours are further apart than that, no noise makes them change places.
+    gaps = np.abs(np.diff(one.head_logprobs.reshape(-1, 16), axis=1))
+    apart = np.pad(gaps, ((0, 0), (1, 1)), constant_values=(np.inf, 0)) > 2 * (noise + 1 / 64)
+    certain = apart[:, :-1] & apart[:, 1:]
+    assert certain.sum() > 1000
+    same = (one.head_ids == other.head_ids).reshape(-1, 16)
+    assert same[certain].all()
+
+
+def _noise(teacher: Path, rows: pa.Table) -> float:
+    """How far the teacher's log-probabilities in one batch are from those of each sequence alone, at most."""
+    model = TransformersTeacher(TeacherConfig(model=str(teacher)))
+    tokens = [row.values.to_numpy() for row in rows.column("token_ids")]
+    positions = [np.flatnonzero(row.as_py()).astype(np.int32) for row in rows.column("loss_mask")]
+    together = torch.cat(list(model.logits(tokens, positions)))
+    alone = torch.cat([torch.cat(list(model.logits([t], [p]))) for t, p in zip(tokens, positions, strict=True)])
+    return float((together.log_softmax(1) - alone.log_softmax(1)).abs().max())
 
 
 def test_the_same_text_goes_to_the_teacher_once_and_stays_under_each_document(

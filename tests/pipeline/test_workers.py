@@ -1,39 +1,28 @@
 """Workers side by side do every shard once, whatever becomes of one of them or of the process that started them."""
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from threading import Barrier
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForCausalLM
 
 from pipeline.capturing import capture
 from pipeline.config import CaptureConfig
+from pipeline.planning import plan
 from pipeline.progress import Progress
-from pipeline.workers import ATTEMPTS, Worker, Workers
+from pipeline.workers import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, cut
 from storage.errors import TeacherError, WorkerError
 from storage.inspection import inspect
 from storage.table import Table
 from storage.writer import Commit
 from tests.pipeline.test_capturing import rows_of, settings, texts, write
-
-SCRIPT = """
-import sys
-from pipeline.capturing import capture
-from pipeline.config import CaptureConfig
-
-def watch(progress):
-    print(progress.done, len(progress.parts), flush=True)
-
-try:
-    capture(CaptureConfig.model_validate_json(sys.argv[1]), watch)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
 
 
 def by_two(config: CaptureConfig, **teacher: object) -> CaptureConfig:
@@ -91,26 +80,41 @@ def test_a_worker_that_is_killed_costs_its_shard_only(
     assert set(seen[-1].parts) == {"cpu #1", "cpu #2"}
     assert sum(part.done for part in seen[-1].parts.values()) == report.positions
     assert 0.1 < seen[-1].details["kept mass"] < 1
+    assert 20 < seen[-1].details["bytes a position"] < 500
     again = capture(config)
     assert (again.sequences, again.unchanged, again.version) == (0, 400, report.version)
 
 
 def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> None:
-    documents = write(tmp_path / "d.parquet", texts(3000))
+    documents = write(tmp_path / "d.parquet", texts(5000))
     config = by_two(settings(tiny_teacher, documents, tmp_path / "t", shards={"positions": 5_000}), batch_tokens=128)
-    command = [sys.executable, "-c", SCRIPT, config.model_dump_json()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
-        assert parent.stdout
-        while not next(parent.stdout).endswith(" 2\n"):
-            pass
-        workers = workers_of(parent.pid)
-        assert len(workers) == 2
-        os.killpg(parent.pid, signal.SIGINT)
-        interrupted = time.monotonic()
-        assert "interrupted\n" in parent.stdout
-        assert time.monotonic() - interrupted < 10
+    workers: list[int] = []
+    interrupted = 0.0
+
+    def watch(progress: Progress) -> None:
+        nonlocal interrupted
+        if len(progress.parts) == 2 and not workers:
+            workers.extend(workers_of(os.getpid()))
+            interrupted = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(config, watch)
+    assert time.monotonic() - interrupted < 10
+    assert len(workers) == 2
     assert all(map(gone, workers))
     assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "half a shard is thrown away"
+
+
+def test_what_is_wrong_with_a_document_is_said_by_the_worker(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data.fill_(float("nan"))
+    broken = shutil.copytree(tiny_teacher, tmp_path / "broken")
+    model.save_pretrained(broken)
+    config = settings(broken, write(tmp_path / "d.parquet", texts(1)), tmp_path / "t")
+    [shard] = plan(config, tmp_path / "plan").shards
+    with Workers(["cpu"], tmp_path) as workers, pytest.raises(TeacherError, match="document d0"):
+        workers.each([shard], lambda worker, path: worker.capture_shard(config, path))
 
 
 class Fates:
@@ -164,3 +168,19 @@ def test_an_error_that_is_no_death_ends_all(tmp_path: Path) -> None:
     with Workers(["cpu"] * 2, tmp_path) as workers, pytest.raises(TeacherError, match="no distribution"):
         workers.each(paths("broken", *(f"once {i}" for i in range(1000))), fates)
     assert sum(fates.tried.values()) < 1000
+
+
+def test_few_shards_are_cut_so_that_every_worker_has_one(tmp_path: Path) -> None:
+    shards = []
+    for number in range(2):
+        shards.append(tmp_path / f"{number}.parquet")
+        pq.write_table(
+            pa.table({"positions": [1000] * 500, "row": range(500 * number, 500 * (number + 1))}), shards[-1]
+        )
+    assert cut(shards, 2) == shards
+    pieces = [pq.read_table(path) for path in cut(shards, 7)]
+    assert len(pieces) == 8
+    assert pa.concat_tables(pieces).column("row").to_pylist() == list(range(1000))
+    assert all(sum(piece["positions"].to_pylist()) >= 0.9 * SMALLEST_SHARD for piece in pieces)
+    pq.write_table(pa.table({"positions": [SMALLEST_SHARD + 1]}), shards[0])
+    assert len(cut(shards[:1], 4)) == 1
