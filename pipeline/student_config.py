@@ -137,7 +137,10 @@ class OptimiserConfig(Settings):
     """The weights that the student is saved with: those of the last step, or of the evaluation with the lowest
     eval_kl; auto takes the best with patience, else the last."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    """cpu or cuda; auto takes a GPU if there is one."""
+    processes: PositiveInt | None = None
+    """Processes that share each step, torchrun's ranks, each with a GPU of its own; left out, one for each GPU that
+    there is. On the CPU one, unless more are asked for."""
     seed: int = 0
     """Seed of the student's random numbers."""
 

@@ -27,7 +27,13 @@ RUN = "run.json"
 """In each checkpoint: what its run is made of, and where its stream was."""
 _FREE = {
     *("output", "table"),  # the table is compared by what is in it
-    *("stream.micro_rows", "optimiser.device", "optimiser.checkpoint_steps", "optimiser.gradient_checkpointing"),
+    *(
+        "stream.micro_rows",
+        "optimiser.device",
+        "optimiser.processes",
+        "optimiser.checkpoint_steps",
+        "optimiser.gradient_checkpointing",
+    ),
 }
 """Settings that say where and how fast a student is trained, and do not change what it becomes."""
 

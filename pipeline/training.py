@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +26,7 @@ from pipeline.dataset import SoftLabelDataset
 from pipeline.holdout import Holdout
 from pipeline.order import Cursor
 from pipeline.progress import Watch, unwatched
+from pipeline.ranks import on_cpu, to_start, train_by
 from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, last_evaluation, run_record
 from pipeline.targets import resolve_target
@@ -73,17 +73,22 @@ class TrainReport:
 def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     """Train a student, or go on training it, until it is finished.
 
-    Under torchrun each rank calls this, and takes its share.
+    Where several processes are wanted, it starts them, and each calls this as a rank and takes its share. Whoever runs
+    torchrun can call it from each rank as well.
 
     Raises:
         UsageError: if the settings contradict the table, each other, or what is in the output folder.
         StudentError: if the student can't be built, or does not fit the table.
         TrainingError: if the loss is no longer a number.
         TableError: if the table can't be read.
+        WorkerError: if one of several processes died.
     """
     began = time.monotonic()
     folder = StudentFolder(Path(config.output).absolute())
-    ranks = PartialState(cpu=_on_cpu(config))
+    processes = to_start(config.optimiser)
+    if processes and folder.finished() is None:
+        return TrainReport(**train_by(processes, config, watch))
+    ranks = PartialState(cpu=on_cpu(config.optimiser))
     table = _agree(folder.open_table(config))
     if ranks.is_main_process:
         folder.clear()
@@ -163,7 +168,7 @@ def _trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_gradient_norm,
         bf16=settings.bf16,
-        use_cpu=_on_cpu(config),
+        use_cpu=on_cpu(settings),
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
@@ -177,7 +182,7 @@ def _trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's business, never nn.DataParallel's
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are pipeline.ranks' business, never nn.DataParallel's
     record = run_record(config, table)
     if not lesson.evaluation and (settings.keeps_best or settings.patience is not None):
         raise UsageError(
@@ -237,23 +242,6 @@ def _require_target(config: TrainConfig, table: AnyTable) -> None:
 def _of_classes(table: AnyTable) -> TypeGuard[Table]:
     """Whether a classifier made it; a view's tables are of teachers that predict tokens."""
     return isinstance(table, Table) and table.identity.classes is not None
-
-
-def _on_cpu(config: TrainConfig) -> bool:
-    """Whether the CPU is asked for; otherwise each rank takes the GPU that has its local rank.
-
-    Raises:
-        UsageError: if a certain GPU is asked for, or one where there is none.
-    """
-    name = config.optimiser.device
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(
-            f"a student can't be trained on {name!r} here",
-            expected="optimiser.device: auto, cpu, or cuda where there is a GPU",
-            found=f"optimiser.device: {name}, {torch.cuda.device_count()} GPUs",
-            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, torchrun uses them all",
-        )
-    return name == "cpu" or not torch.cuda.is_available()
 
 
 def _record(

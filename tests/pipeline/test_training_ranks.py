@@ -1,20 +1,79 @@
-"""Training by several processes: the student that one process trains."""
+"""Training by several processes: the student that one process trains, and nobody left behind."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import ranks
+from pipeline.student_config import OptimiserConfig
+from pipeline.training import train
+from storage.errors import StudentError, UsageError
 from tests.pipeline.trainings import CHILD, history, run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_two_ranks_train_the_same_student(uninterrupted, table, tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = run(launcher, settings(table, tmp_path / "student"))
-    assert done.returncode == 0, done.stderr
+def processes_of(output):
+    """Processes that are at work for a student, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(output).encode() in command and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
+def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
+    seen = []
+    report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), seen.append)
+    assert (report.steps, report.positions) == (uninterrupted.steps, uninterrupted.positions)
+    assert [(progress.stage, progress.done) for progress in seen] == [("train student", step) for step in range(1, 13)]
+    record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
+    assert record["circumstances"]["ranks"] == "2"
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
         assert other == pytest.approx(entry, rel=1e-4)
     for name, tensor in weights(uninterrupted.output).items():
         torch.testing.assert_close(weights(tmp_path / "student")[name], tensor, rtol=1e-3, atol=1e-5)
+    # How many processes there were changes nothing about what the student is.
+    assert train(settings(table, tmp_path / "student")).steps_trained == 0
+
+
+def test_processes_die_with_the_one_that_started_them(table, tmp_path):
+    config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 1000})
+    assert run(["-c", CHILD], config, step=1).returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while left := processes_of(tmp_path):
+        assert time.monotonic() < deadline, f"{left} outlived the process that started them"
+        time.sleep(0.1)
+
+
+def test_an_error_of_a_rank_is_the_error(table, tmp_path):
+    alone, together = (
+        settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimiser=optimiser)
+        for optimiser in ({}, {"processes": 2})
+    )
+    with pytest.raises(StudentError) as expected:
+        train(alone)
+    with pytest.raises(StudentError) as error:
+        train(together)
+    assert str(error.value) == str(expected.value)
+    assert not processes_of(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_there_are_no_gpus_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.to_start(OptimiserConfig()) == 2
+    assert ranks.to_start(OptimiserConfig(processes=1)) == 0
+    assert ranks.to_start(OptimiserConfig(device="cpu")) == 0
+    with pytest.raises(UsageError, match="at most 2"):
+        ranks.to_start(OptimiserConfig(processes=3))
