@@ -39,6 +39,7 @@ class Bucket:
     """
 
     sees_writers = False
+    is_remote = True
 
     def __init__(self, url: str) -> None:
         self.address = url.rstrip("/")

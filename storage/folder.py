@@ -24,6 +24,7 @@ class Folder:
     """``storage.place.Place`` in a local folder, made when the first file comes."""
 
     sees_writers = True
+    is_remote = False
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)

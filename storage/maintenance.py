@@ -7,9 +7,11 @@ too, but never the newest, nor one that has a tag or the pin of a student.
 A writer in flight is spared. On this machine its locks are seen, whatever its age. On another they may not be, and in
 a bucket there are none; so a file is spared until it has lain unchanged for a grace period, by the clock that stamps
 the files of its place, and its age is looked at once more before it is deleted: a writer that is about to commit a twin
-of it has made it young, and looks for it after its commit (``storage.writer``). A clock that jumps back makes files
-seem younger than they are: they stay longer. One that jumps forward by more than the grace period makes files of
-other machines seem old: then give no shorter grace period than the jump.
+of it has made it young, and looks for it after its commit (``storage.writer``). Only a writer that does all that in the
+moment between such a look and the deletion would lose a file: ``verify`` names it.
+
+A clock that jumps back makes files seem younger than they are: they stay longer. One that jumps forward by more than
+the grace period makes files of other machines seem old: then give no shorter grace period than the jump.
 """
 
 import re

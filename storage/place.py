@@ -67,6 +67,8 @@ class Place(Protocol):
     """Absolute, and the same for the same place however it was written."""
     sees_writers: bool
     """Whether ``gate`` and ``is_written`` tell of others that are at work."""
+    is_remote: bool
+    """Whether each read is a request, so that fewer and larger ones are better."""
 
     def where(self, name: str) -> str:
         """What to call a file in front of people."""

@@ -13,6 +13,9 @@ from storage.schema import PARTITION, SOFT_LABELS
 from storage.table import Shard, Table
 from storage.takedown import tombstone
 
+_HASHES: dict[tuple[str, File], str] = {}
+"""Of each state of a file that this process has looked at, by its place."""
+
 
 def read(
     table: Table,
@@ -145,8 +148,9 @@ def _open(table: Table, shard: Shard) -> tuple[pq.ParquetFile, File]:
     with _intact(table, shard):
         source, file = table.place.open(shard.path)
         if file.bytes == shard.bytes:
-            # Column chunks that lie side by side are read at once: from a bucket, a row group in a request or a few.
-            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True), file
+            # Column chunks that lie side by side in one request; on a disk, the threads of it would only cost.
+            remote = table.place.is_remote
+            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote), file
     raise _damaged(table, shard, f"{file.bytes} bytes")
 
 
@@ -157,10 +161,6 @@ def _intact(table: Table, shard: Shard) -> Iterator[None]:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _damaged(table, shard, str(error)) from error
-
-
-_HASHES: dict[tuple[str, File], str] = {}
-"""Of each state of a file that this process has looked at, by its place."""
 
 
 def _content_hash(place: Place, file: File) -> str:
