@@ -37,10 +37,16 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     command = [str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-s3", f"-s3.config={config}"]
     command += ["-ip=127.0.0.1", "-master.telemetry=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += [f"-{name}.port.grpc={free_port()}" for name in ports]
-    with _server(command, ports["s3"]) as url, environment(url):
-        _until(lambda: obstore.put(S3Store.from_url(BUCKET), "made", b""))
-        yield url
+    inner = {name: free_port() for name in ports}
+    command += [f"-{name}.port.grpc={port}" for name, port in inner.items()]
+    try:
+        with _server(command, ports["s3"]) as url, environment(url):
+            _until(lambda: obstore.put(S3Store.from_url(BUCKET), "made", b""))
+            yield url
+    finally:  # a server that is killed leaves its sockets
+        for port in (*ports.values(), *inner.values()):
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
 
 @contextmanager
