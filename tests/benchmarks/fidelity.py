@@ -44,8 +44,7 @@ from storage.table import Table
 from storage.writer import ShardWriter
 from tests.benchmarks.table import Captured, make_table, sequences_of
 
-LENGTH = 512
-LAYERS = (0, 1, 7, 14, 21, 28, 29)
+LENGTH, LAYERS = 512, (0, 1, 7, 14, 21, 28, 29)
 STORED, TRAINED = 8, 24
 """Sequences whose soft labels are stored, and others that the student is trained on."""
 DEFAULT = SelectionConfig()
@@ -194,8 +193,7 @@ def closeness(gradients: Iterator[tuple[Tensor, float]], dense: Tensor, dense_lo
         along = (square(gradient) + length**2 - square(difference)) / 2
         cosines.append(along / length / math.sqrt(square(gradient)))
         losses.append(loss - dense_loss)
-    n = len(losses)
-    mean_square = squares / n
+    n, mean_square = len(losses), squares / len(losses)
     bias_square = (square(total) - squares) / (n * (n - 1)) if n > 1 else mean_square
     spread = math.sqrt(max(0.0, mean_square - bias_square)) / length
     return Closeness(sum(cosines) / n, math.sqrt(max(0.0, bias_square)) / length, spread, sum(losses) / n)
@@ -286,7 +284,6 @@ def main() -> None:
     for number, config in enumerate(SELECTIONS, 1):
         say(f"selection {number} of {len(SELECTIONS)}: {name_of(config)}")
         rows += measure(config, student, text, arguments.seeds, dense)
-    say("")
     print(f"\r{len(student.hidden):,} positions, KL to the teacher {dense[1]:.3f}, {arguments.seeds} seeds")
     print(f"{'':<36}{'bytes':>7}{'head':>6}{'tail':>6}{'mass':>8}{'loss':>8}{'cosine':>8}", end="")
     print(f"{'bias':>8}{'spread':>8}{'error':>8}")
