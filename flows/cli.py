@@ -20,6 +20,7 @@ from pydantic_core import to_json
 from flows.arguments import read_file, resolve, settings
 from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
 from pipeline.distill_config import DistillConfig
+from pipeline.estimate_config import EstimateConfig
 from pipeline.settings import Settings
 from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from storage.errors import SoftlabelError, UsageError
@@ -96,6 +97,7 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
     app.command(verb, name=name)
 
 
+add_job("estimate", EstimateConfig, ("documents", "table"))
 add_job("capture", CaptureConfig, ("documents", "table"))
 add_job("train", TrainConfig, ("table", "output"))
 add_job("evaluate", EvaluateConfig, ("table", "students"))

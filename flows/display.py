@@ -4,16 +4,19 @@ from typing import TYPE_CHECKING
 
 from flows.console import bytes_of, console, duration, facts, short, table_of, try_next
 from flows.table_display import show_history, show_inspect, show_maintain, show_mix, show_reprocess, show_verify
+from pipeline.estimate_config import BF16_TERAFLOPS
 
 if TYPE_CHECKING:
     from flows.distill import DistillReport
     from pipeline.capturing import CaptureReport
+    from pipeline.estimating import Estimate
     from pipeline.evaluation import EvaluationReport
     from pipeline.training import TrainReport
 
 __all__ = [
     "show_capture",
     "show_distill",
+    "show_estimate",
     "show_evaluate",
     "show_history",
     "show_inspect",
@@ -29,6 +32,42 @@ def show_capture(report: "CaptureReport") -> None:
     """What was captured, what was there already, what could not be used, and what to do next."""
     _capture_line(report)
     try_next([f"softlabel inspect {report.table}", f"softlabel train {report.table} STUDENT --student.layers 0 1 2"])
+
+
+def show_estimate(found: "Estimate") -> None:
+    """What a capture would give and take, and what other selections would cost and keep."""
+    if not found.sequences:
+        console.print(f"all {found.documents:,} documents are in the table already: a capture would do nothing")
+        return
+    console.print(
+        f"a capture would add about [bold]{found.sequences:,} sequences, {found.positions:,} positions,"
+        f" {bytes_of(found.bytes)}[/]"
+    )
+    took = found.seconds
+    parts = {"reading and tokenising": took.plan, "loading": took.load, "the teacher": took.teacher}
+    rate = BF16_TERAFLOPS[found.gpu]
+    facts(
+        {
+            "documents": f"{found.pending:,} of {found.documents:,}, {found.rejects:,} more can't be used",
+            "here": f"about {duration(sum(parts.values()))} on {found.device}: "
+            + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()),
+            "elsewhere": f"{found.flops:.2g} operations of the teacher; by arithmetic {found.gpu_hours:,.2g} hours on"
+            f" one {found.gpu}, if {found.gpu_utilisation:.0%} of its {rate:,.0f} teraflops were reached",
+            "from": f"{found.tokenised:.1%} of the text, and {found.sampled_positions:,} positions by the teacher",
+        }
+    )
+    table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
+    for i, s in enumerate(found.selections):
+        sizes = (f"{s.ids_per_position:.1f}", f"{s.bytes_per_position:.1f}", bytes_of(s.bytes))
+        table.add_row(
+            s.name, *sizes, f"{s.kept_mass:.1%}", f"{s.lost:.3f}", f"{s.noise:.3f}", style="" if i else "bold"
+        )
+    console.print(table)
+    console.print(
+        "lost: nats from the teacher's distribution to what is kept of it on average; none with a sampled tail, which"
+        "\nis unbiased; else the rest is thought to be spread evenly. noise: root mean square distance of a sampled"
+        " target\nfrom that average, as probabilities"
+    )
 
 
 def show_train(report: "TrainReport") -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     )
     from pipeline.dataset import SoftLabelDataset
     from pipeline.distill_config import DistillConfig
+    from pipeline.estimate_config import EstimateConfig
+    from pipeline.estimating import Estimate, estimate
     from pipeline.evaluation import EvaluationReport, evaluate
     from pipeline.loss import distillation_loss
     from pipeline.progress import Progress
@@ -35,6 +37,8 @@ __all__ = [
     "CaptureReport",
     "ColumnsConfig",
     "DistillConfig",
+    "Estimate",
+    "EstimateConfig",
     "EvaluateConfig",
     "EvaluationReport",
     "LossConfig",
@@ -56,6 +60,7 @@ __all__ = [
     "VerifyConfig",
     "capture",
     "distillation_loss",
+    "estimate",
     "evaluate",
     "reprocess",
     "train",
@@ -64,6 +69,8 @@ __all__ = [
 _ELSEWHERE = {
     "CaptureReport": "capturing",
     "DistillConfig": "distill_config",
+    "Estimate": "estimating",
+    "EstimateConfig": "estimate_config",
     "EvaluationReport": "evaluation",
     "LossConfig": "student_config",
     "MaintainConfig": "table_config",
@@ -78,6 +85,7 @@ _ELSEWHERE = {
     "VerifyConfig": "table_config",
     "capture": "capturing",
     "distillation_loss": "loss",
+    "estimate": "estimating",
     "evaluate": "evaluation",
     "reprocess": "reprocessing",
     "train": "training",

@@ -83,7 +83,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
     tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
-    whole = None if checkpoint.classes is None else _whole(config, checkpoint)
+    whole = None if checkpoint.classes is None else whole_documents(config, checkpoint)
     known = Known(config, identify(config, checkpoint, tokeniser), documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = _Files(folder / "shards", schema, config.shards.positions)
@@ -142,7 +142,7 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
     )
 
 
-def _whole(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
+def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
     """What makes sequences of the documents for a classifier.
 
     Raises:

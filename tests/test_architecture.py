@@ -22,6 +22,7 @@ PIPELINE = {
     *("ColumnsConfig", "TeacherConfig", "SequencesConfig", "SelectionConfig", "ShardsConfig"),
     *("StudentConfig", "LossConfig", "StreamConfig", "OptimiserConfig"),
     *("capture", "train", "evaluate", "CaptureReport", "TrainReport", "EvaluationReport", "Progress"),
+    *("estimate", "EstimateConfig", "Estimate"),
     *("SoftLabelDataset", "distillation_loss"),
     *("reprocess", "ReprocessConfig", "ReprocessReport", "VerifyConfig", "MaintainConfig", "MixConfig"),
 }

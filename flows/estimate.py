@@ -1,0 +1,28 @@
+"""The flow that says from a small sample what a capture would give, cost and take."""
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+
+from flows.progress import watching
+from pipeline.estimate_config import EstimateConfig
+from pipeline.estimating import Estimate, estimate
+
+
+@task(name="estimate", task_run_name="estimate {config.documents}", persist_result=False)
+def estimate_capture(config: EstimateConfig) -> Estimate:
+    """Look at a sample, showing how far it is."""
+    with watching() as watch:
+        return estimate(config, watch)
+
+
+@flow(name="estimate", persist_result=False)
+def estimate_flow(config: EstimateConfig) -> Estimate:
+    """Say from a small sample what a capture would give, cost and take; nothing is captured."""
+    found = estimate_capture(config)
+    if found.selections:
+        create_table_artifact(
+            [vars(selection) for selection in found.selections],
+            key="selections",
+            description=f"{found.positions:,} positions of {config.documents}, by selection; an estimate",
+        )
+    return found

@@ -1,0 +1,276 @@
+"""Estimate: what a capture would give, cost and take, from a small sample, before anyone pays for it.
+
+The teacher is run over a few of the batches that the capture would make, and what it says is encoded and written as
+the capture would, by several selections, into a folder that is then deleted. Nothing is added to any table.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.capturing import load_teacher
+from pipeline.checkpoint import Checkpoint
+from pipeline.classes import selection_of
+from pipeline.config import CaptureConfig, SelectionConfig
+from pipeline.documents import Documents
+from pipeline.estimate_config import BF16_TERAFLOPS, EstimateConfig, Gpu
+from pipeline.fidelity import Doubles, bucket_kl, kept_mass, squared_error
+from pipeline.planning import identify, whole_documents
+from pipeline.progress import Progress, Watch, unwatched
+from pipeline.questions import Questions
+from pipeline.sampling import Sample, Sequencer, draw_sample
+from pipeline.selection import Selection
+from pipeline.sequences import to_sequences
+from pipeline.teacher import TransformersTeacher, devices
+from pipeline.tokeniser import Tokeniser
+from pipeline.trial import Layout, Run, run
+from storage.codec import SoftLabels
+from storage.errors import UsageError
+from storage.inspection import column_bytes
+from storage.provenance import Identity
+from storage.schema import SEQUENCE, SOFT_LABELS
+from storage.table import Table
+from storage.writer import ShardWriter
+
+ALTERNATIVES = {
+    "default": SelectionConfig(),
+    "top-16": SelectionConfig(top_k=16),
+    "top-64": SelectionConfig(top_k=64),
+    "50 draws": SelectionConfig(min_k=0, max_k=0, draws=50),
+}
+"""Selections that are shown beside the one asked for; draws alone are RS-KD's (arXiv 2503.16870)."""
+
+
+@dataclass(frozen=True)
+class SelectionEstimate:
+    """What one selection would cost and keep, on average over the positions."""
+
+    name: str
+    ids_per_position: float
+    bytes_per_position: float
+    """Of all soft-label columns."""
+    bytes: int
+    """Of the whole table."""
+    kept_mass: float
+    """Probability that is kept exactly: of the head."""
+    lost: float
+    """KL in nats from the teacher's distribution to what is kept of it on average: 0 with a sampled tail, which is
+    unbiased; without one, the mass outside the head is thought to be spread evenly over all other ids."""
+    noise: float
+    """Root of the mean squared distance between a position's target and that average: 0 where nothing is drawn."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long a capture would take here, on all devices that it takes, by what takes it."""
+
+    plan: float
+    """Reading and tokenising."""
+    load: float = 0.0
+    """Of the teacher's files."""
+    teacher: float = 0.0
+    """Running it, the selection included."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a capture would give, cost and take; all zero if there is nothing to capture."""
+
+    documents: int
+    pending: int
+    """Documents that the table does not hold whole."""
+    rejects: int
+    """Documents that can't be used; the tokenizer or the chat template may refuse more."""
+    tokenised: float
+    """Share of the pending text that this rests on ..."""
+    seconds: Seconds
+    gpu: Gpu
+    gpu_utilisation: float
+    gpu_hours: float = 0.0
+    """By arithmetic: the operations over that share of the device's dense bf16 rate. Nothing was run there."""
+    flops: float = 0.0
+    """Floating-point operations of the forward passes, as torch counts them."""
+    device: str = ""
+    sampled_positions: int = 0
+    """... and positions that the teacher was run over."""
+    sequences: int = 0
+    """That the teacher would be run over ..."""
+    tokens: int = 0
+    """... with so many tokens ..."""
+    positions: int = 0
+    """... of which so many are captured."""
+    bytes: int = 0
+    selections: tuple[SelectionEstimate, ...] = ()
+    """The one that was asked for, then others."""
+
+
+def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
+    """Say what a capture with these settings would give, cost and take; nothing is written.
+
+    Args:
+        config: of the capture, and how much to look at.
+        watch: told of each batch of documents, and of each batch of the teacher.
+
+    Raises:
+        SoftlabelError: if documents, teacher or table can't be used; what stops a capture stops this.
+    """
+    if config.teacher.labels:
+        raise UsageError("there is nothing to estimate: labels need no teacher to be run", do="run softlabel capture")
+    with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
+        capture = config.capture(config.table or str(Path(folder, "table")))
+        documents = Documents(capture.documents, capture.columns)
+        started = time.perf_counter()
+        checkpoint = Checkpoint.find(capture.teacher)
+        tokeniser = Tokeniser(checkpoint, capture.sequences, capture.columns.content)
+        identity = identify(capture, checkpoint, tokeniser)
+        load = time.perf_counter() - started
+        cut = _sequencer(capture, checkpoint, tokeniser)
+        sample = draw_sample(capture, documents, cut, identity, config.sample.megabytes * 1e6, watch)
+        found = Estimate(
+            documents=sample.documents,
+            pending=sample.pending,
+            rejects=sample.rejects,
+            tokenised=sample.share,
+            seconds=Seconds(sample.seconds),
+            gpu=config.gpu,
+            gpu_utilisation=config.gpu_utilisation,
+        )
+        if not len(sample.sequences):
+            return found
+        started = time.perf_counter()
+        teacher = load_teacher(capture.teacher)
+        assert isinstance(teacher, TransformersTeacher)
+        load += time.perf_counter() - started
+        selections = _selections(capture.selection, identity)
+        layout = Layout(sample.tokens, sample.weights, capture.teacher.batch_tokens)
+        tried = layout.spread(config.sample.batches)
+        runs = list(_runs(teacher, identity, sample, [layout.batches[i] for i in tried], selections, capture, watch))
+        flops = layout.over_all(tried, [run.flops for run in runs])
+        rows = sample.sequences.take(pa.array(np.concatenate([layout.batches[i] for i in tried])))
+        same = np.concatenate([run.collisions for run in runs])
+        estimates = []
+        for i, (name, selection) in enumerate(selections.items()):
+            labels = SoftLabels.concatenate([run.labels[i] for run in runs])
+            written = _Written.of(Path(folder, f"trial-{i}"), capture, identity, rows, labels)
+            size = written.over_all(sample, capture)
+            estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
+    on = devices(capture.teacher.device)
+    seconds = layout.over_all(tried, [run.seconds for run in runs]) / len(on)
+    return replace(
+        found,
+        seconds=Seconds(sample.seconds, load, seconds),
+        gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilisation) / 3600,
+        flops=flops,
+        device=" ".join(on),
+        sampled_positions=len(same),
+        sequences=sample.total(),
+        tokens=sample.total("tokens"),
+        positions=sample.total("positions"),
+        bytes=estimates[0].bytes,
+        selections=tuple(estimates),
+    )
+
+
+def _sequencer(capture: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Sequencer:
+    """What makes sequences of documents, as the plan of this capture would."""
+    if checkpoint.classes is None:
+        return lambda documents: to_sequences(documents, tokeniser, capture.sequences, eval_fraction=0)[0]
+    whole = whole_documents(capture, checkpoint)
+    return lambda documents: whole.sequences(documents, eval_fraction=0)[0]
+
+
+def _selections(asked_for: SelectionConfig, identity: Identity) -> dict[str, Selection]:
+    """The selection that was asked for, then the alternatives, at the same temperatures; of classes, all are kept."""
+    first = selection_of(asked_for, identity.classes)
+    if identity.classes is not None:
+        return {"all classes": first}
+    like = {"temperatures": asked_for.temperatures, "seed": asked_for.seed}
+    others = {name: Selection.of(other.model_copy(update=like)) for name, other in ALTERNATIVES.items()}
+    name = next((name for name, other in others.items() if other == first), "as asked for")
+    return {name: first} | others
+
+
+def _runs(
+    teacher: TransformersTeacher,
+    identity: Identity,
+    sample: Sample,
+    batches: Sequence[NDArray[np.int64]],
+    selections: Mapping[str, Selection],
+    capture: CaptureConfig,
+    watch: Watch,
+) -> Iterator[Run]:
+    """Each batch in turn."""
+    asked, done = Questions(sample.sequences, identity.classes), 0
+    total = int(sum(sample.tokens[batch].sum() for batch in batches))
+    watch(Progress("estimate", done, total, "tokens"))
+    for batch in batches:
+        yield run(teacher, identity.teacher, asked, batch, list(selections.values()), capture.teacher.batch_tokens)
+        done += int(sample.tokens[batch].sum())
+        watch(Progress("estimate", done, total, "tokens"))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a sample of rows takes in files like those of a capture."""
+
+    rows: pa.Table
+    columns: dict[str, int]
+    """Bytes of each column."""
+    bytes: int
+    """Of all, footers included."""
+
+    @classmethod
+    def of(
+        cls, folder: Path, capture: CaptureConfig, identity: Identity, rows: pa.Table, labels: SoftLabels
+    ) -> "_Written":
+        """Write them, into a table of their own."""
+        carried = pa.schema([column for column in rows.schema if column.name not in SEQUENCE.names])
+        tokenizer = folder / "tokenizer"
+        tokenizer.mkdir(parents=True)
+        table = Table.create(str(folder / "table"), identity, carried, labels, tokenizer)
+        with ShardWriter(table, capture.shards.row_group_sequences) as writer:
+            writer.append(rows, labels)
+            size = writer.commit({"operation": "estimate"}).bytes
+        return cls(rows, column_bytes(table.newest()), size)
+
+    def over_all(self, sample: Sample, capture: CaptureConfig) -> int:
+        """Bytes of all pending rows: soft labels go with the positions, ids and mask with the tokens, the other
+        columns with the sequences, and the footer with the row groups."""
+        grows = dict.fromkeys(SOFT_LABELS.names, "positions") | dict.fromkeys(("token_ids", "loss_mask"), "tokens")
+        total = 0.0
+        for name, size in self.columns.items():
+            by = grows.get(name)
+            total += size * sample.total(by) / (pc.sum(self.rows.column(by)).as_py() if by else len(self.rows))
+        shards = sample.total("positions") / capture.shards.positions
+        groups = sample.total() / capture.shards.row_group_sequences + shards
+        here = -(-len(self.rows) // capture.shards.row_group_sequences)
+        return round(total + (self.bytes - sum(self.columns.values())) * max(1.0, groups) / here)
+
+
+def _selection_estimate(
+    name: str,
+    selection: Selection,
+    labels: SoftLabels,
+    collisions: Doubles,
+    vocabulary: int,
+    written: _Written,
+    size: int,
+) -> SelectionEstimate:
+    soft = sum(written.columns[column] for column in SOFT_LABELS.names)
+    drawn = selection.draws > 0
+    return SelectionEstimate(
+        name=name,
+        ids_per_position=(len(labels.head_ids) + len(labels.tail_ids)) / labels.positions,
+        bytes_per_position=soft / labels.positions,
+        bytes=size,
+        kept_mass=float(kept_mass(labels).mean()),
+        lost=0.0 if drawn else float(bucket_kl(labels, vocabulary).mean()),
+        noise=float(squared_error(labels, collisions, selection.draws).mean() ** 0.5) if drawn else 0.0,
+    )
