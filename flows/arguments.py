@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from cyclopts import Group, Parameter
@@ -65,8 +65,8 @@ def _settings(model: type[BaseModel], defaults: Any, path: tuple[str, ...], grou
     parts = []
     for name, field in model.model_fields.items():
         default = field.get_default() if defaults is None else getattr(defaults, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            parts.append((name, field.annotation, None if field.is_required() else default))
+        if part := _model_of(field.annotation):
+            parts.append((name, part, None if field.is_required() else default))
         else:
             missing = defaults is None and field.is_required()
             yield Setting((*path, name), field, inspect.Parameter.empty if missing else default, group)
@@ -165,10 +165,16 @@ def _explain(
 
 def _part(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for name in path:
-        annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        part = _model_of(model.model_fields[name].annotation)
+        assert part is not None
+        model = part
     return model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The settings model that a field holds, or may hold."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def _first_needed(model: type[BaseModel], path: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from storage.versions import spans
 
 if TYPE_CHECKING:
     from flows.maintain import MaintainReport
+    from flows.verify import VerifyReport
+    from pipeline.rechecking import Recheck
     from pipeline.reprocessing import ReprocessReport
     from storage.inspection import HistoryEntry
     from storage.maintenance import Maintenance
     from storage.provenance import Identity, SelectionIdentity
     from storage.purge import Purged
-    from storage.verification import Verification
     from storage.versions import Pin, Tag
     from storage.view_inspection import ViewInspection
 
@@ -77,7 +78,7 @@ def show_history(result: Mapping[str, Any]) -> None:
             console.print(f"{fate}, and can no longer be opened: {spans(result[fate])}")
 
 
-def show_verify(found: "Verification") -> None:
+def show_verify(found: "VerifyReport") -> None:
     """What was looked at, and what was taken out."""
     if found.removed:
         removed = f"{len(found.removed):,} damaged shards, whose {found.removed_rows:,} sequences are pending again"
@@ -88,11 +89,32 @@ def show_verify(found: "Verification") -> None:
     else:
         counts = f"{found.shards:,} shards, {found.rows:,} sequences, {bytes_of(found.bytes)}"
         console.print(f"[bold]{found.location}[/] (version {found.version}) is as it was written: {counts}")
+    if found.recheck:
+        _recheck(found.recheck)
     if found.orphans:
         console.print(f"{len(found.orphans):,} files among the shards belong to no version, and do no harm:")
         for path in found.orphans:
             console.print(f"  {path}")
         try_next([f"softlabel maintain {found.location}"])
+
+
+def _recheck(asked: "Recheck") -> None:
+    """How far the table is from its teacher, beside how far the teacher is from itself."""
+    console.print(
+        f"its teacher says the same again of {asked.sequences:,} sequences, {asked.positions:,} positions,"
+        " within its own noise (in nats):"
+    )
+    table = table_of("", "table: mean", "99.9%", "max", "noise: mean", "99.9%", "max")
+    for agreement in asked.agreements:
+        pairs = (agreement.table, agreement.noise)
+        cells = [f"{value:.4f}" for pair in pairs for value in (pair.mean, pair.most, pair.maximum)]
+        table.add_row(agreement.name, *cells)
+    console.print(table)
+    console.print(
+        f"noise: the teacher against itself in other batches, where {asked.top_changes:.2%} of its likeliest ids"
+        f" change\ntruncation: {asked.outside:.2%} of the mass is outside the head, and with it {asked.lost:.3f} nats"
+        " (KL) where no tail is sampled"
+    )
 
 
 def show_maintain(report: "MaintainReport") -> None:

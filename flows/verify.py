@@ -1,4 +1,7 @@
-"""The flow that looks at every byte of a table, and fails if one of them is not the one that was written."""
+"""The flow that looks at every byte of a table and, if its teacher is there, asks that again; any difference fails."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
@@ -10,6 +13,17 @@ from storage.table import Table
 from storage.verification import Verification, damage, remove_damaged, verify
 from storage.view import View, open_table
 from storage.view_inspection import whole
+
+if TYPE_CHECKING:
+    from pipeline.rechecking import Recheck
+
+
+@dataclass(frozen=True)
+class VerifyReport(Verification):
+    """What a look at every byte has found, and what the teacher says now."""
+
+    recheck: "Recheck | None" = None
+    """None if it was not asked."""
 
 
 @task(name="verify", task_run_name="verify {config.table}", persist_result=False)
@@ -33,13 +47,29 @@ def verify_table(config: VerifyConfig) -> Verification:
     return whole(opened, sound) if isinstance(opened, View) else found
 
 
+@task(name="recheck", task_run_name="recheck {config.table}", persist_result=False)
+def ask_teacher(config: VerifyConfig) -> "Recheck | None":
+    """Ask the teacher again, if there is one."""
+    if config.teacher is None:
+        return None
+    from pipeline.rechecking import disagreement, recheck  # torch, which nothing else here needs
+
+    with watching() as watch:
+        found = recheck(Table.open(config.table), config.teacher, config.sequences, config.seed, watch)
+    if found.disagreements:
+        rows = [vars(sequence) for sequence in found.disagreements]
+        create_table_artifact(rows, key="disagreement", description=f"{found.table}@{found.version} and its teacher")
+        raise disagreement(found)
+    return found
+
+
 @flow(name="verify", persist_result=False)
-def verify_flow(config: VerifyConfig) -> Verification:
-    """Look at every byte of a table, without its teacher."""
+def verify_flow(config: VerifyConfig) -> VerifyReport:
+    """Look at every byte of a table, and ask its teacher again if that is given."""
     found = verify_table(config)
     if found.findings:
         rows = [{"file": finding.path, "problem": finding.problem} for finding in found.findings]
         create_table_artifact(rows, key="damage", description=f"Damage in {found.location}@{found.version}")
     if found.unsolved:
         raise damage(found)
-    return found
+    return VerifyReport(**vars(found), recheck=ask_teacher(config))

@@ -28,7 +28,7 @@ from pipeline.questions import Questions
 from pipeline.sampling import Sample, Sequencer, draw_sample
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
-from pipeline.teacher import TransformersTeacher, devices
+from pipeline.teacher import TransformersTeacher, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.trial import Layout, Run, run
 from storage.codec import SoftLabels
@@ -161,7 +161,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             written = _Written.of(Path(folder, f"trial-{i}"), capture, identity, rows, labels)
             size = written.over_all(sample, capture)
             estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
-    on = devices(capture.teacher.device)
+    on = list(dict.fromkeys(places(capture.teacher)))  # on one device, workers share what it can do
     seconds = layout.over_all(tried, [run.seconds for run in runs]) / len(on)
     return replace(
         found,

@@ -4,14 +4,18 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import ColumnsConfig, ShardsConfig
+from pipeline.config import ColumnsConfig, ShardsConfig, TeacherConfig
 from pipeline.settings import Settings
 
 _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 
 
 class VerifyConfig(Settings):
-    """Look at every byte of a table, without its teacher, and name each file that is damaged, missing or foreign."""
+    """Look at every byte of a table, without its teacher, and name each file that is damaged, missing or foreign.
+
+    With teacher.model, the teacher is also run again over some of its sequences, twice: the table must not differ from
+    it by more than it differs from itself in other batches.
+    """
 
     table: str
     """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
@@ -19,6 +23,12 @@ class VerifyConfig(Settings):
     """Look at the shards of every version that can be opened, not of one alone."""
     remove_damaged: bool = False
     """Take damaged shards out of the newest version; a capture of the same documents then brings their rows back."""
+    teacher: TeacherConfig | None = None
+    """The teacher that made the table, if it is to be asked again."""
+    sequences: PositiveInt = 32
+    """Sequences, chosen at random, that the teacher is asked about again."""
+    seed: int = 0
+    """Seed of that choice."""
 
 
 class MaintainConfig(Settings):

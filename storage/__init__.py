@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from storage.codec import SoftLabels
     from storage.errors import (
+        DisagreementError,
         DocumentsError,
         IntegrityError,
         ProvenanceError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from storage.view import View, open_table
 
 __all__ = [
+    "DisagreementError",
     "DocumentsError",
     "Identity",
     "IntegrityError",

@@ -14,7 +14,8 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
         ├── TableNotFoundError     no table, version or tag there
         │   └── PurgedError        a version that went with documents that were taken down
         ├── ProvenanceError        another teacher, tokenizer or selection made it
-        └── IntegrityError         bytes that are not the ones that were written
+        ├── IntegrityError         bytes that are not the ones that were written
+        └── DisagreementError      numbers that its teacher does not say again
 """
 
 
@@ -82,3 +83,7 @@ class ProvenanceError(TableError):
 
 class IntegrityError(TableError):
     """Bytes that are not the ones that were written."""
+
+
+class DisagreementError(TableError):
+    """Numbers that the table's teacher does not say again, by more than its own noise."""

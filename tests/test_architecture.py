@@ -33,7 +33,7 @@ STORAGE = {
     *("Tag", "tag", "tags", "untag", "Pin", "pin", "pins", "unpin"),
     *("SoftlabelError", "UsageError", "DocumentsError", "TeacherError", "StudentError", "TrainingError"),
     "WorkerError",
-    *("TableError", "TableNotFoundError", "PurgedError", "ProvenanceError", "IntegrityError"),
+    *("TableError", "TableNotFoundError", "PurgedError", "ProvenanceError", "IntegrityError", "DisagreementError"),
 }
 
 ALONE = ("loss", "divergence", "targets", "selection", "teacher")

@@ -1,0 +1,34 @@
+"""``softlabel verify TABLE --teacher.model ...`` as a person runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.cli import run
+from pipeline.capturing import capture
+from tests.pipeline.test_capturing import settings, texts, write
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+
+def test_the_teacher_is_asked_again(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = tmp_path / "t"
+    capture(settings(tiny_teacher, write(tmp_path / "d.parquet", texts(40)), table))
+    command = ["verify", str(table), "--teacher.model", str(tiny_teacher), "--sequences", "5"]
+    assert run([*command, "--teacher.dtype", "float32", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["rows"], found["recheck"]["sequences"], found["recheck"]["disagreements"]) == (40, 5, [])
+    assert "recheck" in err
+    assert run([*command, "--teacher.dtype", "float32"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "is as it was written" in shown
+    assert "says the same again of 5 sequences" in shown
+    assert run(command) == 1
+    assert "teacher.dtype: the table has float32, this bfloat16" in capsys.readouterr().err
+
+
+def test_a_teacher_without_a_model_is_no_teacher(capsys: pytest.CaptureFixture[str]):
+    assert run(["verify", "t", "--teacher.dtype", "float32"]) == 2
+    assert "--teacher.model" in capsys.readouterr().err
