@@ -135,7 +135,7 @@ def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.Ca
 
 
 def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
-    damaged = Table.open(str(table)).shards()[0]
+    damaged = Table.open(f"{table}@1").shards()[0]
     (table / damaged.path).write_bytes(b"x" * damaged.bytes)
     remove_damaged(verify(Table.open(str(table))))
     last = Table.open(str(table)).version
