@@ -8,7 +8,7 @@ import pytest
 from obstore.store import S3Store
 
 from storage import bucket
-from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.maintenance import maintain
 from storage.place import place_of
 from storage.reader import read
@@ -196,6 +196,13 @@ def test_a_bucket_that_can_not_be_used(
     assert not isinstance(error.value, TableNotFoundError | IntegrityError)
     assert "a-secret" not in str(error.value)
     assert len(str(error.value).splitlines()) < 8
+
+
+@pytest.mark.parametrize("location", ["gs://bucket/table", "s3:///table", "file:///table"])
+def test_where_no_table_can_be(location: str) -> None:
+    """A path must never be made of what was meant as an address."""
+    with pytest.raises(UsageError, match=f"can't be there(.|\\n)*{location}"):
+        Table.open(location)
 
 
 def test_a_bucket_without_a_table() -> None:
