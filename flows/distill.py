@@ -10,6 +10,7 @@ from flows.train import train_flow
 from pipeline.capturing import CaptureReport
 from pipeline.distill_config import DistillConfig
 from pipeline.evaluation import EvaluationReport
+from pipeline.student import require_files
 from pipeline.training import TrainReport
 
 
@@ -26,6 +27,7 @@ class DistillReport:
 @flow(name="distill", persist_result=False)
 def distill_flow(config: DistillConfig) -> DistillReport:
     """Capture, train and evaluate; what is there already is not made again."""
+    require_files(config.student)
     captured = capture_flow(config.capture())
     trained = {name: train_flow(settings) for name, settings in config.train().items()}
     return DistillReport(captured, trained, evaluate_flow(config.evaluate()))

@@ -191,8 +191,15 @@ def require_class_settings(config: TrainConfig) -> None:
     """Refuse what a table of classes knows nothing of.
 
     Raises:
-        UsageError: if a part of the distribution is asked for: there is only the whole.
+        UsageError: if adapters or a part of the distribution are asked for: a classifier has the whole of both.
     """
+    if config.student.lora_rank is not None:
+        raise UsageError(
+            "adapters are for language models",
+            expected="no student.lora_rank: a classifier's head is new, and has to be trained whole",
+            found=f"student.lora_rank: {config.student.lora_rank}",
+            do="leave it out",
+        )
     found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
     found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
     if found:

@@ -77,6 +77,19 @@ def require_one_source(config: StudentConfig) -> None:
         )
 
 
+def require_files(config: StudentConfig) -> None:
+    """Refuse a student whose files are not there: at once, and not when a teacher has run for hours.
+
+    Raises:
+        UsageError: unless exactly one place is named.
+        StudentError: if nothing is there that says what model it is.
+    """
+    require_one_source(config)
+    source = config.model or config.config or config.teacher
+    if source is not None:
+        explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
 def from_weights(
     config: StudentConfig, table: AnyTable, load: Callable[[str, str | None], PreTrainedModel]
 ) -> PreTrainedModel:

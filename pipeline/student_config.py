@@ -31,6 +31,12 @@ class StudentConfig(Settings):
     left out, its classes. What the teacher says of classes without a label is left out, the rest renormalised."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the student's weights."""
+    lora_rank: PositiveInt | None = None
+    """Train only low-rank adapters (LoRA) of this rank; the student is saved whole, with the adapters merged."""
+    lora_alpha: PositiveFloat = 16.0
+    """What an adapter adds is scaled by this, divided by its rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get adapters, like q_proj; left out, every linear layer but the head."""
 
     @model_validator(mode="after")
     def _only_a_teacher_is_narrowed(self) -> Self:
@@ -125,6 +131,8 @@ class OptimiserConfig(Settings):
     """Gradients longer than this are shortened to it."""
     bf16: bool = False
     """Forward and backward in bfloat16, the weights staying in the student's dtype."""
+    liger: bool = False
+    """Use Liger's kernels in the student's body, on a GPU; the loss is softlabel's all the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     checkpoint_steps: PositiveInt = 500

@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from pipeline.averaging import require_average
 from pipeline.batch import Batch
+from pipeline.body import adapt, use_liger
 from pipeline.class_student import build_classifier, class_lesson, require_class_settings
 from pipeline.config import TrainConfig
 from pipeline.dataset import SoftLabelDataset
@@ -99,6 +100,9 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     _require_target(config, table)
     set_seed(config.optimiser.seed)
     student = build_classifier(config.student, table) if _of_classes(table) else build(config.student, table)
+    merge = adapt(student, config.student) if config.student.lora_rank else None
+    if config.optimiser.liger:
+        use_liger(student)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
     trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
@@ -106,7 +110,10 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         _pin(table, folder.path)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    record = _record(config, table, student, trainer, trainer.choose())
+    step = trainer.choose()
+    if merge:
+        merge()
+    record = _record(config, table, student, trainer, step)
     if ranks.is_main_process:
         folder.finish(student, table.tokenizer, record)
     ranks.wait_for_everyone()

@@ -123,6 +123,7 @@ def artifacts() -> dict[str, str]:
         (["--documents", "broken.parquet"], 1, "DocumentsError"),
         (["--columns.text", "txet"], 2, "UsageError"),
         (["--student.model", "one-too-many"], 2, "UsageError"),
+        (["--student.teacher", "nowhere/either"], 1, "StudentError"),
     ],
 )
 def test_bad_input_is_one_screen(

@@ -1,0 +1,162 @@
+"""What soft labels add to a training step: one beside a step on hard labels alone, of the same model and tokens.
+
+``python -m tests.benchmarks.step`` prints one table. Each method has a copy of the same random Llama and takes the same
+batches, as a table gives them: forward, backward and AdamW. Every round runs all of them, one after another, and a
+ratio is the median over the rounds of that round's own ratio, so that a busy machine slows both sides. The plain step
+is the model's own loss in transformers, whose logits are whole; Liger's, where it is installed and there is a GPU, is
+its fused cross-entropy with its kernels in the body.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from pipeline.batch import Batch
+from pipeline.config import StreamConfig
+from pipeline.dataset import SoftLabelDataset
+from pipeline.student_config import LossConfig
+from pipeline.trainer import Distillation
+from storage.table import Table
+from tests.benchmarks.stream import VOCABULARY, make_table
+
+REFERENCE = "softlabel, hard labels"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the student, and of a step."""
+
+    hidden: int
+    layers: int
+    rows: int
+    device: str
+    dtype: torch.dtype
+
+
+CPU = Shape(hidden=576, layers=7, rows=1, device="cpu", dtype=torch.float32)
+CUDA = Shape(hidden=2048, layers=16, rows=8, device="cuda", dtype=torch.bfloat16)
+
+Loss = Callable[[Batch], Tensor]
+
+
+def student(shape: Shape) -> PreTrainedModel:
+    """A Llama of random weights; the same each time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(shape.device, shape.dtype)
+
+
+def softlabel(model: PreTrainedModel, table: Table, loss: LossConfig) -> Loss:
+    module = Distillation(model, table, loss, None).to(model.device)
+    return lambda batch: module(batch)[0]
+
+
+def plain(model: PreTrainedModel) -> Loss:
+    """The loss that the model itself computes, over the same captured tokens."""
+
+    def loss(batch: Batch) -> Tensor:
+        labels = torch.full_like(batch.input_ids, -100)
+        labels.view(-1)[batch.positions + 1] = batch.next_ids
+        return model(**batch.inputs, labels=labels).loss
+
+    return loss
+
+
+def liger(model: PreTrainedModel) -> Loss:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model)
+    return plain(model)
+
+
+class Stepper:
+    """One method: its copy of the student, its optimiser, its loss."""
+
+    def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
+        self._loss = loss
+        self._optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def run(self, batch: Batch) -> float:
+        """Seconds of a step."""
+        _wait(batch)
+        start = time.perf_counter()
+        self._loss(batch).backward()
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        _wait(batch)
+        return time.perf_counter() - start
+
+
+def _wait(batch: Batch) -> None:
+    if batch.input_ids.is_cuda:
+        torch.cuda.synchronize()
+
+
+def steppers(shape: Shape, table: Table) -> dict[str, Stepper]:
+    """Every method that runs here, by name."""
+    losses = {
+        REFERENCE: LossConfig(hard_weight=1.0, soft_weight=0.0),
+        "softlabel, forward KL": LossConfig(),
+        "softlabel, both": LossConfig(hard_weight=0.5, soft_weight=0.5),
+        "softlabel, reverse KL": LossConfig(divergence="reverse_kl"),
+    }
+    methods: dict[str, Callable[[PreTrainedModel], Loss]] = {
+        name: lambda model, loss=loss: softlabel(model, table, loss) for name, loss in losses.items()
+    }
+    methods["transformers, hard labels"] = plain
+    if shape.device == "cuda":
+        try:
+            import liger_kernel  # noqa: F401
+        except ImportError:
+            print("(liger-kernel is not installed: its step is left out)")
+        else:
+            methods["Liger, hard labels"] = liger
+    made = {}
+    for name, method in methods.items():
+        model = student(shape)
+        made[name] = Stepper(model, method(model))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    shape = CUDA if torch.cuda.is_available() else CPU
+    with tempfile.TemporaryDirectory() as folder:
+        table = make_table(Path(folder), 256)
+        stream = StreamConfig(row_tokens=1024, batch_rows=shape.rows, micro_rows=shape.rows)
+        batches = iter(SoftLabelDataset(table, stream, max_steps=arguments.rounds + 1))
+        methods = steppers(shape, table)
+        rounds = []
+        for batch in batches:
+            there = batch.to(shape.device)
+            rounds.append({name: method.run(there) for name, method in methods.items()})
+    rounds = rounds[1:]  # the first one warms up
+
+    print(f"Llama, H {shape.hidden:,}, {shape.layers} layers, V {VOCABULARY:,}, {shape.rows} rows of 1,024 tokens,")
+    print(f"{shape.dtype}, {shape.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'':<28}{'ms a step':>10}{'/ ' + REFERENCE:>26}{'from':>8}{'to':>8}")
+    for name in methods:
+        ratios = sorted(times[name] / times[REFERENCE] for times in rounds)
+        milliseconds = 1000 * statistics.median(times[name] for times in rounds)
+        print(f"{name:<28}{milliseconds:>10,.1f}{statistics.median(ratios):>26.3f}{ratios[0]:>8.2f}{ratios[-1]:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()
