@@ -9,6 +9,7 @@ from pipeline.estimate_config import BF16_TERAFLOPS
 if TYPE_CHECKING:
     from flows.distill import DistillReport
     from pipeline.capturing import CaptureReport
+    from pipeline.class_evaluation import ClassEvaluation
     from pipeline.estimating import Estimate
     from pipeline.evaluation import EvaluationReport
     from pipeline.training import TrainReport
@@ -76,7 +77,7 @@ def show_train(report: "TrainReport") -> None:
     try_next([f"softlabel evaluate {report.table} {report.output}"])
 
 
-def show_evaluate(report: "EvaluationReport") -> None:
+def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
     """The teacher and its students side by side."""
     _scores(report)
     facts({"report": report.html, "numbers": report.json})
@@ -131,7 +132,12 @@ def _train_line(report: "TrainReport") -> None:
     )
 
 
-def _scores(report: "EvaluationReport") -> None:
+def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
+    from pipeline.class_evaluation import ClassEvaluation
+
+    if isinstance(report, ClassEvaluation):
+        _class_scores(report)
+        return
     scores = table_of("", "perplexity", "KL to the teacher", "top-1 agreement", "parameters")
     for score in (report.teacher, *report.students):
         agreement = "" if score.agreement is None else f"{score.agreement:.1%}"
@@ -142,3 +148,18 @@ def _scores(report: "EvaluationReport") -> None:
     console.print(f"{report.positions:,} positions of {report.sequences:,} held-out sequences{left_out}")
     if report.kl_kind == "mean over teachers":
         console.print("the KL is the mean over the teachers: the KL to their average, and how far they are from that")
+
+
+def _class_scores(report: "ClassEvaluation") -> None:
+    scores = table_of("", "accuracy", "precision", "recall", "F1", "KL to the teacher", "parameters")
+    for score in (report.teacher, *report.students):
+        shares = (score.accuracy, score.precision, score.recall, score.f1)
+        parameters = "" if score.parameters is None else short(score.parameters)
+        scores.add_row(
+            score.name, *("" if share is None else f"{share:.1%}" for share in shares), f"{score.kl:.3f}", parameters
+        )
+    console.print(scores)
+    left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
+    console.print(f"{report.documents:,} held-out documents{left_out}")
+    if report.unmapped > 0.0005:
+        console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and left out")

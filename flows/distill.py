@@ -8,6 +8,7 @@ from flows.capture import capture_flow
 from flows.evaluate import evaluate_flow
 from flows.train import train_flow
 from pipeline.capturing import CaptureReport
+from pipeline.class_evaluation import ClassEvaluation
 from pipeline.distill_config import DistillConfig
 from pipeline.evaluation import EvaluationReport
 from pipeline.student import require_files
@@ -21,7 +22,7 @@ class DistillReport:
     capture: CaptureReport
     train: dict[str, TrainReport]
     """By name: the student, and the control if one was asked for."""
-    evaluate: EvaluationReport
+    evaluate: EvaluationReport | ClassEvaluation
 
 
 @flow(name="distill", persist_result=False)

@@ -8,12 +8,14 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 SERIES = 6
 """Colours that the page's style sheet tells apart; further series repeat them, dashed."""
@@ -45,6 +47,34 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
+
+
+class Score(Protocol):
+    """A mean and its standard error."""
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        ...
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error; None if it is not known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One model's scores; ``index`` is a student's place in the report, and so its colour, or -1 for the teacher."""
+
+    index: int
+    name: str
+    values: Sequence[Score]
+
+    @property
+    def color(self) -> str:
+        """Sentinel that becomes the series' colour."""
+        return _ROLES["muted" if self.index < 0 else f"series-{self.index % SERIES}"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,50 @@ def by_entropy(
         figure.align_ylabels()
         _label_ends(axes, curves)
         return _svg(figure, f"{ylabel} by the teacher's entropy, with the number of positions")
+
+
+def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
+    """For each score a group of dots, one of each model, with a line that reaches two standard errors to both sides."""
+    with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = _canvas(height=60 + len(names) * 16 * len(bars))
+        gap = 0.75 / len(bars)
+        for place, bar in enumerate(bars):
+            heights = np.arange(len(names)) + (place - (len(bars) - 1) / 2) * gap
+            means = [estimate.mean for estimate in bar.values]
+            errors = [2 * (estimate.error or 0) for estimate in bar.values]
+            axes.errorbar(means, heights, xerr=errors, fmt="o", markersize=5, linewidth=1.8, color=bar.color)
+            axes.annotate(
+                bar.name,
+                (means[0] + errors[0], heights[0]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                color=bar.color,
+                va="center",
+                fontweight="bold",
+                annotation_clip=False,
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(right=1)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        return _svg(figure, f"{', '.join(names)} of each model")
+
+
+def confusion(index: int, counts: Sequence[Sequence[int]], names: Sequence[str], model: str) -> str:
+    """Documents by their label (down) and what a model says (across), the darker the larger the label's share."""
+    color, size = _ROLES[f"series-{index % SERIES}"], len(names)
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = _canvas(height=min(400, 120 + 26 * size))
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                share = count / max(1, sum(line))
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=color, alpha=0.75 * share, linewidth=0))
+                if count:
+                    axes.annotate(str(count), (column, row), ha="center", va="center", fontsize=max(5, 10 - size / 4))
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=f"what {model} says", ylabel="label")
+        axes.set_xticks(range(size), names, rotation=45, ha="right")
+        axes.set_yticks(range(size), names)
+        return _svg(figure, f"documents by label and what {model} says")
 
 
 def _canvas(height: int) -> tuple[Figure, Axes]:

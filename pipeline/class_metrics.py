@@ -101,8 +101,8 @@ def compare(
     known = labels >= 0
     return ClassMetrics(
         documents=len(labels),
-        kl=_mean(terms.sum(1)),
-        agreement=_mean(said.argmax(1) == wanted.argmax(1)),
+        kl=mean(terms.sum(1)),
+        agreement=mean(said.argmax(1) == wanted.argmax(1)),
         quality=_quality(logprobs[known], labels[known], names) if known.any() else None,
     )
 
@@ -112,15 +112,15 @@ def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: li
     present = sorted(set(labels.tolist()))
     averages = ("precision", "recall", "f1")
     macro = _scores(labels, said, present, "macro")[:3]
-    draws = np.random.default_rng(0).integers(0, len(labels), (_RESAMPLES, len(labels)))
-    spread = np.std([_scores(labels[draw], said[draw], present, "macro")[:3] for draw in draws], axis=0, ddof=1)
+    confusion = confusion_matrix(labels, said, labels=numbers)
+    spread = _spread(confusion)
     by_label = zip(names, *_scores(labels, said, numbers, None), strict=True)
     return Quality(
         documents=len(labels),
-        accuracy=_mean(said == labels),
-        cross_entropy=_mean(-logprobs[np.arange(len(labels)), labels]),
+        accuracy=mean(said == labels),
+        cross_entropy=mean(-logprobs[np.arange(len(labels)), labels]),
         by_label=tuple(ClassQuality(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in by_label),
-        confusion=tuple(map(tuple, confusion_matrix(labels, said, labels=numbers).tolist())),
+        confusion=tuple(map(tuple, confusion.tolist())),
         **{
             name: Estimate(float(mean), float(error) if len(labels) > 1 else None)
             for name, mean, error in zip(averages, macro, spread, strict=True)
@@ -133,7 +133,22 @@ def _scores(labels: Any, said: Any, numbers: Any, average: str | None) -> Any:
     return precision_recall_fscore_support(labels, said, labels=list(numbers), average=average, zero_division=0)
 
 
-def _mean(values: NDArray[Any]) -> Estimate:
+def _spread(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(3,) standard errors of the means over labels of precision, recall and F1, by drawing the documents again.
+
+    Args:
+        confusion: (labels, labels) documents, by label and by what is said; the means depend on nothing else.
+    """
+    total, present = int(confusion.sum()), np.flatnonzero(confusion.sum(1))
+    draws = np.random.default_rng(0).multinomial(total, confusion.ravel() / total, _RESAMPLES)
+    draws = draws.reshape(_RESAMPLES, *confusion.shape)
+    hits, there, said = draws[:, present, present], draws.sum(2)[:, present], draws.sum(1)[:, present]
+    ratios = [hits / np.maximum(said, 1), hits / np.maximum(there, 1), 2 * hits / np.maximum(said + there, 1)]
+    errors: NDArray[np.float64] = np.stack([ratio.mean(1) for ratio in ratios]).std(1, ddof=1)
+    return errors
+
+
+def mean(values: NDArray[Any]) -> Estimate:
     """Mean over documents, and its standard error."""
     numbers = values.astype(np.float64)
     if not len(numbers):

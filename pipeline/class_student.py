@@ -4,13 +4,15 @@ It is called as transformers calls it, so any architecture with a classification
 safetensors; the loop is ``pipeline.trainer``'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from pipeline.class_labels import LabelMap
 from pipeline.class_metrics import measure_classes
@@ -57,23 +59,35 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
     return student
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from warning of a new head, which is what is wanted."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _load(source: str, revision: str, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
     settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, revision=revision))
     same = list(settings.id2label.values()) == list(head["id2label"].values())
-    student, report = explained(
-        source,
-        "model",
-        lambda: AutoModelForSequenceClassification.from_pretrained(
+    with _without_report():
+        student, report = explained(
             source,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=not same,
-            **head,
-        ),
-    )
+            "model",
+            lambda: AutoModelForSequenceClassification.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not same,
+                **head,
+            ),
+        )
     if not same:  # of other labels, even if they are as many
         _renew_head(student)
     # A new head, and what pools the layers' states for it, may be missing; nothing else.

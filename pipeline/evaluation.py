@@ -15,11 +15,22 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.batch import Batch
+from pipeline.class_evaluation import ClassEvaluation, evaluate_classes
 from pipeline.config import EvaluateConfig
 from pipeline.holdout import Holdout
 from pipeline.metrics import Metrics, measure
 from pipeline.progress import Progress, Watch, unwatched
-from pipeline.report import Report, StudentSummary, TeacherSummary, column_costs, perplexity, prepare, write
+from pipeline.report import (
+    Report,
+    StudentSummary,
+    TeacherSummary,
+    column_costs,
+    perplexity,
+    prepare,
+    to_html,
+    to_json,
+    write,
+)
 from pipeline.student import build
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.teacher import device
@@ -68,8 +79,8 @@ class EvaluationReport:
     """What the KL is: ``pipeline.metrics.Metrics.kl_kind``."""
 
 
-def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport:
-    """Measure students and write report.html and report.json.
+def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport | ClassEvaluation:
+    """Measure students and write report.html and report.json; those of a table of classes are classifiers.
 
     Raises:
         TableError: if there is no such table, or nothing in it to measure on.
@@ -79,10 +90,12 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     if not config.students:
         raise UsageError("no student is named", expected="at least one folder that train wrote", found="students: []")
     table = open_table(config.table)
-    holdout = Holdout.of(table)
-    on = device(config.device)
     names = _names(config.students)
     trained = [_read(Path(folder), table) for folder in config.students]
+    on = device(config.device)
+    if isinstance(table, Table) and table.identity.classes is not None:
+        return evaluate_classes(config, table, names, trained, watch)
+    holdout = Holdout.of(table)
     prepare(Path(config.report))
 
     students = []
@@ -91,7 +104,7 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
         batches = _watched(holdout, config.batch_tokens, name, watch)
         students.append(_summary(name, folder, provenance, measure(model, batches, table)))
     report = _report(config, table, holdout, tuple(students), str(on))
-    html, json_file = write(report, Path(config.report))
+    html, json_file = write(to_html(report), to_json(report), Path(config.report))
     return EvaluationReport(
         html=str(html),
         json=str(json_file),

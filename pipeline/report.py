@@ -113,17 +113,16 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write(report: Report, folder: Path) -> tuple[Path, Path]:
+def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
     """Write report.html and report.json, each whole or not at all, and return their paths.
 
     Raises:
         UsageError: if the folder can't be written to.
     """
     html, json = folder / "report.html", folder / "report.json"
-    page, content = to_html(report).encode(), to_json(report)
     with _explained(folder):
         publish(content, json)
-        publish(page, html)
+        publish(page.encode(), html)
     return html, json
 
 
@@ -148,6 +147,18 @@ def to_json(report: Report) -> bytes:
 
 def to_html(report: Report) -> str:
     """The report as one page without any reference to another file or address."""
+    return render("report.html.j2", report, _verdict(report.students), _drawings(report.students))
+
+
+def render(template: str, report: Any, verdict: str | None, drawings: Mapping[str, str]) -> str:
+    """A page of one of the templates beside this file.
+
+    Args:
+        template: its file name.
+        report: what it shows: a table, a teacher, students and the columns' costs, whatever was measured of them.
+        verdict: what to say first.
+        drawings: SVG by name.
+    """
     templates = Environment(
         loader=PackageLoader("pipeline", "."),
         autoescape=True,
@@ -156,12 +167,12 @@ def to_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_}
-    return templates.get_template("report.html.j2").render(
+    return templates.get_template(template).render(
         report=report,
-        title=_title(report),
+        title=_title([student.name for student in report.students], report.teacher.name),
         series=charts.SERIES,
-        verdict=_verdict(report.students),
-        drawings=_drawings(report.students),
+        verdict=verdict,
+        drawings=drawings,
         total=sum(column.bytes_per_position for column in report.columns),
     )
 
@@ -169,10 +180,10 @@ def to_html(report: Report) -> str:
 def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
     """Each chart's SVG by name, left out where there is nothing to draw."""
     drawings = {}
-    losses = _histories(students, "loss")
+    losses = histories(students, "loss")
     if losses:
         drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
-    divergences = _histories(students, "eval_kl")
+    divergences = histories(students, "eval_kl")
     if divergences:
         drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
     bins = students[0].metrics.by_entropy
@@ -184,7 +195,8 @@ def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
     return drawings
 
 
-def _histories(students: Sequence[StudentSummary], quantity: str) -> list[Curve]:
+def histories(students: Sequence[Any], quantity: str) -> list[Curve]:
+    """A curve for each student that has recorded a quantity, by step."""
     curves = []
     for index, student in enumerate(students):
         records = [record for record in student.history if quantity in record]
@@ -194,10 +206,9 @@ def _histories(students: Sequence[StudentSummary], quantity: str) -> list[Curve]
     return curves
 
 
-def _title(report: Report) -> str:
-    names = [student.name for student in report.students]
-    who = " and ".join(names) if len(names) < 3 else f"{len(names)} students"
-    return f"{who} against {report.teacher.name}"
+def _title(students: Sequence[str], teacher: str) -> str:
+    who = " and ".join(students) if len(students) < 3 else f"{len(students)} students"
+    return f"{who} against {teacher}"
 
 
 def _verdict(students: Sequence[StudentSummary]) -> str | None:

@@ -185,7 +185,7 @@ def test_many_students_are_told_apart():
 
 def test_both_files_are_written_whole(tmp_path):
     made = report(student("student", 1.5))
-    html, content = write(made, tmp_path / "deep" / "report")
+    html, content = write(to_html(made), to_json(made), tmp_path / "deep" / "report")
     assert html.read_text() == to_html(made)
     assert json.loads(content.read_text())["students"][0]["metrics"]["kl"]["mean"] == 1.5
     assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
@@ -194,4 +194,4 @@ def test_both_files_are_written_whole(tmp_path):
 def test_a_report_that_can_not_be_written_says_so(tmp_path):
     (tmp_path / "report").write_text("in the way")
     with pytest.raises(UsageError, match="can't be written"):
-        write(report(student("student", 1.5)), tmp_path / "report")
+        write("page", b"content", tmp_path / "report")

@@ -1,0 +1,109 @@
+"""The report of an evaluation of classifiers: one HTML page that needs nothing else, and the same content as JSON.
+
+The page is ``pipeline.report``'s with other numbers in it. Measures nothing and reads neither table nor model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import charts
+from pipeline.charts import Bar
+from pipeline.class_metrics import ClassMetrics
+from pipeline.metrics import Estimate
+from pipeline.report import ColumnBytes, histories, render
+
+SCORES = ("accuracy", "precision", "recall", "f1")
+"""What classifiers are compared by; the last three are means over the labels."""
+DRAWN_LABELS = 30
+"""A confusion matrix of more labels is a table in the JSON, and no picture."""
+
+
+@dataclass(frozen=True)
+class ClassTeacher:
+    """The teacher's own numbers on the same documents, as the table stores them, over the students' labels."""
+
+    name: str
+    parameters: int | None
+    metrics: ClassMetrics
+
+
+@dataclass(frozen=True)
+class ClassStudent:
+    """One student's numbers, how it was trained, and what a reader should know before comparing it."""
+
+    name: str
+    folder: str
+    parameters: int
+    objective: str
+    """The loss that it was trained on, in words."""
+    metrics: ClassMetrics
+    history: tuple[dict[str, float], ...]
+    """Training and evaluation records in the order of their steps."""
+    trained_on: str
+    """TABLE@version."""
+    config: dict[str, Any]
+    circumstances: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """Everything that the page shows."""
+
+    table: str
+    version: int
+    created: str
+    """Time of the evaluation, ISO 8601, UTC."""
+    documents: int
+    """Evaluated."""
+    left_out: int
+    """Documents of the eval split that also occur in the train split, and were not evaluated."""
+    labels: tuple[str, ...]
+    """The students'."""
+    unmapped: Estimate
+    """Mass of the teacher's distribution on classes that no label of the students' stands for, mean over documents."""
+    teacher: ClassTeacher
+    students: tuple[ClassStudent, ...]
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+def to_html(report: ClassReport) -> str:
+    """The report as one page without any reference to another file or address."""
+    return render("class_report.html.j2", report, _verdict(report.students), _drawings(report))
+
+
+def _drawings(report: ClassReport) -> dict[str, str]:
+    """Each chart's SVG by name, left out where there is nothing to draw."""
+    drawings, students = {}, report.students
+    for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):
+        if curves := histories(students, quantity):
+            drawings[quantity] = charts.by_step(curves, label)
+    if losses := histories(students, "loss"):
+        drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
+    models: list[ClassTeacher | ClassStudent] = [report.teacher, *students]
+    bars = [
+        Bar(index, model.name, [getattr(model.metrics.quality, score) for score in SCORES])
+        for index, model in enumerate(models, start=-1)
+        if model.metrics.quality is not None
+    ]
+    if bars:
+        drawings["scores"] = charts.by_score(bars, ["accuracy", "precision", "recall", "F1"])
+    if len(report.labels) <= DRAWN_LABELS:
+        for index, student in enumerate(students):
+            if student.metrics.quality is not None:
+                confusion = student.metrics.quality.confusion
+                drawings[f"confusion-{index}"] = charts.confusion(index, confusion, report.labels, student.name)
+    return drawings
+
+
+def _verdict(students: Sequence[ClassStudent]) -> str | None:
+    """Who is right most often, and by how much, in a sentence; None for a single student, or without labels."""
+    scored = [(s.metrics.quality.accuracy.mean, s.name) for s in students if s.metrics.quality is not None]
+    if len(scored) < 2:
+        return None
+    (best, name), (second, other) = sorted(scored, reverse=True)[:2]
+    return f"{name} is right most often: {best:.1%} of the documents, {other} {second:.1%}."
