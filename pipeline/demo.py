@@ -46,7 +46,7 @@ def prepare_teacher(folder: Path) -> bool:
         _save_model(source, unfinished)
         _save_tokenizer(source, unfinished)
 
-    _atomically(folder, write, witness=config)
+    atomically(folder, write, witness=config)
     return True
 
 
@@ -65,7 +65,7 @@ def prepare_documents(path: Path) -> bool:
         return False
     sections = _sections()
     table = pa.table({name: [row[i] for row in sections] for i, name in enumerate(("id", "text", "source"))})
-    _atomically(path, lambda unfinished: pq.write_table(table, unfinished))
+    atomically(path, lambda unfinished: pq.write_table(table, unfinished))
     return True
 
 
@@ -79,7 +79,7 @@ def prepare(folder: Path, say: Callable[[str], None] = print) -> Path:
     if fresh := not settings.exists():
         text = yaml.safe_dump(demo_config(folder).model_dump(mode="json", exclude_unset=True), sort_keys=False)
         text = f"# softlabel distill --config {settings}\n" + text
-        _atomically(settings, lambda unfinished: unfinished.write_text(text))
+        atomically(settings, lambda unfinished: unfinished.write_text(text))
     say(f"settings   {settings}: " + ("written" if fresh else "there already"))
     return settings
 
@@ -158,7 +158,7 @@ def _sections() -> list[tuple[str, str, str]]:
     return sorted(chosen)
 
 
-def _atomically(path: Path, write: Callable[[Path], object], witness: Path | None = None) -> None:
+def atomically(path: Path, write: Callable[[Path], object], witness: Path | None = None) -> None:
     """Write under another name beside the path, then rename: what is at the path, as its witness shows, is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
