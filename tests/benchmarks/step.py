@@ -41,7 +41,7 @@ class Shape:
     dtype: torch.dtype
 
 
-CPU = Shape(hidden=576, layers=7, rows=1, device="cpu", dtype=torch.float32)
+CPU = Shape(hidden=384, layers=6, rows=1, device="cpu", dtype=torch.float32)
 CUDA = Shape(hidden=2048, layers=16, rows=8, device="cuda", dtype=torch.bfloat16)
 
 Loss = Callable[[Batch], Tensor]
@@ -135,7 +135,7 @@ def steppers(shape: Shape, table: Table) -> dict[str, Stepper]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     shape = CUDA if torch.cuda.is_available() else CPU
     with tempfile.TemporaryDirectory() as folder:
