@@ -60,6 +60,8 @@ def test_the_curve_that_is_recorded(uninterrupted):
     evaluated = [entry for entry in entries if "eval_kl" in entry]
     assert [entry["step"] for entry in evaluated] == [0, 5, 10, 12]
     assert {"eval_cross_entropy", "eval_agreement"} < set(evaluated[0])
+    # Both are means over positions: before the first step, training and evaluation say the same of the student.
+    assert evaluated[0]["eval_kl"] == pytest.approx(steps[0]["soft"], rel=0.1)
     assert evaluated[-1]["eval_kl"] == uninterrupted.metrics["eval_kl"] < evaluated[0]["eval_kl"]
 
 
