@@ -263,7 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    on_cpu = {"SmolLM2": (4, 512, 1), "1B": (4, 256, 1)}
+    on_cpu = {"SmolLM2": (8, 512, 1), "1B": (4, 256, 1)}
     sizes = dict.fromkeys(["SmolLM2", *SHAPES], (64, 1024, 8)) if cuda else on_cpu
     for name in arguments.teachers:
         with tempfile.TemporaryDirectory() as folder:
