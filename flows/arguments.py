@@ -32,6 +32,8 @@ class Setting:
     field: FieldInfo
     default: Any
     group: Group
+    optional: bool = False
+    """Whether it belongs to a group that may be left out."""
 
     @property
     def flag(self) -> str:
@@ -43,10 +45,11 @@ class Setting:
         needed = self.default is inspect.Parameter.empty
         default = None if needed else self.default
         description = " ".join((self.field.description or "").split())
+        when = f"needed with any --{'.'.join(self.path[:-1])}.*" if self.optional else "needed, here or in the file"
         described = Parameter(
             name=self.flag,
             group=self.group,
-            help=f"{description} (needed, here or in the file)" if needed else description,
+            help=f"{description} ({when})" if needed else description,
             show_default=False if default in (None, ()) else _shown,
             consume_multiple=True,
             negative_iterable=(),
@@ -61,18 +64,21 @@ def settings(model: type[BaseModel]) -> Iterator[Setting]:
     return _settings(model, None, (), Group("Settings", sort_key=0))
 
 
-def _settings(model: type[BaseModel], defaults: Any, path: tuple[str, ...], group: Group) -> Iterator[Setting]:
+def _settings(
+    model: type[BaseModel], defaults: Any, path: tuple[str, ...], group: Group, optional: bool = False
+) -> Iterator[Setting]:
     parts = []
     for name, field in model.model_fields.items():
         default = field.get_default() if defaults is None else getattr(defaults, name)
         if part := _model_of(field.annotation):
-            parts.append((name, part, None if field.is_required() else default))
+            may_miss = optional or (default is None and not field.is_required())
+            parts.append((name, part, None if field.is_required() else default, may_miss))
         else:
             missing = defaults is None and field.is_required()
-            yield Setting((*path, name), field, inspect.Parameter.empty if missing else default, group)
-    for order, (name, part, default) in enumerate(parts, 1):
+            yield Setting((*path, name), field, inspect.Parameter.empty if missing else default, group, optional)
+    for order, (name, part, default, may_miss) in enumerate(parts, 1):
         section = Group(name.capitalize(), help=inspect.getdoc(part) or "", sort_key=order)
-        yield from _settings(part, default, (*path, name), section)
+        yield from _settings(part, default, (*path, name), section, may_miss)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -173,3 +173,7 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
         }
 
     answer("history", work, as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,8 +37,14 @@ def show_capture(report: "CaptureReport") -> None:
 
 def show_estimate(found: "Estimate") -> None:
     """What a capture would give and take, and what other selections would cost and keep."""
-    if not found.sequences:
+    if not found.pending:
         console.print(f"all {found.documents:,} documents are in the table already: a capture would do nothing")
+        return
+    if not found.sequences:
+        console.print(
+            f"{found.pending:,} documents are not in the table, but none that was looked at has a sequence for the"
+            " teacher: it has them all, or their text can't be used"
+        )
         return
     console.print(
         f"a capture would add about [bold]{found.sequences:,} sequences, {found.positions:,} positions,"

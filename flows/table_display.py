@@ -90,7 +90,7 @@ def show_verify(found: "VerifyReport") -> None:
         counts = f"{found.shards:,} shards, {found.rows:,} sequences, {bytes_of(found.bytes)}"
         console.print(f"[bold]{found.location}[/] (version {found.version}) is as it was written: {counts}")
     if found.recheck:
-        _recheck(found.recheck)
+        _recheck(found.recheck, of=found.rows)
     if found.orphans:
         console.print(f"{len(found.orphans):,} files among the shards belong to no version, and do no harm:")
         for path in found.orphans:
@@ -98,7 +98,7 @@ def show_verify(found: "VerifyReport") -> None:
         try_next([f"softlabel maintain {found.location}"])
 
 
-def _recheck(asked: "Recheck") -> None:
+def _recheck(asked: "Recheck", of: int) -> None:
     """How far the table is from its teacher, beside how far the teacher is from itself."""
     console.print(
         f"its teacher says the same again of {asked.sequences:,} sequences, {asked.positions:,} positions,"
@@ -115,6 +115,11 @@ def _recheck(asked: "Recheck") -> None:
         f" change\ntruncation: {asked.outside:.2%} of the mass is outside the head, and with it {asked.lost:.3f} nats"
         " (KL) where no tail is sampled"
     )
+    if asked.sequences < of:  # n that agree leave room, at 95 %, for a share w that is wrong with (1 - w)^n = 5 %
+        console.print(
+            f"sample: with a certainty of 95 %, less than {1 - 0.05 ** (1 / asked.sequences):.1%} of all sequences are"
+            " wrong; --sequences asks about more"
+        )
 
 
 def show_maintain(report: "MaintainReport") -> None:

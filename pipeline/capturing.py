@@ -135,6 +135,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         watch: told of each batch, in positions of this shard.
 
     Raises:
+        ProvenanceError: if the teacher is not the one of the plan any more.
         TeacherError: if the teacher says what no distribution is, naming the document.
         TableError: if the table can't be written.
     """
@@ -153,9 +154,11 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
             tokeniser.save(Path(folder))
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
+    table = Table.open(config.table)
+    table.identity.require(identity, config.table)  # the teacher's files may be others than when this was planned
     # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
     with (
-        ShardWriter(Table.open(config.table), config.shards.row_group_sequences) as writer,
+        ShardWriter(table, config.shards.row_group_sequences) as writer,
         ThreadPoolExecutor(1) as io,
     ):
         written: Future[None] = io.submit(lambda: None)

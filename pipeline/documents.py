@@ -222,8 +222,12 @@ def _string(value: Any, what: str) -> str:
 
 def _id(value: Any) -> str:
     text = str(value) if type(value) is int else _string(value, "id")
-    if not text or "\ud800" <= max(text) <= "\udfff":
-        raise _UnfitError("the id is empty" if not text else "the id is broken UTF-8")
+    if not text:
+        raise _UnfitError("the id is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _UnfitError("the id is broken UTF-8") from None
     return text
 
 
@@ -267,7 +271,10 @@ _JUDGES: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "complet
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # a struct of Parquet may hold a date, or bytes
+        raise _UnfitError(f"a message holds what is no JSON: {error}") from None
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:

@@ -10,16 +10,15 @@ from pipeline.settings import Settings
 Gpu = Literal["l4", "l40s", "a100", "h100", "h200", "b200", "mi300x"]
 
 BF16_TERAFLOPS: dict[Gpu, float] = {
-    "l4": 121,
-    "l40s": 362,
-    "a100": 312,
-    "h100": 989,
-    "h200": 989,
-    "b200": 2250,
-    "mi300x": 1307,
+    "l4": 121,  # NVIDIA L4 Tensor Core GPU: 242 with sparsity
+    "l40s": 362,  # NVIDIA L40S: 362.05, 733 with sparsity
+    "a100": 312,  # NVIDIA A100 80GB SXM and PCIe: 312, 624 with sparsity
+    "h100": 989,  # NVIDIA H100 SXM: 1,979 with sparsity
+    "h200": 989,  # NVIDIA H200 SXM: 1,979 with sparsity
+    "b200": 2250,  # NVIDIA HGX B200, one of eight: 4,500 with sparsity
+    "mi300x": 1307,  # AMD Instinct MI300X: 1,307.4, 2,614.9 with sparsity
 }
-"""Dense bf16 rates by their makers' data sheets, which lead with twice as much, "with sparsity"; of the boards with
-the highest rate (SXM, OAM)."""
+"""Dense bf16 rates of the boards that these data sheets are of; most sheets lead with the rate "with sparsity"."""
 
 
 class SampleConfig(Settings):

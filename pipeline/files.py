@@ -3,6 +3,7 @@
 A bucket is reached and configured as a table's is, see ``storage.bucket``.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -87,7 +88,9 @@ def _on_disk(path: str) -> Found:
         root = Path(*_fixed(root.parts))
         pattern = Path(path).relative_to(root).as_posix()
         paths = list(root.glob(pattern)) if pattern != "." else []
-    files = [File(p.relative_to(root).as_posix(), str(p), partial(pa.OSFile, str(p))) for p in paths if p.is_file()]
+    found = [path for path in paths if path.is_file()]
+    # A path as bytes: a file's name may be no UTF-8.
+    files = [File(p.relative_to(root).as_posix(), str(p), partial(pa.OSFile, os.fsencode(p))) for p in found]
     return Found(files, is_folder)
 
 

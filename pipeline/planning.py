@@ -280,5 +280,6 @@ def _write_rejects(rejects: list[Reject], config: CaptureConfig) -> str | None:
         place.delete(REJECTS)
         return None
     lines = (json.dumps(reject._asdict(), ensure_ascii=False) for reject in rejects)
-    place.write(REJECTS, "".join(f"{line}\n" for line in lines).encode())
+    # A file's name may be no UTF-8; what its bytes become then is what JSON calls them, too.
+    place.write(REJECTS, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
     return place.where(REJECTS)

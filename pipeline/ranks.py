@@ -18,6 +18,7 @@ from torch.distributed import is_torchelastic_launched
 from pipeline.config import TrainConfig
 from pipeline.progress import Progress, Watch
 from pipeline.student_config import OptimiserConfig
+from pipeline.workers import same_modules
 from storage import errors
 from storage.errors import UsageError, WorkerError
 
@@ -77,7 +78,7 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
         # own keeps our signals from it.
         torchrun = subprocess.Popen(
             [*TORCHRUN, f"--nproc-per-node={processes}", "-m", "pipeline.rank", config.model_dump_json()],
-            env={"OMP_NUM_THREADS": threads} | os.environ,
+            env={"OMP_NUM_THREADS": threads} | os.environ | same_modules(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -22,7 +22,7 @@ from pipeline.fidelity import bucket_kl, kept_mass
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.teacher import TransformersTeacher
 from storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
-from storage.errors import DisagreementError, ProvenanceError, UsageError
+from storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError
 from storage.reader import footer, read
 from storage.schema import SOFT_LABELS
 from storage.table import Shard, Table
@@ -123,6 +123,7 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
         ProvenanceError: if another teacher made the table.
         UsageError: if no teacher did, but the documents' own labels; or the table is empty.
         IntegrityError: if a shard of the sample is damaged.
+        TeacherError: if the teacher can't be loaded, or says what no distribution is.
     """
     if config.labels:
         raise UsageError("labels are no teacher that could be asked again", do="leave the teacher out")
@@ -135,6 +136,7 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
     others = [everything[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
     first = _ask(asked, [everything], config.batch_tokens, "recheck", watch)
     second = _ask(asked, others, config.batch_tokens, "once more", watch)
+    _require_distributions(rows, first, second)
     noise = [first[i].apart(second[i]) for i in range(len(rows))]
     apart = [asked.stored(i).apart(first[i]) for i in range(len(rows))]
     rounding = _ROUNDING | (_DERIVED if table.identity.derived_from else {})
@@ -189,6 +191,20 @@ def _ask(
             done = int(asked.tokens[list(accounts)].sum())
             watch(Progress(stage, done, int(asked.tokens.sum()), "tokens"))
     return accounts
+
+
+def _require_distributions(rows: pa.Table, *asked: dict[int, Account]) -> None:
+    """Refuse a teacher that says what no distribution is, in whichever batch: such noise would excuse any table."""
+    found = sorted({i for said in asked for i, account in said.items() if np.isnan(account.entropies).any()})
+    if found:
+        names = rows.column("document_id").take(pa.array(found)).unique().to_pylist()
+        raise TeacherError(
+            "the teacher says what is no distribution: there is nothing to compare the table with",
+            expected="finite logits (-inf for an id of probability 0)",
+            found=f"NaN, +inf, or nothing but -inf, in {len(found)} of {len(rows)} sequences",
+            where=f"document {', '.join(names[:_SHOWN])}",
+            do="see if it can be run here at all: try another teacher.device or teacher.attention",
+        )
 
 
 def _disagreements(

@@ -125,7 +125,8 @@ class JsonLines:
                 where=", ".join(file.address for file in self._files[:3]),
             )
         keys = dict.fromkeys(chain.from_iterable(sample))
-        return pa.schema([(key, _type_of([record.get(key) for record in sample])) for key in keys])
+        named = [key for key in keys if key.encode(errors="ignore").decode() == key]  # no half of a surrogate pair
+        return pa.schema([(key, _type_of([record.get(key) for record in sample])) for key in named])
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
         """Objects of one file after the other."""

@@ -6,6 +6,7 @@ What happens to a shard is ``pipeline.capturing``'s business, and the process it
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -55,12 +56,19 @@ def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
         rows = pq.read_table(path)
         ends = np.cumsum(rows.column("positions").to_numpy())
         pieces = max(1, min(-(-workers // len(shards)), int(ends[-1]) // SMALLEST_SHARD))
-        bounds = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, pieces) / pieces), len(rows)]
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, pieces) / pieces)
+        bounds = np.unique([0, *cuts, len(rows)]).tolist()  # one sequence may be as long as several pieces
         for number, (start, end) in enumerate(pairwise(bounds)):
             found.append(path.with_stem(f"{path.stem}-{number}"))
             pq.write_table(rows.slice(start, end - start), found[-1])
         path.unlink()
     return found
+
+
+def same_modules() -> dict[str, str]:
+    """Environment variables for a process of Python that is to import what this one does: left to itself, it would
+    take a folder ``pipeline`` of the user's, where the command was started, for ours."""
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 class Worker:
@@ -140,6 +148,7 @@ class Worker:
                         text=True,
                         encoding="utf-8",
                         start_new_session=True,
+                        env=os.environ | same_modules(),
                     )
             return self._process
 

@@ -7,6 +7,7 @@ import pytest
 from flows.arguments import read_file, resolve, settings
 from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
 from pipeline.distill_config import DistillConfig
+from pipeline.table_config import VerifyConfig
 from storage.errors import UsageError
 
 NEEDED = {("documents",): "d", ("table",): "t", ("teacher", "model"): "m"}
@@ -92,3 +93,12 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path):
 def test_what_a_run_saved_can_be_read_back():
     config = resolve(CaptureConfig, {**NEEDED, ("selection", "top_k"): 64}, None)
     assert CaptureConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_what_a_group_needs_that_may_be_left_out_is_no_need_of_the_job():
+    [capture], [verify] = (
+        [str(s.parameter(False).annotation) for s in settings(model) if s.path == ("teacher", "model")]
+        for model in (CaptureConfig, VerifyConfig)
+    )
+    assert "(needed, here or in the file)" in capture
+    assert "(needed with any --teacher.*)" in verify

@@ -1,11 +1,14 @@
 """``softlabel estimate`` as a person runs it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.cli import run
+from flows.display import show_estimate
+from pipeline.estimating import Estimate, Seconds
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
@@ -41,3 +44,11 @@ def test_an_estimate_for_people_and_for_programs(
 def test_a_device_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]):
     assert run(["estimate", "d", "--teacher.model", "t", "--gpu", "abacus"]) == 2
     assert "h100" in capsys.readouterr().err
+
+
+def test_documents_that_give_nothing_are_not_said_to_be_there(capsys: pytest.CaptureFixture[str]):
+    found = Estimate(9, pending=3, rejects=0, tokenised=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilisation=0.4)
+    show_estimate(found)
+    assert "3 documents are not in the table" in capsys.readouterr().out
+    show_estimate(replace(found, pending=0))
+    assert "all 9 documents are in the table already" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.capturing import CaptureReport, capture
+from pipeline.capturing import CaptureReport, capture, capture_shard, load_teacher
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import CaptureConfig, TeacherConfig
+from pipeline.planning import plan
 from pipeline.progress import Progress
 from pipeline.teacher import TransformersTeacher
 from storage.codec import decode
@@ -181,6 +183,20 @@ def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Pa
     with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 16, this run 8"):
         capture(settings(tiny_teacher, documents, tmp_path / "t", selection={"top_k": 8}))
     assert rows_of(tmp_path / "t") == before
+
+
+def test_a_teacher_that_changes_after_the_plan_is_found_out(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    capture(settings(teacher, write(tmp_path / "a.parquet", texts(3)), tmp_path / "t"))
+    config = settings(teacher, write(tmp_path / "b.parquet", texts(6)), tmp_path / "t")
+    [shard] = plan(config, tmp_path / "plan").shards
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.model.norm.weight.data *= 1.001
+    model.save_pretrained(teacher)
+    load_teacher.cache_clear()  # as in a worker that takes the place of one that has died
+    with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
+        capture_shard(config, shard)
+    assert len(rows_of(tmp_path / "t")) == 3
 
 
 def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_what_is_wrong_with_a_document_costs_that_document(tmp_path: Path) -> No
         {"text": "no id"},
         {"id": "carried", "text": "x", "year": "the year 3"},
         {"id": "half a pair", "text": "\ud83d"},
+        {"id": "\ud83d\uff01", "text": "half a pair and another character", "\ud83d": 1},
         ["no", "object"],
     ]
     broken = [b"{\n", b'{"id": "latin", "text": "caf\xe9"}\n', b"\n"]
@@ -118,9 +119,10 @@ def test_what_is_wrong_with_a_document_costs_that_document(tmp_path: Path) -> No
         "carried": "column 'year' holds no int64 there",
         "x.jsonl:9": "the id is null",
         "half a pair": "the text is broken UTF-8",
-        "x.jsonl:12": "the line is no JSON object but list",
-        "x.jsonl:13": "the line is no JSON:",
-        "x.jsonl:14": "the line is broken UTF-8 at byte 28",
+        "x.jsonl:12": "the id is broken UTF-8",
+        "x.jsonl:13": "the line is no JSON object but list",
+        "x.jsonl:14": "the line is no JSON:",
+        "x.jsonl:15": "the line is broken UTF-8 at byte 28",
     }
 
 
@@ -190,6 +192,14 @@ def test_what_is_no_chat_is_a_reject(chat: object, reason: str, tmp_path: Path) 
     documents, rejects = read(path, messages="messages")
     assert documents["document_id"].to_pylist() == ["good"]
     assert rejects == [Reject("bad", reason)]
+
+
+def test_a_message_with_a_date_is_a_reject(tmp_path: Path) -> None:
+    dated = [message | {"at": datetime.datetime(2026, 1, 1)} for message in CHAT]
+    pq.write_table(pa.table({"id": ["good", "bad"], "messages": [CHAT, dated]}), tmp_path / "x.parquet")
+    documents, [reject] = read(tmp_path / "x.parquet", messages="messages")
+    assert documents["document_id"].to_pylist() == ["good"]
+    assert reject == Reject("bad", "a message holds what is no JSON: Object of type datetime is not JSON serializable")
 
 
 def one_screen(error: Exception, *parts: str) -> None:

@@ -1,5 +1,7 @@
 """A nightly run over many documents looks at the new ones, in little memory."""
 
+import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,3 +55,16 @@ def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkey
     del known
     assert kept < BYTES_A_DOCUMENT * MANY
     assert peak < 4 * BYTES_A_DOCUMENT * MANY
+
+
+def test_a_file_whose_name_is_no_utf8_costs_that_file(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "good.txt").write_text("some words")
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("some words")
+    teacher = TeacherConfig(model=str(tiny_teacher))
+    found = plan(CaptureConfig(documents=str(folder), table=str(tmp_path / "t"), teacher=teacher), tmp_path / "plan")
+    assert (found.documents, found.rejects) == (1, 1)
+    assert found.rejects_file
+    reject = json.loads(Path(found.rejects_file).read_text())
+    assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is broken UTF-8"}

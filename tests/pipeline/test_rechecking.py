@@ -1,8 +1,9 @@
 """The teacher, asked again, agrees with an honest table; and with no other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,9 @@ from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.rechecking import Recheck, disagreement, recheck
 from pipeline.reprocessing import reprocess
 from pipeline.table_config import ReprocessConfig
+from pipeline.teacher import TransformersTeacher
 from storage.codec import SoftLabels, decode
-from storage.errors import ProvenanceError
+from storage.errors import ProvenanceError, TeacherError
 from storage.provenance import Identity
 from storage.reader import read
 from storage.schema import SEQUENCE
@@ -152,3 +154,31 @@ def test_a_narrowed_table_agrees_within_its_own_tolerance(honest: CaptureConfig,
     table = Table.open(str(tmp_path / "t"))
     assert table.identity.derived_from is not None
     assert ask(table, honest, sequences=30).disagreements == ()
+
+
+def test_a_teacher_that_says_nan_in_some_batch_excuses_nothing(
+    honest: CaptureConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    logits = TransformersTeacher.logits
+
+    def fails_together(self: TransformersTeacher, sequences: Sequence[Any], positions: Any) -> Iterator[torch.Tensor]:
+        for chunk in logits(self, sequences, positions):
+            yield chunk * torch.nan if len(sequences) == 3 else chunk
+
+    monkeypatch.setattr(TransformersTeacher, "logits", fails_together)
+    with pytest.raises(TeacherError, match="no distribution"):
+        ask(doctored(honest, tmp_path / "t", shifted), honest)
+
+
+@pytest.mark.long
+def test_a_false_alarm_is_rare(tiny_teacher: Path, documents: Path, tmp_path: Path):
+    """Not one in eighty: tables that were captured in other batches, each asked about in others yet."""
+    for budget in (150, 300, 1024, 4096):
+        config = config_of(tiny_teacher, documents, tmp_path / str(budget))
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"batch_tokens": budget})})
+        capture(config)
+        table = Table.open(config.table)
+        for seed in range(20):
+            tokens = (128, 333, 777, 2048)[seed % 4]
+            asked = config.model_copy(update={"teacher": config.teacher.model_copy(update={"batch_tokens": tokens})})
+            assert ask(table, asked, sequences=(4, 12, 32)[seed % 3], seed=seed).disagreements == ()

@@ -106,7 +106,11 @@ def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "half a shard is thrown away"
 
 
-def test_what_is_wrong_with_a_document_is_said_by_the_worker(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_document_is_said_by_the_worker_wherever_it_was_started(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('somebody else')")
+    monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     model.model.norm.weight.data.fill_(float("nan"))
     broken = shutil.copytree(tiny_teacher, tmp_path / "broken")
@@ -182,5 +186,6 @@ def test_few_shards_are_cut_so_that_every_worker_has_one(tmp_path: Path) -> None
     assert len(pieces) == 8
     assert pa.concat_tables(pieces).column("row").to_pylist() == list(range(1000))
     assert all(sum(piece["positions"].to_pylist()) >= 0.9 * SMALLEST_SHARD for piece in pieces)
-    pq.write_table(pa.table({"positions": [SMALLEST_SHARD + 1]}), shards[0])
-    assert len(cut(shards[:1], 4)) == 1
+    for positions in (SMALLEST_SHARD + 1, 3 * SMALLEST_SHARD):
+        pq.write_table(pa.table({"positions": [positions]}), shards[0])
+        assert [len(pq.read_table(path)) for path in cut(shards[:1], 4)] == [1]
