@@ -91,6 +91,8 @@ def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
 
 def show_distill(report: "DistillReport") -> None:
     """What each stage did, the teacher and its students side by side, and what to try next."""
+    from pipeline.class_evaluation import ClassEvaluation
+
     _capture_line(report.capture)
     for trained in report.train.values():
         _train_line(trained)
@@ -99,13 +101,13 @@ def show_distill(report: "DistillReport") -> None:
     facts({"table": f"{table} (version {report.evaluate.version})", "report": report.evaluate.html})
     student = report.train["student"].output
     other = f"{student}-reverse"
-    try_next(
-        [
-            f"softlabel inspect {table}",
+    commands = [f"softlabel inspect {table}"]
+    if not isinstance(report.evaluate, ClassEvaluation):  # to go on from a classifier takes its labels, not known here
+        commands += [
             f"softlabel train {table} {other} --student.model {student} --loss.divergence reverse_kl",
             f"softlabel evaluate {table} {student} {other}",
         ]
-    )
+    try_next(commands)
 
 
 def _capture_line(report: "CaptureReport") -> None:

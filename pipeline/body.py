@@ -6,7 +6,9 @@ Both change the student in place; the loss and the head stay softlabel's own. Wh
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.student_config import StudentConfig
 from storage.errors import UsageError
@@ -29,18 +31,23 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise _missing("student.lora_rank", "peft", "adapters") from None
-    targets = list(config.lora_targets) or "all-linear"
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
-    try:
-        adapted = get_peft_model(student, settings)
-    except ValueError as error:
+    head = student.get_output_embeddings()
+    linear = [name for name, part in student.named_modules() if isinstance(part, nn.Linear | Conv1D) and part != head]
+    # peft passes over names that it does not find; and it would adapt a head, whose weights the loss takes as they are.
+    unknown = [name for name in config.lora_targets if not any(f".{layer}".endswith(f".{name}") for layer in linear)]
+    if unknown:
         raise UsageError(
             "the student has no such layers to adapt",
-            expected="names of linear layers, like q_proj",
-            found=f"student.lora_targets: {' '.join(config.lora_targets)}",
+            expected="names of linear layers other than the head: "
+            + ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})),
+            found=f"student.lora_targets: {' '.join(unknown)}",
             where=student.config.name_or_path,
             do="leave it out to adapt every linear layer but the head",
-        ) from error
+        )
+    targets = list(config.lora_targets) or "all-linear"
+    adapted = get_peft_model(
+        student, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+    )
     return lambda: adapted.merge_and_unload() and None
 
 

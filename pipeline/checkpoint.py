@@ -114,10 +114,9 @@ class Checkpoint:
     @cached_property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes that documents are of, in the order of their ids; None for a language model."""
-        if self.labels or not _is_classifier(self.config):
+        if self.labels or not is_classifier(self.config):
             return self.labels or None
-        names = self.config.id2label
-        return tuple(str(names[index]) for index in sorted(names))
+        return class_names(self.config)
 
     @property
     def padded_vocabulary(self) -> int:
@@ -199,9 +198,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _is_classifier(config: Any) -> bool:
+def is_classifier(config: Any) -> bool:
     """Whether a configuration says that its model was saved as a sequence classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """Names of a classifier's classes, in the order of their ids, which need not be that of the file."""
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
 def _require_classifier(checkpoint: Checkpoint) -> None:

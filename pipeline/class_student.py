@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from pipeline.checkpoint import class_names, is_classifier
 from pipeline.class_labels import LabelMap
 from pipeline.class_metrics import measure_classes
 from pipeline.class_stream import ClassBatch, ClassDataset, Documents
@@ -72,7 +74,8 @@ def _without_report() -> Iterator[None]:
 
 def _load(source: str, revision: str, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
     settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, revision=revision))
-    same = list(settings.id2label.values()) == list(head["id2label"].values())
+    # A model that was saved as something else has no head, whatever the names that it would give to classes.
+    same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
     with _without_report():
         student, report = explained(
             source,
@@ -174,10 +177,12 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
 
     Raises:
         TableError: if there is nothing to train on.
-        UsageError: if documents have labels that nobody knows.
+        UsageError: if documents have labels that nobody knows, or none has what a part of the loss is measured against.
     """
     labels = LabelMap.of(config.student.labels, table.identity.classes or ())
     pad = student.config.pad_token_id
+    documents = Documents.read(table, "train", labels)
+    _require_targets(config.loss, documents, table)
     try:
         held = list(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS))
     except IntegrityError:
@@ -186,10 +191,28 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
         held = []
     return Lesson(
         module=Classification(student, config.loss),
-        dataset=partial(ClassDataset, Documents.read(table, "train", labels), config.stream, pad),
+        dataset=partial(ClassDataset, documents, config.stream, pad),
         evaluation=held,
         measure=_measured,
     )
+
+
+def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> None:
+    """Refuse a part of the loss that no document would ever add anything to."""
+    without = []
+    if (loss.hard_weight or loss.hard_weight_end) and (documents.labels < 0).all():
+        without.append("a label of the student's (loss.hard_weight)")
+    if (loss.soft_weight or loss.soft_weight_end) and np.isnan(documents.logprobs).all():
+        without.append("a probability of the student's labels (loss.soft_weight)")
+    if without:
+        raise UsageError(
+            "a part of the loss has nothing to be measured against",
+            expected="documents with labels for the hard loss, and with probabilities of these labels for the soft one",
+            found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(without)}",
+            where=table.location,
+            do="set that weight to 0, or capture with columns.label; distill's control has the hard loss alone, "
+            "control: false leaves it out",
+        )
 
 
 def _measured(student: PreTrainedModel, batches: Sequence[ClassBatch]) -> dict[str, float]:

@@ -18,7 +18,7 @@ class DistillConfig(CaptureConfig):
     stream: StreamConfig = StreamConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     control: bool = True
-    """Also train the same student on hard labels alone for as many steps, to compare with."""
+    """Also train the same student on hard labels alone, with the same optimiser settings, to compare with."""
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:

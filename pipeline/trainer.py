@@ -251,6 +251,9 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         self._watch = watch
         self._details: dict[str, float] = {}
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # optimiser.checkpoint_steps as they are now, not in the checkpoint
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
         control.should_evaluate = args.eval_strategy != "no" and (control.should_evaluate or last)

@@ -13,7 +13,7 @@ import yaml
 from flows.cli import run
 from tests.conftest import ROOT
 
-FLOWS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
+FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
 
 NO_WAY_OUT = """
 import os, socket

@@ -41,9 +41,13 @@ def test_adapters_are_trained_and_merged(table, tmp_path):
         assert torch.equal(tensor, after[name]), name
 
 
-def test_layers_that_are_not_there(table, tmp_path):
-    with pytest.raises(UsageError, match="lora_targets: nothing_proj"):
-        train(settings(table, tmp_path / "student", student={"lora_rank": 4, "lora_targets": ("nothing_proj",)}))
+@pytest.mark.parametrize("name", ["nothing_proj", "lm_head", "embed_tokens"])
+def test_layers_that_can_not_be_adapted(name, table, tmp_path):
+    """Not one of them is passed over, beside another that is there."""
+    config = settings(table, tmp_path / "student", student={"lora_rank": 4, "lora_targets": ("q_proj", name)})
+    with pytest.raises(UsageError, match=f"lora_targets: {name}") as error:
+        train(config)
+    assert "gate_proj, k_proj" in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

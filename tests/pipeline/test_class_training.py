@@ -1,23 +1,29 @@
 """Classifiers as students: the loss, the order of the documents, label sets of their own, and a whole training."""
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
+from pipeline import class_student
 from pipeline.capturing import capture
 from pipeline.class_labels import LabelMap
 from pipeline.class_stream import ClassDataset, Documents
 from pipeline.class_student import Classification, build_classifier
 from pipeline.config import CaptureConfig, StreamConfig, TrainConfig
+from pipeline.reprocessing import reprocess
 from pipeline.student_config import LossConfig, StudentConfig
+from pipeline.table_config import ReprocessConfig
 from pipeline.training import train
 from storage.errors import StudentError, UsageError
 from storage.table import Table
@@ -176,6 +182,22 @@ def test_a_head_for_the_same_labels_is_kept_and_another_made_anew(table, teacher
     assert torch.equal(order.bert.encoder.layer[0].output.dense.weight, same.bert.encoder.layer[0].output.dense.weight)
 
 
+def test_what_has_a_head_is_said_by_ids_and_architecture(table, teacher, tmp_path):
+    """Not by the order of names in a file, nor by names alone: a model without a head has them, too."""
+    shutil.copytree(teacher, tmp_path / "reversed")
+    config = json.loads((teacher / "config.json").read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))
+    (tmp_path / "reversed" / "config.json").write_text(json.dumps(config))
+    kept = build_classifier(StudentConfig(model=str(tmp_path / "reversed")), table)
+    assert torch.equal(kept.classifier.weight, load_file(teacher / "model.safetensors")["classifier.weight"])
+
+    shutil.copytree(teacher, tmp_path / "body")
+    AutoModel.from_pretrained(teacher).save_pretrained(tmp_path / "body")
+    body = build_classifier(StudentConfig(model=str(tmp_path / "body")), table)
+    assert tuple(body.config.id2label.values()) == CLASSES
+    assert torch.equal(body.bert.pooler.dense.weight, kept.bert.pooler.dense.weight)
+
+
 def test_a_student_from_a_configuration_or_of_another_architecture(table, tiny_teacher, tmp_path):
     llama = save_classifier(tmp_path / "llama", tiny_teacher, kind="llama")
     train(settings(table, tmp_path / "student", student={"layers": None, "config": str(llama)}))
@@ -196,6 +218,18 @@ def test_what_is_refused(changes, message, table, tmp_path):
     with pytest.raises(UsageError, match=message):
         train(settings(table, tmp_path / "student", **changes))
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_loss_that_no_document_adds_to_is_refused(table, tmp_path):
+    unlabelled = reprocess(
+        ReprocessConfig(source=table.location, destination=str(tmp_path / "table"), where="label is null")
+    )
+    with pytest.raises(UsageError, match=r"none with a label of the student's \(loss.hard_weight\)"):
+        train(settings(Table.open(unlabelled.table), tmp_path / "student"))
+    documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
+    silent = replace(documents, logprobs=np.full_like(documents.logprobs, np.nan))
+    with pytest.raises(UsageError, match=r"none with a probability of the student's labels \(loss.soft_weight\)"):
+        class_student._require_targets(LossConfig(), silent, table)
 
 
 def test_a_student_that_reads_less_than_the_table_holds(table, tiny_teacher, tmp_path):

@@ -19,7 +19,7 @@ from storage.errors import StudentError, TableError, TrainingError, UsageError
 from storage.table import Table
 from storage.versions import pins
 from tests.pipeline.tables import make_table
-from tests.pipeline.trainings import STREAM, history, settings
+from tests.pipeline.trainings import STREAM, curve, history, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +96,9 @@ def test_students_do_not_depend_on_the_micro_batches(micro_rows, uninterrupted, 
     train(settings(table, tmp_path / "student", stream={"micro_rows": micro_rows}))
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
         assert other == pytest.approx(entry, rel=1e-4)
+    # Adam would hide a factor on all gradients.
+    norms = dict(curve(uninterrupted.output, "grad_norm"))
+    assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(6, "checkpoint-4"), (2, "none was written yet")])

@@ -13,7 +13,7 @@ from pipeline import ranks
 from pipeline.student_config import OptimiserConfig
 from pipeline.training import train
 from storage.errors import StudentError, UsageError
-from tests.pipeline.trainings import CHILD, history, run, settings, weights
+from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,19 +40,28 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
     assert record["circumstances"]["ranks"] == "2"
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
         assert other == pytest.approx(entry, rel=1e-4)
+    norms = dict(curve(uninterrupted.output, "grad_norm"))
+    assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
     for name, tensor in weights(uninterrupted.output).items():
         torch.testing.assert_close(weights(tmp_path / "student")[name], tensor, rtol=1e-3, atol=1e-5)
     # How many processes there were changes nothing about what the student is.
     assert train(settings(table, tmp_path / "student")).steps_trained == 0
 
 
-def test_processes_die_with_the_one_that_started_them(table, tmp_path):
+def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on(table, tmp_path):
     config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 1000})
-    assert run(["-c", CHILD], config, step=1).returncode == -signal.SIGKILL
+    assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 10
     while left := processes_of(tmp_path):
         assert time.monotonic() < deadline, f"{left} outlived the process that started them"
         time.sleep(0.1)
+
+    for name in ("student", "alone"):
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(table, tmp_path / name, optimiser={"max_steps": 1000}), interrupt_at(9))
+    found, expected = (weights(tmp_path / f"{name}.training" / "checkpoint-8") for name in ("student", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_an_error_of_a_rank_is_the_error(table, tmp_path):

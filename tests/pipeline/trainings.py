@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import TrainConfig
 from tests.conftest import ROOT
@@ -62,6 +63,12 @@ def weights(folder):
 
 def history(folder):
     return json.loads((Path(folder) / "softlabel.json").read_text())["history"]
+
+
+def curve(folder, quantity):
+    """Step and value as TensorBoard shows them."""
+    events = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
+    return [(event.step, event.value) for event in events.Scalars(f"train/{quantity}")]
 
 
 def interrupt_at(step):

@@ -1,0 +1,32 @@
+"""What a person is shown of classifiers; the flows' tests read what is shown of language models."""
+
+import pytest
+
+from flows.display import show_distill
+from flows.distill import DistillReport
+from pipeline.capturing import CaptureReport
+from pipeline.class_evaluation import ClassEvaluation, ClassScore
+from pipeline.training import TrainReport
+
+
+def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
+    captured = CaptureReport("table", 3, 20, 20, 0, None, 2, 0, 0, 0, 0, 0.1)
+    trained = TrainReport("runs/student", "table@3", 8, 8, 8, None, 1000, 160, 1.0, {})
+    scores = (
+        ClassScore("teacher", None, None, None, None, 0.0, None),
+        ClassScore("s", 0.5, 0.4, 0.3, 0.2, 0.125, 1000),
+    )
+    evaluated = ClassEvaluation("report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:])
+    show_distill(DistillReport(captured, {"student": trained}, evaluated))
+    shown = capsys.readouterr().out
+    for said in (
+        "2 documents are longer",
+        "50.0%",
+        "20.0%",
+        "0.125",
+        "4 held-out documents, 1 that also occur in train",
+    ):
+        assert said in shown
+    assert "25.0% of the teacher's mass is on classes without a label" in shown
+    # Another student of this one would need its labels, which are not known here.
+    assert shown.count("  softlabel ") == 1
