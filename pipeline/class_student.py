@@ -7,6 +7,7 @@ safetensors; the loop is ``pipeline.trainer``'s.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from storage.table import Table
 
 EVAL_TOKENS = 8192
 """Tokens of one forward pass, padding included, when a student is measured while it is trained."""
+EVAL_BATCHES = 32
+"""So many passes at most; ``evaluate`` measures all of the eval split."""
 
 
 def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
@@ -184,7 +187,7 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
     documents = Documents.read(table, "train", labels)
     _require_targets(config.loss, documents, table)
     try:
-        held = list(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS))
+        held = list(islice(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
     except IntegrityError:
         raise
     except TableError:

@@ -68,7 +68,7 @@ class TrainReport:
     """Captured positions that the student has been trained on."""
     seconds: float
     metrics: dict[str, float]
-    """The weights' evaluation on the eval split (eval_kl, eval_cross_entropy, eval_agreement); empty without one."""
+    """The weights' evaluation on the eval split, by its name in the curves (eval_kl, ...); empty without one."""
 
 
 def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:

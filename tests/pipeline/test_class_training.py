@@ -29,6 +29,7 @@ from storage.errors import StudentError, UsageError
 from storage.table import Table
 from tests.conftest import topics
 from tests.pipeline.classifiers import CLASSES, save_classifier
+from tests.pipeline.trainings import interrupt_at, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,18 +158,26 @@ def test_a_student_of_fewer_labels(table, tmp_path):
     assert again.steps_trained == 0
 
 
-def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):
-    def stop(progress):
-        if progress.done == 9:
-            raise KeyboardInterrupt
+def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(class_student, "EVAL_TOKENS", 200)
+    monkeypatch.setattr(class_student, "EVAL_BATCHES", 2)
+    student = build_classifier(StudentConfig(layers=(0,)), table)
+    measured = class_student.class_lesson(settings(table, tmp_path), table, student).evaluation
+    held = Documents.read(table, "eval", LabelMap.of((), CLASSES))
+    expected = list(held.batches(student.config.pad_token_id, 200))
+    assert len(expected) > len(measured) == 2
+    for batch, other in zip(measured, expected[:2], strict=True):
+        assert torch.equal(batch.input_ids, other.input_ids)
 
+
+def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):
     optimiser = {"checkpoint_steps": 4}
     train(settings(table, tmp_path / "whole", optimiser=optimiser))
     with pytest.raises(KeyboardInterrupt):
-        train(settings(table, tmp_path / "student", optimiser=optimiser), stop)
+        train(settings(table, tmp_path / "student", optimiser=optimiser), interrupt_at(9))
     assert train(settings(table, tmp_path / "student", optimiser=optimiser)).resumed_from == 8
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "student" / "model.safetensors").items():
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "student").items():
         assert torch.equal(tensor, expected[name]), name
 
 

@@ -16,7 +16,6 @@ from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.trainer import Distillation
 from pipeline.training import train
 from storage.errors import StudentError, TableError, TrainingError, UsageError
-from storage.table import Table
 from storage.versions import pins
 from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import STREAM, curve, history, settings
@@ -178,11 +177,3 @@ def test_what_can_not_be_trained_leaves_nothing(changes, error, said, table, tmp
     with pytest.raises(error, match=said):
         train(settings(table, tmp_path / "student", **changes))
     assert not list(tmp_path.iterdir())
-
-
-def _grow(table, teacher):
-    """Commit another sequence."""
-    from tests.pipeline import tables
-
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    tables.add(Table.open(table.location), [tables._labels(model, 99)], range(99, 100), "train", teacher)

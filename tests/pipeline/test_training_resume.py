@@ -24,7 +24,7 @@ def test_a_killed_run_goes_on_bit_for_bit(die, resumed, uninterrupted, table, tm
     assert not (tmp_path / "student").exists()
     report = train(config)
     assert report.resumed_from == resumed
-    assert report.steps_trained == uninterrupted.steps - (resumed or 0)
+    assert report.steps_trained == uninterrupted.steps - resumed
     assert_same(tmp_path / "student", uninterrupted.output)
     assert history(tmp_path / "student") == history(uninterrupted.output)
     assert curve(tmp_path / "student", "loss") == curve(uninterrupted.output, "loss")
