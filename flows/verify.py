@@ -32,7 +32,8 @@ def verify_table(config: VerifyConfig) -> Verification:
 
     Of a view, each of its tables is looked at, up to the first in which something is wrong.
     """
-    opened = Table.open(config.table) if config.remove_damaged else open_table(config.table)
+    tables_alone = config.remove_damaged or config.teacher is not None
+    opened = Table.open(config.table) if tables_alone else open_table(config.table)
     sound = []
     for table in opened.tables:
         with watching() as watch:

@@ -38,8 +38,9 @@ class SoftLabelDataset(IterableDataset[Batch]):
     batch yields one row of padding without captured positions, so that all ranks make equally many passes.
 
     Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
-    DataLoader asks for them: their number changes nothing but the speed. Each worker of each rank reads every window
-    of the plan, a window ahead of its use, so two windows are in its memory.
+    DataLoader asks for them: their number changes nothing but the speed. Where a table is in a bucket, they need
+    ``multiprocessing_context="forkserver"``, since no connection lives through a fork. Each worker of
+    each rank reads every window of the plan, a window ahead of its use, so two windows are in its memory.
 
     Args:
         table: the version, or the view, to read.

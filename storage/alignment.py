@@ -26,18 +26,20 @@ class Alignment:
     """
 
     def __init__(self, tables: Sequence[Table]) -> None:
-        keyed = [_Keyed(table) for table in tables]
-        self._keyed = keyed
-        self._places = [keyed[0].find(other) for other in keyed[1:]]
+        read = [_read(table) for table in tables]
+        self._groups = [groups for groups, _ in read]
+        all_keys = [keys for _, keys in read]
+        keys, *others = all_keys
+        self._places = [_find(keys, other) for other in others]
         """Of each row of the first table, its number in each other one; -1 if that lacks it."""
         self._common = np.logical_and.reduce([places >= 0 for places in self._places])
         self.sequences = int(self._common.sum())
-        counts = pl.concat([table.keys.unique() for table in keyed]).value_counts(name="tables")
-        self.left_out = counts.filter(pl.col("tables") < len(keyed)).height
+        counts = pl.concat([one.unique() for one in all_keys]).value_counts(name="tables")
+        self.left_out = counts.filter(pl.col("tables") < len(tables)).height
 
     def rows(self, shard: Shard, number: int) -> Rows:
         """Rows of a row group of the first table that all others have."""
-        return np.flatnonzero(self._common[self._keyed[0].span(shard, number)])
+        return np.flatnonzero(self._common[self._groups[0].span(shard, number)])
 
     def counterparts(self, table: int, shard: Shard, number: int) -> Iterator[tuple[Shard, int, Rows, Rows]]:
         """Where a table holds those rows.
@@ -50,30 +52,34 @@ class Alignment:
         Returns:
             Shard and number of each row group that is needed, which of its rows, and which of ``rows`` these are.
         """
-        places = self._places[table - 1][self._keyed[0].span(shard, number)][self.rows(shard, number)]
-        return self._keyed[table].groups_of(places)
+        places = self._places[table - 1][self._groups[0].span(shard, number)][self.rows(shard, number)]
+        return self._groups[table].groups_of(places)
 
 
-class _Keyed:
-    """A table's keys in the order of its shards, and where its row groups begin."""
+def _read(table: Table) -> tuple["_Groups", pl.Series]:
+    """A table's row groups and its keys, in the order of its shards."""
+    groups: list[tuple[Shard, int]] = []
+    parts = [pl.Series("key", dtype=pl.Binary)]
+    for shard in table.shards():
+        for number, rows in enumerate(outline(table, shard, ["key"])):
+            groups.append((shard, number))
+            parts.append(pl.DataFrame(rows).get_column("key"))
+    return _Groups(groups, np.cumsum([len(part) for part in parts])), pl.concat(parts)
 
-    def __init__(self, table: Table) -> None:
-        self._groups: list[tuple[Shard, int]] = []
-        parts, counts = [pl.Series("key", dtype=pl.Binary)], [0]
-        for shard in table.shards():
-            for number, rows in enumerate(outline(table, shard, ["key"])):
-                self._groups.append((shard, number))
-                parts.append(pl.DataFrame(rows).get_column("key"))
-                counts.append(len(rows))
-        self.keys = pl.concat(parts)
-        self._starts = np.cumsum(counts)
-        self._numbers = {group: place for place, group in enumerate(self._groups)}
 
-    def find(self, other: "_Keyed") -> Rows:
-        """(rows,) number of a row of another table with the same key, or -1."""
-        there = other.keys.to_frame().with_row_index("row").unique("key", keep="first")
-        joined = self.keys.to_frame().join(there, on="key", how="left", maintain_order="left")
-        return joined.get_column("row").cast(pl.Int64).fill_null(-1).to_numpy()
+def _find(keys: pl.Series, there: pl.Series) -> Rows:
+    """(rows,) for each key, the number of the first that is equal to it there, or -1."""
+    numbered = there.to_frame().with_row_index("row").unique("key", keep="first")
+    joined = keys.to_frame().join(numbered, on="key", how="left", maintain_order="left")
+    return joined.get_column("row").cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+class _Groups:
+    """A table's row groups, and where each begins; the last entry of ``starts`` is where all end."""
+
+    def __init__(self, groups: list[tuple[Shard, int]], starts: Rows) -> None:
+        self._groups, self._starts = groups, starts
+        self._numbers = {group: place for place, group in enumerate(groups)}
 
     def span(self, shard: Shard, number: int) -> slice:
         place = self._numbers[shard, number]

@@ -87,12 +87,16 @@ class Bucket:
     @contextmanager
     def fetch(self, name: str) -> Iterator[BinaryIO]:
         """A copy in an unnamed file."""
-        with tempfile.TemporaryFile() as file:
+        with _on_this_machine():
+            copy = tempfile.TemporaryFile()  # noqa: SIM115, it is closed below
+        with copy:
             with self._explained(name):
                 for chunk in obstore.get(self._store, name).stream():
-                    file.write(chunk)
-            file.seek(0)
-            yield file
+                    with _on_this_machine():
+                        copy.write(chunk)
+            with _on_this_machine():
+                copy.seek(0)
+            yield copy
 
     def fetch_folder(self, name: str) -> Path:
         """A copy in a temporary folder; made once, and gone with the process."""
@@ -239,6 +243,21 @@ class _Waiting:
 
     def discard(self) -> None:
         self._bucket.delete(self._waits)
+
+
+@contextmanager
+def _on_this_machine() -> Iterator[None]:
+    """What fails for want of room for a copy is no damage to what was to be copied."""
+    try:
+        yield
+    except OSError as error:
+        raise TableError(
+            "an object can't be copied to this machine",
+            expected="room for a few shards in the folder of temporary files",
+            found=error,
+            where=os.environ.get("TMPDIR", "/tmp"),
+            do="make room there, or name another folder with TMPDIR, then run the same command again",
+        ) from error
 
 
 def _is_there(bucket: Bucket, name: str) -> bool:

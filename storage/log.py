@@ -6,10 +6,12 @@ Delta opens one version at a time; what no version names, and what only old ones
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 from storage.errors import IntegrityError
+from storage.place import Place
 from storage.schema import PARTITION
 from storage.table import Shard, Table
 from storage.versions import commit_file, commits
@@ -62,20 +64,24 @@ def read_log(table: Table) -> Log:
         replay.begin(Table.open(f"{table.location}@{first}"))
     versions = range(first + bool(first), newest + 1)
     with ThreadPoolExecutor(_THREADS, "softlabel-log") as pool:
-        jobs = [pool.submit(table.place.read, commit_file(version)) for version in versions]
-        for version, job in zip(versions, jobs, strict=True):
-            try:
-                for line in job.result().splitlines():
-                    replay.step(version, json.loads(line))
-            except (OSError, ValueError) as error:
-                pool.shutdown(cancel_futures=True)
-                raise IntegrityError(
-                    "the table's log can't be read",
-                    found=repr(error),
-                    where=table.place.where(commit_file(version)),
-                    do="restore this file from a copy of the table",
-                ) from error
+        commits_read = pool.map(partial(_actions, table.place), versions)
+        for version, actions in zip(versions, commits_read, strict=True):
+            for action in actions:
+                replay.step(version, action)
     return Log(first, newest, replay.end(newest))
+
+
+def _actions(place: Place, version: int) -> list[dict[str, Any]]:
+    """The lines of a commit."""
+    try:
+        return [json.loads(line) for line in place.read(commit_file(version)).splitlines()]
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            "the table's log can't be read",
+            found=repr(error),
+            where=place.where(commit_file(version)),
+            do="restore this file from a copy of the table",
+        ) from error
 
 
 class _Replay:

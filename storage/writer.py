@@ -149,11 +149,11 @@ class ShardWriter:
         starts = _starts(cast(bytes, row[-1]) for file in files for row in file.keys)
         with ThreadPoolExecutor(_THREADS, "softlabel-keys") as pool:
             for shard, theirs in zip(others, pool.map(partial(_key_starts, newest), others), strict=True):
-                self._checked.add(shard.path)
                 if np.isin(starts, theirs).any():
                     taken = {row for part in outline(newest, shard, ROW_KEY) for row in row_keys(part)}
                     for file in files:
                         file.drop(taken)
+                self._checked.add(shard.path)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,15 @@ def moto() -> Iterator[str]:
     """A server that knows S3's answers, but is no judge of races."""
     port = free_port()
     with _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url:
-        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET.removeprefix('s3://')}", method="PUT"))
+        put(url, "", b"")
         yield url
+
+
+def put(url: str, key: str, content: bytes) -> None:
+    """Put an object as nobody in particular, under a key that may end with a slash; without a key, the bucket."""
+    address = f"{url}/{BUCKET.removeprefix('s3://')}" + (f"/{urllib.parse.quote(key)}" if key else "")
+    headers = {"Content-Type": "application/octet-stream"}  # a form of no bytes is waited for
+    urllib.request.urlopen(urllib.request.Request(address, content, headers, method="PUT"), timeout=30).close()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +77,15 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = zip(*short, *long, strict=True)
     pq.write_table(pa.table(dict(zip(("id", "text", "source", "year"), map(list, columns), strict=True))), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The URL of a server that speaks S3, with an empty bucket; ``tests.buckets.environment`` leads there."""
+    from tests import buckets
+
+    with buckets.moto() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

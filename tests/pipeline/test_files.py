@@ -4,7 +4,6 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,44 +12,21 @@ import pytest
 from pipeline.config import ColumnsConfig
 from pipeline.documents import Documents
 from storage.errors import DocumentsError, UsageError
+from tests import buckets
 
 RECORDS = [{"id": f"d{i}", "text": f"text {i} é"} for i in range(50)]
-SECRET = "never-to-be-shown"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-def client(endpoint: str) -> Any:
-    import boto3
-
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
-    return boto3.client("s3", endpoint_url=endpoint, **keys)
+BUCKET = f"{buckets.BUCKET}/documents"
 
 
 @pytest.fixture
-def bucket(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a bucket with the files of ``folder``, and the environment in which it can be read."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return "s3://documents"
+def bucket(moto: str, folder: Path) -> Iterator[str]:
+    """The URL of the files of ``folder``, in an environment in which they can be read."""
+    with buckets.environment(moto):
+        yield BUCKET
 
 
 @pytest.fixture(scope="module")
-def folder(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(moto: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files on a disk, each also in the bucket under the same name."""
     root = tmp_path_factory.mktemp("files")
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -66,12 +42,10 @@ def folder(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text/_hidden.txt").write_text("not asked for")
     (root / "table/short.parquet.part").write_text("of no kind")
 
-    s3 = client(endpoint)
-    s3.create_bucket(Bucket="documents")
-    s3.put_object(Bucket="documents", Key="text/", Body=b"")  # as consoles make folders
+    buckets.put(moto, "documents/text/", b"")  # as consoles make folders
     for path in root.rglob("*"):
         if path.is_file():
-            s3.put_object(Bucket="documents", Key=path.relative_to(root).as_posix(), Body=path.read_bytes())
+            buckets.put(moto, f"documents/{path.relative_to(root).as_posix()}", path.read_bytes())
     return root
 
 
@@ -106,20 +80,19 @@ def fails(path: str, *parts: str) -> None:
         read(path)
     message = str(caught.value)
     assert len(message.splitlines()) < 10
-    assert SECRET not in message
+    assert buckets.KEYS["AWS_SECRET_ACCESS_KEY"] not in message
     for part in parts:
         assert part in message
 
 
-def test_what_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there(bucket: str) -> None:
     for path in ("nowhere.parquet", "nowhere/*.parquet", "text/*.parquet", "lines/2024/a.json"):
         fails(f"{bucket}/{path}", "nothing there", f"{bucket}/{path}")
     fails("s3://no-such-bucket/x.parquet", "NoSuchBucket", "s3://no-such-bucket")
     fails("gs://bucket/x.parquet", "s3://BUCKET/PATH")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    fails(f"{bucket}/text", "AWS_ENDPOINT_URL", "error sending request")
 
 
+@pytest.mark.long  # the client tries again for ten seconds
 def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -127,7 +100,6 @@ def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(f"{bucket}/text", "no credentials", "AWS_ACCESS_KEY_ID")
 
 
-def test_an_object_that_is_damaged_is_named(folder: Path, bucket: str, endpoint: str) -> None:
-    body = (folder / "table/x.parquet").read_bytes()[:-20]
-    client(endpoint).put_object(Bucket="documents", Key="bad/x.parquet", Body=body)
-    fails(f"{bucket}/bad", "s3://documents/bad/x.parquet", "whole and undamaged")
+def test_an_object_that_is_damaged_is_named(folder: Path, bucket: str, moto: str) -> None:
+    buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
+    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "whole and undamaged")

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def server() -> Iterator[str]:
-    with buckets.moto() as url, buckets.environment(url):
-        yield url
+def server(moto: str) -> Iterator[None]:
+    with buckets.environment(moto):
+        yield
 
 
 def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A table in a bucket does what one in a folder does: the same tests, and what can only go wrong in a bucket."""
 
+import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -19,7 +20,6 @@ from storage.writer import ShardWriter
 from tests import buckets
 from tests.storage import (
     test_maintenance,
-    test_reader,
     test_rewrite,
     test_table,
     test_takedown,
@@ -32,9 +32,9 @@ A = [f"a{i}" for i in range(40)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[str]:
-    with buckets.moto() as url, buckets.environment(url):
-        yield url
+def server(moto: str) -> Iterator[None]:
+    with buckets.environment(moto):
+        yield
 
 
 @pytest.fixture
@@ -51,8 +51,6 @@ test_a_race_lost_at_the_last_moment = test_writer.test_a_race_lost_at_the_last_m
 test_equal_shards_at_once = test_writer.test_equal_shards_at_once
 test_a_new_table = test_table.test_a_new_table
 test_a_version_stays_what_it_was = test_table.test_a_version_stays_what_it_was
-test_batches_and_outline = test_reader.test_batches_and_outline_go_row_group_by_row_group
-test_two_processes_that_want_one_name = test_versions.test_two_processes_that_want_one_name
 test_a_student_holds_the_version_that_it_read_last = test_versions.test_a_student_holds_the_version_that_it_read_last
 test_a_tidy_table_is_left_alone = test_maintenance.test_a_tidy_table_is_left_alone
 test_vacuum_drops_old_versions = test_maintenance.test_vacuum_drops_old_versions_and_says_so
@@ -175,6 +173,19 @@ def test_a_network_that_fails_in_the_middle_is_no_damage(filled: Table, monkeypa
     monkeypatch.setattr(obstore, "get", fail)
     with pytest.raises(TableError, match="can't be used"):
         verify(filled)
+
+
+def test_a_machine_without_room_for_a_copy_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``verify --remove-damaged`` would take good shards out of the table."""
+
+    def full() -> object:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    for look in (lambda: verify(filled), lambda: read(filled, filled.shards()[0])):
+        with pytest.raises(TableError, match=r"can't be copied to this machine(.|\n)*No usable") as error:
+            look()
+        assert not isinstance(error.value, IntegrityError)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from multiprocessing.queues import SimpleQueue as Queue
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
+import storage.writer
 from storage.codec import decode
 from storage.errors import TableError
 from storage.place import content_hash
-from storage.reader import footer, read
-from storage.table import Table
+from storage.reader import footer, outline, read
+from storage.table import Shard, Table
 from storage.writer import ShardWriter
 from tests.storage.tables import PROCESSES, add, leftovers, names_in, process, rows
 
@@ -145,6 +147,24 @@ def test_a_race_lost_at_the_last_moment(table: Table, monkeypatch: pytest.Monkey
         monkeypatch.setattr(DeltaTable, "create_write_transaction", beaten)
         assert writer.commit({}).sequences == 10
     assert names_in(table.newest()) == sorted(A)
+
+
+def test_a_commit_that_could_not_read_is_tried_again(filled: Table, monkeypatch: pytest.MonkeyPatch):
+    """A shard whose rows could not be compared has to be compared then."""
+
+    def fail(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
+        if "document_id" in columns:
+            raise OSError("the network is gone")
+        return outline(table, shard, columns)
+
+    with ShardWriter(filled) as writer:
+        writer.append(*rows([*A[35:], "new"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.writer, "outline", fail)
+            with pytest.raises(TableError, match="as it was"):
+                writer.commit({})
+        assert writer.commit({}).sequences == 1
+    assert names_in(filled.newest()) == sorted([*A, *B, "new"])
 
 
 def test_equal_shards_at_once(table: Table):
