@@ -31,7 +31,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, said, gave = compared(Path(folder), given.documents, given.batches, given.megabytes)
     print(f"{found.tokenised:.0%} of the text tokenised, {found.sampled_positions:,} positions by the teacher", end="")
-    print(f" on {found.device}\n\n{'':<12}{'estimate':>12}{'capture':>12}{'error':>9}")
+    print(f" on {found.device}; seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in vars(found.seconds).items()))
+    print(f"\n{'':<12}{'estimate':>12}{'capture':>12}{'error':>9}")
     for name, value in said.items():
         print(f"{name:<12}{value:>12,.0f}{gave[name]:>12,.0f}{value / gave[name] - 1:>+9.1%}")
 
@@ -51,6 +52,8 @@ def compared(
             "sample": {"batches": batches, "megabytes": megabytes},
         }
     )
+    load_teacher(config.teacher)  # neither pays for the imports
+    load_teacher.cache_clear()
     found = estimate(config)
     load_teacher.cache_clear()
     report = capture(config.capture(str(folder / "table")))

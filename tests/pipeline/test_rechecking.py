@@ -133,7 +133,7 @@ def test_another_teacher_is_refused_and_found_out_if_it_says_it_were_the_same(
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     torch.manual_seed(1)
     for weight in model.parameters():
-        weight.data += 0.02 * torch.randn_like(weight)
+        weight.data += 0.02 * weight.std() * torch.randn_like(weight)
     other = tmp_path / "other"
     model.save_pretrained(other)
     for file in tiny_teacher.glob("*token*"):
