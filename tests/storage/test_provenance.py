@@ -29,6 +29,8 @@ CHANGES = {
         for name in ("top_p", "min_k", "max_k", "draws", "seed")
     },
     "temperatures": lambda i: {"temperatures": (1.0, 2.0)},
+    "classes": lambda i: {"classes": ("good", "bad")},
+    "sequences.special_tokens": lambda i: {"sequences": i.sequences.model_copy(update={"special_tokens": "parse"})},
     "sequences.mask": lambda i: {"sequences": i.sequences.model_copy(update={"mask": "last"})},
     **{
         f"sequences.{name}": lambda i, n=name: {"sequences": i.sequences.model_copy(update={n: 9})}

@@ -219,7 +219,7 @@ def kill_writers(table: Table, kills: int) -> None:
         seen = names_in(newest)
         assert len(seen) == len(set(seen)), "each row once, after every kill"
         # However busy the machine is, writers are killed after a commit or a few.
-        window *= 1.5 if newest.version == version else 0.8
+        window *= 0.8 ** (newest.version - version) if newest.version > version else 1.5
         version = newest.version
     assert 0 < len(seen) < len(names), "some died before a commit, some after"
 
