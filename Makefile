@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 
 # A process for each core, each with one thread for its tensors.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

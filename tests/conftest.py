@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with the longest tests first: of several processes, none has then to wait for another at the end."""
-    long = ("test_end_to_end", "test_training", "test_flows")
-    items.sort(key=lambda item: not item.path.name.startswith(long))
+    long = ["end_to_end", "training_ranks", "mix", "workers", "capturing", "flows", "bucket", "verify_maintain"]
+    files = [f"test_{name}.py" for name in long]
+    items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 
 
 CHATML = (
