@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest --hypothesis-profile drawn -m "not gpu and (long or hypothesis)"
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
@@ -96,6 +97,14 @@ class StudentFolder:
     def clear(self) -> None:
         """Drop what a killed run left half-written or, beside a finished student, all that it left."""
         shutil.rmtree(self.run if self.finished() else self.scratch, ignore_errors=True)
+
+    def open_curves(self, step: int) -> SummaryWriter:
+        """A writer of the curves after a step: what a killed run logged since its last checkpoint comes again."""
+        # TensorBoard reads files in the order of their names, which begin with the second of their making: two runs
+        # within one second, or a clock that jumped back, would have it forget the new run's points for the old one's.
+        for number, file in enumerate(sorted(self.curves.glob("*tfevents*"))):
+            file.rename(self.curves / f"{number:04}.tfevents")
+        return SummaryWriter(str(self.curves), purge_step=step + 1 if step else 0)
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
         """Put a finished student in its place, all at once, and drop what its run had come to."""

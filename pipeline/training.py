@@ -14,7 +14,6 @@ from typing import Any, TypeGuard
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -201,9 +200,7 @@ def _trainer(
         )
     trainer = DistillationTrainer(lesson, arguments, dataset, folder.run, record, settings, watch)
     if ranks.is_main_process:
-        # What a killed run logged after its last checkpoint comes again: TensorBoard is told to forget it.
-        curves = SummaryWriter(str(folder.curves), purge_step=start.step + 1 if start.step else 0)
-        trainer.add_callback(TensorBoardCallback(curves))
+        trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
     return trainer
 
 

@@ -16,6 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that what fails fails by the change at hand; `make test-long` draws new ones.
+settings.register_profile("repeated", derandomize=True, deadline=None)
+settings.register_profile("drawn", deadline=None)
+settings.load_profile("repeated")
 
 ROOT = Path(__file__).parents[1]
 

@@ -72,7 +72,7 @@ def test_targets_decode_to_what_the_table_holds(table):
     np.testing.assert_array_equal(batch.targets.tail_draws, labels.tail_draws)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_topology_and_restart_gives_the_same_steps(table, data):
     """Kill points and new world sizes, micro-batches and batch sizes, until an epoch and a half is through."""

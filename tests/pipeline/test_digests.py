@@ -11,7 +11,7 @@ FEW = st.lists(st.binary(min_size=16, max_size=16).map(lambda b: bytes(x % 3 for
 """Batches in which many are equal and nearly all bytes are zero."""
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.one_of(FEW, st.lists(st.binary(min_size=16, max_size=16), max_size=20)), max_size=8))
 def test_it_says_what_is_new_and_keeps_it(batches: list[list[bytes]]) -> None:
     ours, theirs = DigestSet(), set()

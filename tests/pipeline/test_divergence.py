@@ -63,7 +63,7 @@ def test_a_tiny_mass_is_exact_in_float32(name, mass):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(teacher=hostile, student=hostile)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_hostile_distributions_give_finite_terms_of_a_divergence(name, teacher, student):
     log_t = torch.tensor(teacher).log_softmax(0)
     log_s = torch.tensor(student).log_softmax(0)
@@ -77,7 +77,7 @@ def test_hostile_distributions_give_finite_terms_of_a_divergence(name, teacher, 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=hostile)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_identical_distributions_differ_by_nothing(name, logits):
     logprobs = torch.tensor(logits).log_softmax(0)
     terms, gradients = divergence_terms(name, logprobs, logprobs, MIX)

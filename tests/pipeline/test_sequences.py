@@ -40,7 +40,7 @@ def rows_of(texts: dict[str, str], checkpoint: Checkpoint, tmp_path: Path, **col
     return rows.to_pylist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_each_token_after_the_first_is_predicted_exactly_once(data: st.DataObject) -> None:
     prefix = np.array(data.draw(st.sampled_from([[], [900], [900, 901]])), np.int32)

@@ -81,7 +81,7 @@ def test_each_sequence_comes_as_often_as_its_weight_says(weighted: View):
     assert second < first
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.lists(st.tuples(st.integers(1, 25), st.integers(1, 4), st.integers(1, 8)), max_size=4))
 def test_topologies_and_restarts_change_nothing(weighted: View, phases):
     """Each phase runs some steps on some ranks with micro-batches of its own; the last one runs to the end."""
