@@ -20,7 +20,7 @@ from pipeline.class_student import build_classifier
 from pipeline.config import EvaluateConfig
 from pipeline.progress import Progress, Watch
 from pipeline.report import column_costs, prepare, write
-from pipeline.student_config import LossConfig, StudentConfig
+from pipeline.student_config import StudentConfig
 from pipeline.teacher import device
 from storage.errors import UsageError
 from storage.inspection import column_bytes, last_capture
@@ -90,7 +90,7 @@ def evaluate_classes(
         model = build_classifier(source, table).to(on)
         batches = documents.batches(model.config.pad_token_id, config.batch_tokens)
         metrics = measure_classes(model, _watched(batches, len(documents.tokens), name, watch))
-        students.append(_student(name, folder, provenance, metrics))
+        students.append(ClassStudent.of(name, folder, provenance, metrics=metrics))
     about = last_capture(table)
     report = ClassReport(
         table=table.location,
@@ -146,22 +146,6 @@ def _watched(batches: Iterator[ClassBatch], total: int, name: str, watch: Watch)
         yield batch
         done += len(batch.labels)
         watch(Progress(f"evaluate {name}", done, total, "documents"))
-
-
-def _student(name: str, folder: str, provenance: Mapping[str, Any], metrics: ClassMetrics) -> ClassStudent:
-    table = provenance["table"]
-    return ClassStudent(
-        name=name,
-        folder=folder,
-        parameters=provenance["parameters"],
-        objective=LossConfig.model_validate(provenance["config"]["loss"]).in_words,
-        metrics=metrics,
-        history=tuple(provenance["history"]),
-        trained_on=f"{table['location']}@{table['version']}",
-        config=provenance["config"],
-        circumstances=provenance.get("circumstances", {}),
-        warnings=provenance["warnings"],
-    )
 
 
 def _teacher(documents: Documents, labels: LabelMap) -> ClassMetrics:

@@ -11,7 +11,7 @@ from pipeline import charts
 from pipeline.charts import Bar
 from pipeline.class_metrics import ClassMetrics
 from pipeline.metrics import Estimate
-from pipeline.report import ColumnBytes, histories, render
+from pipeline.report import ColumnBytes, TrainedStudent, histories, render
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 """What classifiers are compared by; the last three are means over the labels."""
@@ -28,23 +28,11 @@ class ClassTeacher:
     metrics: ClassMetrics
 
 
-@dataclass(frozen=True)
-class ClassStudent:
-    """One student's numbers, how it was trained, and what a reader should know before comparing it."""
+@dataclass(frozen=True, kw_only=True)
+class ClassStudent(TrainedStudent):
+    """One student's numbers."""
 
-    name: str
-    folder: str
-    parameters: int
-    objective: str
-    """The loss that it was trained on, in words."""
     metrics: ClassMetrics
-    history: tuple[dict[str, float], ...]
-    """Training and evaluation records in the order of their steps."""
-    trained_on: str
-    """TABLE@version."""
-    config: dict[str, Any]
-    circumstances: dict[str, Any]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

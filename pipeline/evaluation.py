@@ -32,7 +32,7 @@ from pipeline.report import (
     write,
 )
 from pipeline.student import build
-from pipeline.student_config import LossConfig, StudentConfig
+from pipeline.student_config import StudentConfig
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
 from storage.inspection import column_bytes, last_capture
@@ -102,7 +102,9 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     for folder, name, provenance in zip(config.students, names, trained, strict=True):
         model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(on)
         batches = _watched(holdout, config.batch_tokens, name, watch)
-        students.append(_summary(name, folder, provenance, measure(model, batches, table)))
+        metrics = measure(model, batches, table)
+        ppl = perplexity(metrics.cross_entropy)
+        students.append(StudentSummary.of(name, folder, provenance, metrics=metrics, perplexity=ppl))
     report = _report(config, table, holdout, tuple(students), str(on))
     html, json_file = write(to_html(report), to_json(report), Path(config.report))
     return EvaluationReport(
@@ -202,23 +204,6 @@ def _report(
         identity=_identity(table),
         circumstances=circumstances(device=on),
         config=config.model_dump(mode="json"),
-    )
-
-
-def _summary(name: str, folder: str, provenance: Mapping[str, Any], metrics: Metrics) -> StudentSummary:
-    table = provenance["table"]
-    return StudentSummary(
-        name=name,
-        folder=folder,
-        parameters=provenance["parameters"],
-        objective=LossConfig.model_validate(provenance["config"]["loss"]).in_words,
-        metrics=metrics,
-        perplexity=perplexity(metrics.cross_entropy),
-        history=tuple(provenance["history"]),
-        trained_on=f"{table['location']}@{table['version']}",
-        config=provenance["config"],
-        circumstances=provenance.get("circumstances", {}),
-        warnings=provenance["warnings"],
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import TypeAdapter
@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from pipeline import charts
 from pipeline.charts import Curve
 from pipeline.metrics import Estimate, Metrics
+from pipeline.student_config import LossConfig
 from storage.errors import UsageError
 from storage.folder import publish
 
@@ -34,17 +35,15 @@ class TeacherSummary:
     """Of its distributions, in nats: what no student's cross-entropy with it can fall below."""
 
 
-@dataclass(frozen=True)
-class StudentSummary:
-    """One student's numbers, how it was trained, and what a reader should know before comparing it."""
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudent:
+    """How a student was trained, and what a reader should know before comparing it."""
 
     name: str
     folder: str
     parameters: int
     objective: str
     """The loss that it was trained on, in words."""
-    metrics: Metrics
-    perplexity: Estimate
     history: tuple[dict[str, float], ...]
     """Training and evaluation records in the order of their steps."""
     trained_on: str
@@ -52,6 +51,31 @@ class StudentSummary:
     config: dict[str, Any]
     circumstances: dict[str, Any]
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, folder: str, provenance: Mapping[str, Any], **measured: Any) -> Self:
+        """A student as its softlabel.json tells of it, with what was measured of it."""
+        table = provenance["table"]
+        return cls(
+            name=name,
+            folder=folder,
+            parameters=provenance["parameters"],
+            objective=LossConfig.model_validate(provenance["config"]["loss"]).in_words,
+            history=tuple(provenance["history"]),
+            trained_on=f"{table['location']}@{table['version']}",
+            config=provenance["config"],
+            circumstances=provenance.get("circumstances", {}),
+            warnings=provenance["warnings"],
+            **measured,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSummary(TrainedStudent):
+    """One student's numbers."""
+
+    metrics: Metrics
+    perplexity: Estimate
 
 
 @dataclass(frozen=True)
