@@ -25,6 +25,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.classes import selection_of
 from pipeline.classifier import ClassifierTeacher, LabelTeacher
 from pipeline.config import CaptureConfig, TeacherConfig
+from pipeline.plan_files import require_planned
 from pipeline.planning import Plan, identify, plan
 from pipeline.progress import Progress, Together, Watch, unwatched
 from pipeline.questions import Questions
@@ -33,7 +34,7 @@ from pipeline.teacher import TransformersTeacher, each_batch, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.workers import Workers, cut
 from storage.codec import SoftLabels
-from storage.errors import TeacherError
+from storage.errors import ProvenanceError, TeacherError
 from storage.provenance import Identity, circumstances
 from storage.reader import soft_labels_by_key
 from storage.schema import SEQUENCE
@@ -135,7 +136,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         watch: told of each batch, in positions of this shard.
 
     Raises:
-        ProvenanceError: if the teacher is not the one of the plan any more.
+        ProvenanceError: if the teacher or the table is not the one of the plan any more.
         TeacherError: if the teacher says what no distribution is, naming the document.
         TableError: if the table can't be written.
     """
@@ -143,6 +144,11 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
     identity = identify(config, teacher.checkpoint, tokeniser)
     sequences = pq.read_table(path)
+    try:
+        require_planned(sequences, identity, teacher.checkpoint.folder)
+    except ProvenanceError:
+        load_teacher.cache_clear()  # this process may have loaded it before its files changed
+        raise
     details: dict[str, float] = {}
     total = pc.sum(sequences.column("positions")).as_py()
     batches = _told(_labelled(config, teacher, identity, sequences), total, watch, details)
@@ -155,7 +161,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
     table = Table.open(config.table)
-    table.identity.require(identity, config.table)  # the teacher's files may be others than when this was planned
+    table.identity.require(identity, config.table)  # another capture may have made it meanwhile
     # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
     with (
         ShardWriter(table, config.shards.row_group_sequences) as writer,

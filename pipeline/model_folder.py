@@ -5,12 +5,18 @@ Nothing is downloaded when a folder is given, and never anything but safetensors
 
 import hashlib
 import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from storage.errors import TeacherError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_HASHES: dict[str, str] = {}
+"""SHA-256 of each state of a file that this process, or the one that started it, has read."""
+_SECONDS_TO_SETTLE = 2.0
+"""Age of a state that is remembered: a file that is written twice within a tick of its clock looks the same."""
 
 
 def locate(name: str, what: str, revision: str | None = None, code: bool = False) -> Path:
@@ -51,9 +57,26 @@ def locate(name: str, what: str, revision: str | None = None, code: bool = False
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; read once as long as nothing is written to it or put in its place."""
+    found = path.stat()
+    state = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    if state in _HASHES:
+        return _HASHES[state]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - found.st_ctime > _SECONDS_TO_SETTLE:
+        _HASHES[state] = digest
+    return digest
+
+
+def known_hashes() -> Mapping[str, str]:
+    """What ``sha256`` remembers, for a process that is to look at the same files."""
+    return _HASHES
+
+
+def remember(hashes: Mapping[str, str]) -> None:
+    """Take over what another process of this machine remembers; it holds for files that are still as they were."""
+    _HASHES.update(hashes)
 
 
 def broken(summary: str, folder: Path, error: Exception) -> TeacherError:

@@ -5,7 +5,6 @@ sent to the teacher again. The plan lies in files, one for each shard to come, s
 shard, and a plan over millions of documents takes little more memory than one over thousands.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.classes import MASK, WholeDocuments, longest, selection_of
 from pipeline.config import CaptureConfig
 from pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
-from pipeline.documents import Batch, Documents, Reject
+from pipeline.documents import Batch, Documents
+from pipeline.plan_files import PlanFiles, Rejects
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
 from storage.errors import DocumentsError, UsageError
-from storage.place import REJECTS, place_of
+from storage.place import place_of
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity
 from storage.reader import outline
 from storage.schema import SEQUENCE
@@ -84,11 +83,12 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     checkpoint = Checkpoint.find(config.teacher)
     tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
     whole = None if checkpoint.classes is None else whole_documents(config, checkpoint)
-    known = Known(config, identify(config, checkpoint, tokeniser), documents.carried)
+    identity = identify(config, checkpoint, tokeniser)
+    known = Known(config, identity, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
-    pending = _Files(folder / "shards", schema, config.shards.positions)
-    copies = _Files(folder / "copies", schema, config.shards.positions)
-    rejects: list[Reject] = []
+    pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
+    copies = PlanFiles(folder / "copies", schema, config.shards.positions, identity)
+    rejects = Rejects(folder / "rejects.jsonl")
     found = unchanged = 0
     for batch in known.welcome(documents):
         changed = known.changed(batch.documents)
@@ -96,8 +96,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
         else:
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
-        rejects += [*batch.rejects, *refused]
-        if config.strict and rejects:
+        rejects.add([*batch.rejects, *refused])
+        if config.strict and rejects.count:
             raise _unusable("a document can't be used, and strict asks to stop there", rejects, config)
         fates = known.fates(sequences)
         pending.add(sequences.filter(pc.equal(fates, "pending")))
@@ -114,9 +114,9 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         positions=pending.positions,
         documents=found,
         unchanged=unchanged,
-        rejects=len(rejects),
+        rejects=rejects.count,
         truncated=0 if whole is None else whole.truncated,
-        rejects_file=_write_rejects(rejects, config),
+        rejects_file=rejects.publish(place_of(config.table)),
     )
 
 
@@ -224,62 +224,11 @@ def _names(rows: pa.Table) -> Digests:
     return digests(rows.column("document_id").to_pylist())
 
 
-class _Files:
-    """Rows in files of at most so many captured positions (or one sequence)."""
-
-    def __init__(self, folder: Path, schema: pa.Schema, limit: int) -> None:
-        folder.mkdir(parents=True)
-        self._folder, self._schema, self._limit = folder, schema, limit
-        self._paths: list[Path] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._room = 0
-        self.sequences = self.positions = 0
-
-    def add(self, rows: pa.Table) -> None:
-        while len(rows):
-            ends = np.cumsum(rows.column("positions").to_numpy())
-            count = int(np.searchsorted(ends, self._room, side="right"))
-            if not count:
-                self._start()
-                count = max(1, int(np.searchsorted(ends, self._limit, side="right")))
-            assert self._writer is not None
-            self._writer.write_table(rows.slice(0, count))
-            self._room -= int(ends[count - 1])
-            self.sequences += count
-            self.positions += int(ends[count - 1])
-            rows = rows.slice(count)
-
-    def _start(self) -> None:
-        self.close()
-        self._paths.append(self._folder / f"{len(self._paths):06}.parquet")
-        self._writer = pq.ParquetWriter(self._paths[-1], self._schema)
-        self._room = self._limit
-
-    def close(self) -> tuple[Path, ...]:
-        if self._writer is not None:
-            self._writer.close()
-        return tuple(self._paths)
-
-
-def _unusable(summary: str, rejects: list[Reject], config: CaptureConfig) -> DocumentsError:
-    shown = [f"{reject.document_id}: {reject.reason}" for reject in rejects[:5]]
-    more = [f"and {len(rejects) - 5} more"] if len(rejects) > 5 else []
+def _unusable(summary: str, rejects: Rejects, config: CaptureConfig) -> DocumentsError:
     return DocumentsError(
         summary,
         expected="documents with an id and a text of at least one token to predict",
-        found="\n               ".join(shown + more),
+        found=rejects,
         where=config.documents,
         do="mend the documents, or say with columns.* which columns hold what",
     )
-
-
-def _write_rejects(rejects: list[Reject], config: CaptureConfig) -> str | None:
-    """The rejects of the newest run; those of the one before are no longer true."""
-    place = place_of(config.table)
-    if not rejects:
-        place.delete(REJECTS)
-        return None
-    lines = (json.dumps(reject._asdict(), ensure_ascii=False) for reject in rejects)
-    # A file's name may be no UTF-8; what its bytes become then is what JSON calls them, too.
-    place.write(REJECTS, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
-    return place.where(REJECTS)

@@ -18,6 +18,7 @@ import torch
 
 from pipeline.capturing import capture_shard
 from pipeline.config import CaptureConfig
+from pipeline.model_folder import remember
 from pipeline.progress import Progress
 from storage.errors import SoftlabelError
 
@@ -35,18 +36,19 @@ def main() -> None:
         answer("progress", asdict(progress))
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, so that half a shard is thrown away
-    requests: SimpleQueue[tuple[Any, str]] = SimpleQueue()
+    requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
     Thread(target=_listen, args=(requests,), daemon=True).start()
     torch.set_num_threads(int(sys.argv[1]))
     while True:
-        settings, path = requests.get()
+        settings, path, hashes = requests.get()
+        remember(hashes)  # of the teacher's files, which take minutes to read
         try:
             answer("commit", asdict(capture_shard(CaptureConfig.model_validate(settings), Path(path), watch)))
         except SoftlabelError as error:
             answer("error", [type(error).__name__, str(error)])
 
 
-def _listen(requests: "SimpleQueue[tuple[Any, str]]") -> None:
+def _listen(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
     os._exit(1)  # also in the middle of a shard: nobody is there to hear of it

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import CaptureConfig
+from pipeline.model_folder import known_hashes
 from pipeline.progress import Progress, Watch, unwatched
 from storage import errors
 from storage.errors import WorkerError
@@ -102,7 +103,7 @@ class Worker:
         assert process.stdin
         assert process.stdout
         try:
-            process.stdin.write(json.dumps([settings, str(path)]) + "\n")
+            process.stdin.write(json.dumps([settings, str(path), known_hashes()]) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             raise self._died(process) from None

@@ -38,7 +38,6 @@ from pipeline.config import CaptureConfig, SelectionConfig, SequencesConfig, Tea
 from pipeline.demo import prepare_teacher
 from pipeline.planning import plan
 from pipeline.teacher import TransformersTeacher, each_batch
-from storage.provenance import TeacherIdentity
 from storage.writer import Commit, ShardWriter
 
 SELECTIONS = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
@@ -68,10 +67,6 @@ SHAPES: dict[str, Any] = {
 
 class RandomWeights(Checkpoint):
     """A teacher of some shape whose weights are on no disk."""
-
-    @property
-    def identity(self) -> TeacherIdentity:
-        return TeacherIdentity(files={}, dtype=self.dtype)
 
     def load(self, device_map: Any, attention: str) -> Any:
         torch.manual_seed(0)
@@ -146,6 +141,8 @@ class Bench:
         self._folder, self._tokens, self._batch_tokens = folder, tokens, batch * tokens
         capturing.load_teacher = lambda config: self.teacher
         self._configs: dict[str, CaptureConfig] = {}
+        self._plans: dict[str, Path] = {}
+        measured = documents(folder / "measured.parquet", name, sequences, tokens, 0)
         for selection, chosen in SELECTIONS.items():
             config = CaptureConfig(
                 documents=documents(folder / "first.parquet", name, 1, tokens, 1),
@@ -155,13 +152,12 @@ class Bench:
                 sequences=SequencesConfig(max_tokens=tokens),
             )
             capture_shard(config, plan(config, folder / f"plan-{selection}").shards[0])
-            self._configs[selection] = config
-        measured = documents(folder / "measured.parquet", name, sequences, tokens, 0)
-        nowhere = config.model_copy(update={"documents": measured, "table": str(folder / "nowhere")})
-        self._plan = plan(nowhere, folder / "plan").shards[0]
-        rows = pq.read_table(self._plan)
-        rows = rows.filter(pc.equal(rows["tokens"], tokens)).slice(0, sequences)
-        pq.write_table(rows, self._plan)
+            nowhere = config.model_copy(update={"documents": measured, "table": str(folder / "nowhere")})
+            planned = plan(nowhere, folder / f"measured-{selection}").shards[0]
+            rows = pq.read_table(planned)
+            rows = rows.filter(pc.equal(rows["tokens"], tokens)).slice(0, sequences)
+            pq.write_table(rows, planned)
+            self._configs[selection], self._plans[selection] = config, planned
         self._ids = [row.values.to_numpy() for row in rows["token_ids"]]
         self._positions = [np.arange(1, len(ids), dtype=np.int32) for ids in self._ids]
         self.tokens = sum(map(len, self._ids))
@@ -192,7 +188,7 @@ class Bench:
 
         self.teacher.logits = clocked  # type: ignore[method-assign]
         started = time.perf_counter()
-        commit: Commit = capture_shard(config.model_copy(update={"table": str(table)}), self._plan)
+        commit: Commit = capture_shard(config.model_copy(update={"table": str(table)}), self._plans[selection])
         ended = time.perf_counter()
         del self.teacher.logits
         shutil.rmtree(table)

@@ -145,6 +145,20 @@ def test_without_draws_the_kl_is_a_lower_bound(student, teacher, sequences):
     assert metrics.kl.mean < float(reference(student, teacher, sequences)["kl"].mean())
 
 
+def test_bug_nan_from_the_log_of_one_minus_the_sum(teacher, sequences):
+    """A student that is sure of what the teacher keeps: 1 - Σ s is 0 in float32, or off by nats."""
+    sure = model(2)
+    sure.model.norm.weight.data *= 8
+    t, s = dense(teacher, sequences), dense(sure, sequences)
+    ids = t.topk(4).indices
+    head_t, head_s = t.gather(1, ids), s.gather(1, ids)
+    rest_t, rest_s = (p.scatter(1, ids, -torch.inf).logsumexp(1) for p in (t, s))
+    assert rest_s.min() < -20
+    expected = (head_t.exp() * (head_t - head_s)).sum(1) + rest_t.exp() * (rest_t - rest_s)
+    metrics = measured(sure, t, sequences, selection(min_k=4, max_k=4))
+    assert metrics.kl.mean == pytest.approx(float(expected.mean()), rel=2e-3)
+
+
 def test_without_a_head_agreement_is_not_known(student, teacher, sequences):
     chosen = selection(top_p=0.5, min_k=0, max_k=0, draws=40)
     metrics = measured(student, dense(teacher, sequences), sequences, chosen)

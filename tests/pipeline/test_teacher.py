@@ -1,7 +1,10 @@
 """The teacher says at each captured position what its own forward pass says there, in any batch."""
 
+import hashlib
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, MixtralConfig
 
+from pipeline import model_folder
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TeacherConfig
 from pipeline.teacher import TransformersTeacher, each_batch
@@ -139,6 +143,32 @@ def test_identity_is_what_is_in_the_files(tiny_teacher: Path, tmp_path: Path) ->
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert Checkpoint.find(settings(copy)).identity != identity
+
+
+def test_a_file_is_hashed_once_until_anything_is_done_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_folder, "_HASHES", {})
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    path = tmp_path / "weights"
+
+    def is_read() -> bool:
+        before = len(read)
+        assert model_folder.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        return len(read) > before
+
+    path.write_bytes(b"one")
+    assert [is_read(), is_read()] == [True, True], "written a moment ago, it may be written again unseen"
+    monkeypatch.setattr(model_folder, "_SECONDS_TO_SETTLE", -1.0)
+    assert [is_read(), is_read()] == [True, False]
+    for content in (b"two", b"six", b"ten"):  # all as long, and as old by their own account
+        time.sleep(0.02)
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+        assert [is_read(), is_read()] == [True, False]
+    path.with_name("other").write_bytes(b"sum")
+    path.with_name("other").rename(path)
+    assert [is_read(), is_read()] == [True, False]
 
 
 def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:

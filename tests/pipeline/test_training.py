@@ -7,16 +7,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 
 from pipeline import student, trainer, training
 from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.student_config import LossConfig, StudentConfig
+from pipeline.targets import decode
 from pipeline.trainer import Distillation
 from pipeline.training import train
 from storage.errors import StudentError, TableError, TrainingError, UsageError
 from storage.versions import pins
+from tests.pipeline import dense
 from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import STREAM, curve, history, settings
 
@@ -88,6 +90,30 @@ def test_gradients_do_not_depend_on_the_micro_batches(table):
         assert other_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7 * gradient.abs().max().item())
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16, "initializer_range": 0.3}
+LIKE = {"vocab_size": 576, "num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": False, **SIZES}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Gemma2Config(final_logit_softcapping=1.5, **LIKE), GraniteConfig(logits_scaling=8.0, **LIKE), LlamaConfig(**LIKE)],
+)
+def test_bug_what_a_student_does_to_its_logits_is_ignored_by_the_loss(config, table):
+    """Soft cap, scale, bias and padded rows: what is trained is the loss of the logits that the model itself gives."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(LIKE["vocab_size"]))
+    loss = LossConfig(hard_weight=0.5, target="bucket")
+    stream = StreamConfig(**{**STREAM, "micro_rows": STREAM["batch_rows"]})
+    (batch,) = SoftLabelDataset(table, stream, max_steps=1)
+    logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
+    targets = decode(batch.targets, torch.tensor(table.vocabulary), table.temperatures, loss)
+    identity = torch.eye(LIKE["vocab_size"])
+    expected = dense.reference(logits, identity, batch.next_ids, targets, loss, size=len(table.vocabulary))
+    found, _ = Distillation(model, table, loss, None)(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("micro_rows", [1, 8])
