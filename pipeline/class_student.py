@@ -27,7 +27,7 @@ from pipeline.student import explained, from_weights, require_one_source
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
 from pipeline.trainer import Lesson
-from storage.errors import IntegrityError, StudentError, TableError, UsageError
+from storage.errors import AccessError, IntegrityError, StudentError, TableError, UsageError
 from storage.table import Table
 
 EVAL_TOKENS = 8192
@@ -188,7 +188,7 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
     _require_targets(config.loss, documents, table)
     try:
         held = list(islice(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
-    except IntegrityError:
+    except (AccessError, IntegrityError):
         raise
     except TableError:
         held = []

@@ -31,7 +31,7 @@ from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, last_evaluation, run_record
 from pipeline.targets import resolve_target
 from pipeline.trainer import Distillation, DistillationTrainer, Lesson, cursor_of, measured
-from storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
+from storage.errors import AccessError, IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table
 from storage.versions import parse, pin
@@ -218,7 +218,7 @@ def _evaluation(table: AnyTable, row_tokens: int) -> list[Batch]:
     """The first held-out batches, in the table's order; none if nothing is held out."""
     try:
         holdout = Holdout.of(table)
-    except IntegrityError:
+    except (AccessError, IntegrityError):
         raise
     except TableError:
         return []

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError
-from storage.place import SIDE_FOLDER, Place
+from storage.place import SIDE_FOLDER, Place, reading
 
 _RESTORE = "restore it from a copy of the table"
 
@@ -76,7 +76,8 @@ def read_tokenizer(place: Place, name: str) -> Path:
     path = f"{SIDE_FOLDER}/{name}"
     try:
         folder = place.fetch_folder(path)
-        found = _tokenizer_name(folder)
+        with reading(place.where(path)):
+            found = _tokenizer_name(folder)
     except OSError as error:
         raise IntegrityError(
             "the table's tokenizer can't be read", found=error, where=place.where(path), do=_RESTORE

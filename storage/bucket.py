@@ -21,7 +21,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from storage.errors import TableError
+from storage.errors import AccessError
 from storage.place import SIDE_FOLDER, Draft, File, Unnamed
 
 _TAIL = 1 << 16
@@ -102,9 +102,12 @@ class Bucket:
         """A copy in a temporary folder; made once, and gone with the process."""
         files = frozenset(self.files(name))
         if (self.address, files) not in _COPIES:
-            folder = tempfile.TemporaryDirectory(prefix="softlabel-")
+            with _on_this_machine():
+                folder = tempfile.TemporaryDirectory(prefix="softlabel-")
             for file in files:
-                Path(folder.name, PurePath(file.name).name).write_bytes(self.read(file.name))
+                content = self.read(file.name)
+                with _on_this_machine():
+                    Path(folder.name, PurePath(file.name).name).write_bytes(content)
             _COPIES[self.address, files] = folder
         return Path(_COPIES[self.address, files].name)
 
@@ -170,7 +173,7 @@ class Bucket:
             code = _code(str(error))
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise FileNotFoundError(f"no such object: {self.where(name)}") from None
-            raise TableError(
+            raise AccessError(
                 "the bucket can't be used",
                 expected="an S3 endpoint that knows the bucket, and credentials that it accepts",
                 found=code,
@@ -251,7 +254,7 @@ def _on_this_machine() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TableError(
+        raise AccessError(
             "an object can't be copied to this machine",
             expected="room for a few shards in the folder of temporary files",
             found=error,

@@ -13,6 +13,7 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
     └── TableError             a table that can't be used
         ├── TableNotFoundError     no table, version or tag there
         │   └── PurgedError        a version that went with documents that were taken down
+        ├── AccessError            a place that can't be read now, of which nothing else is known
         ├── ProvenanceError        another teacher, tokenizer or selection made it
         ├── IntegrityError         bytes that are not the ones that were written
         └── DisagreementError      numbers that its teacher does not say again
@@ -75,6 +76,10 @@ class TableNotFoundError(TableError):
 
 class PurgedError(TableNotFoundError):
     """Documents were taken down, and this version went with them."""
+
+
+class AccessError(TableError):
+    """A place that can't be read here and now, whose bytes may be as good as ever: never taken for damage."""
 
 
 class ProvenanceError(TableError):

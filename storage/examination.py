@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.place import content_hash
+from storage.place import content_hash, reading
 from storage.schema import PARTITION, ROW_KEY, without
 from storage.table import Shard, Table
 
@@ -29,10 +29,11 @@ def examine(table: Table, shard: Shard) -> Hashes:
 
     Raises:
         WrongShardError: if a byte is not the one that was written, or the rows do not make sense.
+        AccessError: if that can't be told, since the shard can't be read.
     """
     try:
         _require("bytes", table.place.stat(shard.path).bytes, shard.bytes)
-        with table.place.fetch(shard.path) as content:
+        with reading(table.place.where(shard.path)), table.place.fetch(shard.path) as content:
             _require("content with the hash", content_hash(content), PurePath(shard.path).stem)
             file = pq.ParquetFile(content, page_checksum_verification=True)
             _require("rows", file.metadata.num_rows, shard.rows)
@@ -42,7 +43,7 @@ def examine(table: Table, shard: Shard) -> Hashes:
                 rows = file.read_row_group(group, use_threads=False)
                 _require_sense(table, rows)
                 groups.append(_hash(rows))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise WrongShardError("missing") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise WrongShardError(f"can't be read: {' '.join(str(error).split())}") from error

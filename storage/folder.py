@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from storage.place import SIDE_FOLDER, WRITING, Draft, File, Unnamed
+from storage.place import SIDE_FOLDER, WRITING, Draft, File, Unnamed, reading
 
 
 class Folder:
@@ -36,32 +36,38 @@ class Folder:
 
     def exists(self) -> bool:
         """Whether it is there, and a folder."""
-        return self._path.is_dir()
+        with reading(str(self._path)):
+            return self._path.is_dir()
 
     def files(self, folder: str = "") -> Iterator[File]:
         """Those that vanish meanwhile are left out."""
-        for root, _, names in os.walk(self._path / folder):
+        for root, folders, names in os.walk(self._path / folder, onerror=_unless_missing):
+            with suppress(ValueError):
+                folders.remove("lost+found")  # of a volume's root, which nobody may look into
             for name in names:
                 with suppress(FileNotFoundError):
                     yield self.stat(str(Path(root, name).relative_to(self._path)))
 
     def stat(self, name: str) -> File:
         """A file's age is that of its content or of its name, whichever is younger."""
-        return _file(name, (self._path / name).stat())
+        with reading(self.where(name)):
+            return _file(name, (self._path / name).stat())
 
     def read(self, name: str) -> bytes:
         """Its bytes."""
-        return (self._path / name).read_bytes()
+        with reading(self.where(name)):
+            return (self._path / name).read_bytes()
 
     def open(self, name: str) -> tuple[Any, File]:
         """Opened natively by pyarrow."""
         found = self.stat(name)
-        return pa.OSFile(str(self._path / name)), found
+        with reading(self.where(name)):
+            return pa.OSFile(str(self._path / name)), found
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[BinaryIO]:
         """The file itself."""
-        with (self._path / name).open("rb") as file:
+        with reading(self.where(name)), (self._path / name).open("rb") as file:
             yield file
 
     def fetch_folder(self, name: str) -> Path:
@@ -129,7 +135,7 @@ class Folder:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return True  # it has just got its final name
-        except OSError:
+        except PermissionError:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,6 +219,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unless_missing(error: OSError) -> None:
+    """A folder that can't be listed is not an empty one: what is in it may be what keeps others from being deleted."""
+    with suppress(FileNotFoundError, NotADirectoryError), reading(str(error.filename)):
+        raise error
 
 
 def _file(name: str, stat: os.stat_result) -> File:

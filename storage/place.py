@@ -6,12 +6,12 @@ that is written with ``replace=False`` has one writer of several at once. Never 
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from storage.errors import UsageError
+from storage.errors import AccessError, UsageError
 
 SIDE_FOLDER = "_softlabel"
 """Beside the shards; Delta's vacuum spares folders whose name starts with an underscore."""
@@ -59,8 +59,8 @@ class Draft(Unnamed, Protocol):
 class Place(Protocol):
     """A folder of files.
 
-    Methods raise ``FileNotFoundError`` for a file that is not there, and an ``OSError`` or a ``TableError`` if the
-    place can't be read or written.
+    Methods raise ``FileNotFoundError`` for a file that is not there, an ``AccessError`` if the place can't be read, and
+    that or an ``OSError`` if it can't be written.
     """
 
     address: str
@@ -163,6 +163,41 @@ def place_of(location: str) -> Place:
     from storage.folder import Folder
 
     return Folder(location)
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Tell what can't be read here and now from what is missing or damaged.
+
+    What the system itself refuses has a number: no permission, too many open files, a disk or a network that fails.
+    What a Parquet reader has to say about bytes has none, and is for others to judge; so is a file that is missing,
+    or has a folder in its place.
+
+    Args:
+        where: what is read, as people call it.
+
+    Raises:
+        AccessError: naming it.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        raise inaccessible(where, str(error) or "not enough memory") from error
+
+
+def inaccessible(where: str, found: str) -> AccessError:
+    """The error that says so."""
+    return AccessError(
+        "this can't be read at the moment; whether anything is wrong with it is not known",
+        expected="permission to read it, open files (ulimit -n) and memory to spare, a disk or network that answers",
+        found=found,
+        where=where,
+        do="mend that, then run the same command again",
+    )
 
 
 def content_hash(file: BinaryIO) -> str:

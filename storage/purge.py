@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from storage.errors import TableError
 from storage.layout import Rewriting, Rewritten
 from storage.log import read_log
-from storage.place import REJECTS, SIDE_FOLDER, WRITING, Place, place_of
+from storage.place import REJECTS, SIDE_FOLDER, WRITING, Place, place_of, reading
 from storage.reader import outline
 from storage.rewrite import REWRITTEN, ConflictError, rewrite
 from storage.schema import PARTITION
@@ -128,9 +128,10 @@ def _candidates(newest: Table) -> list[str]:
 
 def _rows(place: Place, name: str) -> Iterator[tuple[str, bytes]]:
     """Document and key of each row of a file."""
-    file = pq.ParquetFile(place.open(name)[0])
-    for batch in file.iter_batches(columns=["document_id", "key"]):
-        yield from zip(*(batch.column(name).to_pylist() for name in ("document_id", "key")), strict=True)
+    with reading(place.where(name)):
+        file = pq.ParquetFile(place.open(name)[0])
+        for batch in file.iter_batches(columns=["document_id", "key"]):
+            yield from zip(*(batch.column(name).to_pylist() for name in ("document_id", "key")), strict=True)
 
 
 def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import IntegrityError, TableError
-from storage.place import File, Place, content_hash
+from storage.place import File, Place, content_hash, reading
 from storage.schema import PARTITION, SOFT_LABELS
 from storage.table import Shard, Table
 from storage.takedown import tombstone
@@ -156,9 +156,14 @@ def _open(table: Table, shard: Shard) -> tuple[pq.ParquetFile, File]:
 
 @contextmanager
 def _intact(table: Table, shard: Shard) -> Iterator[None]:
-    """Whatever a Parquet reader stumbles over is damage: what it is asked for was written."""
+    """Whatever a Parquet reader stumbles over is damage: what it is asked for was written.
+
+    Raises:
+        AccessError: if it does not come to that.
+    """
     try:
-        yield
+        with reading(table.place.where(shard.path)):
+            yield
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _damaged(table, shard, str(error)) from error
 

@@ -26,7 +26,7 @@ from deltalake.transaction import CommitProperties
 from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
-from storage.place import place_of
+from storage.place import inaccessible, place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from storage.versions import LOG, commits, parse, resolve
@@ -34,6 +34,8 @@ from storage.versions import LOG, commits, parse, resolve
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
 _COMMIT = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
+_CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
+"""What stands before the cause of a cause in what delta-rs says of an error."""
 VIEW_FILE = "view.json"
 """In the folder of a view."""
 
@@ -104,6 +106,7 @@ class Table:
             UsageError: if it is a view: ``storage.view.open_table`` opens either, to be read.
             TableNotFoundError: if there is no table, no such version or tag, or the version was vacuumed.
             IntegrityError: if its log is damaged.
+            AccessError: if it can't be read at the moment.
             TableError: if it is a table of another kind.
         """
         path, wanted = parse(location)
@@ -111,7 +114,7 @@ class Table:
         try:
             return cls(path, DeltaTable(path, version=version))
         except (DeltaNotFoundError, DeltaError, OSError) as error:
-            found = str(error).splitlines()[0]
+            found = ": ".join(cause.splitlines()[0] for cause in _CAUSE.split(str(error))[-2:])
             if is_view(path):
                 raise UsageError(
                     "this is a view over several tables, which can only be read",
@@ -135,6 +138,8 @@ class Table:
                     where=location,
                     do="see softlabel history for its versions",
                 ) from error
+            if isinstance(error, OSError):  # delta-rs has read nothing yet that could be damaged
+                raise inaccessible(place_of(path).where(LOG), found) from error
             raise IntegrityError(
                 "the table's log can't be read",
                 found=found,

@@ -25,7 +25,7 @@ from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import RowKey
 from storage.table import Shard, Table
 from storage.versions import vacuumed
-from storage.writer import committed
+from storage.writer import all_or_nothing, committed
 
 _THREADS = 4
 """Shards that are looked at side by side, each with one row group in memory."""
@@ -96,6 +96,7 @@ def verify(
 
     Raises:
         IntegrityError: if the table's log is damaged; whatever else is wrong is in what is returned.
+        AccessError: if something can't be read at the moment, so that nothing can be said of it.
     """
     log, kept = read_log(table), _Opened(table)
     shards = dict.fromkeys(table.shards(), table.version)
@@ -151,7 +152,9 @@ def remove_damaged(found: Verification) -> Verification:
             "sequences": -sum(shard.rows for shard in going),
             "bytes": -sum(shard.bytes for shard in going),
         }
-        if committed(newest, actions, about):
+        with all_or_nothing(found.location):
+            done = committed(newest, actions, about)
+        if done:
             removed = tuple(shard.path for shard in going)
             return replace(found, removed=removed, removed_rows=sum(shard.rows for shard in going))
 
