@@ -56,7 +56,7 @@ LABELS = (
     "epistles=paul,letters",
 )
 """The student's labels, five of the ten classes."""
-PASSAGES = 60
+PASSAGES = 150
 """Of each kind, chosen by a hash of their ids."""
 _VERSES = 2
 _ENCODER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -116,7 +116,7 @@ def configs(folder: Path) -> dict[str, Settings]:
     documents, columns = str(folder / "documents.parquet"), ColumnsConfig(label="kind", carry=("book",))
     sequences, shards = SequencesConfig(max_tokens=48), ShardsConfig(eval_fraction=0.25)
     stream = StreamConfig(batch_rows=16, micro_rows=16)
-    optimiser = OptimiserConfig(epochs=3, learning_rate=5e-4, eval_steps=14)
+    optimiser = OptimiserConfig(epochs=3, learning_rate=5e-4, eval_steps=35)
     labels = CaptureConfig(
         documents=documents,
         table=str(folder / "labels"),
