@@ -22,11 +22,11 @@ from pipeline.class_metrics import measure_classes
 from pipeline.class_stream import ClassBatch, ClassDataset, Documents
 from pipeline.classifier import padding_id
 from pipeline.config import TrainConfig
+from pipeline.lesson import Lesson
 from pipeline.loss import distillation_loss
 from pipeline.student import explained, from_weights, require_one_source
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
-from pipeline.trainer import Lesson
 from storage.errors import AccessError, IntegrityError, StudentError, TableError, UsageError
 from storage.table import Table
 
@@ -174,6 +174,14 @@ class Classification(nn.Module):
         # Every parameter has a gradient, of 0 if there is nothing to learn: ranks wait for each other's.
         return total + 0 * logits.sum(), torch.stack([hard.hard, soft_part]).float() / documents
 
+    def measured(self, batches: Sequence[ClassBatch]) -> dict[str, float]:
+        """What the curves show of the student on these batches."""
+        metrics = measure_classes(self.student, batches)
+        found = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
+        if metrics.quality is not None:
+            found |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
+        return {name: estimate.mean for name, estimate in found.items()}
+
 
 def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
     """What a classifier is trained and measured on.
@@ -196,7 +204,6 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
         module=Classification(student, config.loss),
         dataset=partial(ClassDataset, documents, config.stream, pad),
         evaluation=held,
-        measure=_measured,
     )
 
 
@@ -216,15 +223,6 @@ def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> No
             do="set that weight to 0, or capture with columns.label; distill's control has the hard loss alone, "
             "control: false leaves it out",
         )
-
-
-def _measured(student: PreTrainedModel, batches: Sequence[ClassBatch]) -> dict[str, float]:
-    """What the curves show of a classifier."""
-    metrics = measure_classes(student, batches)
-    found = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
-    if metrics.quality is not None:
-        found |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
-    return {name: estimate.mean for name, estimate in found.items()}
 
 
 def require_class_settings(config: TrainConfig) -> None:

@@ -48,7 +48,7 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
             found=f"student.layers: {list(layers)}",
             where=config.name_or_path,
         )
-    name, stack = _layer_stack(teacher, count)
+    name, stack = layer_stack(teacher)
     settings = {
         key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
         for key, value in config.to_dict().items()
@@ -132,15 +132,20 @@ def _keep(layer: nn.Linear, kept: Tensor, dimension: int) -> None:
     layer.out_features, layer.in_features = layer.weight.shape
 
 
-def _layer_stack(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the layers, from the first token's to the last's."""
+def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the layers, from the first token's to the last's.
+
+    Raises:
+        StudentError: if the model does not have them in one list.
+    """
+    count = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise StudentError(
-        "this kind of model can't be pruned",
+        "this kind of model can be neither pruned nor sharded",
         expected=f"one list of {count} layers",
         found=f"none in {type(model).__name__}",
         where=model.config.name_or_path,
-        do="give the student as student.model or student.config",
+        do="give the student as student.model or student.config, and leave out optimiser.sharding",
     )

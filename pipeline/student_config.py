@@ -149,6 +149,9 @@ class OptimiserConfig(Settings):
     processes: PositiveInt | None = None
     """Processes that share each step, torchrun's ranks, each with a GPU of its own; left out, one for each GPU that
     there is. On the CPU one, unless more are asked for."""
+    sharding: Literal["none", "full"] = "none"
+    """What the processes share beside the work: full divides weights, gradients and the optimiser's moments among them
+    (FSDP), for a student that is too large for each of them to hold; one process holds all of it either way."""
     seed: int = 0
     """Seed of the student's random numbers."""
 

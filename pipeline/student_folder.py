@@ -32,6 +32,7 @@ _FREE = {
         "stream.micro_rows",
         "optimiser.device",
         "optimiser.processes",
+        "optimiser.sharding",
         "optimiser.checkpoint_steps",
         "optimiser.gradient_checkpointing",
     ),

@@ -7,18 +7,17 @@ at all, and a loss that is no number stops the run before it touches a weight. K
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -27,83 +26,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline.averaging import decode
-from pipeline.batch import Batch
-from pipeline.loss import distillation_loss
-from pipeline.metrics import measure
+from pipeline.lesson import Lesson
 from pipeline.order import Cursor
 from pipeline.progress import Progress, Watch
+from pipeline.sharding import gathered, is_sharded, load_optimiser, load_weights, reshard, weights, whole
 from pipeline.stopping import best_step, drop_superseded, evaluations_since_best
-from pipeline.student import hidden_states, output_head
-from pipeline.student_config import LossConfig, OptimiserConfig
+from pipeline.student_config import OptimiserConfig
 from pipeline.student_folder import RUN, best_weights, checkpoints, newest_checkpoint
 from storage.errors import TrainingError
-from storage.view import AnyTable
 
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _OPTIMISER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
-
-
-class Distillation(nn.Module):
-    """A student and its loss in one module, so that whatever wraps it (autocast, DDP) wraps both."""
-
-    vocabulary: Tensor
-
-    def __init__(self, student: PreTrainedModel, table: AnyTable, loss: LossConfig, max_k: int | None) -> None:
-        super().__init__()
-        self.student = student
-        self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
-        # A view may have tables with draws beside others without: then none are used.
-        self.loss = loss if table.draws or loss.target != "auto" else loss.model_copy(update={"target": "bucket"})
-        """What is minimised, its weights as they are at this step."""
-        self._temperatures = table.temperatures
-        self._max_k = max_k
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without."""
-        head = output_head(self.student)
-        hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
-        targets = None
-        if self.loss.soft_weight:
-            targets = decode(batch.targets, self.vocabulary, self._temperatures, self.loss, self._max_k)
-        positions = max(1, batch.global_positions)
-        loss = distillation_loss(
-            hidden,
-            head.weight,
-            batch.next_ids,
-            targets,
-            self.loss,
-            bias=head.bias,
-            vocabulary_size=len(self.vocabulary),
-            soft_cap=head.soft_cap,
-            logit_scale=head.scale,
-            normaliser=positions,
-        )
-        return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a student is trained and measured on: all that differs between a language model and a classifier."""
-
-    module: nn.Module
-    """The student, its attribute ``student``, with its loss, whose settings are ``loss``; called with a batch like
-    ``Distillation``."""
-    dataset: Callable[..., Any]
-    """Makes one rank's batches, given ``SoftLabelDataset``'s keyword arguments, whose methods it has."""
-    evaluation: Sequence[Any]
-    """Batches of the eval split, the same on each rank; none, and nothing is evaluated."""
-    measure: Callable[[PreTrainedModel, Sequence[Any]], dict[str, float]]
-    """What the curves show of the student on these batches."""
-
-
-def measured(student: PreTrainedModel, batches: Sequence[Batch], table: AnyTable) -> dict[str, float]:
-    """What the curves show of a language model."""
-    metrics = measure(student, batches, table)
-    logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
-    if metrics.agreement is not None:
-        logs["eval_agreement"] = metrics.agreement.mean
-    return logs
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -132,7 +65,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(watch))
-        self._measure = lesson.measure
         self._run = run
         self._record = record
         self._optimiser = optimiser
@@ -162,7 +94,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return trained
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         if not torch.isfinite(self._step_loss + norm):
             last = newest_checkpoint(self._run)
             raise TrainingError(
@@ -189,9 +121,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the eval split, by the metrics that its report will show."""
-        agreed = [self._measure(self.model.student, self.eval_dataset)]
+        agreed = [self.model.measured(self.eval_dataset)]
+        reshard(self.model)
         broadcast_object_list(agreed)  # all ranks stop at the same step, whatever the last digits that each has found
-        logs = agreed[0]
+        logs: dict[str, float] = agreed[0]
         self.log(dict(logs))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._keep_or_stop()
@@ -200,12 +133,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _keep_or_stop(self) -> None:
         """What follows from the evaluations so far, which the log has: so a resumed run decides as the first did."""
         history, step = self.state.log_history, self.state.global_step
-        if self._optimiser.keeps_best and best_step(history) == step and self.args.should_save:
-            unfinished, whole = Path(self.args.output_dir, "best"), best_weights(self._run, step)
-            self._save(str(unfinished))
-            shutil.rmtree(whole, ignore_errors=True)
-            unfinished.rename(whole)
-            drop_superseded(self._run, history)
+        if self._optimiser.keeps_best and best_step(history) == step:
+            unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
+            self.save_model(str(unfinished))
+            if self.args.should_save:
+                shutil.rmtree(best, ignore_errors=True)
+                unfinished.rename(best)
+                drop_superseded(self._run, history)
         patience = self._optimiser.patience
         if patience is not None and evaluations_since_best(history) >= patience:
             self.control.should_training_stop = True
@@ -217,31 +151,50 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self._optimiser.keeps_best:
             step = best_step(self.state.log_history)
             self.accelerator.wait_for_everyone()
-            load_model(self.model.student, best_weights(self._run, step) / _WEIGHTS)
+            load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
+            self.accelerator.wait_for_everyone()  # the first rank deletes them when it has saved the student
         return step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            whole = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            written = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             cursor = asdict(self.train_dataset.state(self.state.global_step))
-            (whole / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
-            whole.rename(self._run / whole.name)
+            (written / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
+            written.rename(self._run / written.name)
             for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
             if self._optimiser.keeps_best:
                 drop_superseded(self._run, self.state.log_history)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student's weights, by the names that it uses itself; each rank adds what it has of them."""
+        tensors = weights(self.model.student)
         if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            # The names that the module itself uses, and tied weights once: loading gives the same bits.
-            save_model(self.model.student, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = gathered(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, _OPTIMISER))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model(self.model.student, Path(resume_from_checkpoint, _WEIGHTS))
+        load_weights(self.model.student, load_file(Path(resume_from_checkpoint, _WEIGHTS)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint, _OPTIMISER), map_location="cpu", weights_only=True, mmap=True)
+            load_optimiser(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # A wrapper that does nothing: one of accelerate's, for copies of the student (DDP), would go around it.
+        return nn.Sequential(model) if is_sharded(model) else super()._wrap_model(model, training, dataloader)
 
 
 class _Flow(TrainerCallback):  # type: ignore[misc]

@@ -24,13 +24,15 @@ from pipeline.class_student import build_classifier, class_lesson, require_class
 from pipeline.config import TrainConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.holdout import Holdout
+from pipeline.lesson import Distillation, Lesson
 from pipeline.order import Cursor
 from pipeline.progress import Watch, unwatched
 from pipeline.ranks import on_cpu, to_start, train_by
+from pipeline.sharding import is_sharded, shard, unshard
 from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, last_evaluation, run_record
 from pipeline.targets import resolve_target
-from pipeline.trainer import Distillation, DistillationTrainer, Lesson, cursor_of, measured
+from pipeline.trainer import DistillationTrainer, cursor_of
 from storage.errors import AccessError, IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table
@@ -110,6 +112,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     step = trainer.choose()
+    unshard(student)
     if merge:
         merge()
     record = _record(config, table, student, trainer, step)
@@ -198,6 +201,8 @@ def _trainer(
             where=table.location,
             do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
         )
+    if settings.sharding == "full" and ranks.num_processes > 1:
+        shard(lesson.module, ranks.device, settings.bf16)
     trainer = DistillationTrainer(lesson, arguments, dataset, folder.run, record, settings, watch)
     if ranks.is_main_process:
         trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
@@ -210,7 +215,6 @@ def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel) -> L
         module=Distillation(student, table, config.loss, config.stream.max_k),
         dataset=partial(SoftLabelDataset, table, config.stream),
         evaluation=_evaluation(table, config.stream.row_tokens),
-        measure=partial(measured, table=table),
     )
 
 
@@ -259,7 +263,11 @@ def _record(
         "parameters": parameters(student),
         "step": step,
         "history": [entry for entry in history if len(entry) > 1],
-        "circumstances": circumstances(device=str(trainer.args.device), ranks=str(trainer.args.world_size)),
+        "circumstances": circumstances(
+            device=str(trainer.args.device),
+            ranks=str(trainer.args.world_size),
+            sharding="full" if is_sharded(trainer.model) else "none",
+        ),
     }
 
 

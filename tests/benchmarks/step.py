@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from pipeline.batch import Batch
 from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
+from pipeline.lesson import Distillation
 from pipeline.student_config import LossConfig
-from pipeline.trainer import Distillation
 from storage.table import Table
 from tests.benchmarks.stream import VOCABULARY, make_table
 

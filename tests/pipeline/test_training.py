@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 
-from pipeline import student, trainer, training
+from pipeline import lesson, student, training
 from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
+from pipeline.lesson import Distillation
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import decode
-from pipeline.trainer import Distillation
 from pipeline.training import train
 from storage.errors import StudentError, TableError, TrainingError, UsageError
 from storage.versions import pins
@@ -128,7 +128,7 @@ def test_students_do_not_depend_on_the_micro_batches(micro_rows, uninterrupted, 
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(6, "checkpoint-4"), (2, "none was written yet")])
 def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch):
-    loss = trainer.distillation_loss
+    loss = lesson.distillation_loss
     steps = [0]
 
     def broken(*arguments, **named):
@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch
         whole = loss(*arguments, **named)
         return type(whole)(whole.total * float("nan"), whole.hard, whole.soft, 1) if steps[0] == step else whole
 
-    monkeypatch.setattr(trainer, "distillation_loss", broken)
+    monkeypatch.setattr(lesson, "distillation_loss", broken)
     config = settings(table, tmp_path / "student", stream={"micro_rows": 8})
     with pytest.raises(TrainingError) as error:
         train(config)

@@ -1,0 +1,80 @@
+"""What a student is trained and measured on: batches, and a module of student and loss that turns them into numbers.
+
+All that differs between a language model, which is here, and a classifier, which is ``pipeline.class_student``'s. Knows
+no loop, no checkpoint and no device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.averaging import decode
+from pipeline.batch import Batch
+from pipeline.loss import distillation_loss
+from pipeline.metrics import measure
+from pipeline.student import hidden_states, output_head
+from pipeline.student_config import LossConfig
+from storage.view import AnyTable
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained and measured on: all that differs between a language model and a classifier."""
+
+    module: nn.Module
+    """The student, its attribute ``student``, with its loss, whose settings are ``loss``; called with a batch, and
+    asked what it ``measured``, like ``Distillation``."""
+    dataset: Callable[..., Any]
+    """Makes one rank's batches, given ``SoftLabelDataset``'s keyword arguments, whose methods it has."""
+    evaluation: Sequence[Any]
+    """Batches of the eval split, the same on each rank; none, and nothing is evaluated."""
+
+
+class Distillation(nn.Module):
+    """A student and its loss in one module, so that whatever wraps it (autocast, DDP, FSDP) wraps both."""
+
+    vocabulary: Tensor
+
+    def __init__(self, student: PreTrainedModel, table: AnyTable, loss: LossConfig, max_k: int | None) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
+        # A view may have tables with draws beside others without: then none are used.
+        self.loss = loss if table.draws or loss.target != "auto" else loss.model_copy(update={"target": "bucket"})
+        """What is minimised, its weights as they are at this step."""
+        self._table = table
+        self._max_k = max_k
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without."""
+        head = output_head(self.student)
+        hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+        targets = None
+        if self.loss.soft_weight:
+            targets = decode(batch.targets, self.vocabulary, self._table.temperatures, self.loss, self._max_k)
+        positions = max(1, batch.global_positions)
+        loss = distillation_loss(
+            hidden,
+            head.weight,
+            batch.next_ids,
+            targets,
+            self.loss,
+            bias=head.bias,
+            vocabulary_size=len(self.vocabulary),
+            soft_cap=head.soft_cap,
+            logit_scale=head.scale,
+            normaliser=positions,
+        )
+        return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
+
+    def measured(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """What the curves show of the student on these batches."""
+        metrics = measure(self.student, batches, self._table)
+        logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
+        if metrics.agreement is not None:
+            logs["eval_agreement"] = metrics.agreement.mean
+        return logs
