@@ -48,8 +48,7 @@ def delete(config: MaintainConfig) -> Maintenance:
 @flow(name="maintain", persist_result=False)
 def maintain_flow(config: MaintainConfig) -> MaintainReport:
     """Delete what no version of a table names and nobody is writing; or name versions, and let go of them."""
-    table = parse(config.table)[0]
-    Table.open(table)
+    table = Table.open(config.table).location
     named = change_names(config)
     deletion = delete(config) if config.vacuum or not named else None
     if deletion and deletion.deleted and not deletion.dry_run:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 
-from storage.errors import ProvenanceError, TableError, UsageError
+from storage.errors import ProvenanceError, TableError, TableNotFoundError, UsageError
 from storage.place import place_of
 from storage.provenance import Identity, user
 from storage.records import now
 from storage.table import VIEW_FILE, Table, is_view
-from storage.versions import parse, pin
+from storage.versions import parse, pin, unpin
 from storage.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
 
 _ALIKE = ("tokenizer.files", "vocabulary")
@@ -18,6 +19,8 @@ _ALIKE = ("tokenizer.files", "vocabulary")
 
 def make_view(location: str, names: Sequence[str], weights: Sequence[float], how: How) -> View:
     """Make a view, and pin its tables' versions so that they are not vacuumed. Made again the same, it stays.
+
+    Of several processes that make different ones in the same place, one succeeds, and its pins alone stay.
 
     Args:
         location: its folder.
@@ -40,9 +43,12 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
     if how == "average":
         _require_average(view)
     _require_free(location, view.definition)
-    for table in tables:
-        pin(table.location, table.version, view.place.address, "view")
-    _write(location, view.definition)
+    try:
+        for table in tables:
+            pin(table.location, table.version, view.place.address, "view")
+        _write(location, view.definition)
+    finally:
+        _settle(view)
     return view
 
 
@@ -58,6 +64,18 @@ def _write(location: str, definition: Definition) -> None:
             where=location,
             do="check the folder's permissions and space",
         ) from error
+
+
+def _settle(view: View) -> None:
+    """Let each table keep what the view needs that is there by now: another's, if that was first, or none."""
+    address = view.place.address
+    held = {part.table: part.version for part in read_definition(view.place).parts} if is_view(view.location) else {}
+    for table in view.tables:
+        if table.location in held:
+            pin(table.location, held[table.location], address, "view")
+        else:
+            with suppress(TableNotFoundError):
+                unpin(table.location, address)
 
 
 def _require_free(location: str, definition: Definition) -> None:

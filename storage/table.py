@@ -29,7 +29,7 @@ from storage.errors import IntegrityError, ProvenanceError, TableError, TableNot
 from storage.place import inaccessible, place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from storage.versions import LOG, commits, parse, resolve
+from storage.versions import LOG, commits, parse, resolve, spans
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
@@ -134,7 +134,7 @@ class Table:
             if version is not None and version not in commits(place_of(path)):
                 raise TableNotFoundError(
                     f"there is no version {version} of this table",
-                    found=found,
+                    expected=f"one of {spans(commits(place_of(path)))}",
                     where=location,
                     do="see softlabel history for its versions",
                 ) from error

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from storage.alignment import Alignment
 from storage.codec import Ints
@@ -33,7 +34,7 @@ class Part:
 
     table: str
     version: int
-    weight: float
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     content: str
     """``Table.content`` of that version."""
 
@@ -44,7 +45,7 @@ class Definition:
 
     format: int
     how: How
-    parts: tuple[Part, ...]
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
     time: str
     """UTC, ISO 8601."""
     user: str
@@ -168,12 +169,15 @@ def read_definition(place: Place) -> Definition:
         TableError: if another version of softlabel made it.
     """
     try:
-        content = json.loads(place.read(VIEW_FILE))
-        parts = tuple(Part(**part) for part in content.pop("parts"))
-        definition = Definition(**content, parts=parts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        definition = TypeAdapter(Definition).validate_json(place.read(VIEW_FILE))
+    except (OSError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
         raise IntegrityError(
-            "the view can't be read", found=error, where=place.where(VIEW_FILE), do="make it again with softlabel mix"
+            "the view can't be read",
+            expected="a file that softlabel mix wrote",
+            found=" ".join([*map(str, first["loc"]), first["msg"]]) if first else error,
+            where=place.where(VIEW_FILE),
+            do="delete it, and make it again with softlabel mix",
         ) from error
     if definition.format != FORMAT:
         raise TableError(

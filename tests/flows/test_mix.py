@@ -110,6 +110,9 @@ def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
     [
         (["capture", "{folder}/a.parquet", "{folder}/average", "--teacher.model", "{teacher}"], "can only be read"),
         (["maintain", "{folder}/average"], "can only be read"),
+        (["reprocess", "{folder}/average", "{folder}/new", "--selection.max-k", "4"], "can only be read"),
+        (["verify", "{folder}/average", "--remove-damaged"], "can only be read"),
+        (["mix", "{folder}/new", "{folder}/average", "{folder}/a"], "can only be read"),
         (["mix", "{folder}/new", "{folder}/a"], "tables"),
         (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"], "2 tables and 1 weights"),
         (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1", "0"], "weights"),

@@ -106,6 +106,8 @@ def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     ]
     code, error, _ = softlabel(capsys, "maintain", table, "--unpin", "nobody")
     assert (code, error["error"]) == (1, "TableNotFoundError")
+    code, error, _ = softlabel(capsys, "maintain", f"{table}@99")
+    assert (code, error["error"]) == (1, "TableNotFoundError")
     code, error, _ = softlabel(capsys, "inspect", f"{table}@golden")
     assert (code, error["error"]) == (1, "TableNotFoundError")
     assert f"did you mean {table}@gold?" in error["message"]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from storage import mixing
 from storage.codec import decode
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
 from storage.groups import column_of, load, outlines
@@ -186,13 +187,42 @@ def test_what_is_not_as_it_was_is_an_error(tmp_path):
         open_table(view.location)
     file = Path(view.location, "view.json")
     content = json.loads(file.read_text())
-    for damage in ("{", "[]", json.dumps({**content, "parts": [{"table": "a"}]}), json.dumps({"format": 1})):
+    weightless = [{**part, "weight": 0} for part in content["parts"]]
+    broken = ({**content, "parts": [{"table": "a"}]}, {"format": 1}, {**content, "parts": []}, {**content, "how": "?"})
+    for damage in ("{", "[]", "null", *map(json.dumps, broken), json.dumps({**content, "parts": weightless})):
         file.write_text(damage)
         with pytest.raises(IntegrityError, match="the view can't be read"):
             open_table(view.location)
     file.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(TableError, match="another version of softlabel"):
         open_table(view.location)
+
+
+@pytest.mark.parametrize("quicker", ["before the pins", "before the file"])
+def test_of_two_different_views_in_one_place_one_is_made(tables, tmp_path, monkeypatch, quicker: str):
+    """Whoever loses says so, and leaves each table the pin that the winner needs, or none."""
+    a, b, c = (table.location for table in tables)
+    location, step = str(tmp_path / "view"), {"before the pins": "pin", "before the file": "_write"}[quicker]
+    real = getattr(mixing, step)
+
+    def late(*args: object) -> object:
+        monkeypatch.setattr(mixing, step, real)
+        make_view(location, [f"{b}@1", c], (1, 1), "concatenate")
+        return real(*args)
+
+    monkeypatch.setattr(mixing, step, late)
+    with pytest.raises(UsageError, match="another view here"):
+        make_view(location, [a, b], (1, 1), "concatenate")
+    assert [table.version for table in open_table(location).tables] == [1, 1]
+    held = {name: [pin.version for pin in pins(name) if pin.student == location] for name in (a, b, c)}
+    assert held == {a: [], b: [1], c: [1]}
+
+
+def test_a_view_that_can_not_be_made_leaves_no_pin(tables, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TableError, match="can't be written"):
+        make_view(str(tmp_path / "file" / "view"), [table.location for table in tables[:2]], (1, 1), "concatenate")
+    assert not [pin for table in tables for pin in pins(table.location) if str(tmp_path) in pin.student]
 
 
 def test_a_damaged_shard_of_any_table_stops_the_reader(tmp_path):
