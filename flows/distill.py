@@ -11,7 +11,7 @@ from pipeline.capturing import CaptureReport
 from pipeline.class_evaluation import ClassEvaluation
 from pipeline.distill_config import DistillConfig
 from pipeline.evaluation import EvaluationReport
-from pipeline.student import require_files
+from pipeline.fitting import Origin, require_fitting, require_loss
 from pipeline.training import TrainReport
 
 
@@ -28,7 +28,10 @@ class DistillReport:
 @flow(name="distill", persist_result=False)
 def distill_flow(config: DistillConfig) -> DistillReport:
     """Capture, train and evaluate; what is there already is not made again."""
-    require_files(config.student)
+    origin = Origin.of_capture(config)
+    require_fitting(config.student, origin)
+    for settings in config.train().values():
+        require_loss(settings, origin)
     captured = capture_flow(config.capture())
     trained = {name: train_flow(settings) for name, settings in config.train().items()}
     return DistillReport(captured, trained, evaluate_flow(config.evaluate()))

@@ -22,9 +22,10 @@ from pipeline.class_metrics import measure_classes
 from pipeline.class_stream import ClassBatch, ClassDataset, Documents
 from pipeline.classifier import padding_id
 from pipeline.config import TrainConfig
+from pipeline.fitting import Origin, explained, require_fitting
 from pipeline.lesson import Lesson
 from pipeline.loss import distillation_loss
-from pipeline.student import explained, from_weights, require_one_source
+from pipeline.student import pruned
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
 from storage.errors import AccessError, IntegrityError, StudentError, TableError, UsageError
@@ -45,12 +46,11 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
         UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
         StudentError: if it can't be loaded, or its tokenizer does not fit.
     """
-    require_one_source(config)
+    source, revision = require_fitting(config, Origin.of(table))
     names = LabelMap.of(config.labels, table.identity.classes or ()).names
     head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     dtype, tokenizer = getattr(torch, config.dtype), AutoTokenizer.from_pretrained(table.tokenizer)
     if config.config is not None:
-        source = config.config
         settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, **head))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(settings, name, getattr(tokenizer, name))
@@ -58,7 +58,7 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
             source, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
         )
     else:
-        student = from_weights(config, table, lambda source, revision: _load(source, revision or "main", dtype, head))
+        student = pruned(_load(source, revision or "main", dtype, head), config, table)
     padding_id(student, tokenizer)
     _require_room(student, table)
     return student
@@ -222,30 +222,6 @@ def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> No
             where=table.location,
             do="set that weight to 0, or capture with columns.label; distill's control has the hard loss alone, "
             "control: false leaves it out",
-        )
-
-
-def require_class_settings(config: TrainConfig) -> None:
-    """Refuse what a table of classes knows nothing of.
-
-    Raises:
-        UsageError: if adapters or a part of the distribution are asked for: a classifier has the whole of both.
-    """
-    if config.student.lora_rank is not None:
-        raise UsageError(
-            "adapters are for language models",
-            expected="no student.lora_rank: a classifier's head is new, and has to be trained whole",
-            found=f"student.lora_rank: {config.student.lora_rank}",
-            do="leave it out",
-        )
-    found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
-    found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
-    if found:
-        raise UsageError(
-            "the whole of a classifier's distribution is the target",
-            expected="neither stream.max_k nor loss.target",
-            found=", ".join(found),
-            do="leave it out; student.labels says which classes a student learns",
         )
 
 

@@ -85,6 +85,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         self._packs: dict[int, int] = {}
         self.total_steps = self._steps_of(epochs) if max_steps is None else max_steps
         """Optimiser steps of the whole run, those before ``start`` included."""
+        self._require_steps(epochs)
 
     @property
     def accumulation(self) -> int:
@@ -174,11 +175,11 @@ class SoftLabelDataset(IterableDataset[Batch]):
         return self._plans[epoch]
 
     def _check(self, split: str) -> None:
-        if not len(self._index.tokens):
+        if not self._index.positions.any():
             raise UsageError(
                 f"the table has no {split} sequences",
-                expected=f"at least one sequence in the split {split}",
-                found=f"none in version {self._table.version}",
+                expected=f"at least one sequence with captured positions in the split {split}",
+                found=f"{len(self._index.positions)} without any in version {self._table.version}",
                 where=self._table.location,
                 do="capture more documents; shards.eval_fraction says how many of them go to eval",
             )
@@ -190,6 +191,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
                 found=f"stream.row_tokens: {self._stream.row_tokens}",
                 where=self._table.location,
                 do=f"set stream.row_tokens to {longest} or more, or capture with a smaller sequences.max_tokens",
+            )
+
+    def _require_steps(self, epochs: float) -> None:
+        if self.total_steps == 0:
+            raise UsageError(
+                "there is nothing to train on in so few passes: of a view, tables of a small weight come in some alone",
+                expected="at least one optimiser step",
+                found=f"none in optimiser.epochs: {epochs:g}",
+                where=self._table.location,
+                do="set optimiser.epochs higher, or give the view's tables larger weights",
             )
 
 

@@ -41,13 +41,7 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """
     config = teacher.config
     count = config.num_hidden_layers
-    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
-        raise UsageError(
-            "the teacher can't be pruned to these layers",
-            expected=f"distinct layers between 0 and {count - 1}",
-            found=f"student.layers: {list(layers)}",
-            where=config.name_or_path,
-        )
+    require_layers(config, layers)
     name, stack = layer_stack(teacher)
     settings = {
         key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
@@ -89,13 +83,7 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
             where=config.name_or_path,
             do="leave out student.intermediate_size",
         )
-    if neurons > config.intermediate_size:
-        raise UsageError(
-            "the teacher has not so many neurons in a feed-forward layer",
-            expected=f"at most {config.intermediate_size}",
-            found=f"student.intermediate_size: {neurons}",
-            where=config.name_or_path,
-        )
+    require_neurons(config, neurons)
     for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
         kept = activity.topk(neurons).indices.sort().values
         for name in ("gate_proj", "up_proj"):
@@ -103,6 +91,37 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
         _keep(layer.down_proj, kept, dimension=1)
     config.intermediate_size = neurons
     return teacher
+
+
+def require_layers(config: Any, layers: Sequence[int]) -> None:
+    """Refuse layers that a teacher of this configuration has not.
+
+    Raises:
+        UsageError: if they are not distinct ones of its own.
+    """
+    count = config.num_hidden_layers
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
+        raise UsageError(
+            "the teacher can't be pruned to these layers",
+            expected=f"distinct layers between 0 and {count - 1}",
+            found=f"student.layers: {list(layers)}",
+            where=config.name_or_path,
+        )
+
+
+def require_neurons(config: Any, neurons: int) -> None:
+    """Refuse more neurons than a teacher of this configuration has in a feed-forward layer.
+
+    Raises:
+        UsageError: if they are more.
+    """
+    if neurons > getattr(config, "intermediate_size", neurons):
+        raise UsageError(
+            "the teacher has not so many neurons in a feed-forward layer",
+            expected=f"at most {config.intermediate_size}",
+            found=f"student.intermediate_size: {neurons}",
+            where=config.name_or_path,
+        )
 
 
 def _is_feed_forward(part: nn.Module) -> bool:

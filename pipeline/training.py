@@ -20,9 +20,10 @@ from transformers.integrations import TensorBoardCallback
 from pipeline.averaging import require_average
 from pipeline.batch import Batch
 from pipeline.body import adapt, use_liger
-from pipeline.class_student import build_classifier, class_lesson, require_class_settings
+from pipeline.class_student import build_classifier, class_lesson
 from pipeline.config import TrainConfig
 from pipeline.dataset import SoftLabelDataset
+from pipeline.fitting import Origin, require_loss
 from pipeline.holdout import Holdout
 from pipeline.lesson import Distillation, Lesson
 from pipeline.order import Cursor
@@ -31,7 +32,6 @@ from pipeline.ranks import on_cpu, to_start, train_by
 from pipeline.sharding import is_sharded, shard, unshard
 from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, last_evaluation, run_record
-from pipeline.targets import resolve_target
 from pipeline.trainer import DistillationTrainer, cursor_of
 from storage.errors import AccessError, IntegrityError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
@@ -98,7 +98,9 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     if finished is not None:
         return _report(config, finished, 0, None, time.monotonic() - began)
 
-    _require_target(config, table)
+    require_loss(config, Origin.of(table))
+    if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
+        require_average(config.loss, config.stream.max_k)
     set_seed(config.optimiser.seed)
     student = build_classifier(config.student, table) if _of_classes(table) else build(config.student, table)
     merge = adapt(student, config.student) if config.student.lora_rank else None
@@ -227,24 +229,6 @@ def _evaluation(table: AnyTable, row_tokens: int) -> list[Batch]:
     except TableError:
         return []
     return list(islice(holdout.batches(row_tokens), max(1, EVAL_TOKENS // row_tokens)))
-
-
-def _require_target(config: TrainConfig, table: AnyTable) -> None:
-    """Refuse a loss that the table can't give, before anything is built."""
-    if _of_classes(table):
-        require_class_settings(config)
-    elif config.student.labels:
-        raise UsageError(
-            "labels are a classifier's, and this table's teacher predicts tokens",
-            expected="no student.labels, or a table that a classifier made",
-            found=f"student.labels: {' '.join(config.student.labels)}",
-            where=table.location,
-            do="leave them out",
-        )
-    elif config.loss.soft_weight or config.loss.soft_weight_end:
-        if isinstance(table, View) and table.average:
-            require_average(config.loss, config.stream.max_k)
-        resolve_target(config.loss, table.temperatures, table.draws, config.stream.max_k)
 
 
 def _of_classes(table: AnyTable) -> TypeGuard[Table]:

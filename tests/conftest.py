@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with the longest tests first: of several processes, none has then to wait for another at the end."""
-    long = "end_to_end training_sharded training_ranks mix workers capturing flows bucket verify_maintain".split()
+    long = ["end_to_end", "training_sharded", "training_ranks", "mix", "workers", "capturing", "flows", "bucket"]
     files = [f"test_{name}.py" for name in long]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 

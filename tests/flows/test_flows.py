@@ -124,6 +124,8 @@ def artifacts() -> dict[str, str]:
         (["--columns.text", "txet"], 2, "UsageError"),
         (["--student.model", "one-too-many"], 2, "UsageError"),
         (["--student.teacher", "nowhere/either"], 1, "StudentError"),
+        (["--student.layers", "2"], 2, "UsageError"),
+        (["--loss.temperature", "7"], 2, "UsageError"),
     ],
 )
 def test_bad_input_is_one_screen(

@@ -35,7 +35,8 @@ def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6) 
     )
     parts = [_labels(model, number) for number in range(train + held_out)]
     table = Table.create(str(folder), identity, pa.schema([]), SoftLabels.concatenate(parts), tokenizer)
-    add(table, parts[:train], range(train), "train", teacher)
+    if train:
+        add(table, parts[:train], range(train), "train", teacher)
     if held_out:
         add(table.newest(), parts[train:], range(train, train + held_out), "eval", teacher)
     return table.newest()

@@ -18,7 +18,7 @@ from pipeline.targets import decode
 from pipeline.training import train
 from storage.errors import StudentError, TableError, TrainingError, UsageError
 from storage.versions import pins
-from tests.pipeline import dense
+from tests.pipeline import dense, tables
 from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import STREAM, curve, history, settings
 
@@ -203,3 +203,13 @@ def test_what_can_not_be_trained_leaves_nothing(changes, error, said, table, tmp
     with pytest.raises(error, match=said):
         train(settings(table, tmp_path / "student", **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_one_sequence_to_train_on_or_none(tiny_teacher, tmp_path):
+    one = make_table(tmp_path / "one", tiny_teacher, train=1, held_out=1)
+    report = train(settings(one, tmp_path / "student"))
+    assert (report.steps, report.positions) == (3, 3 * (len(tables._ids(0)) - 1))
+    none = make_table(tmp_path / "none", tiny_teacher, train=0, held_out=1)
+    with pytest.raises(UsageError, match="no train sequences"):
+        train(settings(none, tmp_path / "nobody"))
+    assert not (tmp_path / "nobody").exists()

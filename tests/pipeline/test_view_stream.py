@@ -17,7 +17,7 @@ from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.holdout import Holdout
 from pipeline.order import Cursor
-from storage.errors import TableError
+from storage.errors import TableError, UsageError
 from storage.mixing import make_view
 from storage.reader import read
 from storage.schema import SEQUENCE
@@ -123,3 +123,9 @@ def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: P
     shared = make_view(str(tmp_path / "shared"), [tables[0], tables[1]], (1.0, 1.0), "average")
     with pytest.raises(TableError, match="nothing to measure students on"):
         Holdout.of(shared)
+
+
+def test_passes_in_which_nothing_comes(tables: list[str], tmp_path: Path):
+    view = make_view(str(tmp_path / "v"), tables, (1e-6, 1e-6), "concatenate")
+    with pytest.raises(UsageError, match="at least one optimiser step"):
+        SoftLabelDataset(view, stream())

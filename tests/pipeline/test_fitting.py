@@ -1,0 +1,74 @@
+"""What a student must be is asked in the same way of a teacher, before it is paid for, and of a table."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig
+
+from pipeline.config import CaptureConfig, TrainConfig
+from pipeline.fitting import Origin, require_fitting, require_loss
+from pipeline.student import build
+from pipeline.student_config import StudentConfig
+from storage.errors import StudentError, UsageError
+from tests.pipeline.classifiers import save_classifier
+
+BAD = [
+    ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
+    ({"depth": 3}, UsageError, "not so many layers"),
+    ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
+    ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
+    ({"model": "nowhere/at-all"}, StudentError, "configuration can't be loaded"),
+    ({"model": "stranger"}, StudentError, "499 tokens"),
+    ({"config": "small.json"}, StudentError, "at least 500 rows"),
+    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one place"),
+]
+
+
+def capturing(teacher, **settings):
+    return CaptureConfig(documents="nowhere.parquet", table="table", teacher={"model": str(teacher)}, **settings)
+
+
+@pytest.fixture
+def strangers(tiny_teacher, tmp_path, monkeypatch):
+    """A model with a token less, and a configuration with room for too few."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_teacher, "stranger")
+    tokenizer = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    del tokenizer["model"]["vocab"][last]
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+    (tmp_path / "stranger" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "small.json").write_text(LlamaConfig(vocab_size=400).to_json_string())
+
+
+@pytest.mark.usefixtures("strangers")
+@pytest.mark.parametrize(("student", "kind", "said"), BAD, ids=[str(student) for student, *_ in BAD])
+def test_a_student_that_can_not_be(student, kind, said, table, tiny_teacher):
+    config = StudentConfig(**student)
+    with pytest.raises(kind, match=said):
+        require_fitting(config, Origin.of_capture(capturing(tiny_teacher)))
+    with pytest.raises(kind, match=said):
+        build(config, table)
+
+
+def test_a_student_that_can(table, tiny_teacher):
+    for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
+        assert require_fitting(StudentConfig(depth=2), origin) == (str(tiny_teacher), None)
+        assert AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab()
+
+
+def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher, tmp_path):
+    origin = Origin.of_capture(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
+    require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")), origin)
+    with pytest.raises(UsageError, match="did you mean 'names'"):
+        require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
+    with pytest.raises(UsageError, match="adapters are for language models"):
+        require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_rank": 4}), origin)
+
+
+def test_a_temperature_that_would_not_be_stored(tiny_teacher):
+    config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
+    require_loss(config, Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)})))
+    with pytest.raises(UsageError, match=r"no tail mass for temperature 2"):
+        require_loss(config, Origin.of_capture(capturing(tiny_teacher)))
