@@ -9,17 +9,19 @@ Decides whether a run is new, goes on, or is done already, and refuses to mix tw
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
 from pipeline.student_config import LossConfig
-from storage.errors import UsageError
+from storage.errors import TrainingError, UsageError
 from storage.table import Table
 from storage.versions import parse
 from storage.view import AnyTable, open_table
@@ -106,6 +108,26 @@ class StudentFolder:
         for number, file in enumerate(sorted(self.curves.glob("*tfevents*"))):
             file.rename(self.curves / f"{number:04}.tfevents")
         return SummaryWriter(str(self.curves), purge_step=step + 1 if step else 0)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say what stops a student from being written.
+
+        Raises:
+            TrainingError: if the disk is full or the folder can't be written.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise
+            raise TrainingError(
+                "the student can't be written; its last checkpoint, if there is one, is whole",
+                expected="a folder that can be written, on a disk that has room",
+                found=error,
+                where=self.path,
+                do="make room or mend the permissions, then run the same command again",
+            ) from error
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
         """Put a finished student in its place, all at once, and drop what its run had come to."""

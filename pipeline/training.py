@@ -81,7 +81,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     Raises:
         UsageError: if the settings contradict the table, each other, or what is in the output folder.
         StudentError: if the student can't be built, or does not fit the table.
-        TrainingError: if the loss is no longer a number.
+        TrainingError: if the loss is no longer a number, or the student can't be written.
         TableError: if the table can't be read.
         WorkerError: if one of several processes died.
     """
@@ -108,10 +108,11 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         use_liger(student)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
-    trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
-    if ranks.is_main_process:
-        _pin(table, folder.path)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with folder.writing():
+        trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
+        if ranks.is_main_process:
+            _pin(table, folder.path)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     step = trainer.choose()
     unshard(student)
@@ -119,7 +120,8 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         merge()
     record = _record(config, table, student, trainer, step)
     if ranks.is_main_process:
-        folder.finish(student, table.tokenizer, record)
+        with folder.writing():
+            folder.finish(student, table.tokenizer, record)
     ranks.wait_for_everyone()
     resumed_from = start.step if checkpoint else None
     return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)

@@ -120,6 +120,9 @@ class Bucket:
         for path in sorted(source.iterdir()):
             self.write(f"{name}/{path.name}", path.read_bytes())
 
+    def settle(self, name: str) -> None:
+        """What a store has confirmed, it keeps."""
+
     def draft(self) -> Draft:
         """On this machine."""
         return _Draft(self)

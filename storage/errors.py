@@ -19,6 +19,15 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
         └── DisagreementError      numbers that its teacher does not say again
 """
 
+import re
+
+_CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
+
+
+def cause(error: Exception) -> str:
+    """What an error says, in one line: of delta-rs, which draws a tree of what led to what, its last branch."""
+    return ": ".join(part.splitlines()[0] for part in _CAUSE.split(str(error) or type(error).__name__)[-2:])
+
 
 class SoftlabelError(Exception):
     """What was expected, what was found, where, and what to do, in that order and on one screen."""

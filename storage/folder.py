@@ -84,12 +84,19 @@ class Folder:
         copy = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         if not target.exists():
             try:
-                shutil.copytree(source, copy)
+                for path in source.iterdir():
+                    publish(path.read_bytes(), copy / path.name)
                 copy.rename(target)
+                _sync(target.parent)
             except OSError:
                 shutil.rmtree(copy, ignore_errors=True)
                 if not target.exists():  # else another process was first, with the same files
                     raise
+
+    def settle(self, name: str) -> None:
+        """Synced, with its name."""
+        _sync(self._path / name)
+        _sync((self._path / name).parent)
 
     def draft(self) -> Draft:
         """In the writing folder, and locked."""

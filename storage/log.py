@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
+from storage.commit_files import commit_file, commits
 from storage.errors import IntegrityError
 from storage.place import Place
 from storage.schema import PARTITION
 from storage.table import Shard, Table
-from storage.versions import commit_file, commits
 
 _BESIDE = ("softlabel.vocabulary", "softlabel.tokenizer")
 """Properties of a version that name files in the side folder."""
@@ -74,7 +74,10 @@ def read_log(table: Table) -> Log:
 def _actions(place: Place, version: int) -> list[dict[str, Any]]:
     """The lines of a commit."""
     try:
-        return [json.loads(line) for line in place.read(commit_file(version)).splitlines()]
+        actions = [json.loads(line) for line in place.read(commit_file(version)).splitlines()]
+        if not actions:
+            raise ValueError("an empty commit, as a power cut may leave it")
+        return actions
     except (OSError, ValueError) as error:
         raise IntegrityError(
             "the table's log can't be read",

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from storage.commit_files import LOG
 from storage.errors import TableError, UsageError
 from storage.log import Log, read_log
 from storage.place import SIDE_FOLDER, WRITING, File, Place, place_of
 from storage.rewrite import REWRITTEN
 from storage.schema import PARTITION
 from storage.table import Table
-from storage.versions import LOG, needed, retire, vacuumed
+from storage.versions import needed, retire, vacuumed
 
 GRACE_HOURS = 24.0
 

@@ -115,6 +115,10 @@ class Place(Protocol):
         """Copy a folder of small files from this machine. Others may do the same at once, with the same files."""
         ...
 
+    def settle(self, name: str) -> None:
+        """See that a file which others have written survives a power cut."""
+        ...
+
     def draft(self) -> Draft:
         """A new file, empty, for a shard to be made in."""
         ...

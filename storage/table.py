@@ -9,7 +9,6 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
 """
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,19 +22,18 @@ from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
+from storage import commit_files
 from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
-from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.commit_files import LOG, commits, require_no_remains, require_whole
+from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError, cause
 from storage.place import inaccessible, place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from storage.versions import LOG, commits, parse, resolve, spans
+from storage.versions import parse, resolve, spans
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
-_COMMIT = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
-_CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
-"""What stands before the cause of a cause in what delta-rs says of an error."""
 VIEW_FILE = "view.json"
 """In the folder of a view."""
 
@@ -96,7 +94,7 @@ class Table:
     def exists(location: str) -> bool:
         """Whether there is a table, of softlabel's or another's making, or a view."""
         path = parse(location)[0]
-        return any(_COMMIT.fullmatch(file.name) for file in place_of(path).files(LOG)) or is_view(path)
+        return commit_files.exists(place_of(path)) or is_view(path)
 
     @classmethod
     def open(cls, location: str) -> Self:
@@ -112,9 +110,11 @@ class Table:
         path, wanted = parse(location)
         version = resolve(path, wanted) if cls.exists(path) else None
         try:
-            return cls(path, DeltaTable(path, version=version))
+            table = cls(path, DeltaTable(path, version=version))
+            require_whole(table.place, table.version)
+            return table
         except (DeltaNotFoundError, DeltaError, OSError) as error:
-            found = ": ".join(cause.splitlines()[0] for cause in _CAUSE.split(str(error))[-2:])
+            found = cause(error)
             if is_view(path):
                 raise UsageError(
                     "this is a view over several tables, which can only be read",
@@ -163,8 +163,10 @@ class Table:
 
         Raises:
             ProvenanceError: if another process made a table of another identity first.
+            IntegrityError: if there are shards of a table that has lost its log.
         """
         schema, place = row_schema(carried), place_of(location)
+        require_no_remains(place)
         try:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
@@ -185,7 +187,7 @@ class Table:
             if not cls.exists(location):
                 raise TableError(
                     "the table can't be made",
-                    found=error,
+                    found=cause(error),
                     where=location,
                     do="check the folder's permissions and space",
                 ) from error

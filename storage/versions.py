@@ -18,14 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from storage.commit_files import commits
 from storage.errors import TableError, TableNotFoundError, UsageError
-from storage.place import Place, place_of
+from storage.place import place_of
 from storage.provenance import user
 from storage.records import Record, Records, now
 from storage.takedown import explain, lost
 
-LOG = "_delta_log"
-"""Folder of the commits."""
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
 """What a tag may be called."""
 
@@ -195,17 +194,6 @@ def vacuumed(table: str) -> set[int]:
 def remaining(table: str) -> set[int]:
     """Versions that can be opened."""
     return commits(place_of(table)) - vacuumed(table)
-
-
-def commits(place: Place) -> set[int]:
-    """Versions whose commits are in a table's log."""
-    names = (re.fullmatch(rf"{LOG}/(\d{{20}})\.json", file.name) for file in place.files(LOG))
-    return {int(match[1]) for match in names if match}
-
-
-def commit_file(version: int) -> str:
-    """Where the commit that made a version is."""
-    return f"{LOG}/{version:020}.json"
 
 
 def retire(table: str, versions: Iterable[int]) -> None:

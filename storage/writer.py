@@ -21,7 +21,8 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 from numpy.typing import NDArray
 
 from storage.codec import SoftLabels, encode
-from storage.errors import TableError
+from storage.commit_files import commit_file
+from storage.errors import TableError, cause
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import ShardFile, add_action
@@ -169,7 +170,7 @@ def all_or_nothing(location: str) -> Iterator[None]:
         raise TableError(
             "the table could not be written; it is as it was",
             expected="a folder that can be written, on a disk that has room",
-            found=error,
+            found=cause(error),
             where=location,
             do="make room or mend the permissions, then run the same command again",
         ) from error
@@ -202,6 +203,7 @@ def committed(
         if newest.newest().version == newest.version:
             raise
         return False
+    newest.place.settle(commit_file(newest.version + 1))
     # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.
     for publish in publications:
         publish()

@@ -1,5 +1,6 @@
 """Creating and opening tables: versions, wrong paths, damaged logs, and two processes that create at once."""
 
+import os
 import shutil
 from multiprocessing.queues import SimpleQueue as Queue
 from multiprocessing.synchronize import Barrier
@@ -11,10 +12,21 @@ import pytest
 from deltalake import write_deltalake
 
 from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.maintenance import maintain
 from storage.provenance import Identity
 from storage.schema import SEQUENCE, SOFT_LABELS
 from storage.table import Table, parse
-from tests.storage.tables import CARRIED, PROCESSES, VOCABULARY, add, identity, make_table, process, random_labels
+from tests.storage.tables import (
+    CARRIED,
+    PROCESSES,
+    VOCABULARY,
+    add,
+    identity,
+    make_table,
+    names_in,
+    process,
+    random_labels,
+)
 
 
 def test_a_new_table(table: Table):
@@ -192,3 +204,40 @@ def test_two_processes_create_different_tables_at_one_place(tmp_path: Path):
         (error,) = [part for part in (a, b) if isinstance(part, str)]
         assert "selection.seed: the table has" in error
         assert "temperatures" not in error
+
+
+def test_a_commit_that_a_power_cut_has_emptied(filled: Table):
+    """To delta-rs it says that nothing has changed: the shards would pass for leftovers, and be deleted."""
+    newest = Path(filled.location, "_delta_log", f"{filled.version:020}.json")
+    newest.write_bytes(b"")
+    for look in (lambda: Table.open(filled.location), lambda: maintain(filled.location, grace_hours=0)):
+        with pytest.raises(IntegrityError, match=newest.name):
+            look()
+    newest.unlink()
+    add(Table.open(filled.location), [f"b{i}" for i in range(40)])
+    assert names_in(filled.newest()) == names_in(filled)
+    Path(filled.location, "_delta_log", f"{1:020}.json").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=f"{1:020}.json"):
+        maintain(filled.location, grace_hours=0)
+
+
+def test_a_commit_survives_a_power_cut(table: Table, monkeypatch: pytest.MonkeyPatch):
+    synced, real = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    add(table, ["a"])
+    log = Path(table.location, "_delta_log")
+    assert {(log / f"{1:020}.json").stat().st_ino, log.stat().st_ino} <= set(synced)
+
+
+def test_no_table_is_made_among_shards_that_have_lost_their_log(filled: Table):
+    """They would pass for leftovers of the new one, and be deleted."""
+    log = Path(filled.location, "_delta_log")
+    log.rename(log.with_name("away"))
+    with pytest.raises(IntegrityError, match=r"no table that they belong to(.|\n)*split="):
+        make_table(filled.location, identity())
+    assert not log.exists()

@@ -1,0 +1,62 @@
+"""The files of a table's log: which commits there are, and whether any can be missing; looks into none of them."""
+
+import re
+from contextlib import suppress
+
+from storage.errors import IntegrityError
+from storage.place import Place
+from storage.schema import PARTITION
+
+LOG = "_delta_log"
+"""Folder of the commits."""
+_COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
+_ANY = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
+
+
+def exists(place: Place) -> bool:
+    """Whether there is a log."""
+    return any(_ANY.fullmatch(file.name) for file in place.files(LOG))
+
+
+def commits(place: Place) -> set[int]:
+    """Versions whose commits are there."""
+    names = (_COMMIT.fullmatch(file.name) for file in place.files(LOG))
+    return {int(match[1]) for match in names if match}
+
+
+def commit_file(version: int) -> str:
+    """Where the commit that made a version is."""
+    return f"{LOG}/{version:020}.json"
+
+
+def require_whole(place: Place, version: int) -> None:
+    """Refuse a version whose commit a power cut has left empty: to delta-rs, that says that nothing has changed.
+
+    Raises:
+        IntegrityError: naming it.
+    """
+    with suppress(FileNotFoundError):  # of commits before a checkpoint
+        if place.stat(commit_file(version)).bytes == 0:
+            raise IntegrityError(
+                "the table's log can't be read: a commit is empty, as a power cut may leave it",
+                where=place.where(commit_file(version)),
+                do="restore this file from a copy of the table; or delete it if it is the newest, and capture again",
+            )
+
+
+def require_no_remains(place: Place) -> None:
+    """Refuse to make a new table among the shards of an old one, which would pass for leftovers from then on.
+
+    Raises:
+        IntegrityError: naming one of them.
+    """
+    files = {file.name for file in place.files()}
+    shards = sorted(name for name in files if name.startswith(f"{PARTITION}=") and name.endswith(".parquet"))
+    if shards and not any(map(_ANY.fullmatch, files)):
+        raise IntegrityError(
+            "there are shards here, but no table that they belong to",
+            expected=f"their log, {LOG}; or a folder without shards",
+            found=f"{len(shards)} shards, such as {shards[0]}",
+            where=place.where(""),
+            do=f"restore {LOG} from a copy of the table, or make the new table elsewhere",
+        )
