@@ -1,10 +1,8 @@
 """Training by several processes: the student that one process trains, and nobody left behind."""
 
 import json
-import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +11,9 @@ from pipeline import ranks
 from pipeline.student_config import OptimiserConfig
 from pipeline.training import train
 from storage.errors import StudentError, UsageError
-from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, run, settings, weights
+from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, processes_of, run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def processes_of(output):
-    """Processes that are at work for a student, but for this one."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(output).encode() in command and int(process.name) != os.getpid():
-            found.append(int(process.name))
-    return found
 
 
 def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):

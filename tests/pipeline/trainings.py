@@ -77,3 +77,16 @@ def interrupt_at(step):
             raise KeyboardInterrupt
 
     return watch
+
+
+def processes_of(output):
+    """Processes that are at work for a student, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(output).encode() in command and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found

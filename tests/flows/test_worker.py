@@ -1,0 +1,73 @@
+"""A real process worker at the shipped deployments: what it had started goes with it, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.train import train_flow
+from tests.conftest import ROOT
+from tests.pipeline.tables import make_table
+from tests.pipeline.trainings import processes_of, settings
+
+
+@pytest.mark.usefixtures("prefect")
+def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_path: Path):
+    table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
+    config = settings(
+        table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 100_000, "checkpoint_steps": 1}
+    )
+    worker = start_worker({"config": config.model_dump(mode="json")})
+    try:
+        wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)
+        torchrun_and_ranks = processes_of(tmp_path)
+        assert len(torchrun_and_ranks) == 3
+        (flow,) = {parent(process) for process in torchrun_and_ranks} - {*torchrun_and_ranks}
+    finally:
+        worker.kill()
+    os.kill(flow, signal.SIGKILL)
+    wait_until(lambda: not processes_of(tmp_path), seconds=15)
+    worker.wait()
+
+
+def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
+    """A worker that takes one run of the train deployment."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.settings import get_current_settings
+
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    (shipped,) = [each for each in deployments if each["entrypoint"].endswith(":train_flow")]
+    pool = shipped["work_pool"]["name"]
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)
+        deployment = client.create_deployment(
+            client.create_flow(train_flow),
+            shipped["name"],
+            work_pool_name=pool,
+            entrypoint=shipped["entrypoint"],
+            path=str(ROOT),
+        )
+        client.create_flow_run_from_deployment(deployment, parameters=parameters)
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--run-once"],
+        env=os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def wait_until(holds, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds:g} seconds"
+        time.sleep(0.1)
