@@ -118,13 +118,15 @@ class StudentFolder:
         """
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno is None:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # What torch.save says of a disk has no type of its own, and names the file in which torch writes archives.
+            known = isinstance(error, SafetensorError) or "inline_container" in str(error)
+            if not known and getattr(error, "errno", None) is None:
                 raise
             raise TrainingError(
                 "the student can't be written; its last checkpoint, if there is one, is whole",
                 expected="a folder that can be written, on a disk that has room",
-                found=error,
+                found=str(error).splitlines()[0],
                 where=self.path,
                 do="make room or mend the permissions, then run the same command again",
             ) from error

@@ -23,6 +23,7 @@ from tests.storage import (
     test_rewrite,
     test_table,
     test_takedown,
+    test_vacuum,
     test_versions,
     test_writer,
 )
@@ -53,8 +54,8 @@ test_a_new_table = test_table.test_a_new_table
 test_a_version_stays_what_it_was = test_table.test_a_version_stays_what_it_was
 test_a_student_holds_the_version_that_it_read_last = test_versions.test_a_student_holds_the_version_that_it_read_last
 test_a_tidy_table_is_left_alone = test_maintenance.test_a_tidy_table_is_left_alone
-test_vacuum_drops_old_versions = test_maintenance.test_vacuum_drops_old_versions_and_says_so
-test_a_shard_that_came_back_is_not_vacuumed = test_maintenance.test_a_shard_that_came_back_is_not_vacuumed
+test_vacuum_drops_old_versions = test_vacuum.test_vacuum_drops_old_versions_and_says_so
+test_a_shard_that_came_back_is_not_vacuumed = test_vacuum.test_a_shard_that_came_back_is_not_vacuumed
 test_rows_are_dropped_in_one_new_version = test_rewrite.test_rows_are_dropped_in_one_new_version
 test_gone_from_every_version = test_takedown.test_gone_from_every_version
 

@@ -16,7 +16,7 @@ from storage.verification import verify
 from storage.versions import tag, tags
 from tests import buckets
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in, process
-from tests.storage.test_writer import kill_writers
+from tests.storage.test_writer_failures import kill_writers
 
 pytestmark = pytest.mark.long
 

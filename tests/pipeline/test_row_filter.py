@@ -1,0 +1,103 @@
+"""Which rows a reprocessing keeps: by an expression, by lists of documents, by what the documents hold now."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ColumnsConfig
+from pipeline.documents import Documents
+from storage.errors import DocumentsError, UsageError
+from storage.inspection import history
+from storage.reader import index
+from storage.table import Table
+from tests.pipeline.test_reprocessing import A, B, listed, run, two_sources
+from tests.storage.tables import identity, make_table, names_in
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    return two_sources(tmp_path / "table")
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("source = 'a'", A),
+        ("source = 'a' AND year >= 0 AND split IN ('train', 'eval')", A),
+        ("document_id LIKE 'b3%' OR document_id = 'a1'", ["a1", *(name for name in B if name.startswith("b3"))]),
+        ("label IS NULL AND tokens > 1 AND NOT source = 'b'", A),
+        ("label = 'x' OR source = 'b'", B),
+        ("true AND tokens BETWEEN 0 AND 100 AND source IN ('b', 'c')", B),
+    ],
+)
+def test_filter_by_an_expression(table: Table, where: str, kept: list[str]) -> None:
+    report = run(table.location, where=where)
+    assert names_in(Table.open(table.location)) == sorted(kept)
+    assert report.rows.dropped == 80 - len(kept)
+    assert len(names_in(table)) == 80, "the old version is as it was"
+    entry = history(Table.open(table.location))[0]
+    assert (entry.operation, entry.sequences) == ("filter", len(kept) - 80)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("sauce = 'a'", "no column sauce"),
+        ("tokens + 1", "neither true nor false"),
+        ("tokens > AVG(tokens)", "more than one row"),
+        ("SUM(tokens) OVER (PARTITION BY source) > 60", "more than one row"),
+        ("source = ", "found:"),
+        ("nonsense(source)", "nonsense"),
+        ("head_ids = 3", "no column head_ids"),
+        ("source = 3", "found:"),
+    ],
+)
+def test_an_expression_that_can_not_be_used(table: Table, where: str, said: str) -> None:
+    with pytest.raises(UsageError, match=r"over key, document_id.*source, year") as error:
+        run(table.location, where=where)
+    assert said in str(error.value)
+    assert Table.open(table.location).version == 2
+
+
+def test_documents_are_dropped_by_their_ids(table: Table, tmp_path: Path) -> None:
+    report = run(table.location, drop=listed(tmp_path / "ids", ["a1", "b2", "c3", ""]))
+    assert (report.rows.dropped, report.unknown, report.operation) == (2, 1, "drop")
+    assert names_in(Table.open(table.location)) == sorted({*A, *B} - {"a1", "b2"})
+    for path in (listed(tmp_path / "none", []), str(tmp_path / "nowhere")):
+        with pytest.raises(UsageError, match="there is no list of documents"):
+            run(table.location, drop=path)
+
+
+def test_stale_chunks_go_and_documents_that_are_not_there_stay(tmp_path: Path) -> None:
+    documents = tmp_path / "documents.parquet"
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "body": ["one", "two", "three"]}), documents)
+    columns = ColumnsConfig(text="body")
+    fingerprints = {}
+    for batch in Documents(str(documents), columns).batches():
+        names = batch.documents.column("document_id").to_pylist()
+        fingerprints |= dict(zip(names, batch.documents.column("fingerprint").to_pylist(), strict=True))
+    table = make_table(tmp_path / "table", identity())
+    write(table, [("a", 0, fingerprints["a"]), ("a", 1, b"old"), ("b", 0, b"old"), ("d", 0, b"gone")])
+    report = run(table.location, stale=str(documents), columns={"text": "body"})
+    assert report.rows.dropped == 2
+    left = index(Table.open(table.location), ["document_id", "chunk"])
+    assert sorted(zip(*left.to_pydict().values(), strict=True))[:2] == [("a", 0, "train"), ("d", 0, "train")]
+    with pytest.raises(UsageError, match="no column 'text'"):
+        run(table.location, stale=str(documents))
+    with pytest.raises((UsageError, DocumentsError)):
+        run(table.location, stale=str(tmp_path / "nowhere"))
+
+
+def write(table: Table, wanted: list[tuple[str, int, bytes]]) -> None:
+    from storage.writer import ShardWriter
+    from tests.storage.tables import rows
+
+    sequences, labels = rows([f"{name}{chunk}" for name, chunk, _ in wanted], "train")
+    for column, values in zip(("document_id", "chunk", "fingerprint"), zip(*wanted, strict=True), strict=True):
+        i = sequences.schema.get_field_index(column)
+        sequences = sequences.set_column(i, sequences.schema.field(i), pa.array(values, sequences.schema.field(i).type))
+    with ShardWriter(table) as writer:
+        writer.append(sequences, labels)
+        writer.commit({})

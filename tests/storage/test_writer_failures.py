@@ -1,0 +1,137 @@
+"""Whatever stops a writer (a kill, a full disk, missing rights), the table is as it was, and each row is there once."""
+
+import os
+import random
+import resource
+import signal
+import time
+from multiprocessing.queues import SimpleQueue as Queue
+from pathlib import Path
+
+import pytest
+
+from storage.codec import decode
+from storage.errors import TableError
+from storage.reader import read
+from storage.table import Table
+from tests.storage.tables import PROCESSES, add, leftovers, names_in, process
+from tests.storage.test_writer import A, B, C
+
+
+def capture(location: str, names: list[str], seed: int) -> None:
+    """What a capture does: whatever the table lacks, in some order, a shard of 25 rows at a time."""
+    table = Table.open(location)
+    present = set(names_in(table))
+    pending = [name for name in names if name not in present]
+    random.Random(seed).shuffle(pending)
+    for start in range(0, len(pending), 25):
+        add(table, pending[start : start + 25])
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_killed_writers(table: Table, kills: int):
+    kill_writers(table, kills)
+
+
+def kill_writers(table: Table, kills: int) -> None:
+    """Two writers of overlapping rows are killed at random moments, again and again, and others take their places."""
+    chance, killed, window, version = random.Random(0), 0, 0.2, 0
+    names = [f"d{i}" for i in range(50 * kills)]
+    while killed < kills:
+        parts = names[: 35 * kills], names[15 * kills :]
+        writers = [process(capture, table.location, part, killed) for part in parts]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            time.sleep(chance.uniform(0, window))
+            writer.kill()
+        for writer in writers:
+            writer.join()
+            killed += writer.exitcode == -signal.SIGKILL
+        newest = table.newest()
+        seen = names_in(newest)
+        assert len(seen) == len(set(seen)), "each row once, after every kill"
+        # However busy the machine is, writers are killed after a commit or a few.
+        window *= 0.8 ** (newest.version - version) if newest.version > version else 1.5
+        version = newest.version
+    assert 0 < len(seen) < len(names), "some died before a commit, some after"
+
+    capture(table.location, names, 0)
+    newest = table.newest()
+    assert names_in(newest) == sorted(names)
+    for shard in newest.shards():
+        decode(read(newest, shard), newest.vocabulary)
+
+
+def unwritable(table: Table) -> str:
+    before = (table.newest().version, names_in(table.newest()))
+    with pytest.raises(TableError, match="as it was") as error:
+        add(table, C)
+    assert (table.newest().version, names_in(table.newest())) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["_softlabel/writing", "split=train", "_delta_log"])
+def test_a_folder_that_can_not_be_written(filled: Table, folder: str, monkeypatch: pytest.MonkeyPatch):
+    """A file where a folder should be refuses to be written under, to root as well."""
+    path = Path(filled.location) / folder
+    add(filled, ["z"])
+    aside = path.with_name("aside")
+    path.rename(aside)
+    if folder == "_delta_log":  # must stay readable: only the new commit can't be made
+        aside.rename(path)
+        (path / f"{filled.newest().version + 1:020}.json").mkdir()
+    elif folder == "split=train":  # must stay readable: only new names can't be made
+        aside.rename(path)
+        monkeypatch.setattr(Path, "replace", refuse)
+    else:
+        path.write_text("")
+    assert filled.location in unwritable(filled)
+
+
+def refuse(self: Path, target: Path) -> None:
+    raise PermissionError(13, "Permission denied", str(target))
+
+
+def write_with(room: int, location: str, said: Queue) -> None:
+    """Commit 300 rows where no file may be longer than so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    table = Table.open(location)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        said.put(str(add(table, [f"f{i}" for i in range(300)], "train")))
+    except TableError as error:
+        said.put(str(error))
+
+
+@pytest.mark.parametrize("room", [0, 4, 5_000, 60_000])
+def test_a_full_disk(filled: Table, room: int):
+    """A limit on the size of files stops a write in the middle, as a full disk does."""
+    before = (filled.version, names_in(filled))
+    said = PROCESSES.SimpleQueue()
+    writer = PROCESSES.Process(target=write_with, args=(room, filled.location, said))
+    writer.start()
+    message = said.get()
+    writer.join()
+    assert "the table could not be written; it is as it was" in message
+    assert "make room" in message
+    newest = filled.newest()
+    assert (newest.version, names_in(newest)) == before
+    assert leftovers(newest) == []
+    assert add(newest, ["c"]).sequences == 1
+
+
+def test_a_disk_with_room(filled: Table):
+    """The control of the test above: what stopped its writers was the limit."""
+    said = PROCESSES.SimpleQueue()
+    PROCESSES.Process(target=write_with, args=(10_000_000, filled.location, said)).start()
+    assert "sequences=300" in said.get()
+
+
+def test_a_clock_that_jumps_back(filled: Table):
+    """Commits are ordered by number: log files from the future change nothing."""
+    future = time.time() + 10 * 365 * 86400
+    for path in (Path(filled.location) / "_delta_log").glob("*.json"):
+        os.utime(path, (future, future))
+    assert add(filled.newest(), ["z"]).version == 3
+    assert names_in(Table.open(f"{filled.location}@3")) == sorted([*A, *B, "z"])
