@@ -109,6 +109,13 @@ def try_without_permission(location: str) -> None:
                 found = said(work)
             assert str(path) in found, f"{name} without {pattern}: {found}"
             assert "ermission denied" in found
+    shard, log = Path(location, table.shards()[0].path), Path(location, "_delta_log")
+    content = shard.read_bytes()
+    shard.write_bytes(b"")
+    log.chmod(0o555)
+    assert "it is as it was" in said(works(table)["verify"]), "damaged indeed, and can't be taken out"
+    log.chmod(0o755)
+    shard.write_bytes(content)
 
 
 def try_without_open_files(location: str) -> None:
