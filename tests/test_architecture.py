@@ -1,6 +1,7 @@
 """The shape of the whole: imports go only downward, files stay small, and the public names are these."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_imports_go_only_downward(path: Path):
 def test_files_stay_small():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert not {name: lines for name, lines in lengths.items() if lines >= 300}
+
+
+def test_make_bench_prints_every_benchmark():
+    text = (ROOT / "Makefile").read_text()
+    named = re.findall(r"^(?:TEACHER|STORAGE|STUDENT) := \$\(addprefix bench-,(.*)\)$", text, re.MULTILINE)
+    files = sorted(path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py"))
+    assert sorted(" ".join(named).split()) == files
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

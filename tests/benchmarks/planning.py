@@ -1,9 +1,14 @@
-"""How long it takes to find out what a capture has to do, and in how much memory, by the number of documents.
+"""How long a capture takes beside its teacher, and in how much memory, by the number of documents.
 
-``python -m tests.benchmarks.planning`` makes 10^3 to 10^6 small documents, plans their capture with SmolLM2's tokenizer
-(unpacked to .demo/teacher), fills a table with made-up soft labels of all their sequences, and plans again with ten
-documents more, as a nightly run does. Each plan runs in a process of its own, whose peak memory is shown; how many
-documents were tokenised is counted in the tokeniser.
+``python -m tests.benchmarks.planning`` makes 10^3 to 10^6 small documents and runs over them, with SmolLM2's tokenizer
+(unpacked to .demo/teacher):
+
+    plan       find out what there is to do: read, tokenise, cut, compare
+    capture    the whole of it, from the plan to the last commit, by a teacher that takes no time: it says one id a
+               position, the same everywhere (what a real one takes, ``tests.benchmarks.capture`` shows)
+    nightly    the same again with ten documents more
+
+Each runs in a process of its own, whose peak memory is shown; how much was tokenised is counted in the tokeniser.
 """
 
 import argparse
@@ -11,45 +16,65 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import capturing
 from pipeline.checkpoint import Checkpoint
+from pipeline.classifier import LabelTeacher
 from pipeline.config import CaptureConfig, SelectionConfig, TeacherConfig
 from pipeline.demo import prepare_teacher
-from pipeline.planning import identify, plan
-from pipeline.tokeniser import Tokeniser
+from pipeline.planning import plan
+from pipeline.tokeniser import Encoded, Tokeniser
 from storage.codec import SoftLabels
-from storage.schema import SEQUENCE
-from storage.table import Table
-from storage.writer import ShardWriter
 
 WORDS = 15
 """Words of a document, from a list of a thousand."""
 SIZES = (10**3, 10**4, 10**5, 10**6)
 NEW = 10
 """Documents that a nightly run finds beside the old."""
+ROWS = 4096
+"""Sequences that the stub answers at a time."""
+
+
+class Stub(LabelTeacher):
+    """A teacher that takes no time."""
+
+    def answers(self, sequences: pa.Table) -> Iterator[tuple[pa.Table, SoftLabels]]:
+        """The sequences, some at a time, with one id a position."""
+        for start in range(0, len(sequences), ROWS):
+            rows = sequences.slice(start, ROWS)
+            yield rows, made_up(sum(rows.column("positions").to_pylist()))
+
+
+@lru_cache(maxsize=1)
+def load_stub(config: TeacherConfig) -> Stub:
+    """In the place of ``pipeline.capturing.load_teacher``."""
+    return Stub(Checkpoint.find(config))
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=SIZES)
     sizes = parser.parse_args().documents
     teacher = Path(".demo/teacher")
     prepare_teacher(teacher)
-    print(f"{'documents':>10}  {'run':<8}{'tokenised':>10}{'seconds':>9}{'documents/s':>13}{'peak memory':>13}")
+    columns = f"{'tokenised':>10}{'seconds':>9}{'documents/s':>13}{'tokens/s':>11}{'peak memory':>13}"
+    print(f"{'documents':>10}  {'run':<8}{columns}")
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="softlabel-") as name:
             measure(size, teacher, Path(name))
 
 
 def measure(size: int, teacher: Path, folder: Path) -> None:
-    """Both plans over so many documents."""
+    """All runs over so many documents."""
     words = [f"word{i}" if i % 3 else "and" for i in range(1000)]
     write_documents(folder / "documents.parquet", words, size)
     config = CaptureConfig(
@@ -58,10 +83,10 @@ def measure(size: int, teacher: Path, folder: Path) -> None:
         teacher=TeacherConfig(model=str(teacher)),
         selection=SelectionConfig(top_k=1),
     )
-    show(size, "first", config, folder / "first")
-    fill(config, folder / "first")
+    show(size, "plan", planned, config)
+    show(size, "capture", captured, config)
     write_documents(folder / "documents.parquet", words, size + NEW)
-    show(size, "nightly", config, folder / "nightly")
+    show(size, "nightly", captured, config)
 
 
 def write_documents(path: Path, words: list[str], count: int) -> None:
@@ -74,43 +99,42 @@ def write_documents(path: Path, words: list[str], count: int) -> None:
             writer.write_table(pa.table({"id": [f"document-{i}" for i in numbers], "text": texts}))
 
 
-def show(size: int, run: str, config: CaptureConfig, folder: Path) -> None:
-    """Plan in a fresh process, and print what that took."""
+def show(size: int, run: str, work: Callable[[CaptureConfig], None], config: CaptureConfig) -> None:
+    """Work in a fresh process, and print what that took."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        tokenised, seconds, peak = process.submit(planned, config, folder).result()
-    print(f"{size:>10,}  {run:<8}{tokenised:>10,}{seconds:>9.1f}{size / seconds:>13,.0f}{peak / 1e6:>10,.0f} MB")
+        documents, tokens, seconds, peak = process.submit(measured, work, config).result()
+    rates = f"{size / seconds:>13,.0f}{tokens / seconds:>11,.0f}"
+    print(f"{size:>10,}  {run:<8}{documents:>10,}{seconds:>9.1f}{rates}{peak / 1e6:>10,.0f} MB", flush=True)
 
 
-def planned(config: CaptureConfig, folder: Path) -> tuple[int, float, int]:
-    """Documents tokenised, seconds, and this process's peak memory in bytes."""
-    tokenised, encode = 0, Tokeniser.encode
+def planned(config: CaptureConfig) -> None:
+    """The plan alone."""
+    with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
+        plan(config, Path(folder))
 
-    def counting(self: Tokeniser, contents: list[str]) -> object:
-        nonlocal tokenised
-        tokenised += len(contents)
-        return encode(self, contents)
+
+def captured(config: CaptureConfig) -> None:
+    """All of a capture."""
+    capturing.load_teacher = load_stub  # type: ignore[assignment]
+    capturing.capture(config)
+
+
+def measured(work: Callable[[CaptureConfig], None], config: CaptureConfig) -> tuple[int, int, float, int]:
+    """Documents and tokens that went through the tokeniser, seconds, and this process's peak memory in bytes."""
+    documents, tokens, encode = 0, 0, Tokeniser.encode
+
+    def counting(self: Tokeniser, contents: list[str]) -> tuple[Encoded, dict[int, str]]:
+        nonlocal documents, tokens
+        encoded, refused = encode(self, contents)
+        documents += len(contents)
+        tokens += len(encoded.ids)
+        return encoded, refused
 
     Tokeniser.encode = counting  # type: ignore[method-assign, assignment]
     started = time.perf_counter()
-    plan(config, folder)
+    work(config)
     seconds = time.perf_counter() - started
-    return tokenised, seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def fill(config: CaptureConfig, folder: Path) -> None:
-    """Commit a plan's sequences with soft labels that no teacher gave: one id a position."""
-    checkpoint = Checkpoint.find(config.teacher)
-    tokeniser = Tokeniser(checkpoint, config.sequences, "text")
-    identity = identify(config, checkpoint, tokeniser)
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    tokeniser.save(tokenizer)
-    table = Table.create(config.table, identity, pa.schema([]), made_up(1), tokenizer)
-    for path in sorted((folder / "shards").iterdir()):
-        sequences = pq.read_table(path).select(SEQUENCE.names)
-        with ShardWriter(table) as writer:
-            writer.append(sequences, made_up(sum(sequences.column("positions").to_pylist())))
-            writer.commit({"operation": "capture"})
+    return documents, tokens, seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def made_up(positions: int) -> SoftLabels:

@@ -12,13 +12,15 @@ from pipeline.estimate_config import EstimateConfig
 from pipeline.estimating import Estimate, estimate
 from pipeline.fidelity import bucket_kl, collisions, squared_error
 from pipeline.selection import Selection, select
+from storage.errors import UsageError
 from tests.conftest import topics
+from tests.pipeline.classifiers import save_classifier, save_documents
 from tests.pipeline.test_capturing import settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def config_of(teacher: Path, documents: Path, **more: object) -> EstimateConfig:
+def config_of(teacher: Path, documents: Path, /, **more: object) -> EstimateConfig:
     given = settings(teacher, documents, Path("unused")).model_dump(exclude={"table"})
     return EstimateConfig.model_validate(given | {"sample": {"megabytes": 0.02, "batches": 3}} | more)
 
@@ -62,6 +64,26 @@ def test_only_what_the_table_lacks_is_estimated(tiny_teacher: Path, tmp_path: Pa
     more = config_of(tiny_teacher, write(tmp_path / "b.parquet", texts(30)), table=str(tmp_path / "t"))
     assert (estimate(more).pending, estimate(more).sequences) == (10, 10)
     assert sorted(tmp_path.glob("t/_delta_log/*.json")) == version
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_classifier_and_its_workers(workers: int, tiny_teacher: Path, tmp_path: Path):
+    """Every document is one sequence, cut short or not, and all classes are kept."""
+    teacher = {"model": str(save_classifier(tmp_path / "bert", tiny_teacher)), "workers": workers, "device": "cpu"}
+    more = {"columns": {"label": "label", "carry": ["source"]}, "shards": {}, "sample": {}}
+    config = config_of(tmp_path, save_documents(tmp_path / "d.parquet"), teacher=teacher, **more)
+    found = estimate(config)
+    report = capture(config.capture(str(tmp_path / "t")))
+    for name in ("sequences", "positions", "bytes"):
+        assert getattr(found, name) == pytest.approx(getattr(report, name), rel=0.15), name
+    assert [(s.name, s.lost < 1e-6, s.noise) for s in found.selections] == [("all classes", True, 0)]
+    assert found.device == "cpu"
+
+
+def test_labels_need_no_estimate(tiny_teacher: Path, tmp_path: Path):
+    teacher = {"model": str(tiny_teacher), "labels": ["a", "b"]}
+    with pytest.raises(UsageError, match="labels need no teacher"):
+        estimate(config_of(tiny_teacher, tmp_path, teacher=teacher, columns={"label": "label"}))
 
 
 def test_operations_and_hours(tiny_teacher: Path, documents: Path):

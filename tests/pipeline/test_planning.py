@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import capturing
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import CaptureConfig, SelectionConfig, TeacherConfig
 from pipeline.documents import Documents
 from pipeline.planning import Known, identify, plan
 from pipeline.tokeniser import Tokeniser
-from tests.benchmarks.planning import fill, write_documents
+from tests.benchmarks.planning import load_stub, write_documents
 
 MANY = 20_000
 BYTES_A_DOCUMENT = 150
@@ -29,8 +30,8 @@ def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkey
         teacher=TeacherConfig(model=str(tiny_teacher)),
         selection=SelectionConfig(top_k=1),
     )
-    assert plan(config, tmp_path / "first").documents == MANY
-    fill(config, tmp_path / "first")
+    monkeypatch.setattr(capturing, "load_teacher", load_stub)
+    assert capturing.capture(config).sequences == MANY
     write_documents(tmp_path / "d.parquet", words, MANY + 10)
 
     tokenised: list[str] = []

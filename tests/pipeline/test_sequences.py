@@ -1,6 +1,7 @@
 """A sequence depends on its document alone, and each token after the first is predicted exactly once."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,18 @@ def test_every_chunk_begins_with_bos_if_the_tokenizer_adds_one(checkpoint: Check
     assert all(row["token_ids"][0] == 1 and not row["loss_mask"][0] for row in rows)
     assert rows[0]["loss_mask"][1], "the first word is predicted from BOS"
     assert sum(row["positions"] for row in rows) == sum(row["positions"] for row in plain) + 1
+
+
+@pytest.mark.parametrize("content", ["text", "chat", "completion"])
+def test_bug_a_pad_token_that_is_the_end_token_erases_it(content: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    contents = {"text": "some words", "chat": json.dumps(messages), "completion": '{"prompt": "a", "completion": " b"}'}
+    same = with_tokenizer(checkpoint, tmp_path, pad_token="<|im_end|>")
+    assert same.tokenizer.pad_token_id == same.tokenizer.eos_token_id
+    found, expected = (Tokeniser(c, SMALL, content).encode([contents[content]])[0] for c in (same, checkpoint))
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.wanted.tolist() == expected.wanted.tolist()
+    assert found.wanted[found.ids == same.tokenizer.eos_token_id][-1], "a student learns where to stop"
 
 
 def test_without_an_end_token_a_document_of_one_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
