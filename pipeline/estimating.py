@@ -4,6 +4,7 @@ The teacher is run over a few of the batches that the capture would make, and wh
 the capture would, by several selections, into a folder that is then deleted. Nothing is added to any table.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,10 +249,11 @@ class _Written:
         for name, size in self.columns.items():
             by = grows.get(name)
             total += size * sample.total(by) / (pc.sum(self.rows.column(by)).as_py() if by else len(self.rows))
-        shards = sample.total("positions") / capture.shards.positions
-        groups = sample.total() / capture.shards.row_group_sequences + shards
-        here = -(-len(self.rows) // capture.shards.row_group_sequences)
-        return round(total + (self.bytes - sum(self.columns.values())) * max(1.0, groups) / here)
+        size, held_out = capture.shards.row_group_sequences, capture.shards.eval_fraction
+        shards = -(-sample.total("positions") // capture.shards.positions)
+        splits = (share * sample.total() / shards for share in (held_out, 1 - held_out))  # a file of each in each shard
+        groups = shards * sum(math.ceil(rows / size) for rows in splits)
+        return round(total + (self.bytes - sum(self.columns.values())) * groups / -(-len(self.rows) // size))
 
 
 def _selection_estimate(
