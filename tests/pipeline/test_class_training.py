@@ -162,12 +162,17 @@ def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_p
     monkeypatch.setattr(class_student, "EVAL_TOKENS", 200)
     monkeypatch.setattr(class_student, "EVAL_BATCHES", 2)
     student = build_classifier(StudentConfig(layers=(0,)), table)
-    measured = class_student.class_lesson(settings(table, tmp_path), table, student).evaluation
+    lesson = class_student.class_lesson(settings(table, tmp_path), table, student)
+    measured = lesson.evaluation
     held = Documents.read(table, "eval", LabelMap.of((), CLASSES))
     expected = list(held.batches(student.config.pad_token_id, 200))
     assert len(expected) > len(measured) == 2
     for batch, other in zip(measured, expected[:2], strict=True):
         assert torch.equal(batch.input_ids, other.input_ids)
+    # On the same scale as the loss: a mean over documents.
+    parts = [Classification(student.eval(), LossConfig())(batch)[1][1] * len(batch.labels) for batch in measured]
+    mean = float(sum(parts)) / sum(len(batch.labels) for batch in measured)
+    assert lesson.measure(student, measured)["eval_kl"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):

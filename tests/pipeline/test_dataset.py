@@ -46,7 +46,7 @@ def names(rows: list[dict]) -> Counter:
 
 
 def stream(**fields: int) -> StreamConfig:
-    return StreamConfig(**{"row_tokens": 64, "batch_rows": 4, "micro_rows": 2, "seed": 5, **fields})
+    return StreamConfig(**{"row_tokens": 64, "batch_rows": 6, "micro_rows": 2, "seed": 5, **fields})
 
 
 def test_each_sequence_comes_as_a_plain_reading_gives_it(table):
@@ -108,7 +108,7 @@ def test_any_topology_and_restart_gives_the_same_steps(table, data):
 
 def whole(table: Table) -> list[Counter]:
     """The global batches of a run on one rank, in one piece."""
-    steps = SoftLabelDataset(table, stream(micro_rows=4), epochs=1.5)
+    steps = SoftLabelDataset(table, stream(micro_rows=6), epochs=1.5)
     assert steps.accumulation == 1
     return [names(unpacked(batch)) for batch in steps]
 
@@ -175,7 +175,7 @@ def test_the_order_within_a_global_batch_is_the_same_for_any_world_size(table):
 def test_epochs_and_seeds_have_an_order_of_their_own(table):
     steps, epoch = whole(table), SoftLabelDataset(table, stream()).total_steps
     assert steps[: len(steps) - epoch] != steps[epoch:]
-    assert [names(unpacked(batch)) for batch in SoftLabelDataset(table, stream(micro_rows=4, seed=6))] != steps[:epoch]
+    assert [names(unpacked(batch)) for batch in SoftLabelDataset(table, stream(micro_rows=6, seed=6))] != steps[:epoch]
 
 
 def test_evaluation_reads_its_split_once_in_the_table_s_order(table):
