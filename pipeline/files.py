@@ -49,7 +49,7 @@ def find_files(path: str) -> Found:
         DocumentsError: if the bucket can't be read.
     """
     scheme, is_url, rest = path.partition("://")
-    if is_url and scheme != "s3":
+    if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
         raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)
     with in_bucket():
         found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)

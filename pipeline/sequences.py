@@ -126,7 +126,11 @@ def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: p
         "tokens": pa.array(np.diff(offsets).astype(np.int32)),
         "positions": pa.array(np.diff(np.append(0, np.cumsum(mask))[offsets]).astype(np.int32)),
     }
-    per_document = documents.append_column("split", pa.array(splits, pa.string())).take(pa.array(chunks.documents))
+    # Not the contents: a document has as many chunks as it is long, and each would get a copy of it.
+    wanted = documents.append_column("split", pa.array(splits, pa.string())).select(
+        [name for name in schema.names if name not in own]
+    )
+    per_document = wanted.take(pa.array(chunks.documents))
     columns = [own[name] if name in own else per_document.column(name) for name in schema.names]
     return pa.table(columns, schema=schema)
 

@@ -123,6 +123,7 @@ class JsonLines:
                 expected="a JSON object a line",
                 found="not one",
                 where=", ".join(file.address for file in self._files[:3]),
+                do="check that these are the files that were meant, and that they were written whole",
             )
         keys = dict.fromkeys(chain.from_iterable(sample))
         named = [key for key in keys if key.encode(errors="ignore").decode() == key]  # no half of a surrogate pair

@@ -170,9 +170,10 @@ def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_p
     for batch, other in zip(measured, expected[:2], strict=True):
         assert torch.equal(batch.input_ids, other.input_ids)
     # On the same scale as the loss: a mean over documents.
-    parts = [Classification(student.eval(), LossConfig())(batch)[1][1] * len(batch.labels) for batch in measured]
+    module = Classification(student.eval(), LossConfig())
+    parts = [module(batch)[1][1] * len(batch.labels) for batch in measured]
     mean = float(sum(parts)) / sum(len(batch.labels) for batch in measured)
-    assert lesson.measure(student, measured)["eval_kl"] == pytest.approx(mean, rel=1e-3)
+    assert module.measured(measured)["eval_kl"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):

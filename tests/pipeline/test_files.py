@@ -89,7 +89,8 @@ def test_what_is_not_there(bucket: str) -> None:
     for path in ("nowhere.parquet", "nowhere/*.parquet", "text/*.parquet", "lines/2024/a.json"):
         fails(f"{bucket}/{path}", "nothing there", f"{bucket}/{path}")
     fails("s3://no-such-bucket/x.parquet", "NoSuchBucket", "s3://no-such-bucket")
-    fails("gs://bucket/x.parquet", "s3://BUCKET/PATH")
+    for path in ("gs://bucket/x.parquet", "s3://", "s3:///x.parquet"):
+        fails(path, "s3://BUCKET/PATH", path)
 
 
 @pytest.mark.long  # the client tries again for ten seconds

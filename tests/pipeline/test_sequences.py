@@ -111,6 +111,13 @@ def test_parts_are_no_seams(checkpoint: Checkpoint, tmp_path: Path, monkeypatch:
     assert rows_of(texts, checkpoint, tmp_path) == rows
 
 
+def test_a_document_of_a_million_characters(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It has thousands of chunks, each without a copy of the whole."""
+    rows = rows_of({"a": "some words " * 100_000}, checkpoint, tmp_path)
+    assert len(rows) == rows[0]["chunks"] > 2000
+    assert sum(row["positions"] for row in rows) > 200_000
+
+
 def test_equal_texts_have_equal_keys_and_their_own_rows(checkpoint: Checkpoint, tmp_path: Path) -> None:
     one, two = rows_of({"a": "the same", "b": "the same"}, checkpoint, tmp_path)
     assert one["key"] == two["key"]
