@@ -84,6 +84,7 @@ class Folder:
         copy = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         if not target.exists():
             try:
+                copy.mkdir(parents=True)
                 for path in source.iterdir():
                     publish(path.read_bytes(), copy / path.name)
                 copy.rename(target)
