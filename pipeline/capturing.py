@@ -39,7 +39,7 @@ from storage.provenance import Identity, circumstances
 from storage.reader import soft_labels_by_key
 from storage.schema import SEQUENCE
 from storage.table import Table
-from storage.writer import Commit, ShardWriter
+from storage.writer import Commit, ShardWriter, require_writable
 
 VOCABULARY_SAMPLE = 65_536
 """Positions whose ids decide how a new table numbers its ids."""
@@ -108,6 +108,8 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
         todo = by(plan)(config, Path(folder), watch)
+        if todo.shards:
+            require_writable(config.table)
         together = Together(Progress("capture", 0, todo.positions, "positions"), watch)
 
         def done_by(name: str, step: ShardStep, path: Path) -> Commit:

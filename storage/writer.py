@@ -4,6 +4,7 @@ Any number of writers may add to one table at once, also the same rows: whoever 
 has brought. A writer that dies, or loses such a race, leaves files that no version names; ``maintain`` removes them.
 """
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from storage.codec import SoftLabels, encode
 from storage.commit_files import commit_file
 from storage.errors import TableError, cause
+from storage.place import WRITING, place_of
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import ShardFile, add_action
@@ -155,6 +157,18 @@ class ShardWriter:
                     for file in files:
                         file.drop(taken)
                 self._checked.add(shard.path)
+
+
+def require_writable(location: str) -> None:
+    """Write and delete a file, before anyone computes for hours what can't be written then.
+
+    Raises:
+        TableError: if the place can't be written.
+    """
+    place = place_of(location)
+    with all_or_nothing(location):
+        place.write(probe := f"{WRITING}/{uuid.uuid4().hex}", b"")
+        place.delete(probe)
 
 
 @contextmanager

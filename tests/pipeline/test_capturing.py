@@ -21,7 +21,7 @@ from pipeline.planning import plan
 from pipeline.progress import Progress
 from pipeline.teacher import TransformersTeacher
 from storage.codec import decode
-from storage.errors import DocumentsError, ProvenanceError, TeacherError
+from storage.errors import DocumentsError, ProvenanceError, TableError, TeacherError
 from storage.inspection import history
 from storage.reader import read
 from storage.schema import ROW_KEY, row_keys
@@ -54,6 +54,13 @@ def texts(count: int, start: int = 0) -> dict[str, str]:
     return {
         f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(start, start + count)
     }
+
+
+def test_a_table_that_cannot_be_written_costs_no_teacher(tiny_teacher, documents):
+    stages = []
+    with pytest.raises(TableError, match="could not be written"):
+        capture(settings(tiny_teacher, documents, Path("/proc/table")), lambda progress: stages.append(progress.stage))
+    assert set(stages) == {"plan"}
 
 
 def rows_of(table: Path) -> list[tuple[object, ...]]:
@@ -253,7 +260,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_document(tiny_teacher: Path, 
         (broken / file.name).write_bytes(file.read_bytes())
     with pytest.raises(TeacherError, match="document d0"):
         capture(settings(broken, write(tmp_path / "a.parquet", texts(1)), tmp_path / "t"))
-    assert not (tmp_path / "t").exists()
+    assert not [path for path in (tmp_path / "t").rglob("*") if path.is_file()]
 
 
 def test_progress_reaches_the_total(tiny_teacher: Path, tmp_path: Path) -> None:
