@@ -81,12 +81,15 @@ def remember(hashes: Mapping[str, str]) -> None:
 
 def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
     """The error for files that are there and can't be used."""
+    needs_code = "trust_remote_code" in str(error)
     return TeacherError(
         summary,
         expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
         found=f"{type(error).__name__}: {_first_line(error)}",
         where=folder,
-        do="fetch or save the model again",
+        do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
+        if needs_code
+        else "fetch or save the model again, its tokenizer too",
     )
 
 

@@ -194,6 +194,13 @@ def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
             (folder / "tokenizer.json").write_text('{"model": 3}')
         case "an encoder":
             config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+        case "code of its own":
+            own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+            config.write_text(json.dumps(json.loads(config.read_text()) | own))
+            (folder / "own.py").write_text("raise SystemExit('this was run')")
+        case "no tokenizer":
+            for path in folder.glob("*token*"):
+                path.unlink()
         case "a layer too many":
             config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     return folder
@@ -211,6 +218,8 @@ def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
         ("garbage tokenizer", "tokenizer can't be loaded"),
         ("an encoder", "neither a causal language model nor"),
         ("a layer too many", "lack weights"),
+        ("code of its own", r"teacher\.trust_remote_code"),
+        ("no tokenizer", "its tokenizer too"),
     ],
 )
 def test_what_is_no_teacher_is_a_one_screen_error(how: str, says: str, tiny_teacher: Path, tmp_path: Path) -> None:
