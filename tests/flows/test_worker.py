@@ -16,6 +16,7 @@ from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import processes_of, settings
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("prefect")
 def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_path: Path):
     table = make_table(tmp_path / "table", tiny_teacher, held_out=0)

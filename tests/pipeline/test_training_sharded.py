@@ -39,6 +39,7 @@ def test_the_same_student(divided, uninterrupted):
     assert_close(divided.output, uninterrupted.output)
 
 
+@pytest.mark.long
 def test_killed_and_gone_on_with_by_shares_or_alone(divided, uninterrupted, table, tmp_path):
     config = settings(table, tmp_path / "student", optimiser=SHARDED)
     with pytest.raises(KeyboardInterrupt):  # which ends both processes wherever they are
