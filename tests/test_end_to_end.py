@@ -34,7 +34,7 @@ def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path
     config["student"]["layers"] = [0, 14, 29]
     config["shards"]["eval_fraction"] = 0.3
     config["stream"] = {"row_tokens": 512, "batch_rows": 1, "micro_rows": 1}
-    config["optimiser"] = {"max_steps": 6, "eval_steps": 6, "learning_rate": 1e-3, "bf16": True}
+    config["optimiser"] = {"max_steps": 9, "eval_steps": 9, "learning_rate": 1e-3, "bf16": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -44,7 +44,7 @@ def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path
     assert (student["name"], control["name"]) == ("student", "control")
     assert student["kl"] < control["kl"]
     assert report["evaluate"]["teacher"]["perplexity"] < student["perplexity"]
-    assert report["train"]["student"]["steps"] == report["train"]["control"]["steps"] == 6
+    assert report["train"]["student"]["steps"] == report["train"]["control"]["steps"] == 9
     page = Path(report["evaluate"]["html"]).read_text()
     assert all(name in page for name in ("student", "control", "<svg"))
 
