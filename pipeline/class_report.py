@@ -5,6 +5,7 @@ The page is ``pipeline.report``'s with other numbers in it. Measures nothing and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 from pipeline import charts
@@ -61,7 +62,7 @@ class ClassReport:
 
 def to_html(report: ClassReport) -> str:
     """The report as one page without any reference to another file or address."""
-    return render("class_report.html.j2", report, _verdict(report.students), _drawings(report))
+    return render("class_report.html.j2", report, verdict(report.students), _drawings(report))
 
 
 def _drawings(report: ClassReport) -> dict[str, str]:
@@ -88,10 +89,12 @@ def _drawings(report: ClassReport) -> dict[str, str]:
     return drawings
 
 
-def _verdict(students: Sequence[ClassStudent]) -> str | None:
-    """Who is right most often, and by how much, in a sentence; None for a single student, or without labels."""
-    scored = [(s.metrics.quality.accuracy.mean, s.name) for s in students if s.metrics.quality is not None]
+def verdict(students: Sequence[ClassStudent]) -> str | None:
+    """Who is right most often, if these documents can tell; None for a single student, or without labels."""
+    scored = [(s.metrics.quality.accuracy, s.name) for s in students if s.metrics.quality is not None]
     if len(scored) < 2:
         return None
-    (best, name), (second, other) = sorted(scored, reverse=True)[:2]
-    return f"{name} is right most often: {best:.1%} of the documents, {other} {second:.1%}."
+    (best, name), (second, other) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
+    if best.mean - second.mean <= 2 * hypot(best.error or 0, second.error or 0):
+        return f"So few documents don't tell {name} ({best.mean:.1%} right) and {other} ({second.mean:.1%}) apart."
+    return f"{name} is right most often: {best.mean:.1%} of the documents, {other} {second.mean:.1%}."

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.class_labels import LabelMap
 from pipeline.class_metrics import compare
+from pipeline.class_report import ClassStudent, verdict
 from pipeline.class_stream import Documents
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation import evaluate
@@ -101,6 +102,21 @@ def test_the_errors_are_those_of_drawing_other_documents():
         assert quality.f1.error == pytest.approx(np.std(scores), rel=0.25)
         accuracy = quality.accuracy.mean
         assert quality.accuracy.error == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 199), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [(280, "don't tell a (70.0% right) and b (69.8%) apart"), (320, "a is right most often: 80.0%")],
+)
+def test_the_better_one_is_named_only_if_the_documents_can_tell(right, expected):
+    made = {"folder": "", "parameters": 1, "objective": "", "history": (), "trained_on": "", "config": {}}
+
+    def student(name, right):
+        labels = np.arange(400) % 2
+        logprobs = np.log(np.eye(2, dtype=np.float32)[np.where(np.arange(400) < right, labels, 1 - labels)] * 0.8 + 0.1)
+        return ClassStudent(name=name, circumstances={}, metrics=compare(logprobs, labels, logprobs, NAMES), **made)
+
+    assert expected in verdict([student("b", 279), student("a", right)])
 
 
 def test_without_labels_there_is_only_the_teacher_to_compare_with():
