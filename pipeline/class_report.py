@@ -5,7 +5,6 @@ The page is ``pipeline.report``'s with other numbers in it. Measures nothing and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
 from typing import Any
 
 from pipeline import charts
@@ -95,6 +94,6 @@ def verdict(students: Sequence[ClassStudent]) -> str | None:
     if len(scored) < 2:
         return None
     (best, name), (second, other) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
-    if best.mean - second.mean <= 2 * hypot(best.error or 0, second.error or 0):
+    if not best.tells_from(second):
         return f"So few documents don't tell {name} ({best.mean:.1%} right) and {other} ({second.mean:.1%}) apart."
     return f"{name} is right most often: {best.mean:.1%} of the documents, {other} {second.mean:.1%}."

@@ -39,6 +39,16 @@ class Estimate:
     error: float | None
     """None for a single sequence."""
 
+    def tells_from(self, other: "Estimate") -> bool:
+        """Whether two means differ by more than two standard errors of their difference.
+
+        Of the same sequences this is cautious: what is hard for one student is hard for the other, and their errors are
+        added as if they had nothing in common.
+        """
+        if self.error is None or other.error is None:
+            return False
+        return abs(self.mean - other.mean) > 2 * math.hypot(self.error, other.error)
+
 
 @dataclass(frozen=True)
 class EntropyBin:

@@ -236,11 +236,16 @@ def _title(students: Sequence[str], teacher: str) -> str:
 
 
 def _verdict(students: Sequence[StudentSummary]) -> str | None:
-    """Who is closest to the teacher, and by how much, in a sentence; None for a single student."""
+    """Who is closest to the teacher, and by how much, if these sequences can tell; None for a single student."""
     if len(students) < 2:
         return None
     best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
     kl, other = best.metrics.kl.mean, second.metrics.kl.mean
+    if not best.metrics.kl.tells_from(second.metrics.kl):
+        return (
+            f"So few sequences don't tell {best.name} ({kl:.3f} nats of KL a position) and "
+            f"{second.name} ({other:.3f}) apart."
+        )
     return (
         f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL a position, "
         f"{1 - kl / other:.0%} below {second.name} ({other:.3f})."
