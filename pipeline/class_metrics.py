@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.metrics import Estimate
 
@@ -108,6 +107,8 @@ def compare(
 
 
 def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: list[str]) -> Quality:
+    from sklearn.metrics import confusion_matrix  # here: it takes a second, which no language model's run needs
+
     said, numbers = logprobs.argmax(1), range(len(names))
     present = sorted(set(labels.tolist()))
     averages = ("precision", "recall", "f1")
@@ -130,6 +131,8 @@ def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: li
 
 def _scores(labels: Any, said: Any, numbers: Any, average: str | None) -> Any:
     """Precision, recall, F1 and support, by label or averaged."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     return precision_recall_fscore_support(labels, said, labels=list(numbers), average=average, zero_division=0)
 
 
