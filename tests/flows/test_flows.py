@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from flows.cli import run
 from tests.conftest import ROOT
+from tests.flows.commands import softlabel
 
 FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
 
@@ -47,13 +47,6 @@ def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
-
-
-def softlabel(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
-    """Exit code, the JSON on stdout, and stderr."""
-    code = run([*arguments, "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out), err
 
 
 @pytest.mark.parametrize("name", FLOWS)

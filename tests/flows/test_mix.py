@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from pipeline.capturing import capture
 from storage.table import Table
 from storage.verification import remove_damaged, verify
 from storage.versions import pins
+from tests.flows.commands import shown, softlabel
 from tests.pipeline.test_capturing import settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -36,19 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path
     for name in ("average", "concatenate"):
         assert run(["mix", str(folder / name), str(folder / "a"), str(folder / "b"), "--how", name]) == 0
     return folder
-
-
-def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
-    """Exit code, the JSON on stdout, and stderr."""
-    code = run([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out), err
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a person sees on stdout."""
-    assert run([*map(str, arguments)]) == 0
-    return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_student_of_an_average(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,14 +1,13 @@
 """``softlabel reprocess`` as a person runs it: what it says when it works, when it is misused, and in the history."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flows.cli import run
 from storage.table import Table
 from storage.versions import pin
+from tests.flows.commands import softlabel
 from tests.storage.tables import add, identity, make_table, names_in
 
 
@@ -17,13 +16,6 @@ def table(tmp_path: Path) -> str:
     made = make_table(tmp_path / "table", identity())
     add(made, [f"a{i}" for i in range(20)])
     return made.location
-
-
-def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
-    """Exit code, the JSON on stdout, and stderr."""
-    code = run([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out), err
 
 
 @pytest.mark.usefixtures("prefect")

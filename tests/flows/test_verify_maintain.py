@@ -1,9 +1,7 @@
 """``softlabel verify`` and ``softlabel maintain`` as a person runs them, on a table that a teacher made."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +11,7 @@ from storage.errors import UsageError
 from storage.table import Table
 from storage.verification import remove_damaged, verify
 from storage.versions import tag, untag
+from tests.flows.commands import shown, softlabel
 from tests.pipeline.test_capturing import rows_of, settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
@@ -31,19 +30,6 @@ def table(captured: Path, tmp_path: Path) -> Path:
     """A copy of it to break."""
     shutil.copytree(captured, tmp_path, dirs_exist_ok=True)
     return tmp_path / "table"
-
-
-def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
-    """Exit code, the JSON on stdout, and stderr."""
-    code = run([*map(str, arguments), "--json"])
-    out, err = capsys.readouterr()
-    return code, json.loads(out), err
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a person sees on stdout."""
-    assert run([*map(str, arguments)]) == 0
-    return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_whole_table(table: Path, capsys: pytest.CaptureFixture[str]):
