@@ -39,6 +39,7 @@ from pipeline.demo import prepare_teacher
 from pipeline.planning import plan
 from pipeline.teacher import TransformersTeacher, each_batch
 from storage.writer import Commit, ShardWriter
+from tests.benchmarks import memory
 
 SELECTIONS = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
 SHAPES: dict[str, Any] = {
@@ -220,10 +221,9 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             work()
             return torch.cuda.max_memory_allocated() / 1e9
-        Path("/proc/self/clear_refs").write_text("5")
+        memory.reset_peak()
         work()
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1e6
+        return memory.peak() / 1e9
 
 
 def measure(bench: Bench, rounds: int) -> None:

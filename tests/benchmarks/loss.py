@@ -7,14 +7,12 @@ The dense teacher's probabilities, twice the size of all else that dense KL read
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.loss import distillation_loss
 from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
+from tests.benchmarks import memory
 
 REFERENCE = "cross-entropy"
 
@@ -157,9 +156,9 @@ def resident_peak(name: str) -> int:
     run(small, METHODS[name](small))
     problem = Problem(CPU)
     step = METHODS[name](problem)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = memory.resident()
     run(problem, step)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return memory.peak() - before
 
 
 def main() -> None:

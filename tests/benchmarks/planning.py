@@ -13,7 +13,6 @@ Each runs in a process of its own, whose peak memory is shown; how much was toke
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from pipeline.demo import prepare_teacher
 from pipeline.planning import plan
 from pipeline.tokeniser import Encoded, Tokeniser
 from storage.codec import SoftLabels
+from tests.benchmarks import memory
 
 WORDS = 15
 """Words of a document, from a list of a thousand."""
@@ -134,7 +134,7 @@ def measured(work: Callable[[CaptureConfig], None], config: CaptureConfig) -> tu
     started = time.perf_counter()
     work(config)
     seconds = time.perf_counter() - started
-    return documents, tokens, seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return documents, tokens, seconds, memory.peak()
 
 
 def made_up(positions: int) -> SoftLabels:

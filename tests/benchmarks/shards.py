@@ -7,7 +7,6 @@ The files are on a local disk and in the system's cache.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from storage.shard_file import ShardFile, add_action
 from storage.table import Table
 from storage.verification import verify
 from storage.writer import ShardWriter, committed
+from tests.benchmarks import memory
 from tests.benchmarks.stream import random_labels
 from tests.benchmarks.table import Captured, make_table
 
@@ -122,11 +122,11 @@ WORK: dict[str, Callable[[str], Callable[[], object]]] = {
 def measure(name: str, location: str) -> None:
     """In a process of its own: print the seconds, and the bytes that resident memory rose by at its highest."""
     work = WORK[name](location)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = memory.resident()
     start = time.process_time()
     work()
     seconds = time.process_time() - start
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(seconds, memory.peak() - before)
 
 
 def main() -> None:
