@@ -39,7 +39,7 @@ from pipeline.demo import prepare_teacher
 from pipeline.planning import plan
 from pipeline.teacher import TransformersTeacher, each_batch
 from storage.writer import Commit, ShardWriter
-from tests.benchmarks import memory
+from tests import memory
 
 SELECTIONS = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
 SHAPES: dict[str, Any] = {

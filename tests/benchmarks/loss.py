@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.loss import distillation_loss
 from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
-from tests.benchmarks import memory
+from tests import memory
 
 REFERENCE = "cross-entropy"
 

@@ -32,7 +32,7 @@ from pipeline.demo import prepare_teacher
 from pipeline.planning import plan
 from pipeline.tokeniser import Encoded, Tokeniser
 from storage.codec import SoftLabels
-from tests.benchmarks import memory
+from tests import memory
 
 WORDS = 15
 """Words of a document, from a list of a thousand."""

@@ -26,7 +26,7 @@ from storage.shard_file import ShardFile, add_action
 from storage.table import Table
 from storage.verification import verify
 from storage.writer import ShardWriter, committed
-from tests.benchmarks import memory
+from tests import memory
 from tests.benchmarks.stream import random_labels
 from tests.benchmarks.table import Captured, make_table
 
