@@ -48,13 +48,13 @@ LENGTH, LAYERS = 512, (0, 1, 7, 14, 21, 28, 29)
 STORED, TRAINED = 8, 24
 """Sequences whose soft labels are stored, and others that the student is trained on."""
 DEFAULT = SelectionConfig()
-
-
+SIZES = ((0.95, 24, 24), (0.95, 32, 32), (0.95, 12, 24), (0.95, 12, 56), (0.95, 8, 64), (0.9, 16, 48))
+"""Mass of the head, its most ids, and draws, beside the default's."""
 SELECTIONS: tuple[SelectionConfig, ...] = (
     DEFAULT,
     *(
         SelectionConfig(top_p=top_p, max_k=max_k, draws=draws)
-        for top_p, max_k, draws in ((0.95, 24, 24), (0.95, 12, 24), (0.9, 16, 48), (0.95, 32, 32))
+        for top_p, max_k, draws in SIZES
     ),
     *(SelectionConfig(min_k=0, max_k=0, draws=draws) for draws in (32, 50, 100)),
     *(SelectionConfig(top_k=k) for k in (16, 32, 64)),

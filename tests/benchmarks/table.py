@@ -2,19 +2,22 @@
 
 ``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual and writes
 real tables of k=64 and of the default selection, each also with its ids renumbered at random over the 151,669 of a
-large vocabulary. Beside them: what a naive layout takes, measured, and what DistillKit's formats take by the
-arithmetic of their layouts. ``--npz FILE`` keeps the logits' selections in a file and takes them from there the next
-time. Speeds are the best of some runs, each reading from and writing to a real disk.
+large vocabulary. What is measured comes after the text by which the table numbers its ids, as in all tables but small
+ones. Beside it: what a naive layout takes, measured, and what DistillKit's formats take by the arithmetic of their
+layouts. ``--npz FILE`` keeps the logits' selections in a file and takes them from there the next time. Speeds are of
+CPU time, the best of some runs: a shard is encoded, written, hashed and committed; hashed, read and decoded.
 """
 
 import argparse
 import dataclasses
 import io
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +32,8 @@ from storage.schema import SEQUENCE, SOFT_LABELS
 from storage.table import Table
 from storage.writer import ShardWriter
 
+LENGTH = 1024
+"""Tokens of a sequence."""
 LARGE = 151_669
 """Ids of a large vocabulary, Qwen3's."""
 GOALS = {"k=64": (118, 100_000, 300_000), "default": (60, 200_000, 600_000)}
@@ -43,6 +48,8 @@ class Captured:
     positions: NDArray[np.int64]
     """Captured positions of each sequence."""
     vocabulary: int
+    sample: SoftLabels | None = None
+    """Of other sequences, by which a table numbers its ids; left out, these themselves."""
 
 
 def capture_demo(npz: Path | None, wanted: int) -> dict[str, Captured]:
@@ -51,18 +58,25 @@ def capture_demo(npz: Path | None, wanted: int) -> dict[str, Captured]:
         held = np.load(npz)
         return {
             name: Captured(
-                SoftLabels(**{f.name: held[f"{name}.{f.name}"] for f in dataclasses.fields(SoftLabels)}),
-                held["positions"],
-                int(held["vocabulary"]),
+                _held(held, f"{name}.labels"), held["positions"], int(held["vocabulary"]), _held(held, f"{name}.sample")
             )
             for name in GOALS
         }
     captured = _run_teacher(wanted)
     if npz:
         first = captured["k=64"]
-        fields = {f"{name}.{key}": value for name, c in captured.items() for key, value in vars(c.labels).items()}
+        fields = {
+            f"{name}.{part}.{key}": value
+            for name, c in captured.items()
+            for part in ("labels", "sample")
+            for key, value in vars(getattr(c, part)).items()
+        }
         np.savez(npz, positions=first.positions, vocabulary=first.vocabulary, **fields)
     return captured
+
+
+def _held(arrays: Mapping[str, NDArray[Any]], prefix: str) -> SoftLabels:
+    return SoftLabels(**{field.name: arrays[f"{prefix}.{field.name}"] for field in dataclasses.fields(SoftLabels)})
 
 
 def _run_teacher(wanted: int) -> dict[str, Captured]:
@@ -71,6 +85,7 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     import torch
     from transformers import AutoTokenizer
 
+    from pipeline.capturing import VOCABULARY_SAMPLE
     from pipeline.config import SelectionConfig, TeacherConfig
     from pipeline.demo import prepare_teacher
     from pipeline.selection import Selection, position_seeds, select
@@ -81,28 +96,43 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
     selections = {"k=64": Selection.of(SelectionConfig(top_k=64)), "default": Selection.of(SelectionConfig())}
     text = "\n".join(text for _, text in sorted(topics.items()))
-    ids = np.array(AutoTokenizer.from_pretrained(folder)(text[: 8 * wanted])["input_ids"], np.int32)
-    sequences = np.split(ids, range(1024, len(ids), 1024))[: -(-wanted // 1023)]
+    ids = np.array(AutoTokenizer.from_pretrained(folder)(text)["input_ids"], np.int32)
+    sampled, measured = (-(-count // (LENGTH - 1)) for count in (VOCABULARY_SAMPLE, wanted))
+    sequences = ids[: LENGTH * (sampled + measured)].reshape(sampled + measured, LENGTH)
     parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
     for number, sequence in enumerate(sequences):
+        print(f"\rthe teacher reads sequence {number + 1} of {len(sequences)}", end="", file=sys.stderr)
         start = 1
-        for logits in teacher.logits([sequence], [np.arange(1, len(sequence), dtype=np.int32)]):
+        for logits in teacher.logits([sequence], [np.arange(1, LENGTH, dtype=np.int32)]):
             at = torch.arange(start, start + len(logits))
             start += len(logits)
             for name, selection in selections.items():
                 seeds = position_seeds(selection, b"smollm2", b"%d" % number, at)
                 next_ids = torch.from_numpy(sequence[at.numpy()])
                 parts[name].append(select(logits, next_ids, seeds, selection, teacher.vocabulary))
-    positions = np.array([len(sequence) - 1 for sequence in sequences])
-    return {name: Captured(SoftLabels.concatenate(p), positions, teacher.vocabulary) for name, p in parts.items()}
+    print(file=sys.stderr)
+    positions = np.full(measured, LENGTH - 1)
+    chunks = len(parts["k=64"]) // len(sequences)
+    return {
+        name: Captured(
+            SoftLabels.concatenate(made[sampled * chunks :]),
+            positions,
+            teacher.vocabulary,
+            SoftLabels.concatenate(made[: sampled * chunks]),
+        )
+        for name, made in parts.items()
+    }
 
 
 def renumbered(captured: Captured) -> Captured:
     """The same with each id's number drawn at random from those of a large vocabulary."""
     numbers = np.random.default_rng(0).permutation(LARGE).astype(np.int32)
-    labels = captured.labels
-    changed = {name: numbers[getattr(labels, name)] for name in ("head_ids", "tail_ids")}
-    return Captured(dataclasses.replace(labels, **changed), captured.positions, LARGE)
+
+    def changed(labels: SoftLabels) -> SoftLabels:
+        return dataclasses.replace(labels, head_ids=numbers[labels.head_ids], tail_ids=numbers[labels.tail_ids])
+
+    assert captured.sample is not None
+    return Captured(changed(captured.labels), captured.positions, LARGE, changed(captured.sample))
 
 
 def sequences_of(captured: Captured, copy: int) -> pa.Table:
@@ -127,7 +157,7 @@ def sequences_of(captured: Captured, copy: int) -> pa.Table:
 
 
 def make_table(folder: Path, captured: Captured) -> Table:
-    """A table of the format's own, its ids numbered by how often they occur in these soft labels."""
+    """A table of the format's own, its ids numbered by how often they occur in the sample."""
     identity = Identity(
         teacher=TeacherIdentity(files={}, dtype="bfloat16"),
         tokenizer=TokenizerIdentity(files="", chat_template=None, chat_template_date=date(2026, 1, 1)),
@@ -138,7 +168,8 @@ def make_table(folder: Path, captured: Captured) -> Table:
         sequences=SequencesIdentity(max_tokens=1024, context=1, mask="all", eval_fraction=0),
     )
     (folder / "tokenizer").mkdir(parents=True)
-    return Table.create(str(folder / "table"), identity, pa.schema([]), captured.labels, folder / "tokenizer")
+    sample = captured.labels if captured.sample is None else captured.sample
+    return Table.create(str(folder / "table"), identity, pa.schema([]), sample, folder / "tokenizer")
 
 
 def naive_bytes(labels: SoftLabels) -> float:
@@ -169,12 +200,12 @@ def distillkit_bytes(k: int, vocabulary: int) -> dict[str, float]:
     return {"bf16 exact": ids + 2 * k, "polynomial": ids + 2 * 16 + 4 * 6}
 
 
-def best(work: Callable[[], object], positions: int, runs: int) -> float:
+def best(work: Callable[[int], object], positions: int, runs: int) -> float:
     """Positions a second of CPU time, of the best of some runs: what one core does when it does nothing else."""
     seconds = []
-    for _ in range(runs):
+    for run in range(runs):
         started = time.process_time()
-        work()
+        work(run)
         seconds.append(time.process_time() - started)
     return positions / min(seconds)
 
@@ -190,20 +221,18 @@ def measure(name: str, captured: Captured, runs: int) -> None:
                 writer.append(sequences_of(case, 0), case.labels)
                 writer.commit({})
             sizes[kind] = inspect(table.newest())
-        table = table.newest()
-        rows = sequences_of(captured, 1)
-        smollm2 = Table.open(str(Path(scratch) / "as they are" / "table"))
+        one_shard = Table.open(str(Path(scratch) / "as they are" / "table"))
+        copies = [sequences_of(captured, copy) for copy in range(1, runs + 1)]
 
-        def write() -> None:
-            with ShardWriter(smollm2) as writer:
-                writer.append(rows, captured.labels)
-                for file in writer._files.values():
-                    file.finish()
+        def write(run: int) -> None:
+            with ShardWriter(one_shard) as writer:
+                writer.append(copies[run], captured.labels)
+                writer.commit({})
 
-        def load() -> None:
+        def load(run: int) -> None:
             reader._HASHES.clear()  # each run checks the shard's bytes, as each process does once
-            for shard in smollm2.shards():
-                decode(reader.read(smollm2, shard, SOFT_LABELS.names), smollm2.vocabulary)
+            for shard in one_shard.shards():
+                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.vocabulary)
 
         written, loaded = best(write, P, runs), best(load, P, runs)
 
