@@ -52,10 +52,7 @@ SIZES = ((0.95, 24, 24), (0.95, 32, 32), (0.95, 12, 24), (0.95, 12, 56), (0.95, 
 """Mass of the head, its most ids, and draws, beside the default's."""
 SELECTIONS: tuple[SelectionConfig, ...] = (
     DEFAULT,
-    *(
-        SelectionConfig(top_p=top_p, max_k=max_k, draws=draws)
-        for top_p, max_k, draws in SIZES
-    ),
+    *(SelectionConfig(top_p=top_p, max_k=max_k, draws=draws) for top_p, max_k, draws in SIZES),
     *(SelectionConfig(min_k=0, max_k=0, draws=draws) for draws in (32, 50, 100)),
     *(SelectionConfig(top_k=k) for k in (16, 32, 64)),
 )
