@@ -148,7 +148,12 @@ def each_batch(
 
 
 def places(config: TeacherConfig) -> list[str]:
-    """The device of each process that is to run the teacher: auto is every GPU of the machine, or else the CPU."""
+    """The device of each process that is to run the teacher: auto is every GPU of the machine, or else the CPU.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    device(config.device)
     if config.device_map is not None or config.labels:
         return [config.device]
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -165,7 +170,8 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        if found.type != "cuda" or (found.index or 0) >= torch.cuda.device_count():
+            torch.empty(1, device=found)  # not on a GPU that is there: that would take of its memory for good
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"there is no device {name!r}",
