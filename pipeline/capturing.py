@@ -1,7 +1,8 @@
 """Capture: run a teacher once over documents, and keep what it knows in a table.
 
-``capture`` is the whole job. ``capture_shard`` and ``copy_rows`` are its parts: each commits all that its file of the
-plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` finds out what there is to do.
+``capture`` is the whole job. ``capture_shard`` and ``pipeline.copying.copy_rows`` are its parts: each commits all that
+its file of the plan asks for, or nothing, in whatever process it runs. ``pipeline.planning`` finds out what there is to
+do.
 """
 
 import tempfile
@@ -25,10 +26,12 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.classes import selection_of
 from pipeline.classifier import ClassifierTeacher, LabelTeacher
 from pipeline.config import CaptureConfig, TeacherConfig
+from pipeline.copying import copy_rows, late_copies, own_order, still_pending
 from pipeline.plan_files import require_planned
 from pipeline.planning import Plan, identify, plan
 from pipeline.progress import Progress, Together, Watch, unwatched
 from pipeline.questions import Questions
+from pipeline.scratch import scratch
 from pipeline.selection import NotADistributionError, select
 from pipeline.teacher import TransformersTeacher, each_batch, places
 from pipeline.tokeniser import Tokeniser
@@ -36,7 +39,6 @@ from pipeline.workers import Workers, cut
 from storage.codec import SoftLabels
 from storage.errors import ProvenanceError, TeacherError
 from storage.provenance import Identity, circumstances
-from storage.reader import soft_labels_by_key
 from storage.schema import SEQUENCE
 from storage.table import Table
 from storage.writer import Commit, ShardWriter, require_writable
@@ -106,59 +108,69 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
         SoftlabelError: if documents, teacher or table can't be used; what was committed before stays.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
-        todo = by(plan)(config, Path(folder), watch)
+    devices = places(config.teacher)
+    with scratch() as folder:
+        todo = by(plan)(config, folder, watch)
         if todo.shards:
             require_writable(config.table)
-        together = Together(Progress("capture", 0, todo.positions, "positions"), watch)
+        else:
+            watch(Progress("capture", 0, 0, "positions"))
 
-        def done_by(name: str, step: ShardStep, path: Path) -> Commit:
-            with together.piece(name) as piece:
+        def done_by(name: str, step: ShardStep, path: Path, stage: Together) -> Commit:
+            with stage.piece(name) as piece:
                 return by(step)(config, path, piece)
 
-        devices = places(config.teacher)
-        shards = cut(todo.shards, len(devices))
+        asking = Together(Progress("capture", 0, todo.positions, "positions"), watch)
+        shards = own_order(cut(todo.shards, len(devices)), config.table)
         if min(len(devices), len(shards)) > 1:
-            with Workers(devices[: len(shards)], Path(folder)) as workers:
-                commits = workers.each(shards, lambda w, path: done_by(w.name, w.capture_shard, path))
+            with Workers(devices[: len(shards)], folder) as workers:
+                commits = workers.each(shards, lambda w, path: done_by(w.name, w.capture_shard, path, asking))
         else:
-            commits = [done_by("", capture_shard, path) for path in shards]
-        copies = [by(copy_rows)(config, path) for path in todo.copies]
+            commits = [done_by("", capture_shard, path, asking) for path in shards]
+        to_copy = [*todo.copies, *filter(Path.exists, map(late_copies, shards))]
+        sequences = sum(pq.read_metadata(path).num_rows for path in to_copy)
+        copying = Together(Progress("copy", 0, sequences, "sequences"), watch)
+        copies = [done_by("", copy_rows, path, copying) for path in to_copy]
     return _summarise(config, todo, commits, copies, time.monotonic() - started)
 
 
 def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
-    """Run the teacher over one file of a plan and commit what it says.
+    """Run the teacher over what the table lacks of one file of a plan, and commit what it says.
 
-    The table is made if it is not there. The teacher stays loaded for the next shard of this process.
+    The table is made if it is not there. The teacher stays loaded for the next shard of this process. What another run
+    has committed under other documents is left for ``copy_rows``, in ``pipeline.copying.late_copies(path)``.
 
     Args:
         config: of the capture.
         path: Parquet file of sequences, from ``Plan.shards``.
-        watch: told of each batch, in positions of this shard.
+        watch: told of each batch, in positions of this shard; those that another run has committed are done, too.
 
     Raises:
         ProvenanceError: if the teacher or the table is not the one of the plan any more.
         TeacherError: if the teacher says what no distribution is, naming the document.
         TableError: if the table can't be written.
     """
+    sequences, total = still_pending(config, path), _positions(pq.read_table(path, columns=["positions"]))
+    done = total - _positions(sequences)
+    if done:
+        watch(Progress("capture", done, total, "positions"))
+    if not len(sequences):
+        return Commit(Table.open(config.table).version, 0, 0, 0)
     teacher = load_teacher(config.teacher)
     tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
     identity = identify(config, teacher.checkpoint, tokeniser)
-    sequences = pq.read_table(path)
     try:
         require_planned(sequences, identity, teacher.checkpoint.folder)
     except ProvenanceError:
         load_teacher.cache_clear()  # this process may have loaded it before its files changed
         raise
     details: dict[str, float] = {}
-    total = pc.sum(sequences.column("positions")).as_py()
-    batches = _told(_labelled(config, teacher, identity, sequences), total, watch, details)
+    batches = _told(_labelled(config, teacher, identity, sequences), done, total, watch, details)
     if not Table.exists(config.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
         carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
-        with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # with the plan it goes, whatever happens
             tokeniser.save(Path(folder))
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
@@ -179,20 +191,8 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         return writer.commit({"operation": "capture", **_about(config, teacher)})
 
 
-def copy_rows(config: CaptureConfig, path: Path) -> Commit:
-    """Give the sequences of one file of a plan the soft labels that the table has for the same key; no teacher needed.
-
-    Args:
-        config: of the capture.
-        path: Parquet file of sequences, from ``Plan.copies``; the plan's shards are committed.
-    """
-    table, sequences = Table.open(config.table), pq.read_table(path)
-    labels = soft_labels_by_key(table, sequences.column("key").to_pylist())
-    with ShardWriter(table, config.shards.row_group_sequences) as writer:
-        columns = dict(zip(sequences.column_names, sequences.columns, strict=True))
-        columns |= dict(zip(labels.column_names, labels.columns, strict=True))
-        writer.append_encoded(pa.table(columns))
-        return writer.commit({"operation": "copy", "circumstances": circumstances()})
+def _positions(sequences: pa.Table) -> int:
+    return pc.sum(sequences.column("positions")).as_py() or 0
 
 
 def _summarise(
@@ -252,13 +252,15 @@ def _labelled(
     yield from each_batch(teacher, asked.tokens, asked.positions, select_batch, config.teacher.batch_tokens)
 
 
-def _told(batches: Iterator[Labelled], total: int, watch: Watch, details: Mapping[str, float]) -> Iterator[Labelled]:
-    """The same batches; the watch is told of each, with these details."""
+def _told(
+    batches: Iterator[Labelled], before: int, total: int, watch: Watch, details: Mapping[str, float]
+) -> Iterator[Labelled]:
+    """The same batches; the watch is told of each, with these details, beside the positions that were done before."""
     done, mass = 0, 0.0
     for rows, labels in batches:
         done += labels.positions
         mass -= float(np.expm1(labels.tail_log_masses[0]).sum())
-        watch(Progress("capture", done, total, "positions", {"kept mass": mass / done, **details}))
+        watch(Progress("capture", before + done, total, "positions", {"kept mass": mass / done, **details}))
         yield rows, labels
 
 

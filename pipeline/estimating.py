@@ -5,7 +5,6 @@ the capture would, by several selections, into a folder that is then deleted. No
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from pipeline.planning import identify, whole_documents
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.questions import Questions
 from pipeline.sampling import Sample, Sequencer, draw_sample
+from pipeline.scratch import scratch
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
 from pipeline.teacher import TransformersTeacher, places
@@ -124,8 +124,8 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
     """
     if config.teacher.labels:
         raise UsageError("there is nothing to estimate: labels need no teacher to be run", do="run softlabel capture")
-    with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
-        capture = config.capture(config.table or str(Path(folder, "table")))
+    with scratch() as folder:
+        capture = config.capture(config.table or str(folder / "table"))
         documents = Documents(capture.documents, capture.columns)
         started = time.perf_counter()
         checkpoint = Checkpoint.find(capture.teacher)
@@ -159,7 +159,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         estimates = []
         for i, (name, selection) in enumerate(selections.items()):
             labels = SoftLabels.concatenate([run.labels[i] for run in runs])
-            written = _Written.of(Path(folder, f"trial-{i}"), capture, identity, rows, labels)
+            written = _Written.of(folder / f"trial-{i}", capture, identity, rows, labels)
             size = written.over_all(sample, capture)
             estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
     on = list(dict.fromkeys(places(capture.teacher)))  # on one device, workers share what it can do

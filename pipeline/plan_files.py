@@ -71,6 +71,11 @@ class PlanFiles:
         self._room = self._limit
 
 
+def planned_identity(sequences: pa.Table) -> Identity:
+    """What sequences were planned for, as they were read from their file."""
+    return Identity.model_validate_json(sequences.schema.metadata[_IDENTITY])
+
+
 def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> None:
     """Refuse to run another teacher over a plan's sequences than the one that they were made for.
 
@@ -82,8 +87,7 @@ def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> N
     Raises:
         ProvenanceError: naming each field that differs.
     """
-    planned = Identity.model_validate_json(sequences.schema.metadata[_IDENTITY])
-    differences = planned.differences(identity)
+    differences = planned_identity(sequences).differences(identity)
     if differences:
         raise ProvenanceError(
             "the teacher has changed since this capture was planned; nothing of this shard is kept",

@@ -27,7 +27,7 @@ from storage.errors import TableError, cause
 from storage.place import WRITING, place_of
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
-from storage.shard_file import ShardFile, add_action
+from storage.shard_file import RowKey, ShardFile, add_action
 from storage.table import COMMIT_MESSAGE, Shard, Table
 from storage.takedown import refusal
 
@@ -146,17 +146,30 @@ class ShardWriter:
             file.drop({row for row in file.keys if refused(str(row[0]))})
 
     def _drop_rows_of_others(self, files: list["ShardFile"], newest: Table) -> None:
-        """A look at the small key column tells which shards share a key; only those are looked at row by row."""
+        """Others may have committed the same rows since these were asked for."""
         known = {file.shard_path for file in files} | self._checked
         others = [shard for shard in newest.shards() if shard.path not in known]
-        starts = _starts(cast(bytes, row[-1]) for file in files for row in file.keys)
-        with ThreadPoolExecutor(_THREADS, "softlabel-keys") as pool:
-            for shard, theirs in zip(others, pool.map(partial(_key_starts, newest), others), strict=True):
-                if np.isin(starts, theirs).any():
-                    taken = {row for part in outline(newest, shard, ROW_KEY) for row in row_keys(part)}
-                    for file in files:
-                        file.drop(taken)
-                self._checked.add(shard.path)
+        for taken in _rows_beside(newest, others, [row for file in files for row in file.keys]):
+            for file in files:
+                file.drop(taken)
+        self._checked |= {shard.path for shard in others}
+
+
+def held(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What a version has of some rows.
+
+    Args:
+        table: the version.
+        rows: R rows with the columns of ``storage.schema.ROW_KEY``.
+
+    Returns:
+        (R,) whether it has the row, and (R,) whether it has the row's key, under whichever document.
+    """
+    wanted = row_keys(rows)
+    keys = {row[-1] for row in wanted}
+    found = {row for part in _rows_beside(table, table.shards(), wanted) for row in part if row[-1] in keys}
+    found_keys = {row[-1] for row in found}
+    return np.array([row in found for row in wanted], bool), np.array([row[-1] in found_keys for row in wanted], bool)
 
 
 def require_writable(location: str) -> None:
@@ -222,6 +235,15 @@ def committed(
     for publish in publications:
         publish()
     return True
+
+
+def _rows_beside(table: Table, shards: Sequence[Shard], rows: Iterable[RowKey]) -> Iterator[set[RowKey]]:
+    """All rows of each shard that shares a key with these; a look at the small key column tells which shards do."""
+    starts = _starts(cast(bytes, row[-1]) for row in rows)
+    with ThreadPoolExecutor(_THREADS, "softlabel-keys") as pool:
+        for shard, theirs in zip(shards, pool.map(partial(_key_starts, table), shards), strict=True):
+            if np.isin(starts, theirs).any():
+                yield {row for part in outline(table, shard, ROW_KEY) for row in row_keys(part)}
 
 
 def _key_starts(table: Table, shard: Shard) -> NDArray[np.uint64]:
