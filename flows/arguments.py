@@ -85,10 +85,12 @@ def read_file(path: Path) -> dict[str, Any]:
     """The settings that a YAML file gives.
 
     Raises:
-        UsageError: if it can't be read, is not YAML, or holds something else than settings by name.
+        UsageError: if it can't be read, is not YAML, gives a setting twice, or holds something else than settings by
+            name.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _EachOnce)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
         advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
@@ -109,28 +111,61 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve(model: type[Model], flags: Mapping[tuple[str, ...], Any], file: Path | None) -> Model:
+class _EachOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own loaders take the last."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """The mapping as it is written, before anything is merged into it."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UsageError(
+                    f"{key.value} is given twice",
+                    expected="each setting once",
+                    found=f"lines {lines[key.value]} and {line}",
+                    where=self.name,
+                    do="leave one of them out",
+                )
+            lines[key.value] = line
+        return node
+
+
+def resolve(
+    model: type[Model], flags: Mapping[tuple[str, ...], Any], file: Path | None, positional: Sequence[str] = ()
+) -> Model:
     """The settings from a file and flags; flags win.
 
     Args:
         model: which settings.
         flags: values by path, such as ``("selection", "top_k")``: those that were given, no others.
-        file: YAML file with more of them.
+        file: YAML file with more of them; a section without settings is as if it were left out.
+        positional: settings that may be given without their flags.
 
     Raises:
         UsageError: if a setting is unknown, missing or contradicts another; says where it was given.
     """
-    values = read_file(file) if file else {}
+    values = _without_empty_sections(model, read_file(file)) if file else {}
     for path, value in flags.items():
         _put(values, path, value)
     try:
         return model.model_validate(values)
     except ValidationError as invalid:
         errors = invalid.errors()
-        shown = [str(_explain(model, error, flags, file)) for error in errors[:_SHOWN_ERRORS]]
+        shown = [str(_explain(model, error, flags, file, positional)) for error in errors[:_SHOWN_ERRORS]]
         if len(errors) > _SHOWN_ERRORS:
             shown.append(f"... and {len(errors) - _SHOWN_ERRORS} more")
         raise UsageError("\n".join(shown)) from None
+
+
+def _without_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in values.items():
+        part = _model_of(model.model_fields[name].annotation) if name in model.model_fields else None
+        if part is None or value is not None:
+            kept[name] = _without_empty_sections(part, value) if part and isinstance(value, dict) else value
+    return kept
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -144,7 +179,11 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def _explain(
-    model: type[BaseModel], error: ErrorDetails, flags: Mapping[tuple[str, ...], Any], file: Path | None
+    model: type[BaseModel],
+    error: ErrorDetails,
+    flags: Mapping[tuple[str, ...], Any],
+    file: Path | None,
+    positional: Sequence[str],
 ) -> UsageError:
     path = tuple(part for part in error["loc"] if isinstance(part, str))
     name = ".".join(map(str, error["loc"]))
@@ -158,9 +197,9 @@ def _explain(
             return UsageError(f"unknown setting {name}", expected=", ".join(siblings), where=where, do=advice)
         case "missing":
             needed = _first_needed(model, path)
-            return UsageError(
-                f"{'.'.join(needed)} is needed", where=file, do=f"give {_flag(needed)}, or set it in a file"
-            )
+            by_place = f"it by its place ({' '.join(positional).upper()}), or " if needed[0] in positional else ""
+            advice = f"give {by_place}{_flag(needed)}, or set it in a file"
+            return UsageError(f"{'.'.join(needed)} is needed", where=file, do=advice)
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return UsageError(f"{name or 'these settings'} can't be used: {message}", where=where)

@@ -72,7 +72,9 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         print(to_json(result, inf_nan_mode="null").decode())
     else:
-        getattr(import_module("flows.display"), f"show_{verb}")(result)
+        from flows.display import SHOW
+
+        SHOW[verb](result)
 
 
 def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
@@ -88,7 +90,8 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
     def verb(*args: Any, **kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs).arguments
         file, as_json = given.pop("file", None), given.pop("as_json", False)
-        config = resolve(model, {known[key].path: value for key, value in given.items() if value is not None}, file)
+        flags = {known[key].path: value for key, value in given.items() if value is not None}
+        config = resolve(model, flags, file, positional)
         answer(name, lambda: import_module("flows.runner").run(name, config), as_json)
 
     verb.__doc__ = model.__doc__

@@ -1,6 +1,7 @@
 """What each verb shows a person when it is done: short tables on stdout, and where the rest is."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from flows.console import bytes_of, console, duration, facts, short, table_of, try_next
 from flows.table_display import show_history, show_inspect, show_maintain, show_mix, show_reprocess, show_verify
@@ -13,20 +14,6 @@ if TYPE_CHECKING:
     from pipeline.estimating import Estimate
     from pipeline.evaluation import EvaluationReport
     from pipeline.training import TrainReport
-
-__all__ = [
-    "show_capture",
-    "show_distill",
-    "show_estimate",
-    "show_evaluate",
-    "show_history",
-    "show_inspect",
-    "show_maintain",
-    "show_mix",
-    "show_reprocess",
-    "show_train",
-    "show_verify",
-]
 
 
 def show_capture(report: "CaptureReport") -> None:
@@ -115,11 +102,10 @@ def _capture_line(report: "CaptureReport") -> None:
     if not report.sequences and not report.copied:
         console.print(f"{where} holds all {report.documents:,} documents already: nothing was captured")
     else:
-        rate = f"{report.positions / max(report.seconds, 1e-9):,.0f} positions/s"
         copied = f", {report.copied:,} copied from other documents" if report.copied else ""
         console.print(
             f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
-            f" {duration(report.seconds)} ({rate}), {bytes_of(report.bytes)}{copied}"
+            f" {duration(report.seconds)}, {bytes_of(report.bytes)}{copied}"
         )
     if report.truncated:
         console.print(f"[yellow]{report.truncated:,} documents are longer[/] than what the classifier reads: cut short")
@@ -171,3 +157,19 @@ def _class_scores(report: "ClassEvaluation") -> None:
     console.print(f"{report.documents:,} held-out documents{left_out}")
     if report.unmapped > 0.0005:
         console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and left out")
+
+
+SHOW: Mapping[str, Callable[[Any], None]] = {
+    "capture": show_capture,
+    "estimate": show_estimate,
+    "train": show_train,
+    "evaluate": show_evaluate,
+    "distill": show_distill,
+    "verify": show_verify,
+    "maintain": show_maintain,
+    "reprocess": show_reprocess,
+    "mix": show_mix,
+    "inspect": show_inspect,
+    "history": show_history,
+}
+"""By verb."""

@@ -11,7 +11,7 @@ _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 
 
 class VerifyConfig(Settings):
-    """Look at every byte of a table, without its teacher, and name each file that is damaged, missing or foreign.
+    """Look at every byte of a table, and name each file that is damaged, missing or foreign; or ask its teacher, too.
 
     With teacher.model, the teacher is also run again over some of its sequences, twice: the table must not differ from
     it by more than it differs from itself in other batches.

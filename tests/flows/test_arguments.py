@@ -61,6 +61,27 @@ def test_what_is_missing_is_named_by_its_flag(tmp_path: Path):
     assert "--teacher.model" in str(error.value)
 
 
+def test_what_may_be_given_by_its_place_is_named_so():
+    with pytest.raises(UsageError, match=r"give it by its place \(DOCUMENTS TABLE\), or --table, or set it in a file"):
+        resolve(CaptureConfig, {("documents",): "d", ("teacher", "model"): "m"}, None, ("documents", "table"))
+
+
+def test_a_section_without_settings_is_as_if_it_were_left_out(tmp_path: Path):
+    file = write(tmp_path, "documents: d\ntable: t\nteacher: {model: m}\nselection:\nsequences:\nshards: {}\n")
+    assert resolve(CaptureConfig, {}, file) == resolve(CaptureConfig, NEEDED, None)
+    assert resolve(CaptureConfig, {("sequences", "max_tokens"): 99}, file).sequences.max_tokens == 99
+    with pytest.raises(UsageError, match=r"teacher\.model is needed"):
+        resolve(CaptureConfig, {("documents",): "d", ("table",): "t"}, write(tmp_path, "teacher:"))
+
+
+@pytest.mark.parametrize("name", ["documents", "selection"])
+def test_a_setting_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path, name: str):
+    text = "base: &base {seed: 1}\ndocuments: a\nselection:\n  <<: *base\n  seed: 3\n"
+    assert read_file(write(tmp_path, text))["selection"] == {"seed": 3}
+    with pytest.raises(UsageError, match=f"(?s){name} is given twice.*lines [23] and 6.*run.yaml"):
+        read_file(write(tmp_path, f"{text}{name}: b\n"))
+
+
 def test_a_wrong_flag_is_named():
     with pytest.raises(UsageError, match=r"--selection\.draws") as error:
         resolve(CaptureConfig, {**NEEDED, ("selection", "draws"): -1}, None)
