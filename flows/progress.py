@@ -1,12 +1,13 @@
-"""What a person sees of long work: bars on a terminal, else a plain line every few seconds; and a Prefect artifact.
+"""What a person sees of long work: bars on a terminal, a line in the log every few seconds, and a Prefect artifact.
 
 Every one of them says how far a stage is, at which rate it goes and how long it still takes. Measures nothing but time.
 """
 
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from time import monotonic
 from uuid import UUID
@@ -20,49 +21,63 @@ from rich.progress import Progress as Bars
 from pipeline.progress import Progress, Watch
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_OF_A_RATE = 60.0
 
 Show = Callable[[Progress, str, Mapping[str, str]], None]
 """Shows a stage, and each of its parts, as text."""
 
 logger = logging.getLogger("softlabel")
 logger.setLevel(logging.INFO)
+_lines = logger.getChild("progress")
 
 
 @contextmanager
 def watching(artifact: str | None = None) -> Iterator[Watch]:
-    """Show progress on stderr for as long as the block runs.
+    """Log progress for as long as the block runs; if stderr is a terminal, show bars there instead of the lines.
 
     Args:
         artifact: key under which a Prefect progress artifact is kept too, if a flow is running.
     """
-    on_artifact = _artifact(artifact) if artifact and FlowRunContext.get() else None
-    with _bars() if sys.stderr.isatty() else _lines() as show:
+    shown = [_throttled(_log)]
+    if artifact and FlowRunContext.get():
+        shown.append(_throttled(_artifact(artifact)))
+    with _bars() if sys.stderr.isatty() else nullcontext() as bars:
+        if bars:
+            shown.append(bars)
         paces: dict[tuple[str, str], Pace] = {}
 
         def described(progress: Progress, part: str = "") -> str:
-            pace = paces.setdefault((progress.stage, part), Pace(progress.done))
+            pace = paces.setdefault((progress.stage, part), Pace())
             return describe(progress, pace.rate(progress.done))
 
         def watch(progress: Progress) -> None:
             parts = {name: described(part, name) for name, part in progress.parts.items()}
             text = described(progress)
-            show(progress, text, parts)
-            if on_artifact:
-                on_artifact(progress, text, parts)
+            for show in shown:
+                show(progress, text, parts)
 
         yield watch
 
 
 class Pace:
-    """The rate of a stage since it was first heard of."""
+    """The rate of a stage over the last minute, or since it was first heard of or fell back."""
 
-    def __init__(self, done: int) -> None:
-        self._started, self._first = monotonic(), done
+    def __init__(self) -> None:
+        self._last = 0
+        self._seen: deque[tuple[float, int]] = deque()
 
     def rate(self, done: int) -> float | None:
         """Units a second; None as long as nothing is known."""
-        seconds = monotonic() - self._started
-        return (done - self._first) / seconds if done > self._first and seconds > 0 else None
+        now = monotonic()
+        if done < self._last:  # a worker died, and what it did is to be done again
+            self._seen.clear()
+        self._last = done
+        if not self._seen or now - self._seen[-1][0] >= 1:
+            self._seen.append((now, done))
+        while len(self._seen) > 1 and now - self._seen[1][0] >= _SECONDS_OF_A_RATE:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        return (done - before) / (now - then) if done > before and now > then else None
 
 
 def describe(progress: Progress, rate: float | None) -> str:
@@ -93,20 +108,16 @@ def _throttled(show: Show) -> Show:
     return throttled
 
 
-@contextmanager
-def _lines() -> Iterator[Show]:
-    def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
-        logger.info("%s  %s", progress.stage, text)
-        for name, part in parts.items():
-            logger.info("  %s  %s", name, part)
-
-    yield _throttled(show)
+def _log(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
+    _lines.info("%s  %s", progress.stage, text)
+    for name, part in parts.items():
+        _lines.info("  %s  %s", name, part)
 
 
 @contextmanager
 def _bars() -> Iterator[Show]:
     columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}")
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with _no_lines_on_terminals(), Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
@@ -124,6 +135,24 @@ def _bars() -> Iterator[Show]:
         yield show
 
 
+@contextmanager
+def _no_lines_on_terminals() -> Iterator[None]:
+    """Lines of progress would tear the bars apart; files and Prefect's server get them all the same."""
+    handlers = [handler for each in (logger, logging.getLogger()) for handler in each.handlers]
+    terminals = [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream and h.stream.isatty()]
+    for terminal in terminals:
+        terminal.addFilter(_is_no_line)
+    try:
+        yield
+    finally:
+        for terminal in terminals:
+            terminal.removeFilter(_is_no_line)
+
+
+def _is_no_line(record: logging.LogRecord) -> bool:
+    return record.name != _lines.name
+
+
 def _artifact(key: str) -> Show:
     made = create_progress_artifact(0.0, key=key)
     assert isinstance(made, UUID)  # and no coroutine: flows are synchronous here
@@ -132,7 +161,8 @@ def _artifact(key: str) -> Show:
 
     def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
         nonlocal reachable
-        share = 100.0 * progress.done / progress.total if progress.total else 0.0
+        total = progress.total
+        share = 0.0 if total is None else 100.0 * progress.done / total if total else 100.0  # all of nothing is done
         try:
             if reachable:
                 lines = [f"{progress.stage}: {text}", *(f"{name}: {part}" for name, part in parts.items())]
@@ -141,4 +171,4 @@ def _artifact(key: str) -> Show:
             reachable = False
             logger.warning("the progress artifact is no longer kept: %s", error)
 
-    return _throttled(show)
+    return show

@@ -1,6 +1,8 @@
 """Progress lines: rates, time left, and how often they come."""
 
+import io
 import logging
+import sys
 
 import pytest
 
@@ -32,10 +34,28 @@ def test_a_total_may_be_unknown():
 
 
 def test_pace_counts_from_where_a_stage_was_first_heard_of(now: list[float]):
-    pace = Pace(50)
+    pace = Pace()
     assert pace.rate(50) is None
     now[0] = 110.0
     assert pace.rate(90) == 4.0
+
+
+def test_pace_is_that_of_the_last_minute(now: list[float]):
+    pace, done, rates = Pace(), 0, []
+    for second in range(400):
+        now[0] += 1
+        done += 1 if second < 200 else 10  # a slow start
+        rates.append(pace.rate(done))
+    assert (rates[199], rates[-1]) == (1.0, 10.0)
+    now[0] += 1000
+    assert pace.rate(done + 500) == pytest.approx(0.5, rel=0.01), "what takes longer than a minute has a rate, too"
+
+
+def test_pace_begins_anew_after_work_was_lost(now: list[float]):
+    pace = Pace()
+    for done, rate in ((0, None), (100, 10.0), (60, None), (80, 2.0)):
+        assert pace.rate(done) == rate
+        now[0] += 10
 
 
 def test_lines_are_few_and_the_first_and_last_are_among_them(caplog: pytest.LogCaptureFixture, now: list[float]):
@@ -64,3 +84,31 @@ def test_each_worker_has_a_line_of_its_own(caplog: pytest.LogCaptureFixture, now
         "  cuda:0  25 positions  2.5/s  kept mass 0.9",
         "  cuda:1  75 positions  7.5/s  kept mass 0.9",
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("now")
+def test_bars_on_a_terminal_and_lines_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    handler, ours = logging.StreamHandler(terminal), logging.getLogger("softlabel")
+    ours.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
+            watch(Progress("capture", 0, 100, "positions"))
+            watch(Progress("capture", 100, 100, "positions"))
+            ours.warning("a worker died")
+    finally:
+        ours.removeHandler(handler)
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        "capture  0/100 positions",
+        "capture  100/100 positions",
+    ]
+    shown = terminal.getvalue()
+    assert "100/100 positions" in shown
+    assert "capture  " not in shown, "a line of the log among the bars"
+    assert "a worker died" in shown
