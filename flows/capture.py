@@ -10,13 +10,21 @@ from flows.progress import watching
 from pipeline.capturing import CaptureReport, P, R, capture
 from pipeline.config import CaptureConfig
 
+RUN_NAMES = {
+    "plan": "plan {config.table}",
+    "capture_shard": "capture {path.stem} {config.table}",
+    "copy_rows": "copy {path.stem} {config.table}",
+}
+"""Of each step's task: ``path.stem`` is the number of a shard of the plan."""
+
 
 def as_task(step: Callable[P, R], /) -> Callable[P, R]:
     """A step of a capture as a task; what is done is known to the table, never to a cache."""
-    return task(persist_result=False, cache_policy=NO_CACHE)(step)
+    name = getattr(step, "__name__", "")  # which a type checker does not know of
+    return task(name=name, task_run_name=RUN_NAMES[name], persist_result=False, cache_policy=NO_CACHE)(step)
 
 
-@flow(name="capture", persist_result=False)
+@flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
 def capture_flow(config: CaptureConfig) -> CaptureReport:
     """Run a teacher once over documents and keep what it knows in a table; what the table has already is left alone."""
     with watching("capture-progress") as watch:

@@ -25,7 +25,7 @@ class DistillReport:
     evaluate: EvaluationReport | ClassEvaluation
 
 
-@flow(name="distill", persist_result=False)
+@flow(name="distill", flow_run_name="distill {config.table}", persist_result=False)
 def distill_flow(config: DistillConfig) -> DistillReport:
     """Capture, train and evaluate; what is there already is not made again."""
     origin = Origin.of_capture(config)

@@ -15,7 +15,7 @@ def estimate_capture(config: EstimateConfig) -> Estimate:
         return estimate(config, watch)
 
 
-@flow(name="estimate", persist_result=False)
+@flow(name="estimate", flow_run_name="estimate {config.documents}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
     """Say from a small sample what a capture would give, cost and take; nothing is captured."""
     found = estimate_capture(config)

@@ -12,14 +12,14 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluation import EvaluationReport, evaluate
 
 
-@task(name="evaluate", persist_result=False)
+@task(name="evaluate", task_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_students(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Measure the students and write the report, showing how far it is."""
     with watching() as watch:
         return evaluate(config, watch)
 
 
-@flow(name="evaluate", persist_result=False)
+@flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
     report = evaluate_students(config)

@@ -22,7 +22,7 @@ class MaintainReport:
     pins: list[Pin]
 
 
-@task(name="names", persist_result=False)
+@task(name="names", task_run_name="names {config.table}", persist_result=False)
 def change_names(config: MaintainConfig) -> bool:
     """Tag, untag and unpin; whether any of that was asked for."""
     table = parse(config.table)[0]
@@ -36,7 +36,7 @@ def change_names(config: MaintainConfig) -> bool:
     return bool(config.untag or config.unpin or config.tag)
 
 
-@task(name="delete", persist_result=False)
+@task(name="delete", task_run_name="delete {config.table}", persist_result=False)
 def delete(config: MaintainConfig) -> Maintenance:
     """Delete what is not needed."""
     keep_versions = config.keep_versions if config.vacuum else None
@@ -45,7 +45,7 @@ def delete(config: MaintainConfig) -> Maintenance:
     )
 
 
-@flow(name="maintain", persist_result=False)
+@flow(name="maintain", flow_run_name="maintain {config.table}", persist_result=False)
 def maintain_flow(config: MaintainConfig) -> MaintainReport:
     """Delete what no version of a table names and nobody is writing; or name versions, and let go of them."""
     table = Table.open(config.table).location

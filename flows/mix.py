@@ -14,7 +14,7 @@ def mix_tables(config: MixConfig) -> ViewInspection:
     return inspect_view(make_view(config.view, config.tables, weights, config.how))
 
 
-@flow(name="mix", persist_result=False)
+@flow(name="mix", flow_run_name="mix {config.view}", persist_result=False)
 def mix_flow(config: MixConfig) -> ViewInspection:
     """Make a view: several tables with one tokenizer that can be read like one."""
     return mix_tables(config)

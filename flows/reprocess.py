@@ -16,7 +16,7 @@ def reprocess_table(config: ReprocessConfig) -> ReprocessReport:
         return reprocess(config, watch)
 
 
-@flow(name="reprocess", persist_result=False)
+@flow(name="reprocess", flow_run_name="reprocess {config.source}", persist_result=False)
 def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
     """Make a smaller table of a table, or change it in place as one new version; the teacher is not needed."""
     report = reprocess_table(config)

@@ -14,7 +14,7 @@ def train_student(config: TrainConfig) -> TrainReport:
         return train(config, watch)
 
 
-@flow(name="train", persist_result=False)
+@flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; one that is already trained like that is left as it is."""
     return train_student(config)

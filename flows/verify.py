@@ -64,7 +64,7 @@ def ask_teacher(config: VerifyConfig) -> "Recheck | None":
     return found
 
 
-@flow(name="verify", persist_result=False)
+@flow(name="verify", flow_run_name="verify {config.table}", persist_result=False)
 def verify_flow(config: VerifyConfig) -> VerifyReport:
     """Look at every byte of a table, and ask its teacher again if that is given."""
     found = verify_table(config)

@@ -83,8 +83,12 @@ def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixtu
     assert "positions" in err
 
     assert {"capture-progress": "progress", "students": "table", "report": "markdown"}.items() <= artifacts().items()
+    table, student = small.parent / "table", small.parent / "runs" / "student"
+    runs = {f"distill {table}", f"capture {table}", f"plan {table}", f"capture 000000 {table}", f"train {student}"}
+    assert runs <= names_of_runs()
 
     assert run(["distill", "--config", str(small)]) == 0
+    assert share_done("capture-progress") == 100.0
     shown = capsys.readouterr().out
     assert "nothing was captured" in shown
     assert shown.count("was trained already") == 2
@@ -97,6 +101,23 @@ def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixtu
         assert isinstance(told, dict)
         assert run([verb, "--config", str(small)]) == 0
         assert "positions" in capsys.readouterr().out
+
+
+def names_of_runs() -> set[str]:
+    """Of all flows and tasks."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return {each.name for each in (*client.read_flow_runs(), *client.read_task_runs())}
+
+
+def share_done(key: str) -> float:
+    """What the newest progress artifact of that key says."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        newest = max((each for each in client.read_artifacts() if each.key == key), key=lambda each: each.created)
+        return float(newest.data)
 
 
 def artifacts() -> dict[str, str]:
