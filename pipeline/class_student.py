@@ -1,11 +1,10 @@
 """A classifier as a student: building it for its labels, and its loss.
 
-It is called as transformers calls it, so any architecture with a classification head will do. Loads nothing but
-safetensors; the loop is ``pipeline.trainer``'s.
+It is called as transformers calls it, so any architecture with a classification head will do. The loop is
+``pipeline.trainer``'s.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from pipeline.checkpoint import class_names, is_classifier
 from pipeline.class_labels import LabelMap
@@ -24,11 +22,12 @@ from pipeline.classifier import padding_id
 from pipeline.config import TrainConfig
 from pipeline.fitting import Origin, explained, require_fitting
 from pipeline.lesson import Lesson
+from pipeline.loading import load_model, require_weights
 from pipeline.loss import distillation_loss
 from pipeline.student import pruned
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
-from storage.errors import AccessError, IntegrityError, StudentError, TableError, UsageError
+from storage.errors import AccessError, IntegrityError, TableError, UsageError
 from storage.table import Table
 
 EVAL_TOKENS = 8192
@@ -44,7 +43,7 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
 
     Raises:
         UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
-        StudentError: if it can't be loaded, or its tokenizer does not fit.
+        StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
     """
     source, revision = require_fitting(config, Origin.of(table))
     names = LabelMap.of(config.labels, table.identity.classes or ()).names
@@ -60,53 +59,20 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
     else:
         student = pruned(_load(source, revision or "main", dtype, head), config, table)
     padding_id(student, tokenizer)
-    _require_room(student, table)
     return student
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers from warning of a new head, which is what is wanted."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _load(source: str, revision: str, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
     settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, revision=revision))
     # A model that was saved as something else has no head, whatever the names that it would give to classes.
     same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
-    with _without_report():
-        student, report = explained(
-            source,
-            "model",
-            lambda: AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=not same,
-                **head,
-            ),
-        )
+    student, wrong = load_model(AutoModelForSequenceClassification, source, revision, dtype, **head)
     if not same:  # of other labels, even if they are as many
         _renew_head(student)
     # A new head, and what pools the layers' states for it, may be missing; nothing else.
     body = f"{student.base_model_prefix}."
-    missing = [name for name in report["missing_keys"] if same or (name.startswith(body) and ".pooler." not in name)]
-    if missing:
-        raise StudentError(
-            "the student's files lack weights",
-            expected=f"every weight of {type(student).__name__} but its head's",
-            found=f"{len(missing)} missing, the first {min(missing)}",
-            where=source,
-            do="fetch or save the model again",
-        )
+    needed = {name for name in wrong if same or (name.startswith(body) and ".pooler." not in name)}
+    require_weights(student, source, {name: wrong[name] for name in needed}, but="" if same else " but its head's")
     return student
 
 
@@ -120,21 +86,6 @@ def _renew_head(student: PreTrainedModel) -> None:
                     nn.init.normal_(part.weight, std=getattr(student.config, "initializer_range", 0.02))
                     if part.bias is not None:
                         nn.init.zeros_(part.bias)
-
-
-def _require_room(student: PreTrainedModel, table: Table) -> None:
-    rows = student.get_input_embeddings().weight.shape[0]
-    ids = max(AutoTokenizer.from_pretrained(table.tokenizer).get_vocab().values()) + 1
-    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    longest = table.identity.sequences.max_tokens
-    if rows < ids or (limit is not None and limit < longest):
-        raise StudentError(
-            "the student can't read the table's documents",
-            expected=f"an embedding of at least {ids} rows, and at least {longest} positions",
-            found=f"{rows} rows, {limit} positions",
-            where=student.config.name_or_path or "student.config",
-            do="set vocab_size and max_position_embeddings in its configuration, or take another model",
-        )
 
 
 class Classification(nn.Module):
@@ -199,6 +150,8 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
     except (AccessError, IntegrityError):
         raise
     except TableError:
+        held = []
+    if all(batch.logprobs.isnan().any(1).all() for batch in held):  # the teacher knows none of their labels
         held = []
     return Lesson(
         module=Classification(student, config.loss),

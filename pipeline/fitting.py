@@ -12,16 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import pyarrow.compute as pc
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.class_labels import LabelMap
-from pipeline.classes import selection_of
+from pipeline.classes import longest, selection_of
 from pipeline.config import CaptureConfig, TrainConfig
 from pipeline.pruning import require_layers, require_neurons, spread
 from pipeline.student_config import StudentConfig
 from pipeline.targets import resolve_target
 from storage.errors import StudentError, UsageError
+from storage.groups import outlines
 from storage.inspection import last_capture
 from storage.view import AnyTable
 
@@ -40,6 +43,10 @@ class Origin:
     """Token ids that the tokenizer knows, or the number of classes."""
     padded_vocabulary: int
     """Rows of the teacher's output layer."""
+    max_tokens: int
+    """Tokens that a sequence may have."""
+    longest: Callable[[], int]
+    """Tokens that the longest has, or may have as long as there is none: a table's, which are not read in vain."""
     classes: tuple[str, ...] | None
     """Of a classifier."""
     temperatures: tuple[float, ...]
@@ -47,7 +54,7 @@ class Origin:
     draws: bool
     """Whether tails are sampled."""
     teachers: Callable[[], Sequence[tuple[str, str | None]]]
-    """Folder or hub name of each teacher, and its revision on the hub: a table's history, which is not read in vain."""
+    """Folder or hub name of each teacher, and its revision on the hub: from a table's history, not read in vain."""
 
     @classmethod
     def of(cls, table: AnyTable) -> Self:
@@ -58,6 +65,8 @@ class Origin:
             tokenizer=table.tokenizer,
             vocabulary=identity.vocabulary,
             padded_vocabulary=identity.padded_vocabulary,
+            max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
+            longest=partial(_longest_of, table),
             classes=identity.classes,
             temperatures=table.temperatures,
             draws=table.draws,
@@ -73,11 +82,14 @@ class Origin:
         """
         teacher = Checkpoint.find(config.teacher)
         selection = selection_of(config.selection, teacher.classes)
+        most = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
         return cls(
             location=teacher.folder,
             tokenizer=teacher.folder,
             vocabulary=teacher.vocabulary,
             padded_vocabulary=teacher.padded_vocabulary,
+            max_tokens=most,
+            longest=lambda: most,
             classes=teacher.classes,
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
@@ -112,8 +124,8 @@ def require_fitting(config: StudentConfig, origin: Origin) -> tuple[str, str | N
         require_layers(settings, config.layers)
     if config.intermediate_size is not None:
         require_neurons(settings, config.intermediate_size)
-    if origin.classes is None:
-        _require_vocabulary(settings, origin)
+    _require_vocabulary(settings, origin)
+    _require_positions(settings, origin)
     return source, revision
 
 
@@ -133,14 +145,14 @@ def explained(source: str, what: str, load: Callable[[], T]) -> T:
     """The loaded thing, or an error that says where it was looked for."""
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StudentError(
             f"the student's {what} can't be loaded",
             expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
             found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
             where=Path(source).absolute() if Path(source).exists() else source,
-            do="check the path (student.teacher says where a teacher is now); a model that needs code of its own, or "
-            "has no safetensors, is not loaded",
+            do="check the path (student.teacher says where a teacher is now), or fetch a damaged file again; a model "
+            "that needs code of its own, or has no safetensors, is not loaded",
         ) from error
 
 
@@ -239,12 +251,36 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _require_vocabulary(settings: Any, origin: Origin) -> None:
-    rows = settings.get_text_config().vocab_size
-    if rows < origin.vocabulary:
+    rows, ids = settings.get_text_config().vocab_size, origin.vocabulary
+    if origin.classes is not None:
+        ids = max(AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab().values()) + 1
+    if rows < ids:
         raise StudentError(
             "the student has no room for the table's vocabulary",
-            expected=f"at least {origin.vocabulary} rows in its output layer (more are padding)",
+            expected=f"at least {ids} rows in its embedding and output layer (more are padding)",
             found=rows,
             where=settings.name_or_path or "student.config",
             do=f"set vocab_size to {origin.padded_vocabulary} in its configuration",
         )
+
+
+def _require_positions(settings: Any, origin: Origin) -> None:
+    """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
+    are meant for."""
+    limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 0 or limit >= origin.max_tokens:  # some that have no limit say -1
+        return
+    needed = origin.longest()
+    if limit < needed:
+        raise StudentError(
+            "the student can't read the table's sequences",
+            expected=f"at least {needed} positions (max_position_embeddings)",
+            found=limit,
+            where=settings.name_or_path or "student.config",
+            do="set max_position_embeddings in its configuration, take another model, or capture with a smaller "
+            "sequences.max_tokens",
+        )
+
+
+def _longest_of(table: AnyTable) -> int:
+    return max((pc.max(rows.column("tokens")).as_py() or 0 for _, rows in outlines(table, ["tokens"])), default=0)

@@ -66,6 +66,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def finite(model: nn.Module) -> bool:
+    """Whether all weights are numbers; of a student that is divided, this rank's share of them."""
+    shares = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters())
+    return bool(torch.stack([share.detach().isfinite().all() for share in shares]).all())
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights and buffers by name, ``gathered``; one that has several names by the first of them."""
     return dict(gathered(_own(model)))

@@ -29,6 +29,7 @@ from storage.errors import StudentError, UsageError
 from storage.table import Table
 from tests.conftest import topics
 from tests.pipeline.classifiers import CLASSES, save_classifier
+from tests.pipeline.damages import DAMAGES, damaged
 from tests.pipeline.trainings import interrupt_at, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,6 +249,17 @@ def test_a_loss_that_no_document_adds_to_is_refused(table, tmp_path):
 
 
 def test_a_student_that_reads_less_than_the_table_holds(table, tiny_teacher, tmp_path):
-    short = save_classifier(tmp_path / "short", tiny_teacher, max_position_embeddings=64)
-    with pytest.raises(StudentError, match="can't read the table's documents"):
+    short = save_classifier(tmp_path / "short", tiny_teacher, max_position_embeddings=16)
+    with pytest.raises(StudentError, match="can't read the table's sequences"):
         build_classifier(StudentConfig(model=str(short)), table)
+    small = save_classifier(tmp_path / "small", tiny_teacher, vocab_size=400)
+    with pytest.raises(StudentError, match="at least 500 rows"):
+        build_classifier(StudentConfig(model=str(small)), table)
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_damaged_weights(damage, said, table, teacher, tmp_path):
+    damaged(teacher, tmp_path / "model", damage)
+    for labels in ((), MERGED):  # the head is kept, or made anew
+        with pytest.raises(StudentError, match=said):
+            build_classifier(StudentConfig(model=str(tmp_path / "model"), labels=labels), table)

@@ -2,9 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig
 
 from pipeline.config import CaptureConfig, TrainConfig
 from pipeline.fitting import Origin, require_fitting, require_loss
@@ -21,6 +22,7 @@ BAD = [
     ({"model": "nowhere/at-all"}, StudentError, "configuration can't be loaded"),
     ({"model": "stranger"}, StudentError, "499 tokens"),
     ({"config": "small.json"}, StudentError, "at least 500 rows"),
+    ({"config": "short.json"}, StudentError, r"at least \d+ positions"),
     ({"depth": 1, "config": "small.json"}, UsageError, "exactly one place"),
 ]
 
@@ -31,7 +33,7 @@ def capturing(teacher, **settings):
 
 @pytest.fixture
 def strangers(tiny_teacher, tmp_path, monkeypatch):
-    """A model with a token less, and a configuration with room for too few."""
+    """A model with a token less, and configurations with room for too few, or for too short sequences."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_teacher, "stranger")
     tokenizer = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
@@ -40,6 +42,7 @@ def strangers(tiny_teacher, tmp_path, monkeypatch):
     tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
     (tmp_path / "stranger" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "small.json").write_text(LlamaConfig(vocab_size=400).to_json_string())
+    (tmp_path / "short.json").write_text(GPT2Config(vocab_size=512, n_positions=20).to_json_string())
 
 
 @pytest.mark.usefixtures("strangers")
@@ -56,6 +59,13 @@ def test_a_student_that_can(table, tiny_teacher):
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
         assert require_fitting(StudentConfig(depth=2), origin) == (str(tiny_teacher), None)
         assert AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab()
+
+
+@pytest.mark.parametrize("config", [BloomConfig(vocab_size=512), GPT2Config(vocab_size=512, n_positions=40)])
+def test_positions_that_have_no_limit_or_are_enough_for_what_there_is(config, table, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    origin = replace(Origin.of(table), max_tokens=1000)  # longer ones could have been captured
+    require_fitting(StudentConfig(config=str(tmp_path / "config.json")), origin)
 
 
 def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher, tmp_path):

@@ -1,0 +1,91 @@
+"""A student's model from its files: every weight of it is there, has the right shape and is a number, or it is refused.
+
+transformers itself would fill what is missing, or does not fit, with random numbers. Loads nothing but safetensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from pipeline.fitting import explained
+from pipeline.sharding import finite
+from storage.errors import StudentError
+
+
+def load_model(
+    architecture: Any, source: str, revision: str | None, dtype: torch.dtype, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """A model, and what is wrong with the weights that its files do not give, by their names.
+
+    Args:
+        architecture: one of transformers' Auto classes.
+        source: folder or hub name.
+        revision: on the hub.
+        dtype: of the weights.
+        settings: of the model's configuration.
+
+    Raises:
+        StudentError: if it can't be loaded.
+    """
+    with _without_report():
+        model, report = explained(
+            source,
+            "model",
+            lambda: architecture.from_pretrained(
+                source,
+                revision=revision or "main",
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **settings,
+            ),
+        )
+    wrong = dict.fromkeys(report["missing_keys"], "missing")
+    wrong |= {name: f"{tuple(there)}, not {tuple(wanted)}" for name, there, wanted in report["mismatched_keys"]}
+    return model, wrong
+
+
+def require_weights(model: PreTrainedModel, source: str, wrong: dict[str, str], but: str = "") -> None:
+    """Refuse a model some of whose weights are not those of its files, or are no numbers.
+
+    Args:
+        model: as it was loaded.
+        source: where it was loaded from.
+        wrong: what ``load_model`` said, without what does not matter.
+        but: which weights these are, for the message.
+    """
+    if wrong:
+        first = min(wrong)
+        raise StudentError(
+            "the student's files lack weights",
+            expected=f"every weight of {type(model).__name__}{but}, in the shape that its configuration says",
+            found=f"{len(wrong)} that are not, the first {first}: {wrong[first]}",
+            where=source,
+            do="fetch or save the model again",
+        )
+    if not finite(model):
+        names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+        raise StudentError(
+            "the student's weights are no numbers",
+            expected="finite weights",
+            found=f"NaN or infinity in {len(names)} of them, the first {names[0]}",
+            where=source,
+            do="take another model: a training that diverged may have left this one",
+        )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from warning of what is told in an error, or is what is wanted: a new head."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
