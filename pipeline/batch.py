@@ -5,7 +5,7 @@ where it belongs in a ``Batch``. Nothing here loops over positions, decodes soft
 sequences come.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ _EMPTY = {field.name: np.zeros(0, field.type.value_type.to_pandas_dtype()) for f
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of L tokens, each packed with whole sequences, and soft labels at their N captured positions."""
+    """Rows of L tokens, of one or several whole sequences each, and soft labels at their N captured positions."""
 
     input_ids: Tensor
     """(rows, L) int64; 0 in the padding at a row's end."""
@@ -91,16 +91,18 @@ class RowGroup:
 
 
 def collate(
-    packs: Sequence[Iterable[dict[str, NDArray[Any]]]], row_tokens: int, table: AnyTable, global_positions: int
+    packs: Sequence[Sequence[dict[str, NDArray[Any]]]], row_tokens: int | None, table: AnyTable, global_positions: int
 ) -> Batch:
     """Lay out packs as a batch.
 
     Args:
         packs: for each row, its sequences; without any row, the batch is one row of padding.
-        row_tokens: L.
+        row_tokens: L; None for as many as the longest row has.
         table: what they are of.
         global_positions: of the whole optimiser step.
     """
+    if row_tokens is None:
+        row_tokens = max((tokens_of(pack) for pack in packs), default=1)
     shape = max(1, len(packs)), row_tokens
     input_ids, position_ids, captured = np.zeros(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.bool_)
     counting = np.arange(row_tokens)
@@ -127,6 +129,11 @@ def collate(
         sequences=len(sequences),
         global_positions=global_positions,
     )
+
+
+def tokens_of(pack: Sequence[dict[str, NDArray[Any]]]) -> int:
+    """Tokens of a row, without padding."""
+    return sum(len(sequence["token_ids"]) for sequence in pack)
 
 
 def _targets(sequences: Sequence[dict[str, NDArray[Any]]], table: AnyTable) -> CompactTargets | AveragedTargets:

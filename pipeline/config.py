@@ -168,8 +168,12 @@ class ShardsConfig(Settings):
 class StreamConfig(Settings):
     """How rows of the table become batches."""
 
+    packing: bool = True
+    """Put as many sequences into a training row as have room there. False gives each a row of its own, padded: slower,
+    and for students in which sequences of one row would see each other (Mamba, Falcon, ...), which are refused else."""
     row_tokens: PositiveInt = 1024
-    """Length of a training row; sequences are packed into it whole, so it is at least the table's longest."""
+    """Length of a training row; sequences are never cut, so it is at least the table's longest. Without packing, a row
+    is as long as the longest of its forward pass."""
     batch_rows: PositiveInt = 8
     """Training rows of one optimiser step, over all devices."""
     micro_rows: PositiveInt = 8

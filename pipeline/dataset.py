@@ -32,7 +32,8 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     Every sequence comes exactly once an epoch (or, from a view with weights, as often as ``pipeline.order.occurrences``
     says), over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and
-    the epoch alone decide; ``pipeline.order.plan_epoch`` says what shuffling does. An optimiser step takes the plan's
+    the epoch alone decide; ``pipeline.order.plan_epoch`` says what shuffling does. A pack is what a training row holds:
+    as many sequences as have room or, without ``stream.packing``, a single one. An optimiser step takes the plan's
     next ``stream.batch_rows`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
     yields ``accumulation`` batches a step, of ``stream.micro_rows`` rows at most. A rank that has no pack left for a
     batch yields one row of padding without captured positions, so that all ranks make equally many passes.
@@ -44,7 +45,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     Args:
         table: the version, or the view, to read.
-        stream: length of a row, batch sizes and seed.
+        stream: packing, length of a row, batch sizes and seed.
         split: train or eval.
         shuffle: False for the table's own order.
         rank: which of the ranks this is.
@@ -74,6 +75,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         assert 0 <= rank < world_size, "ranks are numbered from 0"
         self._table = table
         self._stream = stream
+        self._row_tokens = stream.row_tokens if stream.packing else None
         self._shuffle = shuffle
         self._rank = rank
         self._world_size = world_size
@@ -124,7 +126,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
             groups = windows.get(step.epoch, step.plan, step.plan.window_of(pack))
             members = step.plan.members(pack, pack + 1).tolist()
             packs.append([groups[group].sequence(row) for group, row in map(self._index.place, members)])
-        return collate(packs, self._stream.row_tokens, self._table, global_positions)
+        return collate(packs, self._row_tokens, self._table, global_positions)
 
     def _steps(self) -> Iterator["_Step"]:
         """The optimiser steps from the start on."""
@@ -163,7 +165,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
             plan = plan_epoch(
                 self._index.tokens,
                 self._index.group_starts,
-                self._stream.row_tokens,
+                self._row_tokens,
                 self._window_tokens,
                 seed=seed,
                 epoch=epoch,

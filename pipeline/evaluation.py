@@ -31,7 +31,7 @@ from pipeline.report import (
     to_json,
     write,
 )
-from pipeline.student import build
+from pipeline.student import build, separates
 from pipeline.student_config import StudentConfig
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
@@ -101,8 +101,8 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     students = []
     for folder, name, provenance in zip(config.students, names, trained, strict=True):
         model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(on)
-        batches = _watched(holdout, config.batch_tokens, name, watch)
-        metrics = measure(model, batches, table)
+        batches = holdout.batches(config.batch_tokens, packing=separates(model))
+        metrics = measure(model, _watched(batches, holdout.positions, name, watch), table)
         ppl = perplexity(metrics.cross_entropy)
         students.append(StudentSummary.of(name, folder, provenance, metrics=metrics, perplexity=ppl))
     report = _report(config, table, holdout, tuple(students), str(on))
@@ -180,12 +180,12 @@ def _require_same(
             )
 
 
-def _watched(holdout: Holdout, batch_tokens: int, name: str, watch: Watch) -> Iterator[Batch]:
+def _watched(batches: Iterator[Batch], positions: int, name: str, watch: Watch) -> Iterator[Batch]:
     done = 0
-    for batch in holdout.batches(batch_tokens):
+    for batch in batches:
         yield batch
         done += len(batch.positions)
-        watch(Progress(f"evaluate {name}", done, holdout.positions, "positions"))
+        watch(Progress(f"evaluate {name}", done, positions, "positions"))
 
 
 def _report(

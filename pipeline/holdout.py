@@ -1,7 +1,7 @@
 """The sequences that students are measured on: a table's eval split, without what also occurs in its train split.
 
-In the table's order, packed but never shuffled, so that every student is measured on the same batches. Decodes no soft
-labels and knows no model.
+In the table's order, never shuffled, so that every student is measured on the same sequences. Decodes no soft labels
+and knows no model.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.batch import COLUMNS, Batch, RowGroup, collate
+from pipeline.batch import COLUMNS, Batch, RowGroup, collate, tokens_of
 from pipeline.order import best_fit
 from storage.errors import TableError
 from storage.groups import load, outlines
@@ -67,32 +67,35 @@ class Holdout:
             table, sequences, positions, left_out, longest, seen.get_column("key").unique().to_arrow().cast(pa.binary())
         )
 
-    def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        """Every sequence once, packed into rows.
+    def batches(self, batch_tokens: int, packing: bool) -> Iterator[Batch]:
+        """Every sequence once.
 
         Args:
             batch_tokens: of one batch at most, padding included, or one row if the longest sequence has more.
+            packing: whether sequences share rows, as they may if a student's ``separates``.
         """
-        packs: list[list[Sequence]] = []
-        rows = max(1, batch_tokens // self._longest)
+        rows: list[list[Sequence]] = []
+        longest = 0
+        for row in self._rows(packing):
+            longest = max(longest, tokens_of(row))
+            if rows and longest * (len(rows) + 1) > batch_tokens:
+                yield self._collate(rows)
+                rows, longest = [], tokens_of(row)
+            rows.append(row)
+        yield self._collate(rows)
+
+    def _rows(self, packing: bool) -> Iterator[list[Sequence]]:
         for where, _ in outlines(self.table, ["key"], "eval"):
             group = load(self.table, where, ["key", "tokens", *COLUMNS])
             group = group.filter(pc.invert(pc.is_in(group.column("key"), self._seen)))
-            if not len(group):
-                continue
-            content = RowGroup(group)
-            places = best_fit(group.column("tokens").to_numpy(), self._longest)
-            members = [np.flatnonzero(places == pack).tolist() for pack in range(places.max() + 1)]
-            packs += [[content.sequence(row) for row in pack] for pack in members]
-            while len(packs) >= rows:
-                yield self._collate(packs[:rows])
-                packs = packs[rows:]
-        if packs:
-            yield self._collate(packs)
+            tokens, content = group.column("tokens").to_numpy(), RowGroup(group)
+            places = best_fit(tokens, self._longest) if packing else np.arange(len(tokens))
+            for pack in range(places.max(initial=-1) + 1):
+                yield [content.sequence(row) for row in np.flatnonzero(places == pack).tolist()]
 
-    def _collate(self, packs: list[list[Sequence]]) -> Batch:
-        positions = sum(len(sequence["entropies"]) for pack in packs for sequence in pack)
-        return collate(packs, self._longest, self.table, positions)
+    def _collate(self, rows: list[list[Sequence]]) -> Batch:
+        positions = sum(len(sequence["entropies"]) for row in rows for sequence in row)
+        return collate(rows, None, self.table, positions)
 
 
 def _nothing(table: AnyTable, found: str) -> TableError:

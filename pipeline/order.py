@@ -65,7 +65,7 @@ class Plan:
 def plan_epoch(
     lengths: NDArray[np.int32],
     group_starts: Ints,
-    row_tokens: int,
+    row_tokens: int | None,
     window_tokens: int,
     *,
     seed: int,
@@ -86,7 +86,7 @@ def plan_epoch(
     Args:
         lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``row_tokens``.
         group_starts: (row groups + 1,) the first sequence of each row group, and the number of sequences.
-        row_tokens: tokens of a training row.
+        row_tokens: tokens of a training row; None for a row, and so a pack, of its own for each sequence.
         window_tokens: tokens among which sequences are mixed and packed.
         seed: of the order.
         epoch: which pass this is, from 0.
@@ -104,7 +104,7 @@ def plan_epoch(
         members = np.concatenate([np.arange(0), *groups[first:last]])
         if shuffle:
             members = members[draw.permutation(len(members), 2 * number + 1)]
-        packs = best_fit(lengths[members], row_tokens)
+        packs = np.arange(len(members)) if row_tokens is None else best_fit(lengths[members], row_tokens)
         if shuffle:
             # Best fit opens the packs of the longest first; without this, every window would begin with them.
             packs = draw.permutation(packs.max(initial=-1) + 1, 2 * number + 2)[packs]

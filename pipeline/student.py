@@ -1,7 +1,7 @@
 """The student: a model to go on from, a teacher pruned to some of its layers, or a fresh one from a configuration.
 
 Builds it, checks that it fits its table, and says how it turns hidden states into logits, so that a fused loss can do
-the same in pieces. Never trains, and loads nothing but safetensors.
+the same in pieces. Never trains.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.fitting import Origin, explained, require_fitting
+from pipeline.loading import load_model, require_weights
 from pipeline.pruning import narrow, prune, spread
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError
 from storage.groups import load, outlines
 from storage.view import AnyTable
 
+_PROBED = 6
+"""Tokens of each of two sequences with which it is found out what a student sees."""
 CALIBRATION_TOKENS = 4096
 """Tokens of the table on which the activity of a teacher's neurons is measured."""
 
@@ -34,16 +37,23 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""
+        hidden = hidden.to(self.weight.dtype)  # Mamba adds its layers up in float32
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-def build(config: StudentConfig, table: AnyTable) -> PreTrainedModel:
+def build(config: StudentConfig, table: AnyTable, packing: bool = False) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, ready for a table's labels.
+
+    Args:
+        config: where it comes from.
+        table: what it has to fit.
+        packing: whether sequences will share its rows.
 
     Raises:
         UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
-        StudentError: if it can't be loaded, or its tokenizer, vocabulary or output layer does not fit.
+        StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
+            if it sees tokens that it must not see.
     """
     source, revision = require_fitting(config, Origin.of(table))
     dtype = getattr(torch, config.dtype)
@@ -52,6 +62,7 @@ def build(config: StudentConfig, table: AnyTable) -> PreTrainedModel:
     else:
         student = pruned(_load(source, revision, dtype), config, table)
     _require_head(student)
+    _require_sight(student, packing)
     return student
 
 
@@ -67,7 +78,7 @@ def pruned(student: PreTrainedModel, config: StudentConfig, table: AnyTable) -> 
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """(rows, L, H) states that the output layer would see; attention stays inside each packed sequence.
+    """(rows, L, H) states that the output layer would see; packed sequences do not see each other if ``separates``.
 
     Args:
         model: a causal language model.
@@ -78,6 +89,12 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     # Without a cache and a mask, transformers finds the packed sequences by their position ids.
     hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return hidden
+
+
+def separates(model: PreTrainedModel) -> bool:
+    """Whether sequences that share a row do not see each other: not every architecture goes by position ids."""
+    positions = torch.arange(_PROBED).repeat(2)
+    return not _sees(model, positions, slice(_PROBED, None), slice(_PROBED))
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -96,26 +113,8 @@ def parameters(model: nn.Module) -> int:
 
 
 def _load(source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    student, report = explained(
-        source,
-        "model",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        ),
-    )
-    if report["missing_keys"]:  # transformers would fill them with random numbers
-        raise StudentError(
-            "the student's files lack weights",
-            expected=f"every weight of {type(student).__name__}",
-            found=f"{len(report['missing_keys'])} missing, the first {min(report['missing_keys'])}",
-            where=source,
-            do="fetch or save the model again",
-        )
+    student, wrong = load_model(AutoModelForCausalLM, source, revision, dtype)
+    require_weights(student, source, wrong)
     return student
 
 
@@ -154,3 +153,51 @@ def _require_head(student: PreTrainedModel) -> None:
             where=student.config.name_or_path or "student.config",
             do="take a student of another architecture",
         )
+
+
+def _require_sight(student: PreTrainedModel, packing: bool) -> None:
+    """A student that sees what it has to predict, or another sequence, would learn from that, without a word."""
+    ahead = _sees(student, torch.arange(2 * _PROBED), slice(_PROBED), slice(_PROBED, None))
+    if ahead or (packing and not separates(student)):
+        raise StudentError(
+            f"{type(student).__name__} sees {'what it has to predict' if ahead else 'the other sequences of its row'}",
+            expected="a causal model" if ahead else "attention, or whatever is in its place, within each sequence",
+            found=f"states that depend on {'later tokens' if ahead else 'the tokens of the sequence before'}",
+            where=student.config.name_or_path or "student.config",
+            do="take a model that predicts the next token (of one like BERT, is_decoder says whether it does)"
+            if ahead
+            else "set stream.packing false: each sequence gets a row of its own, padded",
+        )
+
+
+def _sees(model: PreTrainedModel, positions: Tensor, states: slice, tokens: slice) -> bool:
+    """Whether a row's states at some places depend on its tokens at others: whether a gradient leads there.
+
+    It is exactly 0 where nothing leads, in any precision: there is no rounding to tell from a small dependence, as a
+    model that has yet to be trained may have it.
+
+    Args:
+        model: a causal language model.
+        positions: (L,) position ids of the row.
+        states: where the states are.
+        tokens: where the tokens are.
+    """
+    embedded: list[Tensor] = []
+
+    def begin_here(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0].clone()
+
+    was_training, device = model.training, model.device
+    hook = model.get_input_embeddings().register_forward_hook(begin_here)
+    try:
+        with torch.enable_grad():
+            ids = torch.arange(len(positions), device=device)[None]
+            seen = hidden_states(model.eval(), ids, positions[None].to(device))[0, states]
+            # Of normalised states, sums and squares are constant: each counts as another number says.
+            some = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen).sin()
+            (gradient,) = torch.autograd.grad((seen.float() * some).sum(), embedded[0])
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return bool(gradient[0, tokens].any())

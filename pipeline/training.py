@@ -21,7 +21,7 @@ from pipeline.averaging import require_average
 from pipeline.batch import Batch
 from pipeline.body import adapt, use_liger
 from pipeline.class_student import build_classifier, class_lesson
-from pipeline.config import TrainConfig
+from pipeline.config import StreamConfig, TrainConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.fitting import Origin, require_loss
 from pipeline.holdout import Holdout
@@ -40,7 +40,7 @@ from storage.versions import parse, pin
 from storage.view import AnyTable, View, open_table
 
 EVAL_TOKENS = 4096
-"""Tokens of the eval split that are measured while training; ``evaluate`` measures all of it."""
+"""Tokens of the eval split, padding included, that are measured while training; ``evaluate`` measures all of it."""
 _LOGGED_STEPS = 500
 """Points of a training curve, at most about."""
 _HISTORY = (
@@ -102,7 +102,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
         require_average(config.loss, config.stream.max_k)
     set_seed(config.optimiser.seed)
-    student = build_classifier(config.student, table) if _of_classes(table) else build(config.student, table)
+    student = _student(config, table)
     merge = adapt(student, config.student) if config.student.lora_rank else None
     if config.optimiser.liger:
         use_liger(student)
@@ -125,6 +125,12 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     ranks.wait_for_everyone()
     resumed_from = start.step if checkpoint else None
     return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+
+
+def _student(config: TrainConfig, table: AnyTable) -> PreTrainedModel:
+    if _of_classes(table):
+        return build_classifier(config.student, table)
+    return build(config.student, table, config.stream.packing)
 
 
 def _named(watch: Watch, student: str) -> Watch:
@@ -218,11 +224,11 @@ def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel) -> L
     return Lesson(
         module=Distillation(student, table, config.loss, config.stream.max_k),
         dataset=partial(SoftLabelDataset, table, config.stream),
-        evaluation=_evaluation(table, config.stream.row_tokens),
+        evaluation=_evaluation(table, config.stream),
     )
 
 
-def _evaluation(table: AnyTable, row_tokens: int) -> list[Batch]:
+def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
     """The first held-out batches, in the table's order; none if nothing is held out."""
     try:
         holdout = Holdout.of(table)
@@ -230,7 +236,8 @@ def _evaluation(table: AnyTable, row_tokens: int) -> list[Batch]:
         raise
     except TableError:
         return []
-    return list(islice(holdout.batches(row_tokens), max(1, EVAL_TOKENS // row_tokens)))
+    batches = holdout.batches(stream.row_tokens, stream.packing)
+    return list(islice(batches, max(1, EVAL_TOKENS // stream.row_tokens)))
 
 
 def _of_classes(table: AnyTable) -> TypeGuard[Table]:

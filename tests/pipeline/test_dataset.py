@@ -49,13 +49,19 @@ def stream(**fields: int) -> StreamConfig:
     return StreamConfig(**{"row_tokens": 64, "batch_rows": 6, "micro_rows": 2, "seed": 5, **fields})
 
 
-def test_each_sequence_comes_as_a_plain_reading_gives_it(table):
-    found = [row for batch in SoftLabelDataset(table, stream()) for row in unpacked(batch)]
+@pytest.mark.parametrize("packing", [True, False])
+def test_bug_logits_meet_labels_that_are_not_shifted(table, packing):
+    """Each sequence comes as a plain reading gives it: what predicts a token is the state before it."""
+    batches = list(SoftLabelDataset(table, stream(packing=packing)))
+    found = [row for batch in batches for row in unpacked(batch)]
     by_name = {row["next_logprobs"]: row for row in found}
     expected = reference(table)
     assert len(found) == len(by_name) == len(expected) == 90
     for row in expected:
         assert by_name[row["next_logprobs"]] == row
+    if not packing:
+        assert all(batch.sequences == len(batch.input_ids) for batch in batches)
+        assert all(batch.input_ids.shape[1] == max(len(row["ids"]) for row in unpacked(batch)) for batch in batches)
 
 
 def test_targets_decode_to_what_the_table_holds(table):
@@ -74,8 +80,10 @@ def test_targets_decode_to_what_the_table_holds(table):
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_topology_and_restart_gives_the_same_steps(table, data):
-    """Kill points and new world sizes, micro-batches and batch sizes, until an epoch and a half is through."""
+def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
+    """Kill points, new world sizes and micro-batches give the same steps, until an epoch and a half is through."""
+    packing = data.draw(st.booleans(), "packing")
+    expected = {row["next_logprobs"]: row for row in reference(table)}
     cursor, epochs, seen = Cursor(), {0: Counter(), 1: Counter()}, []
     finished = False
     while not finished:
@@ -84,7 +92,12 @@ def test_any_topology_and_restart_gives_the_same_steps(table, data):
         kill = data.draw(st.integers(1, 20), "steps until killed")
         parts = [
             SoftLabelDataset(
-                table, stream(micro_rows=micro_rows), rank=rank, world_size=world_size, start=cursor, epochs=1.5
+                table,
+                stream(micro_rows=micro_rows, packing=packing),
+                rank=rank,
+                world_size=world_size,
+                start=cursor,
+                epochs=1.5,
             )
             for rank in range(world_size)
         ]
@@ -95,6 +108,7 @@ def test_any_topology_and_restart_gives_the_same_steps(table, data):
             rows = [row for batch in batches for row in unpacked(batch)]
             assert {batch.global_positions for batch in batches} == {sum(len(row["next"]) for row in rows)}
             assert all(len(batch.input_ids) <= micro_rows for batch in batches)
+            assert all(row == expected[row["next_logprobs"]] for row in rows), "each with what was said of it"
             epochs[parts[0].state(step + 1).epoch] += names(rows)
             seen.append(names(rows))
         cursor = parts[0].state(last)
@@ -103,12 +117,12 @@ def test_any_topology_and_restart_gives_the_same_steps(table, data):
             assert all(next(batches, None) is None for batches in streams)
     assert epochs[0] == names(reference(table)), "each sequence once"
     assert set(epochs[1].values()) == {1}
-    assert seen == whole(table), "the same global batches as without any interruption"
+    assert seen == whole(table, packing), "the same global batches as without any interruption"
 
 
-def whole(table: Table) -> list[Counter]:
+def whole(table: Table, packing: bool = True) -> list[Counter]:
     """The global batches of a run on one rank, in one piece."""
-    steps = SoftLabelDataset(table, stream(micro_rows=6), epochs=1.5)
+    steps = SoftLabelDataset(table, stream(micro_rows=6, packing=packing), epochs=1.5)
     assert steps.accumulation == 1
     return [names(unpacked(batch)) for batch in steps]
 
@@ -160,6 +174,8 @@ def test_ranks_without_rows_get_padding_so_that_all_make_equally_many_passes(tab
         assert len(batch.positions) == batch.targets.positions == 0
         assert batch.global_positions > 0
         assert batch.targets.tail_log_masses.shape == (2, 0)
+    padded = SoftLabelDataset(table, stream(micro_rows=1, packing=False), rank=6, world_size=7, max_steps=1)
+    assert [batch.input_ids.shape for batch in padded] == [(1, 1)]
 
 
 def test_the_order_within_a_global_batch_is_the_same_for_any_world_size(table):

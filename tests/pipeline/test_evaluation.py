@@ -179,8 +179,10 @@ def test_batches_do_not_change_the_numbers(table, students, tmp_path):
     assert one.positions == many.positions
 
 
-def test_held_out_sequences_come_once(table):
-    batches = list(Holdout.of(table).batches(128))
+@pytest.mark.parametrize("packing", [True, False])
+def test_held_out_sequences_come_once(table, packing):
+    batches = list(Holdout.of(table).batches(128, packing))
+    assert (sum(len(batch.input_ids) for batch in batches) == 12) is not packing
     rows = [batch.input_ids.flatten()[batch.position_ids.flatten() == 0] for batch in batches]
     assert sum(batch.sequences for batch in batches) == 12
     assert sum(len(batch.positions) for batch in batches) == Holdout.of(table).positions

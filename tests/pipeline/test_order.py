@@ -18,15 +18,17 @@ groups = st.lists(st.lists(st.integers(2, CAPACITY), min_size=1, max_size=9), mi
 def planned(groups: list[list[int]], **settings: object) -> Plan:
     lengths = np.array([length for group in groups for length in group], np.int32)
     starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
-    return plan_epoch(lengths, starts, CAPACITY, **{"window_tokens": 300, "seed": 0, "epoch": 0, **settings})
+    defaults = {"row_tokens": CAPACITY, "window_tokens": 300, "seed": 0, "epoch": 0}
+    return plan_epoch(lengths, starts, **{**defaults, **settings})
 
 
-@given(groups, st.integers(0, 2**63), st.integers(0, 5), st.booleans())
-def test_an_epoch_holds_each_sequence_once_in_packs_that_fit(groups, seed, epoch, shuffle):
-    plan = planned(groups, seed=seed, epoch=epoch, shuffle=shuffle)
+@given(groups, st.integers(0, 2**63), st.integers(0, 5), st.booleans(), st.sampled_from([CAPACITY, None]))
+def test_an_epoch_holds_each_sequence_once_in_packs_that_fit(groups, seed, epoch, shuffle, row_tokens):
+    plan = planned(groups, seed=seed, epoch=epoch, shuffle=shuffle, row_tokens=row_tokens)
     lengths = np.array([length for group in groups for length in group])
     assert sorted(plan.sequences) == list(range(len(lengths)))
     assert plan.packs == plan.window_starts[-1]
+    assert row_tokens or plan.packs == len(lengths), "without packing each is alone"
     for pack in range(plan.packs):
         assert 0 < lengths[plan.members(pack, pack + 1)].sum() <= CAPACITY
         window = plan.window(plan.window_of(pack))

@@ -9,21 +9,31 @@ from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
 from pipeline import student
+from pipeline.config import StreamConfig
+from pipeline.dataset import SoftLabelDataset
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
+from tests.pipeline.damages import DAMAGES, damaged
+from tests.pipeline.streams import unpacked
 from tests.pipeline.tables import PADDED, make_table
 
 SIZES = {
@@ -78,11 +88,45 @@ def test_hidden_states_and_head_give_the_models_own_logits(model):
 
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(model):
+    assert student.separates(model)
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     packed = student.hidden_states(model, ids, torch.tensor([[*range(5), *range(7)], [*range(9), *range(3)]]))
     for row, first, last in ((0, 0, 5), (0, 5, 12), (1, 0, 9), (1, 9, 12)):
         alone = student.hidden_states(model, ids[row : row + 1, first:last], torch.arange(last - first)[None])
         torch.testing.assert_close(packed[row, first:last], alone[0], rtol=1e-4, atol=1e-5)
+
+
+WIDTH = {"vocab_size": PADDED, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {**WIDTH, "num_attention_heads": 4}
+LAYERS = {"num_key_value_heads": 2, "intermediate_size": 48, "layer_types": ["conv", "full_attention"]}
+SHARING = {
+    "recurrent": lambda: MambaConfig(**WIDTH, state_size=4),
+    "convolutions": lambda: Lfm2Config(**HEADS, **LAYERS),
+    "a mask of its own": lambda: FalconConfig(**HEADS),
+    "learned positions": lambda: OPTConfig(**HEADS, ffn_dim=32, word_embed_proj_dim=32),
+}
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_not(family, table, tmp_path):
+    SHARING[family]().save_pretrained(tmp_path)
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(StudentError, match=r"(?s)the other sequences of its row.*set stream\.packing false"):
+            student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
+    model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
+    (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))
+    with torch.no_grad():
+        padded = student.hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+        alone = []
+        for row in unpacked(batch):
+            ids = torch.tensor([row["ids"]])
+            alone.append(student.hidden_states(model, ids, torch.arange(ids.shape[1])[None])[0, list(row["from"])])
+    torch.testing.assert_close(padded, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_sees_what_it_has_to_predict_is_refused():
+    with pytest.raises(StudentError, match="sees what it has to predict"):
+        student._require_sight(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
 
 
 def test_the_table_knows_its_teacher(table, tiny_teacher):
@@ -173,6 +217,13 @@ def test_pickled_weights_are_not_loaded(table, tiny_teacher, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(StudentError, match="can't be loaded"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_damaged_weights(damage, said, table, tiny_teacher, tmp_path):
+    damaged(tiny_teacher, tmp_path / "model", damage)
+    with pytest.raises(StudentError, match=said):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
