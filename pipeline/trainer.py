@@ -6,6 +6,7 @@ at all, and a loss that is no number stops the run before it touches a weight. K
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from transformers import (
 from pipeline.lesson import Lesson
 from pipeline.order import Cursor
 from pipeline.progress import Progress, Watch
-from pipeline.sharding import gathered, is_sharded, load_optimiser, load_weights, reshard, weights, whole
+from pipeline.sharding import finite, gathered, is_sharded, load_optimiser, load_weights, reshard, weights, whole
 from pipeline.stopping import best_step, drop_superseded, evaluations_since_best
 from pipeline.student_config import OptimiserConfig
 from pipeline.student_folder import RUN, best_weights, checkpoints, newest_checkpoint
@@ -96,17 +97,27 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = whole(super()._clip_grad_norm(model))
         if not torch.isfinite(self._step_loss + norm):
-            last = newest_checkpoint(self._run)
-            raise TrainingError(
-                "the loss is no longer a number",
-                expected="a finite loss and finite gradients",
-                found=f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}",
-                where=f"step {self.state.global_step + 1} of {self.state.max_steps}",
-                do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimiser.learning_rate "
-                "lower or optimiser.warmup longer, and train into another folder",
-            )
+            found = f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}"
+            raise self._diverged(found, self.state.global_step + 1)
         self._step_loss.zero_()
         return norm
+
+    def _require_finite(self) -> None:
+        """No weights are kept that are no numbers; all ranks find the same."""
+        infinite = torch.tensor(float(not finite(self.model.student)), device=self.args.device)
+        if self.accelerator.reduce(infinite, "sum"):
+            raise self._diverged("weights that are no numbers", self.state.global_step)
+
+    def _diverged(self, found: str, step: int) -> TrainingError:
+        last = newest_checkpoint(self._run)
+        return TrainingError(
+            "the loss is no longer a number",
+            expected="a finite loss, finite gradients and finite weights",
+            found=found,
+            where=f"step {step} of {self.state.max_steps}",
+            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimiser.learning_rate "
+            "lower or optimiser.warmup longer, and train into another folder",
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to what the Trainer logs: means of the steps since, and positions so far."""
@@ -125,6 +136,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         reshard(self.model)
         broadcast_object_list(agreed)  # all ranks stop at the same step, whatever the last digits that each has found
         logs: dict[str, float] = agreed[0]
+        if not all(map(math.isfinite, logs.values())):
+            found = ", ".join(f"{name} {value:g}" for name, value in logs.items())
+            raise self._diverged(found, self.state.global_step)
         self.log(dict(logs))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._keep_or_stop()
@@ -146,13 +160,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.control.should_save = False  # the finished student is saved instead
 
     def choose(self) -> int:
-        """Give the student the weights that are to be kept, and return their step."""
+        """Give the student the weights that are to be kept, and return their step.
+
+        Raises:
+            TrainingError: if they are no numbers.
+        """
         step: int = self.state.global_step
         if self._optimiser.keeps_best:
             step = best_step(self.state.log_history)
             self.accelerator.wait_for_everyone()
             load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
             self.accelerator.wait_for_everyone()  # the first rank deletes them when it has saved the student
+        self._require_finite()
         return step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -170,7 +189,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student's weights, by the names that it uses itself; each rank adds what it has of them."""
+        """Write the student's weights, by the names that it uses itself; each rank adds what it has of them.
+
+        Raises:
+            TrainingError: if they are no numbers.
+        """
+        self._require_finite()
         tensors = weights(self.model.student)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -213,6 +237,13 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         control.should_save = control.should_save and not last  # the finished student is saved instead
         # A checkpoint is taken where the log begins anew, so that a resumed run's log is the uninterrupted one's.
         control.should_log = control.should_log or control.should_save or control.should_evaluate or last
+        if not last:  # the last step's word waits for its evaluation
+            self._tell(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self._watch(Progress("train", state.global_step, state.max_steps, "steps", dict(self._details)))
 

@@ -22,6 +22,7 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
     report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), seen.append)
     assert (report.steps, report.positions) == (uninterrupted.steps, uninterrupted.positions)
     assert [(progress.stage, progress.done) for progress in seen] == [("train student", step) for step in range(1, 13)]
+    assert seen[-1].details["eval_kl"] == pytest.approx(report.metrics["eval_kl"]), "of the last step, not one before"
     record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
     assert record["circumstances"]["ranks"] == "2"
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
