@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.divergence import cross_entropy, divergence_terms
 from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
-from storage.errors import StudentError
+from storage.errors import StudentError, UsageError
 
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 """Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
@@ -74,6 +74,7 @@ def distillation_loss(
 
     Raises:
         StudentError: if the head has fewer rows than the vocabulary.
+        UsageError: if there are no targets for a soft loss.
     """
     rows = weight.shape[0]
     if vocabulary_size is not None and vocabulary_size > rows:
@@ -83,7 +84,8 @@ def distillation_loss(
             found=f"{rows} rows",
             do="take a student with the teacher's tokenizer",
         )
-    assert targets is not None or config.soft_weight == 0, "a soft loss needs targets"
+    if targets is None and config.soft_weight > 0:
+        raise UsageError("a soft loss needs targets", found="none", do="give them, or set loss.soft_weight to 0")
     problem = _Problem(
         next_ids=next_ids,
         targets=targets if config.soft_weight > 0 else None,

@@ -68,7 +68,8 @@ def rows_of(table: Path) -> list[tuple[object, ...]]:
     return [key for shard in opened.shards() for key in row_keys(read(opened, shard, ROW_KEY))]
 
 
-def test_the_table_says_what_the_model_says(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_bug_truncation_keeps_the_wrong_end_of_the_log_probabilities(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The table says what the model says, of a document that is cut into chunks, too."""
     documents = write(tmp_path / "d.parquet", texts(6) | {"long": "word " * 300})
     capture(settings(tiny_teacher, documents, tmp_path / "t", selection=DENSE))
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()

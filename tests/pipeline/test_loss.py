@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipeline.loss import distillation_loss
 from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
+from storage.errors import UsageError
 from tests.pipeline.dense import (
     CASES,
     DIVERGENCES,
@@ -277,5 +278,5 @@ def test_hard_labels_alone_are_plain_cross_entropy():
 
 def test_bug_a_missing_signal_falls_back_to_cross_entropy():
     hidden, weight, _ = inputs()
-    with pytest.raises(AssertionError, match="a soft loss needs targets"):
+    with pytest.raises(UsageError, match="a soft loss needs targets"):
         distillation_loss(hidden, weight, next_ids(), None, LossConfig(hard_weight=1.0))

@@ -1,22 +1,26 @@
 """Training: the same student whatever the micro-batches, the ranks and the interruptions; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from pipeline import lesson, student, training
-from pipeline.config import StreamConfig
+from pipeline.config import EvaluateConfig, StreamConfig
 from pipeline.dataset import SoftLabelDataset
+from pipeline.evaluation import evaluate
 from pipeline.lesson import Distillation
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import decode
 from pipeline.training import train
-from storage.errors import StudentError, TableError, TrainingError, UsageError
+from storage.errors import IntegrityError, StudentError, TableError, TrainingError, UsageError
+from storage.table import Table
 from storage.versions import pins
 from tests.pipeline import dense, tables
 from tests.pipeline.tables import make_table
@@ -50,7 +54,7 @@ def test_a_table_that_may_only_be_read(table, tmp_path, monkeypatch):
         assert train(settings(table, tmp_path / "student", optimiser={"max_steps": 1})).steps == 1
 
 
-def test_the_curve_that_is_recorded(uninterrupted):
+def test_bug_evaluation_loss_is_a_thousand_times_the_training_loss(uninterrupted):
     entries = history(uninterrupted.output)
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, uninterrupted.steps + 1))
@@ -71,22 +75,28 @@ def test_each_epoch_has_each_position_once(uninterrupted, table):
     assert uninterrupted.positions == 3 * positions
 
 
-def test_gradients_do_not_depend_on_the_micro_batches(table):
-    found = {}
-    for micro_rows in (1, 2, 3, 8):
-        stream = StreamConfig(**{**STREAM, "micro_rows": micro_rows})
-        for ranks in (1, 2):
-            model = student.build(StudentConfig(layers=(1,)), table).double()
-            module = Distillation(model, table, LossConfig(hard_weight=0.3), None)
-            total = 0.0
-            for rank in range(ranks):
-                for batch in SoftLabelDataset(table, stream, rank=rank, world_size=ranks, max_steps=1):
-                    loss, _ = module(batch)
-                    loss.backward()
-                    total += loss.item()
-            found[micro_rows, ranks] = total, {name: p.grad for name, p in model.named_parameters()}
-    loss, gradients = found.pop((8, 1))
-    for other_loss, others in found.values():
+def gradients_of(table, ranks, **stream):
+    """The loss and the gradients of one step, over all ranks."""
+    model = student.build(StudentConfig(layers=(1,)), table).double()
+    module = Distillation(model, table, LossConfig(hard_weight=0.3), None)
+    stream, total = StreamConfig(**{**STREAM, **stream}), 0.0
+    for rank in range(ranks):
+        for batch in SoftLabelDataset(table, stream, rank=rank, world_size=ranks, max_steps=1):
+            loss, _ = module(batch)
+            loss.backward()
+            total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "others"),
+    [(8, [(1, 1, True), (2, 1, True), (3, 2, True), (8, 2, True)]), (40, [(3, 2, False), (8, 1, False)])],
+)
+def test_gradients_do_not_depend_on_micro_batches_ranks_or_packing(batch_rows, others, table):
+    """Of 40 rows, a step has all of the table's sequences, packed or not."""
+    loss, gradients = gradients_of(table, 1, micro_rows=8, batch_rows=batch_rows)
+    for micro_rows, ranks, packing in others:
+        other_loss, others = gradients_of(table, ranks, micro_rows=micro_rows, packing=packing, batch_rows=batch_rows)
         assert other_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7 * gradient.abs().max().item())
@@ -126,7 +136,7 @@ def test_students_do_not_depend_on_the_micro_batches(micro_rows, uninterrupted, 
     assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
 
 
-@pytest.mark.parametrize(("step", "checkpoint"), [(6, "checkpoint-4"), (2, "none was written yet")])
+@pytest.mark.parametrize(("step", "checkpoint"), [(10, "checkpoint-8;"), (2, "none was written yet")])
 def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch):
     loss = lesson.distillation_loss
     steps = [0]
@@ -146,6 +156,51 @@ def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch
     monkeypatch.undo()
     for kept in (tmp_path / "student.training").glob("checkpoint-*/model.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
+
+
+def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tiny_teacher, tmp_path, monkeypatch):
+    def broken(optimiser, *arguments, **named):
+        update(optimiser, *arguments, **named)
+        steps.append(1)
+        if len(steps) == 8:
+            optimiser.param_groups[0]["params"][0].data[0] = float("nan")
+
+    update, steps = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(TrainingError, match=r"(?s)weights that are no numbers.*step 8 of 12.*checkpoint-4;"):
+        train(settings(table, tmp_path / "student"))
+    assert [folder.name for folder in (tmp_path / "student.training").glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.undo()
+
+    fast = {"max_steps": 1, "learning_rate": 1e39}
+    with pytest.raises(TrainingError, match=r"(?s)eval_kl nan.*step 1 of 1.*none was written yet"):
+        train(settings(table, tmp_path / "fast", optimiser=fast))
+    unmeasured = make_table(tmp_path / "table", tiny_teacher, train=4, held_out=0)
+    with pytest.raises(TrainingError, match=r"(?s)weights that are no numbers.*step 1 of 1"):
+        train(settings(unmeasured, tmp_path / "fast", optimiser=fast))
+    assert not list(tmp_path.glob("fast/*"))
+
+
+def test_a_student_whose_packed_sequences_would_see_each_other(table, tmp_path):
+    FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    changes = {"student": {"layers": None, "config": str(tmp_path)}, "optimiser": {"max_steps": 3}}
+    with pytest.raises(StudentError, match=r"set stream\.packing false"):
+        train(settings(table, tmp_path / "student", **changes))
+    report = train(settings(table, tmp_path / "student", **changes, stream={"packing": False}))
+    place, students = str(tmp_path / "report"), (str(tmp_path / "student"),)
+    measured = evaluate(EvaluateConfig(table=table.location, students=students, report=place, device="cpu"))
+    assert measured.students[0].kl == pytest.approx(report.metrics["eval_kl"], rel=1e-5)
+
+
+def test_bug_soft_labels_that_are_not_there_leave_cross_entropy_alone(table, tmp_path):
+    shutil.copytree(table.location, tmp_path / "table")
+    own = Table.open(str(tmp_path / "table"))
+    for shard in own.shards("train"):
+        file = tmp_path / "table" / shard.path
+        pq.write_table(pq.ParquetFile(file).read().drop_columns(["head_ids", "tail_ids"]), file)
+    with pytest.raises(IntegrityError, match="damaged"):
+        train(settings(own, tmp_path / "student", loss={"hard_weight": 1.0}))
+    assert not (tmp_path / "student").exists()
 
 
 def test_hard_labels_alone(table, tmp_path):
