@@ -1,7 +1,8 @@
 """A chat as the teacher's template writes it, with the places that are the assistant's own words.
 
 The template is rendered here, not by transformers, for three reasons: a fixed date instead of today's, the turns of
-the assistant found in any template, and special tokens inside messages quoted, so that they stay text.
+the assistant found in any template, and special tokens inside messages quoted, so that they stay text. Nor does a
+message begin or end a turn by words that the template uses for it.
 """
 
 import json
@@ -18,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from storage.errors import UsageError
 
 # Marks within a rendered chat. Unicode says of these code points that they never are characters of a text.
-_QUOTE, _UNQUOTE, _SPEAK, _STOP, _ASKED, _ANSWERED = (chr(0xFDD0 + i) for i in range(6))
+_QUOTE, _UNQUOTE, _SPEAK, _STOP, _BREAK, _ASKED, _ANSWERED = (chr(0xFDD0 + i) for i in range(7))
 _MARKS = re.compile(f"([{_QUOTE}-{_ANSWERED}])")
 
 
@@ -32,6 +33,15 @@ class Written(NamedTuple):
 
     pieces: list[tuple[str, bool]]
     turns: list[tuple[int, int]]
+
+
+class _Turn(NamedTuple):
+    """What a turn of the assistant looks like."""
+
+    pattern: re.Pattern[str]
+    """Its header, and what it says to the end of the turn."""
+    broken: dict[str, str]
+    """What begins and ends it, and the same as a message may have it: broken by marks, which ``pattern`` passes over."""
 
 
 class ChatTemplate:
@@ -86,11 +96,11 @@ class ChatTemplate:
             raise ChatRefusedError(f"no assistant speaks in the {'completion' if prompt else 'chat'}")
         answers = _answers(prompt) + wanted
         try:
-            text = self._render(self._quote(prompt + completion))
+            text = self._render([self._guarded_message(message) for message in prompt + completion])
         except Exception as error:  # a template is a program: it may stumble over a chat in any way
             raise ChatRefusedError(f"the chat template refuses it: {error}") from None
         if self._turn is not None:
-            text = self._turn.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
+            text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
         written = _parse(text)
         wanted = wanted if turns == "all" else 1
         # A template that encloses what the assistant says may do so in several parts, all of which are wanted then.
@@ -103,16 +113,28 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return self._template.render(messages=messages, add_generation_prompt=prompt, **self._special_tokens)
 
-    def _quote(self, value: Any) -> Any:
-        """The same messages, with marks around each special token in a string."""
-        if isinstance(value, str):
-            return self._quoted.sub(f"{_QUOTE}\\g<0>{_UNQUOTE}", value)
-        if isinstance(value, list):
-            return [self._quote(item) for item in value]
-        return {key: self._quote(item) for key, item in value.items()} if isinstance(value, dict) else value
+    def _guarded_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        # A template compares the role, which may be what begins a turn ("assistant\n"): that is not broken.
+        return self._guarded(message) | {"role": self._quoted_text(message["role"])}
 
-    def _find_turn(self) -> re.Pattern[str]:
-        """What a turn of the assistant looks like: its header, and what it says to the end of the turn."""
+    def _guarded(self, value: Any) -> Any:
+        """The same, with marks around each special token in a string, and within each header or end of a turn."""
+        if isinstance(value, str):
+            text = self._quoted_text(value)
+            for whole, broken in self._turn.broken.items() if self._turn else ():
+                text = text.replace(whole, broken)
+            return text
+        if isinstance(value, list):
+            return [self._guarded(item) for item in value]
+        if isinstance(value, dict):
+            return {self._guarded(key): self._guarded(item) for key, item in value.items()}
+        return value
+
+    def _quoted_text(self, text: str) -> str:
+        return self._quoted.sub(f"{_QUOTE}\\g<0>{_UNQUOTE}", text)
+
+    def _find_turn(self) -> _Turn:
+        """Read header and end of a turn off a chat of one question and one answer."""
         question = {"role": "user", "content": _ASKED}
         both = self._render([question, {"role": "assistant", "content": _ANSWERED}])
         asked, prompted = self._render([question]), self._render([question], prompt=True)
@@ -120,10 +142,14 @@ class ChatTemplate:
         header = prompted.removeprefix(asked)
         if not header or header == prompted or header not in both:  # the template knows no prompt, or another one
             header = both.partition(_ASKED)[2].rpartition(_ANSWERED)[0]
-        if not header or not end:
+        if not header.strip() or not end.strip():
             raise TemplateError(f"it writes {header!r} before an answer and {end!r} after it")
-        own = f"(?<!{_QUOTE})"  # not one that a message quotes
-        return re.compile(f"({own}{re.escape(header)})(.*?{own}{re.escape(end)})", re.DOTALL)
+        # Broken is what has no space around: a template may trim a message, and put its own there.
+        broken = {text: "".join(c + _BREAK for c in text) for text in (header.strip(), end.strip())}
+        lead, body, trail = header.partition(header.strip())
+        own = f"(?!{_BREAK})"  # not a single character that a message has
+        pattern = f"({re.escape(lead + body)}{own}{re.escape(trail)})(.*?{re.escape(end)}{own})"
+        return _Turn(re.compile(pattern, re.DOTALL), broken)
 
 
 class _Generation(Extension):
@@ -177,7 +203,7 @@ def _parse(marked: str) -> Written:
             start = position
         elif part == _STOP:
             turns.append((start, position))
-        else:
+        elif part != _BREAK:
             text += part
             position += len(part)
     pieces.append((text, quoted))
