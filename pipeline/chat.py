@@ -41,7 +41,7 @@ class _Turn(NamedTuple):
     pattern: re.Pattern[str]
     """Its header, and what it says to the end of the turn."""
     broken: dict[str, str]
-    """What begins and ends it, and the same as a message may have it: broken by marks, which ``pattern`` passes over."""
+    """What begins and ends it, and the same as a message may have it: broken by marks that ``pattern`` passes over."""
 
 
 class ChatTemplate:
