@@ -133,6 +133,22 @@ class Checkpoint:
             return len(self.classes)
         return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
 
+    @property
+    def _architecture(self) -> Any:
+        return AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
+
+    def blank(self) -> Any:
+        """The model without weights, to be looked at; it takes no memory.
+
+        Raises:
+            TeacherError: if its configuration makes no model.
+        """
+        try:
+            with torch.device("meta"):
+                return self._architecture.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # architectures check their settings in as many ways as there are
+            raise broken("the teacher's config.json makes no model", self.folder, error) from error
+
     def load(self, device_map: str | dict[str, Any], attention: str) -> Any:
         """The model in evaluation mode, every weight of it from the files, the adapter merged into them.
 
@@ -143,9 +159,8 @@ class Checkpoint:
         Raises:
             TeacherError: if the files are damaged or lack weights, or the device has no room.
         """
-        architecture = AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
         try:
-            model, report = architecture.from_pretrained(
+            model, report = self._architecture.from_pretrained(
                 self.folder,
                 config=self.config,
                 dtype=getattr(torch, self.dtype),

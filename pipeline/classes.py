@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import SelectionConfig, SequencesConfig
 from pipeline.documents import Reject
+from pipeline.positions import longest
 from pipeline.selection import Selection
 from pipeline.sequences import Chunks, parts, row_schema_of, to_rows
 from storage.errors import UsageError
@@ -101,9 +102,3 @@ def selection_of(config: SelectionConfig, classes: Sequence[str] | None) -> Sele
             do="leave it out",
         )
     return Selection(top_p=1.0, min_k=len(classes), max_k=len(classes), draws=0, temperatures=(1.0,), seed=0)
-
-
-def longest(checkpoint: Checkpoint, settings: SequencesConfig) -> int:
-    """Tokens of the longest sequence, special tokens included: a classifier may have no positions for more."""
-    own = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    return min(settings.max_tokens, int(checkpoint.tokenizer.model_max_length), own or settings.max_tokens)

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.classes import MASK, WholeDocuments, longest, selection_of
+from pipeline.classes import MASK, WholeDocuments, selection_of
 from pipeline.config import CaptureConfig
 from pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from pipeline.documents import Batch, Documents
 from pipeline.plan_files import PlanFiles, Rejects
+from pipeline.positions import longest
 from pipeline.progress import Progress, Watch, unwatched
 from pipeline.sequences import to_sequences
 from pipeline.tokeniser import Tokeniser
@@ -69,7 +70,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         DocumentsError: if there is no usable document, or with ``strict`` at the first that is not.
         ProvenanceError: if the table that is there was made otherwise.
         TeacherError: if there is no such teacher.
-        UsageError: if the table is named with a version.
+        UsageError: if the table is named with a version, or the teacher has no positions for sequences that long.
     """
     table, version = parse(config.table)
     if version is not None:
@@ -121,7 +122,11 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
 
 
 def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Identity:
-    """All that the numbers of this capture depend on."""
+    """All that the numbers of this capture depend on.
+
+    Raises:
+        UsageError: if the teacher has no positions for sequences that long, or can't be asked so.
+    """
     classes = checkpoint.classes
     selection = asdict(selection_of(config.selection, classes))
     return Identity(
@@ -133,7 +138,7 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
         temperatures=selection.pop("temperatures"),
         selection=SelectionIdentity(**selection),
         sequences=SequencesIdentity(
-            max_tokens=config.sequences.max_tokens if classes is None else longest(checkpoint, config.sequences),
+            max_tokens=longest(checkpoint, config.sequences),
             context=config.sequences.context if classes is None else 0,
             mask=tokeniser.mask if classes is None else MASK,
             special_tokens=config.sequences.special_tokens,

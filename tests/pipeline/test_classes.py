@@ -8,7 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from pipeline.capturing import capture
 from pipeline.config import CaptureConfig
@@ -129,6 +135,18 @@ def test_every_verb_works_on_it(captured, documents, classifier, tmp_path):
                 {"source": captured.table, "destination": str(tmp_path / "narrow"), "selection": {"max_k": 2}}
             )
         )
+
+
+def test_a_classifier_that_counts_positions_from_its_padding_on(documents, tiny_teacher, tmp_path):
+    """As RoBERTa does; a tokenizer without a limit of its own leaves it to the model's positions."""
+    folder = save_classifier(tmp_path / "roberta", tiny_teacher)
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=None)
+    tokenizer.save_pretrained(folder)
+    settings = BertConfig.from_pretrained(folder).to_dict() | {"max_position_embeddings": 66, "pad_token_id": 3}
+    RobertaForSequenceClassification(RobertaConfig(**settings)).save_pretrained(folder)
+    report = capture(config(documents, tmp_path / "table", folder))
+    assert Table.open(report.table).identity.sequences.max_tokens == 66 - 3 - 1
+    assert max(row["tokens"] for row, _, _ in answers(report.table).values()) == 66 - 3 - 1
 
 
 def test_the_same_text_under_two_labels_keeps_both(classifier, tmp_path):
