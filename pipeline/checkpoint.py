@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.adapter import Adapter
 from pipeline.config import TeacherConfig
-from pipeline.model_folder import broken, locate, sha256
+from pipeline.model_folder import broken, first_line, locate, sha256
 from storage.errors import TeacherError, UsageError
 from storage.provenance import TeacherIdentity
 
@@ -179,6 +179,8 @@ class Checkpoint:
                 do="take a larger device, teacher.dtype bfloat16, or teacher.device_map auto on several",
             ) from None
         except Exception as error:  # damaged files fail in as many ways as there are readers
+            if attention != "auto" and "attention" in str(error).lower():
+                raise _no_attention(attention, self.folder, error) from error
             raise broken("the teacher can't be loaded", self.folder, error) from error
         missing = sorted(report["missing_keys"])
         if missing:
@@ -190,6 +192,17 @@ class Checkpoint:
                 do="fetch or save the model again",
             )
         return (model if self.adapter is None else self.adapter.merged(model)).eval()
+
+
+def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
+    """The error for an implementation of attention that is not to be had for this model, here."""
+    return TeacherError(
+        f"the teacher can't be loaded with teacher.attention {attention}",
+        expected="an implementation whose package is installed, and that the architecture has",
+        found=f"{type(error).__name__}: {first_line(error)}",
+        where=folder,
+        do="install what it asks for, or leave out teacher.attention",
+    )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -46,7 +46,7 @@ def locate(name: str, what: str, revision: str | None = None, code: bool = False
             )
             return Path(path)
         except (OSError, ValueError) as error:
-            found = f"no such folder, and from the hub {type(error).__name__}: {_first_line(error)}"
+            found = f"no such folder, and from the hub {type(error).__name__}: {first_line(error)}"
     raise TeacherError(
         f"there is no such {what}",
         expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub",
@@ -85,7 +85,7 @@ def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
     return TeacherError(
         summary,
         expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
-        found=f"{type(error).__name__}: {_first_line(error)}",
+        found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
         if needs_code
@@ -93,5 +93,6 @@ def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says, short enough for one of ours."""
     return next(iter(str(error).strip().splitlines()), "")[:200]

@@ -14,19 +14,37 @@ from numpy.typing import NDArray
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TeacherConfig
-from storage.errors import TeacherError, UsageError
+from pipeline.model_folder import first_line
+from storage.errors import SoftlabelError, TeacherError, UsageError
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 512 << 20
 """Logits in float32 that are held at a time."""
+_PROBE = 2
+"""Tokens of the sequences that show whether a model is causal; in few tokens, one counts for much."""
+_LEAK = 0.01
+"""Share of a token's effect on the logits after it that counts as an effect on those before it; in a causal model it
+is 0 or, where sums are cut up otherwise, noise."""
 
 Result = TypeVar("Result")
 
 
 class Teacher(Protocol):
-    """What a capture asks of a teacher; another engine can be put in its place."""
+    """What is asked of a teacher. Any class with these members can run one: ``teacher.engine`` names it, and it is
+    made from the settings and the checkpoint, once in each process. Where memory runs out, it raises
+    ``torch.OutOfMemoryError``, and is asked about fewer sequences then.
+    """
 
+    checkpoint: Checkpoint
+    """The files that it runs: what the table says its teacher is."""
     vocabulary: int
-    """Token ids that the tokenizer knows, the support of every distribution."""
+    """The checkpoint's: token ids that the tokenizer knows, the support of every distribution."""
+    device: torch.device
+    """That the logits are on."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers that the model has learned, for the table's history; None if that is not known."""
+        ...
 
     def logits(
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
@@ -45,7 +63,12 @@ class Teacher(Protocol):
 
 
 class TransformersTeacher:
-    """A causal language model run by transformers."""
+    """A causal language model run by transformers.
+
+    Raises:
+        TeacherError: if it can't be loaded or run, or sees the token that it is to predict.
+        UsageError: if there is no such device.
+    """
 
     def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint or Checkpoint.find(config)
@@ -55,6 +78,8 @@ class TransformersTeacher:
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (4 * self.checkpoint.padded_vocabulary))
+        if self.checkpoint.classes is None:
+            self._require_causal()
 
     @property
     def parameters(self) -> int:
@@ -88,14 +113,49 @@ class TransformersTeacher:
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         if calls != [1]:
-            raise TeacherError(
-                "this architecture's output layer can't be run apart from its body",
-                expected=f"a forward() that calls its {type(self._body).__name__} once",
-                found=f"{type(self._model).__name__} does not",
-                where=self.checkpoint.folder,
-                do="give a class with pipeline.teacher.Teacher's method for it",
-            )
+            raise self._inseparable()
         return logits[0, :, : self.vocabulary].float()
+
+    def _require_causal(self) -> None:
+        """Refuse a model whose logits depend on the tokens that they predict, or that can't be run at all."""
+        if self._body is self._model:
+            raise self._inseparable()
+        ids = np.random.default_rng(0).integers(self.vocabulary, size=_PROBE).astype(np.int32)
+        other = np.append(ids[:-1], (ids[-1] + self.vocabulary // 2) % self.vocabulary).astype(np.int32)
+        positions = np.arange(1, _PROBE + 1, dtype=np.int32)  # the last is that of the token after these
+        try:
+            one, two = torch.cat(list(self.logits([ids, other], [positions] * 2))).chunk(2)
+        except SoftlabelError:
+            raise
+        except Exception as error:  # what an architecture lacks shows in as many ways as there are
+            raise TeacherError(
+                "the teacher can't be run",
+                expected=f"logits of {_PROBE} tokens",
+                found=f"{type(error).__name__}: {first_line(error)}",
+                where=self.checkpoint.folder,
+                do="try another teacher.dtype, teacher.attention or teacher.device",
+            ) from error
+        apart = (one - two).square().mean(1).sqrt()
+        if apart[:-1].max() > _LEAK * apart[-1]:
+            raise TeacherError(
+                "the teacher sees the token that it is to predict",
+                expected="a causal language model: logits that depend on the tokens before alone",
+                found=f"{type(self._model).__name__}: another last token changes the logits before it",
+                where=self.checkpoint.folder,
+                do="give a causal language model; if this one was trained as one, its config.json does not say so "
+                "(BERT and its kin need is_decoder: true)",
+            )
+
+    def _inseparable(self) -> TeacherError:
+        """The error for an architecture that ``_head`` can't be had of."""
+        return TeacherError(
+            "this architecture's output layer can't be run apart from its body",
+            expected="a forward() that calls its base model once",
+            found=f"{type(self._model).__name__} does not",
+            where=self.checkpoint.folder,
+            do="give another teacher, or with teacher.engine a class with the members of pipeline.teacher.Teacher, "
+            "which runs this one",
+        )
 
 
 def each_batch(

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    OPTConfig,
+    XLNetConfig,
+)
 
 from pipeline import model_folder
 from pipeline.checkpoint import Checkpoint
@@ -229,6 +239,38 @@ def test_what_is_no_teacher_is_a_one_screen_error(how: str, says: str, tiny_teac
     message = str(caught.value)
     assert all(part in message for part in ("expected:", "found:", "where:", "what to do:", str(folder)))
     assert len(message.splitlines()) < 10
+
+
+BERT = {**SMALL, "num_attention_heads": 2, "initializer_range": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (BertConfig(**BERT), "sees the token that it is to predict"),
+        (
+            XLNetConfig(vocab_size=512, d_model=32, n_layer=2, n_head=2, d_inner=64),
+            "sees the token that it is to predict",
+        ),
+        (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run apart from its body"),
+        (Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16), "can't be run apart from its body"),
+    ],
+    ids=["bert", "xlnet", "opt", "llama4"],
+)
+def test_an_architecture_that_can_not_be_a_teacher(
+    config: object, says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TeacherError, match=says):
+        TransformersTeacher(settings(another(tmp_path / "teacher", tiny_teacher, config)))
+
+
+def test_bert_that_is_a_decoder_is_a_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
+    TransformersTeacher(settings(another(tmp_path / "bert", tiny_teacher, BertConfig(**BERT, is_decoder=True))))
+
+
+def test_an_attention_that_is_not_installed_is_named(tiny_teacher: Path) -> None:
+    with pytest.raises(TeacherError, match=r"leave out teacher\.attention"):
+        TransformersTeacher(settings(tiny_teacher, attention="flash_attention_2"))
 
 
 def test_a_device_that_is_not_there(tiny_teacher: Path) -> None:
