@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.questions import Questions
-from pipeline.teacher import TransformersTeacher, each_batch
+from pipeline.teacher import Teacher, each_batch
 from storage.codec import SoftLabels, decode
 from storage.table import Table
 
@@ -54,7 +54,7 @@ class Sequences:
         teacher: that made it.
     """
 
-    def __init__(self, table: Table, rows: pa.Table, teacher: TransformersTeacher) -> None:
+    def __init__(self, table: Table, rows: pa.Table, teacher: Teacher) -> None:
         self._teacher, self._temperatures = teacher, table.temperatures
         self._asked = Questions(rows, table.identity.classes)
         self._labels = [decode(rows.slice(i, 1), table.vocabulary) for i in range(len(rows))]

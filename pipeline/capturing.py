@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -33,7 +34,7 @@ from pipeline.progress import Progress, Together, Watch, unwatched
 from pipeline.questions import Questions
 from pipeline.scratch import scratch
 from pipeline.selection import NotADistributionError, select
-from pipeline.teacher import TransformersTeacher, each_batch, places
+from pipeline.teacher import Teacher, TransformersTeacher, each_batch, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.workers import Workers, cut
 from storage.codec import SoftLabels
@@ -216,17 +217,18 @@ def _summarise(
 
 
 @lru_cache(maxsize=1)
-def load_teacher(config: TeacherConfig) -> TransformersTeacher | LabelTeacher:
-    """The teacher, loaded once in each process."""
+def load_teacher(config: TeacherConfig) -> Teacher | LabelTeacher:
+    """The teacher, loaded once in each process, by the engine that the settings name."""
     checkpoint = Checkpoint.find(config)
     if config.labels:
         return LabelTeacher(checkpoint)
     kind = TransformersTeacher if checkpoint.classes is None else ClassifierTeacher
-    return kind(config, checkpoint)
+    engine: Callable[..., Teacher] = kind if config.engine is None else resolve_name(config.engine)
+    return engine(config, checkpoint)
 
 
 def _labelled(
-    config: CaptureConfig, teacher: TransformersTeacher | LabelTeacher, identity: Identity, sequences: pa.Table
+    config: CaptureConfig, teacher: Teacher | LabelTeacher, identity: Identity, sequences: pa.Table
 ) -> Iterator[Labelled]:
     """The sequences, a batch at a time, with what the teacher says of them."""
     if isinstance(teacher, LabelTeacher):
@@ -287,7 +289,7 @@ def _no_distribution(rows: pa.Table, found: Sequence[int]) -> TeacherError:
     )
 
 
-def _about(config: CaptureConfig, teacher: TransformersTeacher | LabelTeacher) -> dict[str, object]:
+def _about(config: CaptureConfig, teacher: Teacher | LabelTeacher) -> dict[str, object]:
     """What the table's history says of a capture."""
     folder = Path(config.teacher.model)
     return {

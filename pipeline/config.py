@@ -5,9 +5,10 @@ Further parts are in ``pipeline.student_config``, further jobs in ``pipeline.dis
 """
 
 from datetime import date
+from pkgutil import resolve_name
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipeline.settings import Settings
 from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
@@ -77,6 +78,9 @@ class TeacherConfig(Settings):
     room for. There is one worker then, and one GPU computes at a time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto is sdpa where the architecture has it (Gemma 2 has only eager)."""
+    engine: str | None = None
+    """Your own class that runs the model in the place of transformers, as module:Class; see
+    ``pipeline.teacher.Teacher``."""
     batch_tokens: PositiveInt = 8192
     """Tokens of one forward pass, padding included."""
     trust_remote_code: bool = False
@@ -87,6 +91,16 @@ class TeacherConfig(Settings):
         if self.device_map is not None and (self.device != "auto" or self.workers > 1):
             raise ValueError("device_map auto takes the whole machine: leave out device and workers")
         return self
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_there(cls, engine: str | None) -> str | None:
+        try:
+            if engine is not None:
+                resolve_name(engine)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"engine must be module:Class, of a module that Python can import; {error}") from None
+        return engine
 
     @model_validator(mode="after")
     def _labels_tell_apart(self) -> Self:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.capturing import load_teacher
 from pipeline.checkpoint import Checkpoint
 from pipeline.classes import selection_of
+from pipeline.classifier import LabelTeacher
 from pipeline.config import CaptureConfig, SelectionConfig
 from pipeline.documents import Documents
 from pipeline.estimate_config import BF16_TERAFLOPS, EstimateConfig, Gpu
@@ -29,7 +30,7 @@ from pipeline.sampling import Sample, Sequencer, draw_sample
 from pipeline.scratch import scratch
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
-from pipeline.teacher import TransformersTeacher, places
+from pipeline.teacher import Teacher, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.trial import Layout, Run, run
 from storage.codec import SoftLabels
@@ -147,7 +148,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             return found
         started = time.perf_counter()
         teacher = load_teacher(capture.teacher)
-        assert isinstance(teacher, TransformersTeacher)
+        assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
         selections = _selections(capture.selection, identity)
         layout = Layout(sample.tokens, sample.weights, capture.teacher.batch_tokens)
@@ -199,7 +200,7 @@ def _selections(asked_for: SelectionConfig, identity: Identity) -> dict[str, Sel
 
 
 def _runs(
-    teacher: TransformersTeacher,
+    teacher: Teacher,
     identity: Identity,
     sample: Sample,
     batches: Sequence[NDArray[np.int64]],

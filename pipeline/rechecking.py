@@ -17,10 +17,10 @@ import torch
 from pipeline.asking import Account, Doubles, Indices, Sequences
 from pipeline.capturing import load_teacher
 from pipeline.checkpoint import Checkpoint
+from pipeline.classifier import LabelTeacher
 from pipeline.config import TeacherConfig
 from pipeline.fidelity import bucket_kl, kept_mass
 from pipeline.progress import Progress, Watch, unwatched
-from pipeline.teacher import TransformersTeacher
 from storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
 from storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError
 from storage.reader import footer, read
@@ -130,7 +130,7 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
     _require_teacher(table, Checkpoint.find(config))
     rows = _sample(table, sequences, seed)
     teacher = load_teacher(config)
-    assert isinstance(teacher, TransformersTeacher)
+    assert not isinstance(teacher, LabelTeacher)
     asked = Sequences(table, rows, teacher)
     everything = np.random.default_rng(seed).permutation(len(rows))
     others = [everything[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.fidelity import Doubles, collisions
 from pipeline.questions import Questions
 from pipeline.selection import Selection, select
-from pipeline.teacher import TransformersTeacher, each_batch
+from pipeline.teacher import Teacher, each_batch
 from storage.codec import SoftLabels
 from storage.provenance import TeacherIdentity
 
@@ -72,7 +72,7 @@ class Layout:
 
 
 def run(
-    teacher: TransformersTeacher,
+    teacher: Teacher,
     identity: TeacherIdentity,
     asked: Questions,
     batch: Indices,
