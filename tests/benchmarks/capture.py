@@ -1,8 +1,8 @@
 """What a capture costs over the teacher's bare forward pass of the same batches.
 
-``python -m tests.benchmarks.capture`` prints a table. Its teachers are SmolLM2-135M on Python's own manual and, with
-random weights and ids, a model of Llama 3.2 1B's shape; on a GPU also one of Qwen3-8B's. Every round runs over the same
-batches, in turn:
+``python -m tests.benchmarks.capture`` prints a table. Its teachers are SmolLM2-135M on Python's own manual, if the
+package that carries it is there, and models with random weights and ids: of Llama 3.2 1B's shape on a CPU, of
+Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches, in turn:
 
     model      model(input_ids).logits, as anybody would call it
     forward    the body, then the output layer in float32 over the captured positions, in chunks that are thrown away
@@ -10,10 +10,16 @@ batches, in turn:
     default    the same with the default selection
 
 A capture counts from its first batch to the end of its commit, into a table that is there; what comes before, once a
-shard of a million positions, is printed beside it. Ratios are of one round; shown are their median and range.
+shard of a million positions, is printed beside it. Ratios are of one round; shown are their median and range, with the
+limit that is set for them in brackets. Tokens a second are the best round's and, on a card whose data sheet is known,
+beside them is the share of its bf16 rate, at two operations for each parameter and token.
+
+The last columns are of captures with a clock in them, one a round: the selection over the round's bare forward, then
+the shares of the capture that go to the selection, to encoding and writing (beside the next batch), and to the commit.
 """
 
 import argparse
+import re
 import shutil
 import statistics
 import tempfile
@@ -25,56 +31,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from pipeline import capturing
 from pipeline.capturing import capture_shard
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import CaptureConfig, SelectionConfig, SequencesConfig, TeacherConfig
 from pipeline.demo import prepare_teacher
+from pipeline.estimate_config import BF16_TERAFLOPS
 from pipeline.planning import plan
 from pipeline.teacher import TransformersTeacher, each_batch
+from storage.errors import TeacherError
 from storage.writer import Commit, ShardWriter
 from tests import memory
+from tests.shapes import SHAPES, RandomWeights, documents, random_teacher
 
 SELECTIONS = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
-SHAPES: dict[str, Any] = {
-    "1B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-    ),
-    "8B": Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        architectures=["Qwen3ForCausalLM"],
-    ),
-}
-
-
-class RandomWeights(Checkpoint):
-    """A teacher of some shape whose weights are on no disk."""
-
-    def load(self, device_map: Any, attention: str) -> Any:
-        torch.manual_seed(0)
-        with torch.device(device_map[""]):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=getattr(torch, self.dtype))
-        model.base_model.norm.weight.data.mul_(4)  # a distribution of about 5 nats, not a flat one
-        return model.eval()
+LIMITS = {("cpu", "SmolLM2"): 12, ("cpu", "1B"): 5, ("cuda", "8B"): 10}
+"""Percent of the bare forward that a capture may cost beside it."""
+SELECTION_LIMITS = {("cuda", "8B"): 10}
+"""Percent of the bare forward that the selection may take."""
 
 
 class WholeModel:
@@ -90,33 +68,6 @@ class WholeModel:
             row[: len(sequence)] = sequence
         inputs = torch.from_numpy(ids).to(self._teacher.device)
         yield self._teacher._model(input_ids=inputs, use_cache=False).logits
-
-
-def random_teacher(folder: Path, shape: str) -> None:
-    """A folder with the shape's configuration and a tokenizer that knows every id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    config = SHAPES[shape]
-    backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config.vocab_size)}, unk_token="t0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1").save_pretrained(folder)
-    config.save_pretrained(folder)
-    (folder / "model.safetensors").touch()
-
-
-def documents(path: Path, teacher: str, count: int, tokens: int, seed: int) -> str:
-    """So many documents of at least so many tokens."""
-    if teacher in SHAPES:
-        rng = np.random.default_rng(seed)
-        texts = [" ".join(f"t{i}" for i in rng.integers(2, SHAPES[teacher].vocab_size, tokens)) for _ in range(count)]
-    else:
-        from pydoc_data.topics import topics
-
-        whole = "\n".join(text for _, text in sorted(topics.items()))[seed * 12 * tokens * count :]
-        texts = [whole[i * 12 * tokens : (i + 1) * 12 * tokens] for i in range(count)]
-    pq.write_table(pa.table({"id": [f"{seed}-{i}" for i in range(count)], "text": texts}), path)
-    return str(path)
 
 
 class Bench:
@@ -196,12 +147,13 @@ class Bench:
         about |= {"before": began[0] - started, "bytes": commit.bytes / commit.positions}
         return ended - began[0]
 
-    def shares(self, selection: str) -> dict[str, float]:
-        """Seconds within a capture that go to the selection, to encoding and writing (beside it), and to the commit."""
+    def clocked(self, selection: str) -> dict[str, float]:
+        """Seconds of a capture, and within it of the selection, of encoding and writing, and of the commit."""
         spent = dict.fromkeys(("selection", "writing", "commit"), 0.0)
 
         def clocked(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-            self._wait()
+            if name == "selection":  # what the device is still at is no part of it
+                self._wait()
             started = time.perf_counter()
             result = work(*arguments)
             spent[name] += time.perf_counter() - started
@@ -211,9 +163,9 @@ class Bench:
         capturing.select = partial(clocked, "selection", kept[0])
         ShardWriter.append = lambda *a: clocked("writing", kept[1], *a)  # type: ignore[method-assign]
         ShardWriter.commit = lambda *a: clocked("commit", kept[2], *a)  # type: ignore[method-assign]
-        whole = self.capture(selection, {})
+        spent["whole"] = self.capture(selection, {})
         capturing.select, ShardWriter.append, ShardWriter.commit = kept  # type: ignore[method-assign]
-        return {name: seconds / whole for name, seconds in spent.items()}
+        return spent
 
     def peak(self, work: Callable[[], object]) -> float:
         """Highest memory during some work, in GB: the device's or, on a CPU, the process's."""
@@ -226,52 +178,76 @@ class Bench:
         return memory.peak() / 1e9
 
 
-def measure(bench: Bench, rounds: int) -> None:
+def percent(ratios: list[float], limit: int | None = None, sign: str = "+") -> str:
+    """Median and range, and the limit."""
+    low, middle, high = (f"{100 * f(ratios):{sign}.1f}" for f in (min, statistics.median, max))
+    return f"{middle} % ({low} to {high})" + (f" [at most {limit} %]" if limit else "")
+
+
+def card_rate() -> float | None:
+    """Dense bf16 operations a second by the data sheet of this card, if that is known."""
+    words = re.split("[ -]", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else []
+    hopper = {"h100", "h200"} & {*words} and {"pcie", "nvl"} & {*words}  # slower boards of the same name
+    rates = [rate * 1e12 for gpu, rate in BF16_TERAFLOPS.items() if gpu in words and not hopper]
+    return rates[0] if rates else None
+
+
+def measure(name: str, bench: Bench, rounds: int) -> None:
     """Print a teacher's lines."""
+    place, rate = (bench.teacher.device.type, name), card_rate()
     about: dict[str, dict[str, float]] = {name: {} for name in SELECTIONS}
     arms: dict[str, Callable[[], float]] = {
         "model": lambda: bench.forward(WholeModel(bench.teacher)),
         "forward": lambda: bench.forward(bench.teacher),
         **{name: partial(bench.capture, name, about[name]) for name in SELECTIONS},
     }
-    memory = {name: bench.peak(arm) for name, arm in arms.items()}  # and warms up
-    times = []
+    memory = {arm: bench.peak(work) for arm, work in arms.items()}  # and warms up
+    times, clocks = [], []
     for number in range(rounds):
         order = list(arms) if number % 2 else list(reversed(arms))
-        times.append({name: arms[name]() for name in order})
-    for name in arms:
-        rate = bench.tokens / min(round_[name] for round_ in times)
-        line = f"  {name:<9} {rate:>9,.0f} {memory[name]:>8.2f}"
-        if name in SELECTIONS:
-            for peer in ("forward", "model"):
-                ratios = [100 * (round_[name] / round_[peer] - 1) for round_ in times]
-                line += f"   {statistics.median(ratios):>+6.1f} % ({min(ratios):+.1f} to {max(ratios):+.1f})"
-            shares = bench.shares(name)
-            line += "".join(f" {share:>9.1%}" for share in shares.values())
-            line += f" {about[name]['bytes']:>9.1f} {about[name]['before']:>8.2f}"
+        times.append({arm: arms[arm]() for arm in order})
+        clocks.append({selection: bench.clocked(selection) for selection in SELECTIONS})
+    shares = "".join(f" {part:>9}" for part in ("selection", "writing", "commit"))
+    print(
+        f"  {'':<9} {'tokens/s':>9}{'' if rate is None else ' of bf16'} {'peak GB':>8}   {'over forward':<39}"
+        f" {'over model':<26} {'selection over forward':<37}{shares} {'B/pos':>7} {'before s':>8}"
+    )
+    for arm in arms:
+        speed = bench.tokens / min(seconds[arm] for seconds in times)
+        line = f"  {arm:<9} {speed:>9,.0f}"
+        line += "" if rate is None else f" {2 * bench.teacher.parameters * speed / rate:>7.1%}"
+        line += f" {memory[arm]:>8.2f}"
+        if arm in SELECTIONS:
+            over = {peer: [seconds[arm] / seconds[peer] - 1 for seconds in times] for peer in ("forward", "model")}
+            chosen = [t[arm]["selection"] / s["forward"] for t, s in zip(clocks, times, strict=True)]
+            line += f"   {percent(over['forward'], LIMITS.get(place)):<39} {percent(over['model']):<26}"
+            line += f" {percent(chosen, SELECTION_LIMITS.get(place), sign=''):<37}"
+            for part in ("selection", "writing", "commit"):
+                line += f" {statistics.median(t[arm][part] / t[arm]['whole'] for t in clocks):>9.1%}"
+            line += f" {about[arm]['bytes']:>7.1f} {about[arm]['before']:>8.2f}"
         print(line, flush=True)
 
 
 def main() -> None:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--teachers", nargs="+", default=["SmolLM2", "1B", *(["8B"] * torch.cuda.is_available())])
+    parser.add_argument("--teachers", nargs="+", default=["SmolLM2", *(["1.5B", "8B"] if cuda else ["1B"])])
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     on_cpu = {"SmolLM2": (8, 512, 1), "1B": (4, 256, 1)}
-    sizes = dict.fromkeys(["SmolLM2", *SHAPES], (64, 1024, 8)) if cuda else on_cpu
     for name in arguments.teachers:
+        size = (64, 1024, 8) if cuda else on_cpu.get(name, on_cpu["1B"])
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(name, Path(folder), device, *sizes[name])
+            try:
+                bench = Bench(name, Path(folder), device, *size)
+            except TeacherError as error:
+                print(f"{name} is left out: {error}", flush=True)
+                continue
             threads = "" if cuda else f", {torch.get_num_threads()} threads"
-            size = f"{bench.teacher.parameters / 1e6:,.0f}M parameters"
-            print(f"{name}: {size}, {device}{threads}, {bench.tokens:,} tokens a round")
-            print(
-                f"  {'':<9} {'tokens/s':>9} {'peak GB':>8}   {'over forward':>24}   {'over model':>24}"
-                f" {'selection':>9} {'writing':>9} {'commit':>9} {'B/pos':>9} {'before s':>8}"
-            )
-            measure(bench, arguments.rounds)
+            parameters = f"{bench.teacher.parameters / 1e6:,.0f}M parameters"
+            print(f"{name}: {parameters}, {device}{threads}, {bench.tokens:,} tokens a round")
+            measure(name, bench, arguments.rounds)
 
 
 if __name__ == "__main__":
