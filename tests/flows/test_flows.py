@@ -71,6 +71,15 @@ def test_deployments_name_the_flows():
     assert {deployment["work_pool"]["name"] for deployment in deployments} == {"softlabel"}
 
 
+def test_flows_that_run_a_model_have_a_queue_of_their_own():
+    from prefect.cli.deploy._models import PrefectYamlModel
+
+    deployed = PrefectYamlModel.model_validate(yaml.safe_load((ROOT / "prefect.yaml").read_text())).deployments
+    queues = {flow: deployment.work_pool.work_queue_name for flow, deployment in zip(FLOWS, deployed, strict=True)}
+    tables = dict.fromkeys(("maintain", "reprocess", "mix"), "default")
+    assert queues == dict.fromkeys(FLOWS, "gpu") | tables
+
+
 @pytest.mark.usefixtures("prefect")
 def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixture[str]):
     code, result, err = softlabel(capsys, "distill", "--config", str(small))
