@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def show_capture(report: "CaptureReport") -> None:
     """What was captured, what was there already, what could not be used, and what to do next."""
     _capture_line(report)
-    try_next([f"softlabel inspect {report.table}", f"softlabel train {report.table} STUDENT --student.layers 0 1 2"])
+    try_next([f"softlabel inspect {report.table}", f"softlabel train {report.table} STUDENT --student.depth 2"])
 
 
 def show_estimate(found: "Estimate") -> None:

@@ -1,11 +1,14 @@
 """What a person is shown of classifiers; the flows' tests read what is shown of language models."""
 
+import re
+
 import pytest
 
-from flows.display import show_distill
+from flows.display import show_capture, show_distill
 from flows.distill import DistillReport
 from pipeline.capturing import CaptureReport
 from pipeline.class_evaluation import ClassEvaluation, ClassScore
+from pipeline.pruning import spread
 from pipeline.training import TrainReport
 
 
@@ -30,3 +33,9 @@ def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
     assert "25.0% of the teacher's mass is on classes without a label" in shown
     # Another student of this one would need its labels, which are not known here.
     assert shown.count("  softlabel ") == 1
+
+
+def test_what_follows_a_capture_can_be_done_with_a_teacher_of_two_layers(capsys: pytest.CaptureFixture[str]):
+    show_capture(CaptureReport("table", 3, 20, 20, 0, None, 2, 0, 0, 0, 0, 0.1))
+    [depth] = re.findall(r"softlabel train table STUDENT --student\.depth (\d+)\n", capsys.readouterr().out)
+    assert spread(int(depth), 2) == (0, 1)
