@@ -3,6 +3,7 @@
     STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of), tensorboard/
     STUDENT.training/    its last checkpoints, each with the settings of its run (run.json), the best weights so far
                          and the curves, until it is finished
+    STUDENT.lock         held by the process that trains it, until that ends
 
 Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
 """

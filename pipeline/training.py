@@ -6,6 +6,7 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,6 +27,7 @@ from pipeline.dataset import SoftLabelDataset
 from pipeline.fitting import Origin, require_loss
 from pipeline.holdout import Holdout
 from pipeline.lesson import Distillation, Lesson
+from pipeline.lock import alone
 from pipeline.order import Cursor
 from pipeline.progress import Watch, unwatched
 from pipeline.ranks import on_cpu, to_start, train_by
@@ -81,7 +83,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     Raises:
         UsageError: if the settings contradict the table, each other, or what is in the output folder.
         StudentError: if the student can't be built, or does not fit the table.
-        TrainingError: if the loss is no longer a number, or the student can't be written.
+        TrainingError: if the loss is no longer a number, the student can't be written, or another process trains it.
         TableError: if the table can't be read.
         WorkerError: if one of several processes died.
     """
@@ -91,6 +93,12 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     if processes and folder.finished() is None:
         return TrainReport(**train_by(processes, config, watch))
     ranks = PartialState(cpu=on_cpu(config.optimiser))
+    with alone(folder.path) if ranks.is_main_process else nullcontext():
+        return _train(config, folder, watch, began)
+
+
+def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: float) -> TrainReport:
+    ranks = PartialState()
     table = _agree(folder.open_table(config))
     if ranks.is_main_process:
         folder.clear()

@@ -1,6 +1,7 @@
 """Training that was interrupted, is done already, or would be mixed with another: it goes on exactly, or refuses."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.training import train
-from storage.errors import UsageError
+from storage.errors import TrainingError, UsageError
 from storage.table import Table
 from tests.pipeline import tables
 from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, run, settings, weights
@@ -31,7 +32,23 @@ def test_a_killed_run_goes_on_bit_for_bit(die, resumed, uninterrupted, table, tm
     assert_same(tmp_path / "student", uninterrupted.output)
     assert history(tmp_path / "student") == history(uninterrupted.output)
     assert curve(tmp_path / "student", "loss") == curve(uninterrupted.output, "loss")
-    assert not list(tmp_path.glob("*.training"))
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_bug_two_trainings_of_one_student_destroy_each_other(uninterrupted, table, tmp_path):
+    config = settings(table, tmp_path / "student")
+    refused = []
+
+    def begin_again(progress):
+        if progress.done in (2, 6):
+            with pytest.raises(TrainingError, match=f"process {os.getpid()} of ") as error:
+                train(config)
+            refused.append(error)
+
+    train(config, begin_again)
+    assert len(refused) == 2
+    assert_same(tmp_path / "student", uninterrupted.output)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 def test_stopping_early_with_the_best_weights(table, tmp_path):
