@@ -41,7 +41,7 @@ class _Turn(NamedTuple):
     pattern: re.Pattern[str]
     """Its header, and what it says to the end of the turn."""
     broken: dict[str, str]
-    """What begins and ends it, and the same as a message may have it: broken by marks that ``pattern`` passes over."""
+    """What begins and ends it, and the same as a message may have it: broken by marks, and so passed over."""
 
 
 class ChatTemplate:
@@ -115,7 +115,7 @@ class ChatTemplate:
 
     def _guarded_message(self, message: dict[str, Any]) -> dict[str, Any]:
         # A template compares the role, which may be what begins a turn ("assistant\n"): that is not broken.
-        return self._guarded(message) | {"role": self._quoted_text(message["role"])}
+        return {**self._guarded(message), "role": self._quoted_text(message["role"])}
 
     def _guarded(self, value: Any) -> Any:
         """The same, with marks around each special token in a string, and within each header or end of a turn."""

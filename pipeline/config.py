@@ -41,6 +41,8 @@ class ColumnsConfig(Settings):
             raise ValueError("prompt and completion go together; give both")
         if self.prompt is not None and self.messages is not None:
             raise ValueError("messages are a whole chat; leave out prompt and completion")
+        if twice := [name for i, name in enumerate(self.carry) if name in self.carry[:i]]:
+            raise ValueError(f"carry names each column once; found twice: {', '.join(dict.fromkeys(twice))}")
         return self
 
     @property

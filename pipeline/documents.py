@@ -5,18 +5,19 @@ is a ``Reject`` with its reason, and never stops the stream. Nothing is tokenise
 but a plain text one, which is a document.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.carried import carried, carried_field
 from pipeline.config import ColumnsConfig
+from pipeline.contents import CONTENTS, UnfitError, encoded, id_of, label_of
 from pipeline.digests import DigestSet, digests
 from pipeline.sources import Piece, find
 from storage.errors import DocumentsError, UsageError
@@ -46,6 +47,13 @@ class Batch(NamedTuple):
 
     documents: pa.Table
     rejects: list[Reject]
+    names: list[str]
+    """What each record is called, in their order: its document's id, or its place if it has none."""
+
+    def in_order(self, rejects: Iterable[Reject]) -> list[Reject]:
+        """Rejects of this batch in the order of their records; of two with one id, the later is the reject."""
+        order = {name: i for i, name in enumerate(self.names)}
+        return sorted(rejects, key=lambda reject: order[reject.document_id])
 
     def without(self, unwanted: NDArray[np.bool_], reason: str) -> "Batch":
         """The batch with some of its documents as rejects, for this reason."""
@@ -53,7 +61,7 @@ class Batch(NamedTuple):
             return self
         names = self.documents.filter(pa.array(unwanted)).column("document_id").to_pylist()
         kept = self.documents.filter(pa.array(~unwanted))
-        return Batch(kept, [*self.rejects, *(Reject(name, reason) for name in names)])
+        return self._replace(documents=kept, rejects=[*self.rejects, *(Reject(name, reason) for name in names)])
 
 
 class Documents:
@@ -75,7 +83,9 @@ class Documents:
         self._source = find(path)
         known = self._source.schema()
         self._require_columns(known.names)
-        self.carried: pa.Schema = pa.schema([_carried_field(known.field(name)) for name in columns.carry])
+        self.carried: pa.Schema = pa.schema(
+            [carried_field(known.field(known.names.index(name))) for name in columns.carry]
+        )
         """Names and types of the carried columns."""
         row_schema(self.carried)
 
@@ -102,31 +112,29 @@ class Documents:
 
     def _judged(self, piece: Piece) -> Batch:
         """The usable records as a table, the others as rejects."""
-        c, values = self._columns, piece.values
-        judge = _JUDGES[c.content]
+        c, values, names = self._columns, piece.values, list(piece.places)
         contents = zip(*(values[name] for name in c.contents.values()), strict=True)
-        labels = values[c.label] if c.label else [None] * len(piece.places)
-        carried, misfits = _carried(values, self.carried)
-        rejects = [Reject(place, reason) for place, reason in piece.unreadable]
-        rows, kept = [], []
-        for i, (named, name, content, label) in enumerate(
-            zip(piece.places, values[c.id], contents, labels, strict=True)
-        ):
+        labels = values[c.label] if c.label else [None] * len(names)
+        columns = {field: carried(values[field.name], field.type) for field in self.carried}
+        misfits = {i: field for field, (_, unfit) in columns.items() for i in unfit}
+        rejects, rows, kept = [], [], []
+        for i, (name, content, label) in enumerate(zip(values[c.id], contents, labels, strict=True)):
             try:
-                named = _id(name)
-                row = _document(named, judge(*content), _label(label))
+                if i in piece.unreadable:
+                    raise UnfitError(piece.unreadable[i])
+                names[i] = id_of(name)
+                row = _document(names[i], CONTENTS[c.content](*content), label_of(label))
                 if i in misfits:
-                    raise _UnfitError(misfits[i])
-            except _UnfitError as unfit:
-                rejects.append(Reject(named, str(unfit)))
+                    raise UnfitError(f"column {misfits[i].name!r} holds no {misfits[i].type} there")
+            except UnfitError as unfit:
+                rejects.append(Reject(names[i], str(unfit)))
                 continue
             rows.append(row)
             kept.append(i)
-        columns = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)
-        arrays = [pa.array(column, f.type) for column, f in zip(columns, DOCUMENT, strict=True)]
-        chosen = pa.array(kept, pa.int64())
-        schema = pa.schema([*DOCUMENT, *self.carried])
-        return Batch(pa.table(arrays + [column.take(chosen) for column in carried], schema=schema), rejects)
+        own = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)
+        arrays = [pa.array(column, f.type) for column, f in zip(own, DOCUMENT, strict=True)]
+        arrays += [column.take(pa.array(kept, pa.int64())) for column, _ in columns.values()]
+        return Batch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
 
     def _require_columns(self, found: list[str]) -> None:
         c = self._columns
@@ -145,153 +153,15 @@ class Documents:
                 )
 
 
-class _UnfitError(Exception):
-    """Why a document can't be used."""
-
-
-_MISFIT = (pa.ArrowException, OverflowError, UnicodeError)
-
-
-def _carried_field(field: pa.Field) -> pa.Field:
-    """The column as a table keeps it: without loss as one of the few types of ``storage.schema.row_schema``."""
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
-        kind = pa.string()
-    elif pa.types.is_integer(kind):
-        kind = pa.int64()
-    elif pa.types.is_floating(kind):
-        kind = pa.float64()
-    return pa.field(field.name, kind)
-
-
-def _carried(values: dict[str, list[Any]], schema: pa.Schema) -> tuple[list[pa.Array], dict[int, str]]:
-    """Carried columns as arrays, and by its number why a record has a value that does not fit."""
-    columns: list[pa.Array] = []
-    misfits: dict[int, str] = {}
-    for field in schema:
-        column = values[field.name]
-        try:
-            columns.append(pa.array(column, field.type))
-        except _MISFIT:
-            fitting = [_fits(value, field.type) for value in column]
-            columns.append(pa.array([v if f else None for v, f in zip(column, fitting, strict=True)], field.type))
-            reason = f"column {field.name!r} holds no {field.type} there"
-            misfits |= {i: reason for i, fits in enumerate(fitting) if not fits}
-    return columns, misfits
-
-
-def _fits(value: Any, kind: pa.DataType) -> bool:
-    try:
-        pa.scalar(value, kind)
-    except _MISFIT:
-        return False
-    return True
-
-
 def _document(name: str, content: str, label: str | None) -> tuple[str, str, str | None, bytes]:
     """A row of ``DOCUMENT``."""
     return name, content, label, _fingerprint(content, label)
 
 
 def _fingerprint(text: str, label: str | None) -> bytes:
-    try:
-        content = text.encode()
-        suffix = b"" if label is None else b"\1" + label.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        raise _UnfitError("the text is broken UTF-8") from None
+    content = encoded(text, "text")
+    suffix = b"" if label is None else b"\1" + encoded(label, "label")
     digest = blake2b(len(content).to_bytes(8, "little"), digest_size=16)
     digest.update(content)
     digest.update(suffix)
     return digest.digest()
-
-
-def _string(value: Any, what: str) -> str:
-    if value is None:
-        raise _UnfitError(f"the {what} is null")
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise _UnfitError(f"the {what} is broken UTF-8 at byte {error.start}") from None
-    if not isinstance(value, str):
-        raise _UnfitError(f"the {what} is no string but {type(value).__name__}")
-    return value
-
-
-def _id(value: Any) -> str:
-    text = str(value) if type(value) is int else _string(value, "id")
-    if not text:
-        raise _UnfitError("the id is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _UnfitError("the id is broken UTF-8") from None
-    return text
-
-
-def _text(value: Any) -> str:
-    text = _string(value, "text")
-    if not text.strip():
-        raise _UnfitError("the text is empty")
-    return text
-
-
-def _label(value: Any) -> str | None:
-    if value is None or type(value) in (int, bool):
-        return None if value is None else str(value)
-    return _string(value, "label")
-
-
-def _chat(value: Any) -> str:
-    """Messages, as JSON."""
-    if isinstance(value, str | bytes):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise _UnfitError("the chat is a string that is no JSON") from None
-    return _json(_messages(value, "chat"))
-
-
-def _completion(prompt: Any, completion: Any) -> str:
-    """A prompt, which may be empty, and what follows it, as JSON: two texts, or the messages of one chat."""
-    parts = {"prompt": prompt, "completion": completion}
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _json({what: _messages(value, what) for what, value in parts.items()})
-    for what, value in parts.items():
-        parts[what] = _string(value, what)
-    if not parts["completion"].strip():
-        raise _UnfitError("the completion is empty")
-    return _json(parts)
-
-
-_JUDGES: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "completion": _completion}
-"""What makes the content of a document of the values of its columns."""
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:  # a struct of Parquet may hold a date, or bytes
-        raise _UnfitError(f"a message holds what is no JSON: {error}") from None
-
-
-def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """Messages with a role and a content each; keys that are null are left out: Parquet fills structs so."""
-    if value is None or not isinstance(value, list):
-        raise _UnfitError(f"the {what} is no list of messages but {'null' if value is None else type(value).__name__}")
-    if not value:
-        raise _UnfitError(f"the {what} has no message")
-    return [_message(i, message) for i, message in enumerate(value)]
-
-
-def _message(i: int, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _UnfitError(f"message {i} is no object")
-    message = {key: field for key, field in value.items() if field is not None}
-    if not isinstance(message.get("role"), str):
-        raise _UnfitError(f"message {i} has no role")
-    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-        raise _UnfitError(f"message {i} has no text as content")
-    return message

@@ -23,8 +23,9 @@ PIECE_ROWS = 4096
 PIECE_BYTES = 32 << 20
 READ_AHEAD = 1 << 20
 """Bytes of a stream that are read at a time: of an object, each is a request."""
-SAMPLE = 1000
-"""Lines of JSON from which columns and their types are read off."""
+SAMPLE_ROWS = 1000
+SAMPLE_BYTES = 16 << 20
+"""Lines of JSON from which columns and their types are read off, and their bytes: whichever are reached first."""
 TEXT_COLUMNS = ("id", "text")
 """What a plain text file has: its path below the folder, and what is in it."""
 
@@ -40,11 +41,19 @@ _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Piece(NamedTuple):
-    """Some records: where each stands, the values of each column, and the places (with a reason) that hold none."""
+    """Some records, in their order."""
 
     places: list[str]
+    """Where each stands."""
     values: dict[str, list[Any]]
-    unreadable: list[tuple[str, str]]
+    """Of each column."""
+    unreadable: dict[int, str]
+    """By its number, why a record has no values; None stands for them."""
+
+    @classmethod
+    def empty(cls, columns: list[str]) -> "Piece":
+        """One of no record, yet."""
+        return cls([], {name: [] for name in columns}, {})
 
 
 class Source(Protocol):
@@ -99,12 +108,11 @@ class Parquet:
         """Rows of one file after the other."""
         for file in self._files:
             with _reading(file), pq.ParquetFile(file.open()) as rows:
-                if missing := sorted(set(columns) - set(rows.schema_arrow.names)):
-                    raise pa.ArrowInvalid(f"it has no column {', '.join(missing)}, as the first file has")
+                _require_each_once(columns, rows.schema_arrow.names, file)
                 number = 1
                 for batch in rows.iter_batches(_rows_of_a_piece(rows.metadata), columns=columns):
                     places = [f"{file.name}:{number + i}" for i in range(len(batch))]
-                    yield Piece(places, {name: _values(batch.column(name)) for name in columns}, [])
+                    yield Piece(places, {name: _values(batch.column(name)) for name in columns}, {})
                     number += len(batch)
 
 
@@ -116,12 +124,20 @@ class JsonLines:
 
     def schema(self) -> pa.Schema:
         """Keys of the first objects and the types of their values, or of most of them."""
-        sample = list(islice((record for _, record in self._lines() if isinstance(record, dict)), SAMPLE))
+        sample, held, reason = list[dict[str, Any]](), 0, "not one"
+        for place, size, record in self._lines():
+            if isinstance(record, str):
+                reason = f"{place}: {record}" if reason == "not one" else reason
+                continue
+            sample.append(record)
+            held += size
+            if len(sample) == SAMPLE_ROWS or held >= SAMPLE_BYTES:
+                break
         if not sample:
             raise DocumentsError(
                 "there are no documents",
-                expected="a JSON object a line",
-                found="not one",
+                expected="a JSON object a line, in UTF-8",
+                found=reason,
                 where=", ".join(file.address for file in self._files[:3]),
                 do="check that these are the files that were meant, and that they were written whole",
             )
@@ -131,27 +147,27 @@ class JsonLines:
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
         """Objects of one file after the other."""
-        piece, held = Piece([], {name: [] for name in columns}, []), 0
-        for place, record in self._lines():
+        piece, held = Piece.empty(columns), 0
+        for place, _, record in self._lines():
             if isinstance(record, str):
-                piece.unreadable.append((place, record))
-            else:
-                piece.places.append(place)
-                for name in columns:
-                    piece.values[name].append(record.get(name))
-                    held += len(value) if isinstance(value := record.get(name), str) else 100
-            if len(piece.places) + len(piece.unreadable) == PIECE_ROWS or held > PIECE_BYTES:
+                piece.unreadable[len(piece.places)] = record
+                record = {}
+            piece.places.append(place)
+            for name in columns:
+                piece.values[name].append(value := record.get(name))
+                held += len(value) if isinstance(value, str) else 100
+            if len(piece.places) == PIECE_ROWS or held > PIECE_BYTES:
                 yield piece
-                piece, held = Piece([], {name: [] for name in columns}, []), 0
+                piece, held = Piece.empty(columns), 0
         yield piece
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """Place of each line that is not blank, and its object, or why it holds none."""
+    def _lines(self) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
+        """Place and bytes of each line that is not blank, and its object, or why it holds none."""
         for file in self._files:
             with _reading(file), _stream(file) as stream:
                 for number, line in enumerate(io.BufferedReader(stream), 1):
                     if line.strip():
-                        yield f"{file.name}:{number}", _object(line)
+                        yield f"{file.name}:{number}", len(line), _object(line)
 
 
 class PlainText:
@@ -166,7 +182,7 @@ class PlainText:
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
         """Files, each whole."""
-        piece, held = Piece([], {name: [] for name in columns}, []), 0
+        piece, held = Piece.empty(columns), 0
         for file in self._files:
             with _reading(file), _stream(file) as stream:
                 content = stream.read()
@@ -176,7 +192,7 @@ class PlainText:
             held += len(content)
             if len(piece.places) == PIECE_ROWS or held > PIECE_BYTES:
                 yield piece
-                piece, held = Piece([], {name: [] for name in columns}, []), 0
+                piece, held = Piece.empty(columns), 0
         yield piece
 
 
@@ -201,6 +217,18 @@ def _stream(file: File) -> pa.NativeFile:
     ahead = pa.BufferedInputStream(file.open(), READ_AHEAD)
     compression = _COMPRESSED.get(file.suffixes[-1])
     return pa.CompressedInputStream(ahead, compression) if compression else ahead
+
+
+def _require_each_once(columns: list[str], found: list[str], file: File) -> None:
+    for name in columns:
+        if (times := found.count(name)) != 1:
+            raise DocumentsError(
+                f"a file has {times or 'no'} column{'s' * (times > 1)} {name!r}",
+                expected=f"one column {name!r} in each of the files",
+                found=", ".join(islice(found, 40)) or "no column",
+                where=file.address,
+                do="rename its columns or leave the file out by a glob, or say with columns.* which hold what",
+            )
 
 
 def _kind(file: File) -> str | None:
@@ -236,8 +264,10 @@ def _value(item: pa.Scalar) -> Any:
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
+    if b"\0" in line:
+        return "the line is no UTF-8 but holds bytes of 0, as UTF-16 does"
     try:
-        record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        record = json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess the encoding
     except UnicodeDecodeError as error:
         return f"the line is broken UTF-8 at byte {error.start}"
     except (ValueError, RecursionError) as error:
@@ -249,5 +279,8 @@ def _type_of(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        [(most, _)] = Counter(type(value) for value in values if value is not None).most_common(1)
+        kinds = Counter(type(value) for value in values if value is not None)
+        if kinds[float]:
+            kinds[float] += kinds.pop(int, 0)  # which a column of floats holds too
+        [(most, _)] = kinds.most_common(1)
         return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(most, pa.string())

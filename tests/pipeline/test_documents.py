@@ -3,12 +3,14 @@
 import datetime
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import sources
 from pipeline.config import ColumnsConfig
 from pipeline.documents import DOCUMENT, Documents, Reject
 from storage.errors import DocumentsError, UsageError
@@ -26,6 +28,7 @@ def lines(path: Path, records: list[object]) -> Path:
     return path
 
 
+DEEP = json.loads('[{"a":' * 50 + "0" + "}]" * 50)
 RECORDS = [{"id": f"d{i}", "text": f"text {i}", "lang": "en", "year": 2000 + i} for i in range(5)]
 
 
@@ -134,35 +137,6 @@ def test_one_broken_string_in_parquet_costs_one_document(tmp_path: Path) -> None
     assert rejects == [Reject("2", "the text is broken UTF-8 at byte 3"), Reject("3", "the text is null")]
 
 
-def test_carried_columns_keep_their_types(tmp_path: Path) -> None:
-    day = datetime.date(2024, 2, 29)
-    table = pa.table(
-        {
-            "id": ["a", "b"],
-            "text": ["x", "y"],
-            "kind": pa.array(["p", None]).dictionary_encode(),
-            "small": pa.array([1, None], pa.int8()),
-            "score": pa.array([0.5, 1.5], pa.float32()),
-            "good": [True, False],
-            "day": pa.array([day, None], pa.date32()),
-        }
-    )
-    pq.write_table(table, tmp_path / "x.parquet")
-    carry = ("kind", "small", "score", "good", "day")
-    documents, _ = read(tmp_path / "x.parquet", carry=carry)
-    types = [pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.date32()]
-    assert Documents(str(tmp_path / "x.parquet"), ColumnsConfig(carry=carry)).carried.types == types
-    assert documents.select(carry).to_pylist() == table.select(carry).to_pylist()
-
-
-def test_a_value_that_does_not_fit_its_column_costs_its_document(tmp_path: Path) -> None:
-    records = [{"id": str(i), "text": "x", "year": i} for i in range(1500)]
-    records[1200]["year"] = "MMXX"
-    documents, rejects = read(lines(tmp_path / "x.jsonl", records), carry=("year",))
-    assert documents.num_rows == 1499
-    assert rejects == [Reject("1200", "column 'year' holds no int64 there")]
-
-
 def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
     records = [{"id": "a", "chat": CHAT}, {"id": "b", "chat": [CHAT[0], CHAT[1] | {"name": "bot"}]}]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
@@ -182,6 +156,8 @@ def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
         (None, "the chat is no list of messages but null"),
         ("Hi", "the chat is a string that is no JSON"),
         ([], "the chat has no message"),
+        ("[" * 100_000, "the chat has more than 100 lists and objects within each other"),
+        ([CHAT[1] | {"more": DEEP}], "the chat has more than 100 lists and objects within each other"),
         (["Hi"], "message 0 is no object"),
         ([{"content": "Hi"}], "message 0 has no role"),
         ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has no text as content"),
@@ -200,6 +176,44 @@ def test_a_message_with_a_date_is_a_reject(tmp_path: Path) -> None:
     documents, [reject] = read(tmp_path / "x.parquet", messages="messages")
     assert documents["document_id"].to_pylist() == ["good"]
     assert reject == Reject("bad", "a message holds what is no JSON: Object of type datetime is not JSON serializable")
+
+
+def test_a_label_that_is_broken_is_called_so(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "x.jsonl", [{"id": "good", "text": "x", "y": "a"}, {"id": "bad", "text": "x", "y": "\ud83d"}]
+    )
+    assert read(path, label="y")[1] == [Reject("bad", "the label is broken UTF-8")]
+
+
+def test_lines_of_another_encoding_are_none(tmp_path: Path) -> None:
+    records = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        (tmp_path / "x.jsonl").write_bytes(records.encode(encoding))
+        with pytest.raises(DocumentsError, match=r"x\.jsonl:1: the line is no UTF-8 but") as caught:
+            read(tmp_path / "x.jsonl")
+        one_screen(caught.value, "in UTF-8")
+    (tmp_path / "x.jsonl").write_bytes(records.encode("utf-8-sig"))
+    assert read(tmp_path / "x.jsonl")[0].num_rows == len(RECORDS)
+
+
+def test_rejects_can_be_put_in_the_order_of_their_records(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        '{"id": "a", "text": "x"}\n{"id": "late", "text": "refused later"}\n{"id": "b"}\n'
+        'no json\n{"id": "a", "text": "y"}\n{"id": "c"}\n'
+    )
+    [batch] = Documents(str(tmp_path / "x.jsonl"), ColumnsConfig()).batches()
+    ordered = batch.in_order([*batch.rejects, Reject("late", "")])
+    assert [name for name, _ in ordered] == ["late", "b", "x.jsonl:4", "a", "c"]
+
+
+def test_large_lines_are_not_all_held_to_find_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 1 << 20)
+    path = lines(tmp_path / "x.jsonl", [{"id": i, "text": "some words " * 10_000} for i in range(100)])
+    tracemalloc.start()
+    Documents(str(path), ColumnsConfig())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 2 * peak < path.stat().st_size
 
 
 def one_screen(error: Exception, *parts: str) -> None:
@@ -225,10 +239,19 @@ def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
         Documents(str(path), ColumnsConfig(text="texts", carry=("language",)))
 
 
-def test_a_type_that_no_table_keeps_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["a"], "text": ["x"], "tags": [["p"]]}), tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match="'tags' can't be carried"):
-        Documents(str(tmp_path / "x.parquet"), ColumnsConfig(carry=("tags",)))
+def test_two_columns_of_one_name_or_a_file_without_one(tmp_path: Path) -> None:
+    text = pa.array(["x"])
+    pq.write_table(pa.table([text, text, text], ["id", "text", "text"]), tmp_path / "1.parquet")
+    with pytest.raises(DocumentsError, match="a file has 2 columns 'text'") as caught:
+        read(tmp_path, carry=("text",))
+    one_screen(caught.value, "1.parquet", "rename")
+    pq.write_table(pa.table([text, text, text, text], ["id", "text", "other", "other"]), tmp_path / "1.parquet")
+    assert read(tmp_path)[0].num_rows == 1
+    pq.write_table(pa.table([text, text], ["id", "body"]), tmp_path / "2.parquet")
+    with pytest.raises(DocumentsError, match="a file has no column 'text'") as caught:
+        read(tmp_path)
+    one_screen(caught.value, "2.parquet", "id, body", "columns.*")
+    assert "copy the file again" not in str(caught.value)
 
 
 def test_files_without_a_document(tmp_path: Path) -> None:
