@@ -109,6 +109,8 @@ def _capture_line(report: "CaptureReport") -> None:
         )
     if report.truncated:
         console.print(f"[yellow]{report.truncated:,} documents are longer[/] than what the classifier reads: cut short")
+    if report.taken_down:
+        console.print(f"[yellow]{report.taken_down:,} documents were taken down[/]: left out")
     if report.rejects:
         console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
 

@@ -48,11 +48,9 @@ VOCABULARY_SAMPLE = 65_536
 """Positions whose ids decide how a new table numbers its ids."""
 
 Labelled = tuple[pa.Table, SoftLabels]
+ShardStep = Callable[[CaptureConfig, Path, Watch], Commit]
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-ShardStep = Callable[[CaptureConfig, Path, Watch], Commit]
 
 
 class Wrap(Protocol):
@@ -78,6 +76,8 @@ class CaptureReport:
     documents: int
     unchanged: int
     """Documents that the table held whole before."""
+    taken_down: int
+    """Documents that are left out: the table's refuse list has them."""
     rejects: int
     """Documents that can't be used ..."""
     rejects_file: str | None
@@ -178,10 +178,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     table = Table.open(config.table)
     table.identity.require(identity, config.table)  # another capture may have made it meanwhile
     # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
-    with (
-        ShardWriter(table, config.shards.row_group_sequences) as writer,
-        ThreadPoolExecutor(1) as io,
-    ):
+    with ShardWriter(table, config.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
         written: Future[None] = io.submit(lambda: None)
         for rows, labels in batches:
             written.result()
@@ -205,6 +202,7 @@ def _summarise(
         version=Table.open(config.table).version,
         documents=todo.documents,
         unchanged=todo.unchanged,
+        taken_down=todo.taken_down,
         rejects=todo.rejects,
         rejects_file=todo.rejects_file,
         truncated=todo.truncated,

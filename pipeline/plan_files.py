@@ -120,8 +120,13 @@ class Rejects:
                     self._shown.append(f"{reject.document_id}: {reject.reason}")
                 print(json.dumps(reject._asdict(), ensure_ascii=False), file=file)
 
+    @property
+    def first(self) -> str:
+        """The first of them."""
+        return self._shown[0]
+
     def __str__(self) -> str:
-        """The first of them, a line each."""
+        """The first few of them, a line each."""
         more = [f"and {self.count - _SHOWN} more"] if self.count > _SHOWN else []
         return "\n               ".join(self._shown + more)
 

@@ -50,6 +50,8 @@ class Plan:
     """Usable documents that were found."""
     unchanged: int
     """Those among them that the table holds whole."""
+    taken_down: int
+    """Documents that are left out: the table's refuse list has them."""
     rejects: int
     """Documents that can't be used."""
     truncated: int
@@ -67,7 +69,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         watch: told of each batch of documents.
 
     Raises:
-        DocumentsError: if there is no usable document, or with ``strict`` at the first that is not.
+        DocumentsError: if there is no usable document, with their rejects file; or with ``strict`` at the first that
+            is not usable.
         ProvenanceError: if the table that is there was made otherwise.
         TeacherError: if there is no such teacher.
         UsageError: if the table is named with a version, or the teacher has no positions for sequences that long.
@@ -97,9 +100,9 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
         else:
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
-        rejects.add([*batch.rejects, *refused])
+        rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
-            raise _unusable("a document can't be used, and strict asks to stop there", rejects, config)
+            raise _unusable("a document can't be used, and strict asks to stop there", rejects.first, config)
         fates = known.fates(sequences)
         pending.add(sequences.filter(pc.equal(fates, "pending")))
         copies.add(sequences.filter(pc.equal(fates, "copy")))
@@ -107,7 +110,9 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         unchanged += batch.documents.num_rows - changed.num_rows
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
     if not found:
-        raise _unusable("no document can be used", rejects, config)
+        listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
+        taken_down = [f"{known.taken_down} that were taken down"] if known.taken_down else []
+        raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     return Plan(
         shards=pending.close(),
         copies=copies.close(),
@@ -115,6 +120,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         positions=pending.positions,
         documents=found,
         unchanged=unchanged,
+        taken_down=known.taken_down,
         rejects=rejects.count,
         truncated=0 if whole is None else whole.truncated,
         rejects_file=rejects.publish(place_of(config.table)),
@@ -180,6 +186,8 @@ class Known:
     def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
         self._table = config.table
         self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
+        self.taken_down = 0
+        """Documents that ``welcome`` has left out."""
         self._copies = identity.classes is None  # a document's label is part of what a classifier's row says
         if not Table.exists(config.table):
             return
@@ -199,12 +207,14 @@ class Known:
             self._whole.add(found[present == chunks[each[first]]])
 
     def welcome(self, documents: Documents) -> Iterator[Batch]:
-        """The documents, but those that were taken down."""
+        """The documents, but those that were taken down: the refuse list names them by hashes, and nothing else may."""
+        self.taken_down = 0
         is_refused = refusal(self._table)
         for batch in documents.batches():
             names = batch.documents.column("document_id").to_pylist()
             taken_down = np.array([is_refused(name) for name in names], bool)
-            yield batch.without(taken_down, "it was taken down: the table's refuse list has it")
+            self.taken_down += int(taken_down.sum())
+            yield batch._replace(documents=batch.documents.filter(pa.array(~taken_down)))
 
     def changed(self, documents: pa.Table) -> pa.Table:
         """The documents that the table does not hold whole, as they are now."""
@@ -229,11 +239,11 @@ def _names(rows: pa.Table) -> Digests:
     return digests(rows.column("document_id").to_pylist())
 
 
-def _unusable(summary: str, rejects: Rejects, config: CaptureConfig) -> DocumentsError:
+def _unusable(summary: str, found: str, config: CaptureConfig) -> DocumentsError:
     return DocumentsError(
         summary,
         expected="documents with an id and a text of at least one token to predict",
-        found=rejects,
+        found=found,
         where=config.documents,
         do="mend the documents, or say with columns.* which columns hold what",
     )

@@ -13,7 +13,7 @@ from pipeline.training import TrainReport
 
 
 def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
-    captured = CaptureReport("table", 3, 20, 20, 0, None, 2, 0, 0, 0, 0, 0.1)
+    captured = CaptureReport("table", 3, 20, 20, 1, 0, None, 2, 0, 0, 0, 0, 0.1)
     trained = TrainReport("runs/student", "table@3", 8, 8, 8, None, 1000, 160, 1.0, {})
     scores = (
         ClassScore("teacher", None, None, None, None, 0.0, None),
@@ -24,6 +24,7 @@ def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     for said in (
         "2 documents are longer",
+        "1 documents were taken down",
         "50.0%",
         "20.0%",
         "0.125",

@@ -21,7 +21,7 @@ from pipeline.planning import plan
 from pipeline.progress import Progress
 from pipeline.teacher import TransformersTeacher
 from storage.codec import decode
-from storage.errors import DocumentsError, ProvenanceError, TableError, TeacherError
+from storage.errors import ProvenanceError, TableError, TeacherError
 from storage.inspection import history
 from storage.reader import read
 from storage.schema import ROW_KEY, row_keys
@@ -230,26 +230,6 @@ def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teac
     parse = {"max_tokens": 128, "special_tokens": "parse"}
     with pytest.raises(ProvenanceError, match="special_tokens: the table has text, this run parse"):
         capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns, sequences=parse))
-
-
-def test_unusable_documents_are_counted_written_down_and_never_stop_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    good = [{"id": name, "text": text} for name, text in texts(3).items()]
-    bad = [
-        {"id": "empty", "text": ""},
-        {"id": "null", "text": None},
-        {"id": "number", "text": 5},
-        {"id": "d1", "text": "x"},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in good + bad) + "no json\n")
-    report = capture(settings(tiny_teacher, path, tmp_path / "t"))
-    assert (report.documents, report.rejects, report.sequences) == (3, 5, 3)
-    assert report.rejects_file is not None
-    rejects = [json.loads(line) for line in Path(report.rejects_file).read_text().splitlines()]
-    assert {reject["document_id"] for reject in rejects} >= {"empty", "null", "number", "d1"}
-    with pytest.raises(DocumentsError, match="strict"):
-        capture(settings(tiny_teacher, path, tmp_path / "t2", strict=True))
-    assert not (tmp_path / "t2").exists()
 
 
 def test_a_teacher_that_says_nan_is_named_with_the_document(tiny_teacher: Path, tmp_path: Path) -> None:

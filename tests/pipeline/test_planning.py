@@ -1,4 +1,4 @@
-"""A nightly run over many documents looks at the new ones, in little memory."""
+"""A nightly run over many documents looks at the new ones, in little memory, and writes down those it can't use."""
 
 import json
 import os
@@ -10,10 +10,11 @@ import pytest
 
 from pipeline import capturing
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import CaptureConfig, SelectionConfig, TeacherConfig
+from pipeline.config import CaptureConfig, ColumnsConfig, SelectionConfig, TeacherConfig
 from pipeline.documents import Documents
 from pipeline.planning import Known, identify, plan
 from pipeline.tokeniser import Tokeniser
+from storage.errors import DocumentsError
 from tests.benchmarks.planning import load_stub, write_documents
 
 MANY = 20_000
@@ -69,3 +70,43 @@ def test_a_file_whose_name_is_no_utf8_costs_that_file(tiny_teacher: Path, tmp_pa
     assert found.rejects_file
     reject = json.loads(Path(found.rejects_file).read_text())
     assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is broken UTF-8"}
+
+
+def lines(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + "no json\n")
+    return path
+
+
+def test_unusable_documents_are_counted_and_written_down_in_their_order(tiny_teacher: Path, tmp_path: Path) -> None:
+    good = [{"id": f"d{i}", "text": "some words"} for i in range(3)]
+    bad = [{"id": "empty", "text": ""}, {"id": "d1", "text": "x"}, {"id": "null"}, {"id": "number", "text": 5}]
+    path, teacher = lines(tmp_path / "a.jsonl", good + bad), TeacherConfig(model=str(tiny_teacher))
+    config = CaptureConfig(documents=str(path), table=str(tmp_path / "t"), teacher=teacher)
+    found = plan(config, tmp_path / "plan")
+    assert (found.documents, found.rejects) == (3, 5)
+    rejects = [json.loads(line) for line in Path(str(found.rejects_file)).read_text().splitlines()]
+    assert [reject["document_id"] for reject in rejects] == ["empty", "d1", "null", "number", "a.jsonl:8"]
+
+    lines(path, bad[2:])
+    with pytest.raises(DocumentsError, match="no document can be used") as caught:
+        plan(config, tmp_path / "again")
+    assert Path(str(found.rejects_file)).read_text().count("\n") == 3
+    assert str(found.rejects_file) in str(caught.value)
+
+
+def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path, tmp_path: Path) -> None:
+    question = {"role": "user", "content": "that nobody answers: only the tokeniser sees it"}
+    answered = {"id": "good", "m": [question, {"role": "assistant", "content": "So"}]}
+    path = lines(tmp_path / "a.jsonl", [answered, {"id": "first", "m": [question]}, {"id": "second", "m": []}])
+    config = CaptureConfig(
+        documents=str(path),
+        table=str(tmp_path / "t"),
+        teacher=TeacherConfig(model=str(tiny_teacher)),
+        columns=ColumnsConfig(messages="m"),
+        strict=True,
+    )
+    with pytest.raises(DocumentsError, match="strict") as caught:
+        plan(config, tmp_path / "plan")
+    assert "found:       first: no assistant speaks" in str(caught.value)
+    assert "second" not in str(caught.value)
+    assert not (tmp_path / "t").exists()
