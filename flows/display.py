@@ -27,6 +27,12 @@ def show_estimate(found: "Estimate") -> None:
     if not found.pending:
         console.print(f"all {found.documents:,} documents are in the table already: a capture would do nothing")
         return
+    if not found.sequences and found.copied:
+        console.print(
+            "nothing that was looked at needs the teacher: a capture would copy about"
+            f" [bold]{found.copied:,} sequences, {bytes_of(found.bytes)}[/], from other documents"
+        )
+        return
     if not found.sequences:
         console.print(
             f"{found.pending:,} documents are not in the table, but none that was looked at has a sequence for the"
@@ -35,10 +41,11 @@ def show_estimate(found: "Estimate") -> None:
         return
     console.print(
         f"a capture would add about [bold]{found.sequences:,} sequences, {found.positions:,} positions,"
-        f" {bytes_of(found.bytes)}[/]"
+        f" {bytes_of(found.bytes)}[/]{_copied(found.copied)}"
     )
     took = found.seconds
     parts = {"reading and tokenising": took.plan, "loading": took.load, "the teacher": took.teacher}
+    parts |= {"copying": took.copy} if found.copied else {}
     rate = BF16_TERAFLOPS[found.gpu]
     facts(
         {
@@ -50,6 +57,11 @@ def show_estimate(found: "Estimate") -> None:
             "from": f"{found.tokenised:.1%} of the text, and {found.sampled_positions:,} positions by the teacher",
         }
     )
+    if found.tokenised < 1:
+        console.print(
+            "documents that repeat are counted; parts that several have in common are seen within that text alone: if"
+            " there are\nsuch, sequences, positions and what the teacher takes are upper bounds, and the bytes hold"
+        )
     table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
     for i, s in enumerate(found.selections):
         sizes = (f"{s.ids_per_position:.1f}", f"{s.bytes_per_position:.1f}", bytes_of(s.bytes))
@@ -102,10 +114,9 @@ def _capture_line(report: "CaptureReport") -> None:
     if not report.sequences and not report.copied:
         console.print(f"{where} holds all {report.documents:,} documents already: nothing was captured")
     else:
-        copied = f", {report.copied:,} copied from other documents" if report.copied else ""
         console.print(
             f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
-            f" {duration(report.seconds)}, {bytes_of(report.bytes)}{copied}"
+            f" {duration(report.seconds)}, {bytes_of(report.bytes)}{_copied(report.copied)}"
         )
     if report.truncated:
         console.print(f"[yellow]{report.truncated:,} documents are longer[/] than what the classifier reads: cut short")
@@ -113,6 +124,10 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(f"[yellow]{report.taken_down:,} documents were taken down[/]: left out")
     if report.rejects:
         console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
+
+
+def _copied(sequences: int) -> str:
+    return f", {sequences:,} copied from other documents" if sequences else ""
 
 
 def _train_line(report: "TrainReport") -> None:

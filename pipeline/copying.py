@@ -15,7 +15,6 @@ from pipeline.config import CaptureConfig
 from pipeline.plan_files import planned_identity
 from pipeline.progress import Progress, Watch, unwatched
 from storage.provenance import circumstances
-from storage.reader import soft_labels_by_key
 from storage.table import Table
 from storage.writer import Commit, ShardWriter, held
 
@@ -68,13 +67,10 @@ def copy_rows(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Co
         path: Parquet file of sequences, from ``Plan.copies``; the plan's shards are committed.
         watch: told before and after, in sequences of this file.
     """
-    table, sequences = Table.open(config.table), pq.read_table(path)
+    sequences = pq.read_table(path)
     watch(Progress("copy", 0, len(sequences), "sequences"))
-    labels = soft_labels_by_key(table, sequences.column("key").to_pylist())
-    with ShardWriter(table, config.shards.row_group_sequences) as writer:
-        columns = dict(zip(sequences.column_names, sequences.columns, strict=True))
-        columns |= dict(zip(labels.column_names, labels.columns, strict=True))
-        writer.append_encoded(pa.table(columns))
+    with ShardWriter(Table.open(config.table), config.shards.row_group_sequences) as writer:
+        writer.append_copies(sequences)
         commit = writer.commit({"operation": "copy", "circumstances": circumstances()})
     watch(Progress("copy", len(sequences), len(sequences), "sequences"))
     return commit

@@ -25,7 +25,7 @@ class SampleConfig(Settings):
     """How much is looked at; more is more exact, and takes longer."""
 
     megabytes: PositiveFloat = 4.0
-    """Text that is tokenised, spread over all documents."""
+    """Text that is tokenised, spread over all documents, and as much again of those that repeat another."""
     batches: PositiveInt = 4
     """Batches that the teacher is timed on, of teacher.batch_tokens each, of long sequences and of short ones."""
 

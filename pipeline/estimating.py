@@ -4,15 +4,12 @@ The teacher is run over a few of the batches that the capture would make, and wh
 the capture would, by several selections, into a folder that is then deleted. Nothing is added to any table.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.capturing import load_teacher
@@ -30,16 +27,14 @@ from pipeline.sampling import Sample, Sequencer, draw_sample
 from pipeline.scratch import scratch
 from pipeline.selection import Selection
 from pipeline.sequences import to_sequences
+from pipeline.sizing import Written, bytes_of_copies
 from pipeline.teacher import Teacher, places
 from pipeline.tokeniser import Tokeniser
 from pipeline.trial import Layout, Run, run
 from storage.codec import SoftLabels
 from storage.errors import UsageError
-from storage.inspection import column_bytes
 from storage.provenance import Identity
-from storage.schema import SEQUENCE, SOFT_LABELS
-from storage.table import Table
-from storage.writer import ShardWriter
+from storage.schema import SOFT_LABELS
 
 ALTERNATIVES = {
     "default": SelectionConfig(),
@@ -79,6 +74,8 @@ class Seconds:
     """Of the teacher's files."""
     teacher: float = 0.0
     """Running it, the selection included."""
+    copy: float = 0.0
+    """Copying soft labels to further documents."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,12 @@ class Estimate:
     rejects: int
     """Documents that can't be used; the tokenizer or the chat template may refuse more."""
     tokenised: float
-    """Share of the pending text that this rests on ..."""
+    """Share of the pending text that this rests on.
+
+    Documents that repeat another are found among all. Parts that documents have in common are seen within this share
+    alone: if there are such, and it is below 1, ``sequences``, ``tokens`` and ``positions`` are upper bounds, and so
+    are the teacher's time and operations; ``copied`` is a lower one. ``bytes`` hold: a copied sequence takes as many.
+    """
     seconds: Seconds
     gpu: Gpu
     gpu_utilisation: float
@@ -101,14 +103,17 @@ class Estimate:
     """Floating-point operations of the forward passes, as torch counts them."""
     device: str = ""
     sampled_positions: int = 0
-    """... and positions that the teacher was run over."""
+    """Positions that the teacher was run over for it."""
     sequences: int = 0
     """That the teacher would be run over ..."""
     tokens: int = 0
     """... with so many tokens ..."""
     positions: int = 0
     """... of which so many are captured."""
+    copied: int = 0
+    """Sequences that another document has too, copied from there."""
     bytes: int = 0
+    """Of both. Copies of the same text that come to lie in one row group are compressed together, and take less."""
     selections: tuple[SelectionEstimate, ...] = ()
     """The one that was asked for, then others."""
 
@@ -144,37 +149,40 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             gpu=config.gpu,
             gpu_utilisation=config.gpu_utilisation,
         )
-        if not len(sample.sequences):
-            return found
+        if not len(sample.sequences.rows):
+            return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, capture))
         started = time.perf_counter()
         teacher = load_teacher(capture.teacher)
         assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
         selections = _selections(capture.selection, identity)
-        layout = Layout(sample.tokens, sample.weights, capture.teacher.batch_tokens)
+        layout = Layout(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)
         tried = layout.spread(config.sample.batches)
         runs = list(_runs(teacher, identity, sample, [layout.batches[i] for i in tried], selections, capture, watch))
         flops = layout.over_all(tried, [run.flops for run in runs])
-        rows = sample.sequences.take(pa.array(np.concatenate([layout.batches[i] for i in tried])))
+        rows = sample.sequences.rows.take(pa.array(np.concatenate([layout.batches[i] for i in tried])))
         same = np.concatenate([run.collisions for run in runs])
-        estimates = []
+        estimates, copying = [], 0.0
         for i, (name, selection) in enumerate(selections.items()):
             labels = SoftLabels.concatenate([run.labels[i] for run in runs])
-            written = _Written.of(folder / f"trial-{i}", capture, identity, rows, labels)
+            written = Written.of(folder / f"trial-{i}", capture, identity, rows, labels)
             size = written.over_all(sample, capture)
             estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
+            if not i:
+                copying = written.seconds_of_copies(sample)
     on = list(dict.fromkeys(places(capture.teacher)))  # on one device, workers share what it can do
     seconds = layout.over_all(tried, [run.seconds for run in runs]) / len(on)
     return replace(
         found,
-        seconds=Seconds(sample.seconds, load, seconds),
+        seconds=Seconds(sample.seconds, load, seconds, copying),
         gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilisation) / 3600,
         flops=flops,
         device=" ".join(on),
         sampled_positions=len(same),
-        sequences=sample.total(),
-        tokens=sample.total("tokens"),
-        positions=sample.total("positions"),
+        sequences=sample.sequences.total(),
+        tokens=sample.sequences.total("tokens"),
+        positions=sample.sequences.total("positions"),
+        copied=sample.copies.total(),
         bytes=estimates[0].bytes,
         selections=tuple(estimates),
     )
@@ -209,52 +217,14 @@ def _runs(
     watch: Watch,
 ) -> Iterator[Run]:
     """Each batch in turn."""
-    asked, done = Questions(sample.sequences, identity.classes), 0
-    total = int(sum(sample.tokens[batch].sum() for batch in batches))
+    asked, done = Questions(sample.sequences.rows, identity.classes), 0
+    tokens = sample.sequences.tokens
+    total = int(sum(tokens[batch].sum() for batch in batches))
     watch(Progress("estimate", done, total, "tokens"))
     for batch in batches:
         yield run(teacher, identity.teacher, asked, batch, list(selections.values()), capture.teacher.batch_tokens)
-        done += int(sample.tokens[batch].sum())
+        done += int(tokens[batch].sum())
         watch(Progress("estimate", done, total, "tokens"))
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a sample of rows takes in files like those of a capture."""
-
-    rows: pa.Table
-    columns: dict[str, int]
-    """Bytes of each column."""
-    bytes: int
-    """Of all, footers included."""
-
-    @classmethod
-    def of(
-        cls, folder: Path, capture: CaptureConfig, identity: Identity, rows: pa.Table, labels: SoftLabels
-    ) -> "_Written":
-        """Write them, into a table of their own."""
-        carried = pa.schema([column for column in rows.schema if column.name not in SEQUENCE.names])
-        tokenizer = folder / "tokenizer"
-        tokenizer.mkdir(parents=True)
-        table = Table.create(str(folder / "table"), identity, carried, labels, tokenizer)
-        with ShardWriter(table, capture.shards.row_group_sequences) as writer:
-            writer.append(rows, labels)
-            size = writer.commit({"operation": "estimate"}).bytes
-        return cls(rows, column_bytes(table.newest()), size)
-
-    def over_all(self, sample: Sample, capture: CaptureConfig) -> int:
-        """Bytes of all pending rows: soft labels go with the positions, ids and mask with the tokens, the other
-        columns with the sequences, and the footer with the row groups."""
-        grows = dict.fromkeys(SOFT_LABELS.names, "positions") | dict.fromkeys(("token_ids", "loss_mask"), "tokens")
-        total = 0.0
-        for name, size in self.columns.items():
-            by = grows.get(name)
-            total += size * sample.total(by) / (pc.sum(self.rows.column(by)).as_py() if by else len(self.rows))
-        size, held_out = capture.shards.row_group_sequences, capture.shards.eval_fraction
-        shards = -(-sample.total("positions") // capture.shards.positions)
-        splits = (share * sample.total() / shards for share in (held_out, 1 - held_out))  # a file of each in each shard
-        groups = shards * sum(math.ceil(rows / size) for rows in splits)
-        return round(total + (self.bytes - sum(self.columns.values())) * groups / -(-len(self.rows) // size))
 
 
 def _selection_estimate(
@@ -263,7 +233,7 @@ def _selection_estimate(
     labels: SoftLabels,
     collisions: Doubles,
     vocabulary: int,
-    written: _Written,
+    written: Written,
     size: int,
 ) -> SelectionEstimate:
     soft = sum(written.columns[column] for column in SOFT_LABELS.names)

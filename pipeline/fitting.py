@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.class_labels import LabelMap
-from pipeline.classes import longest, selection_of
+from pipeline.classes import selection_of
 from pipeline.config import CaptureConfig, TrainConfig
+from pipeline.positions import longest
 from pipeline.pruning import require_layers, require_neurons, spread
 from pipeline.student_config import StudentConfig
 from pipeline.targets import resolve_target

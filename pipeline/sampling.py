@@ -1,7 +1,8 @@
 """A sample of the sequences that a capture would run its teacher over, each with how many it stands for.
 
 All documents are read, which is cheap, and a few of them tokenised, which is not. Each byte of the text has the same
-chance to be looked at, wherever it stands and however long its document is: of long texts only pieces are taken.
+chance to be looked at, wherever it stands and however long its document is: of long texts only pieces are taken. Texts
+that another document has too are known from their fingerprints, and sampled apart: they are copied, not captured.
 """
 
 import time
@@ -29,8 +30,29 @@ Sequencer = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Sequences that stand for more."""
+
+    rows: pa.Table
+    """R rows of ``storage.schema.SEQUENCE`` and the carried columns."""
+    weights: NDArray[np.float64]
+    """(R,) how many each stands for."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """(R,) of each sequence."""
+        tokens: NDArray[np.int64] = self.rows.column("tokens").to_numpy().astype(np.int64)
+        return tokens
+
+    def total(self, column: str | None = None) -> int:
+        """How many sequences these stand for, or what a column of theirs sums up to."""
+        values = self.rows.column(column).to_numpy() if column else np.ones_like(self.weights)
+        return round(float(self.weights @ values))
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Sequences that stand for all that are pending."""
+    """Sequences that stand for all that the table lacks."""
 
     documents: int
     """Documents that were found and are no obvious rejects ..."""
@@ -38,25 +60,14 @@ class Sample:
     """... those of them that the table does not hold whole ..."""
     rejects: int
     """... and the others."""
-    sequences: pa.Table
-    """Rows of ``storage.schema.SEQUENCE`` and the carried columns."""
-    weights: NDArray[np.float64]
-    """(R,) how many of the pending sequences each stands for."""
+    sequences: Weighted
+    """For the teacher ..."""
+    copies: Weighted
+    """... and those whose soft labels the table then has under another document."""
     share: float
     """Of the pending text, that was tokenised."""
     seconds: float
     """That a plan takes: reading all documents, and tokenising those that are pending."""
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        """(R,) of each sequence."""
-        tokens: NDArray[np.int64] = self.sequences.column("tokens").to_numpy().astype(np.int64)
-        return tokens
-
-    def total(self, column: str | None = None) -> int:
-        """How many sequences are pending, or what a column of theirs sums up to."""
-        values = self.sequences.column(column).to_numpy() if column else np.ones_like(self.weights)
-        return round(float(self.weights @ values))
 
 
 def draw_sample(
@@ -91,28 +102,43 @@ def draw_sample(
     if not found:
         raise DocumentsError("no document can be used", found=f"{rejects} that can't", where=config.documents)
     read, size = time.perf_counter() - started, np.concatenate(sizes)
-    repeated = np.ones(len(size), np.bool_)
-    repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
+    repeated = np.zeros(len(size), np.bool_)
+    if identity.classes is None:  # a classifier is asked about every document, whatever the others say
+        repeated[:] = True
+        repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
     is_text = config.columns.content == "text" and identity.classes is None
     piece = _PIECE * config.sequences.max_tokens if is_text else int(size.max(initial=1))
-    choice = _choose(np.where(repeated, 0, size), piece, budget)
-    pieces, weights = _read_pieces(known, documents, choice, piece)
+    first, again = (_choose(np.where(part, size, 0), piece, budget) for part in (~repeated, repeated))
+    choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
+    pieces, origins = _read_pieces(known, documents, choice, piece)
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
     sequences = cut(pieces)
-    sequences, counts = _weighted(sequences.filter(pc.equal(known.fates(sequences), "pending")), weights, config)
-    unique = int(size[~repeated].sum())
+    numbers, weights = _weights(sequences, origins, config)
+    fates = known.fates(sequences).to_numpy(zero_copy_only=False)
+    counted, is_copy = (fates != "present") & (weights > 0), (fates == "copy") | repeated[numbers]
+    asked, copies = (
+        Weighted(sequences.filter(pa.array(part)), weights[part]) for part in (counted & ~is_copy, counted & is_copy)
+    )
     return Sample(
         documents=found,
         pending=len(size),
         rejects=rejects,
-        sequences=sequences,
-        weights=counts,
-        share=min(1.0, sampled / max(unique, 1)),
+        sequences=asked,
+        copies=copies,
+        share=min(1.0, sampled / max(int(size.sum()), 1)),
         seconds=read + (time.perf_counter() - started) * int(size.sum()) / max(sampled, 1),
     )
 
 
-_Weights = dict[bytes, tuple[float, bool]]
+class _Origin(NamedTuple):
+    """Where a piece is from."""
+
+    document: int
+    """Number of its document."""
+    stands_for: float
+    """How many of itself it stands for."""
+    is_part: bool
+    """Of a text; otherwise the whole."""
 
 
 class _Choice(NamedTuple):
@@ -138,45 +164,49 @@ def _choose(sizes: NDArray[np.int64], piece: int, budget: float) -> _Choice:
     return _Choice(hits, hits * (total / points))
 
 
-def _read_pieces(known: Known, documents: Documents, choice: _Choice, piece: int) -> tuple[pa.Table, _Weights]:
-    """The pieces, as documents; and by its fingerprint how many of itself each stands for, and if it is a part."""
+def _read_pieces(
+    known: Known, documents: Documents, choice: _Choice, piece: int
+) -> tuple[pa.Table, dict[bytes, _Origin]]:
+    """The pieces, as documents, each with a fingerprint of its own; and by that, where each is from."""
     tables: list[pa.Table] = []
-    weights: _Weights = {}
+    origins: dict[bytes, _Origin] = {}
     start = 0
     for batch in known.welcome(documents):
         changed = known.changed(batch.documents)
         wanted = np.flatnonzero(choice.pieces[start : start + len(changed)])
         rows = changed.take(pa.array(wanted))
-        contents, names = (rows.column(name).to_pylist() for name in ("content", "fingerprint"))
         parts: list[tuple[int, str, bytes]] = []
-        for row, number in enumerate(start + wanted):
-            cut = _cut(contents[row], int(choice.pieces[number]), piece)
+        for row, (number, content) in enumerate(zip(start + wanted, rows.column("content").to_pylist(), strict=True)):
+            cut = _cut(content, int(choice.pieces[number]), piece)
             for i, text in enumerate(cut):
-                # A piece is told from the others by its fingerprint; a whole document keeps its own.
-                name = names[row] if len(cut) == 1 else blake2b(names[row] + b"%d" % i, digest_size=16).digest()
-                weights[name] = choice.bytes[number] / len(cut) / len(text.encode()), len(text) < len(contents[row])
+                name = blake2b(b"%d %d" % (number, i), digest_size=16).digest()
+                count = choice.bytes[number] / len(cut) / len(text.encode())
+                origins[name] = _Origin(int(number), count, len(text) < len(content))
                 parts.append((row, text, name))
         start += len(changed)
         sources, contents, names = zip(*parts, strict=True) if parts else ((), (), ())
         rows = rows.take(pa.array(sources, pa.int64()))
         tables.append(_with(_with(rows, "content", contents), "fingerprint", names))
-    return pa.concat_tables(tables), weights
+    return pa.concat_tables(tables), origins
 
 
-def _weighted(sequences: pa.Table, weights: _Weights, config: CaptureConfig) -> tuple[pa.Table, NDArray[np.float64]]:
-    """The sequences that count, and how many each stands for.
+def _weights(
+    sequences: pa.Table, origins: dict[bytes, _Origin], config: CaptureConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(R,) number of each sequence's document, and (R,) how many sequences each stands for.
 
-    Where a text was cut, its last sequence is shorter than any in the text is: the others stand for it too.
+    Where a text was cut, its last sequence is shorter than any in the text is: it counts for nothing, and the others
+    stand for it too.
     """
     if not len(sequences):
-        return sequences, np.zeros(0)
+        return np.zeros(0, np.int64), np.zeros(0)
     names, which = np.unique(np.array(sequences.column("fingerprint").to_pylist(), "V16"), return_inverse=True)
-    counts, parts = (np.array(column) for column in zip(*(weights[name.tobytes()] for name in names), strict=True))
+    numbers, counts, parts = map(np.array, zip(*(origins[name.tobytes()] for name in names), strict=True))
     tokens = sequences.column("tokens").to_numpy().astype(np.float64)
     whole = tokens == config.sequences.max_tokens
     kept = whole | ~(parts & (np.bincount(which, whole) > 0))[which]
     share = np.bincount(which, tokens * kept) / np.bincount(which, tokens)
-    return sequences.filter(pa.array(kept)), (counts / share)[which][kept]
+    return numbers[which], (counts / share)[which] * kept
 
 
 def _cut(text: str, pieces: int, size: int) -> list[str]:

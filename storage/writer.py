@@ -25,7 +25,7 @@ from storage.codec import SoftLabels, encode
 from storage.commit_files import commit_file
 from storage.errors import TableError, cause
 from storage.place import WRITING, place_of
-from storage.reader import outline
+from storage.reader import outline, soft_labels_by_key
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import RowKey, ShardFile, add_action
 from storage.table import COMMIT_MESSAGE, Shard, Table
@@ -87,6 +87,20 @@ class ShardWriter:
         encoded = encode(labels, positions, self._table.ranks)
         self.append_encoded(
             pa.table([*sequences.columns, *encoded.columns], [*sequences.column_names, *encoded.column_names])
+        )
+
+    def append_copies(self, sequences: pa.Table) -> None:
+        """Add rows with the soft labels that the table has for the same keys, under whatever documents.
+
+        Args:
+            sequences: R rows with the columns of ``storage.schema.SEQUENCE`` and the carried ones.
+
+        Raises:
+            TableError: if the table has none for a key, the disk is full, or the folder can't be written.
+        """
+        labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist())
+        self.append_encoded(
+            pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
         )
 
     def append_encoded(self, rows: pa.Table) -> None:

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.capturing import capture
 from pipeline.config import SelectionConfig
-from pipeline.estimate_config import EstimateConfig
+from pipeline.estimate_config import EstimateConfig, SampleConfig
 from pipeline.estimating import Estimate, estimate
 from pipeline.fidelity import bucket_kl, collisions, squared_error
 from pipeline.selection import Selection, select
@@ -48,6 +51,47 @@ def test_a_small_sample_says_what_the_capture_gives(tiny_teacher: Path, skewed: 
     assert asked_for.name == "default"
 
 
+def test_repeated_documents_are_copied_and_take_their_bytes(tiny_teacher: Path, tmp_path: Path):
+    """Whether the sample has them all or some: each text stands in three documents, and short ones in more."""
+    pieces = [text[:450] for text in topics().values() if len(text) > 450][:40]
+    named = {f"{i}-{again}": text for again in range(3) for i, text in enumerate(pieces)}
+    named |= {f"short-{i}": "This page was left blank on purpose." for i in range(60)}
+    more = {
+        "table": str(tmp_path / "t"),
+        "shards": {"row_group_sequences": 8},
+        "sample": {"megabytes": 0.01, "batches": 2},
+    }
+    config = config_of(tiny_teacher, write(tmp_path / "d.parquet", named), **more)
+    some, every = estimate(config), estimate(config.model_copy(update={"sample": SampleConfig(batches=1)}))
+    report = capture(config.capture(str(tmp_path / "t")))
+    assert some.tokenised < 0.4
+    for name in ("sequences", "copied", "positions", "bytes"):
+        assert getattr(some, name) == pytest.approx(getattr(report, name), rel=0.15), name
+    assert (every.sequences, every.copied, every.positions) == (report.sequences, report.copied, report.positions)
+    assert every.bytes == pytest.approx(report.bytes, rel=0.15)
+    assert every.seconds.copy > 0
+
+    others = write(tmp_path / "others.parquet", {f"other-{name}": text for name, text in named.items()})
+    config = config.model_copy(update={"documents": str(others)})
+    found = estimate(config)
+    report = capture(config.capture(str(tmp_path / "t")))
+    assert (found.sequences, report.sequences) == (0, 0)
+    assert (found.copied, found.bytes) == pytest.approx((report.copied, report.bytes), rel=0.15)
+
+
+def test_common_parts_that_the_sample_misses_are_taken_for_new_and_the_bytes_hold(tiny_teacher: Path, tmp_path: Path):
+    pieces = [(text * 3)[:600] for text in list(topics().values())[:20]]
+    named = {f"d{i}": f"Doc {i}. {pieces[i % len(pieces)]}" for i in range(100, 200)}
+    more = {"shards": {"row_group_sequences": 8}, "sample": {"megabytes": 0.01, "batches": 2}}
+    config = config_of(tiny_teacher, write(tmp_path / "d.parquet", named), **more)
+    found = estimate(config)
+    report = capture(config.capture(str(tmp_path / "t")))
+    assert found.positions > 1.2 * report.positions
+    assert found.copied < report.copied
+    assert found.sequences + found.copied == pytest.approx(report.sequences + report.copied, rel=0.15)
+    assert found.bytes == pytest.approx(report.bytes, rel=0.15)
+
+
 def test_what_is_tokenised_whole_is_counted_exactly(tiny_teacher: Path, documents: Path, tmp_path: Path):
     config = config_of(tiny_teacher, documents, sample={"batches": 1})
     found = estimate(config)
@@ -68,10 +112,13 @@ def test_only_what_the_table_lacks_is_estimated(tiny_teacher: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_classifier_and_its_workers(workers: int, tiny_teacher: Path, tmp_path: Path):
-    """Every document is one sequence, cut short or not, and all classes are kept."""
+    """Every document is one sequence, cut short or not, repeated or not, and all classes are kept."""
     teacher = {"model": str(save_classifier(tmp_path / "bert", tiny_teacher)), "workers": workers, "device": "cpu"}
     more = {"columns": {"label": "label", "carry": ["source"]}, "shards": {}, "sample": {}}
-    config = config_of(tmp_path, save_documents(tmp_path / "d.parquet"), teacher=teacher, **more)
+    once = pq.read_table(save_documents(tmp_path / "d.parquet"))
+    again = once.set_column(0, "id", pc.binary_join_element_wise(once["id"], "again", "-"))
+    pq.write_table(pa.concat_tables([once, again]), tmp_path / "d.parquet")
+    config = config_of(tmp_path, tmp_path / "d.parquet", teacher=teacher, **more)
     found = estimate(config)
     report = capture(config.capture(str(tmp_path / "t")))
     for name in ("sequences", "positions", "bytes"):
