@@ -37,6 +37,6 @@ def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_follows_a_capture_can_be_done_with_a_teacher_of_two_layers(capsys: pytest.CaptureFixture[str]):
-    show_capture(CaptureReport("table", 3, 20, 20, 0, None, 2, 0, 0, 0, 0, 0.1))
+    show_capture(CaptureReport("table", 3, 20, 20, 0, 0, None, 2, 0, 0, 0, 0, 0.1))
     [depth] = re.findall(r"softlabel train table STUDENT --student\.depth (\d+)\n", capsys.readouterr().out)
     assert spread(int(depth), 2) == (0, 1)
