@@ -16,8 +16,10 @@ from pipeline.student_config import LossConfig
 from pipeline.targets import SparseTargets
 from storage.errors import StudentError, UsageError
 
-_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 22 << 20, "cuda": 512 << 20}
 """Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
+_PARTS = 12
+"""A temperature or a cap needs copies of logits: of one such part of a chunk at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def distillation_loss(
 
     Args:
         hidden: (N, H) states that predict the captured positions; float64, float32, bfloat16 or float16. Products are
-            taken in this precision, or in that of an enclosing autocast; logits are float32 (float64 for float64).
+            taken in this precision, or in that of an enclosing autocast, and their logits kept in float32 (float64 for
+            float64). A CPU rounds 16-bit products, logits too, to 16 bits: in float32 they take three times as long.
         weight: (V, H) of the head; rows from vocabulary_size on are padding, without probability or gradient.
         next_ids: (N,) int64, the token that follows.
         targets: of the same N positions, at the temperature of config; None only if config.soft_weight is 0.
@@ -66,10 +69,10 @@ def distillation_loss(
         vocabulary_size: real ids of the vocabulary, all V if left out.
         soft_cap: bound of the logits, as Gemma 2 has it.
         logit_scale: factor on the logits, as Cohere and Granite have it.
-        normaliser: what to divide by: the captured positions of the global batch, over all micro-batches and devices.
-            Left out, N.
+        normaliser: what to divide by: captured positions of the global batch, all micro-batches and devices; N if None.
         recompute: compute gradients in the backward pass, not along with the loss: a fourth matrix product, for heads
-            whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once.
+            whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once. Not for
+            the trainer: it goes backward at once, and each rank's head is whole for all of a step.
         chunk_bytes: logits in memory at a time. Changes speed and memory, the result only by rounding.
 
     Raises:
@@ -134,28 +137,27 @@ class _FusedLoss(torch.autograd.Function):
         wanted = tuple(needed and along for needed in ctx.needs_input_grad[:3])
         hard, soft, ctx.gradients = _sweep(hidden, weight, bias, problem, wanted)
         ctx.along, ctx.problem = along, problem
-        if along:
-            ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
-        else:
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        if not along:
             ctx.save_for_backward(hidden, weight, bias)
         ctx.mark_non_differentiable(hard, soft)
         return problem.config.hard_weight * hard + problem.config.soft_weight * soft, hard, soft
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *parts: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused loss has no second derivative: go backward without create_graph")
         if ctx.along:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
                 raise RuntimeError("gradients were handed over by an earlier backward pass; use recompute=True")
-            dtypes = ctx.dtypes
         else:
             hidden, weight, bias = ctx.saved_tensors
             _, _, gradients = _sweep(hidden, weight, bias, ctx.problem, ctx.needs_input_grad[:3])
-            dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         # In place: the gradient of the head is the largest tensor here, and nobody else has it.
         scaled = [
             None if gradient is None else gradient.mul_(grad_output).to(dtype)
-            for gradient, dtype in zip(gradients, dtypes, strict=True)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None
 
@@ -173,12 +175,15 @@ def _sweep(
     hard, soft = h.new_zeros(N, dtype=precision), h.new_zeros(N, dtype=precision)
 
     chunk_rows = _rows(N, problem.chunk_bytes, V * precision.itemsize)
+    copied = problem.soft_cap is not None or problem.config.temperature != 1
+    part_rows = -(-chunk_rows // _PARTS) if copied else chunk_rows
     buffer = h.new_empty(chunk_rows, V, dtype=precision)
     with torch.autocast(h.device.type, enabled=False):
-        for chunk in _slices(N, chunk_rows):
+        for chunk in _slices(0, N, chunk_rows):
             z = buffer[: chunk.stop - chunk.start]
             _product(z, h[chunk], w.t(), scale, add=False)
-            hard[chunk], soft[chunk] = _overwrite(z, bias, problem, chunk)
+            for part, rows in zip(z.split(part_rows), _slices(chunk.start, chunk.stop, part_rows), strict=True):
+                hard[rows], soft[rows] = _overwrite(part, bias, problem, rows)
             if not any(wanted):
                 continue
             g = z.to(problem.compute)
@@ -193,14 +198,14 @@ def _sweep(
     return hard.sum(), soft.sum(), (d_hidden, d_weight, d_bias)
 
 
-def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, chunk: slice) -> tuple[Tensor, Tensor]:
+def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, rows: slice) -> tuple[Tensor, Tensor]:
     """Turn raw logits z (n, V), in place, into the gradient of the weighted loss with respect to them.
 
     Returns:
         Hard and soft part of each row, (n,) each, without their weights.
     """
-    config, next_ids, cap = problem.config, problem.next_ids[chunk], problem.soft_cap
-    targets = None if problem.targets is None else problem.targets[chunk]
+    config, next_ids, cap = problem.config, problem.next_ids[rows], problem.soft_cap
+    targets = None if problem.targets is None else problem.targets[rows]
     if bias is not None:
         z.add_(bias, alpha=problem.logit_scale)
     if cap is not None:
@@ -292,5 +297,5 @@ def _rows(count: int, budget: int, row_bytes: int) -> int:
     return max(1, -(-count // max(parts, 1)))
 
 
-def _slices(count: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+def _slices(begin: int, end: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, end)) for start in range(begin, end, rows)]

@@ -43,9 +43,10 @@ def test_value_and_gradients_are_those_of_the_dense_loss(divergence, target, tem
 
 
 @pytest.mark.parametrize(("divergence", "target", "temperature"), CASES)
-def test_gradients_are_finite_differences_of_the_reported_loss(divergence, target, temperature):
+@pytest.mark.parametrize("log_rest", [-1.5, -16.0])
+def test_gradients_are_finite_differences_of_the_reported_loss(divergence, target, temperature, log_rest):
     config = LossConfig(divergence=divergence, temperature=temperature, mix=0.6, hard_weight=0.4)
-    targets = make_targets(target, n=3)
+    targets = make_targets(target, n=3, log_rest=log_rest)
 
     def total(hidden, weight, bias):
         return distillation_loss(hidden, weight, next_ids(3), targets, config, bias=bias, recompute=True).total
