@@ -18,8 +18,7 @@ from storage.errors import StudentError, UsageError
 
 _CHUNK_BYTES = {"cpu": 22 << 20, "cuda": 512 << 20}
 """Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
-_PARTS = 12
-"""A temperature or a cap needs copies of logits: of one such part of a chunk at a time."""
+_PARTS = 12  # a temperature or a cap needs copies of logits: of one such part of a chunk at a time
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def distillation_loss(
         logit_scale: factor on the logits, as Cohere and Granite have it.
         normaliser: what to divide by: captured positions of the global batch, all micro-batches and devices; N if None.
         recompute: compute gradients in the backward pass, not along with the loss: a fourth matrix product, for heads
-            whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once. Not for
-            the trainer: it goes backward at once, and each rank's head is whole for all of a step.
+            whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once.
         chunk_bytes: logits in memory at a time. Changes speed and memory, the result only by rounding.
 
     Raises:
@@ -182,7 +180,8 @@ def _sweep(
         for chunk in _slices(0, N, chunk_rows):
             z = buffer[: chunk.stop - chunk.start]
             _product(z, h[chunk], w.t(), scale, add=False)
-            for part, rows in zip(z.split(part_rows), _slices(chunk.start, chunk.stop, part_rows), strict=True):
+            for rows in _slices(chunk.start, chunk.stop, part_rows):
+                part = z[rows.start - chunk.start : rows.stop - chunk.start]
                 hard[rows], soft[rows] = _overwrite(part, bias, problem, rows)
             if not any(wanted):
                 continue
@@ -201,8 +200,7 @@ def _sweep(
 def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, rows: slice) -> tuple[Tensor, Tensor]:
     """Turn raw logits z (n, V), in place, into the gradient of the weighted loss with respect to them.
 
-    Returns:
-        Hard and soft part of each row, (n,) each, without their weights.
+    Returns hard and soft part of each row, (n,) each, without their weights.
     """
     config, next_ids, cap = problem.config, problem.next_ids[rows], problem.soft_cap
     targets = None if problem.targets is None else problem.targets[rows]
