@@ -15,7 +15,6 @@ from pipeline.config import ColumnsConfig
 from pipeline.documents import Documents
 from pipeline.table_config import ReprocessConfig
 from storage.errors import UsageError
-from storage.reader import outline
 from storage.schema import PARTITION, SEQUENCE
 from storage.table import Table
 
@@ -98,7 +97,7 @@ def _where(source: Table, text: str) -> tuple[set[str], Predicate]:
         if pl.DataFrame(known.empty_table()).select(expression).dtypes != [pl.Boolean]:
             problem = "it is neither true nor false"
         else:
-            problem = "" if _is_told_by_a_row(source, names, holds) else "it takes more than one row to be told"
+            problem = "" if _is_told_by_a_row(true, known) else "it takes more than one row to be told"
     except pl.exceptions.PolarsError as error:
         problem = str(error).splitlines()[0]
     if problem:
@@ -113,15 +112,14 @@ def _where(source: Table, text: str) -> tuple[set[str], Predicate]:
     return names - {PARTITION}, holds
 
 
-def _is_told_by_a_row(source: Table, columns: set[str], holds: Predicate) -> bool:
-    """Whether rows get the same answer alone and among others, seen on the first; polars does not say it reliably."""
-    shard = next(iter(source.shards()), None)
-    if shard is None:
-        return True
-    rows = next(outline(source, shard, sorted({"document_id", *columns} - {PARTITION}))).slice(0, 256)
-    rows = rows.append_column(PARTITION, pa.array([shard.split] * len(rows), pa.string()))
-    alone = [holds(rows.slice(i, 1)) for i in range(len(rows))]
-    return bool((np.concatenate(alone) == holds(rows)).all())
+def _is_told_by_a_row(expression: pl.Expr, known: pa.Schema) -> bool:
+    """Whether rows get the same answer alone and among others, as polars has it: it then slices before it evaluates.
+
+    ``Expr.meta.is_row_separable`` says yes to aggregates as well.
+    """
+    plan = pl.LazyFrame(known.empty_table()).with_columns(expression).slice(1, 1)
+    shown = plan.explain(optimizations=pl.QueryOptFlags.none(slice_pushdown=True))
+    return not shown.startswith("SLICE")
 
 
 def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:
