@@ -92,7 +92,10 @@ def show_verify(found: "VerifyReport") -> None:
     if found.recheck:
         _recheck(found.recheck, of=found.rows)
     if found.orphans:
-        console.print(f"{len(found.orphans):,} files among the shards belong to no version, and do no harm:")
+        console.print(
+            f"{len(found.orphans):,} files belong to no version: a writer that was stopped has left them, or the newest"
+            " commits are gone from the log (then restore that first):"
+        )
         for path in found.orphans:
             console.print(f"  {path}")
         try_next([f"softlabel maintain {found.location}"])

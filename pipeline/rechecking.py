@@ -23,9 +23,10 @@ from pipeline.fidelity import bucket_kl, kept_mass
 from pipeline.progress import Progress, Watch, unwatched
 from storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
 from storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError
-from storage.reader import footer, read
+from storage.reader import open_shard, read
 from storage.schema import SOFT_LABELS
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 
 _COLUMNS = ("key", "document_id", "chunk", "label", "token_ids", "loss_mask", *SOFT_LABELS.names)
 _TOGETHER = 3
@@ -250,7 +251,8 @@ def _sample(table: Table, sequences: int, seed: int) -> pa.Table:
 
 def _rows(table: Table, shard: Shard, wanted: Indices) -> pa.Table:
     """Rows of a shard by their numbers; only their row groups are read."""
-    metadata = footer(table, shard)
+    with open_shard(table, shard) as file:
+        metadata = file.metadata
     sizes = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     groups = np.unique(np.searchsorted(np.cumsum(sizes), wanted, side="right"))
     numbers = np.concatenate([np.arange(sizes[group]) + sizes[:group].sum() for group in groups])

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from storage.mixing import make_view
     from storage.provenance import Identity
     from storage.reader import read
-    from storage.table import Shard, Table
+    from storage.state import Shard
+    from storage.table import Table
     from storage.verification import Verification, remove_damaged, verify
     from storage.versions import Pin, Tag, pin, pins, tag, tags, unpin, untag
     from storage.view import View, open_table
@@ -76,7 +77,7 @@ _ELSEWHERE = {
     "Identity": "provenance",
     "Maintenance": "maintenance",
     "Pin": "versions",
-    "Shard": "table",
+    "Shard": "state",
     "SoftLabels": "codec",
     "Table": "table",
     "Tag": "versions",

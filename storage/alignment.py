@@ -10,7 +10,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from storage.reader import outline
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 
 Rows = NDArray[np.int64]
 

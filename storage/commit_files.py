@@ -1,7 +1,9 @@
-"""The files of a table's log: which commits there are, and whether any can be missing; looks into none of them."""
+"""The files of a table's log: which commits there are, what lines they have, and whether any can be missing."""
 
+import json
 import re
 from contextlib import suppress
+from typing import Any
 
 from storage.errors import IntegrityError
 from storage.place import Place
@@ -10,6 +12,7 @@ from storage.schema import PARTITION
 LOG = "_delta_log"
 """Folder of the commits."""
 _COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
+_CHECKPOINT = re.compile(rf"{LOG}/(\d{{20}})\.checkpoint\..*")
 _ANY = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
 
 
@@ -24,9 +27,49 @@ def commits(place: Place) -> set[int]:
     return {int(match[1]) for match in names if match}
 
 
+def checkpoints(place: Place) -> dict[int, str]:
+    """Files that say what a version is without the commits before it, by version."""
+    names = (_CHECKPOINT.fullmatch(file.name) for file in place.files(LOG))
+    return {int(match[1]): match[0] for match in names if match}
+
+
 def commit_file(version: int) -> str:
     """Where the commit that made a version is."""
     return f"{LOG}/{version:020}.json"
+
+
+def read_commit(place: Place, version: int) -> list[dict[str, Any]]:
+    """The lines of a commit.
+
+    Raises:
+        IntegrityError: if it is missing, or no commit.
+    """
+    try:
+        return lines_of(place.read(commit_file(version)))
+    except (OSError, ValueError) as error:
+        raise unreadable(place, version, error) from error
+
+
+def lines_of(content: bytes) -> list[dict[str, Any]]:
+    """The lines of a commit, given its bytes.
+
+    Raises:
+        ValueError: if it is no commit.
+    """
+    actions = [json.loads(line) for line in content.splitlines()]
+    if not actions:
+        raise ValueError("an empty commit, as a power cut may leave it")
+    return actions
+
+
+def unreadable(place: Place, version: int, found: Exception) -> IntegrityError:
+    """The error that names a commit."""
+    return IntegrityError(
+        "the table's log can't be read",
+        found=repr(found),
+        where=place.where(commit_file(version)),
+        do="restore this file from a copy of the table",
+    )
 
 
 def require_whole(place: Place, version: int) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from storage.place import content_hash, reading
 from storage.schema import PARTITION, ROW_KEY, without
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 
 Hashes = NDArray[np.uint64]
 

@@ -4,6 +4,7 @@ Files are synced before they get their final names, by a rename or, where nothin
 Who is writing is told by locks, which are gone with the process that held them.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -143,7 +144,9 @@ class Folder:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return True  # it has just got its final name
-        except PermissionError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from storage.reader import outline, read
 from storage.schema import SOFT_LABELS
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 from storage.view import AnyTable, View
 
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage.reader import footer, outline, read
+from storage.reader import open_shard, outline, read
 from storage.schema import SOFT_LABELS
-from storage.table import COMMIT_MESSAGE, Shard, Table
+from storage.state import COMMIT_MESSAGE, Shard
+from storage.table import Table
 
 _SAMPLED_SHARDS = 4
 """Row groups, of as many shards, that the entropies are estimated from."""
@@ -66,14 +67,14 @@ class HistoryEntry:
 
 
 def inspect(table: Table) -> Inspection:
-    """Measure a table; reads every footer, the small columns, and a sample of the rest.
+    """Measure a table; its shards' content is checked before any of it is believed.
 
     Raises:
         IntegrityError: if a shard that is looked at is damaged.
     """
-    splits = _splits(table)
+    sizes = column_bytes(table)  # first: a damaged footer, which has no checksum, can stop a reader of pages
+    splits, entropies = _splits(table), _entropies(table)
     positions = sum(split.positions for split in splits.values())
-    sizes, entropies = column_bytes(table), _entropies(table)
     columns = {
         name: ColumnSize(size, size / positions if positions else 0.0, entropies.get(name))
         for name, size in sizes.items()
@@ -86,11 +87,12 @@ def column_bytes(table: Table) -> dict[str, int]:
     """Compressed bytes of each column over all shards, from their footers.
 
     Raises:
-        IntegrityError: if a shard has none that can be read.
+        IntegrityError: if a shard is damaged.
     """
     sizes: dict[str, int] = {}
     for shard in table.shards():
-        metadata = footer(table, shard)
+        with open_shard(table, shard) as file:
+            metadata = file.metadata
         for group in range(metadata.num_row_groups):
             for index in range(metadata.num_columns):
                 column = metadata.row_group(group).column(index)
@@ -156,7 +158,8 @@ def _entropies(table: Table) -> dict[str, float]:
 
 
 def _middle(table: Table, shard: Shard) -> int:
-    return int(footer(table, shard).num_row_groups // 2)
+    with open_shard(table, shard) as file:
+        return int(file.num_row_groups // 2)
 
 
 def _entropy(values: NDArray[np.generic]) -> float:

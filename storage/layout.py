@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from storage.narrowing import Narrowing
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 from storage.takedown import refusal
 
 
@@ -156,7 +157,7 @@ def _decide(
         documents = rows.column("document_id").to_pylist()
         kept = np.array([not refused(name) for name in documents], bool)
         if job.keep:
-            kept &= job.keep(rows.append_column(PARTITION, pa.array([shard.split] * len(rows), pa.string())))
+            kept &= job.keep(with_split(rows, shard))
         there = np.zeros(len(rows), bool)
         if present:
             there[:] = [row in present for row in row_keys(rows)]
@@ -164,6 +165,11 @@ def _decide(
         if job.split:
             splits[:] = [job.split(name) for name in documents]
         yield _Decision(kept & ~there, there, splits, rows.column("positions").to_numpy().astype(np.int64))
+
+
+def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
+    """A shard's rows with the column that is in its path instead."""
+    return rows.append_column(PARTITION, pa.array([shard.split] * len(rows), pa.string()))
 
 
 def _present(job: Rewriting) -> set[tuple[object, ...]]:

@@ -4,17 +4,20 @@ Delta opens one version at a time; what no version names, and what only old ones
 """
 
 import json
+from bisect import bisect_left
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
-from storage.commit_files import commit_file, commits
+from storage.commit_files import checkpoints, commit_file, commits, unreadable
 from storage.errors import IntegrityError
 from storage.place import Place
 from storage.schema import PARTITION
-from storage.table import Shard, Table
+from storage.state import Chain, Shard
+from storage.table import Table
+from storage.versions import remaining
 
 _BESIDE = ("softlabel.vocabulary", "softlabel.tokenizer")
 """Properties of a version that name files in the side folder."""
@@ -42,6 +45,8 @@ class Log:
     newest: int
     named: list[Named]
     """A path that was removed and came back is here once for each time."""
+    damaged: dict[str, str]
+    """Commits that are not the ones that were written, and how that is known."""
 
     @property
     def versions(self) -> range:
@@ -55,53 +60,98 @@ def read_log(table: Table) -> Log:
     Raises:
         IntegrityError: if a file of it is missing or damaged.
     """
+    log = replay(table)
+    for name, problem in problems(table, log).items():
+        raise IntegrityError(
+            "the table's log is damaged",
+            found=problem,
+            where=table.place.where(name),
+            do="restore this file from a copy of the table",
+        )
+    return log
+
+
+def replay(table: Table) -> Log:
+    """What a log says, whether or not it is the one that was written.
+
+    Raises:
+        IntegrityError: if a file of it can't be read.
+    """
     newest, there = table.newest().version, commits(table.place)
     first = newest
     while first - 1 in there:
         first -= 1
-    replay = _Replay()
+    replay = _Replay(table.place)
     if first:  # somebody has cleaned the log; its rest begins with a checkpoint
         replay.begin(Table.open(f"{table.location}@{first}"))
-    versions = range(first + bool(first), newest + 1)
+    versions = range(first, newest + 1)
     with ThreadPoolExecutor(_THREADS, "softlabel-log") as pool:
-        commits_read = pool.map(partial(_actions, table.place), versions)
-        for version, actions in zip(versions, commits_read, strict=True):
-            for action in actions:
-                replay.step(version, action)
-    return Log(first, newest, replay.end(newest))
+        contents = pool.map(lambda version: _content(table.place, version), versions)
+        for version, content in zip(versions, contents, strict=True):
+            replay.commit(version, content)
+    return Log(first, newest, replay.end(newest), replay.chain.damaged)
 
 
-def _actions(place: Place, version: int) -> list[dict[str, Any]]:
-    """The lines of a commit."""
+def _content(place: Place, version: int) -> bytes:
     try:
-        actions = [json.loads(line) for line in place.read(commit_file(version)).splitlines()]
-        if not actions:
-            raise ValueError("an empty commit, as a power cut may leave it")
-        return actions
-    except (OSError, ValueError) as error:
-        raise IntegrityError(
-            "the table's log can't be read",
-            found=repr(error),
-            where=place.where(commit_file(version)),
-            do="restore this file from a copy of the table",
-        ) from error
+        return place.read(commit_file(version))
+    except OSError as error:
+        raise unreadable(place, version, error) from error
+
+
+def problems(table: Table, log: Log) -> dict[str, str]:
+    """What is wrong with a log, by file: a commit; or a checkpoint; or else what the newest commits say.
+
+    Raises:
+        AccessError: if that can't be told at the moment.
+    """
+    if log.damaged:
+        return log.damaged
+    kept, files = sorted(remaining(table.location)), checkpoints(table.place)
+    after = {kept[i]: name for version, name in files.items() if (i := bisect_left(kept, version)) < len(kept)}
+    last = {version: commit_file(version) for version in (table.version, log.newest) if version in kept}
+    return _unlike_commits(table, after) or _unlike_commits(table, last)
+
+
+def _unlike_commits(table: Table, blamed: Mapping[int, str]) -> dict[str, str]:
+    """Versions that Delta reads otherwise than their commits say, by the file that is to blame for each."""
+    found = {}
+    for version, name in blamed.items():
+        try:
+            Table.open(f"{table.location}@{version}").shards()
+        except IntegrityError as error:
+            found[name] = str(error).splitlines()[0]
+    return found
 
 
 class _Replay:
     """What the version that was reached names, and what earlier ones did."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
+        self.chain = Chain()
+        self._place = place
+        self._begun: int | None = None
         self._since: dict[str, tuple[int, Shard | None]] = {}
         self._beside: list[str] = []
         self._past: list[Named] = []
 
     def begin(self, table: Table) -> None:
         """Start from a version instead of from nothing."""
+        self._begun = table.version
         for shard in table.shards():
             self._add(table.version, shard.path, shard)
         self._name_beside(table.version, [table.vocabulary_name, table.tokenizer_name])
 
-    def step(self, version: int, action: dict[str, Any]) -> None:
+    def commit(self, version: int, content: bytes) -> None:
+        """Take a commit into account."""
+        try:
+            actions = self.chain.add(version, content)
+            for action in actions if version != self._begun else ():
+                self._step(version, action)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise unreadable(self._place, version, error) from error
+
+    def _step(self, version: int, action: dict[str, Any]) -> None:
         """Take one line of a commit into account."""
         if "add" in action:
             add = action["add"]

@@ -6,10 +6,11 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from storage.errors import ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.opening import VIEW_FILE, is_view
 from storage.place import place_of
 from storage.provenance import Identity, user
 from storage.records import now
-from storage.table import VIEW_FILE, Table, is_view
+from storage.table import Table
 from storage.versions import parse, pin, unpin
 from storage.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
 

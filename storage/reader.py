@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from storage.errors import IntegrityError, TableError
 from storage.place import File, Place, content_hash, reading
 from storage.schema import PARTITION, SOFT_LABELS
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 from storage.takedown import tombstone
 
 _HASHES: dict[tuple[str, File], str] = {}
@@ -59,7 +60,7 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
         IntegrityError: if the shard is missing, truncated, or damaged in these columns.
     """
     rows = 0
-    with _open(table, shard)[0] as file, _intact(table, shard):
+    with _open(table, shard) as file, _intact(table, shard):
         for group in range(file.num_row_groups):
             part = file.read_row_group(group, columns=list(columns), use_threads=False)
             rows += len(part)
@@ -86,16 +87,6 @@ def index(table: Table, columns: Sequence[str]) -> pa.Table:
                 part.append_column(fields[-1], pa.array([shard.split] * len(part))).select(parts[0].column_names)
             )
     return pa.concat_tables(parts)
-
-
-def footer(table: Table, shard: Shard) -> pq.FileMetaData:
-    """What a shard's footer says of it; checks no more than the file's size.
-
-    Raises:
-        IntegrityError: if the shard is missing, truncated, or has no footer that can be read.
-    """
-    with _open(table, shard)[0] as file:
-        return file.metadata
 
 
 def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
@@ -136,22 +127,19 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     Raises:
         IntegrityError: if the file is missing, truncated, or not the one that its name says.
     """
-    parquet, file = _open(table, shard)
-    with _intact(table, shard):
-        found = _content_hash(table.place, file)
-    if found != PurePath(shard.path).stem:
-        raise _damaged(table, shard, f"{file.bytes} bytes with the hash {found}")
-    return parquet
+    return _open(table, shard, PurePath(shard.path).stem)
 
 
-def _open(table: Table, shard: Shard) -> tuple[pq.ParquetFile, File]:
+def _open(table: Table, shard: Shard, expected: str | None = None) -> pq.ParquetFile:
+    """Looks at the hash, if one is expected, before anything takes the file for Parquet: its footer has no checksum."""
     with _intact(table, shard):
         source, file = table.place.open(shard.path)
-        if file.bytes == shard.bytes:
+        found = _content_hash(table.place, file) if expected and file.bytes == shard.bytes else expected
+        if file.bytes == shard.bytes and found == expected:
             # Column chunks that lie side by side in one request; on a disk, the threads of it would only cost.
             remote = table.place.is_remote
-            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote), file
-    raise _damaged(table, shard, f"{file.bytes} bytes")
+            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
+    raise _damaged(table, shard, f"{file.bytes} bytes" + (f" with the hash {found}" if found != expected else ""))
 
 
 @contextmanager

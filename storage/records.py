@@ -1,15 +1,19 @@
 """Small facts about a table that are no part of any version: a JSON file each, there whole or not at all.
 
 TABLE/_softlabel/<kind>/<name>.json
+
+Each holds a hash of what else it says, so that a damaged one is not taken for another tag, or another refuse list.
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from storage.errors import IntegrityError, TableError
-from storage.place import SIDE_FOLDER, place_of
+from storage.place import SIDE_FOLDER, Place, place_of
+from storage.state import fingerprint
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,40 @@ class Records(Generic[R]):
         Raises:
             IntegrityError: if one of them can't be read.
         """
-        place, found = place_of(table), []
-        names = sorted(file.name for file in place.files(f"{SIDE_FOLDER}/{self._kind}"))
-        for name in (name for name in names if name.endswith(".json")):
+        place = place_of(table)
+        records = (self._read(place, name) for name in self._names(place))
+        return [record for record in records if record is not None]
+
+    def damaged(self, table: str) -> Iterator[str]:
+        """Names of those that can't be read."""
+        place = place_of(table)
+        for name in self._names(place):
             try:
-                found.append(self._record(**json.loads(place.read(name).decode())))
-            except FileNotFoundError:
-                continue  # removed a moment ago
-            except (OSError, ValueError, TypeError) as error:
-                raise IntegrityError(
-                    f"a record in the table's {self._kind} can't be read",
-                    found=error,
-                    where=place.where(name),
-                    do="restore this file from a copy of the table, or delete it",
-                ) from error
-        return found
+                self._read(place, name)
+            except IntegrityError:
+                yield name
+
+    def _names(self, place: Place) -> list[str]:
+        names = (file.name for file in place.files(f"{SIDE_FOLDER}/{self._kind}"))
+        return sorted(name for name in names if name.endswith(".json"))
+
+    def _read(self, place: Place, name: str) -> R | None:
+        """None if it was removed a moment ago."""
+        try:
+            says = json.loads(place.read(name).decode())
+            if says.pop("hash") != _hash(says):
+                raise ValueError("it holds something else than was written")
+            return self._record(**says)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise IntegrityError(
+                f"a record in the table's {self._kind} is damaged",
+                expected="JSON with the hash of what it says",
+                found=repr(error),
+                where=place.where(name),
+                do="restore this file from a copy of the table, or delete it and say the same again",
+            ) from error
 
     def write(self, table: str, name: str, record: R, *, replace: bool) -> None:
         """Put a record in its place.
@@ -65,8 +88,9 @@ class Records(Generic[R]):
             TableError: if it can't be written.
         """
         place, path = place_of(table), self._path(name)
+        says = asdict(record)
         try:
-            place.write(path, json.dumps(asdict(record)).encode(), replace=replace)
+            place.write(path, json.dumps({**says, "hash": _hash(says)}).encode(), replace=replace)
         except FileExistsError:
             raise
         except OSError as error:
@@ -86,6 +110,10 @@ class Records(Generic[R]):
 
     def _path(self, name: str) -> str:
         return f"{SIDE_FOLDER}/{self._kind}/{name}.json"
+
+
+def _hash(says: Mapping[str, Any]) -> str:
+    return fingerprint(json.dumps(says, sort_keys=True).encode())
 
 
 def now() -> str:

@@ -27,7 +27,8 @@ from storage.place import SIDE_FOLDER, File, Unnamed
 from storage.reader import read
 from storage.schema import PARTITION
 from storage.shard_file import ShardFile, add_action
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 from storage.writer import all_or_nothing, committed
 
 REWRITTEN = f"{SIDE_FOLDER}/rewritten"
@@ -80,8 +81,8 @@ def rewrite(
             tell()
         done.shards, done.replaced = len(finished), len(removed)
         done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
-        if done.dropped and not always:
-            _require_rows(job, done)
+        if done.dropped and not always and not done.sequences and not done.left:
+            raise nothing_left(job.source, done.dropped)
         changes = bool(finished or removed) or always
         done.version = _commit(job, finished, removed, about, done) if changes else job.target.version
     return done
@@ -174,12 +175,12 @@ def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) 
         )
 
 
-def _require_rows(job: Rewriting, done: Rewritten) -> None:
-    if not done.sequences and not done.left:
-        raise UsageError(
-            "no row would be left; nothing was changed",
-            expected="at least one row that stays",
-            found=f"{done.dropped:,} rows, all of them dropped",
-            where=f"{job.source.location}@{job.source.version}",
-            do="check the filter and the list of documents",
-        )
+def nothing_left(source: Table, dropped: int) -> UsageError:
+    """The error for a rewriting that would leave no row."""
+    return UsageError(
+        "no row would be left; nothing was changed",
+        expected="at least one row that stays",
+        found=f"{dropped:,} rows, all of them dropped",
+        where=f"{source.location}@{source.version}",
+        do="check the filter and the list of documents",
+    )

@@ -14,7 +14,8 @@ from deltalake.transaction import AddAction
 from storage.errors import IntegrityError
 from storage.place import content_hash
 from storage.schema import PARTITION, row_keys, without
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 
 RowKey = tuple[object, ...]
 """The values of ``storage.schema.ROW_KEY``."""
@@ -25,6 +26,12 @@ def add_action(shard: Shard) -> AddAction:
     # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
     stats = json.dumps({"numRecords": shard.rows})
     return AddAction(shard.path, shard.bytes, {PARTITION: shard.split}, int(time.time() * 1000), True, stats)
+
+
+def shard_of(action: AddAction) -> Shard:
+    """What ``add_action`` was given."""
+    split, rows = action.partition_values[PARTITION], json.loads(action.stats)["numRecords"]
+    return Shard(action.path, str(split), rows, action.size)
 
 
 class ShardFile:

@@ -9,7 +9,7 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,44 +18,21 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
+from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
-from storage import commit_files
 from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
-from storage.commit_files import LOG, commits, require_no_remains, require_whole
-from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError, cause
-from storage.place import inaccessible, place_of
+from storage.commit_files import commit_file, require_no_remains, require_whole
+from storage.errors import IntegrityError, ProvenanceError, TableError, cause
+from storage.opening import exists, unopened
+from storage.place import place_of
 from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from storage.versions import parse, resolve, spans
-
-COMMIT_MESSAGE = "softlabel"
-"""The part of a commit's metadata that says what softlabel did."""
-VIEW_FILE = "view.json"
-"""In the folder of a view."""
-
-
-def is_view(location: str) -> bool:
-    """Whether there is a view over tables (``storage.view``), which is no table itself."""
-    try:
-        place_of(location).stat(VIEW_FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of one version."""
-
-    path: str
-    """Relative to the table."""
-    split: str
-    rows: int
-    bytes: int
+from storage.state import COMMIT_MESSAGE, Shard, require_state, state
+from storage.versions import parse, resolve
 
 
 class Table:
@@ -82,9 +59,17 @@ class Table:
                 where=location,
                 do="check the path, or read it with the version of softlabel that made it",
             )
-        self.identity = Identity.model_validate_json(settings["softlabel.identity"])
-        self.vocabulary_name: str = settings["softlabel.vocabulary"]
-        self.tokenizer_name: str = settings["softlabel.tokenizer"]
+        try:
+            self.identity = Identity.model_validate_json(settings["softlabel.identity"])
+            self.vocabulary_name: str = settings["softlabel.vocabulary"]
+            self.tokenizer_name: str = settings["softlabel.tokenizer"]
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(
+                "the table's log is damaged: it has other properties than softlabel wrote",
+                found=" ".join(str(error).split()),
+                where=self.place.where(commit_file(0)),
+                do="restore this file from a copy of the table",
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process, such as a loader's worker, opens the same version for itself."""
@@ -93,8 +78,7 @@ class Table:
     @staticmethod
     def exists(location: str) -> bool:
         """Whether there is a table, of softlabel's or another's making, or a view."""
-        path = parse(location)[0]
-        return commit_files.exists(place_of(path)) or is_view(path)
+        return exists(location)
 
     @classmethod
     def open(cls, location: str) -> Self:
@@ -114,38 +98,7 @@ class Table:
             require_whole(table.place, table.version)
             return table
         except (DeltaNotFoundError, DeltaError, OSError) as error:
-            found = cause(error)
-            if is_view(path):
-                raise UsageError(
-                    "this is a view over several tables, which can only be read",
-                    expected="a table",
-                    found="a view; softlabel inspect names its tables",
-                    where=path,
-                    do="do this to one of its tables, and make a new view of what comes of it (softlabel mix)",
-                ) from error
-            if not cls.exists(path):
-                raise TableNotFoundError(
-                    "there is no soft-label table here",
-                    expected="a folder that softlabel capture made",
-                    found=found,
-                    where=location,
-                    do="check the path, or run softlabel capture",
-                ) from error
-            if version is not None and version not in commits(place_of(path)):
-                raise TableNotFoundError(
-                    f"there is no version {version} of this table",
-                    expected=f"one of {spans(commits(place_of(path)))}",
-                    where=location,
-                    do="see softlabel history for its versions",
-                ) from error
-            if isinstance(error, OSError):  # delta-rs has read nothing yet that could be damaged
-                raise inaccessible(place_of(path).where(LOG), found) from error
-            raise IntegrityError(
-                "the table's log can't be read",
-                found=found,
-                where=place_of(path).where(LOG),
-                do="restore this folder from a copy of the table",
-            ) from error
+            raise unopened(location, version, error) from error
 
     @classmethod
     def create(
@@ -175,13 +128,14 @@ class Table:
                 "softlabel.vocabulary": store_vocabulary(place, sample, identity.vocabulary),
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
+            made = {"state": state(0, settings, DeltaSchema.from_arrow(schema).to_json(), [])}
             DeltaTable.create(
                 location,
                 schema,
                 partition_by=[PARTITION],
                 configuration=settings,
                 raise_if_key_not_exists=False,
-                commit_properties=CommitProperties(max_commit_retries=0),
+                commit_properties=CommitProperties({COMMIT_MESSAGE: made}, max_commit_retries=0),
             )
         except (DeltaError, OSError) as error:
             if not cls.exists(location):
@@ -274,22 +228,55 @@ class Table:
         return ranks
 
     def shards(self, split: str | None = None) -> list[Shard]:
-        """The version's shards, in the order of their names."""
+        """The version's shards, in the order of their names.
+
+        Raises:
+            IntegrityError: if the log is not as it was written; seen the first time.
+        """
+        return [shard for shard in self._shards if split in (None, shard.split)]
+
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        require_state(self.place, self.version, self.state(self.version, self.listed))
+        return self.listed
+
+    def state(self, version: int, shards: Iterable[Shard]) -> str:
+        """What a commit says of the version that it makes, if that has these shards (see ``storage.state``)."""
+        return state(version, self._delta.metadata().configuration, self._delta.schema().to_json(), shards)
+
+    @cached_property
+    def listed(self) -> list[Shard]:
+        """What the log lists as shards, in the order of their names, be it damaged or not."""
         adds = pa.table(self._delta.get_add_actions(flatten=True)).select(
             ["path", "partition.split", "num_records", "size_bytes"]
         )
-        shards = [Shard(*row.values()) for row in adds.to_pylist()]
-        return sorted((s for s in shards if split in (None, s.split)), key=lambda shard: shard.path)
+        return sorted((Shard(*row.values()) for row in adds.to_pylist()), key=lambda shard: shard.path)
 
     def scan(self) -> pl.LazyFrame:
-        """Rows of this version, lazily, as polars sees them."""
+        """Rows of this version, lazily, as polars sees them.
+
+        Raises:
+            IntegrityError: if the log is not as it was written.
+        """
+        self.shards()
         return pl.scan_delta(self.location, version=self.version)
 
     def history(self) -> list[dict[str, Any]]:
-        """What each commit up to this version says of itself, newest first."""
+        """What each commit up to this version says of itself, newest first.
+
+        Raises:
+            IntegrityError: if one does not say it.
+        """
         # Asked of an old version, delta-rs lists every commit there is and numbers them from the old version down.
-        commits = DeltaTable(self.location).history()
-        return [dict(commit) for commit in commits if commit["version"] <= self.version]
+        commits = [commit for commit in DeltaTable(self.location).history() if commit["version"] <= self.version]
+        for commit in commits:
+            if not {"timestamp", "operation"} <= commit.keys():
+                raise IntegrityError(
+                    "the table's log is damaged: a commit lacks its time or what it did",
+                    where=self.place.where(commit_file(commit["version"])),
+                    do="restore this file from a copy of the table",
+                )
+        return [dict(commit) for commit in commits]
 
     def newest(self) -> Self:
         """The same table at its newest version."""

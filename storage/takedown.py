@@ -31,17 +31,17 @@ class Purge(Record):
     """Those that need such a file, and can no longer be opened."""
 
 
-_PURGES = Records("purged", Purge)
+PURGES = Records("purged", Purge)
 
 
 def purges(table: str) -> list[Purge]:
     """All take-downs, the oldest first."""
-    return sorted(_PURGES.all(table), key=lambda purge: (purge.time, purge.version or 0))
+    return sorted(PURGES.all(table), key=lambda purge: (purge.time, purge.version or 0))
 
 
 def refusal(table: str) -> Callable[[str], bool]:
     """A function that says of a document's id whether it was taken down."""
-    refused = {name for purge in _PURGES.all(table) for name in purge.documents}
+    refused = {name for purge in PURGES.all(table) for name in purge.documents}
     return (lambda document: _hash(document) in refused) if refused else (lambda document: False)
 
 
@@ -50,8 +50,8 @@ def refuse(table: str, documents: Iterable[str]) -> Purge:
     hashes = sorted(map(_hash, documents))
     name = _name(hashes)
     with suppress(FileExistsError):
-        _PURGES.write(table, name, Purge(now(), user(), hashes, None, [], []), replace=False)
-    return next(purge for purge in _PURGES.all(table) if _name(purge.documents) == name)
+        PURGES.write(table, name, Purge(now(), user(), hashes, None, [], []), replace=False)
+    return next(purge for purge in PURGES.all(table) if _name(purge.documents) == name)
 
 
 def bury(table: str, purge: Purge, version: int, shards: Iterable[str], versions: Iterable[int]) -> Purge:
@@ -62,16 +62,16 @@ def bury(table: str, purge: Purge, version: int, shards: Iterable[str], versions
         shards=sorted({*purge.shards, *shards}),
         versions=sorted({*purge.versions, *versions}),
     )
-    _PURGES.write(table, _name(purge.documents), buried, replace=True)
+    PURGES.write(table, _name(purge.documents), buried, replace=True)
     return buried
 
 
 def carry_over(source: str, target: str) -> None:
     """Let a table refuse what another one does."""
-    for purge in _PURGES.all(source):
+    for purge in PURGES.all(source):
         with suppress(FileExistsError):
             copy = replace(purge, version=0, shards=[], versions=[])
-            _PURGES.write(target, _name(purge.documents), copy, replace=False)
+            PURGES.write(target, _name(purge.documents), copy, replace=False)
 
 
 def lost(table: str) -> dict[int, Purge]:

@@ -4,6 +4,7 @@ Reads a few shards at once, each a row group at a time; of each row it keeps 8 b
 twice. ``remove_damaged`` takes shards out of the newest version, after which their rows are pending again.
 """
 
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,25 @@ import pyarrow as pa
 from deltalake.transaction import RemoveAction
 
 from storage.beside import read_tokenizer, read_vocabulary
+from storage.commit_files import LOG
 from storage.errors import IntegrityError
 from storage.examination import Hashes, WrongShardError, examine
-from storage.log import Log, read_log
-from storage.place import SIDE_FOLDER
+from storage.log import Log, problems, replay
+from storage.place import REJECTS, SIDE_FOLDER
 from storage.provenance import circumstances
 from storage.reader import outline
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import RowKey
-from storage.table import Shard, Table
-from storage.versions import vacuumed
+from storage.state import Shard
+from storage.table import Table
+from storage.versions import damaged_records, vacuumed
 from storage.writer import all_or_nothing, committed
 
+_EXPLAINED = re.compile(
+    rf"{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
+    rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged)/.*\.json|maintenance\.lock)"
+)
+"""Files of a table that no version names."""
 _THREADS = 4
 """Shards that are looked at side by side, each with one row group in memory."""
 _SHOWN = 20
@@ -54,7 +62,7 @@ class Verification:
     bytes: int
     findings: tuple[Finding, ...]
     orphans: tuple[str, ...]
-    """Files among the shards that no version names; they do no harm."""
+    """Files that nothing explains: of no version, of a writer that was stopped, or of a commit that is gone."""
     removed: tuple[str, ...] = ()
     """Shards that were taken out of the newest version."""
     removed_rows: int = 0
@@ -84,7 +92,7 @@ def damage(found: Verification) -> IntegrityError:
 def verify(
     table: Table, *, all_versions: bool = False, watch: Callable[[int, int], None] | None = None
 ) -> Verification:
-    """Look at every byte of a version: its shards, its vocabulary, its tokenizer.
+    """Look at every byte of a version: its shards, its vocabulary, its tokenizer; and of the table's log and records.
 
     A shard's content must have the hash in its name; its rows the number that its commit says, the table's columns,
     lists of lengths that fit each other, and ids that there are; and each row must be in a version only once.
@@ -95,16 +103,17 @@ def verify(
         watch: told of each shard: bytes that were looked at, and bytes to look at in all.
 
     Raises:
-        IntegrityError: if the table's log is damaged; whatever else is wrong is in what is returned.
+        IntegrityError: if the table's log can't be read; whatever else is wrong is in what is returned.
         AccessError: if something can't be read at the moment, so that nothing can be said of it.
     """
-    log, kept = read_log(table), _Opened(table)
-    shards = dict.fromkeys(table.shards(), table.version)
-    if all_versions:
+    log, kept = replay(table), _Opened(table)
+    findings = [Finding(*problem) for problem in problems(table, log).items()]
+    shards = dict.fromkeys(table.listed, table.version)
+    if all_versions and not findings:
         shards |= {shard: version for shard, version in _ever(log, vacuumed(table.location)) if shard not in shards}
-    findings = [
-        finding for version in sorted(set(shards.values()) | {table.version}) for finding in kept.beside(version)
-    ]
+    for version in sorted(set(shards.values()) | {table.version}):
+        findings += kept.beside(version)
+    findings += [Finding(name, "a damaged record") for name in damaged_records(table.location)]
     spans: dict[str, list[range]] = defaultdict(list)
     for named in log.named:
         spans[named.path].append(named.versions)
@@ -250,6 +259,7 @@ def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
 
 
 def _orphans(table: Table, log: Log) -> tuple[str, ...]:
-    named = {named.path for named in log.named}
-    paths = (file.name for file in table.place.files() if file.name.startswith(f"{PARTITION}="))
-    return tuple(sorted(path for path in paths if path not in named))
+    shards = {named.path for named in log.named if named.shard}
+    beside = tuple(f"{SIDE_FOLDER}/{named.path}" for named in log.named if not named.shard)
+    paths = (file.name for file in table.place.files() if not _EXPLAINED.fullmatch(file.name))
+    return tuple(sorted(path for path in paths if path not in shards and not path.startswith(beside)))

@@ -23,7 +23,7 @@ from storage.errors import TableError, TableNotFoundError, UsageError
 from storage.place import place_of
 from storage.provenance import user
 from storage.records import Record, Records, now
-from storage.takedown import explain, lost
+from storage.takedown import PURGES, explain, lost
 
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
 """What a tag may be called."""
@@ -55,6 +55,11 @@ class Vacuumed(Record):
 
 
 _TAGS, _PINS, _VACUUMED = Records("tags", Tag), Records("pins", Pin), Records("vacuumed", Vacuumed)
+
+
+def damaged_records(table: str) -> list[str]:
+    """Files of records, those of take-downs among them, that are not as they were written."""
+    return [name for records in (_TAGS, _PINS, _VACUUMED, PURGES) for name in records.damaged(table)]
 
 
 def parse(location: str) -> tuple[str, int | str | None]:

@@ -20,8 +20,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from storage.alignment import Alignment
 from storage.codec import Ints
 from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.opening import VIEW_FILE, is_view
 from storage.place import Place, place_of
-from storage.table import VIEW_FILE, Table, is_view
+from storage.table import Table
 from storage.versions import parse
 
 How = Literal["concatenate", "average"]

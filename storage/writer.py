@@ -27,8 +27,9 @@ from storage.errors import TableError, cause
 from storage.place import WRITING, place_of
 from storage.reader import outline, soft_labels_by_key
 from storage.schema import PARTITION, ROW_KEY, row_keys
-from storage.shard_file import RowKey, ShardFile, add_action
-from storage.table import COMMIT_MESSAGE, Shard, Table
+from storage.shard_file import RowKey, ShardFile, add_action, shard_of
+from storage.state import COMMIT_MESSAGE, Shard, fingerprint
+from storage.table import Table
 from storage.takedown import refusal
 
 _THREADS = 8
@@ -233,9 +234,19 @@ def committed(
     """
     for publish in publications:
         publish()
+    after = {shard.path: shard for shard in newest.shards()}
+    for action in actions:
+        if isinstance(action, AddAction):
+            after[action.path] = shard_of(action)
+        else:
+            after.pop(action.path)
+    made = {
+        "state": newest.state(newest.version + 1, after.values()),
+        "previous": fingerprint(newest.place.read(commit_file(newest.version))),
+    }
     delta = DeltaTable(newest.location, version=newest.version)
     # No retries inside delta-rs: the caller has to see first what another commit has changed.
-    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: dict(about)}, max_commit_retries=0)
+    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: {**about, **made}}, max_commit_retries=0)
     try:
         delta.create_write_transaction(
             list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties

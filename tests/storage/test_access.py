@@ -182,11 +182,11 @@ def test_a_store_that_fails(moto: str, status: int, monkeypatch: pytest.MonkeyPa
         table = make_table(f"{buckets.BUCKET}/{uuid.uuid4().hex}", identity())
         add(table, [f"a{i}" for i in range(40)], "train")
         table = table.newest()
+        (shard,) = table.shards()
     with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         with buckets.environment(f"http://127.0.0.1:{server.server_port}"):
             table.place = place_of(table.location)
-            (shard,) = table.shards()
             monkeypatch.setattr(Failing, "size", shard.bytes)
             for work in (lambda: examine(table, shard), works(table)["read"], works(table)["outline"]):
                 assert shard.path in said(work)

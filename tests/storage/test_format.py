@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
 import storage
 from pipeline.sequences import split_of
@@ -17,6 +18,7 @@ from storage.codec import SoftLabels, decode, encode
 from storage.reader import read
 from storage.schema import SEQUENCE, SOFT_LABELS
 from storage.table import Table
+from storage.versions import tag
 from tests.storage.tables import add, identity, make_table
 
 PAGE = (Path(storage.__path__[0]) / "FORMAT.md").read_text(encoding="utf-8")
@@ -130,6 +132,21 @@ def test_properties_are_those_of_a_table(table: Table):
         assert path.stem.removeprefix("vocabulary-") == hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
+def test_hashes_of_the_log_and_of_records(table: Table):
+    last = ""
+    for version in range(table.version + 1):
+        content = Path(table.location, "_delta_log", f"{version:020}.json").read_bytes()
+        about = next(action["commitInfo"] for action in map(json.loads, content.splitlines()) if "commitInfo" in action)
+        info = about["softlabel"]
+        assert info["state"] == run("state")["state"](DeltaTable(table.location, version=version))
+        assert info.get("previous", "") == last
+        last = hashlib.blake2b(content, digest_size=16).hexdigest()
+    tag(table.location, 1, "paper")
+    record = json.loads(Path(table.location, "_softlabel/tags/paper.json").read_text())
+    found = record.pop("hash")
+    assert found == hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("position", [0, 2])
 def test_top_ids(table: Table, engine: str, position: int):
@@ -162,7 +179,7 @@ def test_entropy_histogram(table: Table, engine: str):
 
 
 def test_every_block_was_run():
-    tested = {"reference", "vocabulary", "row", "decoded", "setup"}
+    tested = {"reference", "vocabulary", "row", "decoded", "setup", "state"}
     tested |= {f"{block}-{engine}" for block in RECIPES.values() for engine in ENGINES}
     assert set(BLOCKS) == tested
     assert PAGE.count("```") == 2 * len(BLOCKS), "no block without a name"

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deltalake import DeltaTable
-from deltalake.transaction import AddAction
 
 from storage import folder
 from storage.errors import TableError
 from storage.maintenance import maintain
+from storage.shard_file import add_action
+from storage.state import Shard
 from storage.table import Table
 from storage.verification import Finding, Verification, remove_damaged, verify
-from storage.writer import ShardWriter
+from storage.writer import ShardWriter, committed
 from tests.storage.tables import CARRIED, PROCESSES, add, identity, leftovers, names_in, random_labels, rows
 from tests.storage.test_writer_failures import capture
 
@@ -203,7 +203,7 @@ def test_other_peoples_files_are_left_alone(filled: Table):
     for name in ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet"):
         Path(filled.location, name).write_text("mine")
     assert maintain(filled.location, grace_hours=0).deleted == ()
-    assert verify(filled).orphans == ("split=train/notes.txt", "split=train/part-0.parquet")
+    assert verify(filled).orphans == ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet")
 
 
 def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.MonkeyPatch):
@@ -217,13 +217,23 @@ def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.Mon
         maintain(filled.location, grace_hours=0)
 
 
+def test_a_look_needs_no_permission_to_write(filled: Table, monkeypatch: pytest.MonkeyPatch):
+    path = orphan(filled)
+
+    def refuse(*args: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(folder.Folder, "gate", refuse)
+    done = maintain(filled.location, grace_hours=0, dry_run=True)
+    assert [leftover.path for leftover in done.deleted] == [str(path.relative_to(filled.location))]
+
+
 def many_shards(table: Table, commits: int, shards: int) -> None:
     """Shards that are in the log alone."""
     for commit in range(commits):
-        delta = DeltaTable(table.location)
         paths = [f"split=train/{commit * shards + i:032x}.parquet" for i in range(shards)]
-        adds = [AddAction(path, 1000, {"split": "train"}, 0, True, '{"numRecords": 10}') for path in paths]
-        delta.create_write_transaction(adds, "append", delta.schema(), ["split"])
+        assert committed(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
 
 
 def test_ten_thousand_shards_open_within_a_second(table: Table):

@@ -10,9 +10,10 @@ import pytest
 
 from storage.errors import IntegrityError, TableError
 from storage.inspection import inspect
-from storage.reader import batches, footer, open_shard, outline, read, soft_labels_by_key
+from storage.reader import batches, open_shard, outline, read, soft_labels_by_key
 from storage.schema import SOFT_LABELS
-from storage.table import Shard, Table
+from storage.state import Shard
+from storage.table import Table
 from tests.storage.tables import add, rows
 
 SMALL = ["tokens", "positions"]
@@ -77,6 +78,7 @@ def test_every_flipped_byte_is_found(shard):
         flipped[offset] ^= 1 << offset % 8
         path.write_bytes(flipped)
         assert_damaged(lambda: read(table, file, SMALL, [0]), path)
+        assert_damaged(lambda: inspect(table), path)
     path.write_bytes(good)
     assert read(table, file).num_rows == 60
 
@@ -110,7 +112,7 @@ def small_columns(table: Table, shard: Shard) -> Callable[[], pa.Table]:
 def test_a_truncated_shard(shard, keep: int):
     table, file, path = shard
     path.write_bytes(path.read_bytes()[:keep])
-    for work in (lambda: read(table, file), small_columns(table, file), lambda: footer(table, file)):
+    for work in (lambda: read(table, file), small_columns(table, file)):
         assert_damaged(work, path)
     assert_damaged(lambda: inspect(table), path)
 
@@ -118,7 +120,7 @@ def test_a_truncated_shard(shard, keep: int):
 def test_a_missing_shard(shard):
     table, file, path = shard
     path.unlink()
-    for work in (lambda: read(table, file), small_columns(table, file), lambda: footer(table, file)):
+    for work in (lambda: read(table, file), small_columns(table, file)):
         assert_damaged(work, path)
     assert_damaged(lambda: inspect(table), path)
     assert_damaged(lambda: list(batches(table, SMALL)), path)

@@ -1,6 +1,5 @@
 """Whatever happens to a table's files, verify names the file; and what it takes out can be captured again."""
 
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction
 
 from storage.errors import IntegrityError
 from storage.examination import examine
@@ -20,10 +18,11 @@ from storage.place import content_hash
 from storage.reader import read
 from storage.rewrite import rewrite
 from storage.schema import ROW_KEY, row_keys
-from storage.shard_file import parquet_options
+from storage.shard_file import add_action, parquet_options
+from storage.state import Shard
 from storage.table import Table
 from storage.verification import damage, remove_damaged, verify
-from storage.writer import ShardWriter
+from storage.writer import ShardWriter, committed
 from tests.storage.tables import add, names_in, rows
 
 
@@ -124,11 +123,10 @@ def forge(table: Table, name: str, change, count: int = 5, claimed: int | None =
     pq.write_table(forged, path, **parquet_options(forged.schema))
     with path.open("rb") as file:
         path = path.rename(path.with_name(f"{content_hash(file)}.parquet"))
-    delta = DeltaTable(table.location)
-    statistics = json.dumps({"numRecords": len(forged) if claimed is None else claimed})
-    action = AddAction(relative(table, path), path.stat().st_size, {"split": "train"}, 0, True, statistics)
-    delta.create_write_transaction([action], "append", delta.schema(), ["split"])
-    return relative(table, path)
+    rows = len(forged) if claimed is None else claimed
+    made = Shard(relative(table, path), "train", rows, path.stat().st_size)
+    assert committed(table.newest(), [add_action(made)], {})
+    return made.path
 
 
 def replace_column(name: str, make):

@@ -13,8 +13,9 @@ import storage.writer
 from storage.codec import decode
 from storage.errors import TableError
 from storage.place import content_hash
-from storage.reader import footer, outline, read
-from storage.table import Shard, Table
+from storage.reader import open_shard, outline, read
+from storage.state import Shard
+from storage.table import Table
 from storage.writer import ShardWriter
 from tests.storage.tables import add, leftovers, names_in, rows
 
@@ -52,7 +53,7 @@ def test_rows_come_back_as_they_went_in(table: Table):
     assert (decoded.head_ids == labels.head_ids).all()
     assert (decoded.tail_draws == labels.tail_draws).all()
     assert abs(decoded.head_logprobs - labels.head_logprobs).max() < 1 / 64
-    groups = footer(newest, shard)
+    groups = open_shard(newest, shard).metadata
     assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [16, 16, 8]
 
 
