@@ -4,18 +4,20 @@ The order makes it safe to be killed anywhere and run again: the refuse list is 
 documents back; then the commit; then the tombstone; and the bytes go last. See ``storage.takedown`` for the records.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from storage.errors import TableError
+from storage.errors import AccessError, IntegrityError, TableError
 from storage.layout import Rewriting, Rewritten
-from storage.log import read_log
-from storage.place import REJECTS, SIDE_FOLDER, WRITING, Place, place_of, reading
+from storage.log import replay
+from storage.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, place_of, reading
 from storage.reader import outline
 from storage.rewrite import REWRITTEN, ConflictError, rewrite
 from storage.schema import PARTITION
@@ -33,7 +35,7 @@ class Purged:
     found: int
     """Those among them that the table held, in whichever version."""
     files: tuple[str, ...]
-    """What was deleted, relative to the table."""
+    """What was deleted, relative to the table: shards of these documents, and damaged ones, which may be."""
     versions: tuple[int, ...]
     """That can no longer be opened because of this."""
     broken: tuple[str, ...]
@@ -74,6 +76,15 @@ def purge(
             break
         except ConflictError:
             continue
+        except (AccessError, IntegrityError):
+            raise
+        except TableError as error:
+            raise TableError(
+                "the documents are in the table still: it could not be written; but nobody adds them any more",
+                found=error.__cause__ or error,
+                where=location,
+                do="make room or mend the permissions, then run the same command again: it goes on from there",
+            ) from error
     with place_of(location).gate(alone=True):
         pass  # whoever was about to give a file its final name has done so, or sees the refuse list
     try:
@@ -90,20 +101,18 @@ def purge(
 def _delete(newest: Table, record: Purge, version: int) -> Purged:
     place, refused = newest.place, refusal(newest.location)
     doomed: list[str] = []
-    unreadable: list[str] = []
     found: set[str] = set()
     keys: set[bytes] = set()
-    for name in _candidates(newest):
-        try:
-            rows = [row for row in _rows(place, name) if refused(row[0])]
-        except (OSError, ValueError, pa.ArrowException) as error:
-            unreadable.append(f"{name}: can't be read ({error})")
-            continue
-        doomed += [name] if rows else []
-        found.update(document for document, _ in rows)
-        keys.update(key for _, key in rows)
+    ours, foreign = _candidates(newest)
+    for name in ours:
+        rows = _rows(place, name)
+        hits = [row for row in rows or () if refused(row[0])]
+        doomed += [name] if hits or rows is None else []
+        found.update(document for document, _ in hits)
+        keys.update(key for _, key in hits)
     deserted = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
-    named = {shard.path: shard.versions for shard in read_log(newest).named}
+    log = replay(newest)  # a damaged one is no reason to leave the bytes where they are
+    named = {shard.path: shard.versions for shard in log.named}
     lost = {version for path in doomed for version in named.get(path, ())}
     record = bury(newest.location, record, version, [name for name in doomed if name in named], lost)
     for name in [*doomed, *deserted]:
@@ -115,23 +124,41 @@ def _delete(newest: Table, record: Purge, version: int) -> Purged:
         versions=tuple(record.versions),
         broken=tuple(_broken(newest.location, record)),
         same_text=tuple(sorted(_holders(newest, keys))),
-        out_of_reach=(*unreadable, *_out_of_reach(newest)),
+        out_of_reach=(
+            *(f"{name}, which is no shard of softlabel's, and was not looked into" for name in foreign),
+            *(f"{name}, which is damaged: versions that need a deleted shard may be unknown" for name in log.damaged),
+            *_out_of_reach(newest),
+        ),
     )
 
 
-def _candidates(newest: Table) -> list[str]:
-    """Every file of rows but those of the newest version, which were looked at."""
+def _candidates(newest: Table) -> tuple[list[str], list[str]]:
+    """Every file of rows but those of the newest version, which were looked at; and files that are not ours."""
     present = {shard.path for shard in newest.shards()}
     names = {file.name for file in newest.place.files() if file.name.endswith(".parquet")}
-    return sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
+    among = sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
+    ours = [name for name in among if re.fullmatch("[0-9a-f]{32}", _hash_in(name))]
+    return ours, [name for name in among if name not in ours]
 
 
-def _rows(place: Place, name: str) -> Iterator[tuple[str, bytes]]:
-    """Document and key of each row of a file."""
-    with reading(place.where(name)):
-        file = pq.ParquetFile(place.open(name)[0])
-        for batch in file.iter_batches(columns=["document_id", "key"]):
-            yield from zip(*(batch.column(name).to_pylist() for name in ("document_id", "key")), strict=True)
+def _hash_in(name: str) -> str:
+    return PurePath(name).stem.rpartition("-")[2]
+
+
+def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
+    """Document and key of each row of a file; None if it is damaged, and may hold any document.
+
+    Raises:
+        AccessError: if it can't be read at the moment.
+    """
+    try:
+        with reading(place.where(name)), place.fetch(name) as content:
+            if content_hash(content) != _hash_in(name):
+                return None
+            rows = pq.ParquetFile(content).read(["document_id", "key"])
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return list(zip(*(rows.column(name).to_pylist() for name in ("document_id", "key")), strict=True))
 
 
 def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:

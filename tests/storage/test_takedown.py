@@ -3,6 +3,8 @@
 import random
 import signal
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from storage.purge import Purged, purge
 from storage.rewrite import rewrite
 from storage.table import Table
 from storage.takedown import carry_over, lost, purges, refusal
-from storage.verification import verify
+from storage.verification import Finding, remove_damaged, verify
 from storage.versions import needed, pin, remaining, tag
 from storage.writer import ShardWriter
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in, rows
@@ -149,20 +151,39 @@ def test_what_was_committed_meanwhile_is_looked_at_too(filled: Table) -> None:
 
 
 def test_files_that_no_version_names_go_too(filled: Table) -> None:
-    shard = filled.shards()[0]
-    folder = Path(filled.location)
-    waiting = folder / "_softlabel" / "rewritten" / "0-1.parquet"
+    """Those of other names, too, and what is damaged: nobody can tell that it does not hold the documents."""
+    shard, folder = filled.shards()[0], Path(filled.location)
+    waiting = folder / "_softlabel" / "rewritten" / f"0-{Path(shard.path).name}"
     waiting.parent.mkdir()
     for copy in (waiting, folder / "split=train" / f"{'0' * 32}.parquet"):
         copy.write_bytes((folder / shard.path).read_bytes())
-    damaged = folder / "split=train" / f"{'1' * 32}.parquet"
-    damaged.write_bytes(b"PAR1 nothing of the kind")
+    (folder / "split=train" / f"{'1' * 32}.parquet").write_bytes(b"PAR1 nothing of the kind")
+    foreign = folder / "split=train" / "part-0.parquet"
+    foreign.write_bytes(b"mine")
     documents = set(pq.read_table(folder / shard.path).column("document_id").to_pylist())
     done = purge(filled.location, documents, ABOUT, LAYOUT)[1]
-    damaged.unlink()
+    assert any(line.startswith("split=train/part-0.parquet, which is no shard") for line in done.out_of_reach)
+    foreign.unlink()
     assert not on_disk(filled.location) & documents
-    assert str(waiting.relative_to(folder)) in done.files
-    assert any(f"{damaged.name}: can't be read" in line for line in done.out_of_reach)
+    deleted = {str(waiting.relative_to(folder)), *(f"split=train/{digit * 32}.parquet" for digit in "01")}
+    assert deleted < {*done.files}
+
+
+def test_an_old_shard_that_is_damaged_goes_too(table: Table) -> None:
+    """A flipped byte in a document's name hides it: the shard can't be trusted, and its version goes with it."""
+    add(table, ["secret", *A], "train")
+    damaged = Path(table.location, table.newest().shards()[0].path)
+    remove_damaged(replace(verify(table.newest()), findings=(Finding(f"split=train/{damaged.name}", "?"),)))
+    good = damaged.read_bytes()
+    place = pq.read_metadata(damaged).row_group(0).column(1).data_page_offset
+    for at in range(place, place + 1000):
+        damaged.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with suppress(OSError, ValueError):
+            if "secret" not in pq.read_table(damaged, columns=["document_id"])["document_id"].to_pylist():
+                break
+    done = purge(table.location, ["secret"], ABOUT, LAYOUT)[1]
+    assert (done.files, done.versions) == ((f"split=train/{damaged.name}",), (1,))
+    assert not damaged.exists()
 
 
 def test_it_says_what_it_breaks_and_what_it_can_not_reach(filled: Table, tmp_path: Path) -> None:
@@ -233,6 +254,20 @@ def test_a_file_that_can_not_be_deleted(filled: Table, monkeypatch: pytest.Monke
     assert on_disk(filled.location) & {*GONE}
     take_down(filled.location)
     assert not on_disk(filled.location) & {*GONE}
+
+
+def test_a_full_disk_after_the_refuse_list(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.rewrite.ShardFile", full)
+        with pytest.raises(
+            TableError, match=r"in the table still(.|\n)*No space left(.|\n)*run the same command again"
+        ):
+            take_down(filled.location)
+    assert add(filled, ["never-seen"]).sequences == 0, "it is refused by now"
+    assert take_down(filled.location).found == 3
 
 
 def write_on(location: str) -> None:
