@@ -35,7 +35,7 @@ def test_killed_writers(table: Table, kills: int):
 
 def kill_writers(table: Table, kills: int) -> None:
     """Two writers of overlapping rows are killed at random moments, again and again, and others take their places."""
-    chance, killed, window, version = random.Random(0), 0, 0.2, 0
+    chance, killed, window, version, before = random.Random(0), 0, 0.2, 0, set[str]()
     names = [f"d{i}" for i in range(50 * kills)]
     while killed < kills:
         parts = names[: 35 * kills], names[15 * kills :]
@@ -51,9 +51,11 @@ def kill_writers(table: Table, kills: int) -> None:
         newest = table.newest()
         seen = names_in(newest)
         assert len(seen) == len(set(seen)), "each row once, after every kill"
+        assert before <= set(seen), "what was committed stays"
+        assert newest.version >= version
         # However busy the machine is, writers are killed after a commit or a few.
         window *= 0.8 ** (newest.version - version) if newest.version > version else 1.5
-        version = newest.version
+        version, before = newest.version, set(seen)
     assert 0 < len(seen) < len(names), "some died before a commit, some after"
 
     capture(table.location, names, 0)
