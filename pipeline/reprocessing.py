@@ -14,12 +14,14 @@ from pipeline.sequences import split_of
 from pipeline.table_config import NarrowingConfig, ReprocessConfig
 from storage.errors import UsageError
 from storage.inspection import last_capture
-from storage.layout import Rewriting, Rewritten
+from storage.layout import Rewriting, Rewritten, with_split
 from storage.narrowing import Narrowing
 from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.purge import Purged, purge
-from storage.rewrite import rewrite
+from storage.reader import outline
+from storage.rewrite import nothing_left, rewrite
+from storage.schema import PARTITION
 from storage.table import Table
 from storage.takedown import carry_over
 from storage.versions import parse
@@ -58,7 +60,7 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
     source = Table.open(config.source)
     target_identity, narrowing = _identity(source, config)
     row_filter = RowFilter(source, config)
-    target = _target(source, config, target_identity)
+    target = _target(source, config, target_identity, row_filter)
     fraction = config.shards.eval_fraction
     about = {
         "operation": _operation(config),
@@ -172,7 +174,7 @@ def _lacking(source: Table, name: str, expected: object, found: object) -> Usage
     )
 
 
-def _target(source: Table, config: ReprocessConfig, identity: Identity) -> Table:
+def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filter: RowFilter) -> Table:
     """The table that is changed; another one is made if it is not there, empty until all is done."""
     if config.destination is None:
         if parse(config.source)[1] is not None:
@@ -194,6 +196,19 @@ def _target(source: Table, config: ReprocessConfig, identity: Identity) -> Table
         target.identity.require(identity, config.destination)
         target.require_carried(source.carried)
     else:
+        _require_rows(source, row_filter)
         target = Table.create(config.destination, identity, source.carried, source.vocabulary, source.tokenizer)
     carry_over(source.location, target.location)
     return target
+
+
+def _require_rows(source: Table, row_filter: RowFilter) -> None:
+    """Refuse a filter that leaves nothing, before there is a table for it; mostly the first rows tell."""
+    dropped, columns = 0, sorted({*row_filter.columns} - {PARTITION})
+    for shard in source.shards():
+        for rows in outline(source, shard, columns):
+            if row_filter(with_split(rows, shard)).any():
+                return
+            dropped += len(rows)
+    if dropped:
+        raise nothing_left(source, dropped)

@@ -149,6 +149,12 @@ def test_an_old_version_can_be_taken_out_into_a_table(table: Table, tmp_path: Pa
         run(table.location, f"{table.location}/../table", where="source = 'a'")
 
 
+def test_no_table_is_made_for_no_rows(table: Table, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no row would be left; nothing was changed"):
+        run(table.location, tmp_path / "t", where="source = 'nowhere'")
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_teacher_stays_known(table: Table, tmp_path: Path) -> None:
     from storage.writer import ShardWriter
     from tests.storage.tables import rows
