@@ -96,14 +96,17 @@ def require_state(place: Place, version: int, found: str) -> None:
     expected = said(read_commit(place, version)).get("state")
     if found == expected:
         return
-    restore = "softlabel verify TABLE names the file of the log; restore it from a copy of the table"
-    foreign = f"another program has changed the table: go on with version {version - 1}, which softlabel made"
+    if expected is None:
+        raise IntegrityError(
+            "the commit of this version does not say what it made: something else than softlabel has made it",
+            expected="a commit of softlabel, with a state",
+            where=place.where(commit_file(version)),
+            do=f"go on with the version before, {place.address}@{version - 1}" if version else "capture a new table",
+        )
     raise IntegrityError(
-        "the table's log is damaged: this version has other shards or properties than its commit made"
-        if expected
-        else "the commit of this version does not say what it made",
-        expected=f"the state {expected}" if expected else "a commit of softlabel, with a state",
-        found=f"the state {found}" if expected else "none",
+        "the table's log is damaged: this version has other shards or properties than its commit made",
+        expected=f"the state {expected}",
+        found=f"the state {found}",
         where=place.where(commit_file(version)),
-        do=restore if expected else foreign,
+        do=f"softlabel verify {place.address} names the file that is damaged; restore it from a copy of the table",
     )
