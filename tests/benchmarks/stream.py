@@ -1,14 +1,16 @@
 """How many captured positions one core makes ready to train on, beside the plain ways to do it.
 
-``python -m tests.benchmarks.stream`` prints one table. The soft labels are random, with the counts of the default
-selection on a real teacher (13 head ids and 9 tail ids a position) and ids as frequent as words are. The plain ways
-read what most projects store, lists of lists of int32 ids and float32 log-probabilities, as many ids at each position,
-so that they make whole tensors; theirs are decoded with that, ours on the device that trains. All begin with
-compressed Parquet on a disk. Every round runs all of them; rates are of CPU time, all threads added up, so that a busy
-machine does not change them. Hugging Face's ``datasets`` comes with the ``bench`` extra.
+``python -m tests.benchmarks.stream`` prints one table, and the limits that are to hold. The soft labels are random,
+with the counts of the default selection on a real teacher (13 head ids and 9 tail ids a position) and ids as frequent
+as words are. The plain ways read what most projects store, lists of lists of int32 ids and float32 log-probabilities,
+as many ids at each position, so that they make whole tensors; theirs are decoded with that, ours on the device that
+trains. All begin with compressed Parquet on a disk. Every round runs all of them; rates are of CPU time, all threads
+added up, so that a busy machine does not change them. A sequence costs something by itself, so that a position costs
+more in a short one: both lengths are shown. Hugging Face's ``datasets`` comes with the ``bench`` extra.
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -31,9 +33,11 @@ from storage.reader import batches
 from storage.schema import SEQUENCE
 from storage.table import Table
 from storage.writer import ShardWriter
+from tests.figures import verdict
 
+OURS, OURS_SHORT, HUGGING_FACE = "softlabel", "softlabel, short sequences", "Hugging Face datasets, torch"
 VOCABULARY = 49_152
-TOKENS = 1024
+TOKENS, SHORT = 1024, 16
 IDS = 22
 ROWS_A_BATCH = 8
 
@@ -63,8 +67,8 @@ def random_labels(generator: np.random.Generator, positions: int) -> SoftLabels:
     )
 
 
-def make_table(folder: Path, sequences: int) -> Table:
-    """A table of softlabel's, in row groups of 256 sequences."""
+def make_table(folder: Path, sequences: int, tokens: int = TOKENS) -> Table:
+    """A table of softlabel's, in row groups of 256 sequences; most have so many tokens, no other under half."""
     generator = np.random.default_rng(0)
     (folder / "tokenizer").mkdir()
     identity = Identity(
@@ -74,13 +78,13 @@ def make_table(folder: Path, sequences: int) -> Table:
         padded_vocabulary=VOCABULARY,
         selection=SelectionIdentity(top_p=0.95, min_k=1, max_k=16, draws=48, seed=0),
         temperatures=(1.0,),
-        sequences=SequencesIdentity(max_tokens=TOKENS, context=1, mask="all", eval_fraction=0.0),
+        sequences=SequencesIdentity(max_tokens=tokens, context=1, mask="all", eval_fraction=0.0),
     )
     sample = random_labels(generator, 20_000)
     table = Table.create(str(folder / "table"), identity, pa.schema([]), sample, folder / "tokenizer")
     with ShardWriter(table) as writer:
         for first in range(0, sequences, 256):
-            rows = [_row(number, generator) for number in range(first, min(first + 256, sequences))]
+            rows = [_row(number, tokens, generator) for number in range(first, min(first + 256, sequences))]
             writer.append(
                 pa.Table.from_pylist(rows, SEQUENCE), random_labels(generator, sum(row["positions"] for row in rows))
             )
@@ -88,8 +92,8 @@ def make_table(folder: Path, sequences: int) -> Table:
     return table.newest()
 
 
-def _row(number: int, generator: np.random.Generator) -> dict[str, object]:
-    length = int(TOKENS if generator.random() < 0.6 else generator.integers(TOKENS // 2, TOKENS))
+def _row(number: int, tokens: int, generator: np.random.Generator) -> dict[str, object]:
+    length = int(tokens if generator.random() < 0.6 else generator.integers(tokens // 2, tokens))
     return {
         "key": number.to_bytes(16, "little"),
         "document_id": str(number),
@@ -153,6 +157,11 @@ def hugging_face(path: Path) -> Iterator[int]:
         yield batch["input_ids"].numel()
 
 
+def mean_tokens(table: Table) -> int:
+    """Tokens of a sequence, on average."""
+    return round(np.mean([count for _, rows in batches(table, ["tokens"]) for count in rows["tokens"].to_pylist()]))
+
+
 def rate(stream: Iterator[int], prepared: bool = False) -> float:
     """Positions a second of CPU time."""
     if prepared:
@@ -160,6 +169,21 @@ def rate(stream: Iterator[int], prepared: bool = False) -> float:
     start = time.process_time()
     positions = sum(stream)
     return positions / (time.process_time() - start)
+
+
+def compared(usual: Table, short: Table, naive: Path) -> dict[str, Callable[[], float]]:
+    """Every way that runs here, by name: positions a second."""
+    ways = {
+        OURS: lambda: rate(ours(usual)),
+        "  of which reading Parquet": lambda: rate(reading(usual)),
+        OURS_SHORT: lambda: rate(ours(short)),
+        "pyarrow to lists to tensors": lambda: rate(plain_pyarrow(naive)),
+    }
+    if importlib.util.find_spec("datasets") is None:
+        print("(datasets is not installed: Hugging Face is left out; pip install -e '.[bench]' brings it)")
+    else:
+        ways[HUGGING_FACE] = lambda: rate(hugging_face(naive), prepared=True)
+    return ways
 
 
 def main() -> None:
@@ -173,20 +197,25 @@ def main() -> None:
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        table, naive = make_table(folder, arguments.sequences), folder / "naive.parquet"
+        naive = Path(temporary, "naive.parquet")
         make_naive(naive, arguments.naive_sequences)
-        ways: dict[str, Callable[[], float]] = {
-            "softlabel": lambda: rate(ours(table)),
-            "  of which reading Parquet": lambda: rate(reading(table)),
-            "pyarrow to lists to tensors": lambda: rate(plain_pyarrow(naive)),
-            "Hugging Face datasets, torch": lambda: rate(hugging_face(naive), prepared=True),
-        }
+        usual, short = (
+            make_table(Path(tempfile.mkdtemp(dir=temporary)), sequences, tokens)
+            for sequences, tokens in ((arguments.sequences, TOKENS), (16 * arguments.sequences, SHORT))
+        )
+        means = {name: mean_tokens(table) for name, table in ((OURS, usual), (OURS_SHORT, short))}
+        ways = compared(usual, short, naive)
         rounds = [{name: way() for name, way in ways.items()} for _ in range(arguments.rounds)]
-    print(f"{'':30}{'positions/s of one core':>24}{'softlabel is':>15}")
+    rates = {name: statistics.median(one[name] for one in rounds) for name in ways}
+    ratios = {name: statistics.median(one[OURS] / one[name] for one in rounds) for name in ways}
+    print(f"{'':30}{'tokens a sequence':>18}{'positions/s of one core':>24}{'softlabel is':>15}")
     for name in ways:
-        ratio = statistics.median(one["softlabel"] / one[name] for one in rounds)
-        print(f"{name:30}{statistics.median(one[name] for one in rounds):>24,.0f}{ratio:>14.1f}×")
+        print(f"{name:30}{means.get(name, ''):>18}{rates[name]:>24,.0f}{ratios[name]:>14.1f}×")
+    print()
+    for name in (OURS, OURS_SHORT):
+        print(verdict(name, rates[name], "positions/s", at_least=500_000))
+    if HUGGING_FACE in ways:
+        print(verdict("softlabel", ratios[HUGGING_FACE], f"times {HUGGING_FACE}", at_least=10))
 
 
 if __name__ == "__main__":
