@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.class_labels import LabelMap
 from pipeline.classes import selection_of
 from pipeline.config import CaptureConfig, TrainConfig
-from pipeline.positions import longest
+from pipeline.positions import longest, positions_said
 from pipeline.pruning import require_layers, require_neurons, spread
 from pipeline.student_config import StudentConfig
 from pipeline.targets import resolve_target
@@ -268,8 +268,8 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
 def _require_positions(settings: Any, origin: Origin) -> None:
     """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
     are meant for."""
-    limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit < 0 or limit >= origin.max_tokens:  # some that have no limit say -1
+    limit = positions_said(settings)
+    if limit is None or limit >= origin.max_tokens:
         return
     needed = origin.longest()
     if limit < needed:

@@ -14,15 +14,19 @@ _ROWS_BEFORE = 2
 """Rows that a table may have before that of the first position, beside those that its configuration speaks of."""
 
 
+def positions_said(settings: Any) -> int | None:
+    """Positions that a model's configuration speaks of, if it does; XLNet, which has no limit, says -1."""
+    said: int = getattr(settings.get_text_config(), "max_position_embeddings", None) or 0
+    return said if said > 0 else None
+
+
 def longest(checkpoint: Checkpoint, settings: SequencesConfig) -> int:
     """Tokens of the longest sequence, special tokens included; of a classifier, no more than it was made for.
 
     Raises:
         UsageError: if a language model has no positions for sequences of ``max_tokens``.
     """
-    said = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if not said or said < 0:  # XLNet says -1
-        said = None
+    said = positions_said(checkpoint.config)
     if checkpoint.classes is None:
         _require_positions(checkpoint, settings.max_tokens, said)
         return settings.max_tokens

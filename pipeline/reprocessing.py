@@ -14,12 +14,12 @@ from pipeline.sequences import split_of
 from pipeline.table_config import NarrowingConfig, ReprocessConfig
 from storage.errors import UsageError
 from storage.inspection import last_capture
-from storage.layout import Rewriting, Rewritten, with_split
+from storage.layout import Rewriting, Rewritten
 from storage.narrowing import Narrowing
 from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.purge import Purged, purge
-from storage.reader import outline
+from storage.reader import outline, with_split
 from storage.rewrite import nothing_left, rewrite
 from storage.schema import PARTITION
 from storage.table import Table

@@ -44,7 +44,8 @@ class Written:
         with ShardWriter(table, capture.shards.row_group_sequences) as writer:
             writer.append(rows, labels)
             size = writer.commit({"operation": "estimate"}).bytes
-        return cls(table.newest(), rows, column_bytes(table.newest()), size)
+        table = table.newest()
+        return cls(table, rows, column_bytes(table), size)
 
     def over_all(self, sample: Sample, capture: CaptureConfig) -> int:
         """Bytes of all rows to come: soft labels go with the positions, ids and mask with the tokens, the other

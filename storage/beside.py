@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from storage.codec import Ints, SoftLabels
 from storage.errors import IntegrityError
-from storage.place import SIDE_FOLDER, Place, reading
+from storage.place import SIDE_FOLDER, Place, hash_of, reading
 
 _RESTORE = "restore it from a copy of the table"
 
@@ -99,7 +99,7 @@ def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
 
 
 def _vocabulary_name(content: bytes) -> str:
-    return f"vocabulary-{hashlib.blake2b(content, digest_size=16).hexdigest()}.parquet"
+    return f"vocabulary-{hash_of(content)}.parquet"
 
 
 def _tokenizer_name(folder: Path) -> str:

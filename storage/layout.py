@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.narrowing import Narrowing
-from storage.reader import outline
+from storage.reader import outline, with_split
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.state import Shard
 from storage.table import Table
@@ -165,11 +165,6 @@ def _decide(
         if job.split:
             splits[:] = [job.split(name) for name in documents]
         yield _Decision(kept & ~there, there, splits, rows.column("positions").to_numpy().astype(np.int64))
-
-
-def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
-    """A shard's rows with the column that is in its path instead."""
-    return rows.append_column(PARTITION, pa.array([shard.split] * len(rows), pa.string()))
 
 
 def _present(job: Rewriting) -> set[tuple[object, ...]]:

@@ -204,8 +204,13 @@ def inaccessible(where: str, found: str) -> AccessError:
     )
 
 
+def hash_of(content: bytes) -> str:
+    """128-bit BLAKE2b, as 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def content_hash(file: BinaryIO) -> str:
-    """128-bit BLAKE2b of a file's bytes, as 32 hexadecimal digits."""
+    """``hash_of`` a file's bytes, which need not fit into memory."""
     digest = hashlib.blake2b(digest_size=16)
     file.seek(0)
     for part in iter(lambda: file.read(1 << 20), b""):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import IntegrityError, TableError
 from storage.place import File, Place, content_hash, reading
-from storage.schema import PARTITION, SOFT_LABELS
+from storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
 from storage.state import Shard
 from storage.table import Table
 from storage.takedown import tombstone
@@ -79,14 +79,16 @@ def index(table: Table, columns: Sequence[str]) -> pa.Table:
     Raises:
         IntegrityError: if a shard is missing, truncated, or damaged in these columns.
     """
-    fields = [*(table.schema.field(name) for name in columns), table.schema.field(PARTITION)]
-    parts = [pa.schema(fields).empty_table()]
+    names = [*columns, PARTITION]
+    parts = [pa.schema([table.schema.field(name) for name in names]).empty_table()]
     for shard in table.shards():
-        for part in outline(table, shard, columns):
-            parts.append(
-                part.append_column(fields[-1], pa.array([shard.split] * len(part))).select(parts[0].column_names)
-            )
+        parts += [with_split(part, shard).select(names) for part in outline(table, shard, columns)]
     return pa.concat_tables(parts)
+
+
+def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
+    """A shard's rows with the column that is in its path instead."""
+    return rows.append_column(SEQUENCE.field(PARTITION), pa.array([shard.split] * len(rows), pa.string()))
 
 
 def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:

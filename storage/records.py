@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from storage.errors import IntegrityError, TableError
-from storage.place import SIDE_FOLDER, Place, place_of
-from storage.state import fingerprint
+from storage.place import SIDE_FOLDER, Place, hash_of, place_of
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Records(Generic[R]):
 
 
 def _hash(says: Mapping[str, Any]) -> str:
-    return fingerprint(json.dumps(says, sort_keys=True).encode())
+    return hash_of(json.dumps(says, sort_keys=True).encode())
 
 
 def now() -> str:

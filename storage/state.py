@@ -4,7 +4,6 @@ Delta's log has no checksums of its own, and a shard's hash tells nothing of the
 ``previous`` ties each commit to the bytes of the one before it, so that ``verify`` can name the file that is damaged.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from storage.commit_files import commit_file, lines_of, read_commit
 from storage.errors import IntegrityError
-from storage.place import Place
+from storage.place import Place, hash_of
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""
@@ -45,12 +44,7 @@ def state(version: int, properties: Mapping[str, str], schema: str, shards: Iter
         f"column {field['name']} {json.dumps(field['type'], sort_keys=True)}" for field in json.loads(schema)["fields"]
     ]
     lines += sorted(f"shard {shard.path} {shard.split} {shard.rows} {shard.bytes}" for shard in shards)
-    return fingerprint("\n".join(lines).encode())
-
-
-def fingerprint(content: bytes) -> str:
-    """BLAKE2b-128, as 32 hexadecimal digits."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hash_of("\n".join(lines).encode())
 
 
 def said(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -83,7 +77,7 @@ class Chain:
         elif self._last not in ("", previous):
             after = f"not the commit that {PurePath(commit_file(version)).name} was made on: one of the two is damaged"
             self.damaged[commit_file(version - 1)] = after
-        self._last = fingerprint(content)
+        self._last = hash_of(content)
         return actions
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from storage.errors import PurgedError
+from storage.place import hash_of
 from storage.provenance import user
 from storage.records import Record, Records, now
 
@@ -101,4 +102,4 @@ def _hash(document: str) -> str:
 
 
 def _name(documents: list[str]) -> str:
-    return hashlib.blake2b("\n".join(documents).encode(), digest_size=16).hexdigest()
+    return hash_of("\n".join(documents).encode())

@@ -9,7 +9,6 @@ So at least one of two that run at once sees the other, and gives way. Never ope
 """
 
 import difflib
-import hashlib
 import re
 import uuid
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from typing import Literal
 
 from storage.commit_files import commits
 from storage.errors import TableError, TableNotFoundError, UsageError
-from storage.place import place_of
+from storage.place import hash_of, place_of
 from storage.provenance import user
 from storage.records import Record, Records, now
 from storage.takedown import PURGES, explain, lost
@@ -257,4 +256,4 @@ def _tag(table: str, name: str) -> Tag:
 
 
 def _pin_name(student: str) -> str:
-    return hashlib.blake2b(student.encode(), digest_size=16).hexdigest()
+    return hash_of(student.encode())

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from storage.codec import SoftLabels, encode
 from storage.commit_files import commit_file
 from storage.errors import TableError, cause
-from storage.place import WRITING, place_of
+from storage.place import WRITING, hash_of, place_of
 from storage.reader import outline, soft_labels_by_key
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.shard_file import RowKey, ShardFile, add_action, shard_of
-from storage.state import COMMIT_MESSAGE, Shard, fingerprint
+from storage.state import COMMIT_MESSAGE, Shard
 from storage.table import Table
 from storage.takedown import refusal
 
@@ -86,9 +86,7 @@ class ShardWriter:
         """
         positions = sequences.column("positions").to_numpy().astype("int64")
         encoded = encode(labels, positions, self._table.ranks)
-        self.append_encoded(
-            pa.table([*sequences.columns, *encoded.columns], [*sequences.column_names, *encoded.column_names])
-        )
+        self.append_encoded(_joined(sequences, encoded))
 
     def append_copies(self, sequences: pa.Table) -> None:
         """Add rows with the soft labels that the table has for the same keys, under whatever documents.
@@ -100,9 +98,7 @@ class ShardWriter:
             TableError: if the table has none for a key, the disk is full, or the folder can't be written.
         """
         labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist())
-        self.append_encoded(
-            pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
-        )
+        self.append_encoded(_joined(sequences, labels))
 
     def append_encoded(self, rows: pa.Table) -> None:
         """Add rows of this table's own schema, their soft labels encoded already.
@@ -242,7 +238,7 @@ def committed(
             after.pop(action.path)
     made = {
         "state": newest.state(newest.version + 1, after.values()),
-        "previous": fingerprint(newest.place.read(commit_file(newest.version))),
+        "previous": hash_of(newest.place.read(commit_file(newest.version))),
     }
     delta = DeltaTable(newest.location, version=newest.version)
     # No retries inside delta-rs: the caller has to see first what another commit has changed.
@@ -260,6 +256,10 @@ def committed(
     for publish in publications:
         publish()
     return True
+
+
+def _joined(sequences: pa.Table, labels: pa.Table) -> pa.Table:
+    return pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
 
 
 def _rows_beside(table: Table, shards: Sequence[Shard], rows: Iterable[RowKey]) -> Iterator[set[RowKey]]:
