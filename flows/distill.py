@@ -11,7 +11,8 @@ from pipeline.capturing import CaptureReport
 from pipeline.class_evaluation import ClassEvaluation
 from pipeline.distill_config import DistillConfig
 from pipeline.evaluation import EvaluationReport
-from pipeline.fitting import Origin, require_fitting, require_loss
+from pipeline.fitting import require_fitting, require_loss
+from pipeline.origin import Origin
 from pipeline.training import TrainReport
 
 

@@ -37,7 +37,7 @@ class Adapter:
                 found=f"teacher.adapter: {name}",
                 do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
             ) from None
-        folder = locate(name, "adapter")
+        folder, _ = locate(name, "adapter")
         if not all((folder / file).is_file() for file in _FILES):
             raise TeacherError(
                 "this folder holds no adapter",

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.adapter import Adapter
 from pipeline.config import TeacherConfig
-from pipeline.model_folder import broken, first_line, locate, sha256
-from storage.errors import TeacherError, UsageError
+from pipeline.model_folder import MODEL_FILES, broken, first_line, locate, sha256
+from storage.errors import TeacherError
 from storage.provenance import TeacherIdentity
 
 _SINGLE = "model.safetensors"
@@ -46,16 +46,8 @@ class Checkpoint:
             TeacherError: if it is not there, or is neither a causal language model nor a classifier in safetensors.
             UsageError: if a revision is asked of a folder.
         """
-        folder = locate(config.model, "teacher", config.revision, config.trust_remote_code)
-        revision = None if Path(config.model).is_dir() else folder.name
-        if revision is None and config.revision is not None:
-            raise UsageError(
-                "a folder has no revisions",
-                expected="a hub name with teacher.revision, or a folder without",
-                found=f"teacher.revision: {config.revision}",
-                where=folder,
-                do="leave out teacher.revision",
-            )
+        files = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
+        folder, revision = locate(config.model, "teacher", config.revision, files)
         adapter = None if config.adapter is None else Adapter.find(config.adapter)
         checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels, adapter)
         _require_config(checkpoint)

@@ -7,6 +7,7 @@ It is called as transformers calls it, so any architecture with a classification
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from pipeline.class_metrics import measure_classes
 from pipeline.class_stream import ClassBatch, ClassDataset, Documents
 from pipeline.classifier import padding_id
 from pipeline.config import TrainConfig
-from pipeline.fitting import Origin, explained, require_fitting
+from pipeline.fitting import require_fitting
 from pipeline.lesson import Lesson
 from pipeline.loading import load_model, require_weights
 from pipeline.loss import distillation_loss
+from pipeline.origin import Origin
+from pipeline.source import explained
 from pipeline.student import pruned
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
@@ -45,7 +48,7 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
         UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
     """
-    source, revision = require_fitting(config, Origin.of(table))
+    source = require_fitting(config, Origin.of(table)).path
     names = LabelMap.of(config.labels, table.identity.classes or ()).names
     head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     dtype, tokenizer = getattr(torch, config.dtype), AutoTokenizer.from_pretrained(table.tokenizer)
@@ -57,16 +60,16 @@ def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
             source, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
         )
     else:
-        student = pruned(_load(source, revision or "main", dtype, head), config, table)
+        student = pruned(_load(source, dtype, head), config, table)
     padding_id(student, tokenizer)
     return student
 
 
-def _load(source: str, revision: str, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
-    settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, revision=revision))
+def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
+    settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source))
     # A model that was saved as something else has no head, whatever the names that it would give to classes.
     same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
-    student, wrong = load_model(AutoModelForSequenceClassification, source, revision, dtype, **head)
+    student, wrong = load_model(AutoModelForSequenceClassification, source, dtype, **head)
     if not same:  # of other labels, even if they are as many
         _renew_head(student)
     # A new head, and what pools the layers' states for it, may be missing; nothing else.

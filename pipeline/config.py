@@ -195,7 +195,8 @@ class StreamConfig(Settings):
     micro_rows: PositiveInt = 8
     """Training rows of one forward pass on one device; changes memory and speed, never the loss."""
     max_k: PositiveInt | None = None
-    """Use only so many of the stored head ids; left out, all of them."""
+    """Use only so many of the stored head ids; left out, all of them. The others' mass goes to the bucket: with fewer
+    ids than the table has, the sampled tail is no target."""
     seed: int = 0
     """Seed of the order."""
 

@@ -6,119 +6,41 @@ table. Loads no weights.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
-import pyarrow.compute as pc
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.class_labels import LabelMap
-from pipeline.classes import selection_of
-from pipeline.config import CaptureConfig, TrainConfig
-from pipeline.positions import longest, positions_said
+from pipeline.config import TrainConfig
+from pipeline.origin import Origin
+from pipeline.positions import positions_said
 from pipeline.pruning import require_layers, require_neurons, spread
+from pipeline.source import Source, explained
 from pipeline.student_config import StudentConfig
-from pipeline.targets import resolve_target
+from pipeline.targets import Target, dropping, resolve_target
 from storage.errors import StudentError, UsageError
-from storage.groups import outlines
-from storage.inspection import last_capture
-from storage.view import AnyTable
-
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where soft labels come from, or are to come from: what a student of theirs has to fit."""
-
-    location: str | Path
-    """Of the table or, before there is one, of the teacher."""
-    tokenizer: Path
-    """A folder that holds it."""
-    vocabulary: int
-    """Token ids that the tokenizer knows, or the number of classes."""
-    padded_vocabulary: int
-    """Rows of the teacher's output layer."""
-    max_tokens: int
-    """Tokens that a sequence may have."""
-    longest: Callable[[], int]
-    """Tokens that the longest has, or may have as long as there is none: a table's, which are not read in vain."""
-    classes: tuple[str, ...] | None
-    """Of a classifier."""
-    temperatures: tuple[float, ...]
-    """Whose tail mass is stored."""
-    draws: bool
-    """Whether tails are sampled."""
-    teachers: Callable[[], Sequence[tuple[str, str | None]]]
-    """Folder or hub name of each teacher, and its revision on the hub: from a table's history, not read in vain."""
-
-    @classmethod
-    def of(cls, table: AnyTable) -> Self:
-        """That of a table, as its history tells it."""
-        identity = table.tables[0].identity
-        return cls(
-            location=table.location,
-            tokenizer=table.tokenizer,
-            vocabulary=identity.vocabulary,
-            padded_vocabulary=identity.padded_vocabulary,
-            max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
-            longest=partial(_longest_of, table),
-            classes=identity.classes,
-            temperatures=table.temperatures,
-            draws=table.draws,
-            teachers=partial(_teachers_of, table),
-        )
-
-    @classmethod
-    def of_capture(cls, config: CaptureConfig) -> Self:
-        """That of the table that a capture would make.
-
-        Raises:
-            TeacherError: if there is no teacher.
-        """
-        teacher = Checkpoint.find(config.teacher)
-        selection = selection_of(config.selection, teacher.classes)
-        most = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
-        return cls(
-            location=teacher.folder,
-            tokenizer=teacher.folder,
-            vocabulary=teacher.vocabulary,
-            padded_vocabulary=teacher.padded_vocabulary,
-            max_tokens=most,
-            longest=lambda: most,
-            classes=teacher.classes,
-            temperatures=selection.temperatures,
-            draws=selection.draws > 0,
-            teachers=lambda: [(config.teacher.model, teacher.revision)],
-        )
-
-
-def require_fitting(config: StudentConfig, origin: Origin) -> tuple[str, str | None]:
+def require_fitting(config: StudentConfig, origin: Origin) -> Source:
     """Refuse a student that can't be made, or could not be trained on these soft labels.
 
     Returns:
-        Folder or hub name of the model or configuration that it is made from, and its revision on the hub.
+        The files that it is made from.
 
     Raises:
         UsageError: unless exactly one place is named that it comes from; if the teacher has not so many layers or
             neurons; or if its labels can't be made.
-        StudentError: if its configuration or tokenizer can't be loaded, or does not fit.
+        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if the files of the
+            teacher that layers are taken from have changed since it was asked.
     """
-    _require_one_source(config)
+    source = Source.find(config, origin)
     _require_labels(config, origin)
-    source, revision = _source(config, origin)
     settings = explained(
-        source,
-        "configuration",
-        lambda: AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False),
+        source.path, "configuration", lambda: AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     )
     if config.config is None:
-        _require_tokenizer(source, revision, origin)
+        _require_tokenizer(source.path, origin)
     if config.depth is not None:
         spread(config.depth, settings.num_hidden_layers)
     if config.layers is not None:
@@ -127,11 +49,15 @@ def require_fitting(config: StudentConfig, origin: Origin) -> tuple[str, str | N
         require_neurons(settings, config.intermediate_size)
     _require_vocabulary(settings, origin)
     _require_positions(settings, origin)
-    return source, revision
+    source.require_unchanged()
+    return source
 
 
-def require_loss(config: TrainConfig, origin: Origin) -> None:
+def require_loss(config: TrainConfig, origin: Origin) -> Target | None:
     """Refuse a loss that these soft labels can't give.
+
+    Returns:
+        What a language model is compared with; None if the loss has no soft part.
 
     Raises:
         UsageError: if they lack what it is measured against, or it asks for a part of a classifier's distribution.
@@ -139,53 +65,9 @@ def require_loss(config: TrainConfig, origin: Origin) -> None:
     if origin.classes is not None:
         _require_class_settings(config)
     elif config.loss.soft_weight or config.loss.soft_weight_end:
-        resolve_target(config.loss, origin.temperatures, origin.draws, config.stream.max_k)
-
-
-def explained(source: str, what: str, load: Callable[[], T]) -> T:
-    """The loaded thing, or an error that says where it was looked for."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StudentError(
-            f"the student's {what} can't be loaded",
-            expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
-            found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
-            where=Path(source).absolute() if Path(source).exists() else source,
-            do="check the path (student.teacher says where a teacher is now), or fetch a damaged file again; a model "
-            "that needs code of its own, or has no safetensors, is not loaded",
-        ) from error
-
-
-def _teachers_of(table: AnyTable) -> list[tuple[str, str | None]]:
-    captures = [last_capture(part) for part in table.tables]
-    return list(dict.fromkeys((said["teacher"], said.get("revision")) for said in captures if "teacher" in said))
-
-
-def _source(config: StudentConfig, origin: Origin) -> tuple[str, str | None]:
-    named = config.model or config.config or config.teacher
-    if named is not None:
-        return named, None
-    teachers = origin.teachers()
-    if len(teachers) == 1:
-        return teachers[0]
-    raise UsageError(
-        f"the table does not say {'which teacher is meant' if teachers else 'where its teacher is'}",
-        expected="student.teacher, beside student.layers",
-        found=", ".join(sorted(name for name, _ in teachers)) or "neither that nor a teacher in the table's history",
-        where=origin.location,
-        do="name the teacher's folder with student.teacher",
-    )
-
-
-def _require_one_source(config: StudentConfig) -> None:
-    if len(config.given) != 1:
-        raise UsageError(
-            "a student comes from exactly one place",
-            expected="one of student.model, student.layers, student.depth and student.config",
-            found=", ".join(config.given) or "none of them",
-            do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
-        )
+        max_k = dropping(config.stream.max_k, origin.head)
+        return resolve_target(config.loss, origin.temperatures, origin.draws, max_k)
+    return None
 
 
 def _require_labels(config: StudentConfig, origin: Origin) -> None:
@@ -220,9 +102,9 @@ def _require_class_settings(config: TrainConfig) -> None:
         )
 
 
-def _require_tokenizer(source: str, revision: str | None, origin: Origin) -> None:
+def _require_tokenizer(source: Path, origin: Origin) -> None:
     """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
-    theirs = explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, revision=revision or "main"))
+    theirs = explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
     ours = AutoTokenizer.from_pretrained(origin.tokenizer)
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
@@ -281,7 +163,3 @@ def _require_positions(settings: Any, origin: Origin) -> None:
             do="set max_position_embeddings in its configuration, take another model, or capture with a smaller "
             "sequences.max_tokens",
         )
-
-
-def _longest_of(table: AnyTable) -> int:
-    return max((pc.max(rows.column("tokens")).as_py() or 0 for _, rows in outlines(table, ["tokens"])), default=0)

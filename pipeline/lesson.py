@@ -6,6 +6,8 @@ no loop, no checkpoint and no device.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,11 +16,20 @@ from transformers import PreTrainedModel
 
 from pipeline.averaging import decode
 from pipeline.batch import Batch
+from pipeline.config import StreamConfig, TrainConfig
+from pipeline.dataset import SoftLabelDataset
+from pipeline.holdout import Holdout
 from pipeline.loss import distillation_loss
 from pipeline.metrics import measure
+from pipeline.origin import Origin
 from pipeline.student import hidden_states, output_head
 from pipeline.student_config import LossConfig
+from pipeline.targets import Target, dropping
+from storage.errors import AccessError, IntegrityError, TableError
 from storage.view import AnyTable
+
+EVAL_TOKENS = 4096
+"""Tokens of the eval split, padding included, that are measured while training; ``evaluate`` measures all of it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student = student
         self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
-        # A view may have tables with draws beside others without: then none are used.
-        self.loss = loss if table.draws or loss.target != "auto" else loss.model_copy(update={"target": "bucket"})
+        self.loss = loss
         """What is minimised, its weights as they are at this step."""
         self._table = table
         self._max_k = max_k
@@ -78,3 +88,33 @@ class Distillation(nn.Module):
         if metrics.agreement is not None:
             logs["eval_agreement"] = metrics.agreement.mean
         return logs
+
+
+def language_lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
+    """What a language model is trained and measured on.
+
+    Args:
+        config: of the training.
+        table: what it learns from.
+        student: the model.
+        target: what the soft part of the loss compares it with; None if there is none.
+    """
+    loss = config.loss if target is None else config.loss.model_copy(update={"target": target})
+    max_k = dropping(config.stream.max_k, Origin.of(table).head)
+    return Lesson(
+        module=Distillation(student, table, loss, max_k),
+        dataset=partial(SoftLabelDataset, table, config.stream),
+        evaluation=_evaluation(table, config.stream),
+    )
+
+
+def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
+    """The first held-out batches, in the table's order; none if nothing is held out."""
+    try:
+        holdout = Holdout.of(table)
+    except (AccessError, IntegrityError):
+        raise
+    except TableError:
+        return []
+    batches = holdout.batches(stream.row_tokens, stream.packing)
+    return list(islice(batches, max(1, EVAL_TOKENS // stream.row_tokens)))

@@ -5,26 +5,26 @@ transformers itself would fill what is missing, or does not fit, with random num
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from pipeline.fitting import explained
 from pipeline.sharding import finite
+from pipeline.source import explained
 from storage.errors import StudentError
 
 
 def load_model(
-    architecture: Any, source: str, revision: str | None, dtype: torch.dtype, **settings: Any
+    architecture: Any, source: Path, dtype: torch.dtype, **settings: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """A model, and what is wrong with the weights that its files do not give, by their names.
 
     Args:
         architecture: one of transformers' Auto classes.
-        source: folder or hub name.
-        revision: on the hub.
+        source: folder.
         dtype: of the weights.
         settings: of the model's configuration.
 
@@ -37,7 +37,6 @@ def load_model(
             "model",
             lambda: architecture.from_pretrained(
                 source,
-                revision=revision or "main",
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -51,7 +50,7 @@ def load_model(
     return model, wrong
 
 
-def require_weights(model: PreTrainedModel, source: str, wrong: dict[str, str], but: str = "") -> None:
+def require_weights(model: PreTrainedModel, source: Path, wrong: dict[str, str], but: str = "") -> None:
     """Refuse a model some of whose weights are not those of its files, or are no numbers.
 
     Args:

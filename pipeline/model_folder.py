@@ -6,33 +6,43 @@ Nothing is downloaded when a folder is given, and never anything but safetensors
 import hashlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from storage.errors import TeacherError
+from storage.errors import SoftlabelError, TeacherError, UsageError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Patterns of what is fetched of a hub model."""
 _HASHES: dict[str, str] = {}
 """SHA-256 of each state of a file that this process, or the one that started it, has read."""
 _SECONDS_TO_SETTLE = 2.0
 """Age of a state that is remembered: a file that is written twice within a tick of its clock looks the same."""
 
 
-def locate(name: str, what: str, revision: str | None = None, code: bool = False) -> Path:
-    """The folder itself, or that of a hub model; its name is then the commit, so that what is loaded is written down.
+def locate(
+    name: str,
+    what: str,
+    revision: str | None = None,
+    files: Sequence[str] = MODEL_FILES,
+    error: type[SoftlabelError] = TeacherError,
+) -> tuple[Path, str | None]:
+    """The folder itself, or that of a hub model and its commit, so that what is loaded can be written down.
 
     Args:
         name: a folder, or a name on the hub.
         what: it is, for the error.
         revision: commit, tag or branch on the hub.
-        code: whether to fetch Python files too.
+        files: patterns of what to fetch.
+        error: kind of error to raise if it is neither.
 
     Raises:
-        TeacherError: if it is neither.
+        SoftlabelError: of that kind.
+        UsageError: if a revision is asked of a folder.
     """
     if Path(name).is_dir():
-        return Path(name)
+        require_no_revision(Path(name), revision)
+        return Path(name), None
     found = "no such folder"
     if _HUB_NAME.fullmatch(name):
         from huggingface_hub import snapshot_download  # only a hub model needs it
@@ -41,19 +51,35 @@ def locate(name: str, what: str, revision: str | None = None, code: bool = False
             path = snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=_FILES + (["*.py"] if code else []),
+                allow_patterns=list(files),
                 ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
             )
-            return Path(path)
-        except (OSError, ValueError) as error:
-            found = f"no such folder, and from the hub {type(error).__name__}: {first_line(error)}"
-    raise TeacherError(
+            return Path(path), Path(path).name
+        except (OSError, ValueError) as missing:
+            found = f"no such folder, and from the hub {type(missing).__name__}: {first_line(missing)}"
+    raise error(
         f"there is no such {what}",
         expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
         do="check the name; offline, fetch it beforehand and give its folder",
     )
+
+
+def require_no_revision(path: Path, revision: str | None) -> None:
+    """Refuse a revision of what is on this disk.
+
+    Raises:
+        UsageError: if one is asked for.
+    """
+    if revision is not None:
+        raise UsageError(
+            "a folder has no revisions",
+            expected="a hub name with a revision, or a folder without",
+            found=f"revision: {revision}",
+            where=path,
+            do="leave out the revision",
+        )
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 from pipeline import charts
 from pipeline.charts import Curve
 from pipeline.metrics import Estimate, Metrics
-from pipeline.student_config import LossConfig
 from storage.errors import UsageError
 from storage.folder import publish
 
@@ -60,7 +59,7 @@ class TrainedStudent:
             name=name,
             folder=folder,
             parameters=provenance["parameters"],
-            objective=LossConfig.model_validate(provenance["config"]["loss"]).in_words,
+            objective=provenance["objective"],
             history=tuple(provenance["history"]),
             trained_on=f"{table['location']}@{table['version']}",
             config=provenance["config"],

@@ -6,14 +6,17 @@ the same in pieces. Never trains.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.fitting import Origin, explained, require_fitting
+from pipeline.fitting import require_fitting
 from pipeline.loading import load_model, require_weights
+from pipeline.origin import Origin
 from pipeline.pruning import narrow, prune, spread
+from pipeline.source import explained
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError
 from storage.groups import load, outlines
@@ -55,12 +58,9 @@ def build(config: StudentConfig, table: AnyTable, packing: bool = False) -> PreT
         StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
             if it sees tokens that it must not see.
     """
-    source, revision = require_fitting(config, Origin.of(table))
+    source = require_fitting(config, Origin.of(table)).path
     dtype = getattr(torch, config.dtype)
-    if config.config is not None:
-        student = _fresh(source, table, dtype)
-    else:
-        student = pruned(_load(source, revision, dtype), config, table)
+    student = _fresh(source, table, dtype) if config.config else pruned(_load(source, dtype), config, table)
     _require_head(student)
     _require_sight(student, packing)
     return student
@@ -112,13 +112,13 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _load(source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    student, wrong = load_model(AutoModelForCausalLM, source, revision, dtype)
+def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    student, wrong = load_model(AutoModelForCausalLM, source, dtype)
     require_weights(student, source, wrong)
     return student
 
 
-def _fresh(source: str, table: AnyTable, dtype: torch.dtype) -> PreTrainedModel:
+def _fresh(source: Path, table: AnyTable, dtype: torch.dtype) -> PreTrainedModel:
     config = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     tokenizer = AutoTokenizer.from_pretrained(table.tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -16,7 +16,9 @@ class StudentConfig(Settings):
     model: str | None = None
     """Folder or hub name of a model to go on from."""
     teacher: str | None = None
-    """Folder or hub name of the teacher that layers are taken from; left out, the one that the table names."""
+    """Folder or hub name of the model that layers are taken from; left out, the table's own teacher."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub name."""
     layers: tuple[int, ...] | None = None
     """Prune the teacher to these of its layers, counted from 0."""
     depth: PositiveInt | None = None
@@ -42,6 +44,12 @@ class StudentConfig(Settings):
     def _only_a_teacher_is_narrowed(self) -> Self:
         if self.intermediate_size is not None and self.layers is None and self.depth is None:
             raise ValueError("intermediate_size makes a pruned teacher narrower: give layers or depth")
+        return self
+
+    @model_validator(mode="after")
+    def _a_revision_is_of_something(self) -> Self:
+        if self.revision is not None and not (self.model or self.teacher or self.config):
+            raise ValueError("revision is that of a hub name: give it with model, teacher or config")
         return self
 
     @property
@@ -89,10 +97,17 @@ class LossConfig(Settings):
         }
         return self.model_copy(update={**weights, "hard_weight_end": None, "soft_weight_end": None})
 
-    @property
-    def in_words(self) -> str:
-        """The loss as a reader of a report knows it: ``0.5 × cross-entropy + forward KL at temperature 2``."""
+    def in_words(self, target: str | None = None) -> str:
+        """The loss as a reader of a report knows it: ``0.5 × cross-entropy + forward KL (bucket) at temperature 2``.
+
+        Args:
+            target: what the student is compared with, if that is in question.
+        """
         divergence = self.divergence.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
+        mix = f"mix {self.mix:g}" if self.divergence == "jsd" or self.divergence.startswith("skew") else None
+        notes = [note for note in (mix, target and _TARGETS[target]) if note]
+        if notes:
+            divergence += f" ({', '.join(notes)})"
         if self.temperature != 1:
             divergence += f" at temperature {self.temperature:g}"
         parts = [
@@ -100,6 +115,15 @@ class LossConfig(Settings):
             (self.soft_weight, self.soft_weight_end, divergence),
         ]
         return " + ".join(_weighted(*part) for part in parts if part[0] or part[1])
+
+
+_TARGETS = {
+    "bucket": "bucket",
+    "sampled": "sampled tail",
+    "renormalised": "renormalised head",
+    "zero_tail": "zero tail",
+}
+"""Names of the targets in a sentence."""
 
 
 def _between(start: float, end: float | None, share: float) -> float:

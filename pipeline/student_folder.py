@@ -10,7 +10,7 @@ Decides whether a run is new, goes on, or is done already, and refuses to mix tw
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
-from pipeline.student_config import LossConfig
+from pipeline.model_card import model_card
+from pipeline.origin import Origin
+from pipeline.source import Source
+from pipeline.targets import Target
 from storage.errors import TrainingError, UsageError
 from storage.table import Table
 from storage.versions import parse
@@ -87,7 +90,7 @@ class StudentFolder:
         table = open_table(location)
         recorded = finished or unfinished
         if recorded is not None:
-            self._require_same(recorded, run_record(config, table), finished is not None)
+            self._require_same(recorded, config, table)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(
                 "the output folder holds something else",
@@ -97,6 +100,18 @@ class StudentFolder:
                 do="choose another output",
             )
         return table
+
+    def require_source(self, source: Source) -> None:
+        """Refuse to take a student that was made from other files for one of these.
+
+        Raises:
+            UsageError: naming the files that differ.
+        """
+        recorded = self.finished() or (_read(self.checkpoint / RUN) if self.checkpoint else None)
+        if recorded is not None:
+            then, now = recorded["source"]["files"], source.files
+            names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+            self._refuse([f"{source.path / name}: its content is not what it was" for name in names])
 
     def clear(self) -> None:
         """Drop what a killed run left half-written or, beside a finished student, all that it left."""
@@ -140,25 +155,29 @@ class StudentFolder:
         for weights in whole.glob("*.safetensors"):
             shutil.copymode(whole / "config.json", weights)  # safetensors leaves them to their owner alone
         shutil.copytree(tokenizer, whole, dirs_exist_ok=True)
-        (whole / "README.md").write_text(_card(record), encoding="utf-8")
+        (whole / "README.md").write_text(model_card(record), encoding="utf-8")
         (whole / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole.rename(self.path)
         shutil.rmtree(self.run)
 
-    def _require_same(self, recorded: Mapping[str, Any], settings: Mapping[str, Any], finished: bool) -> None:
-        before, now = _flatten(recorded["config"]), _flatten(settings["config"])
+    def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
+        before, now = _flatten(recorded["config"]), _flatten(config.model_dump(mode="json"))
         names = [name for name in before if name in now and name not in _FREE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
-        then, today = recorded["table"], settings["table"]
-        if then["content"] != today["content"]:
+        then = recorded["table"]
+        if then["content"] != table.content:
             differences.append(
-                f"table: {then['location']}@{then['version']} then, {today['location']}@{today['version']} now"
+                f"table: {then['location']}@{then['version']} then, {table.place.address}@{table.version} now"
             )
+        self._refuse(differences)
+
+    def _refuse(self, differences: Sequence[str]) -> None:
         if differences:
+            finished = self.finished() is not None
             raise UsageError(
                 f"there is {'a' if finished else 'an unfinished'} student here, with other settings",
-                expected="the same settings and the same version of the table, or an empty place",
+                expected="the same settings, files and version of the table, or an empty place",
                 found="\n               ".join(differences),
                 where=self.path if finished else self.run,
                 do="choose another output, or delete that folder; TABLE@VERSION pins a version of the table",
@@ -185,9 +204,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(config: TrainConfig, table: AnyTable) -> dict[str, Any]:
-    """What a student is made of: the settings, and the version of the table."""
-    return {"config": config.model_dump(mode="json"), "table": table_record(table)}
+def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Target | None) -> dict[str, Any]:
+    """What a student is made of.
+
+    Args:
+        config: the settings.
+        table: the version that it learns from.
+        source: the files that it begins as.
+        target: what the soft part of the loss compares it with, if there is a question.
+    """
+    return {
+        "config": config.model_dump(mode="json"),
+        "objective": config.loss.in_words(target),
+        "source": source.record,
+        "teachers": [{"name": teacher.name, "commit": teacher.commit} for teacher in Origin.of(table).teachers()],
+        "table": table_record(table),
+    }
 
 
 def table_record(table: AnyTable) -> dict[str, Any]:
@@ -200,48 +232,6 @@ def table_record(table: AnyTable) -> dict[str, Any]:
         "how": table.definition.how,
         "tables": [table_record(part) | {"weight": weight} for part, weight in parts],
     }
-
-
-def last_evaluation(record: Mapping[str, Any]) -> dict[str, float]:
-    """The step and the metrics of the last evaluation of the weights that are kept, or before; empty without one."""
-    evaluated = [entry for entry in record["history"] if "eval_kl" in entry and entry["step"] <= record["step"]]
-    return dict(evaluated[-1]) if evaluated else {}
-
-
-def _card(record: Mapping[str, Any]) -> str:
-    """The model card: what a finder of the folder asks first."""
-    config, table = record["config"], record["table"]
-    source = ", ".join(
-        f"{name} {value}" for name, value in config["student"].items() if name != "dtype" and value not in (None, [])
-    )
-    evaluated = last_evaluation(record)
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: text-{'generation' if table.get('identity', {}).get('classes') is None else 'classification'}",
-        "tags: [distillation, softlabel]",
-        "---",
-        "",
-        f"# {Path(config['output']).name}",
-        "",
-        f"A student of {record['parameters']:,} parameters, trained by softlabel on what a teacher said of a corpus.",
-        "",
-        f"- from: {source}",
-        f"- table: {_described(table)}",
-        f"- loss: {LossConfig.model_validate(config['loss']).in_words}",
-        *(f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in evaluated.items()),
-        "",
-        "softlabel.json holds every setting, the table's provenance and the training curve.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _described(table: Mapping[str, Any]) -> str:
-    if "tables" not in table:
-        return f"{table['location']}, version {table['version']}"
-    parts = (f"{part['weight']:g} x {_described(part)}" for part in table["tables"])
-    return f"{table['location']}, a view ({table['how']}): {'; '.join(parts)}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

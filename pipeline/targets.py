@@ -87,6 +87,11 @@ class SparseTargets:
         )
 
 
+def dropping(max_k: int | None, head: int) -> int | None:
+    """``max_k``, if it drops any id of a head that has at most so many."""
+    return max_k if max_k is not None and max_k < head else None
+
+
 def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool, max_k: int | None = None) -> Target:
     """The target form that a loss is measured against, so that a wrong request fails before anything runs.
 
@@ -94,7 +99,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
         loss: divergence, target and temperature.
         temperatures: those that the table stores.
         draws: whether the table has a sampled tail.
-        max_k: use only so many of the head's ids.
+        max_k: use only so many of the head's ids, fewer than there are.
 
     Raises:
         UsageError: if the table or the divergence does not allow it.

@@ -6,10 +6,8 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,30 +17,29 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from pipeline.averaging import require_average
-from pipeline.batch import Batch
 from pipeline.body import adapt, use_liger
 from pipeline.class_student import build_classifier, class_lesson
-from pipeline.config import StreamConfig, TrainConfig
-from pipeline.dataset import SoftLabelDataset
-from pipeline.fitting import Origin, require_loss
-from pipeline.holdout import Holdout
-from pipeline.lesson import Distillation, Lesson
+from pipeline.config import TrainConfig
+from pipeline.fitting import require_loss
+from pipeline.lesson import Lesson, language_lesson
 from pipeline.lock import alone
+from pipeline.model_card import last_evaluation
 from pipeline.order import Cursor
+from pipeline.origin import Origin
 from pipeline.progress import Watch, unwatched
 from pipeline.ranks import on_cpu, to_start, train_by
 from pipeline.sharding import is_sharded, shard, unshard
+from pipeline.source import Source
 from pipeline.student import build, parameters
-from pipeline.student_folder import StudentFolder, last_evaluation, run_record
+from pipeline.student_folder import StudentFolder, run_record
+from pipeline.targets import Target
 from pipeline.trainer import DistillationTrainer, cursor_of
-from storage.errors import AccessError, IntegrityError, TableError, TableNotFoundError, UsageError
+from storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
 from storage.table import Table
 from storage.versions import parse, pin
 from storage.view import AnyTable, View, open_table
 
-EVAL_TOKENS = 4096
-"""Tokens of the eval split, padding included, that are measured while training; ``evaluate`` measures all of it."""
 _LOGGED_STEPS = 500
 """Points of a training curve, at most about."""
 _HISTORY = (
@@ -102,13 +99,18 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     table = _agree(folder.open_table(config))
     if ranks.is_main_process:
         folder.clear()
-    finished = folder.finished()
+    finished, origin = folder.finished(), Origin.of(table)
     if finished is not None:
+        with suppress(StudentError):  # it needs what it was made from no longer
+            folder.require_source(Source.find(config.student, origin))
         return _report(config, finished, 0, None, time.monotonic() - began)
 
-    require_loss(config, Origin.of(table))
+    target = require_loss(config, origin)
     if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
         require_average(config.loss, config.stream.max_k)
+    source = Source.find(config.student, origin)
+    folder.require_source(source)
+    record = run_record(config, table, source, target)
     set_seed(config.optimiser.seed)
     student = _student(config, table)
     merge = adapt(student, config.student) if config.student.lora_rank else None
@@ -116,8 +118,9 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
         use_liger(student)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
+    lesson = _lesson(config, table, student, target)
     with folder.writing():
-        trainer = _trainer(config, table, student, folder, start, _named(watch, folder.path.name))
+        trainer = _trainer(config, lesson, record, folder, start, _named(watch, folder.path.name))
         if ranks.is_main_process:
             _pin(table, folder.path)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -126,7 +129,7 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     unshard(student)
     if merge:
         merge()
-    record = _record(config, table, student, trainer, step)
+    record |= _outcome(student, trainer, step)
     if ranks.is_main_process:
         with folder.writing():
             folder.finish(student, table.tokenizer, record)
@@ -139,6 +142,12 @@ def _student(config: TrainConfig, table: AnyTable) -> PreTrainedModel:
     if _of_classes(table):
         return build_classifier(config.student, table)
     return build(config.student, table, config.stream.packing)
+
+
+def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
+    if _of_classes(table):
+        return class_lesson(config, table, student)
+    return language_lesson(config, table, student, target)
 
 
 def _named(watch: Watch, student: str) -> Watch:
@@ -166,14 +175,13 @@ def _pin(table: AnyTable, student: Path) -> None:
 
 def _trainer(
     config: TrainConfig,
-    table: AnyTable,
-    student: PreTrainedModel,
+    lesson: Lesson,
+    record: dict[str, Any],
     folder: StudentFolder,
     start: Cursor,
     watch: Watch,
 ) -> DistillationTrainer:
     ranks, settings = PartialState(), config.optimiser
-    lesson = class_lesson(config, table, student) if _of_classes(table) else _lesson(config, table, student)
     dataset = lesson.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
@@ -183,6 +191,7 @@ def _trainer(
     )
     if settings.gradient_checkpointing:
         # The older name, which is all that older transformers have, warns that it will go.
+        student: Any = lesson.module.student
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     arguments = TrainingArguments(
@@ -210,13 +219,12 @@ def _trainer(
         report_to="none",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are pipeline.ranks' business, never nn.DataParallel's
-    record = run_record(config, table)
     if not lesson.evaluation and (settings.keeps_best or settings.patience is not None):
         raise UsageError(
             "nothing is held out that could say which weights are the best, or when to stop",
             expected="an eval split, or neither optimiser.patience nor optimiser.keep best",
-            found=f"no sequence in the eval split of version {table.version}",
-            where=table.location,
+            found=f"no sequence in the eval split of version {record['table']['version']}",
+            where=record["table"]["location"],
             do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
@@ -227,40 +235,17 @@ def _trainer(
     return trainer
 
 
-def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel) -> Lesson:
-    """What a language model is trained and measured on."""
-    return Lesson(
-        module=Distillation(student, table, config.loss, config.stream.max_k),
-        dataset=partial(SoftLabelDataset, table, config.stream),
-        evaluation=_evaluation(table, config.stream),
-    )
-
-
-def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
-    """The first held-out batches, in the table's order; none if nothing is held out."""
-    try:
-        holdout = Holdout.of(table)
-    except (AccessError, IntegrityError):
-        raise
-    except TableError:
-        return []
-    batches = holdout.batches(stream.row_tokens, stream.packing)
-    return list(islice(batches, max(1, EVAL_TOKENS // stream.row_tokens)))
-
-
 def _of_classes(table: AnyTable) -> TypeGuard[Table]:
     """Whether a classifier made it; a view's tables are of teachers that predict tokens."""
     return isinstance(table, Table) and table.identity.classes is not None
 
 
-def _record(
-    config: TrainConfig, table: AnyTable, student: PreTrainedModel, trainer: DistillationTrainer, step: int
-) -> dict[str, Any]:
+def _outcome(student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> dict[str, Any]:
+    """What the run adds to its record."""
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
     ]
     return {
-        **run_record(config, table),
         "parameters": parameters(student),
         "step": step,
         "history": [entry for entry in history if len(entry) > 1],

@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.model_folder import sha256
 from pipeline.selection import Selection, select
 from storage.codec import SoftLabels
 from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
@@ -16,6 +17,7 @@ from storage.table import Table
 from storage.writer import ShardWriter
 
 VOCABULARY, PADDED = 500, 512
+_FILES = ("config.json", "model.safetensors")
 SELECTION = Selection(top_p=0.9, min_k=1, max_k=8, draws=8, temperatures=(1.0,), seed=0)
 
 
@@ -25,7 +27,7 @@ def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6) 
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     identity = Identity(
-        teacher=TeacherIdentity(files={"model.safetensors": "0"}, dtype="float32"),
+        teacher=TeacherIdentity(files={file: sha256(teacher / file) for file in _FILES}, dtype="float32"),
         tokenizer=TokenizerIdentity(files="0", chat_template=None, chat_template_date=date(2026, 1, 1)),
         vocabulary=VOCABULARY,
         padded_vocabulary=PADDED,

@@ -19,7 +19,7 @@ BAD = [
     ({"depth": 3}, UsageError, "not so many layers"),
     ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
     ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
-    ({"model": "nowhere/at-all"}, StudentError, "configuration can't be loaded"),
+    ({"model": "nowhere/at-all"}, StudentError, "there is no such model"),
     ({"model": "stranger"}, StudentError, "499 tokens"),
     ({"config": "small.json"}, StudentError, "at least 500 rows"),
     ({"config": "short.json"}, StudentError, r"at least \d+ positions"),
@@ -57,7 +57,7 @@ def test_a_student_that_can_not_be(student, kind, said, table, tiny_teacher):
 
 def test_a_student_that_can(table, tiny_teacher):
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
-        assert require_fitting(StudentConfig(depth=2), origin) == (str(tiny_teacher), None)
+        assert require_fitting(StudentConfig(depth=2), origin).path == tiny_teacher
         assert AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab()
 
 

@@ -1,0 +1,115 @@
+"""Where soft labels come from, or are to come from: all that a student of theirs has to fit.
+
+The same of a table as of a teacher that is yet to be asked, so that nobody pays for labels that nobody can learn.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import pyarrow.compute as pc
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.classes import selection_of
+from pipeline.config import CaptureConfig
+from pipeline.positions import longest
+from storage.groups import outlines
+from storage.inspection import last_capture
+from storage.provenance import TeacherIdentity
+from storage.view import AnyTable
+
+
+class Teacher(NamedTuple):
+    """Who said it."""
+
+    name: str
+    """Folder or hub name."""
+    commit: str | None
+    """Of a hub model."""
+    identity: TeacherIdentity
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where soft labels come from, or are to come from: what a student of theirs has to fit."""
+
+    location: str | Path
+    """Of the table or, before there is one, of the teacher."""
+    tokenizer: Path
+    """A folder that holds it."""
+    vocabulary: int
+    """Token ids that the tokenizer knows, or the number of classes."""
+    padded_vocabulary: int
+    """Rows of the teacher's output layer."""
+    max_tokens: int
+    """Tokens that a sequence may have."""
+    longest: Callable[[], int]
+    """Tokens that the longest has, or may have as long as there is none: a table's, which are not read in vain."""
+    classes: tuple[str, ...] | None
+    """Of a classifier."""
+    temperatures: tuple[float, ...]
+    """Whose tail mass is stored."""
+    draws: bool
+    """Whether tails are sampled."""
+    head: int
+    """Ids that a position may have in its head."""
+    teachers: Callable[[], Sequence[Teacher]]
+    """Each teacher: from a table's history, which is not read in vain."""
+
+    @classmethod
+    def of(cls, table: AnyTable) -> Self:
+        """That of a table, as its history tells it."""
+        identity = table.tables[0].identity
+        return cls(
+            location=table.location,
+            tokenizer=table.tokenizer,
+            vocabulary=identity.vocabulary,
+            padded_vocabulary=identity.padded_vocabulary,
+            max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
+            longest=partial(_longest_of, table),
+            classes=identity.classes,
+            temperatures=table.temperatures,
+            draws=table.draws,
+            head=max(part.identity.selection.max_k for part in table.tables),
+            teachers=partial(_teachers_of, table),
+        )
+
+    @classmethod
+    def of_capture(cls, config: CaptureConfig) -> Self:
+        """That of the table that a capture would make.
+
+        Raises:
+            TeacherError: if there is no teacher.
+        """
+        teacher = Checkpoint.find(config.teacher)
+        selection = selection_of(config.selection, teacher.classes)
+        most = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
+        return cls(
+            location=teacher.folder,
+            tokenizer=teacher.folder,
+            vocabulary=teacher.vocabulary,
+            padded_vocabulary=teacher.padded_vocabulary,
+            max_tokens=most,
+            longest=lambda: most,
+            classes=teacher.classes,
+            temperatures=selection.temperatures,
+            draws=selection.draws > 0,
+            head=selection.max_k,
+            teachers=lambda: [Teacher(config.teacher.model, teacher.revision, teacher.identity)],
+        )
+
+
+def _teachers_of(table: AnyTable) -> list[Teacher]:
+    found: list[Teacher] = []
+    for part in table.tables:
+        said = last_capture(part)
+        if "teacher" in said:
+            teacher = Teacher(said["teacher"], said.get("revision"), part.identity.teacher)
+            found += [teacher] if teacher not in found else []
+    return found
+
+
+def _longest_of(table: AnyTable) -> int:
+    return max((pc.max(rows.column("tokens")).as_py() or 0 for _, rows in outlines(table, ["tokens"])), default=0)

@@ -1,0 +1,131 @@
+"""What a student was made from is written down by its hashes; other files in the same place are not taken for it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pipeline.origin import Origin
+from pipeline.source import Source
+from pipeline.student import build
+from pipeline.student_config import StudentConfig
+from pipeline.training import train
+from storage.errors import StudentError, UsageError
+from storage.provenance import TeacherIdentity
+from tests.pipeline.tables import make_table
+from tests.pipeline.test_hub import NEW, OLD, hub  # noqa: F401
+from tests.pipeline.trainings import interrupt_at, settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def change(folder: Path) -> None:
+    """Other weights, of the same shape and name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.norm.weight.data *= 2
+    model.save_pretrained(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    names = ("config.json", "model.safetensors")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "softlabel.json").read_text())
+
+
+@pytest.fixture
+def model(tiny_teacher, tmp_path):
+    return shutil.copytree(tiny_teacher, tmp_path / "model")
+
+
+def going_on(table, output, model):
+    student = {"layers": None, "model": str(model)}
+    return settings(table, output, student=student, optimiser={"max_steps": 4, "checkpoint_steps": 1})
+
+
+def test_record_and_card_name_what_a_student_is_made_of(table, tiny_teacher, model, tmp_path):
+    loss = {"divergence": "skew_forward_kl", "mix": 0.25, "hard_weight": 0.5}
+    config = going_on(table, tmp_path / "student", model).model_copy(
+        update={"loss": settings(table, "", loss=loss).loss}
+    )
+    train(config)
+    record, card = record_of(tmp_path / "student"), (tmp_path / "student" / "README.md").read_text()
+    assert record["source"] == {"name": str(model), "commit": None, "files": hashes(model)}
+    assert record["teachers"] == [{"name": str(tiny_teacher), "commit": None}]
+    assert record["objective"] == "0.5 × cross-entropy + skew forward KL (mix 0.25, bucket)"
+    for said in (f"- from: {model}\n", f"- teacher: {tiny_teacher}\n", f"- loss: {record['objective']}\n"):
+        assert said in card
+    assert "LoRA" not in card
+
+
+def test_other_files_in_the_same_place_are_another_student(table, model, tmp_path):
+    config = going_on(table, tmp_path / "student", model)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(2))
+    before = shutil.copytree(model, tmp_path / "before")
+    change(model)
+    with pytest.raises(UsageError, match=r"an unfinished student(.|\n)*model\.safetensors: its content is not what"):
+        train(config)
+    shutil.copytree(before, model, dirs_exist_ok=True)
+    assert train(config).resumed_from == 1
+
+    change(model)
+    with pytest.raises(UsageError, match=r"there is a student here(.|\n)*model\.safetensors"):
+        train(config)
+    shutil.rmtree(model)
+    assert train(config).steps_trained == 0, "a finished student needs what it was made from no longer"
+
+
+def test_layers_are_those_of_the_teacher_that_spoke(model, tmp_path):
+    own = make_table(tmp_path / "table", model, train=8, held_out=0)
+    build(StudentConfig(layers=(1,)), own)
+    change(model)
+    with pytest.raises(StudentError, match=r"(?s)teacher is not there any more.*model\.safetensors is another"):
+        build(StudentConfig(layers=(1,)), own)
+    assert build(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
+
+
+def test_layers_of_a_teacher_with_an_adapter(model, table):
+    spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
+    origin = Origin.of(table)
+    [teacher] = origin.teachers()
+    source = Source(str(model), model, None, weights=True, teacher=teacher._replace(identity=spoke))
+    with pytest.raises(StudentError, match="without the adapter"):
+        source.require_unchanged()
+
+
+def test_a_configuration_is_pinned_without_weights(table, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=512, **sizes).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    for given in (tmp_path, file):
+        found = Source.find(StudentConfig(config=str(given)), Origin.of(table))
+        assert found.files == {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()}
+        with pytest.raises(UsageError, match="no revisions"):
+            Source.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_revision_of_a_hub_model(table, tmp_path):
+    for revision, commit in ((None, OLD), (NEW, NEW)):
+        output = tmp_path / commit
+        student = {"layers": None, "model": "org/name", "revision": revision}
+        train(settings(table, output, student=student, optimiser={"max_steps": 1}))
+        source = record_of(output)["source"]
+        assert (source["name"], source["commit"]) == ("org/name", commit)
+        assert source["files"] == hashes(tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
+        assert f"- from: org/name at {commit}\n" in (output / "README.md").read_text()
+    with pytest.raises(StudentError, match="revision v2"):
+        build(StudentConfig(model="org/name", revision="v2"), table)
+
+
+@pytest.mark.parametrize(("max_k", "target"), [(8, "sampled tail"), (99, "sampled tail"), (7, "bucket")])
+def test_fewer_ids_than_the_table_has_make_the_tail_a_bucket(max_k, target, table, tmp_path):
+    train(settings(table, tmp_path / "student", stream={"max_k": max_k}, optimiser={"max_steps": 1}))
+    assert record_of(tmp_path / "student")["objective"] == f"forward KL ({target})"
