@@ -89,6 +89,10 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
     last = np.zeros(labels.positions, np.int32)
     filled = labels.head_counts > 0
     last[filled] = head_codes[(head_starts + labels.head_counts - 1)[filled]]
+    # What a decoded head was shifted by may have moved it past a tail of the same code.
+    highest = np.repeat(last, labels.tail_counts)
+    assert (tail_codes >= highest - 1).all(), "ids of the tail come after those of the head in the order of logits"
+    tail_codes = np.maximum(tail_codes, highest)
     zeros = np.zeros_like(last)
     flat = {
         "head_counts": labels.head_counts,
