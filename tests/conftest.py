@@ -1,5 +1,6 @@
 """What every test may lean on: a small real teacher, real documents, and a shell with no way to the internet."""
 
+import gc
 import os
 
 os.environ |= {
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = ["end_to_end", "training_sharded", "training_ranks", "mix", "workers", "capturing", "flows", "bucket"]
     files = [f"test_{name}.py" for name in long]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported stays: each training would look through all of it for garbage, for a second."""
+    gc.collect()
+    gc.freeze()
 
 
 CHATML = (

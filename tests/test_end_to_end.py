@@ -18,13 +18,30 @@ from storage.reader import index
 from storage.table import Table
 from tests.pipeline.test_workers import gone, workers_of
 
+NO_WAY_OUT = """
+import os, socket
+
+def record(place):
+    if not str(place).startswith(("127.", "::1", "localhost", "/", "None")):
+        with open(os.environ["CALLED"], "a") as calls:
+            print(place, file=calls)
+
+connect, resolve = socket.socket.connect, socket.getaddrinfo
+socket.socket.connect = lambda self, at: (record(at[0] if isinstance(at, tuple) else at), connect(self, at))[1]
+socket.getaddrinfo = lambda host, *rest, **more: (record(host), resolve(host, *rest, **more))[1]
+"""
+"""A sitecustomize that notes every address that is not this machine's own."""
+
 
 def softlabel(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("softlabel")), *arguments]
 
 
 def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2 and a few pages of Python's manual: with its soft labels a student comes closer to it than without."""
+    """SmolLM2 and a few pages of Python's manual: with its soft labels a student comes closer to it than without.
+
+    As a person runs it, with no server configured: stdout is one object, and nothing calls home.
+    """
     demo.prepare_documents(tmp_path / "all.parquet")
     documents = pq.read_table(tmp_path / "all.parquet")
     small = pa.compute.less(pa.compute.utf8_length(documents.column("text")), 1200)
@@ -38,8 +55,14 @@ def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path
     config["optimiser"] = {"max_steps": 9, "eval_steps": 9, "learning_rate": 1e-3, "bf16": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
+    calls = tmp_path / "calls"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "CI"))}
+    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(tmp_path / "prefect")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not calls.exists(), calls.read_text()
     report = json.loads(done.stdout)
     student, control = report["evaluate"]["students"]
     assert (student["name"], control["name"]) == ("student", "control")

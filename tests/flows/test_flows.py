@@ -1,9 +1,5 @@
 """The flows on a real Prefect server and a tiny teacher, as the command line runs them."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +10,6 @@ from tests.conftest import ROOT
 from tests.flows.commands import softlabel
 
 FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
-
-NO_WAY_OUT = """
-import os, socket
-
-def record(place):
-    if not str(place).startswith(("127.", "::1", "localhost", "/", "None")):
-        with open(os.environ["CALLED"], "a") as calls:
-            print(place, file=calls)
-
-connect, resolve = socket.socket.connect, socket.getaddrinfo
-socket.socket.connect = lambda self, at: (record(at[0] if isinstance(at, tuple) else at), connect(self, at))[1]
-socket.getaddrinfo = lambda host, *rest, **more: (record(host), resolve(host, *rest, **more))[1]
-"""
-"""A sitecustomize that notes every address that is not this machine's own."""
 
 
 @pytest.fixture
@@ -178,19 +160,3 @@ def test_empty_documents(small: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     code, error, _ = softlabel(capsys, "distill", "--config", str(small), "--documents", str(empty))
     assert (code, error["error"]) == (1, "DocumentsError")
     assert not (tmp_path / "table").exists()
-
-
-def test_embedded_server_without_a_way_out(small: Path, tmp_path: Path, prefect_home: Path):
-    """The command as a person runs it, with no server configured: stdout is one object, and nothing calls home."""
-    (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
-    calls = tmp_path / "calls"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "CI"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(prefect_home)}
-    given = yaml.safe_load(small.read_text())
-    command = [Path(sys.executable).with_name("softlabel"), "capture", given["documents"], given["table"]]
-    command += ["--teacher.model", given["teacher"]["model"], "--sequences.max-tokens", "128", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["positions"] > 10_000
-    assert "Traceback" not in done.stderr
-    assert not calls.exists(), calls.read_text()

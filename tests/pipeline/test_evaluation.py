@@ -117,6 +117,7 @@ def make_student(folder, tiny_teacher, trained_on, noise=0.0, history=()):
     config = TrainConfig(table="t", output="o", student=StudentConfig(layers=(0,)))
     content = {
         "config": config.model_dump(mode="json"),
+        "objective": "forward KL",
         "table": trained_on,
         "parameters": model.num_parameters(),
         "history": list(history),
