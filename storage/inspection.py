@@ -37,7 +37,8 @@ class ColumnSize:
     bytes: int
     bytes_per_position: float
     entropy_per_position: float | None
-    """Bytes that a perfect code for single values would take, estimated from a sample; None if it holds no numbers."""
+    """Bytes that a perfect code for single values would take, estimated from a sample; None of what is no soft
+    label."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Inspection:
     columns: dict[str, ColumnSize]
     soft_label_bytes_per_position: float
     """All soft-label columns together."""
+    soft_label_entropy_per_position: float
+    """The same of their entropies."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def inspect(table: Table) -> Inspection:
         for name, size in sizes.items()
     }
     soft_labels = sum(columns[name].bytes_per_position for name in SOFT_LABELS.names if name in columns)
-    return Inspection(table.location, table.version, splits, columns, soft_labels)
+    return Inspection(table.location, table.version, splits, columns, soft_labels, sum(entropies.values()))
 
 
 def column_bytes(table: Table) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Makes a view over several tables (``storage.view``), or says why they do not go together. Reads no soft labels."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from storage.opening import VIEW_FILE, is_view
 from storage.place import place_of
 from storage.provenance import Identity, user
 from storage.records import now
+from storage.seal import seal
 from storage.table import Table
 from storage.versions import parse, pin, unpin
 from storage.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
@@ -55,7 +55,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
 
 def _write(location: str, definition: Definition) -> None:
     try:
-        place_of(location).write(VIEW_FILE, json.dumps(asdict(definition), indent=2).encode(), replace=False)
+        place_of(location).write(VIEW_FILE, seal(asdict(definition)), replace=False)
     except OSError as error:
         if is_view(location):  # another process was first, perhaps with the same
             return _require_free(location, definition)

@@ -5,14 +5,14 @@ TABLE/_softlabel/<kind>/<name>.json
 Each holds a hash of what else it says, so that a damaged one is not taken for another tag, or another refuse list.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from storage.errors import IntegrityError, TableError
-from storage.place import SIDE_FOLDER, Place, hash_of, place_of
+from storage.place import SIDE_FOLDER, Place, place_of
+from storage.seal import seal, unseal
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,10 @@ class Records(Generic[R]):
     def _read(self, place: Place, name: str) -> R | None:
         """None if it was removed a moment ago."""
         try:
-            says = json.loads(place.read(name).decode())
-            if says.pop("hash") != _hash(says):
-                raise ValueError("it holds something else than was written")
-            return self._record(**says)
+            return self._record(**unseal(place.read(name)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise IntegrityError(
                 f"a record in the table's {self._kind} is damaged",
                 expected="JSON with the hash of what it says",
@@ -87,9 +84,8 @@ class Records(Generic[R]):
             TableError: if it can't be written.
         """
         place, path = place_of(table), self._path(name)
-        says = asdict(record)
         try:
-            place.write(path, json.dumps({**says, "hash": _hash(says)}).encode(), replace=replace)
+            place.write(path, seal(asdict(record)), replace=replace)
         except FileExistsError:
             raise
         except OSError as error:
@@ -109,10 +105,6 @@ class Records(Generic[R]):
 
     def _path(self, name: str) -> str:
         return f"{SIDE_FOLDER}/{self._kind}/{name}.json"
-
-
-def _hash(says: Mapping[str, Any]) -> str:
-    return hash_of(json.dumps(says, sort_keys=True).encode())
 
 
 def now() -> str:

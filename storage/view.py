@@ -22,6 +22,7 @@ from storage.codec import Ints
 from storage.errors import IntegrityError, TableError, TableNotFoundError
 from storage.opening import VIEW_FILE, is_view
 from storage.place import Place, place_of
+from storage.seal import unseal
 from storage.table import Table
 from storage.versions import parse
 
@@ -42,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Definition:
-    """What view.json holds."""
+    """What view.json holds, beside a hash of it."""
 
     format: int
     how: How
@@ -170,8 +171,8 @@ def read_definition(place: Place) -> Definition:
         TableError: if another version of softlabel made it.
     """
     try:
-        definition = TypeAdapter(Definition).validate_json(place.read(VIEW_FILE))
-    except (OSError, ValidationError) as error:
+        definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE)))
+    except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         raise IntegrityError(
             "the view can't be read",

@@ -36,6 +36,8 @@ def test_sizes_add_up(large: Table):
     assert column_bytes(large) == {name: column.bytes for name, column in found.columns.items()}
     for column in found.columns.values():
         assert column.bytes_per_position == column.bytes / 6000
+    entropies = [found.columns[name].entropy_per_position for name in SOFT_LABELS.names]
+    assert found.soft_label_entropy_per_position == pytest.approx(sum(entropies))
     assert found.soft_label_bytes_per_position == pytest.approx(
         sum(found.columns[name].bytes for name in SOFT_LABELS.names) / 6000
     )

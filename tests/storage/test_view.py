@@ -1,6 +1,5 @@
 """Views: what they hold of their tables, what may be mixed, and that a view is what it was made of or an error."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from storage.mixing import make_view
 from storage.provenance import SelectionIdentity
 from storage.reader import read
 from storage.schema import SOFT_LABELS
+from storage.seal import seal, unseal
 from storage.table import Table
 from storage.verification import remove_damaged, verify
 from storage.versions import pins
@@ -186,14 +186,16 @@ def test_what_is_not_as_it_was_is_an_error(tmp_path):
     with pytest.raises(IntegrityError, match="not the one that the view was made of"):
         open_table(view.location)
     file = Path(view.location, "view.json")
-    content = json.loads(file.read_text())
+    content = unseal(file.read_bytes())
     weightless = [{**part, "weight": 0} for part in content["parts"]]
     broken = ({**content, "parts": [{"table": "a"}]}, {"format": 1}, {**content, "parts": []}, {**content, "how": "?"})
-    for damage in ("{", "[]", "null", *map(json.dumps, broken), json.dumps({**content, "parts": weightless})):
-        file.write_text(damage)
+    heavier = file.read_bytes().replace(b'"weight": 1.0', b'"weight": 2.0')
+    assert heavier != file.read_bytes()
+    for damage in (b"{", b"[]", b"null", heavier, *map(seal, broken), seal({**content, "parts": weightless})):
+        file.write_bytes(damage)
         with pytest.raises(IntegrityError, match="the view can't be read"):
             open_table(view.location)
-    file.write_text(json.dumps({**content, "format": 2}))
+    file.write_bytes(seal({**content, "format": 2}))
     with pytest.raises(TableError, match="another version of softlabel"):
         open_table(view.location)
 
