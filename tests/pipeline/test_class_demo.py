@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -54,3 +55,8 @@ def test_the_commands_of_the_readme(tmp_path):
     chance = 1 / len(class_demo.LABELS)
     assert report["teacher"]["accuracy"] > student["accuracy"] > chance < control["accuracy"]
     assert student["kl"] < control["kl"]
+    subprocess.run(
+        [sys.executable, "-m", "pipeline.class_demo", str(folder), str(tmp_path / "picture.svg")], check=True
+    )
+    drawn = " ".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())
+    assert all(name in drawn for name in ("student", "control", "KL to the teacher"))
