@@ -38,11 +38,11 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     console.print(splits)
     columns = table_of("column", "bytes", "bytes a position", "entropy")
     for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
-        entropy = "" if column.entropy_per_position is None else f"{abs(column.entropy_per_position):.2f}"
+        entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
         columns.add_row(name, bytes_of(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
     columns.add_section()
     together = (inspection.soft_label_bytes_per_position, inspection.soft_label_entropy_per_position)
-    columns.add_row("soft labels together", "", *(f"{abs(number):.2f}" for number in together))
+    columns.add_row("soft labels together", "", *(f"{number:.2f}" for number in together))
     console.print(columns)
     console.print("entropy: bytes a position of a perfect code for the column's single values, from a sample")
 

@@ -5,7 +5,6 @@ downloaded when a folder is given, no repository's code is run unless asked for,
 lack a weight are an error, not a random layer.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.adapter import Adapter
 from pipeline.config import TeacherConfig
-from pipeline.model_folder import MODEL_FILES, broken, first_line, locate, sha256
+from pipeline.model_folder import MODEL_FILES, broken, first_line, locate, sha256, weight_files
 from storage.errors import TeacherError
 from storage.provenance import TeacherIdentity
-
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,11 @@ class Checkpoint:
     @cached_property
     def weights(self) -> list[Path]:
         """The safetensors files that hold the weights."""
-        index = self.folder / "model.safetensors.index.json"
-        sharded = index.is_file() and not (self.folder / _SINGLE).is_file()
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values()) if sharded else {_SINGLE}
+            files = weight_files(self.folder)
         except (ValueError, KeyError, AttributeError) as error:
-            raise broken(f"{index.name} can't be read", self.folder, error) from None
-        missing = sorted(name for name in names if not (self.folder / name).is_file())
+            raise broken("model.safetensors.index.json can't be read", self.folder, error) from None
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise TeacherError(
                 "the teacher's weights are not there",
@@ -88,7 +83,7 @@ class Checkpoint:
                 where=self.folder,
                 do="load the model once with transformers and save_pretrained() it: that writes safetensors",
             )
-        return [self.folder / name for name in sorted(names)]
+        return files
 
     @cached_property
     def identity(self) -> TeacherIdentity:

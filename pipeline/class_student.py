@@ -26,7 +26,7 @@ from pipeline.lesson import Lesson
 from pipeline.loading import load_model, require_weights
 from pipeline.loss import distillation_loss
 from pipeline.origin import Origin
-from pipeline.source import explained
+from pipeline.source import Source, explained
 from pipeline.student import pruned
 from pipeline.student_config import LossConfig, StudentConfig
 from pipeline.targets import SparseTargets
@@ -39,28 +39,33 @@ EVAL_BATCHES = 32
 """So many passes at most; ``evaluate`` measures all of the eval split."""
 
 
-def build_classifier(config: StudentConfig, table: Table) -> PreTrainedModel:
+def build_classifier(config: StudentConfig, table: Table, source: Source | None = None) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, with a head for its labels.
 
     A head for the same labels is kept as it is; of another model, or for other labels, it is made anew at random.
+
+    Args:
+        config: where it comes from.
+        table: what it has to fit.
+        source: the files that it is made from, if they have been found already.
 
     Raises:
         UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
     """
-    source = require_fitting(config, Origin.of(table)).path
+    folder = require_fitting(config, Origin.of(table), source).path
     names = LabelMap.of(config.labels, table.identity.classes or ()).names
     head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     dtype, tokenizer = getattr(torch, config.dtype), AutoTokenizer.from_pretrained(table.tokenizer)
     if config.config is not None:
-        settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, **head))
+        settings = explained(folder, "configuration", lambda: AutoConfig.from_pretrained(folder, **head))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(settings, name, getattr(tokenizer, name))
         student = explained(
-            source, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
+            folder, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
         )
     else:
-        student = pruned(_load(source, dtype, head), config, table)
+        student = pruned(_load(folder, dtype, head), config, table)
     padding_id(student, tokenizer)
     return student
 

@@ -22,8 +22,13 @@ from pipeline.targets import Target, dropping, resolve_target
 from storage.errors import StudentError, UsageError
 
 
-def require_fitting(config: StudentConfig, origin: Origin) -> Source:
+def require_fitting(config: StudentConfig, origin: Origin, source: Source | None = None) -> Source:
     """Refuse a student that can't be made, or could not be trained on these soft labels.
+
+    Args:
+        config: where it comes from.
+        origin: what it has to fit.
+        source: the files that it is made from, if they have been found already.
 
     Returns:
         The files that it is made from.
@@ -34,7 +39,7 @@ def require_fitting(config: StudentConfig, origin: Origin) -> Source:
         StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if the files of the
             teacher that layers are taken from have changed since it was asked.
     """
-    source = Source.find(config, origin)
+    source = source or Source.find(config, origin)
     _require_labels(config, origin)
     settings = explained(
         source.path, "configuration", lambda: AutoConfig.from_pretrained(source.path, trust_remote_code=False)

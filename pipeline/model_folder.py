@@ -4,6 +4,7 @@ Nothing is downloaded when a folder is given, and never anything but safetensors
 """
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from storage.errors import SoftlabelError, TeacherError, UsageError
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Patterns of what is fetched of a hub model."""
+_SINGLE = "model.safetensors"
 _HASHES: dict[str, str] = {}
 """SHA-256 of each state of a file that this process, or the one that started it, has read."""
 _SECONDS_TO_SETTLE = 2.0
@@ -59,7 +61,9 @@ def locate(
             found = f"no such folder, and from the hub {type(missing).__name__}: {first_line(missing)}"
     raise error(
         f"there is no such {what}",
-        expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub",
+        expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub"
+        if files != ["config.json"]
+        else "a folder with a config.json, a file like that, or a name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
         do="check the name; offline, fetch it beforehand and give its folder",
@@ -80,6 +84,18 @@ def require_no_revision(path: Path, revision: str | None) -> None:
             where=path,
             do="leave out the revision",
         )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load from a folder, whether they are there or not.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError: if the index of several files can't be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    sharded = index.is_file() and not (folder / _SINGLE).is_file()
+    names = set(json.loads(index.read_text())["weight_map"].values()) if sharded else {_SINGLE}
+    return [folder / name for name in sorted(names)]
 
 
 def sha256(path: Path) -> str:

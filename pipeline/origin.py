@@ -28,7 +28,15 @@ class Teacher(NamedTuple):
     """Folder or hub name."""
     commit: str | None
     """Of a hub model."""
-    identity: TeacherIdentity
+    files: dict[str, str]
+    """SHA-256 of each of its files, by name; none if the documents' labels stood for it."""
+    adapter: str | None
+    """SHA-256 of an adapter's weights."""
+
+    @classmethod
+    def of(cls, name: str, commit: str | None, identity: TeacherIdentity) -> Self:
+        """One that was found under a name."""
+        return cls(name, commit, identity.files, identity.adapter)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Origin:
             classes=identity.classes,
             temperatures=table.temperatures,
             draws=table.draws,
-            head=max(part.identity.selection.max_k for part in table.tables),
+            head=min(identity.vocabulary, max(part.identity.selection.max_k for part in table.tables)),
             teachers=partial(_teachers_of, table),
         )
 
@@ -96,8 +104,8 @@ class Origin:
             classes=teacher.classes,
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
-            head=selection.max_k,
-            teachers=lambda: [Teacher(config.teacher.model, teacher.revision, teacher.identity)],
+            head=min(teacher.vocabulary, selection.max_k),
+            teachers=lambda: [Teacher.of(config.teacher.model, teacher.revision, teacher.identity)],
         )
 
 
@@ -106,7 +114,7 @@ def _teachers_of(table: AnyTable) -> list[Teacher]:
     for part in table.tables:
         said = last_capture(part)
         if "teacher" in said:
-            teacher = Teacher(said["teacher"], said.get("revision"), part.identity.teacher)
+            teacher = Teacher.of(said["teacher"], said.get("revision"), part.identity.teacher)
             found += [teacher] if teacher not in found else []
     return found
 

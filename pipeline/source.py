@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from safetensors import SafetensorError
 
-from pipeline.model_folder import locate, require_no_revision, sha256
+from pipeline.model_folder import locate, require_no_revision, sha256, weight_files
 from pipeline.origin import Origin, Teacher
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
@@ -48,7 +48,8 @@ class Source:
         if name is None:
             teacher = _teacher_of(origin)
             what = "teacher as the table names it (student.teacher says where it is now)"
-            path, commit = locate(teacher.name, what, teacher.commit, error=StudentError)
+            revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared, in any case
+            path, commit = locate(teacher.name, what, revision, error=StudentError)
             return cls(teacher.name, path, commit, weights=True, teacher=teacher)
         if config.config is None:
             path, commit = locate(name, "model for the student", config.revision, error=StudentError)
@@ -61,10 +62,16 @@ class Source:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """SHA-256 of the configuration and of each weight file, by name."""
-        if self.path.is_file():
-            return {self.path.name: sha256(self.path)}
-        files = [self.path / "config.json", *(sorted(self.path.glob("*.safetensors")) if self.weights else [])]
+        """SHA-256 of the configuration and of the weights, those that are there, by name.
+
+        Raises:
+            StudentError: if one of them can't be read.
+        """
+        return explained(self.path, "files", self._hashes)
+
+    def _hashes(self) -> dict[str, str]:
+        files = [self.path] if self.path.is_file() else [self.path / "config.json"]
+        files += weight_files(self.path) if self.weights else []
         return {file.name: sha256(file) for file in files if file.is_file()}
 
     @property
@@ -80,9 +87,10 @@ class Source:
         """
         if self.teacher is None:
             return
-        spoke = self.teacher.identity
-        found = [f"{name} is another" for name, hash in spoke.files.items() if self.files.get(name) != hash]
-        if spoke.adapter is not None:
+        there = {name: self.path / name for name in self.teacher.files}
+        hashes = {name: sha256(file) for name, file in there.items() if file.is_file()}
+        found = [f"{name} is another" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
+        if self.teacher.adapter is not None:
             found.append("a model without the adapter that the teacher had")
         if found:
             raise StudentError(

@@ -16,7 +16,7 @@ from pipeline.fitting import require_fitting
 from pipeline.loading import load_model, require_weights
 from pipeline.origin import Origin
 from pipeline.pruning import narrow, prune, spread
-from pipeline.source import explained
+from pipeline.source import Source, explained
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError
 from storage.groups import load, outlines
@@ -45,22 +45,25 @@ class OutputHead:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-def build(config: StudentConfig, table: AnyTable, packing: bool = False) -> PreTrainedModel:
+def build(
+    config: StudentConfig, table: AnyTable, packing: bool = False, source: Source | None = None
+) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, ready for a table's labels.
 
     Args:
         config: where it comes from.
         table: what it has to fit.
         packing: whether sequences will share its rows.
+        source: the files that it is made from, if they have been found already.
 
     Raises:
         UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
         StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
             if it sees tokens that it must not see.
     """
-    source = require_fitting(config, Origin.of(table)).path
+    folder = require_fitting(config, Origin.of(table), source).path
     dtype = getattr(torch, config.dtype)
-    student = _fresh(source, table, dtype) if config.config else pruned(_load(source, dtype), config, table)
+    student = _fresh(folder, table, dtype) if config.config else pruned(_load(folder, dtype), config, table)
     _require_head(student)
     _require_sight(student, packing)
     return student

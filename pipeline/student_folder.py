@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import TrainConfig
 from pipeline.model_card import model_card
-from pipeline.origin import Origin
+from pipeline.origin import Origin, Teacher
 from pipeline.source import Source
 from pipeline.targets import Target
 from storage.errors import TrainingError, UsageError
@@ -33,7 +33,7 @@ from storage.view import AnyTable, open_table
 RUN = "run.json"
 """In each checkpoint: what its run is made of, and where its stream was."""
 _FREE = {
-    *("output", "table"),  # the table is compared by what is in it
+    *("output", "table", "student.revision"),  # table and source are compared by what is in them
     *(
         "stream.micro_rows",
         "optimiser.device",
@@ -109,9 +109,9 @@ class StudentFolder:
         """
         recorded = self.finished() or (_read(self.checkpoint / RUN) if self.checkpoint else None)
         if recorded is not None:
-            then, now = recorded["source"]["files"], source.files
-            names = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-            self._refuse([f"{source.path / name}: its content is not what it was" for name in names])
+            then, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
+            others = [name for name, hash in source.files.items() if then.get(name) != hash]
+            self._refuse([f"{folder / name}: its content is not what it was" for name in others])
 
     def clear(self) -> None:
         """Drop what a killed run left half-written or, beside a finished student, all that it left."""
@@ -165,6 +165,8 @@ class StudentFolder:
         before, now = _flatten(recorded["config"]), _flatten(config.model_dump(mode="json"))
         names = [name for name in before if name in now and name not in _FREE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
+        if "source" not in recorded:
+            differences.append("an earlier version of softlabel made it, which did not say from which files")
         then = recorded["table"]
         if then["content"] != table.content:
             differences.append(
@@ -217,9 +219,14 @@ def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Tar
         "config": config.model_dump(mode="json"),
         "objective": config.loss.in_words(target),
         "source": source.record,
-        "teachers": [{"name": teacher.name, "commit": teacher.commit} for teacher in Origin.of(table).teachers()],
+        "teachers": [teacher_record(teacher) for teacher in Origin.of(table).teachers()],
         "table": table_record(table),
     }
+
+
+def teacher_record(teacher: Teacher) -> dict[str, Any]:
+    """What a student's record says of who taught it."""
+    return {"name": teacher.name if teacher.files else "the documents' labels", "commit": teacher.commit}
 
 
 def table_record(table: AnyTable) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Idempotent: a finished student is left as it is, an unfinished one goes on from 
 
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -32,7 +32,7 @@ from pipeline.sharding import is_sharded, shard, unshard
 from pipeline.source import Source
 from pipeline.student import build, parameters
 from pipeline.student_folder import StudentFolder, run_record
-from pipeline.targets import Target
+from pipeline.targets import Target, dropping
 from pipeline.trainer import DistillationTrainer, cursor_of
 from storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from storage.provenance import circumstances
@@ -101,18 +101,17 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
         folder.clear()
     finished, origin = folder.finished(), Origin.of(table)
     if finished is not None:
-        with suppress(StudentError):  # it needs what it was made from no longer
-            folder.require_source(Source.find(config.student, origin))
+        _require_source(config, origin, folder)
         return _report(config, finished, 0, None, time.monotonic() - began)
 
     target = require_loss(config, origin)
     if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
-        require_average(config.loss, config.stream.max_k)
+        require_average(config.loss, dropping(config.stream.max_k, origin.head))
     source = Source.find(config.student, origin)
     folder.require_source(source)
     record = run_record(config, table, source, target)
     set_seed(config.optimiser.seed)
-    student = _student(config, table)
+    student = _student(config, table, source)
     merge = adapt(student, config.student) if config.student.lora_rank else None
     if config.optimiser.liger:
         use_liger(student)
@@ -138,10 +137,20 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
 
 
-def _student(config: TrainConfig, table: AnyTable) -> PreTrainedModel:
+def _require_source(config: TrainConfig, origin: Origin, folder: StudentFolder) -> None:
+    """Other files would make another student; but a finished one needs those that it was made from no longer."""
+    try:
+        source = Source.find(config.student, origin)
+        _ = source.files
+    except (StudentError, UsageError):
+        return
+    folder.require_source(source)
+
+
+def _student(config: TrainConfig, table: AnyTable, source: Source) -> PreTrainedModel:
     if _of_classes(table):
-        return build_classifier(config.student, table)
-    return build(config.student, table, config.stream.packing)
+        return build_classifier(config.student, table, source)
+    return build(config.student, table, config.stream.packing, source)
 
 
 def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:

@@ -170,4 +170,4 @@ def _entropy(values: NDArray[np.generic]) -> float:
     if not len(values):
         return 0.0
     shares = np.unique(values, return_counts=True)[1] / len(values)
-    return float(-(shares * np.log2(shares)).sum())
+    return float(abs((shares * np.log2(shares)).sum()))  # not -0

@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.origin import Origin
+from pipeline.fitting import require_fitting
+from pipeline.origin import Origin, Teacher
 from pipeline.source import Source
 from pipeline.student import build
 from pipeline.student_config import StudentConfig
 from pipeline.training import train
 from storage.errors import StudentError, UsageError
+from storage.mixing import make_view
 from storage.provenance import TeacherIdentity
+from storage.view import open_table
 from tests.pipeline.tables import make_table
 from tests.pipeline.test_hub import NEW, OLD, hub  # noqa: F401
 from tests.pipeline.trainings import interrupt_at, settings
@@ -75,11 +80,21 @@ def test_other_files_in_the_same_place_are_another_student(table, model, tmp_pat
     shutil.copytree(before, model, dirs_exist_ok=True)
     assert train(config).resumed_from == 1
 
+    (model / "consolidated.safetensors").write_text("what nobody loads")
+    assert train(config).steps_trained == 0
     change(model)
     with pytest.raises(UsageError, match=r"there is a student here(.|\n)*model\.safetensors"):
         train(config)
-    shutil.rmtree(model)
+    for file in model.iterdir():
+        file.unlink()
     assert train(config).steps_trained == 0, "a finished student needs what it was made from no longer"
+    model.rmdir()
+    assert train(config).steps_trained == 0
+    record = record_of(tmp_path / "student")
+    del record["source"]
+    (tmp_path / "student" / "softlabel.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="an earlier version of softlabel"):
+        train(config)
 
 
 def test_layers_are_those_of_the_teacher_that_spoke(model, tmp_path):
@@ -91,13 +106,37 @@ def test_layers_are_those_of_the_teacher_that_spoke(model, tmp_path):
     assert build(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
 
 
-def test_layers_of_a_teacher_with_an_adapter(model, table):
+def spoken(table, *teachers):
+    """Where a table comes from that these teachers have made."""
+    return replace(Origin.of(table), teachers=lambda: teachers)
+
+
+def test_layers_of_a_teacher_with_an_adapter_or_code_of_its_own(model, table):
     spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
-    origin = Origin.of(table)
-    [teacher] = origin.teachers()
-    source = Source(str(model), model, None, weights=True, teacher=teacher._replace(identity=spoke))
     with pytest.raises(StudentError, match="without the adapter"):
-        source.require_unchanged()
+        require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, spoke)))
+    (model / "own.py").write_text("")
+    files = hashes(model) | {"own.py": hashlib.sha256(b"").hexdigest()}
+    coded = TeacherIdentity(files=files, dtype="float32")
+    require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, coded)))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_download_of_the_hub_model_that_spoke(table, model, tmp_path, monkeypatch):
+    """In a folder that is named like it: there are no revisions in it, and its files are compared all the same."""
+    monkeypatch.chdir(tmp_path)
+    spoke = Teacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
+    shutil.copytree(model, tmp_path / "org" / "name")
+    assert require_fitting(StudentConfig(depth=1), spoken(table, spoke)).path == Path("org/name")
+
+
+def test_one_teacher_in_two_precisions_is_one(tiny_teacher, tmp_path):
+    tables = [make_table(tmp_path / name, tiny_teacher, train=8, held_out=0) for name in "ab"]
+    make_view(str(tmp_path / "view"), [table.location for table in tables], (1, 1), "concatenate")
+    identities = [TeacherIdentity(files=hashes(tiny_teacher), dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert Teacher.of("a", None, identities[0]) == Teacher.of("a", None, identities[1])
+    [teacher] = Origin.of(open_table(str(tmp_path / "view"))).teachers()
+    assert teacher.files == hashes(tiny_teacher)
 
 
 def test_a_configuration_is_pinned_without_weights(table, tmp_path):
@@ -109,6 +148,11 @@ def test_a_configuration_is_pinned_without_weights(table, tmp_path):
         assert found.files == {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()}
         with pytest.raises(UsageError, match="no revisions"):
             Source.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
+    config = settings(table, tmp_path / "s", student={"layers": None, "config": str(file)}, optimiser={"max_steps": 1})
+    train(config)
+    LlamaConfig(vocab_size=512, **{**sizes, "num_hidden_layers": 2}).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(f"{file}: its content")):
+        train(config)
 
 
 @pytest.mark.usefixtures("hub")
@@ -121,6 +165,11 @@ def test_a_revision_of_a_hub_model(table, tmp_path):
         assert (source["name"], source["commit"]) == ("org/name", commit)
         assert source["files"] == hashes(tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
         assert f"- from: org/name at {commit}\n" in (output / "README.md").read_text()
+    by_commit = settings(table, tmp_path / OLD, student={**student, "revision": OLD}, optimiser={"max_steps": 1})
+    assert train(by_commit).steps_trained == 0, "the files count, and not by what name they were asked for"
+    moved = settings(table, tmp_path / OLD, student={**student, "revision": NEW}, optimiser={"max_steps": 1})
+    with pytest.raises(UsageError, match="its content is not what it was"):
+        train(moved)
     with pytest.raises(StudentError, match="revision v2"):
         build(StudentConfig(model="org/name", revision="v2"), table)
 
