@@ -72,7 +72,7 @@ class Checkpoint:
         """The safetensors files that hold the weights."""
         try:
             files = weight_files(self.folder)
-        except (ValueError, KeyError, AttributeError) as error:
+        except ValueError as error:
             raise broken("model.safetensors.index.json can't be read", self.folder, error) from None
         missing = [file.name for file in files if not file.is_file()]
         if missing:

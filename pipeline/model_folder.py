@@ -90,11 +90,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would load from a folder, whether they are there or not.
 
     Raises:
-        OSError, ValueError, KeyError, AttributeError: if the index of several files can't be read.
+        OSError, ValueError: if the index of several files can't be read.
     """
     index = folder / "model.safetensors.index.json"
     sharded = index.is_file() and not (folder / _SINGLE).is_file()
-    names = set(json.loads(index.read_text())["weight_map"].values()) if sharded else {_SINGLE}
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if sharded else {_SINGLE}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} has no weight_map") from error
     return [folder / name for name in sorted(names)]
 
 
