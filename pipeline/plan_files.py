@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.documents import Reject
+from storage.committing import all_or_nothing
 from storage.errors import ProvenanceError
 from storage.place import REJECTS, Place
 from storage.provenance import Identity
-from storage.writer import all_or_nothing
 
 _IDENTITY = b"softlabel.identity"
 _SHOWN = 5

@@ -86,6 +86,7 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
             columns=row_filter.columns,
             split=None if fraction is None else partial(split_of, eval_fraction=fraction),
             narrowing=narrowing,
+            identity=None if config.destination or target_identity == source.identity else target_identity,
             compact=config.compact,
         )
         done = rewrite(job, about if job.in_place else _made_by(source) | about, tell)
@@ -126,7 +127,7 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
     identity, narrowing, fraction = source.identity, None, config.shards.eval_fraction
     if any(value is not None for _, value in config.selection):
         narrowing = _narrowing(source, config.selection)
-        identity = narrowing.identity
+        identity, narrowing = narrowing.identity, narrowing if narrowing.identity != source.identity else None
     if fraction is not None:
         sequences = identity.sequences.model_copy(update={"eval_fraction": fraction})
         identity = identity.model_copy(update={"sequences": sequences})

@@ -115,7 +115,7 @@ class ReprocessConfig(Settings):
     """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
     destination: str | None = None
     """Folder or s3:// address of another table, made if it is not there, added to if it is; left out, the source gets a
-    new version."""
+    new version; a smaller selection is final then: no capture can be added to it any more."""
     where: str | None = None
     """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
     "source = 'web' AND tokens > 20"."""
@@ -134,16 +134,13 @@ class ReprocessConfig(Settings):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
-        renames = [f"selection.{name}" for name, value in self.selection if value is not None]
-        renames += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
-        changes = renames + [name for name in ("where", "drop", "stale", "compact") if getattr(self, name)]
+        changes = [f"selection.{name}" for name, value in self.selection if value is not None]
+        changes += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
+        changes += [name for name in ("where", "drop", "stale", "compact") if getattr(self, name)]
         if self.purge and (changes or self.destination):
             raise ValueError(f"purge stands alone; leave out {', '.join(changes) or 'the destination'}")
-        if renames and not self.destination:
-            raise ValueError(
-                f"{', '.join(renames)} would change what the table is, and captures could not be added to it any more;"
-                " give a destination, a folder for another table"
-            )
         if not (changes or self.purge or self.destination):
-            raise ValueError("nothing to do; give a destination, where, drop, stale, compact or purge")
+            raise ValueError(
+                "nothing to do; give a destination, a selection, where, drop, stale, compact, an eval_fraction or purge"
+            )
         return self

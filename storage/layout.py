@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.narrowing import Narrowing
+from storage.provenance import Identity
 from storage.reader import outline, with_split
 from storage.schema import PARTITION, ROW_KEY, row_keys
 from storage.state import Shard
@@ -32,6 +33,8 @@ class Rewriting:
     split: Callable[[str], str] | None = None
     """Split of a document's rows, if that changes."""
     narrowing: Narrowing | None = None
+    identity: Identity | None = None
+    """What the table is from now on, if it changes in place."""
     compact: bool = False
     """Also merge shards that are less than half full."""
     exclusive: bool = False
@@ -100,7 +103,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], tell: Callabl
         groups = list(_decide(job, shard, present, refused))
         positions = sum(int(group.positions.sum()) for group in groups)
         small = job.compact and positions < job.positions / 2
-        if job.in_place and not small and not any(group.changes(shard) for group in groups):
+        if job.in_place and not small and not job.narrowing and not any(group.changes(shard) for group in groups):
             done.left += shard.rows
             tell()
             continue

@@ -20,6 +20,7 @@ import pyarrow as pa
 from deltalake.transaction import AddAction, RemoveAction
 
 from storage.codec import Ints
+from storage.committing import all_or_nothing, committed
 from storage.errors import TableError, UsageError
 from storage.layout import Output, Rewriting, Rewritten, outputs
 from storage.narrowing import narrow, renumber
@@ -29,7 +30,6 @@ from storage.schema import PARTITION
 from storage.shard_file import ShardFile, add_action
 from storage.state import Shard
 from storage.table import Table
-from storage.writer import all_or_nothing, committed
 
 REWRITTEN = f"{SIDE_FOLDER}/rewritten"
 """Folder of shards that wait for the commit."""
@@ -71,7 +71,7 @@ def rewrite(
         waiting = list(job.target.place.files(REWRITTEN))
         for output in outputs(job, done, removed, tell):
             whole = output.pieces[0][0]
-            if job.in_place and output.is_just(whole):
+            if job.in_place and not job.narrowing and output.is_just(whole):
                 removed.remove(whole)
                 done.left += whole.rows
             else:
@@ -79,13 +79,25 @@ def rewrite(
                 done.sequences += output.rows
                 done.positions += output.positions
             tell()
+        _keep_the_same(finished, removed, done)
         done.shards, done.replaced = len(finished), len(removed)
         done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
         if done.dropped and not always and not done.sequences and not done.left:
             raise nothing_left(job.source, done.dropped)
-        changes = bool(finished or removed) or always
+        changes = bool(finished or removed or job.identity) or always
         done.version = _commit(job, finished, removed, about, done) if changes else job.target.version
     return done
+
+
+def _keep_the_same(finished: list[_Finished], removed: list[Shard], done: Rewritten) -> None:
+    """Leave shards that were narrowed to what they were already: no commit may take a file away and bring it back."""
+    paths = {shard.path for shard in removed}
+    for new in [new for new in finished if new.shard.path in paths]:
+        finished.remove(new)
+        removed[:] = [shard for shard in removed if shard.path != new.shard.path]
+        new.file.discard()
+        done.sequences -= new.shard.rows
+        done.left += new.shard.rows
 
 
 def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished:
@@ -121,7 +133,7 @@ def _numbering(job: Rewriting) -> Ints | None:
 def _name(job: Rewriting, output: Output) -> str:
     """All that a shard is made from, as a hash: the same name, the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    identities = job.source.identity.model_dump_json(), job.target.identity.model_dump_json()
+    identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity or job.target.identity))
     for text in (*identities, output.split, str(job.row_group)):
         digest.update(f"{text}\n".encode())
     for shard, group, rows in output.pieces:
@@ -147,7 +159,7 @@ def _commit(
             while True:
                 newest = job.target.newest()
                 _require_unchanged(job, newest, removed)
-                if committed(newest, actions, {**about, **counts}, publications):
+                if committed(newest, actions, {**about, **counts}, publications, job.identity):
                     break
     except ConflictError:
         _discard(finished)
@@ -164,8 +176,9 @@ def _discard(finished: Sequence[_Finished]) -> None:
 
 def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) -> None:
     """New shards of others may have come, and stay as they are; those that were read must be there still."""
+    exclusive = job.exclusive or not job.in_place or job.identity is not None  # others' shards would be of the old one
     gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
-    if gone or (newest.version != job.target.version and (job.exclusive or not job.in_place)):
+    if gone or (newest.version != job.target.version and exclusive):
         raise ConflictError(
             "somebody else has changed the table meanwhile; it is as they have left it",
             expected=f"version {job.target.version}" if not gone else "the shards that were read",

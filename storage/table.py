@@ -9,7 +9,7 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +33,8 @@ from storage.provenance import Identity
 from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from storage.state import COMMIT_MESSAGE, Shard, require_state, state
 from storage.versions import parse, resolve
+
+_IDENTITY = "softlabel.identity"
 
 
 class Table:
@@ -60,7 +62,7 @@ class Table:
                 do="check the path, or read it with the version of softlabel that made it",
             )
         try:
-            self.identity = Identity.model_validate_json(settings["softlabel.identity"])
+            self.identity = Identity.model_validate_json(settings[_IDENTITY])
             self.vocabulary_name: str = settings["softlabel.vocabulary"]
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
         except (KeyError, ValueError) as error:
@@ -124,7 +126,7 @@ class Table:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
                 "softlabel.format": str(FORMAT),
-                "softlabel.identity": identity.model_dump_json(),
+                _IDENTITY: identity.model_dump_json(),
                 "softlabel.vocabulary": store_vocabulary(place, sample, identity.vocabulary),
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
@@ -237,12 +239,17 @@ class Table:
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        require_state(self.place, self.version, self.state(self.version, self.listed))
+        require_state(self.place, self.version, self.state(self.version, self.listed, self.properties()))
         return self.listed
 
-    def state(self, version: int, shards: Iterable[Shard]) -> str:
+    def properties(self, identity: Identity | None = None) -> dict[str, str]:
+        """The Delta table's properties in this version, or what they would be with another identity."""
+        changed = {} if identity is None else {_IDENTITY: identity.model_dump_json()}
+        return {**self._delta.metadata().configuration, **changed}
+
+    def state(self, version: int, shards: Iterable[Shard], properties: Mapping[str, str]) -> str:
         """What a commit says of the version that it makes, if that has these shards (see ``storage.state``)."""
-        return state(version, self._delta.metadata().configuration, self._delta.schema().to_json(), shards)
+        return state(version, properties, self._delta.schema().to_json(), shards)
 
     @cached_property
     def listed(self) -> list[Shard]:

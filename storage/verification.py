@@ -17,6 +17,7 @@ from deltalake.transaction import RemoveAction
 
 from storage.beside import read_tokenizer, read_vocabulary
 from storage.commit_files import LOG
+from storage.committing import all_or_nothing, committed
 from storage.errors import IntegrityError
 from storage.examination import Hashes, WrongShardError, examine
 from storage.log import Log, problems, replay
@@ -28,7 +29,6 @@ from storage.shard_file import RowKey
 from storage.state import Shard
 from storage.table import Table
 from storage.versions import damaged_records, vacuumed
-from storage.writer import all_or_nothing, committed
 
 _EXPLAINED = re.compile(
     rf"{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"

@@ -5,9 +5,8 @@ has brought. A writer that dies, or loses such a race, leaves files that no vers
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -16,19 +15,15 @@ from typing import Any, Self, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 from numpy.typing import NDArray
 
 from storage.codec import SoftLabels, encode
-from storage.commit_files import commit_file
-from storage.errors import TableError, cause
-from storage.place import WRITING, hash_of, place_of
+from storage.committing import all_or_nothing, committed
+from storage.place import WRITING, place_of
 from storage.reader import outline, soft_labels_by_key
 from storage.schema import PARTITION, ROW_KEY, row_keys
-from storage.shard_file import RowKey, ShardFile, add_action, shard_of
-from storage.state import COMMIT_MESSAGE, Shard
+from storage.shard_file import RowKey, ShardFile, add_action
+from storage.state import Shard
 from storage.table import Table
 from storage.takedown import refusal
 
@@ -126,6 +121,7 @@ class ShardWriter:
             about: what the table's history is to say of this commit: its operation and circumstances.
 
         Raises:
+            ProvenanceError: if the table has become one of another identity meanwhile.
             TableError: if the disk is full or the folder can't be written; the table is then as it was.
         """
         with all_or_nothing(self._table.location):
@@ -135,6 +131,7 @@ class ShardWriter:
         with all_or_nothing(self._table.location), self._table.place.gate():
             while True:
                 newest = self._table.newest()
+                newest.identity.require(self._table.identity, newest.location)  # it may have been narrowed meanwhile
                 self._drop_refused(files)
                 self._drop_rows_of_others(files, newest)
                 present = {shard.path for shard in newest.shards()}
@@ -193,69 +190,6 @@ def require_writable(location: str) -> None:
     with all_or_nothing(location):
         place.write(probe := f"{WRITING}/{uuid.uuid4().hex}", b"")
         place.delete(probe)
-
-
-@contextmanager
-def all_or_nothing(location: str) -> Iterator[None]:
-    """Say of whatever stops a change of a table, up to its commit, that nothing has changed.
-
-    Raises:
-        TableError: if the disk is full or the folder can't be written.
-    """
-    try:
-        yield
-    except (OSError, DeltaError) as error:
-        raise TableError(
-            "the table could not be written; it is as it was",
-            expected="a folder that can be written, on a disk that has room",
-            found=cause(error),
-            where=location,
-            do="make room or mend the permissions, then run the same command again",
-        ) from error
-
-
-def committed(
-    newest: Table,
-    actions: Sequence[AddAction | RemoveAction],
-    about: Mapping[str, Any],
-    publications: Sequence[Callable[[], None]] = (),
-) -> bool:
-    """Try to commit on top of ``newest``; False if another commit came first.
-
-    Args:
-        newest: the newest version of the table as far as the caller has seen it.
-        actions: shards that come and shards that go, all of them or none.
-        about: what the table's history is to say of it.
-        publications: give the new shards their names, or see that they have them still.
-    """
-    for publish in publications:
-        publish()
-    after = {shard.path: shard for shard in newest.shards()}
-    for action in actions:
-        if isinstance(action, AddAction):
-            after[action.path] = shard_of(action)
-        else:
-            after.pop(action.path)
-    made = {
-        "state": newest.state(newest.version + 1, after.values()),
-        "previous": hash_of(newest.place.read(commit_file(newest.version))),
-    }
-    delta = DeltaTable(newest.location, version=newest.version)
-    # No retries inside delta-rs: the caller has to see first what another commit has changed.
-    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: {**about, **made}}, max_commit_retries=0)
-    try:
-        delta.create_write_transaction(
-            list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties
-        )
-    except CommitFailedError:
-        if newest.newest().version == newest.version:
-            raise
-        return False
-    newest.place.settle(commit_file(newest.version + 1))
-    # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.
-    for publish in publications:
-        publish()
-    return True
 
 
 def _joined(sequences: pa.Table, labels: pa.Table) -> pa.Table:

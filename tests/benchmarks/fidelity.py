@@ -243,7 +243,7 @@ def measure(
     """Name, bytes a position, ids and mass, and closeness, for each target that the selection allows."""
     labels = labels_of(text, config)
     size, table = stored(labels, text)
-    vocabulary = torch.from_numpy(table.vocabulary)
+    vocabulary = torch.tensor(table.vocabulary)
     held = f"{labels.head_counts.mean():5.1f}{labels.tail_counts.mean():6.1f}"
     held += f"{1 - np.exp(labels.tail_log_masses[0], dtype=np.float64).mean():8.3f}"
     targets: tuple[Target, ...] = ("renormalised", "zero_tail", "bucket") if config.top_k else ("sampled",)

@@ -20,12 +20,13 @@ import pyarrow as pa
 from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
 from storage.codec import encode
+from storage.committing import committed
 from storage.inspection import inspect
 from storage.schema import SEQUENCE
 from storage.shard_file import ShardFile, add_action
 from storage.table import Table
 from storage.verification import verify
-from storage.writer import ShardWriter, committed
+from storage.writer import ShardWriter
 from tests import memory
 from tests.benchmarks.stream import random_labels
 from tests.benchmarks.table import Captured, make_table

@@ -50,7 +50,7 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "said"),
     [
         ([], "nothing to do"),
-        (["--selection.max-k", "4"], "give a destination"),
+        (["--selection.max-k", "99"], "does not hold what that asks for"),
         (["--purge", "ids", "--compact"], "purge stands alone"),
         (["--shards.eval-fraction", "2"], "shards.eval_fraction can't be used"),
     ],

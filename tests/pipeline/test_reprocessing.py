@@ -17,11 +17,14 @@ from pipeline import CaptureConfig, ReprocessConfig, ReprocessReport, reprocess
 from pipeline.progress import Progress
 from pipeline.sequences import split_of
 from storage.codec import decode
+from storage.committing import committed
 from storage.errors import ProvenanceError, PurgedError, UsageError
-from storage.inspection import last_capture
+from storage.inspection import history, last_capture
 from storage.reader import index, read
+from storage.rewrite import ConflictError
 from storage.schema import SOFT_LABELS
 from storage.table import Table
+from storage.verification import verify
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in
 
 A = [f"a{i}" for i in range(40)]
@@ -90,6 +93,91 @@ def make_and_fill(path: Path, what: Any) -> str:
     made = make_table(path, what)
     add(made, ["c1"])
     return made.location
+
+
+SETTINGS_IN_PLACE = (
+    {"selection": {"max_k": 4, "draws": 3, "temperatures": [1.0]}},
+    {"shards": {**SMALL, "eval_fraction": 0.5}},
+    {"where": "source = 'a'", "selection": {"temperatures": [1.0]}, "shards": {**SMALL, "eval_fraction": 0.0}},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS_IN_PLACE)
+def test_in_place_it_becomes_what_another_table_would(table: Table, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """In one version; who reads an old one finds that as it was."""
+    before, old = rows_of(table), table.identity
+    run(table.location, tmp_path / "other", **settings)
+    other = Table.open(str(tmp_path / "other"))
+    report = run(table.location, **settings)
+    newest = Table.open(table.location)
+    assert (report.version, newest.version) == (3, 3)
+    assert newest.identity == other.identity != old
+    columns = rows_of(other).column_names
+    assert rows_of(newest, columns).equals(rows_of(other, columns))
+    assert newest.scan().select("document_id").collect().height == len(rows_of(other))
+    first = Table.open(f"{table.location}@2")
+    assert first.identity == old
+    assert rows_of(first).equals(before)
+    assert verify(newest).findings == ()
+    assert history(newest)[0].operation == report.operation
+    assert run(table.location, **settings).version == 3, "there is nothing to do any more"
+
+
+def test_no_shard_is_written_for_another_name_of_the_same(table: Table) -> None:
+    run(table.location, shards={**SMALL, "eval_fraction": 0.5})
+    before = Table.open(table.location)
+    report = run(table.location, shards={**SMALL, "eval_fraction": 0.5000001}, selection={"max_k": 8, "draws": 6})
+    newest = before.newest()
+    assert (newest.version, newest.identity.sequences.eval_fraction) == (4, 0.5000001)
+    assert newest.shards() == before.shards()
+    assert (report.rows.left, report.rows.sequences, report.rows.shards) == (80, 0, 0)
+
+
+def test_a_shard_whose_heads_are_small_already_stays(table: Table) -> None:
+    """Narrowed it is what it was, and no commit takes a file away and brings it back."""
+    run(table.location, selection={"draws": 0})
+    before = Table.open(table.location)
+    largest = int(decode(rows_of(before), before.vocabulary).head_counts.max())
+    selection = before.identity.selection.model_copy(update={"max_k": 99})
+    wider = before.identity.model_copy(update={"selection": selection})
+    assert committed(before, [], {"operation": "test"}, identity=wider)
+    rows = run(table.location, selection={"max_k": largest}).rows
+    assert rows.left > 0
+    assert rows.left + rows.sequences == 80
+    newest = Table.open(table.location)
+    assert names_in(newest) == sorted([*A, *B])
+    assert verify(newest).findings == ()
+
+
+def test_what_others_bring_while_a_table_is_narrowed_is_not_mixed_with_it(table: Table) -> None:
+    def bring(progress: Progress) -> None:
+        if Table.open(table.location).version == 2:
+            add(table, ["c1"])
+
+    config = {"source": table.location, "selection": {"max_k": 4}, "shards": SMALL}
+    with pytest.raises(ConflictError, match="meanwhile"):
+        reprocess(ReprocessConfig.model_validate(config), bring)
+    assert Table.open(table.location).identity == table.identity
+    reprocess(ReprocessConfig.model_validate(config))
+    with pytest.raises(ProvenanceError, match="derived_from"):
+        add(table, ["c2"])
+    assert names_in(Table.open(table.location)) == sorted([*A, *B, "c1"])
+
+
+def test_of_two_that_narrow_a_table_at_once_one_does(table: Table) -> None:
+    workers = [
+        PROCESSES.Process(target=in_a_process, args=({"source": table.location, "selection": {"max_k": k}},))
+        for k in (2, 3, 4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    newest = Table.open(table.location)
+    assert newest.version >= 3
+    assert names_in(newest) == sorted([*A, *B])
+    assert verify(newest).findings == ()
+    assert decode(rows_of(newest), newest.vocabulary).head_counts.max() == newest.identity.selection.max_k
 
 
 def test_another_share_is_held_out(table: Table, tmp_path: Path) -> None:
@@ -172,9 +260,7 @@ def test_the_teacher_stays_known(table: Table, tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({}, "nothing to do"),
-        ({"selection": {"max_k": 4}}, "give a destination"),
-        ({"selection": {"temperatures": [1.0]}}, "selection.temperatures"),
-        ({"shards": {"eval_fraction": 0.1}}, "shards.eval_fraction"),
+        ({"purge": "ids", "selection": {"max_k": 4}}, "leave out selection.max_k"),
         ({"purge": "ids", "compact": True}, "purge stands alone; leave out compact"),
         ({"purge": "ids", "destination": "t"}, "leave out the destination"),
     ],
@@ -215,14 +301,17 @@ def in_a_process(settings: dict[str, Any]) -> None:
     reprocess(ReprocessConfig.model_validate(settings))
 
 
-def test_killed_and_run_again(tmp_path: Path) -> None:
-    """Until all is done, the destination is empty; then it is what a run that nobody killed makes."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_killed_and_run_again(in_place: bool, tmp_path: Path) -> None:
+    """Until all is done, the destination is empty or the source as it was; then it is what no kill would have made."""
     source = make_table(tmp_path / "source", identity())
     for start in range(0, 400, 80):
         add(source.newest(), [f"d{i}" for i in range(start, start + 80)])
     settings = {"source": source.location, "selection": {"max_k": 3}, "shards": SMALL}
     reprocess(ReprocessConfig.model_validate({**settings, "destination": str(tmp_path / "whole")}))
-    settings["destination"], chance, died = str(tmp_path / "t"), random.Random(0), 0
+    chance, died, result = random.Random(0), 0, source.location
+    if not in_place:
+        settings["destination"] = result = str(tmp_path / "t")
     for _ in range(6):
         worker = PROCESSES.Process(target=in_a_process, args=(settings,))
         worker.start()
@@ -230,11 +319,16 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
         worker.kill()
         worker.join()
         died += worker.exitcode == -signal.SIGKILL
-        if Table.exists(settings["destination"]):
-            assert len(names_in(Table.open(settings["destination"]))) in (0, 400)
+        if Table.exists(result):
+            newest = Table.open(result)
+            assert len(names_in(newest)) in ((400,) if in_place else (0, 400))
+            if len(newest.shards()):
+                heads = decode(rows_of(newest), newest.vocabulary).head_counts
+                assert heads.max() == newest.identity.selection.max_k, "labels and identity change together"
     assert died
     in_a_process(settings)
-    made, whole = (Table.open(str(tmp_path / name)) for name in ("t", "whole"))
+    made, whole = Table.open(result), Table.open(str(tmp_path / "whole"))
+    assert made.identity == whole.identity
     assert [shard.path for shard in made.shards()] == [shard.path for shard in whole.shards()]
 
 

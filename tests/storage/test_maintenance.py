@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from storage import folder
+from storage.committing import committed
 from storage.errors import TableError
 from storage.maintenance import maintain
 from storage.shard_file import add_action
 from storage.state import Shard
 from storage.table import Table
 from storage.verification import Finding, Verification, remove_damaged, verify
-from storage.writer import ShardWriter, committed
+from storage.writer import ShardWriter
 from tests.storage.tables import CARRIED, PROCESSES, add, identity, leftovers, names_in, random_labels, rows
 from tests.storage.test_writer_failures import capture
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from storage import rewrite as module
 from storage.codec import decode
+from storage.committing import committed
 from storage.errors import TableError, UsageError
 from storage.layout import Rewriting
 from storage.reader import read
 from storage.rewrite import ConflictError, rewrite
 from storage.table import Table
-from storage.writer import committed
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in
 
 A = [f"a{i}" for i in range(40)]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
+from storage.committing import committed
 from storage.errors import IntegrityError
 from storage.examination import examine
 from storage.layout import Rewriting
@@ -22,7 +23,7 @@ from storage.shard_file import add_action, parquet_options
 from storage.state import Shard
 from storage.table import Table
 from storage.verification import damage, remove_damaged, verify
-from storage.writer import ShardWriter, committed
+from storage.writer import ShardWriter
 from tests.storage.tables import add, names_in, rows
 
 
