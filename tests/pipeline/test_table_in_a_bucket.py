@@ -37,6 +37,7 @@ def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
     documents = write(tmp_path / "documents.parquet", texts(60) | {"empty": ""})
     asked = settings(tiny_teacher, documents, location)  # type: ignore[arg-type]
     done = capture(asked)
+    done_with = Table.open(location).identity
     assert done.sequences == 60
     assert json.loads(place_of(location).read("_softlabel/rejects.jsonl"))["document_id"] == "empty"
     assert done.rejects_file == f"{location}/_softlabel/rejects.jsonl"
@@ -71,7 +72,10 @@ def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
     assert purged is not None
     assert any("maintain" in line for line in purged.out_of_reach)
     assert "d8" not in names_in(Table.open(location))
-    assert verify(Table.open(location)).findings == ()
+    assert reprocess(ReprocessConfig.model_validate({"source": location, "selection": {"max_k": 2}})).rows.left == 0
+    narrow = Table.open(location)
+    assert (narrow.identity.selection.max_k, narrow.identity.derived_from) == (2, done_with.selection)
+    assert verify(narrow).findings == ()
     assert maintain(location, grace_hours=-1).deleted == ()
 
     damaged = Table.open(fewer)
