@@ -75,7 +75,11 @@ def committed(
         "state": newest.state(newest.version + 1, after.values(), properties),
         "previous": hash_of(newest.place.read(commit_file(newest.version))),
     }
-    if not (_commit(newest, actions, says) if identity is None else _rename(newest, actions, says, properties)):
+    if not (
+        _commit_shards(newest, actions, says)
+        if identity is None
+        else _commit_properties(newest, actions, says, properties)
+    ):
         return False
     newest.place.settle(commit_file(newest.version + 1))
     # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.
@@ -84,7 +88,7 @@ def committed(
     return True
 
 
-def _commit(newest: Table, actions: Sequence[Action], says: Mapping[str, Any]) -> bool:
+def _commit_shards(newest: Table, actions: Sequence[Action], says: Mapping[str, Any]) -> bool:
     delta = DeltaTable(newest.location, version=newest.version)
     # No retries inside delta-rs: the caller has to see first what another commit has changed.
     message = CommitProperties(custom_metadata={COMMIT_MESSAGE: says}, max_commit_retries=0)
@@ -97,7 +101,9 @@ def _commit(newest: Table, actions: Sequence[Action], says: Mapping[str, Any]) -
     return True
 
 
-def _rename(newest: Table, actions: Sequence[Action], says: Mapping[str, Any], properties: Mapping[str, str]) -> bool:
+def _commit_properties(
+    newest: Table, actions: Sequence[Action], says: Mapping[str, Any], properties: Mapping[str, str]
+) -> bool:
     """A commit with other properties, as https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions has it."""
     delta = DeltaTable(newest.location, version=newest.version)
     known, moment = delta.metadata(), int(time.time() * 1000)
