@@ -3,13 +3,15 @@
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 import obstore
 import pytest
@@ -22,7 +24,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "softlabel", "AWS_SECRET_ACCESS_KEY": "a-secret", "
 @contextmanager
 def moto() -> Iterator[str]:
     """A server that knows S3's answers, but is no judge of races."""
-    port = free_port()
+    [port] = free_ports(1)
     with _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url:
         put(url, "", b"")
         yield url
@@ -38,14 +40,14 @@ def put(url: str, key: str, content: bytes) -> None:
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
     """A server that teams run; it keeps conditional puts apart by locks."""
-    ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
+    names, free = ("s3", "master", "volume", "filer"), free_ports(8)
+    ports, inner = dict(zip(names, free[:4], strict=True)), dict(zip(names, free[4:], strict=True))
     keys = f'[{{"accessKey": "{KEYS["AWS_ACCESS_KEY_ID"]}", "secretKey": "{KEYS["AWS_SECRET_ACCESS_KEY"]}"}}]'
     config = folder / "s3.json"
     config.write_text(f'{{"identities": [{{"name": "test", "credentials": {keys}, "actions": ["Admin"]}}]}}')
     command = [str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-s3", f"-s3.config={config}"]
     command += ["-ip=127.0.0.1", "-master.telemetry=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
-    inner = {name: free_port() for name in ports}
     command += [f"-{name}.port.grpc={port}" for name, port in inner.items()]
     try:
         with _server(command, ports["s3"]) as url, environment(url):
@@ -66,26 +68,31 @@ def environment(url: str) -> Iterator[None]:
         yield
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at, each another."""
+    with ExitStack() as open_:
+        probes = [open_.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextmanager
 def _server(command: Sequence[str], port: int) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as server,
+    ):
         try:
-            _until(lambda: _answers(url, server))
+            _until(lambda: _answers(url, server, output))
             yield url
         finally:
             server.kill()
 
 
-def _answers(url: str, server: "subprocess.Popen[bytes]") -> None:
-    assert server.poll() is None, "the server has ended"
+def _answers(url: str, server: "subprocess.Popen[bytes]", output: IO[bytes]) -> None:
+    if server.poll() is not None:
+        output.seek(0)
+        raise AssertionError(f"the server has ended: {output.read().decode()[-2000:]}")
     try:
         urllib.request.urlopen(url, timeout=5)
     except urllib.error.HTTPError:
