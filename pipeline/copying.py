@@ -66,10 +66,14 @@ def copy_rows(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Co
         config: of the capture.
         path: Parquet file of sequences, from ``Plan.copies``; the plan's shards are committed.
         watch: told before and after, in sequences of this file.
+
+    Raises:
+        ProvenanceError: if the table is another by now than the one that was planned for.
     """
-    sequences = pq.read_table(path)
+    sequences, table = pq.read_table(path), Table.open(config.table)
+    table.identity.require(planned_identity(sequences), config.table)
     watch(Progress("copy", 0, len(sequences), "sequences"))
-    with ShardWriter(Table.open(config.table), config.shards.row_group_sequences) as writer:
+    with ShardWriter(table, config.shards.row_group_sequences) as writer:
         writer.append_copies(sequences)
         commit = writer.commit({"operation": "copy", "circumstances": circumstances()})
     watch(Progress("copy", len(sequences), len(sequences), "sequences"))

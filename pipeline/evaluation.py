@@ -162,9 +162,11 @@ def _differences(made_from: Sequence[Identity], folder: Path, table: Table) -> l
 
 
 def _same_documents(record: Mapping[str, Any], table: Table) -> bool:
-    """Another version of this table has the same documents in its eval split, or more."""
+    """Another version of this table has the same documents in its eval split, or more, if no larger share is held out:
+    who is held out at one share is so at every larger one."""
     same_place = place_of(record["location"]).address == table.place.address
-    return same_place or bool(record["content"] == table.content)
+    share = record["identity"]["sequences"]["eval_fraction"]
+    return (same_place and share >= table.identity.sequences.eval_fraction) or bool(record["content"] == table.content)
 
 
 def _require_same(

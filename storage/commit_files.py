@@ -50,6 +50,15 @@ def read_commit(place: Place, version: int) -> list[dict[str, Any]]:
         raise unreadable(place, version, error) from error
 
 
+def described_by(place: Place, version: int) -> int:
+    """The last commit up to a version that says what table it is, by its properties and columns.
+
+    Raises:
+        IntegrityError: if a commit is missing, or no commit.
+    """
+    return next(n for n in range(version, -1, -1) if not n or any("metaData" in line for line in read_commit(place, n)))
+
+
 def lines_of(content: bytes) -> list[dict[str, Any]]:
     """The lines of a commit, given its bytes.
 

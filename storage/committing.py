@@ -7,7 +7,7 @@ that one is written here, as the protocol has it: a file that must not be there 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 from deltalake import DeltaTable
@@ -121,7 +121,9 @@ def _commit_properties(
     try:
         newest.place.write(name, content, replace=False)
     except FileExistsError:  # a store's client may have asked twice, its first answer lost
-        return newest.place.read(name) == content
+        with suppress(FileNotFoundError):  # another is about to put it there
+            return newest.place.read(name) == content
+        return False
     return True
 
 

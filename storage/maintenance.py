@@ -35,7 +35,7 @@ from storage.versions import needed, retire, vacuumed
 GRACE_HOURS = 24.0
 
 _SHARD = re.compile(rf"{PARTITION}=[^/]*/[0-9a-f]{{32}}\.parquet")
-_HALF = re.compile(rf"{SIDE_FOLDER}/.*\.tmp|{LOG}/.*\.json#.*")
+_HALF = re.compile(rf"{SIDE_FOLDER}/.*\.tmp|{LOG}/.*\.json(#.*|\..*\.tmp)")
 _BESIDE = re.compile(rf"{SIDE_FOLDER}/(vocabulary-[^/]*\.parquet|tokenizer-[^/]*)(?![^/])")
 
 

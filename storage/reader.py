@@ -172,5 +172,6 @@ def _damaged(table: Table, shard: Shard, found: str) -> TableError:
         found=found,
         where=table.place.where(shard.path),
         do="restore this file from a copy of the table; or take what is damaged out of it with\n"
-        f"               softlabel verify {table.location} --remove-damaged, then capture the same documents again",
+        f"               softlabel verify {table.location} --remove-damaged, then capture the same documents\n"
+        "               again; of a narrowed table, reprocess its source again",
     )

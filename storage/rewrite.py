@@ -43,6 +43,7 @@ class ConflictError(TableError):
 class _Finished:
     file: Unnamed
     shard: Shard
+    positions: int
 
 
 def rewrite(
@@ -97,6 +98,7 @@ def _keep_the_same(finished: list[_Finished], removed: list[Shard], done: Rewrit
         removed[:] = [shard for shard in removed if shard.path != new.shard.path]
         new.file.discard()
         done.sequences -= new.shard.rows
+        done.positions -= new.positions
         done.left += new.shard.rows
 
 
@@ -119,7 +121,8 @@ def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished
             file.discard()
     place = job.target.place
     path = f"{PARTITION}={output.split}/{name.removeprefix(prefix)}"
-    return _Finished(place.waiting(name), Shard(path, output.split, output.rows, place.stat(name).bytes))
+    shard = Shard(path, output.split, output.rows, place.stat(name).bytes)
+    return _Finished(place.waiting(name), shard, output.positions)
 
 
 def _numbering(job: Rewriting) -> Ints | None:

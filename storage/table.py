@@ -25,7 +25,7 @@ from deltalake.transaction import CommitProperties
 
 from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from storage.codec import Ints, SoftLabels
-from storage.commit_files import commit_file, require_no_remains, require_whole
+from storage.commit_files import commit_file, described_by, require_no_remains, require_whole
 from storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from storage.opening import exists, unopened
 from storage.place import place_of
@@ -69,7 +69,7 @@ class Table:
             raise IntegrityError(
                 "the table's log is damaged: it has other properties than softlabel wrote",
                 found=" ".join(str(error).split()),
-                where=self.place.where(commit_file(0)),
+                where=self.place.where(commit_file(described_by(self.place, delta.version()))),
                 do="restore this file from a copy of the table",
             ) from error
 

@@ -84,7 +84,8 @@ def damage(found: Verification) -> IntegrityError:
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.location}@{found.version}",
         do="restore them from a copy of the table; or take damaged shards out of its newest version with\n"
-        f"               softlabel verify {found.location} --remove-damaged, then capture the same documents again",
+        f"               softlabel verify {found.location} --remove-damaged, then capture the same documents\n"
+        "               again; of a narrowed table, reprocess its source again",
         details=found,
     )
 

@@ -9,9 +9,13 @@ import pytest
 from pipeline import capturing
 from pipeline.capturing import CaptureReport, capture
 from pipeline.config import CaptureConfig
-from pipeline.copying import own_order
+from pipeline.copying import copy_rows, own_order
 from pipeline.planning import plan
 from pipeline.progress import Progress, Watch
+from pipeline.reprocessing import reprocess
+from pipeline.table_config import ReprocessConfig
+from storage.errors import ProvenanceError
+from storage.table import Table
 from tests.pipeline.test_capturing import rows_of, settings, texts, write
 
 
@@ -66,6 +70,17 @@ def test_texts_that_another_capture_brought_under_other_names_are_copied(tiny_te
     assert len(rows) == len(set(rows)) == 91
     again = capture(config)
     assert (again.sequences, again.copied, again.unchanged) == (0, 0, 51)
+
+
+def test_nothing_is_copied_into_a_table_that_has_become_another(tiny_teacher: Path, tmp_path: Path) -> None:
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
+    twins = {f"twin-{name}": text for name, text in texts(20).items()}
+    todo = plan(settings(tiny_teacher, write(tmp_path / "b.parquet", twins), tmp_path / "t"), tmp_path / "plan")
+    split = {"source": str(tmp_path / "t"), "shards": {"eval_fraction": 0.5}}
+    version = reprocess(ReprocessConfig.model_validate(split)).version
+    with pytest.raises(ProvenanceError, match="eval_fraction"):
+        copy_rows(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "t"), todo.copies[0])
+    assert Table.open(str(tmp_path / "t")).version == version
 
 
 def test_each_run_goes_its_own_way_but_for_the_first_shard_of_a_new_table(tmp_path: Path) -> None:

@@ -233,6 +233,17 @@ def test_a_student_of_another_version_is_fine(table, tiny_teacher, tmp_path):
     assert json.loads(Path(result.json).read_text())["students"][0]["warnings"] == []
 
 
+def test_a_student_from_before_more_was_held_out_may_have_seen_it(table, tiny_teacher, tmp_path):
+    record = {**table_record(table), "version": 0, "content": "of version 0"}
+    record["identity"]["sequences"]["eval_fraction"] /= 2
+    folder = make_student(tmp_path / "student", tiny_teacher, record)
+    result, _ = run(table, folder, report=tmp_path / "report")
+    [said] = [
+        text for text in json.loads(Path(result.json).read_text())["students"][0]["warnings"] if "has seen" in text
+    ]
+    assert "not known" in said
+
+
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
 def test_what_is_no_student_is_refused(table, tmp_path, content):
     folder = tmp_path / "student"

@@ -18,8 +18,9 @@ from pipeline.progress import Progress
 from pipeline.sequences import split_of
 from storage.codec import decode
 from storage.committing import committed
-from storage.errors import ProvenanceError, PurgedError, UsageError
+from storage.errors import IntegrityError, ProvenanceError, PurgedError, UsageError
 from storage.inspection import history, last_capture
+from storage.maintenance import maintain
 from storage.reader import index, read
 from storage.rewrite import ConflictError
 from storage.schema import SOFT_LABELS
@@ -145,6 +146,8 @@ def test_a_shard_whose_heads_are_small_already_stays(table: Table) -> None:
     assert rows.left > 0
     assert rows.left + rows.sequences == 80
     newest = Table.open(table.location)
+    moved = index(newest, ["positions"]).to_pydict()["positions"]
+    assert 0 < rows.positions < sum(moved)
     assert names_in(newest) == sorted([*A, *B])
     assert verify(newest).findings == ()
 
@@ -162,6 +165,20 @@ def test_what_others_bring_while_a_table_is_narrowed_is_not_mixed_with_it(table:
     with pytest.raises(ProvenanceError, match="derived_from"):
         add(table, ["c2"])
     assert names_in(Table.open(table.location)) == sorted([*A, *B, "c1"])
+
+
+def test_what_a_killed_commit_leaves_is_removed_and_a_damaged_one_is_named(table: Table) -> None:
+    run(table.location, selection={"max_k": 4})
+    log = Path(table.location, "_delta_log")
+    left = log / f"{4:020}.json.{'0' * 32}.tmp"
+    left.write_text("{")
+    assert verify(Table.open(table.location)).orphans == (f"_delta_log/{left.name}",)
+    maintain(table.location, grace_hours=-1)
+    assert not left.exists()
+    commit = log / f"{3:020}.json"
+    commit.write_text(commit.read_text().replace("softlabel.identity", "softlabel.identify"))
+    with pytest.raises(IntegrityError, match=commit.name):
+        Table.open(table.location)
 
 
 def test_of_two_that_narrow_a_table_at_once_one_does(table: Table) -> None:
