@@ -132,7 +132,7 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
         trained_on = provenance["table"]
         records = trained_on.get("tables", [trained_on])
         made_from = [Identity.model_validate(record["identity"]) for record in records]
-        _ = [provenance[name] for name in ("config", "objective", "parameters", "history")]
+        _ = [provenance[name] for name in ("config", "objective", "parameters", "history")]  # the report needs them
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudentError(
             "this is no student that softlabel trained",

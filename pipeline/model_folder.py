@@ -62,7 +62,7 @@ def locate(
     raise error(
         f"there is no such {what}",
         expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub"
-        if files != ["config.json"]
+        if "*.safetensors" in files
         else "a folder with a config.json, a file like that, or a name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),

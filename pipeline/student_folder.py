@@ -82,8 +82,7 @@ class StudentFolder:
         Raises:
             UsageError: if the folder holds anything but a student of these settings, finished or not.
         """
-        finished, checkpoint = self.finished(), self.checkpoint
-        unfinished = _read(checkpoint / RUN) if checkpoint else None
+        finished, unfinished = self.finished(), self._unfinished()
         location = config.table
         if finished is None and unfinished is not None and parse(location)[1] is None:
             location = f"{location}@{unfinished['table']['version']}"
@@ -107,7 +106,7 @@ class StudentFolder:
         Raises:
             UsageError: naming the files that differ.
         """
-        recorded = self.finished() or (_read(self.checkpoint / RUN) if self.checkpoint else None)
+        recorded = self.finished() or self._unfinished()
         if recorded is not None:
             then, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
             others = [name for name, hash in source.files.items() if then.get(name) != hash]
@@ -160,6 +159,11 @@ class StudentFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole.rename(self.path)
         shutil.rmtree(self.run)
+
+    def _unfinished(self) -> dict[str, Any] | None:
+        """What the last whole checkpoint says of its run."""
+        checkpoint = self.checkpoint
+        return _read(checkpoint / RUN) if checkpoint else None
 
     def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
         before, now = _flatten(recorded["config"]), _flatten(config.model_dump(mode="json"))
@@ -219,12 +223,12 @@ def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Tar
         "config": config.model_dump(mode="json"),
         "objective": config.loss.in_words(target),
         "source": source.record,
-        "teachers": [teacher_record(teacher) for teacher in Origin.of(table).teachers()],
+        "teachers": [_teacher_record(teacher) for teacher in Origin.of(table).teachers()],
         "table": table_record(table),
     }
 
 
-def teacher_record(teacher: Teacher) -> dict[str, Any]:
+def _teacher_record(teacher: Teacher) -> dict[str, Any]:
     """What a student's record says of who taught it."""
     return {"name": teacher.name if teacher.files else "the documents' labels", "commit": teacher.commit}
 

@@ -75,11 +75,11 @@ def committed(
         "state": newest.state(newest.version + 1, after.values(), properties),
         "previous": hash_of(newest.place.read(commit_file(newest.version))),
     }
-    if not (
-        _commit_shards(newest, actions, says)
-        if identity is None
-        else _commit_properties(newest, actions, says, properties)
-    ):
+    if identity is None:
+        first = _commit_shards(newest, actions, says)
+    else:
+        first = _commit_properties(newest, actions, says, properties)
+    if not first:
         return False
     newest.place.settle(commit_file(newest.version + 1))
     # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.

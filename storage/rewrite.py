@@ -92,14 +92,15 @@ def rewrite(
 
 def _keep_the_same(finished: list[_Finished], removed: list[Shard], done: Rewritten) -> None:
     """Leave shards that were narrowed to what they were already: no commit may take a file away and bring it back."""
-    paths = {shard.path for shard in removed}
-    for new in [new for new in finished if new.shard.path in paths]:
-        finished.remove(new)
-        removed[:] = [shard for shard in removed if shard.path != new.shard.path]
-        new.file.discard()
-        done.sequences -= new.shard.rows
-        done.positions -= new.positions
-        done.left += new.shard.rows
+    same = {new.shard.path for new in finished} & {old.path for old in removed}
+    for new in finished:
+        if new.shard.path in same:
+            new.file.discard()
+            done.sequences -= new.shard.rows
+            done.positions -= new.positions
+            done.left += new.shard.rows
+    finished[:] = [new for new in finished if new.shard.path not in same]
+    removed[:] = [old for old in removed if old.path not in same]
 
 
 def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished:

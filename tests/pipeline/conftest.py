@@ -1,16 +1,21 @@
 """What tests of the pipeline share."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.training import TrainReport, train
 from storage.table import Table
 from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import settings
+
+OLD, NEW = "a" * 40, "b" * 40
+"""Commits of a model."""
 
 
 @contextmanager
@@ -39,3 +44,18 @@ def uninterrupted(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Tra
     """A student that was trained on it in one go."""
     with _single_thread():
         return train(settings(table, tmp_path_factory.mktemp("uninterrupted") / "student"))
+
+
+@pytest.fixture
+def hub(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a model in a hub's cache, as a download leaves it: two commits, and main, which is the old one."""
+    model = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(tiny_teacher, model / "snapshots" / OLD)
+    shutil.copytree(tiny_teacher, model / "snapshots" / NEW)
+    changed = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    changed.model.norm.weight.data *= 2
+    changed.save_pretrained(model / "snapshots" / NEW)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(OLD)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(model.parent))
+    return model

@@ -1,11 +1,9 @@
 """A hub model's revision: what is loaded is what was asked for, and what is written down is what was loaded."""
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from pipeline.capturing import capture, capture_shard, load_teacher
 from pipeline.config import CaptureConfig
@@ -13,25 +11,8 @@ from pipeline.planning import plan
 from storage.errors import ProvenanceError, TeacherError
 from storage.inspection import last_capture
 from storage.table import Table
+from tests.pipeline.conftest import NEW, OLD
 from tests.pipeline.test_capturing import settings, texts, write
-
-OLD, NEW = "a" * 40, "b" * 40
-"""Commits of a model."""
-
-
-@pytest.fixture
-def hub(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a model in a hub's cache, as a download leaves it: two commits, and main, which is the old one."""
-    model = tmp_path / "hub" / "models--org--name"
-    shutil.copytree(tiny_teacher, model / "snapshots" / OLD)
-    shutil.copytree(tiny_teacher, model / "snapshots" / NEW)
-    changed = AutoModelForCausalLM.from_pretrained(tiny_teacher)
-    changed.model.norm.weight.data *= 2
-    changed.save_pretrained(model / "snapshots" / NEW)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(OLD)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(model.parent))
-    return model
 
 
 def of_hub(table: Path, count: int = 3, **teacher: str) -> CaptureConfig:

@@ -21,8 +21,8 @@ from storage.errors import StudentError, UsageError
 from storage.mixing import make_view
 from storage.provenance import TeacherIdentity
 from storage.view import open_table
+from tests.pipeline.conftest import NEW, OLD
 from tests.pipeline.tables import make_table
-from tests.pipeline.test_hub import NEW, OLD, hub  # noqa: F401
 from tests.pipeline.trainings import interrupt_at, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
