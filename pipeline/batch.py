@@ -1,13 +1,13 @@
 """One forward pass of a student: sequences side by side in rows, and what the teacher said of them.
 
-``RowGroup`` gives what a Parquet row group holds of one sequence, without copying; ``collate`` copies it once, to
-where it belongs in a ``Batch``. Nothing here loops over positions, decodes soft labels or knows in which order
-sequences come.
+``Sequences`` holds what was read; ``collate`` copies what a batch has of it, once. Nothing here loops over positions,
+decodes soft labels or knows in which order sequences come.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from itertools import groupby
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.averaging import AveragedTargets
+from pipeline.order import Ints
 from pipeline.targets import CompactTargets
 from storage.groups import column_of
 from storage.schema import SOFT_LABELS
@@ -24,7 +25,7 @@ from storage.view import AnyTable, View
 COLUMNS = ("token_ids", "loss_mask", *SOFT_LABELS.names)
 """What is read of a row once its turn has come."""
 
-_EMPTY = {field.name: np.zeros(0, field.type.value_type.to_pandas_dtype()) for field in SOFT_LABELS}
+_TYPES = {field.name: field.type.value_type.to_pandas_dtype() for field in SOFT_LABELS}
 
 
 @dataclass(frozen=True)
@@ -71,54 +72,79 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-class RowGroup:
-    """What columns of lists hold, as flat numpy arrays and where each sequence's part of them begins.
+class Sequences:
+    """Columns of lists, of which those of any sequences are had in one copy.
+
+    A list is held as the bytes of its numbers: that is how Arrow takes it whole, where of a list it takes numbers one
+    by one.
 
     Args:
-        rows: of one row group; other columns are passed over.
+        parts: rows, as they are read; other columns are passed over.
     """
 
-    def __init__(self, rows: pa.Table) -> None:
-        self._columns: dict[str, tuple[NDArray[Any], list[int]]] = {}
-        for name in [field.name for field in rows.schema if pa.types.is_list(field.type)]:
-            lists = rows.column(name).combine_chunks()
-            values = lists.values.to_numpy(zero_copy_only=False)
-            self._columns[name] = values, lists.offsets.to_numpy().tolist()
+    def __init__(self, parts: Sequence[pa.Table]) -> None:
+        self._types: dict[str, np.dtype[Any]] = {}
+        self._columns: dict[str, pa.LargeBinaryArray] = {}
+        for name in [field.name for field in parts[0].schema if pa.types.is_list(field.type)]:
+            lists = [part.column(name).combine_chunks() for part in parts]
+            values = [part.values.to_numpy(zero_copy_only=False) for part in lists]
+            self._types[name] = values[0].dtype
+            self._columns[name] = pa.concat_arrays(map(_as_bytes, lists, values))
 
-    def sequence(self, row: int) -> dict[str, NDArray[Any]]:
-        """Each column's values for one sequence, as views."""
-        return {name: values[starts[row] : starts[row + 1]] for name, (values, starts) in self._columns.items()}
+    def counts(self, name: str, rows: Ints) -> Ints:
+        """(n,) how many numbers each of n sequences has in a column."""
+        starts = np.frombuffer(self._columns[name].buffers()[1], np.int64)
+        return (starts[rows + 1] - starts[rows]) // self._types[name].itemsize
+
+    def values(self, name: str, rows: Ints) -> NDArray[Any]:
+        """The numbers that n sequences have in a column, one sequence after the other."""
+        taken = self._columns[name].take(pa.array(rows))
+        return np.frombuffer(taken.buffers()[2], self._types[name])
 
 
-def collate(
-    packs: Sequence[Sequence[dict[str, NDArray[Any]]]], row_tokens: int | None, table: AnyTable, global_positions: int
-) -> Batch:
+def _as_bytes(lists: pa.ListArray, values: NDArray[Any]) -> pa.LargeBinaryArray:
+    starts = lists.offsets.to_numpy().astype(np.int64) * values.itemsize
+    return pa.Array.from_buffers(pa.large_binary(), len(lists), [None, pa.py_buffer(starts), pa.py_buffer(values)])
+
+
+class Pack(NamedTuple):
+    """What a training row holds."""
+
+    sequences: Sequences
+    rows: Ints
+    """(n,) which of them."""
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return int(self.sequences.counts("token_ids", self.rows).sum())
+
+
+def collate(packs: Sequence[Pack], row_tokens: int | None, table: AnyTable, global_positions: int) -> Batch:
     """Lay out packs as a batch.
 
     Args:
-        packs: for each row, its sequences; without any row, the batch is one row of padding.
+        packs: of each row; without any, the batch is one row of padding.
         row_tokens: L; None for as many as the longest row has.
         table: what they are of.
         global_positions: of the whole optimiser step.
     """
-    if row_tokens is None:
-        row_tokens = max((tokens_of(pack) for pack in packs), default=1)
-    shape = max(1, len(packs)), row_tokens
-    input_ids, position_ids, captured = np.zeros(shape, np.int64), np.empty(shape, np.int64), np.zeros(shape, np.bool_)
-    counting = np.arange(row_tokens)
-    position_ids[:] = counting
-    sequences = []
-    for row, pack in enumerate(packs):
-        end = 0
-        for sequence in pack:
-            start, end = end, end + len(sequence["token_ids"])
-            input_ids[row, start:end] = sequence["token_ids"]
-            captured[row, start:end] = sequence["loss_mask"]
-            position_ids[row, start:] = counting[: row_tokens - start]
-            sequences.append(sequence)
-        position_ids[row, end:] = counting[: row_tokens - end]
+    shape = max(1, len(packs)), row_tokens or max((pack.tokens for pack in packs), default=1)
+    groups = [list(group) for _, group in groupby(packs, lambda pack: id(pack.sequences))]
+    whole = [Pack(group[0].sequences, np.concatenate([pack.rows for pack in group])) for group in groups]
+    tokens = np.concatenate([np.zeros(0, np.int64), *(part.sequences.counts("token_ids", part.rows) for part in whole)])
+    row_ends = np.array([pack.tokens for pack in packs] or [0])
+    padding = np.arange(shape[0]) * shape[1] - (np.cumsum(row_ends) - row_ends)  # in the rows before each
+    # Of each token, where in its sequence and where in rows x L it is.
+    within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+    there = np.arange(len(within)) + np.repeat(padding, row_ends)
+    input_ids, captured = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    position_ids = np.arange(shape[1]) - row_ends[:, None]
+    input_ids.ravel()[there] = _values(whole, "token_ids", np.int32)
+    captured.ravel()[there] = _values(whole, "loss_mask", np.bool_)
+    position_ids.ravel()[there] = within
     places = np.flatnonzero(captured)
-    targets = _targets(sequences, table)
+    targets = _targets(whole, table)
     assert targets.positions == len(places), "each captured token has its soft labels"
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -126,25 +152,25 @@ def collate(
         positions=torch.from_numpy(places - 1),  # a sequence's first token is never captured
         next_ids=torch.from_numpy(input_ids.ravel()[places]),
         targets=targets,
-        sequences=len(sequences),
+        sequences=len(tokens),
         global_positions=global_positions,
     )
 
 
-def tokens_of(pack: Sequence[dict[str, NDArray[Any]]]) -> int:
-    """Tokens of a row, without padding."""
-    return sum(len(sequence["token_ids"]) for sequence in pack)
-
-
-def _targets(sequences: Sequence[dict[str, NDArray[Any]]], table: AnyTable) -> CompactTargets | AveragedTargets:
+def _targets(whole: Sequence[Pack], table: AnyTable) -> CompactTargets | AveragedTargets:
     if isinstance(table, View) and table.average:
-        parts = (_compact(sequences, len(table.temperatures), number) for number in range(len(table.tables)))
+        parts = (_compact(whole, len(table.temperatures), number) for number in range(len(table.tables)))
         return AveragedTargets(tuple(parts), table.weights)
-    return _compact(sequences, len(table.temperatures), 0)
+    return _compact(whole, len(table.temperatures), 0)
 
 
-def _compact(sequences: Sequence[dict[str, NDArray[Any]]], temperatures: int, table: int) -> CompactTargets:
-    names = {name: column_of(name, table) for name in _EMPTY}
-    flat = {name: np.concatenate([_EMPTY[name], *(s[column] for s in sequences)]) for name, column in names.items()}
+def _compact(whole: Sequence[Pack], temperatures: int, table: int) -> CompactTargets:
+    flat = {name: _values(whole, column_of(name, table), kind) for name, kind in _TYPES.items()}
     flat["tail_log_masses"] = np.ascontiguousarray(flat["tail_log_masses"].reshape(-1, temperatures).T)
     return CompactTargets(**{name: torch.from_numpy(values) for name, values in flat.items()})
+
+
+def _values(whole: Sequence[Pack], column: str, kind: Any) -> NDArray[Any]:
+    """What these sequences have in a column."""
+    parts = [part.sequences.values(column, part.rows) for part in whole]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, kind), *parts])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.batch import COLUMNS, Batch, RowGroup, collate
+from pipeline.batch import COLUMNS, Batch, Pack, Sequences, collate
 from pipeline.config import StreamConfig
 from pipeline.order import Cursor, Ints, Plan, accumulation, occurrences, plan_epoch, share
 from storage.errors import UsageError
@@ -41,7 +41,8 @@ class SoftLabelDataset(IterableDataset[Batch]):
     Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
     DataLoader asks for them: their number changes nothing but the speed. Where a table is in a bucket, they need
     ``multiprocessing_context="forkserver"``, since no connection lives through a fork. Each worker of
-    each rank reads every window of the plan, a window ahead of its use, so two windows are in its memory.
+    each rank reads every window of the plan, a window ahead of its use: two windows are in its memory, and the next one
+    twice while it is read.
 
     Args:
         table: the version, or the view, to read.
@@ -121,11 +122,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     def _batch(self, step: "_Step", micro: int, global_positions: int, windows: "_Windows") -> Batch:
         mine = share(step.first, step.last, self._rank, self._world_size, self._stream.micro_rows, micro)
-        packs = []
-        for pack in mine:
-            groups = windows.get(step.epoch, step.plan, step.plan.window_of(pack))
-            members = step.plan.members(pack, pack + 1).tolist()
-            packs.append([groups[group].sequence(row) for group, row in map(self._index.place, members)])
+        packs = [windows.get(step.epoch, step.plan, step.plan.window_of(pack)).pack(step.plan, pack) for pack in mine]
         return collate(packs, self._row_tokens, self._table, global_positions)
 
     def _steps(self) -> Iterator["_Step"]:
@@ -247,10 +244,17 @@ class _Index:
         """Row group of each sequence."""
         return np.searchsorted(self.group_starts, sequences, side="right") - 1
 
-    def place(self, sequence: int) -> tuple[int, int]:
-        """Row group of a sequence, and its row there."""
-        group = int(np.searchsorted(self.group_starts, sequence, side="right")) - 1
-        return group, sequence - int(self.group_starts[group])
+
+class _Window(NamedTuple):
+    """The row groups of a window of the plan."""
+
+    numbers: Ints
+    """Of their sequences, ascending."""
+    sequences: Sequences
+
+    def pack(self, plan: Plan, number: int) -> Pack:
+        """One of the window's packs."""
+        return Pack(self.sequences, np.searchsorted(self.numbers, plan.members(number, number + 1)))
 
 
 class _Windows:
@@ -259,7 +263,7 @@ class _Windows:
     def __init__(self, table: AnyTable, index: _Index) -> None:
         self._table = table
         self._index = index
-        self._read: dict[tuple[int, int], Future[dict[int, RowGroup]]] = {}
+        self._read: dict[tuple[int, int], Future[_Window]] = {}
         self._pool = ThreadPoolExecutor(1, "softlabel-window")
 
     def __enter__(self) -> Self:
@@ -268,8 +272,8 @@ class _Windows:
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def get(self, epoch: int, plan: Plan, number: int) -> dict[int, RowGroup]:
-        """Row groups of a window by their number. Windows are asked for in the plan's order: older ones are let go."""
+    def get(self, epoch: int, plan: Plan, number: int) -> _Window:
+        """A window. They are asked for in the plan's order: older ones are let go."""
         for wanted in range(number, min(number + 2, plan.windows)):
             if (epoch, wanted) not in self._read:
                 groups = np.unique(self._index.group_of(plan.window(wanted))).tolist()
@@ -277,5 +281,6 @@ class _Windows:
         self._read = {key: future for key, future in self._read.items() if key >= (epoch, number)}
         return self._read[epoch, number].result()
 
-    def _load(self, groups: list[int]) -> dict[int, RowGroup]:
-        return {group: RowGroup(load(self._table, self._index.groups[group], COLUMNS)) for group in groups}
+    def _load(self, groups: list[int]) -> _Window:
+        starts, rows = self._index.group_starts, [load(self._table, self._index.groups[g], COLUMNS) for g in groups]
+        return _Window(np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups]), Sequences(rows))

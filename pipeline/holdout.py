@@ -6,22 +6,19 @@ and knows no model.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from pipeline.batch import COLUMNS, Batch, RowGroup, collate, tokens_of
+from pipeline.batch import COLUMNS, Batch, Pack, Sequences, collate
 from pipeline.order import best_fit
 from storage.errors import TableError
 from storage.groups import load, outlines
 from storage.reader import index
 from storage.view import AnyTable
-
-Sequence = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -74,28 +71,28 @@ class Holdout:
             batch_tokens: of one batch at most, padding included, or one row if the longest sequence has more.
             packing: whether sequences share rows, as they may if a student's ``separates``.
         """
-        rows: list[list[Sequence]] = []
+        packs: list[Pack] = []
         longest = 0
-        for row in self._rows(packing):
-            longest = max(longest, tokens_of(row))
-            if rows and longest * (len(rows) + 1) > batch_tokens:
-                yield self._collate(rows)
-                rows, longest = [], tokens_of(row)
-            rows.append(row)
-        yield self._collate(rows)
+        for pack in self._packs(packing):
+            longest = max(longest, pack.tokens)
+            if packs and longest * (len(packs) + 1) > batch_tokens:
+                yield self._collate(packs)
+                packs, longest = [], pack.tokens
+            packs.append(pack)
+        yield self._collate(packs)
 
-    def _rows(self, packing: bool) -> Iterator[list[Sequence]]:
+    def _packs(self, packing: bool) -> Iterator[Pack]:
         for where, _ in outlines(self.table, ["key"], "eval"):
             group = load(self.table, where, ["key", "tokens", *COLUMNS])
             group = group.filter(pc.invert(pc.is_in(group.column("key"), self._seen)))
-            tokens, content = group.column("tokens").to_numpy(), RowGroup(group)
-            places = best_fit(tokens, self._longest) if packing else np.arange(len(tokens))
-            for pack in range(places.max(initial=-1) + 1):
-                yield [content.sequence(row) for row in np.flatnonzero(places == pack).tolist()]
+            tokens, sequences = group.column("tokens").to_numpy(), Sequences([group])
+            packs = best_fit(tokens, self._longest) if packing else np.arange(len(tokens))
+            for pack in range(packs.max(initial=-1) + 1):
+                yield Pack(sequences, np.flatnonzero(packs == pack))
 
-    def _collate(self, rows: list[list[Sequence]]) -> Batch:
-        positions = sum(len(sequence["entropies"]) for row in rows for sequence in row)
-        return collate(rows, None, self.table, positions)
+    def _collate(self, packs: list[Pack]) -> Batch:
+        positions = sum(int(pack.sequences.counts("entropies", pack.rows).sum()) for pack in packs)
+        return collate(packs, None, self.table, positions)
 
 
 def _nothing(table: AnyTable, found: str) -> TableError:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from pipeline import dataset
-from pipeline.batch import RowGroup
+from pipeline.batch import Sequences
 from pipeline.config import StreamConfig
 from pipeline.dataset import SoftLabelDataset
 from pipeline.order import Cursor
@@ -129,7 +129,7 @@ def whole(table: Table, packing: bool = True) -> list[Counter]:
 
 def test_a_resumed_run_reads_no_window_that_is_done_with(table, monkeypatch):
     groups: list[int] = []
-    monkeypatch.setattr(dataset, "RowGroup", lambda rows: groups.append(len(rows)) or RowGroup(rows))
+    monkeypatch.setattr(dataset, "Sequences", lambda parts: groups.extend(map(len, parts)) or Sequences(parts))
     plain = SoftLabelDataset(table, stream())
     end = SoftLabelDataset(table, stream(), start=plain.state(plain.total_steps - 1))
     assert sum(batch.sequences for batch in end) <= sum(groups) < 40 < sum(batch.sequences for batch in plain)
