@@ -117,7 +117,7 @@ def _listen(chunks: Iterator[Tensor], labels: SoftLabels, next_ids: Tensor, temp
     tail_rows = np.repeat(np.arange(labels.positions), labels.tail_counts)
     parts: list[list[Tensor]] = []
     start = 0
-    for logits in chunks:
+    for logits in (chunk.float() for chunk in chunks):
         end, on = start + len(logits), logits.device
         (heads, head_ids), (tails, tail_ids) = (
             (torch.from_numpy(rows[part] - start).to(on), torch.from_numpy(ids[part]).long().to(on))

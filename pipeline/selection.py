@@ -18,7 +18,7 @@ from pipeline.config import SelectionConfig
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
-_CPU_LOGITS, _DEVICE_LOGITS = 2**21, 2**27
+_CPU_LOGITS, _DEVICE_LOGITS = 2**22, 2**27
 """Logits scanned at once: what stays in a CPU's cache, and what keeps an accelerator busy."""
 _ROWS = 512
 """Positions that share what comes after the scan: many small steps, cheap if they are few."""
@@ -95,7 +95,8 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     block = _block_size(selection, vocabulary_size)
     width = -(-vocabulary_size // block) * block
     cached = max(1, min(_ROWS, len(logits), (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // width))
-    work = torch.full((2, cached, width), _IMPOSSIBLE, device=device)
+    work = torch.empty((2, cached, width), device=device)
+    work[0, :, vocabulary_size:] = _IMPOSSIBLE
     parts = []
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -141,22 +142,26 @@ class _Scan(NamedTuple):
 
 def _scan(logits: Tensor, selection: Selection, block: int, work: Tensor) -> _Scan:
     """Work through the vocabulary of R rows; ``work``, (2, at least R, width) float32, is overwritten."""
-    scores, shares = work[:, : len(logits)]
-    scores[:, : logits.shape[1]].copy_(logits).clamp_(min=_IMPOSSIBLE)
-    maxima = scores.unflatten(1, (-1, block)).amax(2)
+    scores, spare = work[:, : len(logits)]
+    scores[:, : logits.shape[1]].copy_(logits)
+    cut = len(scores), scores.shape[1] // block, block
+    maxima = scores.view(cut).amax(2)
     values, ids = _highest(scores, maxima, _singled_out(selection) + 1)
     # Whatever the head will be, all beyond the first S ids is tail. It is summed relative to its own highest
     # logit, the next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
     scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
     peaks, rests = values[:, -1], list[Tensor]()
-    for T in reversed(selection.temperatures):  # 1 comes last: its shares are used below
-        torch.softmax(scores if T == 1 else scores / T, dim=1, out=shares)
-        block_shares = shares.unflatten(1, (-1, block)).sum(2)
-        total = block_shares.double().sum(1)  # not quite 1: softmax adds its terms one by one
-        log_share = (shares.gather(1, ids[:, -1:])[:, 0] / total).log()
-        rests.insert(0, torch.where(peaks.isfinite(), peaks / T - log_share, -torch.inf))
-    means = shares.mul_(scores).sum(1) / total
-    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), means, block_shares)
+    highest = peaks.float().clamp_(min=_IMPOSSIBLE)[:, None]
+    for T in reversed(selection.temperatures):  # 1 comes last: its weights are used below
+        weights = torch.sub(scores, highest, out=spare)
+        (weights if T == 1 else weights.div_(T)).exp_()
+        total = (block_weights := weights.view(cut).sum(2)).double().sum(1)
+        rests.insert(0, peaks / T + total.log())
+    means = weights.mul_(scores).sum(1)
+    if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
+        means = torch.where(means.isnan(), weights.nansum(1), means)
+    shares = block_weights / total[:, None].float()
+    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), means / total, shares)
 
 
 def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from pipeline.config import TeacherConfig
 from pipeline.model_folder import first_line
 from storage.errors import SoftlabelError, TeacherError, UsageError
 
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 512 << 20
-"""Logits in float32 that are held at a time."""
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 256 << 20
+"""Logits that are held at a time."""
 _PROBE = 2
 """Tokens of the sequences that show whether a model is causal; in few tokens, one counts for much."""
 _LEAK = 0.01
@@ -49,7 +49,7 @@ class Teacher(Protocol):
     def logits(
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
     ) -> Iterator[torch.Tensor]:
-        """Logits of one forward pass, float32 (n, vocabulary) on the teacher's device, in chunks.
+        """Logits of one forward pass, (n, vocabulary) of any float dtype on the teacher's device, in chunks.
 
         Args:
             sequences: token ids, each (length,).
@@ -77,7 +77,7 @@ class TransformersTeacher:
         self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attention)
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
-        self._chunk = max(1, chunk_bytes // (4 * self.checkpoint.padded_vocabulary))
+        self._chunk = max(1, chunk_bytes // (self._model.dtype.itemsize * self.checkpoint.padded_vocabulary))
         if self.checkpoint.classes is None:
             self._require_causal()
 
@@ -104,7 +104,7 @@ class TransformersTeacher:
             yield self._head(chunk, kind)
 
     def _head(self, hidden: torch.Tensor, kind: type) -> torch.Tensor:
-        """Float32 logits (n, vocabulary) of hidden states (n, width), by the model's own way from one to the other.
+        """Logits (n, vocabulary) of hidden states (n, width), by the model's own way from one to the other.
 
         The model's own forward runs with its body standing still, so that whatever an architecture does after the
         body (scale, soft-capping, a bias) is done, for every architecture, without knowing what it is.
@@ -114,7 +114,7 @@ class TransformersTeacher:
             logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         if calls != [1]:
             raise self._inseparable()
-        return logits[0, :, : self.vocabulary].float()
+        return logits[0, :, : self.vocabulary]
 
     def _require_causal(self) -> None:
         """Refuse a model whose logits depend on the tokens that they predict, or that can't be run at all."""
@@ -124,7 +124,7 @@ class TransformersTeacher:
         other = np.append(ids[:-1], (ids[-1] + self.vocabulary // 2) % self.vocabulary).astype(np.int32)
         positions = np.arange(1, _PROBE + 1, dtype=np.int32)  # the last is that of the token after these
         try:
-            one, two = torch.cat(list(self.logits([ids, other], [positions] * 2))).chunk(2)
+            one, two = torch.cat(list(self.logits([ids, other], [positions] * 2))).float().chunk(2)
         except SoftlabelError:
             raise
         except Exception as error:  # what an architecture lacks shows in as many ways as there are

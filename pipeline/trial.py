@@ -107,7 +107,7 @@ def run(
                 found[i].append(select(logits, next_ids[rows], seeds[i][rows], selection, teacher.vocabulary))
                 besides += time.perf_counter() - since if i else 0.0
             since = time.perf_counter()
-            same.append(collisions(logits).double().cpu().numpy())
+            same.append(collisions(logits.float()).double().cpu().numpy())
             besides += time.perf_counter() - since
         return [SoftLabels.concatenate(parts) for parts in found], np.concatenate(same)
 

@@ -5,7 +5,7 @@ package that carries it is there, and models with random weights and ids: of Lla
 Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches, in turn:
 
     model      model(input_ids).logits, as anybody would call it
-    forward    the body, then the output layer in float32 over the captured positions, in chunks that are thrown away
+    forward    the body, then the output layer over the captured positions, in chunks that are thrown away
     k=64       a capture of plain top-k: forward, selection, encoding, writing, commit
     default    the same with the default selection
 
