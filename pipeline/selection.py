@@ -96,7 +96,6 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     width = -(-vocabulary_size // block) * block
     cached = max(1, min(_ROWS, len(logits), (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // width))
     work = torch.empty((2, cached, width), device=device)
-    work[0, :, vocabulary_size:] = _IMPOSSIBLE
     parts = []
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -143,7 +142,8 @@ class _Scan(NamedTuple):
 def _scan(logits: Tensor, selection: Selection, block: int, work: Tensor) -> _Scan:
     """Work through the vocabulary of R rows; ``work``, (2, at least R, width) float32, is overwritten."""
     scores, spare = work[:, : len(logits)]
-    scores[:, : logits.shape[1]].copy_(logits)
+    scores[:, : logits.shape[1]] = logits
+    scores[:, logits.shape[1] :] = _IMPOSSIBLE
     cut = len(scores), scores.shape[1] // block, block
     maxima = scores.view(cut).amax(2)
     values, ids = _highest(scores, maxima, _singled_out(selection) + 1)
@@ -151,17 +151,16 @@ def _scan(logits: Tensor, selection: Selection, block: int, work: Tensor) -> _Sc
     # logit, the next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
     scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
     peaks, rests = values[:, -1], list[Tensor]()
-    highest = peaks.float().clamp_(min=_IMPOSSIBLE)[:, None]
+    scores -= (highest := peaks.clamp(min=_IMPOSSIBLE))[:, None].float()
     for T in reversed(selection.temperatures):  # 1 comes last: its weights are used below
-        weights = torch.sub(scores, highest, out=spare)
-        (weights if T == 1 else weights.div_(T)).exp_()
+        weights = torch.exp(scores if T == 1 else scores / T, out=spare)
         total = (block_weights := weights.view(cut).sum(2)).double().sum(1)
         rests.insert(0, peaks / T + total.log())
     means = weights.mul_(scores).sum(1)
     if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
         means = torch.where(means.isnan(), weights.nansum(1), means)
     shares = block_weights / total[:, None].float()
-    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), means / total, shares)
+    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), highest + means / total, shares)
 
 
 def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:

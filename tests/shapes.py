@@ -72,15 +72,15 @@ def random_teacher(folder: Path, shape: str) -> None:
     (folder / "model.safetensors").touch()
 
 
-def documents(path: Path, teacher: str, count: int, tokens: int, seed: int) -> str:
-    """So many documents of at least so many tokens."""
+def documents(path: Path, teacher: str, first: int, count: int, tokens: int) -> str:
+    """Documents of at least so many tokens, from a number on; each number is another."""
     if teacher in SHAPES:
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(first)
         texts = [" ".join(f"t{i}" for i in rng.integers(2, SHAPES[teacher].vocab_size, tokens)) for _ in range(count)]
     else:
         from pydoc_data.topics import topics
 
-        whole = "\n".join(text for _, text in sorted(topics.items()))[seed * 12 * tokens * count :]
-        texts = [whole[i * 12 * tokens : (i + 1) * 12 * tokens] for i in range(count)]
-    pq.write_table(pa.table({"id": [f"{seed}-{i}" for i in range(count)], "text": texts}), path)
+        whole = "\n".join(text for _, text in sorted(topics.items()))
+        texts = [whole[i * 12 * tokens : (i + 1) * 12 * tokens] for i in range(first, first + count)]
+    pq.write_table(pa.table({"id": [f"{first + i}" for i in range(count)], "text": texts}), path)
     return str(path)

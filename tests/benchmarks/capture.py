@@ -94,10 +94,10 @@ class Bench:
         capturing.load_teacher = lambda config: self.teacher
         self._configs: dict[str, CaptureConfig] = {}
         self._plans: dict[str, Path] = {}
-        measured = documents(folder / "measured.parquet", name, sequences, tokens, 0)
+        measured = documents(folder / "measured.parquet", name, 1, sequences, tokens)
         for selection, chosen in SELECTIONS.items():
             config = CaptureConfig(
-                documents=documents(folder / "first.parquet", name, 1, tokens, 1),
+                documents=documents(folder / "first.parquet", name, 0, 1, tokens),
                 table=str(folder / f"{selection}-first"),
                 teacher=settings,
                 selection=chosen,
@@ -142,6 +142,7 @@ class Bench:
         started = time.perf_counter()
         commit: Commit = capture_shard(config.model_copy(update={"table": str(table)}), self._plans[selection])
         ended = time.perf_counter()
+        assert commit.positions == sum(map(len, self._positions)), "the table has none of them before"
         del self.teacher.logits
         shutil.rmtree(table)
         about |= {"before": began[0] - started, "bytes": commit.bytes / commit.positions}
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["SmolLM2", *(["1.5B", "8B"] if cuda else ["1B"])])
     arguments = parser.parse_args()
     device = "cuda" if cuda else "cpu"
-    on_cpu = {"SmolLM2": (8, 512, 1), "1B": (4, 256, 1)}
+    on_cpu = {"SmolLM2": (16, 512, 1), "1B": (4, 256, 1)}
     for name in arguments.teachers:
         size = (64, 1024, 8) if cuda else on_cpu.get(name, on_cpu["1B"])
         with tempfile.TemporaryDirectory() as folder:

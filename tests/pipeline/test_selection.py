@@ -198,10 +198,11 @@ def test_a_position_knows_nothing_of_its_neighbours(name, monkeypatch):
     for i, found in zip(order.tolist(), shuffled, strict=True):
         assert_equal(found, together[i])
     monkeypatch.setattr(module, "_ROWS", 7)
-    monkeypatch.setattr(module, "_CPU_LOGITS", 3 * 2048)
     torch.set_num_threads(3)
-    for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
-        assert_equal(found, expected)
+    for rows in (1, 3):
+        monkeypatch.setattr(module, "_CPU_LOGITS", rows * 2048)
+        for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
+            assert_equal(found, expected)
     alone = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
     assert_equal(alone[0], together[5])
 
