@@ -25,6 +25,8 @@ from storage.view import AnyTable, View
 COLUMNS = ("token_ids", "loss_mask", *SOFT_LABELS.names)
 """What is read of a row once its turn has come."""
 
+_LONG = 128
+"""Tokens of a sequence, on average, from which on it is worth a step of its own."""
 _TYPES = {field.name: field.type.value_type.to_pandas_dtype() for field in SOFT_LABELS}
 
 
@@ -76,29 +78,40 @@ class Sequences:
     """Columns of lists, of which those of any sequences are had in one copy.
 
     A list is held as the bytes of its numbers: that is how Arrow takes it whole, where of a list it takes numbers one
-    by one.
+    by one. To pick them out of several parts takes a step for each, which only long ones are worth: parts of short
+    ones are joined first.
 
     Args:
-        parts: rows, as they are read; other columns are passed over.
+        parts: rows with token_ids, as they are read; columns of no lists are passed over.
     """
 
     def __init__(self, parts: Sequence[pa.Table]) -> None:
         self._types: dict[str, np.dtype[Any]] = {}
-        self._columns: dict[str, pa.LargeBinaryArray] = {}
+        self._counts: dict[str, Ints] = {}
+        self._columns: dict[str, list[pa.LargeBinaryArray]] = {}
         for name in [field.name for field in parts[0].schema if pa.types.is_list(field.type)]:
             lists = [part.column(name).combine_chunks() for part in parts]
             values = [part.values.to_numpy(zero_copy_only=False) for part in lists]
             self._types[name] = values[0].dtype
-            self._columns[name] = pa.concat_arrays(map(_as_bytes, lists, values))
+            self._counts[name] = np.concatenate([np.diff(part.offsets.to_numpy()) for part in lists], dtype=np.int64)
+            self._columns[name] = list(map(_as_bytes, lists, values))
+        if self._counts["token_ids"].sum() < _LONG * len(self._counts["token_ids"]):
+            self._columns = {name: [pa.concat_arrays(column)] for name, column in self._columns.items()}
+        self._firsts = np.cumsum([0, *map(len, self._columns["token_ids"])])
 
     def counts(self, name: str, rows: Ints) -> Ints:
         """(n,) how many numbers each of n sequences has in a column."""
-        starts = np.frombuffer(self._columns[name].buffers()[1], np.int64)
-        return (starts[rows + 1] - starts[rows]) // self._types[name].itemsize
+        return self._counts[name][rows]
 
     def values(self, name: str, rows: Ints) -> NDArray[Any]:
         """The numbers that n sequences have in a column, one sequence after the other."""
-        taken = self._columns[name].take(pa.array(rows))
+        column = self._columns[name]
+        if len(column) == 1:
+            taken = column[0].take(pa.array(rows))
+        else:
+            numbers = np.searchsorted(self._firsts, rows, side="right") - 1
+            places = zip(numbers.tolist(), (rows - self._firsts[numbers]).tolist(), strict=True)
+            taken = pa.concat_arrays([column[0].slice(0, 0), *(column[number].slice(row, 1) for number, row in places)])
         return np.frombuffer(taken.buffers()[2], self._types[name])
 
 
