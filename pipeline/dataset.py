@@ -40,9 +40,8 @@ class SoftLabelDataset(IterableDataset[Batch]):
 
     Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
     DataLoader asks for them: their number changes nothing but the speed. Where a table is in a bucket, they need
-    ``multiprocessing_context="forkserver"``, since no connection lives through a fork. Each worker of
-    each rank reads every window of the plan, a window ahead of its use: two windows are in its memory, and the next one
-    twice while it is read.
+    ``multiprocessing_context="forkserver"``, since no connection lives through a fork. Each worker of each rank reads
+    every window of the plan, a window ahead of its use: two are in its memory, the next one twice for a moment.
 
     Args:
         table: the version, or the view, to read.

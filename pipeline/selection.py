@@ -19,7 +19,7 @@ from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
 _CPU_LOGITS, _DEVICE_LOGITS = 2**22, 2**27
-"""Logits scanned at once: what stays in a CPU's cache, and what keeps an accelerator busy."""
+"""Logits scanned at once: few enough for a CPU's cache and many for its threads, and what keeps an accelerator busy."""
 _ROWS = 512
 """Positions that share what comes after the scan: many small steps, cheap if they are few."""
 _IMPOSSIBLE = -1e30
