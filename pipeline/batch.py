@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.averaging import AveragedTargets
 from pipeline.order import Ints
 from pipeline.targets import CompactTargets
-from storage.groups import column_of
+from storage.groups import column_of, flat
 from storage.schema import SOFT_LABELS
 from storage.view import AnyTable, View
 
@@ -90,11 +90,10 @@ class Sequences:
         self._counts: dict[str, Ints] = {}
         self._columns: dict[str, list[pa.LargeBinaryArray]] = {}
         for name in [field.name for field in parts[0].schema if pa.types.is_list(field.type)]:
-            lists = [part.column(name).combine_chunks() for part in parts]
-            values = [part.values.to_numpy(zero_copy_only=False) for part in lists]
-            self._types[name] = values[0].dtype
-            self._counts[name] = np.concatenate([np.diff(part.offsets.to_numpy()) for part in lists], dtype=np.int64)
-            self._columns[name] = list(map(_as_bytes, lists, values))
+            lists = [flat(part, name) for part in parts]
+            self._types[name] = lists[0][0].dtype
+            self._counts[name] = np.concatenate([np.diff(starts) for _, starts in lists], dtype=np.int64)
+            self._columns[name] = [_as_bytes(values, starts) for values, starts in lists]
         if self._counts["token_ids"].sum() < _LONG * len(self._counts["token_ids"]):
             self._columns = {name: [pa.concat_arrays(column)] for name, column in self._columns.items()}
         self._firsts = np.cumsum([0, *map(len, self._columns["token_ids"])])
@@ -115,9 +114,9 @@ class Sequences:
         return np.frombuffer(taken.buffers()[2], self._types[name])
 
 
-def _as_bytes(lists: pa.ListArray, values: NDArray[Any]) -> pa.LargeBinaryArray:
-    starts = lists.offsets.to_numpy().astype(np.int64) * values.itemsize
-    return pa.Array.from_buffers(pa.large_binary(), len(lists), [None, pa.py_buffer(starts), pa.py_buffer(values)])
+def _as_bytes(values: NDArray[Any], starts: NDArray[np.int32]) -> pa.LargeBinaryArray:
+    buffers = [None, pa.py_buffer(starts.astype(np.int64) * values.itemsize), pa.py_buffer(values)]
+    return pa.Array.from_buffers(pa.large_binary(), len(starts) - 1, buffers)
 
 
 class Pack(NamedTuple):
@@ -142,11 +141,11 @@ def collate(packs: Sequence[Pack], row_tokens: int | None, table: AnyTable, glob
         table: what they are of.
         global_positions: of the whole optimiser step.
     """
-    shape = max(1, len(packs)), row_tokens or max((pack.tokens for pack in packs), default=1)
+    row_ends = np.array([pack.tokens for pack in packs] or [0])
+    shape = len(row_ends), row_tokens or max(1, int(row_ends.max()))
     groups = [list(group) for _, group in groupby(packs, lambda pack: id(pack.sequences))]
     whole = [Pack(group[0].sequences, np.concatenate([pack.rows for pack in group])) for group in groups]
     tokens = np.concatenate([np.zeros(0, np.int64), *(part.sequences.counts("token_ids", part.rows) for part in whole)])
-    row_ends = np.array([pack.tokens for pack in packs] or [0])
     padding = np.arange(shape[0]) * shape[1] - (np.cumsum(row_ends) - row_ends)  # in the rows before each
     # Of each token, where in its sequence and where in rows x L it is.
     within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)

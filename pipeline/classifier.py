@@ -31,7 +31,7 @@ class ClassifierTeacher(TransformersTeacher):
     ) -> Iterator[torch.Tensor]:
         """See ``Teacher.logits``; each sequence has one position, and is read whole."""
         inputs = padded(sequences, padding_id(self._model, self.checkpoint.tokenizer))
-        yield self._model(**{name: values.to(self.device) for name, values in inputs.items()}).logits.float()
+        yield self._model(**{name: values.to(self.device) for name, values in inputs.items()}).logits
 
 
 class LabelTeacher:

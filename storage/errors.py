@@ -101,3 +101,11 @@ class IntegrityError(TableError):
 
 class DisagreementError(TableError):
     """Numbers that the table's teacher does not say again, by more than its own noise."""
+
+
+def recapture(location: str) -> str:
+    """How damaged shards are taken out of a table and their rows brought again: an error's last words."""
+    return (
+        f"\n               softlabel verify {location} --remove-damaged, then capture the same documents"
+        "\n               again; of a narrowed table, reprocess its source again"
+    )

@@ -72,6 +72,13 @@ def column_of(name: str, table: int) -> str:
     return f"{name}:{table}" if table else name
 
 
+def flat(rows: pa.Table, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Values of a column of lists, and where in them each row begins and the last one ends."""
+    lists = rows.column(name).combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return lists.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
+
+
 def _common(source: AnyTable, shard: Shard, number: int, rows: pa.Table) -> pa.Table:
     """Those rows of an average's first table that all others have, too."""
     if not (isinstance(source, View) and source.average):
@@ -93,21 +100,14 @@ def _counterparts(view: View, number: int, group: Group, columns: Sequence[str])
 def _in_common_terms(view: View, table: Table, rows: pa.Table) -> pa.Table:
     """The same rows with token ids, and the temperatures of the view."""
     for name in {"head_ids", "tail_ids"}.intersection(rows.column_names):
-        values, offsets = _flat(rows, name)
+        values, offsets = flat(rows, name)
         rows = _with(rows, name, table.vocabulary[values], offsets)
     if "tail_log_masses" in rows.column_names and view.temperatures != table.temperatures:
-        values, offsets = _flat(rows, "tail_log_masses")
+        values, offsets = flat(rows, "tail_log_masses")
         stored, wanted = len(table.temperatures), [table.temperatures.index(T) for T in view.temperatures]
         values = values.reshape(-1, stored)[:, wanted].ravel()
         rows = _with(rows, "tail_log_masses", values, offsets // stored * len(wanted))
     return rows
-
-
-def _flat(rows: pa.Table, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Values of a column of lists, and where in them each row begins and the last one ends."""
-    lists = rows.column(name).combine_chunks()
-    offsets = lists.offsets.to_numpy()
-    return lists.flatten().to_numpy(), offsets - offsets[0]
 
 
 def _with(rows: pa.Table, name: str, values: NDArray[Any], offsets: NDArray[np.int32]) -> pa.Table:

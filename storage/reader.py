@@ -7,7 +7,7 @@ from pathlib import PurePath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import IntegrityError, TableError
+from storage.errors import IntegrityError, TableError, recapture
 from storage.place import File, Place, content_hash, reading
 from storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
 from storage.state import Shard
@@ -171,7 +171,6 @@ def _damaged(table: Table, shard: Shard, found: str) -> TableError:
         expected=f"{shard.bytes} bytes that have the hash in the file's name",
         found=found,
         where=table.place.where(shard.path),
-        do="restore this file from a copy of the table; or take what is damaged out of it with\n"
-        f"               softlabel verify {table.location} --remove-damaged, then capture the same documents\n"
-        "               again; of a narrowed table, reprocess its source again",
+        do="restore this file from a copy of the table; or take what is damaged out of it with"
+        + recapture(table.location),
     )

@@ -18,7 +18,7 @@ from deltalake.transaction import RemoveAction
 from storage.beside import read_tokenizer, read_vocabulary
 from storage.commit_files import LOG
 from storage.committing import all_or_nothing, committed
-from storage.errors import IntegrityError
+from storage.errors import IntegrityError, recapture
 from storage.examination import Hashes, WrongShardError, examine
 from storage.log import Log, problems, replay
 from storage.place import REJECTS, SIDE_FOLDER
@@ -83,9 +83,8 @@ def damage(found: Verification) -> IntegrityError:
         expected="files that hold what their names and their commits say",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.location}@{found.version}",
-        do="restore them from a copy of the table; or take damaged shards out of its newest version with\n"
-        f"               softlabel verify {found.location} --remove-damaged, then capture the same documents\n"
-        "               again; of a narrowed table, reprocess its source again",
+        do="restore them from a copy of the table; or take damaged shards out of its newest version with"
+        + recapture(found.location),
         details=found,
     )
 
