@@ -7,25 +7,24 @@ writes a file.
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pipeline import counters
+from pipeline import counters, scan_torch
 from pipeline.config import SelectionConfig
+from pipeline.ranking import ABSENT, from_rank_keys, rank_keys, ranked
+from pipeline.scan import Scan
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
-_CPU_LOGITS, _DEVICE_LOGITS = 2**22, 2**27
-"""Logits scanned at once: few enough for a CPU's cache and many for its threads, and what keeps an accelerator busy."""
 _ROWS = 512
-"""Positions that share what comes after the scan: many small steps, cheap if they are few."""
-_IMPOSSIBLE = -1e30
-"""Stands for the logit -inf, of probability 0; finite, so that 0 times it is 0."""
-_ABSENT = -(2**63)
-"""Below every rank key."""
+"""Positions that are worked through at once: many small steps, cheap if they are few."""
+_BELOW_1 = 1 - 2.0**-53
+"""The highest float64 below 1."""
 
 
 @dataclass(frozen=True)
@@ -92,99 +91,28 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     """
     device = logits.device
     logits, next_ids, seeds = logits[:, :vocabulary_size], next_ids.to(device).long(), seeds.to(device)
-    block = _block_size(selection, vocabulary_size)
-    width = -(-vocabulary_size // block) * block
-    cached = max(1, min(_ROWS, len(logits), (_CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS) // width))
-    work = torch.empty((2, cached, width), device=device)
+    singles = max(selection.max_k, min(selection.draws, 64))  # for any head, and for most draws not to search a block
     parts = []
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
-        scans = [_scan(chunk, selection, block, work) for chunk in torch.split(logits[rows], cached)]
-        scan = _Scan(*map(torch.cat, zip(*scans, strict=True)))
-        wrong = ~(scan.maxima.isfinite() & (scan.maxima > _IMPOSSIBLE))
-        if wrong.any():
+        scan = _passes(device).scan(logits[rows], singles, selection.temperatures)
+        if (wrong := ~scan.maxima.isfinite()).any():
             raise NotADistributionError((wrong.nonzero()[:, 0] + start).tolist())
         parts.append(_labels(logits[rows], next_ids[rows], seeds[rows], scan, selection))
     joined = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
     return SoftLabels(**{name: values.cpu().numpy() for name, values in joined.items()})
 
 
-def _singled_out(selection: Selection) -> int:
-    """Highest ids that are known one by one: enough for any head, and for most draws not to search a block."""
-    return max(selection.max_k, min(selection.draws, 64))
+def _passes(device: torch.device) -> ModuleType:
+    """The module that works through the vocabulary on such a device."""
+    if device.type != "cpu":
+        return scan_torch
+    from pipeline import scan_cpu  # here: numba takes a third of a second to import, and only captures need it
+
+    return scan_cpu
 
 
-def _block_size(selection: Selection, vocabulary_size: int) -> int:
-    """Ids of a block: 64, or fewer where there would be too few blocks to tell the head's from the others."""
-    size = 64
-    while size > 1 and vocabulary_size < 4 * size * _singled_out(selection):
-        size //= 2
-    return size
-
-
-class _Scan(NamedTuple):
-    """What the passes over the vocabulary give for R rows: the S highest ids singled out, and the rest in sums."""
-
-    maxima: Tensor
-    """(R,) float32."""
-    values: Tensor
-    """(R, S + 1) float64, the highest logits; -inf where the row has fewer possible ids."""
-    ids: Tensor
-    """(R, S + 1) int64, theirs; 0 where there is none."""
-    rests: Tensor
-    """(R, T) float64, log of the rest's sum of exp(logit / temperature)."""
-    rest_means: Tensor
-    """(R,) float64, mean logit of the rest's distribution at T=1."""
-    block_shares: Tensor
-    """(R, blocks) float32, each block's share of the rest at T=1."""
-
-
-def _scan(logits: Tensor, selection: Selection, block: int, work: Tensor) -> _Scan:
-    """Work through the vocabulary of R rows; ``work``, (2, at least R, width) float32, is overwritten."""
-    scores, spare = work[:, : len(logits)]
-    scores[:, : logits.shape[1]] = logits
-    scores[:, logits.shape[1] :] = _IMPOSSIBLE
-    cut = len(scores), scores.shape[1] // block, block
-    maxima = scores.view(cut).amax(2)
-    values, ids = _highest(scores, maxima, _singled_out(selection) + 1)
-    # Whatever the head will be, all beyond the first S ids is tail. It is summed relative to its own highest
-    # logit, the next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
-    scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
-    peaks, rests = values[:, -1], list[Tensor]()
-    scores -= (highest := peaks.clamp(min=_IMPOSSIBLE))[:, None].float()
-    for T in reversed(selection.temperatures):  # 1 comes last: its weights are used below
-        weights = torch.exp(scores if T == 1 else scores / T, out=spare)
-        total = (block_weights := weights.view(cut).sum(2)).double().sum(1)
-        rests.insert(0, peaks / T + total.log())
-    means = weights.mul_(scores).sum(1)
-    if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
-        means = torch.where(means.isnan(), weights.nansum(1), means)
-    shares = block_weights / total[:, None].float()
-    return _Scan(maxima.amax(1), values, ids, torch.stack(rests, 1), highest + means / total, shares)
-
-
-def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` ids of each row in the order (logit descending, id ascending), as in ``_Scan``.
-
-    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
-    ids that reach it are sorted, ties included.
-    """
-    R, blocks = maxima.shape
-    least = _IMPOSSIBLE / 2  # above the impossible, below every other logit
-    bound = torch.full_like(scores[:, 0], least)
-    if count <= blocks:
-        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=least)
-    rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
-    members = scores.view(R * blocks, scores.shape[1] // blocks).index_select(0, rows * blocks + columns)
-    found, offsets = (members >= bound[rows, None]).nonzero(as_tuple=True)
-    keys = _rank_keys(members[found, offsets], columns[found] * members.shape[1] + offsets)
-    ranked = _ranked(rows[found], keys, R, count)[:, :count]
-    values, ids = _from_rank_keys(ranked)
-    absent = ranked == _ABSENT
-    return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
-
-
-def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: _Scan, selection: Selection) -> dict[str, Tensor]:
+def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selection: Selection) -> dict[str, Tensor]:
     """The fields of ``SoftLabels`` for R rows."""
     top, top_ids, temperatures = scan.values[:, :-1], scan.ids[:, :-1], selection.temperatures
     rest = scan.rests[:, 0]
@@ -199,7 +127,7 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: _Scan, select
     rows, drawn = _draw(logits, seeds, scan, outside, log_masses[0], selection)
     tail_counts, tail_ids, tail_draws, tail_logits = _distinct(rows, drawn, logits)
     next_logprobs = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0].double() - log_sum
-    mean = (logprobs.exp() * top.clamp(min=_IMPOSSIBLE)).sum(1) + (rest - log_sum).exp() * scan.rest_means
+    mean = (logprobs.exp() * top).nansum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
         "head_counts": kept.sum(1).int(),
         "head_ids": top_ids[kept].int(),
@@ -224,7 +152,7 @@ def _head(logprobs: Tensor, selection: Selection) -> Tensor:
 
 
 def _draw(
-    logits: Tensor, seeds: Tensor, scan: _Scan, outside: Tensor, log_masses: Tensor, selection: Selection
+    logits: Tensor, seeds: Tensor, scan: Scan, outside: Tensor, log_masses: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor]:
     """Ids drawn from the tail with replacement: first one of the highest ids or a block, then an id of that block.
 
@@ -237,62 +165,30 @@ def _draw(
     """
     if selection.draws == 0:
         return seeds[:0], seeds[:0]
-    singles = outside.shape[1]
-    rest = scan.rests[:, :1]
-    highest = torch.maximum(rest, outside.amax(1, keepdim=True))
-    blocks = (rest - highest).exp() * scan.block_shares
-    bounds = torch.cat([(outside - highest).exp(), blocks], dim=1).cumsum(1)
+    peaks = scan.values[:, -1:]
+    highest = torch.maximum(peaks, outside.amax(1, keepdim=True))
+    bounds = (outside - highest).exp().cumsum(1)
+    singles, rest = bounds[:, -1:], (peaks - highest).exp() * scan.block_bounds[:, -1:]
     steps = torch.arange(selection.draws, device=seeds.device).expand(len(seeds), -1)
-    picks = torch.searchsorted(bounds, counters.uniform(seeds[:, None], 2 * steps) * bounds[:, -1:], right=True)
+    targets = counters.uniform(seeds[:, None], 2 * steps) * (singles + rest)
+    picks = torch.searchsorted(bounds, targets, right=True)
+    shares = ((targets - singles) / rest).clamp(max=_BELOW_1)
+    blocks = torch.searchsorted(scan.block_bounds, shares * scan.block_bounds[:, -1:], right=True)
     rows, steps = (steps < (selection.draws * log_masses.exp()).ceil()[:, None]).nonzero(as_tuple=True)
     picks = picks[rows, steps]
-    ids = scan.ids[rows, picks.clamp(max=singles)]
-    deep = (picks >= singles).nonzero()[:, 0]
-    uniforms, size = counters.uniform(seeds[rows[deep]], 2 * steps[deep] + 1), _block_size(selection, logits.shape[1])
-    ids[deep] = _draw_in_block(logits, scan, rows[deep], picks[deep] - singles, uniforms, size)
+    ids = scan.ids[rows, picks]
+    deep = (picks == outside.shape[1]).nonzero()[:, 0]
+    of_rest, uniforms = rows[deep], counters.uniform(seeds[rows[deep]], 2 * steps[deep] + 1)
+    ids[deep] = _passes(logits.device).draw_in_blocks(logits, scan, of_rest, blocks[of_rest, steps[deep]], uniforms)
     return rows, ids
-
-
-def _draw_in_block(logits: Tensor, scan: _Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor, size: int) -> Tensor:
-    """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks of ``size`` ids in (N,) rows."""
-    vocabulary_size = logits.shape[1]
-    ids = blocks[:, None] * size + torch.arange(size, device=rows.device)
-    members = logits[rows[:, None], ids.clamp(max=vocabulary_size - 1)].float()
-    peaks, peak_ids = scan.values[rows, -1:].float(), scan.ids[rows, -1:]
-    of_rest = (members < peaks) | ((members == peaks) & (ids >= peak_ids))
-    weights = (members - peaks).exp().where(of_rest & (ids < vocabulary_size), 0)
-    bounds = weights.double().cumsum(1)
-    return blocks * size + torch.searchsorted(bounds, uniforms[:, None] * bounds[:, -1:], right=True)[:, 0]
 
 
 def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The draws counted: (R,) distinct ids of each row; then of each, in the rows' order: id, draws, float64 logit."""
-    ranked = _ranked(rows, _rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
-    drawn = ranked != _ABSENT
-    first = drawn & (ranked != pad(ranked, (1, 0), value=_ABSENT)[:, :-1])
+    table = ranked(rows, rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
+    drawn = table != ABSENT
+    first = drawn & (table != pad(table, (1, 0), value=ABSENT)[:, :-1])
     starts = first[drawn].nonzero()[:, 0]
     ends = torch.cat([starts[1:], starts.new_full((min(1, len(starts)),), len(rows))])
-    values, distinct = _from_rank_keys(ranked[first])
+    values, distinct = from_rank_keys(table[first])
     return first.sum(1), distinct, ends - starts, values.double()
-
-
-def _ranked(rows: Tensor, keys: Tensor, R: int, least: int) -> Tensor:
-    """Keys, given row after row, as an (R, longest row or ``least``) table: each row descending, then _ABSENT."""
-    counts = torch.bincount(rows, minlength=R)
-    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    table = torch.full((R, max([least, *counts.tolist()])), _ABSENT, device=rows.device)
-    table[rows, slots] = keys
-    return table.sort(dim=1, descending=True).values
-
-
-def _rank_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 that compare as (float32 value, then the lower id), and hold both, so that one sort carries both."""
-    bits = (values + 0.0).view(torch.int32)  # + 0.0, because -0.0 equals 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (0xFFFFFFFF - ids)
-
-
-def _from_rank_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The values and ids that ``_rank_keys`` was given."""
-    ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)

@@ -82,15 +82,16 @@ def run(
     """Run the teacher over one batch of a layout.
 
     The first selection is timed with the forward pass; the others are not, nor is whatever a first pass over
-    sequences of this length has to prepare.
+    sequences of this length, or a first selection, has to prepare.
 
     Raises:
         TeacherError: if the teacher says what no distribution is, or the device has no room for a single sequence.
     """
     tokens, positions = [asked.tokens[i] for i in batch], [asked.positions[i] for i in batch]
+    first = asked.next_ids(batch[:1]), asked.seeds(batch[:1], selections[0], identity)
     with FlopCounterMode(display=False) as counter:
-        for _ in teacher.logits(tokens[:1], positions[:1]):
-            pass
+        for logits in teacher.logits(tokens[:1], positions[:1]):
+            select(logits[:1], first[0][:1], first[1][:1], selections[0], teacher.vocabulary)
     besides = 0.0
 
     def label(part: Indices, chunks: Iterator[torch.Tensor]) -> tuple[list[SoftLabels], Doubles]:

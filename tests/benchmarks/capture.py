@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -55,6 +56,10 @@ SELECTION_LIMITS = {("cuda", "8B"): 10}
 """Percent of the bare forward that the selection may take."""
 
 
+ROUND = 10
+"""Seconds of a bare forward pass; a shard's take minutes, beside which what it costs to open and commit is little."""
+
+
 class WholeModel:
     """The teacher called the plain way: logits of every position at once, in its own dtype."""
 
@@ -77,7 +82,7 @@ class Bench:
         name: a shape, or SmolLM2.
         folder: for its tables.
         device: to run it on.
-        sequences: of each round.
+        sequences: of each round at most.
         tokens: of each sequence.
         batch: sequences of a batch.
     """
@@ -107,12 +112,20 @@ class Bench:
             nowhere = config.model_copy(update={"documents": measured, "table": str(folder / "nowhere")})
             planned = plan(nowhere, folder / f"measured-{selection}").shards[0]
             rows = pq.read_table(planned)
-            rows = rows.filter(pc.equal(rows["tokens"], tokens)).slice(0, sequences)
+            rows = rows.filter(pc.equal(rows["tokens"], tokens))
+            if not self._configs:
+                self._take(rows.slice(0, batch))
+                self.forward(self.teacher)  # warms up
+                sequences = min(sequences, batch * max(4, int(ROUND / self.forward(self.teacher))))
+            self._take(rows := rows.slice(0, sequences))
             pq.write_table(rows, planned)
             self._configs[selection], self._plans[selection] = config, planned
+        self.tokens = sum(map(len, self._ids))
+
+    def _take(self, rows: pa.Table) -> None:
+        """Let these be the sequences of a round."""
         self._ids = [row.values.to_numpy() for row in rows["token_ids"]]
         self._positions = [np.arange(1, len(ids), dtype=np.int32) for ids in self._ids]
-        self.tokens = sum(map(len, self._ids))
 
     def forward(self, teacher: Any) -> float:
         """Seconds of all batches without a capture."""
@@ -236,7 +249,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["SmolLM2", *(["1.5B", "8B"] if cuda else ["1B"])])
     arguments = parser.parse_args()
     device = "cuda" if cuda else "cpu"
-    on_cpu = {"SmolLM2": (16, 512, 1), "1B": (4, 256, 1)}
+    on_cpu = {"SmolLM2": (64, 512, 1), "1B": (32, 256, 1)}
     for name in arguments.teachers:
         size = (64, 1024, 8) if cuda else on_cpu.get(name, on_cpu["1B"])
         with tempfile.TemporaryDirectory() as folder:

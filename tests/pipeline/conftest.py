@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline import scan_cpu, scan_torch, selection
 from pipeline.training import TrainReport, train
 from storage.table import Table
 from tests.pipeline.tables import make_table
@@ -30,6 +31,15 @@ def _single_thread() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Problems are tiny, and sums that are split among threads may be split otherwise in another process."""
     with _single_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=["cpu", "any device"])
+def passes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways through the vocabulary: the CPU's own, and the one of all other devices, which a CPU can go too."""
+    way = {"cpu": scan_cpu, "any device": scan_torch}[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_passes", lambda device: way if device.type == "cpu" else scan_torch)
         yield
 
 

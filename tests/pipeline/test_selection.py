@@ -14,7 +14,7 @@ from pipeline.config import SelectionConfig
 from pipeline.selection import NotADistributionError, Selection, position_seeds, select
 from storage.codec import SoftLabels, trim_log_masses
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "passes")
 
 DEFAULT = Selection.of(SelectionConfig())
 TOP_8 = Selection.of(SelectionConfig(top_k=8))
@@ -183,6 +183,18 @@ def test_padding_is_never_kept_drawn_or_counted(dtype):
             assert_equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "lay_out",
+    [lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, 300:], lambda x: x.repeat(2, 1)[4:]],
+    ids=["column after column", "a part of each row", "a part of the rows"],
+)
+def test_it_does_not_matter_how_logits_lie_in_memory(dtype, lay_out):
+    logits = zipf(4, 300).to(dtype)
+    for one, other in zip(split(run(lay_out(logits), DEFAULT)), split(run(logits, DEFAULT)), strict=True):
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_position_knows_nothing_of_its_neighbours(name, monkeypatch):
     selection, logits = (
@@ -199,10 +211,8 @@ def test_a_position_knows_nothing_of_its_neighbours(name, monkeypatch):
         assert_equal(found, together[i])
     monkeypatch.setattr(module, "_ROWS", 7)
     torch.set_num_threads(3)
-    for rows in (1, 3):
-        monkeypatch.setattr(module, "_CPU_LOGITS", rows * 2048)
-        for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
-            assert_equal(found, expected)
+    for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
+        assert_equal(found, expected)
     alone = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
     assert_equal(alone[0], together[5])
 
@@ -244,7 +254,10 @@ def test_no_positions():
     assert labels.tail_log_masses.shape == (3, 0)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, NEGATIVE_NAN, torch.inf])
 def test_non_finite_logits_name_their_rows(value, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", 8)
     logits = zipf(20, 300).float()

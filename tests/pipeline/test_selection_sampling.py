@@ -11,7 +11,7 @@ from pipeline import selection as module
 from pipeline.selection import Selection
 from tests.pipeline.test_selection import DEFAULT, RS_50, SELECTIONS, run, split, zipf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "passes")
 
 
 def estimates(logits: torch.Tensor, selection: Selection, seeds: int) -> np.ndarray:
@@ -48,13 +48,16 @@ def test_head_and_tail_are_unbiased(name):
     assert bias(estimates(logits, SELECTIONS[name], 400), exact) < 4
 
 
+def even(scan):
+    """Bounds of blocks that count 1 each."""
+    return torch.ones_like(scan.block_bounds).cumsum(1)
+
+
 def uniform_tail(logits, seeds, scan, outside, log_masses, selection):
     """A biased sampler: every id outside the head is as likely as another."""
     outside = torch.where(outside.isfinite(), 0.0, outside)
-    flat = scan._replace(values=torch.zeros_like(scan.values), block_shares=torch.ones_like(scan.block_shares))
-    return DRAW(
-        torch.zeros_like(logits), seeds, flat._replace(rests=scan.rests * 0 + 7), outside, log_masses, selection
-    )
+    flat = scan._replace(values=torch.zeros_like(scan.values), block_bounds=64 * even(scan))
+    return DRAW(torch.zeros_like(logits), seeds, flat, outside, log_masses, selection)
 
 
 def head_drawn_too(logits, seeds, scan, outside, log_masses, selection):
@@ -64,8 +67,9 @@ def head_drawn_too(logits, seeds, scan, outside, log_masses, selection):
 
 def blocks_alike(logits, seeds, scan, outside, log_masses, selection):
     """A biased sampler: it takes blocks for equally likely."""
-    shares = torch.full_like(scan.block_shares, 1 / scan.block_shares.shape[1])
-    return DRAW(logits, seeds, scan._replace(block_shares=shares), outside, log_masses, selection)
+    blocks = scan.block_bounds.shape[1]
+    alike = even(scan) * scan.block_bounds[:, -1:] / blocks
+    return DRAW(logits, seeds, scan._replace(block_bounds=alike), outside, log_masses, selection)
 
 
 DRAW = module._draw
@@ -73,7 +77,7 @@ DRAW = module._draw
 
 @pytest.mark.parametrize("sampler", [uniform_tail, head_drawn_too, blocks_alike])
 def test_a_biased_sampler_is_found_out(sampler, monkeypatch):
-    logits = zipf(1, 3000)
+    logits = zipf(1, 3000).sort(descending=True).values  # so that blocks differ
     exact = logits.double().softmax(1)[0].numpy()
     monkeypatch.setattr(module, "_draw", sampler)
     assert bias(estimates(logits, DEFAULT, 400), exact) > 6

@@ -1,0 +1,32 @@
+"""What the passes over the vocabulary find in a row of logits, for a selection to choose from.
+
+``pipeline.scan_torch`` makes it on any device, ``pipeline.scan_cpu`` on a CPU, where it is several times faster.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+BLOCK = 64
+"""Ids of a block. The head is found through the blocks' maxima, the draws through their sums."""
+
+
+class Scan(NamedTuple):
+    """What the passes over the vocabulary give for R rows: the S highest ids singled out, and the rest in sums.
+
+    Whatever the head will be, all beyond the first S ids is tail. It is summed relative to its own highest logit, the
+    next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
+    """
+
+    maxima: Tensor
+    """(R,) float32; NaN if the row holds one. Where it is not finite, the row's other numbers mean nothing."""
+    values: Tensor
+    """(R, S + 1) float64, the highest logits; -inf where the row has fewer possible ids."""
+    ids: Tensor
+    """(R, S + 1) int64, theirs; 0 where there is none."""
+    rests: Tensor
+    """(R, T) float64, log of the rest's sum of exp(logit / temperature)."""
+    rest_means: Tensor
+    """(R,) float64, mean logit of the rest's distribution at T=1."""
+    block_bounds: Tensor
+    """(R, blocks) float64, sum of exp(logit - the rest's highest) over the rest up to the end of each block."""

@@ -1,0 +1,75 @@
+"""``pipeline.scan`` by torch's operators, on any device."""
+
+import torch
+from torch import Tensor
+
+from pipeline.ranking import ABSENT, from_rank_keys, rank_keys, ranked
+from pipeline.scan import BLOCK, Scan
+
+_IMPOSSIBLE = -1e30
+"""Stands for the logit -inf, of probability 0; finite, so that 0 times it is 0."""
+
+
+def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
+    """Work through the vocabulary of R rows.
+
+    Args:
+        logits: (R, V) of any float dtype.
+        singles: S, the highest ids that are singled out.
+        temperatures: 1 is the first.
+    """
+    R, V = logits.shape
+    blocks = -(-V // BLOCK)
+    scores = torch.full((R, blocks * BLOCK), _IMPOSSIBLE, device=logits.device)
+    scores[:, :V] = logits
+    cut = R, blocks, BLOCK
+    maxima = scores.view(cut).amax(2)
+    values, ids = _highest(scores, maxima, singles + 1)
+    scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
+    peaks, rests = values[:, -1], list[Tensor]()
+    scores -= (highest := peaks.clamp(min=_IMPOSSIBLE))[:, None].float()
+    weights = torch.empty_like(scores)
+    for T in reversed(temperatures):  # 1 comes last: its weights are used below
+        torch.exp(scores if T == 1 else scores / T, out=weights)
+        block_bounds = weights.view(cut).sum(2).double().cumsum(1)
+        total = block_bounds[:, -1]
+        rests.insert(0, peaks / T + total.log())
+    means = weights.mul_(scores).sum(1)
+    if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
+        means = torch.where(means.isnan(), weights.nansum(1), means)
+    highest_of_all = maxima.amax(1)
+    highest_of_all[highest_of_all <= _IMPOSSIBLE] = -torch.inf
+    return Scan(highest_of_all, values, ids, torch.stack(rests, 1), highest + means / total, block_bounds)
+
+
+def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` ids of each row in the order (logit descending, id ascending), as in ``Scan``.
+
+    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
+    ids that reach it are sorted, ties included.
+    """
+    R, blocks = maxima.shape
+    least = _IMPOSSIBLE / 2  # above the impossible, below every other logit
+    bound = torch.full_like(scores[:, 0], least)
+    if count <= blocks:
+        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=least)
+    rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
+    members = scores.view(R * blocks, BLOCK).index_select(0, rows * blocks + columns)
+    found, offsets = (members >= bound[rows, None]).nonzero(as_tuple=True)
+    keys = rank_keys(members[found, offsets], columns[found] * BLOCK + offsets)
+    best = ranked(rows[found], keys, R, count)[:, :count]
+    values, ids = from_rank_keys(best)
+    absent = best == ABSENT
+    return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
+
+
+def draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
+    """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks in (N,) rows."""
+    vocabulary_size = logits.shape[1]
+    ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=rows.device)
+    members = logits[rows[:, None], ids.clamp(max=vocabulary_size - 1)].float()
+    peaks, peak_ids = scan.values[rows, -1:].float(), scan.ids[rows, -1:]
+    of_rest = (members < peaks) | ((members == peaks) & (ids >= peak_ids))
+    weights = (members - peaks).exp().where(of_rest & (ids < vocabulary_size), 0)
+    bounds = weights.double().cumsum(1)
+    return blocks * BLOCK + torch.searchsorted(bounds, uniforms[:, None] * bounds[:, -1:], right=True)[:, 0]
