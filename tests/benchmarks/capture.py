@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.capture`` prints a table. Its teachers are SmolLM2-135M on Python's own manual, if the
 package that carries it is there, and models with random weights and ids: of Llama 3.2 1B's shape on a CPU, of
-Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches, in turn:
+Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches:
 
     model      model(input_ids).logits, as anybody would call it
     forward    the body, then the output layer over the captured positions, in chunks that are thrown away
@@ -10,15 +10,18 @@ Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches, 
     default    the same with the default selection
 
 A capture counts from its first batch to the end of its commit, into a table that is there; what comes before, once a
-shard of a million positions, is printed beside it. Ratios are of one round; shown are their median and range, with the
-limit that is set for them in brackets. Tokens a second are the best round's and, on a card whose data sheet is known,
-beside them is the share of its bf16 rate, at two operations for each parameter and token.
+shard of a million positions, is printed beside it. It is compared with the forward passes just before and just after
+it, so that a machine that changes its pace is no part of the ratio; shown are its median and range, with the limit that
+is set for them in brackets. Tokens a second are the best round's and, on a card whose data sheet is known, beside them
+is the share of its bf16 rate, at two operations for each parameter and token.
 
-The last columns are of captures with a clock in them, one a round: the selection over the round's bare forward, then
-the shares of the capture that go to the selection, to encoding and writing (beside the next batch), and to the commit.
+The last columns are of a capture with a clock in it: the selection over the bare forward, then the shares of the
+capture that go to the selection, to encoding and writing (beside the next batch), and to the commit, which writes the
+last sequences too.
 """
 
 import argparse
+import math
 import re
 import shutil
 import statistics
@@ -56,7 +59,7 @@ SELECTION_LIMITS = {("cuda", "8B"): 10}
 """Percent of the bare forward that the selection may take."""
 
 
-ROUND = 10
+ROUND = 8
 """Seconds of a bare forward pass; a shard's take minutes, beside which what it costs to open and commit is little."""
 
 
@@ -192,9 +195,9 @@ class Bench:
         return memory.peak() / 1e9
 
 
-def percent(ratios: list[float], limit: int | None = None, sign: str = "+") -> str:
+def percent(ratios: list[float], limit: int | None) -> str:
     """Median and range, and the limit."""
-    low, middle, high = (f"{100 * f(ratios):{sign}.1f}" for f in (min, statistics.median, max))
+    low, middle, high = (f"{100 * f(ratios):+.1f}" for f in (min, statistics.median, max))
     return f"{middle} % ({low} to {high})" + (f" [at most {limit} %]" if limit else "")
 
 
@@ -216,30 +219,35 @@ def measure(name: str, bench: Bench, rounds: int) -> None:
         **{name: partial(bench.capture, name, about[name]) for name in SELECTIONS},
     }
     memory = {arm: bench.peak(work) for arm, work in arms.items()}  # and warms up
-    times, clocks = [], []
-    for number in range(rounds):
-        order = list(arms) if number % 2 else list(reversed(arms))
-        times.append({arm: arms[arm]() for arm in order})
-        clocks.append({selection: bench.clocked(selection) for selection in SELECTIONS})
+    clocks = {selection: bench.clocked(selection) for selection in SELECTIONS}
+    fastest = dict.fromkeys(arms, math.inf)
+    over: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        before = arms["forward"]()
+        for arm in ("model", *SELECTIONS):
+            seconds, after = arms[arm](), arms["forward"]()
+            over[arm].append(2 * seconds / (before + after) - 1)
+            fastest |= {arm: min(fastest[arm], seconds), "forward": min(fastest["forward"], before, after)}
+            before = after
     shares = "".join(f" {part:>9}" for part in ("selection", "writing", "commit"))
     print(
         f"  {'':<9} {'tokens/s':>9}{'' if rate is None else ' of bf16'} {'peak GB':>8}   {'over forward':<39}"
-        f" {'over model':<26} {'selection over forward':<37}{shares} {'B/pos':>7} {'before s':>8}"
+        f" {'selection over forward':<23}{shares} {'B/pos':>7} {'before s':>8}"
     )
     for arm in arms:
-        speed = bench.tokens / min(seconds[arm] for seconds in times)
+        speed = bench.tokens / fastest[arm]
         line = f"  {arm:<9} {speed:>9,.0f}"
         line += "" if rate is None else f" {2 * bench.teacher.parameters * speed / rate:>7.1%}"
         line += f" {memory[arm]:>8.2f}"
+        if arm != "forward":
+            line += f"   {percent(over[arm], LIMITS.get(place) if arm in SELECTIONS else None):<39}"
         if arm in SELECTIONS:
-            over = {peer: [seconds[arm] / seconds[peer] - 1 for seconds in times] for peer in ("forward", "model")}
-            chosen = [t[arm]["selection"] / s["forward"] for t, s in zip(clocks, times, strict=True)]
-            line += f"   {percent(over['forward'], LIMITS.get(place)):<39} {percent(over['model']):<26}"
-            line += f" {percent(chosen, SELECTION_LIMITS.get(place), sign=''):<37}"
-            for part in ("selection", "writing", "commit"):
-                line += f" {statistics.median(t[arm][part] / t[arm]['whole'] for t in clocks):>9.1%}"
+            clock, limit = clocks[arm], SELECTION_LIMITS.get(place)
+            share, most = clock["selection"] / fastest["forward"], f" [at most {limit} %]" if limit else ""
+            line += f" {f'{share:.1%}{most}':<23}"
+            line += "".join(f" {clock[part] / clock['whole']:>9.1%}" for part in ("selection", "writing", "commit"))
             line += f" {about[arm]['bytes']:>7.1f} {about[arm]['before']:>8.2f}"
-        print(line, flush=True)
+        print(line.rstrip(), flush=True)
 
 
 def main() -> None:
