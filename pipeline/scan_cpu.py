@@ -57,7 +57,7 @@ def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
         ids=torch.zeros((R, singles + 1), dtype=torch.int64),
         rests=torch.zeros((R, len(temperatures)), dtype=torch.float64),
         rest_means=torch.zeros(R, dtype=torch.float64),
-        block_bounds=torch.zeros((R, blocks), dtype=torch.float64),
+        block_bounds=torch.empty((R, blocks), dtype=torch.float64),
     )
     bits, stride, shift = _bits(logits)
 

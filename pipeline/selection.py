@@ -23,6 +23,8 @@ from storage.errors import TeacherError
 
 _ROWS = 512
 """Positions that are worked through at once: many small steps, cheap if they are few."""
+_SINGLES = 16
+"""Highest ids that are known one by one, so that the likeliest draws need no search in a block; or all of a head."""
 _BELOW_1 = 1 - 2.0**-53
 """The highest float64 below 1."""
 
@@ -91,7 +93,7 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     """
     device = logits.device
     logits, next_ids, seeds = logits[:, :vocabulary_size], next_ids.to(device).long(), seeds.to(device)
-    singles = max(selection.max_k, min(selection.draws, 64))  # for any head, and for most draws not to search a block
+    singles = max(selection.max_k, _SINGLES)
     parts = []
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
