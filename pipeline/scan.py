@@ -1,6 +1,6 @@
-"""What the passes over the vocabulary find in a row of logits, for a selection to choose from.
+"""What the passes over the vocabulary find in a row of logits, for a selection to choose from, and what it then draws.
 
-``pipeline.scan_torch`` makes it on any device, ``pipeline.scan_cpu`` on a CPU, where it is several times faster.
+``pipeline.scan_torch`` makes both on any device, ``pipeline.scan_cpu`` on a CPU, where it is several times faster.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,8 @@ from torch import Tensor
 
 BLOCK = 64
 """Ids of a block. The head is found through the blocks' maxima, the draws through their sums."""
+BELOW_1 = 1 - 2.0**-53
+"""The highest float64 below 1."""
 
 
 class Scan(NamedTuple):
@@ -30,3 +32,16 @@ class Scan(NamedTuple):
     """(R,) float64, mean logit of the rest's distribution at T=1."""
     block_bounds: Tensor
     """(R, blocks) float64, sum of exp(logit - the rest's highest) over the rest up to the end of each block."""
+
+
+class Draws(NamedTuple):
+    """What was drawn in R rows, N distinct ids, row after row, in each row by the logits, descending."""
+
+    counts: Tensor
+    """(R,) int64, distinct ids of each row."""
+    ids: Tensor
+    """(N,) int64."""
+    draws: Tensor
+    """(N,) int64, how often each was drawn."""
+    logits: Tensor
+    """(N,) float64."""

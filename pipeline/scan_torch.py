@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.ranking import ABSENT, from_rank_keys, rank_keys, ranked
-from pipeline.scan import BLOCK, Scan
+from pipeline.scan import BELOW_1, BLOCK, Draws, Scan
 
 _IMPOSSIBLE = -1e30
 """Stands for the logit -inf, of probability 0; finite, so that 0 times it is 0."""
@@ -63,7 +64,35 @@ def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor
     return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
 
 
-def draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
+def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: Tensor) -> Draws:
+    """Draw ids from the tails of R rows, with replacement: one of the highest ids or a block, then an id of the block.
+
+    Args:
+        logits: (R, V), of which the scan is.
+        scan: what was found in them.
+        outside: (R, S) float64, the highest logits, -inf for those that are in the head.
+        counts: (R,) int64, ids to draw in each row.
+        uniforms: (R, D, 2) float64 between 0 and 1, for D draws at most: one for each choice.
+    """
+    peaks = scan.values[:, -1:]
+    highest = torch.maximum(peaks, outside.amax(1, keepdim=True))
+    bounds = (outside - highest).exp().cumsum(1)
+    singles, rest = bounds[:, -1:], (peaks - highest).exp() * scan.block_bounds[:, -1:]
+    targets = uniforms[:, :, 0] * (singles + rest)
+    picks = torch.searchsorted(bounds, targets, right=True)
+    shares = ((targets - singles) / rest).clamp(max=BELOW_1)
+    blocks = torch.searchsorted(scan.block_bounds, shares * scan.block_bounds[:, -1:], right=True)
+    steps = torch.arange(uniforms.shape[1], device=counts.device)
+    rows, steps = (steps < counts[:, None]).nonzero(as_tuple=True)
+    picks = picks[rows, steps]
+    ids = scan.ids[rows, picks]
+    deep = (picks == outside.shape[1]).nonzero()[:, 0]
+    of_rest, steps = rows[deep], steps[deep]
+    ids[deep] = _draw_in_blocks(logits, scan, of_rest, blocks[of_rest, steps], uniforms[of_rest, steps, 1])
+    return _distinct(rows, ids, logits)
+
+
+def _draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
     """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks in (N,) rows."""
     vocabulary_size = logits.shape[1]
     ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=rows.device)
@@ -73,3 +102,14 @@ def draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uni
     weights = (members - peaks).exp().where(of_rest & (ids < vocabulary_size), 0)
     bounds = weights.double().cumsum(1)
     return blocks * BLOCK + torch.searchsorted(bounds, uniforms[:, None] * bounds[:, -1:], right=True)[:, 0]
+
+
+def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> Draws:
+    """The (N,) draws counted, given row after row."""
+    table = ranked(rows, rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
+    drawn = table != ABSENT
+    first = drawn & (table != pad(table, (1, 0), value=ABSENT)[:, :-1])
+    starts = first[drawn].nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_full((min(1, len(starts)),), len(rows))])
+    values, distinct = from_rank_keys(table[first])
+    return Draws(first.sum(1), distinct, ends - starts, values.double())

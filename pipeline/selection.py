@@ -12,12 +12,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pipeline import counters, scan_torch
 from pipeline.config import SelectionConfig
-from pipeline.ranking import ABSENT, from_rank_keys, rank_keys, ranked
-from pipeline.scan import Scan
+from pipeline.scan import Draws, Scan
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
@@ -25,8 +23,6 @@ _ROWS = 512
 """Positions that are worked through at once: many small steps, cheap if they are few."""
 _SINGLES = 16
 """Highest ids that are known one by one, so that the likeliest draws need no search in a block; or all of a head."""
-_BELOW_1 = 1 - 2.0**-53
-"""The highest float64 below 1."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +122,17 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
     log_masses = torch.stack(
         [tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in zip(temperatures, tails, strict=True)]
     )
-    rows, drawn = _draw(logits, seeds, scan, outside, log_masses[0], selection)
-    tail_counts, tail_ids, tail_draws, tail_logits = _distinct(rows, drawn, logits)
+    tail = _draw(logits, seeds, scan, outside, log_masses[0], selection)
     next_logprobs = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0].double() - log_sum
     mean = (logprobs.exp() * top).nansum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
         "head_counts": kept.sum(1).int(),
         "head_ids": top_ids[kept].int(),
         "head_logprobs": logprobs[kept].float(),
-        "tail_counts": tail_counts.int(),
-        "tail_ids": tail_ids.int(),
-        "tail_draws": tail_draws.int(),
-        "tail_logprobs": (tail_logits - log_sum.repeat_interleave(tail_counts)).float(),
+        "tail_counts": tail.counts.int(),
+        "tail_ids": tail.ids.int(),
+        "tail_draws": tail.draws.int(),
+        "tail_logprobs": (tail.logits - log_sum.repeat_interleave(tail.counts)).float(),
         "tail_log_masses": log_masses.float(),
         "entropies": (log_sum - mean).clamp(min=0).float(),
         "next_logprobs": next_logprobs.masked_fill(next_ids < 0, torch.nan).float(),
@@ -155,42 +150,15 @@ def _head(logprobs: Tensor, selection: Selection) -> Tensor:
 
 def _draw(
     logits: Tensor, seeds: Tensor, scan: Scan, outside: Tensor, log_masses: Tensor, selection: Selection
-) -> tuple[Tensor, Tensor]:
-    """Ids drawn from the tail with replacement: first one of the highest ids or a block, then an id of that block.
+) -> Draws:
+    """What is drawn from the tails: as many ids as are the tail's share of the draws, rounded up.
 
     Args:
         outside: (R, S) the highest logits, -inf for those in the head.
         log_masses: (R,) of the tail, at T=1.
-
-    Returns:
-        (N,) row and (N,) id of each draw, row after row.
     """
-    if selection.draws == 0:
-        return seeds[:0], seeds[:0]
-    peaks = scan.values[:, -1:]
-    highest = torch.maximum(peaks, outside.amax(1, keepdim=True))
-    bounds = (outside - highest).exp().cumsum(1)
-    singles, rest = bounds[:, -1:], (peaks - highest).exp() * scan.block_bounds[:, -1:]
-    steps = torch.arange(selection.draws, device=seeds.device).expand(len(seeds), -1)
-    targets = counters.uniform(seeds[:, None], 2 * steps) * (singles + rest)
-    picks = torch.searchsorted(bounds, targets, right=True)
-    shares = ((targets - singles) / rest).clamp(max=_BELOW_1)
-    blocks = torch.searchsorted(scan.block_bounds, shares * scan.block_bounds[:, -1:], right=True)
-    rows, steps = (steps < (selection.draws * log_masses.exp()).ceil()[:, None]).nonzero(as_tuple=True)
-    picks = picks[rows, steps]
-    ids = scan.ids[rows, picks]
-    deep = (picks == outside.shape[1]).nonzero()[:, 0]
-    of_rest, uniforms = rows[deep], counters.uniform(seeds[rows[deep]], 2 * steps[deep] + 1)
-    ids[deep] = _passes(logits.device).draw_in_blocks(logits, scan, of_rest, blocks[of_rest, steps[deep]], uniforms)
-    return rows, ids
-
-
-def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The draws counted: (R,) distinct ids of each row; then of each, in the rows' order: id, draws, float64 logit."""
-    table = ranked(rows, rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
-    drawn = table != ABSENT
-    first = drawn & (table != pad(table, (1, 0), value=ABSENT)[:, :-1])
-    starts = first[drawn].nonzero()[:, 0]
-    ends = torch.cat([starts[1:], starts.new_full((min(1, len(starts)),), len(rows))])
-    values, distinct = from_rank_keys(table[first])
-    return first.sum(1), distinct, ends - starts, values.double()
+    counts = (selection.draws * log_masses.exp()).ceil().long()
+    steps = torch.arange(2 * selection.draws, device=seeds.device)
+    uniforms = counters.uniform(seeds[:, None], steps).view(len(seeds), selection.draws, 2)
+    drawn: Draws = _passes(logits.device).draw(logits, scan, outside, counts, uniforms)
+    return drawn

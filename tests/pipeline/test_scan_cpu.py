@@ -5,9 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import scan_cpu, scan_torch
-from tests.pipeline.test_selection import zipf
+from pipeline.scan import Draws
 
 
 @pytest.fixture(params=["torch's threads", "its own"], autouse=True)
@@ -38,10 +40,36 @@ def test_what_fails_in_a_thread_fails_the_capture():
         scan_cpu._on_all_cores(fail, 100)
 
 
-def test_on_any_number_of_threads_it_says_what_torch_says():
-    logits = zipf(37, 3001)
-    found, expected = (way.scan(logits, 20, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
+@st.composite
+def rows(draw) -> tuple[torch.Tensor, int]:
+    """A few rows of logits, few blocks long, full of ties, with some impossible ids; and how many to single out."""
+    shape = draw(st.integers(1, 9)), draw(st.one_of(st.integers(1, 70), st.sampled_from([128, 192, 1000])))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    logits = random.choice([*random.normal(0, draw(st.sampled_from([1, 30])), 40), 0.0, -0.0, -np.inf], shape)
+    logits[np.isneginf(logits).all(1), 0] = 1
+    kind = draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
+    return torch.from_numpy(logits).to(kind), draw(st.integers(1, 20))
+
+
+@given(rows(), st.integers(0, 2**32))
+@settings(max_examples=300)
+def test_on_any_number_of_threads_it_says_what_torch_says(rows, seed):
+    logits, singles = rows
+    found, expected = (way.scan(logits, singles, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
     for name in ("maxima", "values", "ids"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    nothing = ~expected.rests[:, 0].isfinite()
+    expected.rest_means[nothing] = expected.block_bounds[nothing] = 0  # there they mean nothing
     for name in ("rests", "rest_means", "block_bounds"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, err_msg=name)
+        found_, expected_ = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(found_, expected_, rtol=1e-6, atol=1e-5, err_msg=name)
+    random = torch.Generator().manual_seed(seed)
+    head = torch.randint(singles + 1, (len(logits), 1), generator=random) > torch.arange(singles)
+    outside = expected.values[:, :-1].masked_fill(head, -torch.inf)
+    tail = outside.isfinite().any(1) | ~nothing
+    counts = torch.randint(8, (len(logits),), generator=random) * tail
+    uniforms = torch.rand(len(logits), 7, 2, dtype=torch.float64, generator=random)
+    drawn = [way.draw(logits, expected, outside, counts, uniforms) for way in (scan_cpu, scan_torch)]
+    for name, one, other in zip(Draws._fields, *drawn, strict=True):
+        assert torch.equal(one, other), name
+    assert drawn[0].draws.sum() == counts.sum()
