@@ -6,9 +6,9 @@ Further parts are in ``pipeline.student_config``, further jobs in ``pipeline.dis
 
 from datetime import date
 from pkgutil import resolve_name
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.settings import Settings
 from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
@@ -146,7 +146,7 @@ class SelectionConfig(Settings):
     """... and at most so many. 0 keeps no head: pure sampling."""
     draws: int = Field(default=48, ge=0, le=32767)
     """Draws from what the head leaves, were all mass left; ceil(draws x mass left) are made. 0 keeps no tail."""
-    temperatures: tuple[PositiveFloat, ...] = (1.0,)
+    temperatures: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] = (1.0,)
     """Temperatures that students may train at, 1 first; each costs about 3 bytes a position."""
     seed: int = 0
     """Seed of the tail's draws."""

@@ -8,7 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 BLOCK = 64
-"""Ids of a block. The head is found through the blocks' maxima, the draws through their sums."""
+"""Ids of a block. The head is found through the blocks' maxima, the draws through their sums.
+
+numba's cache goes by ``scan_kernels.py`` alone: whoever changes a number here makes a change there, too.
+"""
+LEAST = -5e29
+"""A lower logit stands for probability 0, as -inf does: models mask ids with their dtype's lowest number, too."""
 BELOW_1 = 1 - 2.0**-53
 """The highest float64 below 1."""
 
@@ -21,7 +26,7 @@ class Scan(NamedTuple):
     """
 
     maxima: Tensor
-    """(R,) float32; NaN if the row holds one. Where it is not finite, the row's other numbers mean nothing."""
+    """(R,) float32; NaN if the row holds one, -inf if no id is possible. If not finite, all else means nothing."""
     values: Tensor
     """(R, S + 1) float64, the highest logits; -inf where the row has fewer possible ids."""
     ids: Tensor

@@ -1,8 +1,8 @@
-"""The passes over the vocabulary of ``pipeline.scan_cpu``: a row at a time, compiled by numba for the CPU at hand.
+"""What ``pipeline.scan_cpu`` does with the vocabulary: a row at a time, compiled by numba for the CPU at hand.
 
-torch's operators write what each pass makes of many rows to memory, for the next to read. One row fits a core's own
-cache, and goes through all passes there; the next is fetched meanwhile. Logits come as integers, the bits of bfloat16
-or float32. Inner loops have unsigned indices: of a signed one, numba asks whether it counts from the end.
+torch's operators write what each makes of many rows to memory, for the next to read. One row fits a core's own cache;
+the next is fetched meanwhile. Logits come as the bits of bfloat16 or float32. Loops over them have unsigned indices:
+of a signed one, numba asks whether it counts from the end.
 """
 
 from contextlib import suppress
@@ -14,12 +14,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from pipeline.scan import BELOW_1, BLOCK
+from pipeline.scan import BELOW_1, BLOCK, LEAST
 
 _MINUS_INFINITY = np.int32(-0x800000)
-"""The bits of -inf, ..."""
-_IMPOSSIBLE = np.int32(-0x7F800001)
-"""... and its rank."""
+"""The bits of -inf."""
 _EXP_0 = np.float32(-88)
 """Where ``_exp`` has come to 0."""
 _INTEGERS = np.float32(3 * 2**22 + 127)
@@ -33,8 +31,8 @@ _C0, _C1, _C2, _C3, _C4, _C5 = _NEAREST.convert(kind=np.polynomial.Polynomial).c
 def scan_rows(logits, stride, V, temperatures, maxima, values, ids, rests, rest_means, block_bounds):
     """The fields of ``Scan`` for rows that start at every ``stride``-th number."""
     S, blocks = ids.shape[1] - 1, block_bounds.shape[1]
-    tops, keys = np.empty(blocks, np.int32), np.empty(S + 1, np.int64)
-    parts, places, products = np.empty((S + 1) * BLOCK, np.int32), np.empty(S + 1, np.int64), np.empty(blocks)
+    tops, products, keys = np.empty(blocks, np.int32), np.empty(blocks), np.empty(S + 1, np.int64)
+    parts, places = np.empty(min(S + 1, blocks) * BLOCK, np.int32), np.empty(S + 1, np.int64)
     for r in range(len(maxima)):
         row, after = logits[r * stride : r * stride + V], logits[(r + 1) * stride : (r + 1) * stride + V]
         maxima[r] = _highest_of_blocks(row, tops)
@@ -60,7 +58,7 @@ def scan_rows(logits, stride, V, temperatures, maxima, values, ids, rests, rest_
 
 @njit
 def _highest_of_blocks(row, tops):
-    """The row's highest logit, NaN if it has one; ``tops`` gets the ranks of the blocks' highest."""
+    """The row's highest logit (see ``Scan.maxima``); ``tops`` gets the ranks of the blocks' highest."""
     largest = row.dtype.type(0)
     for b in range(len(tops)):
         if (b + 1) * BLOCK <= len(row):
@@ -69,7 +67,8 @@ def _highest_of_blocks(row, tops):
             top, size = _extremes(row, b * BLOCK, len(row) % BLOCK)
         tops[b] = _rank(top)
         largest = max(largest, size)
-    return np.float32(np.nan) if np.isnan(_as_float(largest)) else _from_rank(tops.max())
+    highest = np.float32(np.nan) if np.isnan(_as_float(largest)) else _from_rank(tops.max())
+    return np.float32(-np.inf) if highest < LEAST else highest
 
 
 @njit
@@ -90,15 +89,15 @@ def _extremes(row, start, size):
 def _highest(row, tops, keys):
     """Fill ``keys`` with those of the highest ids, descending; returns how many there are.
 
-    Their ranks reach the len(keys)-th highest block maximum: only blocks that reach it are looked through.
+    They reach the len(keys)-th highest block maximum: only blocks that do are looked through.
     """
-    count = 0
+    blocks, count, bound = 0, 0, np.float32(LEAST)
     for top in tops:
-        count = _insert(keys, count, np.int64(top))
-    least = np.int32(max(_IMPOSSIBLE + 1, keys[-1] if count == len(keys) else _IMPOSSIBLE))
-    count, bound = 0, _from_rank(least)
+        blocks = _insert(keys, blocks, np.int64(top))
+    if blocks == len(keys):
+        bound = max(bound, _from_rank(np.int32(keys[-1])))
     for b in range(len(tops)):
-        if tops[b] >= least:
+        if _from_rank(tops[b]) >= bound:
             for j in range(b * BLOCK, min(len(row), (b + 1) * BLOCK)):
                 if _as_float(row[np.uint64(j)]) >= bound:
                     count = _insert(keys, count, _key(row, j))
@@ -108,21 +107,19 @@ def _highest(row, tops, keys):
 @njit
 def _insert(keys, count, new):
     """Keep the highest keys, descending, ``count`` of them so far; returns how many there are."""
-    if count == len(keys):
-        if new <= keys[count - 1]:
-            return count
-        count -= 1
-    place = count
+    place = min(count, len(keys) - 1)
+    if count > place and new <= keys[place]:
+        return count
     while place > 0 and keys[place - 1] < new:
         keys[place] = keys[place - 1]
         place -= 1
     keys[place] = new
-    return count + 1
+    return min(count + 1, len(keys))
 
 
 @njit
 def _cut_out(row, ids, parts, places):
-    """Copy the blocks that hold these ids to ``parts``, with -inf in the ids' place, and the last, which may be short.
+    """Copy the last block, filled up, and those that hold these ids, to ``parts``, with -inf in the ids' place.
 
     Returns how many they are; ``places`` gets their numbers.
     """
@@ -154,7 +151,7 @@ def _block_sums(row, parts, places, peak, scale, sums, products, after):
         sums[places[i]], products[places[i]] = _sums(parts, i * BLOCK, peak, scale)
 
 
-@njit(inline="always")
+@njit(inline="always")  # a call for each block would take a tenth of the time
 def _sums(row, start, peak, scale):
     """The sums of exp(x) and of x exp(x) in a block."""
     total, product = np.float32(0), np.float32(0)
@@ -167,13 +164,13 @@ def _sums(row, start, peak, scale):
 
 
 @njit(nogil=True, error_model="numpy")
-def draw_rows(logits, stride, V, values, ids, bounds, outside, counts, uniforms, distinct, found, draws, scores):
+def draw_rows(logits, stride, V, values, ids, bounds, outside, wanted, uniforms, distinct, found, draws, scores):
     """The fields of ``Draws`` for rows that start at every ``stride``-th number, those of each row at its beginning."""
     S, D = outside.shape[1], uniforms.shape[1]
     singles, chosen, keys = np.empty(S), np.empty(D, np.int64), np.empty(D, np.int64)
     weights = np.empty(BLOCK, np.float32)
-    for r in range(len(counts)):
-        row, peak, total, count = logits[r * stride : r * stride + V], values[r, S], 0.0, min(D, counts[r])
+    for r in range(len(wanted)):
+        row, peak, total, count = logits[r * stride : r * stride + V], values[r, S], 0.0, min(D, wanted[r])
         highest = max(peak, outside[r].max())
         for i in range(S):
             total += np.exp(outside[r, i] - highest)
@@ -185,16 +182,17 @@ def draw_rows(logits, stride, V, values, ids, bounds, outside, counts, uniforms,
                 chosen[d] = ids[r, np.searchsorted(singles, target, side="right")]
             else:
                 share = min((target - total) / rest, BELOW_1) * bounds[r, -1]
-                chosen[d] = -np.searchsorted(bounds[r], share, side="right") - 1  # a block: its id comes below, ...
-                _fetch(row, -chosen[d] - 1)  # ... when it is there
+                chosen[d] = -np.searchsorted(bounds[r], share, side="right") - 1  # a block, whose id ...
+                _fetch(row, -chosen[d] - 1)  # ... is drawn below, once it is there
         for d in range(count):
             if chosen[d] < 0:
                 start = (-chosen[d] - 1) * BLOCK
                 chosen[d] = _draw_in_block(row, np.float32(peak), ids[r, S], start, uniforms[r, d, 1], weights)
-            _insert(keys, d, _key(row, chosen[d]))
+            keys[d] = -_key(row, chosen[d])  # to be sorted descending
+        keys[:count].sort()
         for d in range(count):
             if d == 0 or keys[d] != keys[d - 1]:
-                scores[r, distinct[r]], found[r, distinct[r]] = _from_key(keys[d])
+                scores[r, distinct[r]], found[r, distinct[r]] = _from_key(-keys[d])
                 distinct[r] += 1
             draws[r, distinct[r] - 1] += 1
 
@@ -219,7 +217,10 @@ def _draw_in_block(row, peak, peak_id, start, uniform, weights):
 
 @njit(fastmath={"contract"})
 def _exp(x):
-    """exp(x) within 5e-7, from -88, where it is 0, to 0: 2^n times a polynomial in what n ln(2) leaves of x."""
+    """exp(x) from -88, where it is 0, to 0: 2^n times a polynomial in what n ln(2) leaves of x.
+
+    From -87 it is off by 5e-7 of exp(x) at most, or by 5e-6 on a CPU that can't multiply and add in one step.
+    """
     shifted = x * np.float32(1 / np.log(2)) + _INTEGERS
     r = x - (shifted - _INTEGERS) * np.float32(np.log(2))
     p = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
@@ -228,7 +229,7 @@ def _exp(x):
 
 @njit
 def _rank(bits):
-    """int32 in the order of the float32 that a logit is: its bits, turned over where it is negative."""
+    """int32 that are in the order of the logits: float32's bits, turned over where they are negative."""
     wide = _as_bits(_as_float(bits) + np.float32(0))  # because -0.0 equals 0.0
     return np.int32(wide ^ ((wide >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
@@ -253,7 +254,7 @@ def _from_key(key):
 
 @intrinsic
 def _as_float(_, bits):
-    """The float32 with the int32, or the bfloat16 with the int16."""
+    """The number whose bits these are, of float32 if they are int32, of bfloat16 if int16."""
 
     def generate(_context, builder, _signature, values):
         wide = builder.zext(values[0], ir.IntType(32))
@@ -280,19 +281,19 @@ def _fetch(_, row, block):
     """Have a block of a row brought to the cache, in lines of 64 bytes, and don't wait for it."""
 
     def generate(context, builder, signature, values):
-        data = make_array(signature.args[0])(context, builder, values[0]).data
-        int32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        start = builder.bitcast(builder.gep(data, [builder.mul(values[1], values[1].type(BLOCK))]), pointer)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+        array, int32 = make_array(signature.args[0])(context, builder, values[0]), cgutils.int32_t
+        first = builder.mul(values[1], values[1].type(BLOCK))
+        start = builder.bitcast(builder.gep(array.data, [first]), cgutils.voidptr_t)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, int32, int32, int32])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, second_cache, data = int32(0), int32(2), int32(1)
         for line in range(0, BLOCK * row.dtype.bitwidth // 8, 64):
-            address = builder.gep(start, [int32(line)])
-            builder.call(prefetch, [address, int32(0), int32(2), int32(1)])  # to be read; the second cache; data
+            builder.call(prefetch, [builder.gep(start, [int32(line)]), read, second_cache, data])
         return context.get_dummy_value()
 
     return types.void(row, types.int64), generate
 
 
-for compiled in (scan_rows, draw_rows):
+for _compiled in (scan_rows, draw_rows):
     with suppress(RuntimeError):  # where no folder can be written to, every process compiles anew, for five seconds
-        compiled.enable_caching()
+        _compiled.enable_caching()

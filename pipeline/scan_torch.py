@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pipeline.ranking import ABSENT, from_rank_keys, rank_keys, ranked
-from pipeline.scan import BELOW_1, BLOCK, Draws, Scan
+from pipeline.scan import BELOW_1, BLOCK, LEAST, Draws, Scan
 
 _IMPOSSIBLE = -1e30
-"""Stands for the logit -inf, of probability 0; finite, so that 0 times it is 0."""
+"""Stands for the logit of an id that is not there, below ``LEAST``; finite, so that 0 times it is 0."""
 
 
 def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
@@ -39,7 +39,7 @@ def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
     if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
         means = torch.where(means.isnan(), weights.nansum(1), means)
     highest_of_all = maxima.amax(1)
-    highest_of_all[highest_of_all <= _IMPOSSIBLE] = -torch.inf
+    highest_of_all[highest_of_all < LEAST] = -torch.inf
     return Scan(highest_of_all, values, ids, torch.stack(rests, 1), highest + means / total, block_bounds)
 
 
@@ -50,10 +50,9 @@ def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor
     ids that reach it are sorted, ties included.
     """
     R, blocks = maxima.shape
-    least = _IMPOSSIBLE / 2  # above the impossible, below every other logit
-    bound = torch.full_like(scores[:, 0], least)
+    bound = torch.full_like(scores[:, 0], LEAST)
     if count <= blocks:
-        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=least)
+        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=LEAST)
     rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
     members = scores.view(R * blocks, BLOCK).index_select(0, rows * blocks + columns)
     found, offsets = (members >= bound[rows, None]).nonzero(as_tuple=True)
@@ -72,7 +71,7 @@ def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: 
         scan: what was found in them.
         outside: (R, S) float64, the highest logits, -inf for those that are in the head.
         counts: (R,) int64, ids to draw in each row.
-        uniforms: (R, D, 2) float64 between 0 and 1, for D draws at most: one for each choice.
+        uniforms: (R, D, 2) float64 from 0, below 1, for D draws at most: one for each choice.
     """
     peaks = scan.values[:, -1:]
     highest = torch.maximum(peaks, outside.amax(1, keepdim=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import counters, scan_torch
 from pipeline.config import SelectionConfig
-from pipeline.scan import Draws, Scan
+from pipeline.scan import LEAST, Draws, Scan
 from storage.codec import SoftLabels
 from storage.errors import TeacherError
 
@@ -23,6 +23,8 @@ _ROWS = 512
 """Positions that are worked through at once: many small steps, cheap if they are few."""
 _SINGLES = 16
 """Highest ids that are known one by one, so that the likeliest draws need no search in a block; or all of a head."""
+_MANY = 2000
+"""More highest ids than so are found faster by torch's sort, on a CPU too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     parts = []
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
-        scan = _passes(device).scan(logits[rows], singles, selection.temperatures)
+        scan = _passes(device, singles).scan(logits[rows], singles, selection.temperatures)
         if (wrong := ~scan.maxima.isfinite()).any():
             raise NotADistributionError((wrong.nonzero()[:, 0] + start).tolist())
         parts.append(_labels(logits[rows], next_ids[rows], seeds[rows], scan, selection))
@@ -101,9 +103,9 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     return SoftLabels(**{name: values.cpu().numpy() for name, values in joined.items()})
 
 
-def _passes(device: torch.device) -> ModuleType:
-    """The module that works through the vocabulary on such a device."""
-    if device.type != "cpu":
+def _passes(device: torch.device, singles: int) -> ModuleType:
+    """The module that works through the vocabulary on such a device, for so many highest ids."""
+    if device.type != "cpu" or singles > _MANY:
         return scan_torch
     from pipeline import scan_cpu  # here: numba takes a third of a second to import, and only captures need it
 
@@ -123,7 +125,8 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
         [tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in zip(temperatures, tails, strict=True)]
     )
     tail = _draw(logits, seeds, scan, outside, log_masses[0], selection)
-    next_logprobs = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0].double() - log_sum
+    next_logits = logits.gather(1, next_ids.clamp(min=0)[:, None])[:, 0].double()
+    next_logprobs = next_logits.masked_fill(next_logits < LEAST, -torch.inf) - log_sum
     mean = (logprobs.exp() * top).nansum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
         "head_counts": kept.sum(1).int(),
@@ -157,8 +160,10 @@ def _draw(
         outside: (R, S) the highest logits, -inf for those in the head.
         log_masses: (R,) of the tail, at T=1.
     """
+    if selection.draws == 0:
+        return Draws(torch.zeros_like(seeds), seeds[:0], seeds[:0], log_masses[:0])
     counts = (selection.draws * log_masses.exp()).ceil().long()
     steps = torch.arange(2 * selection.draws, device=seeds.device)
     uniforms = counters.uniform(seeds[:, None], steps).view(len(seeds), selection.draws, 2)
-    drawn: Draws = _passes(logits.device).draw(logits, scan, outside, counts, uniforms)
+    drawn: Draws = _passes(logits.device, outside.shape[1]).draw(logits, scan, outside, counts, uniforms)
     return drawn

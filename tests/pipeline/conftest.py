@@ -39,7 +39,7 @@ def passes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways through the vocabulary: the CPU's own, and the one of all other devices, which a CPU can go too."""
     way = {"cpu": scan_cpu, "any device": scan_torch}[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_passes", lambda device: way if device.type == "cpu" else scan_torch)
+        patch.setattr(selection, "_passes", lambda device, _: way if device.type == "cpu" else scan_torch)
         yield
 
 

@@ -242,10 +242,16 @@ def test_a_classifier_keeps_every_class():
     assert np.isneginf(more.tail_log_masses).all()
 
 
-def test_an_impossible_next_token_has_probability_zero():
-    row = torch.zeros(1, 300)
-    row[0, 0] = -torch.inf
-    assert np.isneginf(run(row, DEFAULT).next_logprobs).all()
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_an_id_that_a_model_masks_is_impossible(name, kind):
+    """Its logit is -inf, or the lowest number there is."""
+    logits = zipf(3, 300).to(kind)
+    logits[0, :] = logits[1, 7:] = logits[2, ::2] = -torch.inf
+    logits[0, 9] = 1
+    impossible, masked = (run(rows, SELECTIONS[name]) for rows in (logits, logits.nan_to_num()))
+    assert_equal(vars(masked), vars(impossible))
+    assert np.isneginf(impossible.next_logprobs).tolist() == [True, False, True]
 
 
 def test_no_positions():
