@@ -49,7 +49,6 @@ def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: 
     distinct = torch.zeros(R, dtype=torch.int64)
     found = [torch.zeros((R, D), dtype=kind) for kind in (torch.int64, torch.int64, torch.float64)]
     bits, stride = _bits(logits)
-
     given = (scan.values, scan.ids, scan.block_bounds, outside, counts, uniforms)
     arrays = [values.numpy() for values in (*given, distinct, *found)]
 

@@ -182,11 +182,11 @@ def draw_rows(logits, stride, V, values, ids, bounds, outside, wanted, uniforms,
                 chosen[d] = ids[r, np.searchsorted(singles, target, side="right")]
             else:
                 share = min((target - total) / rest, BELOW_1) * bounds[r, -1]
-                chosen[d] = -np.searchsorted(bounds[r], share, side="right") - 1  # a block, whose id ...
-                _fetch(row, -chosen[d] - 1)  # ... is drawn below, once it is there
+                chosen[d] = ~np.searchsorted(bounds[r], share, side="right")  # a block, whose id ...
+                _fetch(row, ~chosen[d])  # ... is drawn below, once it is there
         for d in range(count):
             if chosen[d] < 0:
-                start = (-chosen[d] - 1) * BLOCK
+                start = ~chosen[d] * BLOCK
                 chosen[d] = _draw_in_block(row, np.float32(peak), ids[r, S], start, uniforms[r, d, 1], weights)
             keys[d] = -_key(row, chosen[d])  # to be sorted descending
         keys[:count].sort()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline import scan_cpu, scan_torch
 from pipeline.scan import Draws
+from tests.pipeline.test_selection import zipf
 
 
 @pytest.fixture(params=["torch's threads", "its own"], autouse=True)
@@ -40,6 +41,15 @@ def test_what_fails_in_a_thread_fails_the_capture():
         scan_cpu._on_all_cores(fail, 100)
 
 
+def test_on_any_number_of_threads_it_says_what_torch_says():
+    logits = zipf(37, 3001)
+    found, expected = (way.scan(logits, 20, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
+    for name in ("maxima", "values", "ids"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("rests", "rest_means", "block_bounds"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, err_msg=name)
+
+
 @st.composite
 def rows(draw) -> tuple[torch.Tensor, int]:
     """A few rows of logits, few blocks long, full of ties, with impossible ids; and how many to single out."""
@@ -54,7 +64,7 @@ def rows(draw) -> tuple[torch.Tensor, int]:
 
 @given(rows(), st.integers(0, 2**32))
 @settings(max_examples=300)
-def test_on_any_number_of_threads_it_says_what_torch_says(rows, seed):
+def test_it_scans_and_draws_as_torch_does(rows, seed):
     logits, singles = rows
     found, expected = (way.scan(logits, singles, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
     for name in ("maxima", "values", "ids"):

@@ -254,6 +254,12 @@ def test_an_id_that_a_model_masks_is_impossible(name, kind):
     assert np.isneginf(impossible.next_logprobs).tolist() == [True, False, True]
 
 
+def test_an_impossible_next_token_has_probability_zero():
+    row = torch.zeros(1, 300)
+    row[0, 0] = -torch.inf
+    assert np.isneginf(run(row, DEFAULT).next_logprobs).all()
+
+
 def test_no_positions():
     labels = run(torch.zeros(0, 300), WARM)
     assert labels.positions == 0
