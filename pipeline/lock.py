@@ -1,15 +1,11 @@
-"""One process at a time: a lock on a file beside a place, which ends with the process that holds it."""
+"""One process at a time: a lock beside the place that it works on, which ends with it."""
 
-import fcntl
-import os
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from storage.errors import TrainingError
-from storage.provenance import user
+from storage.lock import ForeignFileError, HeldError, held
 
 
 @contextmanager
@@ -17,55 +13,29 @@ def alone(place: Path) -> Iterator[None]:
     """Be the only process at work on a place; where nothing can be written or locked, whoever works finds that out.
 
     Raises:
-        TrainingError: if another process is at work there.
+        TrainingError: if another process is at work there, or something else has the lock's name.
     """
-    path = place.with_name(f"{place.name}.lock")
-    descriptor = _hold(path, place)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with suppress(OSError):
-                path.unlink()
-            os.close(descriptor)
-
-
-def _hold(path: Path, place: Path) -> int | None:
-    while True:
+    path = place.with_name(f".{place.name}.softlabel.lock")
+    with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.enter_context(held(path))
+        except HeldError as error:
+            raise TrainingError(
+                "another process trains this student",
+                expected="one process at a time for each output",
+                found=str(error) or "one that has just begun",
+                where=place,
+                do="let it finish: the same command then finds the student; or choose another output",
+            ) from None
+        except ForeignFileError as error:
+            raise TrainingError(
+                "whether another process trains this student can't be told, and none has been started",
+                expected="softlabel's own lock, or nothing",
+                found=error.strerror,
+                where=path,
+                do="move it away, or choose another output",
+            ) from None
         except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 500, 0).decode()
-            os.close(descriptor)
-            raise _taken(holder, place) from None
-        except OSError:  # a file system without locks
             pass
-        if _is_still_there(path, descriptor):
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} of {user()} on {platform.node()}, since {now}".encode(), 0)
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_still_there(path: Path, descriptor: int) -> bool:
-    """Whether it has not been deleted, by who held it before, after it was opened here."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _taken(holder: str, place: Path) -> TrainingError:
-    return TrainingError(
-        "another process trains this student",
-        expected="one process at a time for each output",
-        found=holder or "one that has just begun",
-        where=place,
-        do="let it finish: the same command then finds the student; or choose another output",
-    )
+        yield

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from storage.lock import ForeignFileError, opened
 from storage.place import SIDE_FOLDER, WRITING, Draft, File, Unnamed, reading
 
 
@@ -118,7 +120,7 @@ class Folder:
     def delete(self, name: str) -> None:
         """A file at once, a folder file by file."""
         path = self._path / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -128,12 +130,11 @@ class Folder:
         """A lock of the file system's; where it has none, or hides it from other machines, all walk through."""
         folder = self._path / SIDE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "maintenance.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = opened(folder / "maintenance.lock")
         try:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            os.utime(descriptor)
-            yield os.fstat(descriptor).st_mtime_ns
+            yield _now(folder) if alone else 0
         finally:
             os.close(descriptor)
 
@@ -141,9 +142,11 @@ class Folder:
         """Whether its lock is held; if not, it was left by a dead writer if that was one of this machine."""
         path = self._path / name
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = opened(path, create=False)
         except FileNotFoundError:
             return True  # it has just got its final name
+        except ForeignFileError:
+            return None
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
@@ -236,6 +239,12 @@ def _unless_missing(error: OSError) -> None:
     """A folder that can't be listed is not an empty one: what is in it may be what keeps others from being deleted."""
     with suppress(FileNotFoundError, NotADirectoryError), reading(str(error.filename)):
         raise error
+
+
+def _now(folder: Path) -> int:
+    """The time that the file system gives a new file, in nanoseconds; on a network it has a clock of its own."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _file(name: str, stat: os.stat_result) -> File:

@@ -65,7 +65,7 @@ def test_an_error_of_a_rank_is_the_error(table, tmp_path):
     assert str(error.value) == str(expected.value)
     assert not processes_of(tmp_path)
     # torchrun ends the first rank, too, which may then leave the file that it locked; nobody holds it any more.
-    assert not {path.name for path in tmp_path.iterdir()} - {"student.lock"}
+    assert not {path.name for path in tmp_path.iterdir()} - {".student.softlabel.lock"}
 
 
 def test_processes_that_there_are_no_gpus_for(monkeypatch):
