@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from storage.errors import UsageError
+from storage.location import located
 
 _SHOWN_ERRORS = 4
 
@@ -88,6 +89,7 @@ def read_file(path: Path) -> dict[str, Any]:
         UsageError: if it can't be read, is not YAML, gives a setting twice, or holds something else than settings by
             name.
     """
+    path = Path(located(str(path)))
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _EachOnce)

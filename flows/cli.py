@@ -23,6 +23,7 @@ from pipeline.distill_config import DistillConfig
 from pipeline.estimate_config import EstimateConfig
 from pipeline.settings import Settings
 from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
+from storage.credentials import masked
 from storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
@@ -53,11 +54,12 @@ def run(arguments: list[str]) -> int:
     except (CycloptsError, SoftlabelError) as error:
         misused = isinstance(error, CycloptsError | UsageError)
         kind = UsageError.__name__ if isinstance(error, CycloptsError) else type(error).__name__
-        print(f"softlabel: {error}", file=sys.stderr)
+        message = masked(str(error))  # cyclopts repeats what it could not read
+        print(f"softlabel: {message}", file=sys.stderr)
         if "--json" in arguments:
             details = getattr(error, "details", None)
             more = {} if details is None else {"details": details}
-            print(to_json({"error": kind, "message": str(error)} | more).decode())
+            print(to_json({"error": kind, "message": message} | more).decode())
         return 2 if misused else 1
     except KeyboardInterrupt:
         print("softlabel: interrupted; what was committed is kept, and the same command goes on", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from pipeline.settings import Settings
+from pipeline.settings import Location, Settings
 from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
 
 Content = Literal["text", "chat", "completion"]
@@ -60,14 +60,14 @@ class ColumnsConfig(Settings):
 class TeacherConfig(Settings):
     """The model whose distributions are stored: of the next token, or of a document's class."""
 
-    model: str
+    model: Location
     """Folder or hub name of a causal language model, or of a sequence classifier: its config.json says which."""
     labels: tuple[str, ...] = ()
     """Run no model: take the documents' own labels, which are these, for what a classifier that is always right and
     always sure would say. A teacher can be trained from such a table; the model gives the tokenizer alone."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    adapter: str | None = None
+    adapter: Location | None = None
     """Folder or hub name of a peft adapter, which is merged into the model; the package peft is needed for it."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the teacher's forward pass."""
@@ -204,9 +204,9 @@ class StreamConfig(Settings):
 class CaptureConfig(Settings):
     """Run a teacher once over documents and keep what it knows in a table."""
 
-    documents: str
+    documents: Location
     """File, folder or glob of documents, here or in s3://BUCKET/: Parquet, JSON lines or plain text."""
-    table: str
+    table: Location
     """Folder of the table, or s3://BUCKET/PREFIX; made if it is not there, added to if it is."""
     teacher: TeacherConfig
     columns: ColumnsConfig = ColumnsConfig()
@@ -226,9 +226,9 @@ class CaptureConfig(Settings):
 class TrainConfig(Settings):
     """Train a student from a table."""
 
-    table: str
+    table: Location
     """Folder of the table; TABLE@12 pins version 12."""
-    output: str
+    output: Location
     """Folder that the student is written to."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
@@ -239,11 +239,11 @@ class TrainConfig(Settings):
 class EvaluateConfig(Settings):
     """Compare students with the teacher on the table's eval split, and write a report."""
 
-    table: str
+    table: Location
     """Folder of the table; TABLE@12 pins version 12."""
-    students: tuple[str, ...]
+    students: tuple[Location, ...]
     """Folders of students that train wrote."""
-    report: str = "report"
+    report: Location = "report"
     """Folder for report.html and report.json."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""

@@ -5,13 +5,14 @@ from typing import Self
 from pydantic import model_validator
 
 from pipeline.config import CaptureConfig, EvaluateConfig, StreamConfig, TrainConfig
+from pipeline.settings import Location
 from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
 
 
 class DistillConfig(CaptureConfig):
     """Capture, train and evaluate, from one file."""
 
-    output: str
+    output: Location
     """Folder for the student (student/), its control (control/) and the report (report/)."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()

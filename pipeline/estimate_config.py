@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipeline.config import CaptureConfig
-from pipeline.settings import Settings
+from pipeline.settings import Location, Settings
 
 Gpu = Literal["l4", "l40s", "a100", "h100", "h200", "b200", "mi300x"]
 
@@ -36,7 +36,7 @@ class EstimateConfig(CaptureConfig):
     Settings are those of the capture, and nothing is written.
     """
 
-    table: str | None = None  # type: ignore[assignment]
+    table: Location | None = None  # type: ignore[assignment]
     """Folder of a table: what it has already is left out. Without one, everything is new."""
     sample: SampleConfig = SampleConfig()
     gpu: Gpu = "h100"

@@ -36,6 +36,7 @@ from pipeline.student_config import StudentConfig
 from pipeline.teacher import device
 from storage.errors import StudentError, UsageError
 from storage.inspection import column_bytes, last_capture
+from storage.location import require_clean
 from storage.place import place_of
 from storage.provenance import Identity, circumstances
 from storage.reader import index
@@ -128,7 +129,8 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
         StudentError: if it has none, or another tokenizer or teacher.
     """
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text())
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        require_clean(provenance, folder / PROVENANCE, "take them out of that location in the file")
         trained_on = provenance["table"]
         records = trained_on.get("tables", [trained_on])
         made_from = [Identity.model_validate(record["identity"]) for record in records]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from storage.errors import DocumentsError, TableError, UsageError
+from storage.location import located
 
 
 class File(NamedTuple):
@@ -45,9 +46,10 @@ def find_files(path: str) -> Found:
     """The files that a path means: a file, a folder or a glob, or s3://BUCKET/ and any of these.
 
     Raises:
-        UsageError: if there is nothing there.
+        UsageError: if there is nothing there, or the path holds credentials.
         DocumentsError: if the bucket can't be read.
     """
+    path = located(path)
     scheme, is_url, rest = path.partition("://")
     if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
         raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from storage.errors import SoftlabelError, TeacherError, UsageError
+from storage.location import located
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -40,8 +41,9 @@ def locate(
 
     Raises:
         SoftlabelError: of that kind.
-        UsageError: if a revision is asked of a folder.
+        UsageError: if a revision is asked of a folder, or the name holds credentials.
     """
+    name = located(name)
     if Path(name).is_dir():
         require_no_revision(Path(name), revision)
         return Path(name), None

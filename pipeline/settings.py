@@ -4,10 +4,33 @@ The same frozen models are the Python arguments, the YAML file, the flags of the
 a field's docstring is its help everywhere.
 """
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+
+from storage.credentials import WITHOUT_CREDENTIALS
+from storage.errors import UsageError
+from storage.location import located
 
 
 class Settings(BaseModel):
     """A frozen group of settings; a name that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # What is refused may be a location with credentials in it, or stand beside one: pydantic would show it.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+
+def _located(location: str) -> str:
+    try:
+        return located(location)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+Location = Annotated[
+    str,
+    AfterValidator(_located),
+    WithJsonSchema({"type": "string", "pattern": WITHOUT_CREDENTIALS}),  # Prefect's server goes by that, before we do
+]
+"""The type of every setting that names a file, a folder, a bucket or a hub model: ``~`` is expanded, credentials are
+refused."""

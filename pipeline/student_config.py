@@ -7,15 +7,15 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.settings import Settings
+from pipeline.settings import Location, Settings
 
 
 class StudentConfig(Settings):
     """The model that is trained: give exactly one of model, layers, depth and config."""
 
-    model: str | None = None
+    model: Location | None = None
     """Folder or hub name of a model to go on from."""
-    teacher: str | None = None
+    teacher: Location | None = None
     """Folder or hub name of the model that layers are taken from; left out, the table's own teacher."""
     revision: str | None = None
     """Commit, tag or branch of a hub name."""
@@ -26,7 +26,7 @@ class StudentConfig(Settings):
     intermediate_size: PositiveInt | None = None
     """With layers or depth: keep only so many neurons of each feed-forward layer, the most active on the table's
     text."""
-    config: str | None = None
+    config: Location | None = None
     """Folder or JSON file with a model configuration; the student starts from random weights."""
     labels: tuple[str, ...] = ()
     """Labels of a classifier: NAME=CLASS,CLASS,... for several of the teacher's classes together, or a class's name;

@@ -1,9 +1,10 @@
 """Where a student lives: its folder, there whole or not at all, and beside it what an unfinished run has come to.
 
-    STUDENT/             model, tokenizer, README.md (model card), softlabel.json (what it was made of), tensorboard/
-    STUDENT.training/    its last checkpoints, each with the settings of its run (run.json), the best weights so far
-                         and the curves, until it is finished
-    STUDENT.lock         held by the process that trains it, until that ends
+    STUDENT/                   model, tokenizer, README.md (model card), softlabel.json (what it was made of),
+                               tensorboard/
+    STUDENT.training/          its last checkpoints, each with the settings of its run (run.json), the best weights so
+                               far and the curves, until it is finished
+    .STUDENT.softlabel.lock    held by the process that trains it, until that ends
 
 Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
 """
@@ -26,6 +27,7 @@ from pipeline.origin import Origin, Teacher
 from pipeline.source import Source
 from pipeline.targets import Target
 from storage.errors import TrainingError, UsageError
+from storage.location import require_clean
 from storage.table import Table
 from storage.versions import parse
 from storage.view import AnyTable, open_table
@@ -74,14 +76,22 @@ class StudentFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """What the finished student's softlabel.json says."""
-        return _read(self.path / "softlabel.json")
+        return read_record(self.path / "softlabel.json")
 
     def open_table(self, config: TrainConfig) -> AnyTable:
         """The table that this run reads: the version that an unfinished run began with, or the one asked for.
 
         Raises:
-            UsageError: if the folder holds anything but a student of these settings, finished or not.
+            UsageError: if the folder holds anything but a student of these settings, finished or not; or if a link has
+                the name of its unfinished run.
         """
+        if self.run.is_symlink():
+            raise UsageError(
+                "a link has the name of the folder that this student is made in, and nothing is written through it",
+                expected="softlabel's own folder, or nothing",
+                where=self.run,
+                do="move it away, or choose another output",
+            )
         finished, unfinished = self.finished(), self._unfinished()
         location = config.table
         if finished is None and unfinished is not None and parse(location)[1] is None:
@@ -163,7 +173,7 @@ class StudentFolder:
     def _unfinished(self) -> dict[str, Any] | None:
         """What the last whole checkpoint says of its run."""
         checkpoint = self.checkpoint
-        return _read(checkpoint / RUN) if checkpoint else None
+        return read_record(checkpoint / RUN) if checkpoint else None
 
     def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
         before, now = _flatten(recorded["config"]), _flatten(config.model_dump(mode="json"))
@@ -245,11 +255,17 @@ def table_record(table: AnyTable) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a student's softlabel.json, or a checkpoint's run.json, says; None if there is none.
+
+    Raises:
+        UsageError: if one of its locations holds credentials.
+    """
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    require_clean(record, path, "take them out of that location in the file")
     return record
 
 

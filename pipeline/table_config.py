@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import ColumnsConfig, ShardsConfig, TeacherConfig
-from pipeline.settings import Settings
+from pipeline.settings import Location, Settings
 
 _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 
@@ -17,7 +17,7 @@ class VerifyConfig(Settings):
     it by more than it differs from itself in other batches.
     """
 
-    table: str
+    table: Location
     """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
     all_versions: bool = False
     """Look at the shards of every version that can be opened, not of one alone."""
@@ -38,7 +38,7 @@ class MaintainConfig(Settings):
     With tag, untag or unpin, nothing is deleted unless vacuum is given too.
     """
 
-    table: str
+    table: Location
     """Folder of the table."""
     dry_run: bool = False
     """Say what would be deleted, and delete nothing."""
@@ -53,7 +53,7 @@ class MaintainConfig(Settings):
     moves, and keeps its version from being dropped."""
     untag: str | None = None
     """Free the name of a tag."""
-    unpin: str | None = None
+    unpin: Location | None = None
     """Folder of a student: the version that it was trained on may be dropped."""
 
     @model_validator(mode="after")
@@ -69,9 +69,9 @@ class MixConfig(Settings):
     It is a small file that names them, and pins their versions; no row is copied.
     """
 
-    view: str
+    view: Location
     """Folder of the view."""
-    tables: tuple[str, ...] = Field(min_length=2)
+    tables: tuple[Location, ...] = Field(min_length=2)
     """Folders of the tables; TABLE@12 or TABLE@tag for another version than the newest."""
     how: Literal["concatenate", "average"] = "concatenate"
     """The rows of all tables; or, for the sequences that all of them hold, the average of what the teachers say, which
@@ -111,21 +111,21 @@ class ReprocessConfig(Settings):
     Any of the settings can be combined, in one pass; purge stands alone.
     """
 
-    source: str
+    source: Location
     """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
-    destination: str | None = None
+    destination: Location | None = None
     """Folder or s3:// address of another table, made if it is not there, added to if it is; left out, the source gets a
     new version; a smaller selection is final then: no capture can be added to it any more."""
     where: str | None = None
     """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
     "source = 'web' AND tokens > 20"."""
-    drop: str | None = None
+    drop: Location | None = None
     """File with a document's id a line: drop these documents."""
-    stale: str | None = None
+    stale: Location | None = None
     """File, folder or glob of documents: drop what a table holds of former versions of them. Others stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
-    purge: str | None = None
+    purge: Location | None = None
     """File with a document's id a line: delete these documents from every version, for good. Old versions that held
     them can no longer be opened, and no capture brings the documents back."""
     selection: NarrowingConfig = NarrowingConfig()

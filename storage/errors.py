@@ -21,6 +21,8 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
 
 import re
 
+from storage.credentials import masked
+
 _CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
 
 
@@ -30,7 +32,7 @@ def cause(error: Exception) -> str:
 
 
 class SoftlabelError(Exception):
-    """What was expected, what was found, where, and what to do, in that order and on one screen."""
+    """What was expected, what was found, where, and what to do, in that order and on one screen; never credentials."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class SoftlabelError(Exception):
         for name, text in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):
             if text is not None:
                 lines.append(f"  {name + ':':<12} {text}")
-        super().__init__("\n".join(lines))
+        super().__init__(masked("\n".join(lines)))
         self.details = details
         """What a program may want to read of it, all of what the screen has no room for."""
 

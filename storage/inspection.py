@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from storage.credentials import masked
 from storage.reader import open_shard, outline, read
 from storage.schema import SOFT_LABELS
 from storage.state import COMMIT_MESSAGE, Shard
@@ -126,7 +127,8 @@ def history(table: Table) -> list[HistoryEntry]:
 def last_capture(table: Table) -> dict[str, Any]:
     """What the newest capture says of itself: teacher, parameters, circumstances; empty if there was none."""
     commits = (commit.get(COMMIT_MESSAGE, {}) for commit in table.history())
-    return next((dict(commit) for commit in commits if "teacher" in commit), {})
+    said = next((dict(commit) for commit in commits if "teacher" in commit), {})
+    return said | {"teacher": masked(said["teacher"])} if said else {}
 
 
 def _splits(table: Table) -> dict[str, SplitSize]:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from storage.errors import ProvenanceError, TableError, TableNotFoundError, UsageError
+from storage.location import located
 from storage.opening import VIEW_FILE, is_view
 from storage.place import place_of
 from storage.provenance import Identity, user
@@ -34,6 +35,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
         ProvenanceError: if the tables can't be mixed like that; says what differs.
         TableError: if a table has no sequence in common with the others, or something can't be written.
     """
+    location = located(location)
     tables = [Table.open(_absolute(name)) for name in names]
     if len({table.location for table in tables}) < len(tables):
         raise UsageError("a table is named twice", expected="different tables", found=", ".join(names))

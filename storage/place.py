@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from storage.errors import AccessError, UsageError
+from storage.location import located
 
 SIDE_FOLDER = "_softlabel"
 """Beside the shards; Delta's vacuum spares folders whose name starts with an underscore."""
@@ -137,7 +138,7 @@ class Place(Protocol):
         Where a place has no locks everybody walks through, and a grace period is what protects a writer.
 
         Returns:
-            The time by the clock of the place, in nanoseconds.
+            The time by the clock of the place, in nanoseconds, if ``alone``; else 0.
         """
         ...
 
@@ -153,8 +154,9 @@ def place_of(location: str) -> Place:
         location: path of a folder, or s3://BUCKET/PREFIX.
 
     Raises:
-        UsageError: if it is a URL of another kind.
+        UsageError: if it is a URL of another kind, or holds credentials.
     """
+    location = located(location)
     scheme, separator, rest = location.partition("://")
     if separator and (scheme != "s3" or not rest.partition("/")[0]):
         raise UsageError(

@@ -27,6 +27,7 @@ from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, sto
 from storage.codec import Ints, SoftLabels
 from storage.commit_files import commit_file, described_by, require_no_remains, require_whole
 from storage.errors import IntegrityError, ProvenanceError, TableError, cause
+from storage.location import located
 from storage.opening import exists, unopened
 from storage.place import place_of
 from storage.provenance import Identity
@@ -120,6 +121,7 @@ class Table:
             ProvenanceError: if another process made a table of another identity first.
             IntegrityError: if there are shards of a table that has lost its log.
         """
+        location = located(location)
         schema, place = row_schema(carried), place_of(location)
         require_no_remains(place)
         try:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from storage.commit_files import commits
+from storage.credentials import holds_credentials
 from storage.errors import TableError, TableNotFoundError, UsageError
+from storage.location import located
 from storage.place import hash_of, place_of
 from storage.provenance import user
 from storage.records import Record, Records, now
@@ -45,6 +47,10 @@ class Pin(Record):
     version: int
     kind: Literal["student", "view"] = "student"
 
+    def __post_init__(self) -> None:
+        if holds_credentials(self.student):
+            raise ValueError("its location holds credentials, not shown here")
+
 
 @dataclass(frozen=True)
 class Vacuumed(Record):
@@ -65,7 +71,11 @@ def parse(location: str) -> tuple[str, int | str | None]:
     """``PATH@12`` to path and version, ``PATH@name`` to path and tag; without either, the newest version is meant.
 
     A folder that has an @ in its own name is taken for what it is; so is a prefix of a bucket.
+
+    Raises:
+        UsageError: if the location holds credentials.
     """
+    location = located(location)
     match = re.fullmatch(rf"(.+)@(\d+|{TAG})", location)
     if match is None or place_of(location).exists():
         return location, None
@@ -151,7 +161,8 @@ def pin(table: str, version: int, student: Path | str, kind: Literal["student", 
         TableError: if that can't be written.
         TableNotFoundError: if the version is vacuumed at this moment.
     """
-    holder = str(student.absolute()) if isinstance(student, Path) else student
+    holder = located(str(student))
+    holder = str(Path(holder).absolute()) if isinstance(student, Path) else holder
     made = Pin(now(), user(), holder, version, kind)
     _PINS.write(table, _pin_name(made.student), made, replace=True)
     try:
@@ -172,6 +183,7 @@ def unpin(table: str, student: str) -> Pin:
     Raises:
         TableNotFoundError: if it holds nothing.
     """
+    student = located(student)
     held = {pin.student: pin for pin in pins(table)}
     name = next((name for name in (student, str(Path(student).absolute())) if name in held), None)
     if name is None:

@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from storage.alignment import Alignment
 from storage.codec import Ints
 from storage.errors import IntegrityError, TableError, TableNotFoundError
+from storage.location import require_clean
 from storage.opening import VIEW_FILE, is_view
 from storage.place import Place, place_of
 from storage.seal import unseal
@@ -169,6 +170,7 @@ def read_definition(place: Place) -> Definition:
     Raises:
         IntegrityError: if it can't be read.
         TableError: if another version of softlabel made it.
+        UsageError: if it names a table by a location that holds credentials.
     """
     try:
         definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE)))
@@ -188,4 +190,6 @@ def read_definition(place: Place) -> Definition:
             found=f"format {definition.format}",
             where=place.where(VIEW_FILE),
         )
+    do = "make the view again with softlabel mix, in another folder"
+    require_clean({"table": [part.table for part in definition.parts]}, place.where(VIEW_FILE), do)
     return definition

@@ -93,6 +93,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home folder; the current one is another, and empty."""
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     """The URL of a server that speaks S3, with an empty bucket; ``tests.buckets.environment`` leads there."""

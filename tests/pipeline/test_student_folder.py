@@ -1,5 +1,6 @@
-"""A student's folder that can't be written is an error of one screen."""
+"""A student's folder: what stops it from being written, and what is in it that can't be gone by, is said clearly."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.config import EvaluateConfig, TrainConfig
+from pipeline.evaluation import evaluate
 from pipeline.student_folder import StudentFolder
-from storage.errors import TrainingError
+from pipeline.training import train
+from storage.errors import TrainingError, UsageError
+from tests.pipeline.tables import make_table
+from tests.storage.test_location import HOLDING, SECRET
 
 
 @pytest.mark.parametrize(
@@ -20,3 +26,34 @@ def test_a_full_disk_and_a_folder_that_is_none(tmp_path: Path, write):
     with pytest.raises(TrainingError, match=said) as error, student.writing():
         write(Path("/dev/full"))
     assert len(str(error.value).splitlines()) < 7
+
+
+@pytest.mark.parametrize("location", HOLDING)
+@pytest.mark.parametrize(
+    "at", [("table", "location"), ("config", "table"), ("config", "student", "model"), ("source", "name")]
+)
+def test_a_record_that_names_credentials_is_refused(tmp_path: Path, location: str, at: tuple[str, ...]):
+    record: object = location
+    for name in reversed(at):
+        record = {name: record}
+    (tmp_path / "softlabel.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"holds credentials(.|\n)*softlabel\.json") as error:
+        StudentFolder(tmp_path).finished()
+    assert SECRET not in str(error.value)
+
+
+def test_an_evaluation_refuses_such_a_record(tmp_path: Path, tiny_teacher: Path):
+    table = make_table(tmp_path / "table", tiny_teacher, train=0)
+    (tmp_path / "softlabel.json").write_text(json.dumps({"table": {"tables": [{"location": HOLDING[0]}]}}))
+    with pytest.raises(UsageError, match="holds credentials") as error:
+        evaluate(EvaluateConfig(table=table.location, students=(str(tmp_path),), report=str(tmp_path / "report")))
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["others", "missing"])
+def test_no_student_is_made_through_a_link(tmp_path: Path, target: str):
+    (tmp_path / "others" / "scratch").mkdir(parents=True)
+    (tmp_path / "student.training").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match="a link has the name"):
+        train(TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimiser={"device": "cpu"}))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["others", "scratch", "student.training"]

@@ -1,0 +1,73 @@
+"""Locations as people write them, made into what everything else takes them for; wherever one enters, it comes by here.
+
+A location is the path of a folder or a file, a glob, or a URL: ``s3://BUCKET/PREFIX``.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.credentials import holds_credentials
+from storage.errors import UsageError
+
+_LOCATIONS = ("config", "location", "model", "name", "output", "table", "teacher")
+"""Under these names a student's record has locations."""
+
+
+def located(location: str) -> str:
+    """The location with ``~`` and ``~USER`` expanded; twice is once.
+
+    Raises:
+        UsageError: if it holds credentials, which are never shown; or if the home folder is not known.
+    """
+    if holds_credentials(location):
+        raise UsageError(
+            "a location must not hold credentials: it is kept in records, logs and reports",
+            expected="a path, or s3://BUCKET/PREFIX",
+            found="a user, key, password or parameter in it, not shown here",
+            do="take it out, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN\n"
+            "               in the environment (version 12 of the table in a whole bucket is s3://BUCKET/@12)",
+        )
+    if not location.startswith("~"):
+        return location
+    try:
+        return str(Path(location).expanduser())
+    except RuntimeError:
+        raise UsageError(
+            "~ stands for the home folder of a user that this machine does not know",
+            expected="~/PATH, ~USER/PATH, or a path without ~",
+            found=location,
+            do="write the folder's whole path; or, if ~ belongs to its name, ./ before it",
+        ) from None
+
+
+def require_clean(record: Any, where: object, do: str) -> None:
+    """Refuse to go by a record that others have written if one of its locations holds credentials.
+
+    Args:
+        record: as JSON has it.
+        where: its file.
+        do: what to do about it.
+
+    Raises:
+        UsageError: if so; they are not shown.
+    """
+    if any(map(holds_credentials, _locations(record))):
+        raise UsageError(
+            "a location in this file holds credentials, which would be shown to whoever reads on",
+            expected="a path, or s3://BUCKET/PREFIX",
+            found="a user, key, password or parameter in it, not shown here",
+            where=where,
+            do=do,
+        )
+
+
+def _locations(record: Any, name: str = "") -> Iterator[str]:
+    if isinstance(record, Mapping):
+        for key, value in record.items():
+            yield from _locations(value, key)
+    elif isinstance(record, list | tuple):
+        for value in record:
+            yield from _locations(value, name)
+    elif isinstance(record, str) and name in _LOCATIONS:
+        yield record
