@@ -3,6 +3,7 @@
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from storage.errors import TrainingError
 from storage.provenance import user
+
+_SECONDS_TO_END = 2.0
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def _hold(path: Path, place: Path) -> int | None:
         except OSError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 500, 0).decode()
             os.close(descriptor)
@@ -51,6 +55,16 @@ def _hold(path: Path, place: Path) -> int | None:
             os.pwrite(descriptor, f"process {os.getpid()} of {user()} on {platform.node()}, since {now}".encode(), 0)
             return descriptor
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Take it; waiting for a moment, since a process that was just killed has it until the system is done with that."""
+    until = time.monotonic() + _SECONDS_TO_END
+    while time.monotonic() < until:
+        with suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_still_there(path: Path, descriptor: int) -> bool:
