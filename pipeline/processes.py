@@ -21,6 +21,7 @@ from storage.errors import SoftlabelError, WorkerError
 
 OURS = Path(__file__).absolute().parents[1]
 """Folder that our packages are in."""
+_STARTED_IN = str(Path.cwd())
 _SHOWN_LINES = 15
 
 
@@ -53,11 +54,11 @@ def same_modules() -> dict[str, str]:
     Python puts it first unasked (for ``-m``, ``-c`` and an empty part of PYTHONPATH), and whatever lies there, beside
     somebody's documents, would be taken for a library's module, or for ours.
     """
-    here, ours = str(Path.cwd()), str(OURS)
+    ours = str(OURS)
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     wanted = {ours, *_of_the_program(), *map(os.path.abspath, named)}
     # What is not absolute lies there, too; setuptools puts a name into the path that only it knows.
-    path = [entry for entry in sys.path if Path(entry).is_absolute() and (entry != here or entry in wanted)]
+    path = [entry for entry in sys.path if Path(entry).is_absolute() and (entry != _STARTED_IN or entry in wanted)]
     if ours not in path:
         path.insert(0, ours)
     # An entry with a colon would be taken for two.
