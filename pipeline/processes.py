@@ -23,6 +23,7 @@ OURS = Path(__file__).absolute().parents[1]
 """Folder that our packages are in."""
 _STARTED_IN = str(Path.cwd())
 _SHOWN_LINES = 15
+_SECONDS_TO_DIE = 1.0
 
 
 def start(
@@ -138,22 +139,30 @@ def listen(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
 
     Raises:
         SoftlabelError: what one of them has raised and told.
-        ChildDiedError: if one has died; before what others have raised over it.
+        ChildDiedError: if one has died, rather than what others have raised over it, which may be heard of before.
     """
+    raised: SoftlabelError | None = None
+    seconds = _SECONDS_TO_DIE if len(children) > 1 else 0.0
     with DefaultSelector() as selector:
         for child in children:
             selector.register(child.stdout, EVENT_READ, child)
         while True:
-            heard = [(key.data, key.data.heard()) for key, _ in selector.select()]
-            for child, lines in heard:
+            ready = selector.select(seconds if raised else None)
+            if raised and not ready:
+                raise raised
+            for child, lines in [(key.data, key.data.heard()) for key, _ in ready]:
                 if lines is None:
                     raise ChildDiedError(child)
-            for child, lines in heard:
                 for kind, value in map(json.loads, lines):
                     if kind == "error":
-                        name, message, details = value
-                        raise getattr(errors, name)(message, details=details)
-                    yield child, kind, value
+                        raised = raised or _error(*value)
+                    else:
+                        yield child, kind, value
+
+
+def _error(name: str, message: str, details: Any) -> SoftlabelError:
+    error: SoftlabelError = getattr(errors, name)(message, details=details)
+    return error
 
 
 def speaker() -> Callable[[str, Any], None]:
