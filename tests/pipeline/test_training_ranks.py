@@ -97,7 +97,7 @@ def test_an_error_of_a_rank_is_the_error(table, tmp_path):
     assert not {path.name for path in tmp_path.iterdir()} - {"student.lock"}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     died = 0.0
@@ -116,7 +116,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} <= {"student.lock", "student.training"}
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "full"])
 def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding, table, tmp_path, monkeypatch):
     """Settings of another launcher's job, of another network interface, and a working folder full of traps."""
     for name, value in ELSEWHERE.items():
