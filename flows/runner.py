@@ -1,20 +1,27 @@
 """Runs one flow for the command line, in this process, on the Prefect server that is configured or on the embedded one.
 
-Keeps Prefect's own words off the terminal; its server gets them all the same.
+Keeps Prefect's own words off the terminal; its server gets them all the same. Prefect is configured by its profile and
+the environment alone: it would take settings, which can name code to be run, from files in the working folder, too.
 """
 
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, chdir, contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
-
-from flows import server
+from pipeline.processes import OURS
 from pipeline.settings import Settings
+
+if home := os.environ.get("PREFECT_HOME"):
+    os.environ["PREFECT_HOME"] = str(Path(home).expanduser().absolute())
+with chdir(OURS):
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+    from flows import server
 
 # Read by huggingface_hub, and so by transformers: their bars would break ours, and litter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -27,10 +34,13 @@ def run(name: str, config: Settings) -> Any:
         SoftlabelError: what the flow raised.
     """
     embedded = None if get_current_settings().api.url else server.start()
-    flow = getattr(import_module(f"flows.{name}"), f"{name}_flow")  # takes seconds, and so does the server's start
-    if embedded:
-        server.wait(embedded)
-    with temporary_settings({PREFECT_API_URL: embedded}) if embedded else nullcontext(), _quiet():
+    with ExitStack() as around:
+        with chdir(OURS):
+            flow = getattr(import_module(f"flows.{name}"), f"{name}_flow")  # takes seconds, as the server's start does
+            if embedded:
+                server.wait(embedded)
+                around.enter_context(temporary_settings({PREFECT_API_URL: embedded}))
+        around.enter_context(_quiet())
         return flow(config)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from pipeline import processes
 from storage.errors import SoftlabelError
 
 # The first start makes the server's database; on a busy machine that takes far longer than the usual few seconds.
@@ -25,10 +26,10 @@ def start() -> str:
     """Start this process's server, or find it started, and return its API's address before it answers there."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         file, port = listening.fileno(), listening.getsockname()[1]
-        command = [sys.executable, "-m", "flows.server", str(file)]
-        # Its standard input is a pipe of ours that closes with us; its own session keeps our signals from it.
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), pass_fds=[file], start_new_session=True
+        # Among our own files: alembic puts the folder that it is run in first on the path, and Prefect takes settings,
+        # which can name code to be run, from files there.
+        server = processes.start(
+            "flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.OURS
         )
     _started.append(server)
     return f"http://127.0.0.1:{port}/api"

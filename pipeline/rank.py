@@ -1,50 +1,39 @@
-"""One rank of a training by several processes, as torchrun starts it: ``python -m pipeline.rank SETTINGS``.
+"""One rank of a training by several processes: ``python -m pipeline.rank SETTINGS RENDEZVOUS``.
 
-Writes what ``pipeline.ranks``, at the other end, wants to know, a line of JSON each. It ends when its standard input
-does, so it never outlives the process that started torchrun.
+Tells ``pipeline.ranks``, which started it, what it wants to know. It ends when its standard input does.
 """
 
-import json
 import os
 import sys
+import traceback
 import warnings
-from dataclasses import asdict
+from functools import partial
 from threading import Thread
-from typing import Any
+
+from pipeline.processes import as_told, speaker
 
 
 def main() -> None:
     """Train as one rank."""
-    Thread(target=_end_with_parent, daemon=True).start()
-    # Whatever a library prints must not come between the lines.
-    lines = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def tell(kind: str, value: Any) -> None:
-        os.write(lines, (json.dumps([kind, value]) + "\n").encode())
-
-    from pipeline.config import TrainConfig
-    from pipeline.progress import Progress
-    from pipeline.training import train
-    from storage.errors import SoftlabelError
-
-    def watch(progress: Progress) -> None:
-        tell("progress", asdict(progress))
-
-    first = os.environ["RANK"] == "0"
-    if first:
+    parent = Thread(target=_end_with_parent, daemon=True)
+    parent.start()
+    tell = speaker()
+    settings, rendezvous = sys.argv[1:]
+    if os.environ["RANK"] == "0":
         warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
     try:
-        report = train(TrainConfig.model_validate_json(sys.argv[1]), watch)
-    except SoftlabelError as error:
-        tell("error", [type(error).__name__, str(error)])
-        sys.exit(1)
-    if first:
-        tell("report", asdict(report))
-    # Without the interpreter's own end: a thread of gloo's that lets go of a tensor meanwhile would abort the process,
-    # and torchrun then ends the others, of which one may still be writing.
-    sys.stderr.flush()
-    os._exit(0)
+        from pipeline.config import TrainConfig
+        from pipeline.ranks import join
+        from pipeline.training import train
+
+        config = TrainConfig.model_validate_json(settings)
+        join(rendezvous, config.optimiser)
+        tell("report", train(config, partial(tell, "progress")))
+    except Exception as error:
+        traceback.print_exc()
+        tell("error", as_told(error))
+    # It does not end by itself: the others would lose their connection, and that would be what they have to say.
+    parent.join()
 
 
 def _end_with_parent() -> None:

@@ -1,28 +1,34 @@
-"""Training by several processes on one machine: torchrun as a child that never outlives whoever started it.
+"""Training by several processes on one machine, none of which outlives whoever started them.
 
-Each rank is ``pipeline.rank`` and trains with the same settings; the first one's progress and report come back as lines
-of JSON, any rank's error as the error that it was. Knows nothing of what is trained.
+Each rank is ``pipeline.rank`` and trains with the same settings; the first one's progress and report come back, and any
+rank's error as the error that it was. They find each other through a file in a folder that is this user's alone, and
+listen to nothing but this machine: whoever can speak to a rank can have it do anything. Knows nothing of what is
+trained.
 """
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import warnings
 from typing import Any
 
 import torch
-from torch.distributed import is_torchelastic_launched
+from torch import distributed
 
 from pipeline.config import TrainConfig
+from pipeline.processes import Child, ChildDiedError, listen
 from pipeline.progress import Progress, Watch
+from pipeline.scratch import scratch
 from pipeline.student_config import OptimiserConfig
-from pipeline.workers import same_modules
-from storage import errors
 from storage.errors import UsageError, WorkerError
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_ON_LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": _LOOPBACK,
+    "NCCL_SOCKET_IFNAME": f"={_LOOPBACK}",
+    "NCCL_RAS_ENABLE": "0",  # a port of its own, for questions that nobody asks
+}
+_ELSEWHERE = {"MASTER_ADDR", "MASTER_PORT", "NCCL_COMM_ID"}
+"""Where another launcher's ranks would meet."""
 
 
 def on_cpu(settings: OptimiserConfig) -> bool:
@@ -43,12 +49,12 @@ def on_cpu(settings: OptimiserConfig) -> bool:
 
 
 def to_start(settings: OptimiserConfig) -> int:
-    """How many processes this one has to start; 0 if it trains itself, as a rank of torchrun's or alone.
+    """How many processes this one has to start; 0 if it trains itself, as a rank or alone.
 
     Raises:
         UsageError: if there are fewer GPUs.
     """
-    if is_torchelastic_launched():
+    if distributed.is_initialized() or distributed.is_torchelastic_launched():
         return 0
     gpus = None if on_cpu(settings) else torch.cuda.device_count()
     wanted = settings.processes or gpus or 1
@@ -62,6 +68,19 @@ def to_start(settings: OptimiserConfig) -> int:
     return wanted if wanted > 1 else 0
 
 
+def join(rendezvous: str, settings: OptimiserConfig) -> None:
+    """In a rank: meet the others at a file, where torch by itself would open a port to everybody.
+
+    Args:
+        rendezvous: the file, which is there as soon as the first of them is.
+        settings: say whether the CPU trains.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "gloo" if on_cpu(settings) else "nccl"
+    store = distributed.FileStore(rendezvous, size)  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any]:
     """Train by so many processes; none of them is there any more when this returns or raises.
 
@@ -70,63 +89,39 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
 
     Raises:
         SoftlabelError: what a rank raised.
-        WorkerError: if a process died.
+        WorkerError: if a process died, or what else one raised.
     """
-    threads = str(max(1, torch.get_num_threads() // processes))
-    with tempfile.TemporaryFile("w+") as log:
-        # The standard input of torchrun, and so of each rank, is a pipe of ours that closes with us; a session of its
-        # own keeps our signals from it.
-        torchrun = subprocess.Popen(
-            [*TORCHRUN, f"--nproc-per-node={processes}", "-m", "pipeline.rank", config.model_dump_json()],
-            env={"OMP_NUM_THREADS": threads} | os.environ | same_modules(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
+    ranks: list[Child] = []
+    with scratch() as private:
         try:
-            report = _listen(torchrun, watch)
-        finally:
-            _end(torchrun)
-        if report is None:
-            log.seek(0)
+            for rank in range(processes):
+                log, environment = private / f"rank-{rank}.log", _environment(rank, processes)
+                arguments = config.model_dump_json(), str(private / "rendezvous")
+                ranks.append(Child("pipeline.rank", *arguments, log=log, environment=environment))
+            for child, kind, value in listen(ranks):
+                match kind:
+                    case "progress":
+                        watch(Progress(**value))
+                    case "warning":
+                        warnings.warn(value, stacklevel=3)
+                    case "report" if child is ranks[0]:
+                        return dict(value)
+        except ChildDiedError as death:
             raise WorkerError(
                 "a process that trained died",
-                found="\n               ".join(log.read().splitlines()[-15:]) or f"exit code {torchrun.returncode}",
-                where=f"{config.output}, {processes} processes",
+                found=death.child.death(),
+                where=f"{config.output}, rank {ranks.index(death.child)} of {processes}",
                 do="the same command goes on from the last checkpoint",
-            )
-        return report
+            ) from None
+        finally:
+            for child in ranks:
+                child.kill()
+    raise AssertionError("a rank that has said all waits to be ended")
 
 
-def _listen(torchrun: "subprocess.Popen[str]", watch: Watch) -> dict[str, Any] | None:
-    """The report, if there is one; returns when it has come, or when no rank is left that could write one."""
-    assert torchrun.stdout
-    for line in torchrun.stdout:
-        if not line.endswith("\n"):
-            break
-        kind, value = json.loads(line)
-        match kind:
-            case "progress":
-                watch(Progress(**value))
-            case "warning":
-                warnings.warn(value, stacklevel=4)
-            case "error":
-                name, message = value
-                raise getattr(errors, name)(message)
-            case "report":
-                return dict(value)
-    return None
-
-
-def _end(torchrun: "subprocess.Popen[str]") -> None:
-    """End whoever is still there, and wait until nobody is: the pipe that they all write to is closed then."""
-    assert torchrun.stdin
-    assert torchrun.stdout
-    torchrun.stdin.close()
-    torchrun.kill()
-    torchrun.stdout.read()
-    torchrun.stdout.close()
-    torchrun.wait()
+def _environment(rank: int, processes: int) -> dict[str, str]:
+    """Of a rank: it takes its place from here, whatever launcher this process itself was started by."""
+    threads = str(max(1, torch.get_num_threads() // processes))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    kept = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
+    return {"OMP_NUM_THREADS": threads} | kept | {name: str(number) for name, number in place.items()} | _ON_LOOPBACK

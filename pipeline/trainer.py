@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -132,10 +132,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the eval split, by the metrics that its report will show."""
-        agreed = [self.model.measured(self.eval_dataset)]
+        measured: dict[str, float] = self.model.measured(self.eval_dataset)
         reshard(self.model)
-        broadcast_object_list(agreed)  # all ranks stop at the same step, whatever the last digits that each has found
-        logs: dict[str, float] = agreed[0]
+        # All ranks stop at the same step, whatever the last digits that each has found.
+        agreed = broadcast(torch.tensor([*measured.values()], dtype=torch.float64, device=self.args.device))
+        logs = dict(zip(measured, agreed.tolist(), strict=True))
         if not all(map(math.isfinite, logs.values())):
             found = ", ".join(f"{name} {value:g}" for name, value in logs.items())
             raise self._diverged(found, self.state.global_step)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -166,9 +167,8 @@ def _named(watch: Watch, student: str) -> Watch:
 
 def _agree(table: AnyTable) -> AnyTable:
     """The version that the first rank has opened; others may have opened a newer one a moment later."""
-    versions = [table.version]
-    broadcast_object_list(versions)
-    return table if versions == [table.version] else open_table(f"{table.location}@{versions[0]}")
+    version = int(broadcast(torch.tensor(table.version, device=PartialState().device)))
+    return table if version == table.version else open_table(f"{table.location}@{version}")
 
 
 def _pin(table: AnyTable, student: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,23 +19,15 @@ import torch
 from pipeline.capturing import capture_shard
 from pipeline.config import CaptureConfig
 from pipeline.model_folder import remember
-from pipeline.progress import Progress
+from pipeline.processes import as_told, speaker
 from storage.errors import SoftlabelError
 
 
 def main() -> None:
     """Answer requests until there are no more."""
-    # Whatever a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def answer(kind: str, value: Any) -> None:
-        print(json.dumps([kind, value]), file=answers, flush=True)
-
-    def watch(progress: Progress) -> None:
-        answer("progress", asdict(progress))
-
+    answer = speaker()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, so that half a shard is thrown away
+    watch = partial(answer, "progress")
     requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
     Thread(target=_listen, args=(requests,), daemon=True).start()
     torch.set_num_threads(int(sys.argv[1]))
@@ -43,9 +35,9 @@ def main() -> None:
         settings, path, hashes = requests.get()
         remember(hashes)  # of the teacher's files, which take minutes to read
         try:
-            answer("commit", asdict(capture_shard(CaptureConfig.model_validate(settings), Path(path), watch)))
+            answer("commit", capture_shard(CaptureConfig.model_validate(settings), Path(path), watch))
         except SoftlabelError as error:
-            answer("error", [type(error).__name__, str(error)])
+            answer("error", as_told(error))
 
 
 def _listen(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:

@@ -4,15 +4,12 @@ A shard whose worker died is done again by another, a few times at most; a worke
 What happens to a shard is ``pipeline.capturing``'s business, and the process itself is ``pipeline.worker``.
 """
 
-import json
 import logging
-import os
-import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +23,8 @@ import torch
 
 from pipeline.config import CaptureConfig
 from pipeline.model_folder import known_hashes
+from pipeline.processes import Child, ChildDiedError, listen
 from pipeline.progress import Progress, Watch, unwatched
-from storage import errors
 from storage.errors import WorkerError
 from storage.writer import Commit
 
@@ -66,12 +63,6 @@ def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
     return found
 
 
-def same_modules() -> dict[str, str]:
-    """Environment variables for a process of Python that is to import what this one does: left to itself, it would
-    take a folder ``pipeline`` of the user's, where the command was started, for ours."""
-    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
 class Worker:
     """A process on one device; it starts with its first shard, and anew with the next one after it has died.
 
@@ -88,7 +79,7 @@ class Worker:
         """In a row."""
         self.closed = False
         self._device, self._threads, self._log = device, threads, log
-        self._process: subprocess.Popen[str] | None = None
+        self._child: Child | None = None
         self._lock = Lock()
 
     def capture_shard(self, config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
@@ -99,70 +90,36 @@ class Worker:
         """
         pinned = config.teacher.model_copy(update={"device": self._device, "workers": 1})
         settings = config.model_copy(update={"teacher": pinned}).model_dump(mode="json")
-        process = self._running()
-        assert process.stdin
-        assert process.stdout
+        child = self._running()
         try:
-            process.stdin.write(json.dumps([settings, str(path), known_hashes()]) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            raise self._died(process) from None
-        for line in process.stdout:
-            if not line.endswith("\n"):
-                break
-            kind, value = json.loads(line)
-            if kind == "progress":
+            child.tell([settings, str(path), known_hashes()])
+            for _, kind, value in listen([child]):
+                if kind == "commit":
+                    self.deaths = 0
+                    return Commit(**value)
                 watch(Progress(**value))
-            elif kind == "commit":
-                self.deaths = 0
-                return Commit(**value)
-            else:
-                name, message = value
-                raise getattr(errors, name)(message)
-        raise self._died(process)
+        except ChildDiedError:
+            self.deaths += 1
+        raise WorkerError(f"the worker {self.name} died; nothing of its shard is done", found=child.death())
 
     def close(self) -> None:
         """End the process, whatever it is at, and start none again."""
         with self._lock:
             self.closed = True
-            if self._process is None:
+            if self._child is None:
                 return
-            self._process.terminate()
-            try:
-                self._process.wait(_SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._child.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.process.wait(_SECONDS_TO_END)
+            self._child.kill()
 
-    def _running(self) -> "subprocess.Popen[str]":
+    def _running(self) -> Child:
         with self._lock:
             if self.closed:
                 raise WorkerError("the capture has ended")
-            if self._process is None or self._process.poll() is not None:
-                # Its standard input is a pipe of ours that closes with us; its own session keeps our signals from it.
-                with self._log.open("w") as log:
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-m", "pipeline.worker", str(self._threads)],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        text=True,
-                        encoding="utf-8",
-                        start_new_session=True,
-                        env=os.environ | same_modules(),
-                    )
-            return self._process
-
-    def _died(self, process: "subprocess.Popen[str]") -> WorkerError:
-        self.deaths += 1
-        code = process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        memory = " (the system kills so when memory runs out)" if code == -signal.SIGKILL else ""
-        said = self._log.read_text(errors="replace").splitlines()[-15:]
-        return WorkerError(
-            f"the worker {self.name} died; nothing of its shard is done",
-            found="\n               ".join([how + memory, *said]),
-        )
+            if self._child is None or self._child.process.poll() is not None:
+                self._child = Child("pipeline.worker", str(self._threads), log=self._log)
+            return self._child
 
 
 class Workers:

@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from storage.provenance import user
 
 _MARK = b"softlabel: "
 """What a lock that says its holder begins with."""
+_SECONDS_TO_END = 2.0
+_SECONDS_BETWEEN_LOOKS = 0.05
 _SPECIAL = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What the system says of a link, a folder and a socket."""
 
@@ -74,13 +77,17 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _held(path: Path) -> int:
+    # A process that was just killed has its locks until the system is done with it: we wait for a moment.
+    until = time.monotonic() + _SECONDS_TO_END
     while True:
         descriptor = opened(path)
         try:
             _require_ours(path, descriptor)
             if not lock_descriptor(descriptor, blocking=False):
-                raise HeldError(os.pread(descriptor, 500, len(_MARK)).decode(errors="replace"))
-            if _is_still_there(path, descriptor):
+                if time.monotonic() > until:
+                    raise HeldError(os.pread(descriptor, 500, len(_MARK)).decode(errors="replace"))
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            elif _is_still_there(path, descriptor):
                 _sign(descriptor)
                 return descriptor
         except BaseException:

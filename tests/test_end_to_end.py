@@ -16,6 +16,7 @@ import yaml
 from pipeline import demo
 from storage.reader import index
 from storage.table import Table
+from tests.listening import trap
 from tests.pipeline.test_workers import gone, workers_of
 
 NO_WAY_OUT = """
@@ -95,6 +96,22 @@ def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: 
     assert set(rows.values()) == {1}
     assert committed.keys() <= rows.keys()
     assert json.loads(done.stdout)["sequences"] == count - len(committed)
+
+
+def test_nothing_that_lies_beside_the_documents_is_run(tiny_teacher: Path, tmp_path: Path) -> None:
+    """By neither the command, nor its workers, nor the server that it starts."""
+    folder = tmp_path / "downloaded"
+    caught = trap(folder)
+    texts = [f"Document number {i} says that {i * i} is the square of {i}." for i in range(40)]
+    pq.write_table(pa.table({"id": [str(i) for i in range(40)], "text": texts}), folder / "documents.parquet")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    environment["PREFECT_HOME"] = str(tmp_path / "prefect")
+    capture = softlabel("capture", "documents.parquet", "table", "--teacher.model", str(tiny_teacher))
+    capture += ["--teacher.device", "cpu", "--teacher.workers", "2", "--shards.positions", "500"]
+    done = subprocess.run(capture, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert _rows(folder / "table")
+    assert not caught.exists(), caught.read_text()
 
 
 def _rows(table: Path) -> Counter[tuple[str, int, bytes]]:

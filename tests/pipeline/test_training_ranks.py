@@ -1,8 +1,14 @@
 """Training by several processes: the student that one process trains, and nobody left behind."""
 
 import json
+import os
 import signal
+import socket
+import stat
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +17,38 @@ from pipeline import ranks
 from pipeline.student_config import OptimiserConfig
 from pipeline.student_folder import newest_checkpoint, step_of
 from pipeline.training import train
-from storage.errors import StudentError, UsageError
+from storage.errors import StudentError, UsageError, WorkerError
+from tests.listening import family, listening, only_here, trap
 from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, processes_of, run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ELSEWHERE = {
+    **{"MASTER_ADDR": "0.0.0.0", "MASTER_PORT": "1", "NCCL_COMM_ID": "0.0.0.0:1"},
+    **{"RANK": "7", "LOCAL_RANK": "7", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "3"},
+    **{"PMI_RANK": "7", "PMI_SIZE": "8", "OMPI_COMM_WORLD_RANK": "7", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"},
+}
+NOTING = """
+import pickle, sys
+class Noting(pickle.Unpickler):
+    def __init__(self, *what, **how):
+        super().__init__(*what, **how)
+        if "distributed" in sys._getframe(1).f_code.co_filename:
+            open({!r}, "a").write("an object\\n")
+pickle.Unpickler = Noting
+"""
+"""A sitecustomize for ranks: it notes whatever torch.distributed unpickles."""
 
 
 def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
-    seen = []
-    report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), seen.append)
+    seen, open_to = [], set()
+
+    def watch(progress):
+        seen.append(progress)
+        open_to.update(listening(family(os.getpid())))
+
+    report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), watch)
+    assert open_to
+    assert only_here(open_to), open_to
     assert (report.steps, report.positions) == (uninterrupted.steps, uninterrupted.positions)
     assert [(progress.stage, progress.done) for progress in seen] == [("train student", step) for step in range(1, 13)]
     assert seen[-1].details["eval_kl"] == pytest.approx(report.metrics["eval_kl"]), "of the last step, not one before"
@@ -64,8 +93,63 @@ def test_an_error_of_a_rank_is_the_error(table, tmp_path):
         train(together)
     assert str(error.value) == str(expected.value)
     assert not processes_of(tmp_path)
-    # torchrun ends the first rank, too, which may then leave the file that it locked; nobody holds it any more.
+    # The first rank is ended, too, and may then leave the file that it locked; nobody holds it any more.
     assert not {path.name for path in tmp_path.iterdir()} - {".student.softlabel.lock"}
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    died = 0.0
+
+    def kill(progress):
+        nonlocal died
+        if not died:
+            os.kill(sorted(processes_of(tmp_path))[victim], signal.SIGKILL)
+            died = time.monotonic()
+
+    with pytest.raises(WorkerError, match=rf"SIGKILL(.|\n)*rank {victim} of 2"):
+        train(settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 10_000}), kill)
+    assert time.monotonic() - died < 10
+    assert not processes_of(tmp_path)
+    assert family(os.getpid()) == {os.getpid()}, "no zombie either"
+    assert {path.name for path in tmp_path.iterdir()} <= {"student.lock", "student.training"}
+
+
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "full"])
+def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding, table, tmp_path, monkeypatch):
+    """Settings of another launcher's job, of another network interface, and a working folder full of traps."""
+    for name, value in ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, next(name for _, name in reversed(socket.if_nameindex())))
+    caught = trap(tmp_path / "working")
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "sitecustomize.py").write_text(NOTING.format(str(tmp_path / "unpickled")))
+    monkeypatch.syspath_prepend(tmp_path / "notes")
+    open_to, folders = set(), {}
+
+    def watch(progress):
+        open_to.update(listening(family(os.getpid())))
+        for process in processes_of(tmp_path):
+            rendezvous = Path(Path(f"/proc/{process}/cmdline").read_text().split("\0")[-2])
+            folders[rendezvous.parent] = rendezvous.parent.stat()
+
+    before = os.umask(0)
+    try:
+        config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 2, "sharding": sharding})
+        train(config, watch)
+    finally:
+        os.umask(before)
+    assert open_to
+    assert only_here(open_to), open_to
+    [(folder, status)] = folders.items()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, os.getuid())
+    assert not folder.exists()
+    assert not caught.exists(), caught.read_text()
+    assert not (tmp_path / "unpickled").exists(), "a socket's other end could be anybody"
 
 
 def test_processes_that_there_are_no_gpus_for(monkeypatch):

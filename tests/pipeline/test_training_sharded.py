@@ -1,6 +1,7 @@
 """Training a student that is divided among processes (FSDP): the one that a single process trains, whole on disk."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import sharding
 from pipeline.training import train
+from tests.listening import family, listening, only_here
 from tests.pipeline.trainings import curve, history, interrupt_at, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,8 +22,13 @@ SHARDED = {"processes": 2, "sharding": "full"}
 
 @pytest.fixture(scope="module")
 def divided(table, tmp_path_factory):
-    """A student that two processes have trained in one go, half of it each."""
-    return train(settings(table, tmp_path_factory.mktemp("divided") / "student", optimiser=SHARDED))
+    """A student that two processes have trained in one go, half of it each; they listened to nobody else."""
+    open_to = set()
+    config = settings(table, tmp_path_factory.mktemp("divided") / "student", optimiser=SHARDED)
+    report = train(config, lambda _: open_to.update(listening(family(os.getpid()))))
+    assert open_to
+    assert only_here(open_to), open_to
+    return report
 
 
 def test_the_same_student(divided, uninterrupted):

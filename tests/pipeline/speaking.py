@@ -1,0 +1,43 @@
+"""A child process that says what a test wants to hear, and whose modules a test asks for."""
+
+import os
+import signal
+import sys
+
+from pipeline.processes import as_told, same_modules, speaker
+from storage.errors import SoftlabelError, TeacherError
+
+
+class OfMyEngineError(TeacherError):
+    """Of a class that nobody else knows."""
+
+
+class TableError(Exception):
+    """Of a name that softlabel knows otherwise."""
+
+
+RAISED = {
+    "ours": TeacherError("a teacher", found="nothing", details={"positions": [1, 2]}),
+    "of an engine": OfMyEngineError("no room", details={"bytes": 7}),
+    "of no class of its own": SoftlabelError("in general"),
+    "of a library": ValueError("3 is no 4"),
+    "of another's name": TableError("of a restaurant"),
+    "with odd details": TeacherError("odd \udcff", details={"what": object, "nan": float("nan")}),
+}
+
+
+def main() -> None:
+    if sys.argv[1] == "modules":
+        print(same_modules()["PYTHONPATH"])
+        return
+    tell = speaker()
+    print("what a library prints")
+    tell("progress", {"text": "long " * 100_000})
+    if sys.argv[1] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    tell("error", as_told(RAISED[sys.argv[1]]))
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

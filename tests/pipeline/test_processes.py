@@ -1,0 +1,91 @@
+"""Child processes: what they raise is raised, and they import what their parent does, from nowhere else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.processes import Child, ChildDiedError, listen
+from storage.errors import SoftlabelError, TeacherError, WorkerError
+from tests.conftest import ROOT
+
+SPEAKING = "tests.pipeline.speaking"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message", "details"),
+    [
+        ("ours", TeacherError, "a teacher\n  found:       nothing", {"positions": [1, 2]}),
+        ("of an engine", TeacherError, "OfMyEngineError: no room", {"bytes": 7}),
+        ("of no class of its own", SoftlabelError, "in general", None),
+        ("of a library", WorkerError, "ValueError: 3 is no 4", None),
+        ("of another's name", WorkerError, "TableError: of a restaurant", None),
+    ],
+)
+def test_an_error_comes_back_with_its_class_its_message_and_its_details(raised, kind, message, details, tmp_path: Path):
+    child = Child(SPEAKING, raised, log=tmp_path / "log")
+    said = listen([child])
+    assert len(next(said)[2]["text"]) == 500_000
+    with pytest.raises(SoftlabelError) as error:
+        next(said)
+    assert (type(error.value), str(error.value), error.value.details) == (kind, message, details)
+    child.kill()
+    assert (tmp_path / "log").read_text() == "what a library prints\n"
+
+
+def test_details_of_any_kind_come_back_somehow(tmp_path: Path):
+    child = Child(SPEAKING, "with odd details", log=tmp_path / "log")
+    with pytest.raises(TeacherError, match="odd") as error:
+        list(listen([child]))
+    assert json.dumps(error.value.details)
+    child.kill()
+
+
+def test_a_death_is_told_from_an_error(tmp_path: Path):
+    children = [Child(SPEAKING, what, log=tmp_path / what) for what in ("of a library", "dies")]
+    with pytest.raises(ChildDiedError) as death:
+        list(listen(children))
+    assert death.value.child is children[1]
+    assert "SIGKILL" in children[1].death()
+    for child in children:
+        child.kill()
+
+
+RUN = [sys.executable, "-m", SPEAKING, "modules"]
+PROGRAM = "import sys; sys.argv[1:] = ['modules']; from tests.pipeline.speaking import main; main()"
+
+
+@pytest.mark.parametrize("path", ["{root}", "{root}:", ":{root}", "{root}::{other}"])
+@pytest.mark.parametrize("command", [RUN, [sys.executable, "-c", PROGRAM]], ids=["-m", "-c"])
+def test_the_folder_where_a_command_was_started_is_not_looked_in(command, path, tmp_path: Path):
+    found = modules(command, path, tmp_path)
+    assert str(ROOT) in found
+    assert not [each for each in found if not each or Path(each, "here").exists()], found
+
+
+def test_unless_it_was_named_or_is_the_programs_own(tmp_path: Path):
+    assert str(tmp_path) in modules(RUN, "{root}:.", tmp_path)
+    assert str(tmp_path) in modules(RUN, "{here}:{root}", tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    assert str(tmp_path) in modules([sys.executable, "program.py"], "{root}", tmp_path)
+    package = tmp_path / "package"
+    package.mkdir()
+    shutil.copy(tmp_path / "program.py", package / "program.py")
+    assert str(tmp_path) in modules([sys.executable, "-m", "package.program"], "{root}", tmp_path)
+
+
+def test_a_folder_with_a_colon_in_its_name_is_not_taken_for_two(tmp_path: Path):
+    code = PROGRAM.replace("import sys;", "import sys; sys.path.insert(0, '/somewhere:here');")
+    assert not {"/somewhere", "here"} & {*modules([sys.executable, "-c", code], "{root}", tmp_path)}
+
+
+def modules(command: list[str], path: str, folder: Path) -> list[str]:
+    """Where a child of this command, started in this folder, would look for modules."""
+    (folder / "here").touch()
+    environment = os.environ | {"PYTHONPATH": path.format(root=ROOT, here=folder, other="/nowhere")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip().split(os.pathsep)
