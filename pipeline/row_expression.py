@@ -48,11 +48,11 @@ def row_expression(text: str, known: pa.Schema) -> tuple[pl.Expr, set[str]]:
     try:
         reader = _Reader(tokens(text), empty.schema)
         whole = reader.whole()
-        empty.clear(1).select(whole.expr)
+        empty.select(whole.expr)
     except RefusedError as refused:
         found, place = str(refused), pointed(text, refused.start, refused.end)
-    except pl.exceptions.PolarsError as error:  # a pattern that is too large
-        found, place = printable(str(error)[:200]), pointed(text, 0, len(text))
+    except pl.exceptions.PolarsError as error:  # a pattern is too large once it is compiled
+        found, place = printable(str(error).splitlines()[0]), pointed(text, 0, len(text))
     else:
         return whole.expr, reader.columns
     raise UsageError(
@@ -133,7 +133,7 @@ class _Reader:
             negated = self._take("NOT")
             value = sql.same(left, self._constant(self._need(*_CONSTANTS)))
         elif sign == "IN":
-            value = sql.among(left, self._list())
+            value = sql.among(left, self._list(), self._schema)
         else:
             right = self._expression(_BINDING[sign])
             value = self._with(left, sign, right)
@@ -184,10 +184,9 @@ class _Reader:
                 return sql.day(self._operand())
             case "word", _ if self._sees("("):
                 return self._call(part)
-            case "word", _:
-                return self._column(part, part.written)
-            case _:
+            case "sign" | "end", _:
                 sql.refuse(f"{part}, where a value was expected", part)
+        return self._column(part, part.written)
 
     def _enclosed(self) -> Value:
         value = self._expression()

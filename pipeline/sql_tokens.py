@@ -19,7 +19,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _SPACE = re.compile(r"\s*")
-_SHOWN = 25
+_SHOWN = 18
 """Characters that an error shows of the place, and on each side of it."""
 
 

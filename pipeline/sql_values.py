@@ -110,10 +110,11 @@ def literal(value: str | float | date | bool | None, kind: Kind, at: Value | Tok
 
 def number(part: Token) -> Value:
     """A number as it is written."""
-    whole = part.text.isdecimal()
-    if not isfinite(float(part.text)) or (whole and float(part.text) >= 2**63):
+    digits = part.text.lstrip("0") or "0"
+    value = int(digits) if digits.isdecimal() and len(digits) < 20 else float(digits)
+    if not isfinite(value) or (digits.isdecimal() and value >= 2**63):
         refuse("a number that is too large", part)
-    return literal(int(part.text.lstrip("0") or "0") if whole else float(part.text), Kind.NUMBER, part)
+    return literal(value, Kind.NUMBER, part)
 
 
 def day(value: Value) -> Value:
@@ -180,16 +181,18 @@ def _joined(exprs: Sequence[pl.Expr], join: _Operation) -> pl.Expr:
     return join(_joined(exprs[:half], join), _joined(exprs[half:], join)) if half else exprs[0]
 
 
-def among(value: Value, choices: Sequence[Value]) -> Value:
+def among(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
     """Whether it is one of some literals."""
     for choice in choices:
         if choice.literal is None:
             refuse("what is no string, number or date, in a list", choice)
-    kind, (wanted, *found) = alike([value, *choices])
-    if kind is Kind.NUMBER:  # integers and floats may be mixed, which only = is made for
-        return made(_joined([wanted.expr == one.expr for one in found], operator.or_), Kind.TRUTH, value, *choices)
-    literals = pl.lit(pl.Series([one.literal for one in found], dtype=_TYPES[kind]))
-    return made(wanted.expr.is_in(literals.implode()), Kind.TRUTH, value, *choices)
+    _, (wanted, *found) = alike([value, *choices])
+    (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
+    literals = [one.literal for one in found]
+    if dtype == pl.Int64:  # no integer is 2.5
+        literals = [int(one) for one in literals if one == int(one)]  # type: ignore[arg-type]
+    listed = pl.lit(pl.Series(literals, dtype=dtype)).implode()
+    return made(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
 
 
 def between(value: Value, low: Value, high: Value) -> Value:
