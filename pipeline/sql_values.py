@@ -110,9 +110,9 @@ def literal(value: str | float | date | bool | None, kind: Kind, at: Value | Tok
 
 def number(part: Token) -> Value:
     """A number as it is written."""
-    digits = part.text.lstrip("0") or "0"
-    value = int(digits) if digits.isdecimal() and len(digits) < 20 else float(digits)
-    if not isfinite(value) or (digits.isdecimal() and value >= 2**63):
+    digits = (part.text.lstrip("0") or "0") if part.text.isdecimal() else ""
+    value = int(digits) if 0 < len(digits) < 20 else float(part.text)
+    if not isfinite(value) or (digits and value >= 2**63):
         refuse("a number that is too large", part)
     return literal(value, Kind.NUMBER, part)
 

@@ -46,6 +46,7 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (code, said["error"]) == (1, "PurgedError")
 
 
+@pytest.mark.usefixtures("prefect")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
