@@ -3,10 +3,14 @@
 What is not read here does not exist: polars' own SQL, which also opens files and addresses, never sees the text.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline import sql_values as sql
 from pipeline.sql_tokens import RefusedError, Token, pointed, printable, tokens
@@ -34,8 +38,8 @@ _ALLOWED = _INDENT.join(
 )
 
 
-def row_expression(text: str, known: pa.Schema) -> tuple[pl.Expr, set[str]]:
-    """An expression that is true, false or null for a row, and the names of the columns that it looks at.
+def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], NDArray[np.bool_]], set[str]]:
+    """What tells (R,) for which of R rows an expression is true, and the names of the columns that it looks at.
 
     Args:
         text: SQL over the columns.
@@ -54,7 +58,7 @@ def row_expression(text: str, known: pa.Schema) -> tuple[pl.Expr, set[str]]:
     except pl.exceptions.PolarsError as error:  # a pattern is too large once it is compiled
         found, place = printable(str(error).splitlines()[0]), pointed(text, 0, len(text))
     else:
-        return whole.expr, reader.columns
+        return partial(_true, whole.expr), reader.columns
     raise UsageError(
         "rows can't be filtered by this expression",
         expected=f"SQL that is true or false for a row, over {printable(', '.join(known.names))}",
@@ -62,6 +66,11 @@ def row_expression(text: str, known: pa.Schema) -> tuple[pl.Expr, set[str]]:
         where=f"where: {place[0]}{_INDENT}{' ' * len('where: ')}{place[1]}",
         do=_ALLOWED,
     )
+
+
+def _true(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
+    told = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
+    return np.broadcast_to(told, len(rows))  # what is the same for all rows, polars may tell once
 
 
 class _Reader:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -45,8 +44,8 @@ class RowFilter:
         if config.stale:
             self._predicates.append(_unless_stale(config.stale, config.columns))
         if config.where is not None:
-            columns, predicate = _where(source, config.where)
-            self.columns = (*self.columns, *columns)
+            predicate, columns = row_expression(config.where, pa.schema([*SEQUENCE, *source.carried]))
+            self.columns = (*self.columns, *(columns - {PARTITION}))
             self._predicates.append(predicate)
 
     def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
@@ -81,17 +80,6 @@ def listed(path: str) -> frozenset[str]:
     if found:
         raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
     return lines
-
-
-def _where(source: Table, text: str) -> tuple[set[str], Predicate]:
-    """The columns of an SQL expression, and the predicate that it is."""
-    expression, names = row_expression(text, pa.schema([*SEQUENCE, *source.carried]))
-    true = expression.fill_null(value=False).alias("true")
-
-    def holds(rows: pa.Table) -> NDArray[np.bool_]:
-        return pl.DataFrame(rows).with_columns(true).get_column("true").to_numpy()
-
-    return names - {PARTITION}, holds
 
 
 def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:

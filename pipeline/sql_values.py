@@ -22,12 +22,19 @@ DEEPEST = 50
 is one step, however long it is."""
 
 _Operation = Callable[[pl.Expr, pl.Expr], pl.Expr]
+
+
+def _remainder(left: pl.Expr, right: pl.Expr) -> pl.Expr:
+    """Of the left's sign, as in SQL; in Python it is of the right's."""
+    return left.abs() % right.abs() * left.sign()
+
+
 COMPARISONS: dict[str, _Operation] = {
     **{"=": operator.eq, "==": operator.eq, "<>": operator.ne, "!=": operator.ne},
     **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge},
 }
 ARITHMETIC: dict[str, _Operation] = {
-    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "%": operator.mod}
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "%": _remainder}
 }
 
 
