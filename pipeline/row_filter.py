@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import ColumnsConfig
 from pipeline.documents import Documents
+from pipeline.row_expression import row_expression
 from pipeline.table_config import ReprocessConfig
 from storage.errors import UsageError
 from storage.schema import PARTITION, SEQUENCE
@@ -43,9 +43,9 @@ class RowFilter:
             self._predicates.append(self._not_dropped)
         if config.stale:
             self._predicates.append(_unless_stale(config.stale, config.columns))
-        if config.where:
-            columns, predicate = _where(source, config.where)
-            self.columns = (*self.columns, *columns)
+        if config.where is not None:
+            predicate, columns = row_expression(config.where, pa.schema([*SEQUENCE, *source.carried]))
+            self.columns = (*self.columns, *(columns - {PARTITION}))
             self._predicates.append(predicate)
 
     def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
@@ -80,46 +80,6 @@ def listed(path: str) -> frozenset[str]:
     if found:
         raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
     return lines
-
-
-def _where(source: Table, text: str) -> tuple[set[str], Predicate]:
-    """The columns of an SQL expression, and the predicate that it is."""
-    known = pa.schema([*SEQUENCE, *source.carried])
-    names: set[str] = set()
-
-    def holds(rows: pa.Table) -> NDArray[np.bool_]:
-        return pl.DataFrame(rows).with_columns(true).get_column("true").to_numpy()
-
-    try:
-        expression = pl.sql_expr(text)
-        true = expression.fill_null(value=False).alias("true")
-        names = {*expression.meta.root_names()}
-        if pl.DataFrame(known.empty_table()).select(expression).dtypes != [pl.Boolean]:
-            problem = "it is neither true nor false"
-        else:
-            problem = "" if _is_told_by_a_row(true, known) else "it takes more than one row to be told"
-    except pl.exceptions.PolarsError as error:
-        problem = str(error).splitlines()[0]
-    if problem:
-        unknown = ", ".join(sorted(names - {*known.names}))
-        raise UsageError(
-            "rows can't be filtered by this expression",
-            expected=f"SQL that is true or false for a row, over {', '.join(known.names)}",
-            found=f"no column {unknown}" if unknown else problem,
-            where=f"where: {text}",
-            do="strings go in single quotes: source = 'web' AND tokens > 20",
-        )
-    return names - {PARTITION}, holds
-
-
-def _is_told_by_a_row(expression: pl.Expr, known: pa.Schema) -> bool:
-    """Whether rows get the same answer alone and among others, as polars has it: it then slices before it evaluates.
-
-    ``Expr.meta.is_row_separable`` says yes to aggregates as well.
-    """
-    plan = pl.LazyFrame(known.empty_table()).with_columns(expression).slice(1, 1)
-    shown = plan.explain(optimizations=pl.QueryOptFlags.none(slice_pushdown=True))
-    return not shown.startswith("SLICE")
 
 
 def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:

@@ -118,7 +118,8 @@ class ReprocessConfig(Settings):
     new version; a smaller selection is final then: no capture can be added to it any more."""
     where: str | None = None
     """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
-    "source = 'web' AND tokens > 20"."""
+    "source = 'web' AND tokens > 20". Columns, literals, operators and a few functions, nothing else; an error says
+    which."""
     drop: Location | None = None
     """File with a document's id a line: drop these documents."""
     stale: Location | None = None
@@ -136,7 +137,8 @@ class ReprocessConfig(Settings):
     def _something_to_do(self) -> Self:
         changes = [f"selection.{name}" for name, value in self.selection if value is not None]
         changes += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
-        changes += [name for name in ("where", "drop", "stale", "compact") if getattr(self, name)]
+        changes += ["where"] if self.where is not None else []
+        changes += [name for name in ("drop", "stale", "compact") if getattr(self, name)]
         if self.purge and (changes or self.destination):
             raise ValueError(f"purge stands alone; leave out {', '.join(changes) or 'the destination'}")
         if not (changes or self.purge or self.destination):

@@ -58,6 +58,13 @@ def test_imports_go_only_downward(path: Path):
     assert not imported(path) & FORBIDDEN[path.relative_to(ROOT).parts[0]]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_is_run_as_code_or_as_a_query(path: Path):
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not {call.id for call in calls if isinstance(call, ast.Name)} & {"eval", "exec", "compile", "__import__"}
+    assert not {call.attr for call in calls if isinstance(call, ast.Attribute)} & {"sql", "sql_expr", "SQLContext"}
+
+
 def test_files_stay_small():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert not {name: lines for name, lines in lengths.items() if lines >= 300}

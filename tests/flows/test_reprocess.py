@@ -46,6 +46,7 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (code, said["error"]) == (1, "PurgedError")
 
 
+@pytest.mark.usefixtures("prefect")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -53,6 +54,10 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--selection.max-k", "99"], "does not hold what that asks for"),
         (["--purge", "ids", "--compact"], "purge stands alone"),
         (["--shards.eval-fraction", "2"], "shards.eval_fraction can't be used"),
+        (["--where", "label IN (SELECT x FROM read_csv('/etc/passwd'))"], "            ^^^^^^\n"),
+        (["--where", "tokens > 4 OR " * 5000 + "true"], "50,000 are allowed"),
+        (["--where", "label = \x1b[2J"], "where: label = \\x1b[2J\n"),
+        (["--where", ""], "the end, where a value was expected"),
     ],
 )
 def test_misuse(arguments: list[str], said: str, table: str, capsys: pytest.CaptureFixture[str]) -> None:

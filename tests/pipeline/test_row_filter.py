@@ -1,5 +1,7 @@
 """Which rows a reprocessing keeps: by an expression, by lists of documents, by what the documents hold now."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,6 +69,79 @@ def test_an_expression_that_can_not_be_used(table: Table, where: str, said: str)
         run(table.location, where=where)
     assert said in str(error.value)
     assert Table.open(table.location).version == 2
+
+
+@pytest.fixture(scope="module")
+def kept_whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Table, Path]]:
+    """A table that no test changes, and a file that no expression shows a word of."""
+    folder = tmp_path_factory.mktemp("where")
+    made = two_sources(folder / "table")
+    for name in ("secret.csv", "secret.json", "secret.ndjson"):
+        (folder / name).write_text('{"hidden": "treasure"}\n')
+    yield made, folder
+    assert Table.open(made.location).version == 2
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "read_csv('{}/secret.csv')",
+        "source IN (SELECT hidden FROM read_csv('{}/secret.csv'))",
+        "source IN (SELECT hidden FROM read_ndjson('{}/secret.ndjson'))",
+        "EXISTS (SELECT * FROM read_json('{}/secret.json'))",
+        "tokens > (SELECT COUNT(*) FROM read_parquet('{}/secret.csv'))",
+        "source = (SELECT hidden FROM scan_csv('{}/secret.csv') LIMIT 1)",
+        "source = 'a' OR tokens IN (SELECT 1 FROM read_ipc('http://127.0.0.1:9/x'))",
+        "COALESCE(LOWER((SELECT hidden FROM read_csv('{}/secret.csv'))), 'a') = 'a'",
+        "CASE WHEN source = 'a' THEN true ELSE source = ANY (TABLE read_csv('{}/secret.csv')) END",
+        "\"read_csv\"('{}/secret.csv') = source",
+        "source = 'a' UNION SELECT * FROM read_csv('{}/secret.csv')",
+        "WITH x AS (SELECT 1) SELECT * FROM x",
+        "source = 'a'; SELECT 1",
+        "source = 'a' -- AND year > 0",
+        "source = 'a' /* AND year > 0 */",
+        "CAST(document_id AS INTEGER) > 0",
+        "document_id::int > 0",
+        "TRY_CAST(document_id AS DATE) IS NULL",
+        "CAST('x' AS DATE) IS NULL",
+        "tokens LIKE '1%'",
+        "source < 3",
+        "source AND true",
+        "label = true",
+        "token_ids = 3",
+        "split.train = 1",
+        "self.source = 'a'",
+        "*",
+        "COLUMNS('s.*') = 'a'",
+        "source = $1",
+        "source = @@version",
+        "source = ?",
+        "source = 'a",
+        'source = "a',
+        "source = ‘a’",
+        "year > 1e999",
+        "year > NaN",
+        "",
+        "  \n\t",
+        "source REGEXP '('",
+        "source ~ '('",
+        "REGEXP_LIKE(source, '((((')",
+        "source = 'a' OR " * 30_000 + "true",
+        "(" * 5000 + "true" + ")" * 5000,
+        "NOT " * 5000 + "true",
+        "year = " + "1 + " * 5000 + "1",
+        "source = '" + "a" * 1_000_000 + "'",
+    ],
+)
+def test_what_is_no_expression_of_a_row_is_refused_before_anything_is_read(
+    kept_whole: tuple[Table, Path], where: str
+) -> None:
+    table, folder = kept_whole
+    with pytest.raises(UsageError, match=r"SQL that is true or false") as error:
+        run(table.location, folder / "new", where=where.replace("{}", str(folder)))
+    assert "treasure" not in str(error.value)
+    assert re.search(r"\n {22} *\^+\n", str(error.value)), "it points at a place"
+    assert not (folder / "new").exists()
 
 
 def test_documents_are_dropped_by_their_ids(table: Table, tmp_path: Path) -> None:
