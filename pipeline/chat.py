@@ -2,7 +2,8 @@
 
 The template is rendered here, not by transformers, for three reasons: a fixed date instead of today's, the turns of
 the assistant found in any template, and special tokens inside messages quoted, so that they stay text. Nor does a
-message begin or end a turn by words that the template uses for it.
+message begin or end a turn by words that the template uses for it. Whatever the template does: a turn that is found
+holds the whole of its answer and nothing of another message, or the chat is refused.
 """
 
 import json
@@ -16,11 +17,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pipeline.chat_places import MARKS, Messages, Place, Said, said
 from storage.errors import UsageError
 
 # Marks within a rendered chat. Unicode says of these code points that they never are characters of a text.
 _QUOTE, _UNQUOTE, _SPEAK, _STOP, _BREAK, _ASKED, _ANSWERED = (chr(0xFDD0 + i) for i in range(7))
 _MARKS = re.compile(f"([{_QUOTE}-{_ANSWERED}])")
+_NO_TEXT = re.compile(f"[{_QUOTE}-{_ANSWERED}{MARKS}]")
+
+_AS_WRITTEN = "as the chat template writes it"
 
 
 class ChatRefusedError(Exception):
@@ -33,6 +38,10 @@ class Written(NamedTuple):
 
     pieces: list[tuple[str, bool]]
     turns: list[tuple[int, int]]
+    answers: list[Place]
+    """What the assistant says in these turns, ..."""
+    others: list[Place]
+    """... and what else is said, by anyone."""
 
 
 class _Turn(NamedTuple):
@@ -67,7 +76,7 @@ class ChatTemplate:
         self._quoted = re.compile("|".join(map(re.escape, sorted(quoted, key=len, reverse=True))) or "(?!)")
         try:
             self._template = environment.from_string(source)
-            self._turn = None if re.search(r"\{%-?\s*generation\s*-?%\}", source) else self._find_turn()
+            self._turn = None if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) else self._find_turn()
         except (TemplateError, TypeError, KeyError) as error:
             raise UsageError(
                 "the teacher's chat template can't be used for capturing",
@@ -85,37 +94,53 @@ class ChatTemplate:
             turns: all of them, or the last alone.
 
         Raises:
-            ChatRefusedError: if the template refuses it, or no assistant speaks in it.
+            ChatRefusedError: if the template refuses it, no assistant speaks in it, or a turn that is wanted, as far as
+                it can be told, does not hold all that its message says, or holds what another does.
         """
-        if found := _MARKS.search(chat):
+        if found := _NO_TEXT.search(chat):
             raise ChatRefusedError(f"the chat holds U+{ord(found[0]):04X}, which is no character")
         parts = json.loads(chat)
         prompt, completion = (parts["prompt"], parts["completion"]) if isinstance(parts, dict) else ([], parts)
-        wanted = _answers(completion)
-        if not wanted:
+        answering = len(_answers(completion))
+        if not answering:
             raise ChatRefusedError(f"no assistant speaks in the {'completion' if prompt else 'chat'}")
-        answers = _answers(prompt) + wanted
+        messages = prompt + completion
+        answers = _answers(messages)
+        wanted = answers[-answering:] if turns == "all" else answers[-1:]
         try:
-            text = self._render([self._guarded_message(message) for message in prompt + completion])
+            text = self._render(self._guarded_messages(messages))
         except Exception as error:  # a template is a program: it may stumble over a chat in any way
             raise ChatRefusedError(f"the chat template refuses it: {error}") from None
         if self._turn is not None:
             text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
-        written = _parse(text)
-        wanted = wanted if turns == "all" else 1
+        pieces, spoken = _parse(text)
         # A template that encloses what the assistant says may do so in several parts, all of which are wanted then.
-        if len(written.turns) != answers and (self._turn is not None or wanted < answers):
-            raise ChatRefusedError(
-                f"the chat template writes {len(written.turns)} turns for {answers} of the assistant"
-            )
-        return written if wanted == answers else Written(written.pieces, written.turns[-wanted:])
+        if len(spoken) != len(answers) and (self._turn is not None or len(wanted) < len(answers)):
+            raise ChatRefusedError(f"the chat template writes {len(spoken)} turns for {len(answers)} of the assistant")
+        return self._checked(pieces, spoken[len(answers) - len(wanted) :], messages, wanted)
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    def _checked(
+        self, pieces: list[tuple[str, bool]], turns: list[tuple[int, int]], messages: Messages, wanted: list[int]
+    ) -> Written:
+        """The chat as written, if the wanted turns hold just what the messages say of which they are."""
+        texts = said(self._written_of, messages, "".join(piece for piece, _ in pieces))
+        if self._turn is None:
+            heard = _heard(turns, wanted, texts)
+        else:
+            heard = [place for turn, i in zip(turns, wanted, strict=True) for place in _heard([turn], [i], texts)]
+        others = [place for text in texts if text.message not in wanted for place in text.places or ()]
+        return Written(pieces, turns, heard, others)
+
+    def _written_of(self, messages: Messages) -> str:
+        """What the template writes of messages, without the marks of this file."""
+        return _MARKS.sub("", self._render(self._guarded_messages(messages)))
+
+    def _render(self, messages: Messages, prompt: bool = False) -> str:
         return self._template.render(messages=messages, add_generation_prompt=prompt, **self._special_tokens)
 
-    def _guarded_message(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _guarded_messages(self, messages: Messages) -> Messages:
         # A template compares the role, which may be what begins a turn ("assistant\n"): that is not broken.
-        return {**self._guarded(message), "role": self._quoted_text(message["role"])}
+        return [{**self._guarded(message), "role": self._quoted_text(message["role"])} for message in messages]
 
     def _guarded(self, value: Any) -> Any:
         """The same, with marks around each special token in a string, and within each header or end of a turn."""
@@ -166,8 +191,29 @@ class _Generation(Extension):
         return f"{_SPEAK}{caller()}{_STOP}"
 
 
-def _answers(messages: list[dict[str, Any]]) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
+def _answers(messages: Messages) -> list[int]:
+    """Which of the messages are the assistant's."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _heard(turns: list[tuple[int, int]], speakers: list[int], texts: list[Said]) -> list[Place]:
+    """What these messages say: the turns hold all of it, and nothing that another message says."""
+    answers = []
+    for text in texts:
+        if text.places is None:
+            raise ChatRefusedError(f"where the chat template writes message {text.message} can't be told")
+        if text.message in speakers:
+            inside = [place for place in text.places if place.whole and place.lies_in(turns)]
+            if text.places and not inside:
+                raise ChatRefusedError(
+                    f"the assistant's turn, {_AS_WRITTEN}, does not hold all of message {text.message}"
+                )
+            if text.core and not inside:
+                raise ChatRefusedError(f"the chat template writes nothing of message {text.message}")
+            answers += inside if text.core else []
+        elif any(place.meets(turn) for place in text.places for turn in turns):
+            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, holds message {text.message}, too")
+    return answers
 
 
 def _environment(today: date) -> ImmutableSandboxedEnvironment:
@@ -190,8 +236,8 @@ def _environment(today: date) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _parse(marked: str) -> Written:
-    """Take the marks out of a rendered chat."""
+def _parse(marked: str) -> tuple[list[tuple[str, bool]], list[tuple[int, int]]]:
+    """The pieces and the turns of a rendered chat, without its marks."""
     pieces: list[tuple[str, bool]] = []
     turns: list[tuple[int, int]] = []
     quoted, position, start, text = False, 0, 0, ""
@@ -207,4 +253,4 @@ def _parse(marked: str) -> Written:
             text += part
             position += len(part)
     pieces.append((text, quoted))
-    return Written([piece for piece in pieces if piece[0]], turns)
+    return [piece for piece in pieces if piece[0]], turns

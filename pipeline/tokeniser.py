@@ -82,6 +82,9 @@ class Tokeniser:
         self._backend.no_padding()
         self.prefix = np.array(_prefix(self._backend), np.int32)
         """Ids that the tokenizer puts before a text, and that each of its sequences begins with."""
+        self._backend.post_processor = None  # it may trim the space off where tokens are said to be
+        added = self._backend.get_added_tokens_decoder().items()
+        self._greedy = {i for i, token in added if token.lstrip or token.rstrip}
         self._content = content
         answers = "assistant" if settings.assistant_turns == "all" else "last_assistant"
         self.mask = answers if content == "chat" else content
@@ -156,18 +159,34 @@ class Tokeniser:
         text has after them. Where a token of the whole would span both, they are those that it has alone, too.
         """
         prompts = self._ids([prompt for prompt, _ in pairs])
-        wholes = self._ids([prompt + completion for prompt, completion in pairs])
-        torn = [i for i, whole in enumerate(wholes) if whole[: len(prompts[i])] != prompts[i]]
+        texts = [prompt + completion for prompt, completion in pairs]
+        if any(prompts):
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            wholes = [encoding.ids for encoding in encodings]
+            torn = [i for i, e in enumerate(encodings) if self._spans_both(e, pairs[i][0], prompts[i])]
+        else:
+            wholes, torn = self._ids(texts), []
         for i, completion in zip(torn, self._ids([pairs[i][1] for i in torn]), strict=True):
             wholes[i] = prompts[i] + completion
         start, end = self.prefix.tolist(), [] if self._eos is None else [self._eos]
         rows = []
         for prompt, whole in zip(prompts, wholes, strict=True):
+            if len(whole) == len(prompt):
+                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no token for what is to be captured"))
+                continue
             # A text may bring both by itself if its special tokens are parsed.
             before = [] if whole[: len(start)] == start else start
             ids = before + whole + (end if whole[-1:] != end else [])
             rows.append(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt)))
         return rows
+
+    def _spans_both(self, whole: Encoding, prompt: str, ids: list[int]) -> bool:
+        """Whether a token of the whole spans both the prompt, which has these ids alone, and what follows it."""
+        if not ids or whole.ids[: len(ids)] != ids:
+            return whole.ids[: len(ids)] != ids
+        # With the same ids, too: the last may stand for any number of unknown characters, of the prompt and after it.
+        _, end = self._bare(ids[-1], prompt, *whole.offsets[len(ids) - 1])
+        return end > len(prompt)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         self._backend.encode_special_tokens = self._settings.special_tokens == "text"
@@ -181,19 +200,37 @@ class Tokeniser:
             except ChatRefusedError as reason:
                 written.append(str(reason))
         pieces = self._encode_pieces([piece for chat in written if isinstance(chat, Written) for piece in chat.pieces])
-        rows = []
-        for chat in written:
-            if isinstance(chat, str):
-                rows.append(_Row([], np.zeros(0, bool), chat))
-                continue
-            ids, starts, position = [], [], 0
-            for text, _ in chat.pieces:
-                encoding = next(pieces)
-                ids += encoding.ids
-                starts += [position + start for start, _ in encoding.offsets]
-                position += len(text)
-            rows.append(_Row(ids, _within(np.array(starts, np.int64), chat.turns)))
-        return rows
+        return [_Row([], np.zeros(0, bool), c) if isinstance(c, str) else self._row(c, pieces) for c in written]
+
+    def _row(self, chat: Written, pieces: Iterator[Encoding]) -> _Row:
+        """A chat of these pieces. A token is wanted if it shares a character with a turn of the assistant."""
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        position = 0
+        for text, _ in chat.pieces:
+            encoding = next(pieces)
+            offsets = encoding.offsets
+            if not self._greedy.isdisjoint(encoding.ids):
+                offsets = [self._bare(i, text, *at) for i, at in zip(encoding.ids, offsets, strict=True)]
+            ids += encoding.ids
+            starts += [position + start for start, _ in offsets]
+            ends += [position + end for _, end in offsets]
+            position += len(text)
+        tokens = np.array([starts, ends], np.int64)
+        wanted = _sharing(tokens, chat.turns)
+        if not all(_sharing(tokens, [(place.start, place.end)]).any() for place in chat.answers):
+            return _Row([], wanted[:0], "the tokenizer has no token for what is to be captured")
+        if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
+            return _Row([], wanted[:0], "a token holds words both of the assistant and of another message")
+        return _Row(ids, wanted)
+
+    def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
+        """Where a token is in a text, without the space around that some special tokens take up."""
+        if token in self._greedy:
+            taken = text[start:end]
+            return end - len(taken.lstrip()), start + len(taken.rstrip())
+        return start, end
 
     def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> Iterator[Encoding]:
         encoded = {}
@@ -230,8 +267,11 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
     return ChatTemplate(source, named, quoted, settings.chat_template_date)
 
 
-def _within(starts: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    inside = np.zeros(len(starts), bool)
+def _sharing(tokens: NDArray[np.int64], ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which tokens (their starts and their ends) share a character with one of the ranges."""
+    starts, ends = tokens[0], np.maximum(tokens[1], tokens[0] + 1)  # a token of no character is at its next
+    sharing = np.zeros(len(starts), bool)
     for a, b in ranges:
-        inside |= (starts >= a) & (starts < b)
-    return inside
+        if a < b:
+            sharing |= (starts < b) & (ends > a)
+    return sharing

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ColumnsConfig, SequencesConfig, TeacherConfig
@@ -82,6 +83,52 @@ def test_the_prompt_has_the_tokens_that_it_has_alone(checkpoint: Checkpoint, tmp
     assert row["token_ids"][: len(prompt)] == prompt
     assert row["loss_mask"][: len(prompt)] == [False] * len(prompt)
     assert text == "tion<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_characters_that_the_tokenizer_does_not_know_are_captured_if_they_are_the_completions(
+    kind: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """One token stands for any number of them, and so for those at the prompt's end and those that follow."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True) if kind == "BPE" else models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = {"special_tokens": ["<unk>", "<|im_end|>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(**special) if kind == "BPE" else trainers.UnigramTrainer(unk_token="<unk>", **special)
+    backend.train_from_iterator(["a b ab abc"] * 20, trainer)
+    folder = shutil.copytree(checkpoint.folder, tmp_path / kind)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>").save_pretrained(folder)
+    limited = Checkpoint.find(TeacherConfig(model=str(folder)))
+    records = [
+        pair("ab \N{SNOWMAN}", "\N{SNOWMAN}"),
+        pair("ab \N{SNOWMAN}", "\N{SNOWMAN}\N{SNOWMAN}c"),
+        pair("ab ", "c"),
+    ]
+    rows, texts, rejects = captured(limited, tmp_path, *records)
+    assert not rejects
+    assert [text.replace("▁", "").replace(" ", "") for text in texts] == [
+        "<unk><|im_end|>",
+        "<unk>c<|im_end|>",
+        "c<|im_end|>",
+    ]
+    for row, record in zip(rows, records, strict=True):
+        prompt = limited.tokenizer.encode(record["prompt"])
+        assert row["token_ids"][: len(prompt)] == prompt
+        assert not any(row["loss_mask"][: len(prompt)])
+
+
+def test_a_completion_of_which_the_tokenizer_has_no_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Not a captured end of nothing."""
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "deaf")
+    tokenizer = Checkpoint.find(TeacherConfig(model=str(folder))).tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\N{SNOWMAN}", "")
+    tokenizer.save_pretrained(folder)
+    deaf = Checkpoint.find(TeacherConfig(model=str(folder)))
+    none = "the tokenizer has no token for what is to be captured"
+    _, texts, rejects = captured(deaf, tmp_path, pair("good", " one"), pair("good", "\N{SNOWMAN}"))
+    assert (texts, rejects) == ([" one<|im_end|>"], [Reject("1", none)])
+    chats = [{"messages": [CHAT[0], {"role": "assistant", "content": text}]} for text in ("One", "\N{SNOWMAN}")]
+    _, texts, rejects = captured(deaf, tmp_path, *chats)
+    assert (texts, rejects) == (["One<|im_end|>"], [Reject("1", none)])
 
 
 def test_every_token_of_the_completion_is_captured_after_a_bos(checkpoint: Checkpoint, tmp_path: Path) -> None:

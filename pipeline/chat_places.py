@@ -1,0 +1,272 @@
+"""Where a chat template writes what each message says.
+
+A template is a program, so the place of a message in what it writes can't be read off the template. The chat is
+written once more instead, with marks around what each message says. If the template writes the same but for the
+marks, they are where the message begins and ends.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# Unicode says of these code points that they never are characters of a text.
+_BEGIN, _END, _NUMBERED = (chr(0xFDD7 + i) for i in range(3))
+MARKS = f"{_BEGIN}{_END}{_NUMBERED}"
+_MARK = re.compile(f"([{_BEGIN}{_END}])([0-9]+){_NUMBERED}")
+_SPACE = re.compile(r"\s+")
+
+Messages = list[dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """A range of characters where something that a message says is written."""
+
+    start: int
+    end: int
+    whole: bool
+    """Whether it goes on to the last word; a template may leave out what comes first, such as an earlier thought."""
+
+    def meets(self, turn: tuple[int, int]) -> bool:
+        """Whether the turn holds some of it; if it is empty: whether it is within the turn, at neither end."""
+        return self.start < turn[1] and turn[0] < self.end
+
+    def lies_in(self, turns: list[tuple[int, int]]) -> bool:
+        """Whether the turns, which are in order, hold all of it together."""
+        reached = self.start
+        for start, end in turns:
+            if start <= reached <= end:
+                reached = end
+        return reached >= self.end and any(start <= self.start <= end for start, end in turns)
+
+
+class Said(NamedTuple):
+    """A text of a message: its content, or a part of it; and where it is written."""
+
+    message: int
+    core: str
+    """Without the space around it, which templates trim as they like."""
+    places: list[Place] | None
+    """None if that can't be told."""
+
+
+def said(render: Callable[[Messages], str], messages: Messages, written: str) -> list[Said]:
+    """What the messages of a chat say, and where it is written.
+
+    Args:
+        render: writes messages. It may raise anything.
+        messages: of the chat. What they say is their content: a string, or parts, some of which have a text.
+        written: what render makes of them.
+    """
+    search = _Search(render, messages, written)
+    for empty in (False, True):  # marks in an empty text are more likely to change what a template writes
+        search.find([i for i, text in enumerate(search.texts) if empty == (not text.core)])
+    return [
+        Said(text.message, text.core, search.found.get(i, None if text.core else []))
+        for i, text in enumerate(search.texts)
+    ]
+
+
+class _Text(NamedTuple):
+    message: int
+    part: int | None
+    """Number of the part, if the content is in parts."""
+    text: str
+
+    @property
+    def core(self) -> str:
+        return self.text.strip()
+
+    def with_core(self, core: str) -> str:
+        """The text with another core, in the same space."""
+        lead = len(self.text) - len(self.text.lstrip()) if self.core else 0
+        return self.text[:lead] + core + self.text[lead + len(self.core) :]
+
+    def marked(self, number: int, inner: slice) -> str:
+        """The text with marks around a part of its core."""
+        core = self.core
+        return self.with_core(core[: inner.start] + _marked(core[inner], number) + core[inner.stop :])
+
+    def place(self, written: str, inner: slice, span: tuple[int | None, int | None], exact: bool) -> Place:
+        """Where it is written around its marks, one of which the template may have cut off.
+
+        Args:
+            written: the whole chat.
+            inner: the part of the text that the marks went around.
+            span: where they are.
+            exact: whether it begins at the first of them, and not as far before as the same is written.
+        """
+        sure = [(at, cut) for at, cut in zip(span, (inner.start, inner.stop), strict=True) if at is not None]
+        (start, first), (end, last) = sure[0], sure[-1]
+        before, after = "" if exact else self.core[:first], self.core[last:]
+        start -= _common(before[::-1], written[max(0, start - len(before)) : start][::-1])
+        more = _common(after, written[end : end + len(after)])
+        space = len(written[start:end]) - len(written[start:end].lstrip())
+        return Place(start + space, end + more, more == len(after))
+
+
+def _texts(messages: Messages) -> list[_Text]:
+    texts = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str):
+            texts.append(_Text(i, None, content))
+        for j, part in enumerate(content) if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                texts.append(_Text(i, j, part["text"]))
+    return texts
+
+
+class _Search:
+    """The search for the places of a chat's texts."""
+
+    def __init__(self, render: Callable[[Messages], str], messages: Messages, written: str) -> None:
+        self._render, self._messages, self._written = render, messages, written
+        self.texts = _texts(messages)
+        self.found: dict[int, list[Place]] = {}
+        """The places of each text, by its number; none of a text that is written nowhere."""
+
+    def find(self, numbers: list[int]) -> None:
+        """Find what can be found of these texts: together, by the roles of those who say it, or one by one."""
+        roles = {i: self._messages[self.texts[i].message]["role"] for i in numbers}
+        groups = [[i for i in numbers if roles[i] == role] for role in dict.fromkeys(roles.values())]
+        if self._mark(self._whole(numbers)) is None:
+            for group in groups:
+                self._mark(self._whole(group))
+        for group in groups:
+            self._find_parts(group)
+        for i in self._missing(numbers):
+            self._mark(self._whole([i]))
+            self._find_parts([i])
+        for i in self._missing(numbers):
+            for at in {0, len(self.texts[i].core) // 2} if self.texts[i].core else ():
+                self._replace(i, at)
+
+    def _whole(self, numbers: list[int]) -> dict[int, slice]:
+        return {i: slice(0, len(self.texts[i].core)) for i in numbers}
+
+    def _find_parts(self, numbers: list[int]) -> None:
+        """Find texts of which the template leaves out something, or looks at how they begin or end.
+
+        Marks there would change what it writes, so they go around the last character, the first, or one in the middle.
+        """
+        sizes = {i: len(self.texts[i].core) for i in self._missing(numbers) if self.texts[i].core}
+        self._leave_out(list(sizes))
+        self._begin(self._mark({i: slice(sizes[i] - 1, sizes[i]) for i in self._missing(list(sizes))}) or [])
+        self._mark({i: slice(0, 1) for i in self._missing(list(sizes))})
+        self._mark({i: slice((sizes[i] - 1) // 2, (sizes[i] + 1) // 2) for i in self._missing(list(sizes))})
+
+    def _missing(self, numbers: list[int]) -> list[int]:
+        return [i for i in numbers if i not in self.found]
+
+    def _mark(self, inner: dict[int, slice], exact: bool = False) -> list[int] | None:
+        """Put marks around a part of each of these texts, and take down the places of those that are written so.
+
+        Returns:
+            The numbers of the latter, or None if the marks change what the template writes.
+        """
+        spans = self._spans({i: self.texts[i].marked(i, part) for i, part in inner.items()})
+        if spans is None:
+            return None
+        sure = [i for i, found in spans.items() if any(None not in span for span in found)]
+        for i in sure:
+            self.found[i] = [self.texts[i].place(self._written, inner[i], span, exact) for span in spans[i]]
+        return sure
+
+    def _replace(self, number: int, at: int) -> None:
+        """Put a mark in place of a character: the text is as long as before, should the template look at that."""
+        text = self.texts[number]
+        try:
+            marked = self._render(self._with({number: text.with_core(text.core[:at] + _BEGIN + text.core[at + 1 :])}))
+        except Exception:
+            return
+        if _BEGIN in marked and marked.replace(_BEGIN, text.core[at]) == self._written:
+            spans = [(found.start(), found.end()) for found in re.finditer(_BEGIN, marked)]
+            self.found[number] = [text.place(self._written, slice(at, at + 1), span, False) for span in spans]
+
+    def _begin(self, numbers: list[int]) -> None:
+        """Find where these texts begin, of which the template leaves out what comes first.
+
+        As much as is written before the part that is sure may be the template's own, and the same as in the text by
+        chance. So a mark goes there, or before the next word, or where halving the rest again and again finds it.
+        """
+        cores = {i: self.texts[i].core for i in numbers}
+        first = {i: max(0, len(cores[i]) - max(p.end - p.start for p in self.found[i])) for i in numbers}
+        first = self._begin_at(first)
+        first = self._begin_at({i: _next_word(cores[i], at) for i, at in first.items()})
+        for i, at in first.items():
+            low, high = at + 1, len(cores[i])
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (middle + 1, high) if self._begin_at({i: middle}) else (low, middle)
+
+    def _begin_at(self, first: dict[int, int]) -> dict[int, int]:
+        """Those of these texts, and where they were said to begin, of which less is written."""
+        sure = self._mark({i: slice(at, len(self.texts[i].core)) for i, at in first.items()}, exact=True) or []
+        return {i: at for i, at in first.items() if i not in sure}
+
+    def _leave_out(self, numbers: list[int]) -> None:
+        """Take down that these texts are nowhere, if the template writes the same without them."""
+        if self._spans({i: _marked("", i) for i in numbers}) is not None:
+            self.found |= {i: [] for i in numbers}
+
+    def _spans(self, words: dict[int, str]) -> dict[int, list[tuple[int | None, int | None]]] | None:
+        """Where the marks of these texts are, if the template writes the same but for the marks."""
+        if not words:
+            return None
+        try:
+            bare, marks = _read(self._render(self._with(words)))
+        except Exception:  # a template is a program: marks may make it stumble in any way
+            return None
+        return {i: _paired(found) for i, found in marks.items()} if bare == self._written else None
+
+    def _with(self, words: dict[int, str]) -> Messages:
+        """The messages, with other words in place of some texts."""
+        changed = list(self._messages)
+        for i, text in words.items():
+            number, part, _ = self.texts[i]
+            message = changed[number]
+            content: Any = text
+            if part is not None:
+                content = [{**p, "text": text} if j == part else p for j, p in enumerate(message["content"])]
+            changed[number] = {**message, "content": content}
+        return changed
+
+
+def _next_word(text: str, start: int) -> int:
+    """Where the next word begins, or else the last character."""
+    found = _SPACE.search(text, start)
+    return found.end() if found else len(text) - 1
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _marked(text: str, number: int) -> str:
+    return f"{_BEGIN}{number}{_NUMBERED}{text}{_END}{number}{_NUMBERED}"
+
+
+def _read(marked: str) -> tuple[str, dict[int, list[tuple[str, int]]]]:
+    """A text without its marks, and those of each number: which, and where."""
+    first, *rest = _MARK.split(marked)
+    texts, size, marks = [first], len(first), defaultdict[int, list[tuple[str, int]]](list)
+    for mark, number, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        marks[int(number)].append((mark, size))
+        texts.append(text)
+        size += len(text)
+    return "".join(texts), marks
+
+
+def _paired(marks: list[tuple[str, int]]) -> list[tuple[int | None, int | None]]:
+    """Begins with their ends. A mark whose other one the template has cut off is alone."""
+    pairs: list[tuple[int | None, int | None]] = []
+    for mark, at in marks:
+        if mark == _BEGIN:
+            pairs.append((at, None))
+        elif pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], at)
+        else:
+            pairs.append((None, at))
+    return pairs
