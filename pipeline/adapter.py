@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model_folder import broken, locate, sha256
+from pipeline.pretrained import load_adapter_config
 from storage.errors import TeacherError, UsageError
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -59,21 +60,27 @@ class Adapter:
         Raises:
             TeacherError: if the adapter was made for another model, is damaged, or is of a kind that can't be merged.
         """
-        from peft import PeftConfig, PeftModel
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, XLoraModel
 
         try:
-            adapted = PeftModel(model, PeftConfig.from_pretrained(str(self.folder)))
-            report = adapted.load_adapter(str(self.folder), "default")
+            config = load_adapter_config(self.folder)
         except Exception as error:  # damaged files fail in as many ways as there are readers
-            raise broken("the adapter can't be put on the teacher", self.folder, error) from error
-        if not hasattr(adapted.base_model, "merge_and_unload"):
+            raise broken("the adapter's adapter_config.json can't be read", self.folder, error) from error
+        # Before it is made: a prompt brings a tokenizer of its own, X-LoRA adapters from other folders.
+        kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        if not hasattr(kind, "merge_and_unload") or kind is XLoraModel:
             raise TeacherError(
                 "this kind of adapter can't be merged into the teacher's weights",
                 expected="an adapter of the weights, such as LoRA",
-                found=type(adapted.base_model).__name__,
+                found=f"peft_type: {config.peft_type}",
                 where=self.folder,
                 do="give another adapter, or a teacher that was saved with this one in it",
             )
+        try:
+            adapted = PeftModel(model, config)
+            report = adapted.load_adapter(str(self.folder), "default")
+        except Exception as error:
+            raise broken("the adapter can't be put on the teacher", self.folder, error) from error
         strangers = sorted([*report.missing_keys, *report.unexpected_keys])
         if strangers:
             raise TeacherError(

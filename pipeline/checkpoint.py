@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.adapter import Adapter
 from pipeline.config import TeacherConfig
 from pipeline.model_folder import MODEL_FILES, broken, first_line, locate, sha256, weight_files
+from pipeline.pretrained import fresh_model, load_config, load_model, load_tokenizer
 from storage.errors import TeacherError
 from storage.provenance import TeacherIdentity
 
@@ -58,14 +59,30 @@ class Checkpoint:
     def config(self) -> Any:
         """The model's configuration."""
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            return load_config(self.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise broken("the teacher's config.json can't be read", self.folder, error) from None
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, one with a fast backend."""
-        return load_tokenizer(self.folder, self.trust_remote_code)
+        """The tokenizer, one with a fast backend.
+
+        Raises:
+            TeacherError: if there is none, it is broken, or it has no fast backend.
+        """
+        try:
+            tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # the backend raises a bare Exception on a broken file
+            raise broken("the teacher's tokenizer can't be loaded", self.folder, error) from None
+        if not tokenizer.is_fast:
+            raise TeacherError(
+                "the teacher's tokenizer has no fast backend",
+                expected="a tokenizer.json",
+                found=type(tokenizer).__name__,
+                where=self.folder,
+                do="convert it with transformers and save_pretrained() it",
+            )
+        return tokenizer
 
     @cached_property
     def weights(self) -> list[Path]:
@@ -132,7 +149,7 @@ class Checkpoint:
         """
         try:
             with torch.device("meta"):
-                return self._architecture.from_config(self.config, trust_remote_code=self.trust_remote_code)
+                return fresh_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # architectures check their settings in as many ways as there are
             raise broken("the teacher's config.json makes no model", self.folder, error) from error
 
@@ -147,15 +164,14 @@ class Checkpoint:
             TeacherError: if the files are damaged or lack weights, or the device has no room.
         """
         try:
-            model, report = self._architecture.from_pretrained(
+            model, report = load_model(
+                self._architecture,
                 self.folder,
+                trust_remote_code=self.trust_remote_code,
                 config=self.config,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=None if attention == "auto" else attention,
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
                 device_map=device_map,
-                output_loading_info=True,
             )
         except torch.OutOfMemoryError:
             raise TeacherError(
@@ -190,27 +206,6 @@ def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherErro
         where=folder,
         do="install what it asks for, or leave out teacher.attention",
     )
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder.
-
-    Raises:
-        TeacherError: if there is none, it is broken, or it has no fast backend.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the backend raises a bare Exception on a broken file
-        raise broken("the teacher's tokenizer can't be loaded", folder, error) from None
-    if not tokenizer.is_fast:
-        raise TeacherError(
-            "the teacher's tokenizer has no fast backend",
-            expected="a tokenizer.json",
-            found=type(tokenizer).__name__,
-            where=folder,
-            do="convert it with transformers and save_pretrained() it",
-        )
-    return tokenizer
 
 
 def is_classifier(config: Any) -> bool:

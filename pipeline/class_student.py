@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.checkpoint import class_names, is_classifier
 from pipeline.class_labels import LabelMap
@@ -26,6 +26,7 @@ from pipeline.lesson import Lesson
 from pipeline.loading import load_model, require_weights
 from pipeline.loss import distillation_loss
 from pipeline.origin import Origin
+from pipeline.pretrained import fresh_model, load_config
 from pipeline.source import Source, explained
 from pipeline.student import pruned
 from pipeline.student_config import LossConfig, StudentConfig
@@ -53,16 +54,17 @@ def build_classifier(config: StudentConfig, table: Table, source: Source | None 
         UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
     """
-    folder = require_fitting(config, Origin.of(table), source).path
+    origin = Origin.of(table)
+    folder = require_fitting(config, origin, source).path
     names = LabelMap.of(config.labels, table.identity.classes or ()).names
-    head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    dtype, tokenizer = getattr(torch, config.dtype), AutoTokenizer.from_pretrained(table.tokenizer)
+    head: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    dtype, tokenizer = getattr(torch, config.dtype), origin.tokenizer()
     if config.config is not None:
-        settings = explained(folder, "configuration", lambda: AutoConfig.from_pretrained(folder, **head))
+        settings = explained(folder, "configuration", lambda: load_config(folder, **head))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(settings, name, getattr(tokenizer, name))
         student = explained(
-            folder, "model", lambda: AutoModelForSequenceClassification.from_config(settings, dtype=dtype)
+            folder, "model", lambda: fresh_model(AutoModelForSequenceClassification, settings, dtype=dtype)
         )
     else:
         student = pruned(_load(folder, dtype, head), config, table)
@@ -71,7 +73,7 @@ def build_classifier(config: StudentConfig, table: Table, source: Source | None 
 
 
 def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
-    settings = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source))
+    settings = explained(source, "configuration", lambda: load_config(source))
     # A model that was saved as something else has no head, whatever the names that it would give to classes.
     same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
     student, wrong = load_model(AutoModelForSequenceClassification, source, dtype, **head)

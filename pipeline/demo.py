@@ -118,12 +118,15 @@ def _save_model(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)  # its kernels' own
+    from pipeline.pretrained import fresh_model, load_model
+
+    # float32: its kernels' own
+    loaded, _ = load_model(AutoModelForCausalLM, source, gguf_file=_GGUF, dtype=torch.float32)
     settings = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(name, None)
     settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16"}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
+    model = fresh_model(AutoModelForCausalLM, LlamaConfig(**settings), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -131,9 +134,9 @@ def _save_model(source: Path, folder: Path) -> None:
 
 
 def _save_tokenizer(source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
+    from pipeline.pretrained import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    tokenizer = load_tokenizer(source, gguf_file=_GGUF)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)

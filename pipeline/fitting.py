@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.class_labels import LabelMap
 from pipeline.config import TrainConfig
 from pipeline.origin import Origin
 from pipeline.positions import positions_said
+from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.pruning import require_layers, require_neurons, spread
 from pipeline.source import Source, explained
 from pipeline.student_config import StudentConfig
@@ -41,9 +42,7 @@ def require_fitting(config: StudentConfig, origin: Origin, source: Source | None
     """
     source = source or Source.find(config, origin)
     _require_labels(config, origin)
-    settings = explained(
-        source.path, "configuration", lambda: AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    )
+    settings = explained(source.path, "configuration", lambda: load_config(source.path))
     if config.config is None:
         _require_tokenizer(source.path, origin)
     if config.depth is not None:
@@ -109,8 +108,8 @@ def _require_class_settings(config: TrainConfig) -> None:
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:
     """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
-    theirs = explained(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source))
-    ours = AutoTokenizer.from_pretrained(origin.tokenizer)
+    theirs = explained(source, "tokenizer", lambda: load_tokenizer(source))
+    ours = origin.tokenizer()
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
         other = {token for token, _ in found.items() ^ expected.items()}
@@ -121,7 +120,7 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
         return
     raise StudentError(
         "the student's tokenizer is not the teacher's: its ids would mean other tokens",
-        expected=f"the teacher's tokenizer, {len(expected)} tokens ({origin.tokenizer})",
+        expected=f"the teacher's tokenizer, {len(expected)} tokens ({origin.location})",
         found=detail,
         where=source,
         do="take a student of the teacher's family, prune the teacher (student.layers), or capture with a teacher "
@@ -141,7 +140,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _require_vocabulary(settings: Any, origin: Origin) -> None:
     rows, ids = settings.get_text_config().vocab_size, origin.vocabulary
     if origin.classes is not None:
-        ids = max(AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab().values()) + 1
+        ids = max(origin.tokenizer().get_vocab().values()) + 1
     if rows < ids:
         raise StudentError(
             "the student has no room for the table's vocabulary",

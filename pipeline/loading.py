@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from pipeline import pretrained
 from pipeline.sharding import finite
 from pipeline.source import explained
 from storage.errors import StudentError
@@ -35,15 +36,7 @@ def load_model(
         model, report = explained(
             source,
             "model",
-            lambda: architecture.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **settings,
-            ),
+            lambda: pretrained.load_model(architecture, source, dtype=dtype, ignore_mismatched_sizes=True, **settings),
         )
     wrong = dict.fromkeys(report["missing_keys"], "missing")
     wrong |= {name: f"{tuple(there)}, not {tuple(wanted)}" for name, there, wanted in report["mismatched_keys"]}

@@ -23,6 +23,13 @@ _SECONDS_TO_SETTLE = 2.0
 """Age of a state that is remembered: a file that is written twice within a tick of its clock looks the same."""
 
 
+class UntrustedCodeError(ValueError):
+    """Files that can't be loaded unless code that comes with them is run."""
+
+    def __init__(self) -> None:
+        super().__init__("it can't be loaded without code that comes with it (auto_map), and that is not run")
+
+
 def locate(
     name: str,
     what: str,
@@ -127,15 +134,14 @@ def remember(hashes: Mapping[str, str]) -> None:
 
 
 def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
-    """The error for files that are there and can't be used."""
-    needs_code = "trust_remote_code" in str(error)
+    """The error for a teacher's files that are there and can't be used."""
     return TeacherError(
         summary,
         expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
-        if needs_code
+        if isinstance(error, UntrustedCodeError)
         else "fetch or save the model again, its tokenizer too",
     )
 

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import pyarrow.compute as pc
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.classes import selection_of
 from pipeline.config import CaptureConfig
+from pipeline.model_folder import first_line
 from pipeline.positions import longest
+from pipeline.pretrained import load_tokenizer
+from storage.errors import TableError
 from storage.groups import outlines
 from storage.inspection import last_capture
 from storage.provenance import TeacherIdentity
@@ -45,8 +48,8 @@ class Origin:
 
     location: str | Path
     """Of the table or, before there is one, of the teacher."""
-    tokenizer: Path
-    """A folder that holds it."""
+    tokenizer: Callable[[], Any]
+    """Loads the teacher's."""
     vocabulary: int
     """Token ids that the tokenizer knows, or the number of classes."""
     padded_vocabulary: int
@@ -72,7 +75,7 @@ class Origin:
         identity = table.tables[0].identity
         return cls(
             location=table.location,
-            tokenizer=table.tokenizer,
+            tokenizer=partial(_tokenizer_of, table),
             vocabulary=identity.vocabulary,
             padded_vocabulary=identity.padded_vocabulary,
             max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
@@ -96,7 +99,7 @@ class Origin:
         most = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
         return cls(
             location=teacher.folder,
-            tokenizer=teacher.folder,
+            tokenizer=lambda: teacher.tokenizer,
             vocabulary=teacher.vocabulary,
             padded_vocabulary=teacher.padded_vocabulary,
             max_tokens=most,
@@ -107,6 +110,20 @@ class Origin:
             head=min(teacher.vocabulary, selection.max_k),
             teachers=lambda: [Teacher.of(config.teacher.model, teacher.revision, teacher.identity)],
         )
+
+
+def _tokenizer_of(table: AnyTable) -> Any:
+    folder = table.tokenizer
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # the backend raises a bare Exception on a broken file
+        raise TableError(
+            "the table's tokenizer can't be loaded",
+            expected="files that say all by themselves, as a capture writes them: no code that comes with them is run",
+            found=first_line(error),
+            where=folder,
+            do="take the table from where it was made, or capture it again",
+        ) from error
 
 
 def _teachers_of(table: AnyTable) -> list[Teacher]:

@@ -10,9 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from safetensors import SafetensorError
-
-from pipeline.model_folder import locate, require_no_revision, sha256, weight_files
+from pipeline.model_folder import UntrustedCodeError, locate, require_no_revision, sha256, weight_files
 from pipeline.origin import Origin, Teacher
 from pipeline.student_config import StudentConfig
 from storage.errors import StudentError, UsageError
@@ -104,16 +102,22 @@ class Source:
 
 
 def explained(source: Path, what: str, load: Callable[[], T]) -> T:
-    """The loaded thing, or an error that says where it was looked for."""
+    """The loaded thing, or an error that says where it was looked for.
+
+    Raises:
+        StudentError: if it can't be loaded.
+    """
     try:
         return load()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # damaged files fail in as many ways as there are readers
         raise StudentError(
             f"the student's {what} can't be loaded",
             expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
             found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
             where=source.absolute(),
-            do="fetch a damaged file again; a model that needs code of its own, or has no safetensors, is not loaded",
+            do="take a model that transformers can load by itself, with its tokenizer: no student's code is run"
+            if isinstance(error, UntrustedCodeError)
+            else "fetch a damaged file again; a model that has no safetensors is not loaded",
         ) from error
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.fitting import require_fitting
 from pipeline.loading import load_model, require_weights
 from pipeline.origin import Origin
+from pipeline.pretrained import fresh_model, load_config
 from pipeline.pruning import narrow, prune, spread
 from pipeline.source import Source, explained
 from pipeline.student_config import StudentConfig
@@ -61,9 +62,10 @@ def build(
         StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
             if it sees tokens that it must not see.
     """
-    folder = require_fitting(config, Origin.of(table), source).path
+    origin = Origin.of(table)
+    folder = require_fitting(config, origin, source).path
     dtype = getattr(torch, config.dtype)
-    student = _fresh(folder, table, dtype) if config.config else pruned(_load(folder, dtype), config, table)
+    student = _fresh(folder, origin, dtype) if config.config else pruned(_load(folder, dtype), config, table)
     _require_head(student)
     _require_sight(student, packing)
     return student
@@ -121,12 +123,12 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     return student
 
 
-def _fresh(source: Path, table: AnyTable, dtype: torch.dtype) -> PreTrainedModel:
-    config = explained(source, "configuration", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
-    tokenizer = AutoTokenizer.from_pretrained(table.tokenizer)
+def _fresh(source: Path, origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
+    config = explained(source, "configuration", lambda: load_config(source))
+    tokenizer = origin.tokenizer()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    return explained(source, "model", lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+    return explained(source, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
 
 
 def _some_sequences(table: AnyTable) -> Iterator[Tensor]:

@@ -107,9 +107,15 @@ class Tokeniser:
         return sorted({path for path in found if path.is_file()})
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a folder."""
+        """Copy the tokenizer's files into a folder; whoever loads them runs no code, even if they came with some."""
         for path in self.files:
             shutil.copy(path, folder)
+        config = folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if self._checkpoint.trust_remote_code and settings.pop("auto_map", None):
+            plain = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+            self._checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
     @cached_property
     def identity(self) -> TokenizerIdentity:

@@ -65,6 +65,18 @@ def test_no_text_is_run_as_code_or_as_a_query(path: Path):
     assert not {call.attr for call in calls if isinstance(call, ast.Attribute)} & {"sql", "sql_expr", "SQLContext"}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_may_bring_code_come_in_through_one_door(path: Path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | imported(path)
+    door = path == ROOT / "pipeline" / "pretrained.py"
+    assert door or not named & {"from_pretrained", "from_config", "_from_config", "dynamic_module_utils"}
+    assert not named & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "allow_pickle"}
+    for node in nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_url"):
+            assert "weights_only=True" in ast.unparse(node)
+
+
 def test_files_stay_small():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert not {name: lines for name, lines in lengths.items() if lines >= 300}

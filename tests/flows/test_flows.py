@@ -1,13 +1,19 @@
 """The flows on a real Prefect server and a tiny teacher, as the command line runs them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from prefect.settings import get_current_settings
 
 from flows.cli import run
 from tests.conftest import ROOT
 from tests.flows.commands import softlabel
+from tests.pipeline.hostile import hostile
+from tests.pipeline.tables import make_table
 
 FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
 
@@ -160,3 +166,23 @@ def test_empty_documents(small: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     code, error, _ = softlabel(capsys, "distill", "--config", str(small), "--documents", str(empty))
     assert (code, error["error"]) == (1, "DocumentsError")
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_yes_on_standard_input_runs_no_code(tiny_teacher: Path, tmp_path: Path):
+    """A script's, which answers whatever asks."""
+    table = make_table(tmp_path / "table", tiny_teacher, 4, 0)
+    student = hostile(tmp_path / "from", tiny_teacher, "tokenizer", tmp_path / "ran")
+    command = [Path(sys.executable).with_name("softlabel"), "train", table.location, tmp_path / "student"]
+    done = subprocess.run(
+        [*command, "--student.model", student],
+        env=os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url)},
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert "the student's tokenizer can't be loaded" in done.stderr
+    assert "trust_remote_code" not in done.stderr

@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
+from tests.flows.servers import answers, wait_until
 
 SCRIPT = """
 import sys, time
@@ -37,14 +36,4 @@ def test_outlives_an_interrupt_and_not_its_process(prefect_home: Path):
 
     run.kill()
     run.wait()
-    deadline = time.monotonic() + 20
-    while answers(url):
-        assert time.monotonic() < deadline, "the server outlived the process that started it"
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").is_success
-    except httpx.HTTPError:
-        return False
+    wait_until(lambda: not answers(url), seconds=20)

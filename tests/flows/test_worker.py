@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 
 from flows.train import train_flow
 from tests.conftest import ROOT
+from tests.flows.servers import wait_until
 from tests.pipeline.tables import make_table
 from tests.pipeline.trainings import processes_of, settings
 
@@ -65,10 +65,3 @@ def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
 
 def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def wait_until(holds, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} seconds"
-        time.sleep(0.1)

@@ -21,10 +21,14 @@ _FILES = ("config.json", "model.safetensors")
 SELECTION = Selection(top_p=0.9, min_k=1, max_k=8, draws=8, temperatures=(1.0,), seed=0)
 
 
-def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6) -> Table:
-    """Sequences of 8 to 40 random ids, all but the first captured, and what the teacher says of them."""
-    tokenizer = folder.with_name(f"{folder.name}-tokenizer")
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(tokenizer)
+def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6, tokenizer: Path | None = None) -> Table:
+    """Sequences of 8 to 40 random ids, all but the first captured, and what the teacher says of them.
+
+    The tokenizer's files are the teacher's, or those in a folder.
+    """
+    if tokenizer is None:
+        tokenizer = folder.with_name(f"{folder.name}-tokenizer")
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     identity = Identity(
         teacher=TeacherIdentity(files={file: sha256(teacher / file) for file in _FILES}, dtype="float32"),

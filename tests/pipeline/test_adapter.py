@@ -1,5 +1,6 @@
 """A teacher that is more than one folder on one device: with an adapter merged into it, or spread over a machine."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Pa
         ("of a larger model", "made for another teacher"),
         ("of a smaller model", "made for another teacher"),
         ("a prompt", "can't be merged"),
+        ("of other folders' adapters", "can't be merged"),
+        ("of no kind", "can't be merged"),
     ],
 )
 def test_what_is_no_adapter_of_this_teacher_is_an_error(
@@ -81,6 +84,11 @@ def test_what_is_no_adapter_of_this_teacher_is_an_error(
             weights.rename(folder / "adapter_model.bin")
         case "damaged":
             weights.write_bytes(weights.read_bytes()[:-100])
+        case "of other folders' adapters":
+            mixture = {"peft_type": "XLORA", "hidden_size": 64, "adapters": {"a": str(tmp_path / "other")}}
+            description.write_text(json.dumps(mixture))
+        case "of no kind":
+            description.write_text("{}")
         case "of a larger model":
             description.write_text(description.read_text().replace('"down_proj"', '"k_proj"'))
         case "of a smaller model":

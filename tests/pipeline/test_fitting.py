@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig
+from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from pipeline.config import CaptureConfig, TrainConfig
 from pipeline.fitting import Origin, require_fitting, require_loss
@@ -58,7 +58,7 @@ def test_a_student_that_can_not_be(student, kind, said, table, tiny_teacher):
 def test_a_student_that_can(table, tiny_teacher):
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
         assert require_fitting(StudentConfig(depth=2), origin).path == tiny_teacher
-        assert AutoTokenizer.from_pretrained(origin.tokenizer).get_vocab()
+        assert origin.tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("config", [BloomConfig(vocab_size=512), GPT2Config(vocab_size=512, n_positions=40)])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
@@ -217,6 +218,14 @@ def test_pickled_weights_are_not_loaded(table, tiny_teacher, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(StudentError, match="can't be loaded"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+def test_an_adapter_beside_a_model_is_not_put_into_it_unseen(table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), LoraConfig(init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "model")
+    with pytest.raises(StudentError, match=r"adapter_config\.json"):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
