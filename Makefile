@@ -21,13 +21,13 @@ BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 .PHONY: demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
 
 demo-classes: $(INSTALLED)
-	@$(BIN)/python -m pipeline.class_demo .demo/classes
+	@$(BIN)/python -m softlabel.pipeline.examples.classifier .demo/classes
 	@$(BIN)/softlabel capture --config .demo/classes/labels.yaml
 	@$(BIN)/softlabel train --config .demo/classes/teacher.yaml
 	@$(BIN)/softlabel distill --config .demo/classes/distill.yaml
 
 demo: $(INSTALLED)
-	@$(BIN)/python -m pipeline.demo .demo
+	@$(BIN)/python -m softlabel.pipeline.examples.language_model .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
 # A process for each core, each with one thread for its tensors.

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from storage.errors import UsageError
-from storage.location import located
+from softlabel.storage.errors import UsageError
+from softlabel.storage.location import located
 
 _SHOWN_ERRORS = 4
 

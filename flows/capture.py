@@ -6,9 +6,9 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.progress import watching
-from pipeline.capturing import CaptureReport, P, R, capture
-from pipeline.config import CaptureConfig
+from softlabel.flows.progress import watching
+from softlabel.pipeline.capturing.capture import CaptureReport, P, R, capture
+from softlabel.pipeline.config.capture import CaptureConfig
 
 RUN_NAMES = {
     "plan": "plan {config.table}",

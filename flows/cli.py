@@ -1,4 +1,4 @@
-"""The command ``softlabel``: a verb for each job, with the settings of ``pipeline.config`` as its flags.
+"""The command ``softlabel``: a verb for each job, with the settings of ``pipeline.config.capture`` as its flags.
 
 It reads what is asked for, runs the flow that does it, and shows the answer: tables for people on stdout or, with
 ``--json``, one object. Exit code 0, 1 (failed), 2 (misused) or 130 (interrupted). What a verb needs is imported
@@ -17,14 +17,16 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 from pydantic_core import to_json
 
-from flows.arguments import read_file, resolve, settings
-from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
-from pipeline.distill_config import DistillConfig
-from pipeline.estimate_config import EstimateConfig
-from pipeline.settings import Settings
-from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
-from storage.credentials import masked
-from storage.errors import SoftlabelError, UsageError
+from softlabel.flows.arguments import read_file, resolve, settings
+from softlabel.pipeline.config.base import Settings
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.storage.credentials import masked
+from softlabel.storage.errors import SoftlabelError, UsageError
 
 _HERE = Group("Everywhere", sort_key=1000)
 File = Annotated[Path | None, Parameter("--config", group=_HERE, help="YAML file with settings; flags win over it.")]
@@ -74,7 +76,7 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         print(to_json(result, inf_nan_mode="null").decode())
     else:
-        from flows.display import SHOW
+        from softlabel.flows.display import SHOW
 
         SHOW[verb](result)
 
@@ -94,7 +96,7 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
         file, as_json = given.pop("file", None), given.pop("as_json", False)
         flags = {known[key].path: value for key, value in given.items() if value is not None}
         config = resolve(model, flags, file, positional)
-        answer(name, lambda: import_module("flows.runner").run(name, config), as_json)
+        answer(name, lambda: import_module("softlabel.flows.runner").run(name, config), as_json)
 
     verb.__doc__ = model.__doc__
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -130,11 +132,11 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
     """
 
     def work() -> dict[str, Any]:
-        from storage.inspection import inspect as measure
-        from storage.inspection import last_capture
-        from storage.versions import pins, tags
-        from storage.view import View, open_table
-        from storage.view_inspection import inspect_view
+        from softlabel.storage.upkeep.inspection import inspect as measure
+        from softlabel.storage.upkeep.inspection import last_capture
+        from softlabel.storage.versions import pins, tags
+        from softlabel.storage.views.view import View, open_table
+        from softlabel.storage.views.view_inspection import inspect_view
 
         opened = open_table(table_of(table, file))
         if isinstance(opened, View):
@@ -160,11 +162,11 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
     """
 
     def work() -> dict[str, Any]:
-        from storage.inspection import history as entries
-        from storage.takedown import lost
-        from storage.versions import pins, tags, vacuumed
-        from storage.view import View, open_table
-        from storage.view_inspection import view_history
+        from softlabel.storage.takedown import lost
+        from softlabel.storage.upkeep.inspection import history as entries
+        from softlabel.storage.versions import pins, tags, vacuumed
+        from softlabel.storage.views.view import View, open_table
+        from softlabel.storage.views.view_inspection import view_history
 
         opened = open_table(table_of(table, file))
         if isinstance(opened, View):

@@ -3,17 +3,24 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flows.console import bytes_of, console, duration, facts, short, table_of, try_next
-from flows.table_display import show_history, show_inspect, show_maintain, show_mix, show_reprocess, show_verify
-from pipeline.estimate_config import BF16_TERAFLOPS
+from softlabel.flows.console import bytes_of, console, duration, facts, short, table_of, try_next
+from softlabel.flows.table_display import (
+    show_history,
+    show_inspect,
+    show_maintain,
+    show_mix,
+    show_reprocess,
+    show_verify,
+)
+from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
 
 if TYPE_CHECKING:
-    from flows.distill import DistillReport
-    from pipeline.capturing import CaptureReport
-    from pipeline.class_evaluation import ClassEvaluation
-    from pipeline.estimating import Estimate
-    from pipeline.evaluation import EvaluationReport
-    from pipeline.training import TrainReport
+    from softlabel.flows.distill import DistillReport
+    from softlabel.pipeline.capturing.capture import CaptureReport
+    from softlabel.pipeline.estimation.estimate import Estimate
+    from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+    from softlabel.pipeline.evaluation.evaluate import EvaluationReport
+    from softlabel.pipeline.training.train import TrainReport
 
 
 def show_capture(report: "CaptureReport") -> None:
@@ -90,7 +97,7 @@ def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
 
 def show_distill(report: "DistillReport") -> None:
     """What each stage did, the teacher and its students side by side, and what to try next."""
-    from pipeline.class_evaluation import ClassEvaluation
+    from softlabel.pipeline.evaluation.classifier import ClassEvaluation
 
     _capture_line(report.capture)
     for trained in report.train.values():
@@ -144,7 +151,7 @@ def _train_line(report: "TrainReport") -> None:
 
 
 def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
-    from pipeline.class_evaluation import ClassEvaluation
+    from softlabel.pipeline.evaluation.classifier import ClassEvaluation
 
     if isinstance(report, ClassEvaluation):
         _class_scores(report)

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows.capture import capture_flow
-from flows.evaluate import evaluate_flow
-from flows.train import train_flow
-from pipeline.capturing import CaptureReport
-from pipeline.class_evaluation import ClassEvaluation
-from pipeline.distill_config import DistillConfig
-from pipeline.evaluation import EvaluationReport
-from pipeline.fitting import require_fitting, require_loss
-from pipeline.origin import Origin
-from pipeline.training import TrainReport
+from softlabel.flows.capture import capture_flow
+from softlabel.flows.evaluate import evaluate_flow
+from softlabel.flows.train import train_flow
+from softlabel.pipeline.capturing.capture import CaptureReport
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+from softlabel.pipeline.evaluation.evaluate import EvaluationReport
+from softlabel.pipeline.students.compatibility import require_fitting, require_loss
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.training.train import TrainReport
 
 
 @dataclass(frozen=True)

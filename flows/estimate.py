@@ -3,9 +3,9 @@
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
-from flows.progress import watching
-from pipeline.estimate_config import EstimateConfig
-from pipeline.estimating import Estimate, estimate
+from softlabel.flows.progress import watching
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.estimation.estimate import Estimate, estimate
 
 
 @task(name="estimate", task_run_name="estimate {config.documents}", persist_result=False)

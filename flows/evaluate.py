@@ -6,10 +6,10 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 
-from flows.progress import watching
-from pipeline.class_evaluation import ClassEvaluation
-from pipeline.config import EvaluateConfig
-from pipeline.evaluation import EvaluationReport, evaluate
+from softlabel.flows.progress import watching
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
 
 
 @task(name="evaluate", task_run_name="evaluate {config.table}", persist_result=False)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
-from pipeline.table_config import MaintainConfig
-from storage.maintenance import Maintenance, maintain
-from storage.table import Table
-from storage.versions import Pin, Tag, parse, pins, tag, tags, unpin, untag
+from softlabel.pipeline.config.tables import MaintainConfig
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.maintenance import Maintenance, maintain
+from softlabel.storage.versions import Pin, Tag, parse, pins, tag, tags, unpin, untag
 
 
 @dataclass(frozen=True)

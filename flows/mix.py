@@ -2,9 +2,9 @@
 
 from prefect import flow, task
 
-from pipeline.table_config import MixConfig
-from storage.mixing import make_view
-from storage.view_inspection import ViewInspection, inspect_view
+from softlabel.pipeline.config.tables import MixConfig
+from softlabel.storage.views.mixing import make_view
+from softlabel.storage.views.view_inspection import ViewInspection, inspect_view
 
 
 @task(name="mix", task_run_name="mix {config.view}", persist_result=False)

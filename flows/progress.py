@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from pipeline.progress import Progress, Watch
+from softlabel.pipeline.progress import Progress, Watch
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_OF_A_RATE = 60.0

@@ -4,9 +4,9 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.progress import watching
-from pipeline.reprocessing import ReprocessReport, reprocess
-from pipeline.table_config import ReprocessConfig
+from softlabel.flows.progress import watching
+from softlabel.pipeline.config.tables import ReprocessConfig
+from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 
 
 @task(name="reprocess", task_run_name="reprocess {config.source}", persist_result=False, cache_policy=NO_CACHE)

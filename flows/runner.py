@@ -13,15 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.processes import OURS
-from pipeline.settings import Settings
+from softlabel.pipeline.config.base import Settings
+from softlabel.pipeline.processes import OURS
 
 if home := os.environ.get("PREFECT_HOME"):
     os.environ["PREFECT_HOME"] = str(Path(home).expanduser().absolute())
 with chdir(OURS):
     from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-    from flows import server
+    from softlabel.flows import server
 
 # Read by huggingface_hub, and so by transformers: their bars would break ours, and litter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from pipeline import processes
-from storage.errors import SoftlabelError
+from softlabel.pipeline import processes
+from softlabel.storage.errors import SoftlabelError
 
 # The first start makes the server's database; on a busy machine that takes far longer than the usual few seconds.
 _SECONDS_TO_START = 120.0
@@ -29,7 +29,7 @@ def start() -> str:
         # Among our own files: alembic puts the folder that it is run in first on the path, and Prefect takes settings,
         # which can name code to be run, from files there.
         server = processes.start(
-            "flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.OURS
+            "softlabel.flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.OURS
         )
     _started.append(server)
     return f"http://127.0.0.1:{port}/api"

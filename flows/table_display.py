@@ -3,20 +3,20 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.console import bytes_of, console, facts, table_of, try_next
-from storage.versions import spans
+from softlabel.flows.console import bytes_of, console, facts, table_of, try_next
+from softlabel.storage.versions import spans
 
 if TYPE_CHECKING:
-    from flows.maintain import MaintainReport
-    from flows.verify import VerifyReport
-    from pipeline.rechecking import Recheck
-    from pipeline.reprocessing import ReprocessReport
-    from storage.inspection import HistoryEntry
-    from storage.maintenance import Maintenance
-    from storage.provenance import Identity, SelectionIdentity
-    from storage.purge import Purged
-    from storage.versions import Pin, Tag
-    from storage.view_inspection import ViewInspection
+    from softlabel.flows.maintain import MaintainReport
+    from softlabel.flows.verify import VerifyReport
+    from softlabel.pipeline.tables.recheck import Recheck
+    from softlabel.pipeline.tables.reprocess import ReprocessReport
+    from softlabel.storage.identity import Identity, SelectionIdentity
+    from softlabel.storage.upkeep.inspection import HistoryEntry
+    from softlabel.storage.upkeep.maintenance import Maintenance
+    from softlabel.storage.upkeep.purge import Purged
+    from softlabel.storage.versions import Pin, Tag
+    from softlabel.storage.views.view_inspection import ViewInspection
 
 _SHOWN_CLASSES = 12
 

@@ -2,9 +2,9 @@
 
 from prefect import flow, task
 
-from flows.progress import watching
-from pipeline.config import TrainConfig
-from pipeline.training import TrainReport, train
+from softlabel.flows.progress import watching
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.training.train import TrainReport, train
 
 
 @task(name="train", task_run_name="train {config.output}", persist_result=False)

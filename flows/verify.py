@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
-from flows.progress import watching
-from pipeline.progress import Progress
-from pipeline.table_config import VerifyConfig
-from storage.table import Table
-from storage.verification import Verification, damage, remove_damaged, verify
-from storage.view import View, open_table
-from storage.view_inspection import whole
+from softlabel.flows.progress import watching
+from softlabel.pipeline.config.tables import VerifyConfig
+from softlabel.pipeline.progress import Progress
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.verification import Verification, damage, remove_damaged, verify
+from softlabel.storage.views.view import View, open_table
+from softlabel.storage.views.view_inspection import whole
 
 if TYPE_CHECKING:
-    from pipeline.rechecking import Recheck
+    from softlabel.pipeline.tables.recheck import Recheck
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def ask_teacher(config: VerifyConfig) -> "Recheck | None":
     """Ask the teacher again, if there is one."""
     if config.teacher is None:
         return None
-    from pipeline.rechecking import disagreement, recheck  # torch, which nothing else here needs
+    from softlabel.pipeline.tables.recheck import disagreement, recheck  # torch, which nothing else here needs
 
     with watching() as watch:
         found = recheck(Table.open(config.table), config.teacher, config.sequences, config.seed, watch)

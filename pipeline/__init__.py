@@ -8,29 +8,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.capturing import CaptureReport, capture
-    from pipeline.config import (
+    from softlabel.pipeline.capturing.capture import CaptureReport, capture
+    from softlabel.pipeline.config.capture import (
         CaptureConfig,
         ColumnsConfig,
-        EvaluateConfig,
         SelectionConfig,
         SequencesConfig,
         ShardsConfig,
-        StreamConfig,
         TeacherConfig,
-        TrainConfig,
     )
-    from pipeline.dataset import SoftLabelDataset
-    from pipeline.distill_config import DistillConfig
-    from pipeline.estimate_config import EstimateConfig
-    from pipeline.estimating import Estimate, estimate
-    from pipeline.evaluation import EvaluationReport, evaluate
-    from pipeline.loss import distillation_loss
-    from pipeline.progress import Progress
-    from pipeline.reprocessing import ReprocessReport, reprocess
-    from pipeline.student_config import LossConfig, OptimiserConfig, StudentConfig
-    from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
-    from pipeline.training import TrainReport, train
+    from softlabel.pipeline.config.distill import DistillConfig
+    from softlabel.pipeline.config.estimate import EstimateConfig
+    from softlabel.pipeline.config.evaluate import EvaluateConfig
+    from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
+    from softlabel.pipeline.config.train import LossConfig, OptimiserConfig, StreamConfig, StudentConfig, TrainConfig
+    from softlabel.pipeline.estimation.estimate import Estimate, estimate
+    from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
+    from softlabel.pipeline.loss.fused import distillation_loss
+    from softlabel.pipeline.progress import Progress
+    from softlabel.pipeline.stream.dataset import SoftLabelDataset
+    from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
+    from softlabel.pipeline.training.train import TrainReport, train
 
 __all__ = [
     "CaptureConfig",

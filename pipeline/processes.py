@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from storage import errors
-from storage.errors import SoftlabelError, WorkerError
+from softlabel.storage import errors
+from softlabel.storage.errors import SoftlabelError, WorkerError
 
 OURS = Path(__file__).absolute().parents[1]
 """Folder that our packages are in."""

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.codec import SoftLabels
-    from storage.errors import (
+    from softlabel.storage.codec import SoftLabels
+    from softlabel.storage.errors import (
         DisagreementError,
         DocumentsError,
         IntegrityError,
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
-    from storage.inspection import history, inspect
-    from storage.maintenance import Maintenance, maintain
-    from storage.mixing import make_view
-    from storage.provenance import Identity
-    from storage.reader import read
-    from storage.state import Shard
-    from storage.table import Table
-    from storage.verification import Verification, remove_damaged, verify
-    from storage.versions import Pin, Tag, pin, pins, tag, tags, unpin, untag
-    from storage.view import View, open_table
+    from softlabel.storage.identity import Identity
+    from softlabel.storage.reader import read
+    from softlabel.storage.state import Shard
+    from softlabel.storage.table import Table
+    from softlabel.storage.upkeep.inspection import history, inspect
+    from softlabel.storage.upkeep.maintenance import Maintenance, maintain
+    from softlabel.storage.upkeep.verification import Verification, remove_damaged, verify
+    from softlabel.storage.versions import Pin, Tag, pin, pins, tag, tags, unpin, untag
+    from softlabel.storage.views.mixing import make_view
+    from softlabel.storage.views.view import View, open_table
 
 __all__ = [
     "DisagreementError",

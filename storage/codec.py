@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.schema import SOFT_LABELS
+from softlabel.storage.schema import SOFT_LABELS
 
 CODES_PER_NAT = 64
 """Resolution of the log-probabilities. A bf16 teacher's own logits are coarser."""

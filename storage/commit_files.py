@@ -5,9 +5,9 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from storage.errors import IntegrityError
-from storage.place import Place
-from storage.schema import PARTITION
+from softlabel.storage.errors import IntegrityError
+from softlabel.storage.places.place import Place
+from softlabel.storage.schema import PARTITION
 
 LOG = "_delta_log"
 """Folder of the commits."""

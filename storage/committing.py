@@ -14,14 +14,14 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
-from storage.commit_files import commit_file
-from storage.errors import TableError, cause
-from storage.place import hash_of
-from storage.provenance import Identity
-from storage.schema import PARTITION
-from storage.shard_file import shard_of
-from storage.state import COMMIT_MESSAGE
-from storage.table import Table
+from softlabel.storage.commit_files import commit_file
+from softlabel.storage.errors import TableError, cause
+from softlabel.storage.identity import Identity
+from softlabel.storage.places.place import hash_of
+from softlabel.storage.schema import PARTITION
+from softlabel.storage.shard_file import shard_of
+from softlabel.storage.state import COMMIT_MESSAGE
+from softlabel.storage.table import Table
 
 Action: TypeAlias = AddAction | RemoveAction
 

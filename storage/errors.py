@@ -21,7 +21,7 @@ for every other ``SoftlabelError``. Whatever is not in this tree is a defect of 
 
 import re
 
-from storage.credentials import masked
+from softlabel.storage.credentials import masked
 
 _CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
 

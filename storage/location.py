@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.credentials import holds_credentials
-from storage.errors import UsageError
+from softlabel.storage.credentials import holds_credentials
+from softlabel.storage.errors import UsageError
 
 _LOCATIONS = ("config", "location", "model", "name", "output", "table", "teacher")
 """Under these names a student's record has locations."""

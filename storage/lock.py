@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from storage.provenance import user
+from softlabel.storage.identity import user
 
 _MARK = b"softlabel: "
 """What a lock that says its holder begins with."""

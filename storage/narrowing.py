@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import CODES_PER_NAT, ZERO_CODE, Ints, assemble, flatten, trim_log_masses
-from storage.provenance import Identity
+from softlabel.storage.codec import CODES_PER_NAT, ZERO_CODE, Ints, assemble, flatten, trim_log_masses
+from softlabel.storage.identity import Identity
 
 Array = NDArray[Any]
 

@@ -1,18 +1,19 @@
 """What is at a location: a table, a view, or neither; and why a table there can't be opened."""
 
-from storage import commit_files
-from storage.commit_files import LOG, commit_file, commits
-from storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
-from storage.place import Place, inaccessible, place_of
-from storage.state import Chain
-from storage.versions import parse, spans
+from softlabel.storage import commit_files
+from softlabel.storage.commit_files import LOG, commit_file, commits
+from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import Place, inaccessible
+from softlabel.storage.state import Chain
+from softlabel.storage.versions import parse, spans
 
 VIEW_FILE = "view.json"
 """In the folder of a view."""
 
 
 def is_view(location: str) -> bool:
-    """Whether there is a view over tables (``storage.view``), which is no table itself."""
+    """Whether there is a view over tables (``storage.views.view``), which is no table itself."""
     try:
         place_of(location).stat(VIEW_FILE)
     except (FileNotFoundError, NotADirectoryError):

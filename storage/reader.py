@@ -7,12 +7,12 @@ from pathlib import PurePath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import IntegrityError, TableError, recapture
-from storage.place import File, Place, content_hash, reading
-from storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
-from storage.state import Shard
-from storage.table import Table
-from storage.takedown import tombstone
+from softlabel.storage.errors import IntegrityError, TableError, recapture
+from softlabel.storage.places.place import File, Place, content_hash, reading
+from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import tombstone
 
 _HASHES: dict[tuple[str, File], str] = {}
 """Of each state of a file that this process has looked at, by its place."""

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from storage.errors import IntegrityError, TableError
-from storage.place import SIDE_FOLDER, Place, place_of
-from storage.seal import seal, unseal
+from softlabel.storage.errors import IntegrityError, TableError
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import SIDE_FOLDER, Place
+from softlabel.storage.sealed_json import seal, unseal
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from storage.errors import UsageError
+from softlabel.storage.errors import UsageError
 
 FORMAT = 1
 """Version of the layout that FORMAT.md specifies."""

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
-from storage.errors import IntegrityError
-from storage.place import content_hash
-from storage.schema import PARTITION, row_keys, without
-from storage.state import Shard
-from storage.table import Table
+from softlabel.storage.errors import IntegrityError
+from softlabel.storage.places.place import content_hash
+from softlabel.storage.schema import PARTITION, row_keys, without
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
 
 RowKey = tuple[object, ...]
 """The values of ``storage.schema.ROW_KEY``."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from storage.commit_files import commit_file, lines_of, read_commit
-from storage.errors import IntegrityError
-from storage.place import Place, hash_of
+from softlabel.storage.commit_files import commit_file, lines_of, read_commit
+from softlabel.storage.errors import IntegrityError
+from softlabel.storage.places.place import Place, hash_of
 
 COMMIT_MESSAGE = "softlabel"
 """The part of a commit's metadata that says what softlabel did."""

@@ -4,7 +4,7 @@ Opens, creates and describes; never reads a shard (``storage.reader``) or writes
 
     TABLE/_delta_log/                      the commits; a shard exists when its commit does
     TABLE/split=train/<hash>.parquet       the shards, named by their content
-    TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/     (``storage.beside``)
+    TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/     (``storage.sidecars``)
     TABLE/_softlabel/tags/, pins/, vacuumed/                          (``storage.versions``)
 """
 
@@ -23,17 +23,17 @@ from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
-from storage.beside import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
-from storage.codec import Ints, SoftLabels
-from storage.commit_files import commit_file, described_by, require_no_remains, require_whole
-from storage.errors import IntegrityError, ProvenanceError, TableError, cause
-from storage.location import located
-from storage.opening import exists, unopened
-from storage.place import place_of
-from storage.provenance import Identity
-from storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from storage.state import COMMIT_MESSAGE, Shard, require_state, state
-from storage.versions import parse, resolve
+from softlabel.storage.codec import Ints, SoftLabels
+from softlabel.storage.commit_files import commit_file, described_by, require_no_remains, require_whole
+from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
+from softlabel.storage.identity import Identity
+from softlabel.storage.location import located
+from softlabel.storage.opening import exists, unopened
+from softlabel.storage.places.open import place_of
+from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
+from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
+from softlabel.storage.state import COMMIT_MESSAGE, Shard, require_state, state
+from softlabel.storage.versions import parse, resolve
 
 _IDENTITY = "softlabel.identity"
 
@@ -88,7 +88,7 @@ class Table:
         """The newest version of a table, or the one that ``PATH@12`` or ``PATH@tag`` names.
 
         Raises:
-            UsageError: if it is a view: ``storage.view.open_table`` opens either, to be read.
+            UsageError: if it is a view: ``storage.views.view.open_table`` opens either, to be read.
             TableNotFoundError: if there is no table, no such version or tag, or the version was vacuumed.
             IntegrityError: if its log is damaged.
             AccessError: if it can't be read at the moment.

@@ -4,7 +4,7 @@
 
 Such a record is first a refuse list: whoever adds rows leaves its documents out. When their rows are gone from the
 newest version it becomes a tombstone too, for the shards of old versions that are deleted then. Documents are named by
-hashes. ``storage.purge`` is what takes them down.
+hashes. ``storage.upkeep.purge`` is what takes them down.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from storage.errors import PurgedError
-from storage.place import hash_of
-from storage.provenance import user
-from storage.records import Record, Records, now
+from softlabel.storage.errors import PurgedError
+from softlabel.storage.identity import user
+from softlabel.storage.places.place import hash_of
+from softlabel.storage.records import Record, Records, now
 
 
 @dataclass(frozen=True)

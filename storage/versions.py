@@ -17,14 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from storage.commit_files import commits
-from storage.credentials import holds_credentials
-from storage.errors import TableError, TableNotFoundError, UsageError
-from storage.location import located
-from storage.place import hash_of, place_of
-from storage.provenance import user
-from storage.records import Record, Records, now
-from storage.takedown import PURGES, explain, lost
+from softlabel.storage.commit_files import commits
+from softlabel.storage.credentials import holds_credentials
+from softlabel.storage.errors import TableError, TableNotFoundError, UsageError
+from softlabel.storage.identity import user
+from softlabel.storage.location import located
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import hash_of
+from softlabel.storage.records import Record, Records, now
+from softlabel.storage.takedown import PURGES, explain, lost
 
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
 """What a tag may be called."""

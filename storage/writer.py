@@ -17,15 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage.codec import SoftLabels, encode
-from storage.committing import all_or_nothing, committed
-from storage.place import WRITING, place_of
-from storage.reader import outline, soft_labels_by_key
-from storage.schema import PARTITION, ROW_KEY, row_keys
-from storage.shard_file import RowKey, ShardFile, add_action
-from storage.state import Shard
-from storage.table import Table
-from storage.takedown import refusal
+from softlabel.storage.codec import SoftLabels, encode
+from softlabel.storage.committing import all_or_nothing, committed
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import WRITING
+from softlabel.storage.reader import outline, soft_labels_by_key
+from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
+from softlabel.storage.shard_file import RowKey, ShardFile, add_action
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import refusal
 
 _THREADS = 8
 """Shards whose keys are read side by side."""

@@ -115,7 +115,7 @@ def moto() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct as bf16 safetensors; made once, kept in .demo between runs."""
-    from pipeline.demo import prepare_teacher
+    from softlabel.pipeline.examples.language_model import prepare_teacher
 
     folder = ROOT / ".demo" / "teacher"
     prepare_teacher(folder)

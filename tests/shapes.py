@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from pipeline.checkpoint import Checkpoint
+from softlabel.pipeline.models.checkpoint import Checkpoint
 
 SHAPES: dict[str, Any] = {
     "1B": LlamaConfig(

@@ -112,6 +112,6 @@ def test_the_loss_the_selection_and_the_teacher_stand_alone():
 
 def test_asking_for_settings_loads_no_heavy_library():
     heavy = {"torch", "transformers", "prefect", "polars", "pyarrow", "deltalake", "matplotlib"}
-    code = f"import sys, flows.cli, pipeline.config; print(*({heavy!r} & set(sys.modules)))"
+    code = f"import sys, softlabel.flows.cli, softlabel.pipeline.config.capture; print(*({heavy!r} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert found.stdout.split() == []

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import demo
-from storage.reader import index
-from storage.table import Table
+from softlabel.pipeline.examples import language_model as demo
+from softlabel.storage.reader import index
+from softlabel.storage.table import Table
 from tests.listening import trap
-from tests.pipeline.test_workers import gone, workers_of
+from tests.pipeline.capturing.test_workers import gone, workers_of
 
 NO_WAY_OUT = """
 import os, socket

@@ -41,17 +41,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-import flows  # noqa: F401, its environment is what a capture runs in
-from pipeline import capturing
-from pipeline.capturing import capture_shard
-from pipeline.checkpoint import Checkpoint
-from pipeline.config import CaptureConfig, SelectionConfig, SequencesConfig, TeacherConfig
-from pipeline.demo import prepare_teacher
-from pipeline.estimate_config import BF16_TERAFLOPS
-from pipeline.planning import plan
-from pipeline.teacher import TransformersTeacher, each_batch
-from storage.errors import TeacherError
-from storage.writer import Commit, ShardWriter
+import softlabel.flows  # noqa: F401, its environment is what a capture runs in
+from softlabel.pipeline.capturing import capture as capturing
+from softlabel.pipeline.capturing.capture import capture_shard
+from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, SequencesConfig, TeacherConfig
+from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
+from softlabel.pipeline.examples.language_model import prepare_teacher
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.teachers.teacher import TransformersTeacher, each_batch
+from softlabel.storage.errors import TeacherError
+from softlabel.storage.writer import Commit, ShardWriter
 from tests import memory
 from tests.shapes import SHAPES, RandomWeights, documents, random_teacher
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.capturing import capture, load_teacher
-from pipeline.demo import prepare_documents, prepare_teacher
-from pipeline.estimate_config import EstimateConfig
-from pipeline.estimating import Estimate, estimate
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.estimation.estimate import Estimate, estimate
+from softlabel.pipeline.examples.language_model import prepare_documents, prepare_teacher
+from softlabel.pipeline.teachers.load import load_teacher
 
 TEACHER = Path(".demo/teacher")
 BOUNDS = {"sequences": 0.15, "positions": 0.15, "bytes": 0.15, "seconds": 0.3}

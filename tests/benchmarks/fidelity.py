@@ -31,17 +31,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.config import LossConfig, SelectionConfig, TeacherConfig
-from pipeline.demo import prepare_teacher
-from pipeline.loss import distillation_loss
-from pipeline.selection import Selection, position_seeds, select
-from pipeline.student import hidden_states, output_head, prune
-from pipeline.targets import CompactTargets, Target, decode
-from pipeline.teacher import TransformersTeacher
-from storage.codec import SoftLabels, encode, flatten
-from storage.inspection import inspect
-from storage.table import Table
-from storage.writer import ShardWriter
+from softlabel.pipeline.config.capture import LossConfig, SelectionConfig, TeacherConfig
+from softlabel.pipeline.examples.language_model import prepare_teacher
+from softlabel.pipeline.loss.fused import distillation_loss
+from softlabel.pipeline.loss.targets import CompactTargets, Target, decode
+from softlabel.pipeline.selection.select import Selection, position_seeds, select
+from softlabel.pipeline.students.build import hidden_states, output_head, prune
+from softlabel.pipeline.teachers.teacher import TransformersTeacher
+from softlabel.storage.codec import SoftLabels, encode, flatten
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import inspect
+from softlabel.storage.writer import ShardWriter
 from tests.benchmarks.table import Captured, make_table, sequences_of
 
 LENGTH, LAYERS = 512, (0, 1, 7, 14, 21, 28, 29)

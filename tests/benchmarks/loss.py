@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.loss import distillation_loss
-from pipeline.student_config import LossConfig
-from pipeline.targets import SparseTargets
+from softlabel.pipeline.config.train import LossConfig
+from softlabel.pipeline.loss.fused import distillation_loss
+from softlabel.pipeline.loss.targets import SparseTargets
 from tests import memory
 from tests.figures import seconds, verdict
 

@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import capturing
-from pipeline.checkpoint import Checkpoint
-from pipeline.classifier import LabelTeacher
-from pipeline.config import CaptureConfig, SelectionConfig, TeacherConfig
-from pipeline.demo import prepare_teacher
-from pipeline.planning import plan
-from pipeline.tokeniser import Encoded, Tokeniser
-from storage.codec import SoftLabels
+from softlabel.pipeline.capturing import capture as capturing
+from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
+from softlabel.pipeline.examples.language_model import prepare_teacher
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.sequences.tokenizer import Encoded, Tokeniser
+from softlabel.pipeline.teachers.classifier import LabelTeacher
+from softlabel.storage.codec import SoftLabels
 from tests import memory
 
 WORDS = 15
@@ -55,7 +55,7 @@ class Stub(LabelTeacher):
 
 @lru_cache(maxsize=1)
 def load_stub(config: TeacherConfig) -> Stub:
-    """In the place of ``pipeline.capturing.load_teacher``."""
+    """In the place of ``pipeline.teachers.load.load_teacher``."""
     return Stub(Checkpoint.find(config))
 
 

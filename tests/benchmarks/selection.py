@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.config import SelectionConfig
-from pipeline.selection import Selection, position_seeds, select
+from softlabel.pipeline.config.capture import SelectionConfig
+from softlabel.pipeline.selection.select import Selection, position_seeds, select
 
 PEER = "topk + log_softmax, k=64"
 SELECTIONS = {

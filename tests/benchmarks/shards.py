@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import StreamConfig
-from pipeline.dataset import SoftLabelDataset
-from storage.codec import encode
-from storage.committing import committed
-from storage.inspection import inspect
-from storage.schema import SEQUENCE
-from storage.shard_file import ShardFile, add_action
-from storage.table import Table
-from storage.verification import verify
-from storage.writer import ShardWriter
+from softlabel.pipeline.config.train import StreamConfig
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.storage.codec import encode
+from softlabel.storage.committing import committed
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.shard_file import ShardFile, add_action
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import inspect
+from softlabel.storage.upkeep.verification import verify
+from softlabel.storage.writer import ShardWriter
 from tests import memory
 from tests.benchmarks.stream import random_labels
 from tests.benchmarks.table import Captured, make_table

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.batch import Batch
-from pipeline.config import StreamConfig
-from pipeline.dataset import SoftLabelDataset
-from pipeline.lesson import Distillation
-from pipeline.student_config import LossConfig
-from storage.table import Table
+from softlabel.pipeline.config.train import LossConfig, StreamConfig
+from softlabel.pipeline.stream.batch import Batch
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.pipeline.training.objective import Distillation
+from softlabel.storage.table import Table
 from tests.benchmarks.stream import VOCABULARY, make_table
 from tests.figures import seconds, verdict
 

@@ -24,15 +24,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.batch import COLUMNS
-from pipeline.config import StreamConfig
-from pipeline.dataset import SoftLabelDataset
-from storage.codec import SoftLabels
-from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
-from storage.reader import batches
-from storage.schema import SEQUENCE
-from storage.table import Table
-from storage.writer import ShardWriter
+from softlabel.pipeline.config.train import StreamConfig
+from softlabel.pipeline.stream.batch import COLUMNS
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.storage.codec import SoftLabels
+from softlabel.storage.identity import (
+    Identity,
+    SelectionIdentity,
+    SequencesIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from softlabel.storage.reader import batches
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
+from softlabel.storage.writer import ShardWriter
 from tests.figures import verdict
 
 OURS, OURS_SHORT, HUGGING_FACE = "softlabel", "softlabel, short sequences", "Hugging Face datasets, torch"

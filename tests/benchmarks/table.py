@@ -24,13 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage import reader
-from storage.codec import SoftLabels, decode
-from storage.inspection import inspect
-from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
-from storage.schema import SEQUENCE, SOFT_LABELS
-from storage.table import Table
-from storage.writer import ShardWriter
+from softlabel.storage import reader
+from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.identity import (
+    Identity,
+    SelectionIdentity,
+    SequencesIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import inspect
+from softlabel.storage.writer import ShardWriter
 
 LENGTH = 1024
 """Tokens of a sequence."""
@@ -85,11 +91,11 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     import torch
     from transformers import AutoTokenizer
 
-    from pipeline.capturing import VOCABULARY_SAMPLE
-    from pipeline.config import SelectionConfig, TeacherConfig
-    from pipeline.demo import prepare_teacher
-    from pipeline.selection import Selection, position_seeds, select
-    from pipeline.teacher import TransformersTeacher
+    from softlabel.pipeline.capturing.capture import VOCABULARY_SAMPLE
+    from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
+    from softlabel.pipeline.examples.language_model import prepare_teacher
+    from softlabel.pipeline.selection.select import Selection, position_seeds, select
+    from softlabel.pipeline.teachers.teacher import TransformersTeacher
 
     folder = Path(".demo/teacher")
     prepare_teacher(folder)

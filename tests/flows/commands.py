@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli import run
+from softlabel.flows.cli import run
 
 
 def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:

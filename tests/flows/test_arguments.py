@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.arguments import read_file, resolve, settings
-from pipeline.config import CaptureConfig, EvaluateConfig, TrainConfig
-from pipeline.distill_config import DistillConfig
-from pipeline.table_config import VerifyConfig
-from storage.errors import UsageError
+from softlabel.flows.arguments import read_file, resolve, settings
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.tables import VerifyConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.storage.errors import UsageError
 
 NEEDED = {("documents",): "d", ("table",): "t", ("teacher", "model"): "m"}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flows.cli import run
+from softlabel.flows.cli import run
 
 VERBS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "inspect", "history")
 

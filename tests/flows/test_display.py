@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from flows.display import show_capture, show_distill
-from flows.distill import DistillReport
-from pipeline.capturing import CaptureReport
-from pipeline.class_evaluation import ClassEvaluation, ClassScore
-from pipeline.pruning import spread
-from pipeline.training import TrainReport
+from softlabel.flows.display import show_capture, show_distill
+from softlabel.flows.distill import DistillReport
+from softlabel.pipeline.capturing.capture import CaptureReport
+from softlabel.pipeline.evaluation.classifier import ClassEvaluation, ClassScore
+from softlabel.pipeline.models.pruning import spread
+from softlabel.pipeline.training.train import TrainReport
 
 
 def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):

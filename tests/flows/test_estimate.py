@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import run
-from flows.display import show_estimate
-from pipeline.estimating import Estimate, Seconds
+from softlabel.flows.cli import run
+from softlabel.flows.display import show_estimate
+from softlabel.pipeline.estimation.estimate import Estimate, Seconds
 
 pytestmark = pytest.mark.usefixtures("prefect")
 

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from prefect.settings import get_current_settings
 
-from flows.cli import run
+from softlabel.flows.cli import run
 from tests.conftest import ROOT
 from tests.flows.commands import softlabel
+from tests.pipeline.captured import make_table
 from tests.pipeline.hostile import hostile
-from tests.pipeline.tables import make_table
 
 FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
 

@@ -13,22 +13,23 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flows.arguments import resolve
-from flows.cli import run
-from flows.train import train_flow
-from pipeline.capturing import capture
-from pipeline.config import CaptureConfig, EvaluateConfig, TeacherConfig, TrainConfig
-from pipeline.distill_config import DistillConfig
-from pipeline.estimate_config import EstimateConfig
-from pipeline.settings import Settings
-from pipeline.student_config import StudentConfig
-from pipeline.table_config import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
-from pipeline.training import train
-from storage.errors import UsageError
+from softlabel.flows.arguments import resolve
+from softlabel.flows.cli import run
+from softlabel.flows.train import train_flow
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.config.base import Settings
+from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
+from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import UsageError
 from tests.conftest import ROOT
 from tests.flows.commands import softlabel
-from tests.pipeline.tables import make_table
-from tests.pipeline.test_capturing import settings, texts, write
+from tests.pipeline.captured import make_table
+from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.storage.test_location import HOLDING, SECRET
 
 TEACHER = {"model": "m"}
@@ -195,7 +196,7 @@ def test_a_student_at_home(home: Path, tiny_teacher: Path):
 
 
 def test_a_script_is_told_of_them_before_anything_starts(tmp_path: Path):
-    command = [sys.executable, "-m", "flows.cli", "maintain", HOLDING[0], "--json"]
+    command = [sys.executable, "-m", "softlabel.flows.cli", "maintain", HOLDING[0], "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows.cli import run
-from pipeline.capturing import capture
-from storage.table import Table
-from storage.verification import remove_damaged, verify
-from storage.versions import pins
+from softlabel.flows.cli import run
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.verification import remove_damaged, verify
+from softlabel.storage.versions import pins
 from tests.flows.commands import shown, softlabel
-from tests.pipeline.test_capturing import settings, texts, write
+from tests.pipeline.capturing.test_capture import settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
 

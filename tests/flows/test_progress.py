@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from flows import progress
-from flows.progress import Pace, describe, watching
-from pipeline.progress import Progress
+from softlabel.flows import progress
+from softlabel.flows.progress import Pace, describe, watching
+from softlabel.pipeline.progress import Progress
 
 
 def test_a_line_says_how_far_how_fast_and_how_long():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import run
-from pipeline.capturing import capture
-from tests.pipeline.test_capturing import settings, texts, write
+from softlabel.flows.cli import run
+from softlabel.pipeline.capturing.capture import capture
+from tests.pipeline.capturing.test_capture import settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
 

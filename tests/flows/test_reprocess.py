@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import run
-from storage.table import Table
-from storage.versions import pin
+from softlabel.flows.cli import run
+from softlabel.storage.table import Table
+from softlabel.storage.versions import pin
 from tests.flows.commands import softlabel
 from tests.storage.tables import add, identity, make_table, names_in
 

@@ -8,7 +8,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 
-from flows.maintain import maintain_flow
+from softlabel.flows.maintain import maintain_flow
 from tests.flows.servers import POSTGRES, postgresql, prefect_server, wait_until
 
 SCHEDULES = {

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import run
-from pipeline.capturing import capture
-from storage.errors import UsageError
-from storage.table import Table
-from storage.verification import remove_damaged, verify
-from storage.versions import tag, untag
+from softlabel.flows.cli import run
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.storage.errors import UsageError
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.verification import remove_damaged, verify
+from softlabel.storage.versions import tag, untag
 from tests.flows.commands import shown, softlabel
-from tests.pipeline.test_capturing import rows_of, settings, texts, write
+from tests.pipeline.capturing.test_capture import rows_of, settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.train import train_flow
+from softlabel.flows.train import train_flow
 from tests.conftest import ROOT
 from tests.flows.servers import wait_until
-from tests.pipeline.tables import make_table
+from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import scan_cpu, scan_torch, selection
-from pipeline.training import TrainReport, train
-from storage.table import Table
-from tests.pipeline.tables import make_table
+from softlabel.pipeline.selection import scan_cpu, scan_torch
+from softlabel.pipeline.selection import select as selection
+from softlabel.pipeline.training.train import TrainReport, train
+from softlabel.storage.table import Table
+from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import settings
 
 OLD, NEW = "a" * 40, "b" * 40

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.targets import SparseTargets
+from softlabel.pipeline.loss.targets import SparseTargets
 
 N, H, V, K = 6, 5, 19, 4
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from pipeline.processes import as_told, same_modules, speaker
-from storage.errors import SoftlabelError, TeacherError
+from softlabel.pipeline.processes import as_told, same_modules, speaker
+from softlabel.storage.errors import SoftlabelError, TeacherError
 
 
 class OfMyEngineError(TeacherError):

@@ -6,13 +6,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.batch import Batch
-from storage.codec import SoftLabels
-from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
-from storage.reader import read
-from storage.schema import SEQUENCE
-from storage.table import Table
-from storage.writer import ShardWriter
+from softlabel.pipeline.stream.batch import Batch
+from softlabel.storage.codec import SoftLabels
+from softlabel.storage.identity import (
+    Identity,
+    SelectionIdentity,
+    SequencesIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from softlabel.storage.reader import read
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
+from softlabel.storage.writer import ShardWriter
 
 VOCABULARY = 97
 TEMPERATURES = (1.0, 2.0)

@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.digests import DigestSet, as_digests, digests, side_by_side
+from softlabel.pipeline.digests import DigestSet, as_digests, digests, side_by_side
 
 FEW = st.lists(st.binary(min_size=16, max_size=16).map(lambda b: bytes(x % 3 for x in b[:2]) + bytes(14)), max_size=20)
 """Batches in which many are equal and nearly all bytes are zero."""

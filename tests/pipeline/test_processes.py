@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.processes import Child, ChildDiedError, listen
-from storage.errors import SoftlabelError, TeacherError, WorkerError
+from softlabel.pipeline.processes import Child, ChildDiedError, listen
+from softlabel.storage.errors import SoftlabelError, TeacherError, WorkerError
 from tests.conftest import ROOT
 
 SPEAKING = "tests.pipeline.speaking"

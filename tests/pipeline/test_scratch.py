@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.scratch import scratch
+from softlabel.pipeline.exclusive import scratch
 from tests.conftest import ROOT
 
 KILLED = """
 import os, signal
-from pipeline.scratch import scratch
+from softlabel.pipeline.exclusive import scratch
 
 with scratch() as folder:
     (folder / "plan").write_text("of a million documents")

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import TrainConfig
+from softlabel.pipeline.config.train import TrainConfig
 from tests.conftest import ROOT
 
 STREAM = {"row_tokens": 40, "batch_rows": 8, "micro_rows": 3}
@@ -19,8 +19,8 @@ CHILD = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from pipeline.config import TrainConfig
-from pipeline.training import train
+from softlabel.pipeline.config.capture import TrainConfig
+from softlabel.pipeline.training.train import train
 
 settings, die = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 if "saving" in die:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from storage.table import Table
+from softlabel.storage.table import Table
 from tests.storage.tables import add, identity, make_table
 
 settings.register_profile("storage", deadline=None, print_blob=True)

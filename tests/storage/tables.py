@@ -13,13 +13,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.codec import SoftLabels
-from storage.place import WRITING
-from storage.provenance import Identity, SelectionIdentity, SequencesIdentity, TeacherIdentity, TokenizerIdentity
-from storage.reader import read
-from storage.schema import SEQUENCE
-from storage.table import Table
-from storage.writer import Commit, ShardWriter
+from softlabel.storage.codec import SoftLabels
+from softlabel.storage.identity import (
+    Identity,
+    SelectionIdentity,
+    SequencesIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from softlabel.storage.places.place import WRITING
+from softlabel.storage.reader import read
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
+from softlabel.storage.writer import Commit, ShardWriter
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Real processes, that start in a moment because what they import is there already."""

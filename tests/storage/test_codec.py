@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from storage.codec import SoftLabels, decode, encode
-from storage.schema import SOFT_LABELS
-from storage.shard_file import parquet_options
+from softlabel.storage.codec import SoftLabels, decode, encode
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.shard_file import parquet_options
 from tests.storage.tables import log_mass, log_softmax, random_labels, soft_labels
 
 NAT = 1 / 64 + 1e-4

@@ -12,13 +12,12 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-import storage
-from pipeline.sequences import split_of
-from storage.codec import SoftLabels, decode, encode
-from storage.reader import read
-from storage.schema import SEQUENCE, SOFT_LABELS
-from storage.table import Table
-from storage.versions import tag
+from softlabel.pipeline.sequences.chunking import split_of
+from softlabel.storage.codec import SoftLabels, decode, encode
+from softlabel.storage.reader import read
+from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
+from softlabel.storage.table import Table
+from softlabel.storage.versions import tag
 from tests.storage.tables import add, identity, make_table
 
 PAGE = (Path(storage.__path__[0]) / "FORMAT.md").read_text(encoding="utf-8")

@@ -9,19 +9,19 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from storage.credentials import WITHOUT_CREDENTIALS, holds_credentials, masked
-from storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError
-from storage.inspection import last_capture
-from storage.location import located
-from storage.maintenance import maintain
-from storage.mixing import make_view
-from storage.opening import exists
-from storage.place import place_of
-from storage.seal import seal, unseal
-from storage.table import Table
-from storage.versions import pin, pins, tag, unpin
-from storage.view import open_table
-from storage.writer import ShardWriter
+from softlabel.storage.credentials import WITHOUT_CREDENTIALS, holds_credentials, masked
+from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError
+from softlabel.storage.location import located
+from softlabel.storage.opening import exists
+from softlabel.storage.places.open import place_of
+from softlabel.storage.sealed_json import seal, unseal
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import last_capture
+from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.versions import pin, pins, tag, unpin
+from softlabel.storage.views.mixing import make_view
+from softlabel.storage.views.view import open_table
+from softlabel.storage.writer import ShardWriter
 from tests import buckets
 from tests.storage.tables import add, identity, make_table, names_in, rows
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from storage import narrowing as module
-from storage.codec import SoftLabels, decode, encode
-from storage.narrowing import Narrowing, narrow
-from storage.provenance import SelectionIdentity
-from storage.schema import SOFT_LABELS
+from softlabel.storage import narrowing as module
+from softlabel.storage.codec import SoftLabels, decode, encode
+from softlabel.storage.identity import SelectionIdentity
+from softlabel.storage.narrowing import Narrowing, narrow
+from softlabel.storage.schema import SOFT_LABELS
 from tests.storage.tables import VOCABULARY, identity, soft_labels
 
 VOCAB = np.arange(VOCABULARY, dtype=np.int32)[::-1].copy()

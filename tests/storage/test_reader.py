@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from storage.errors import IntegrityError, TableError
-from storage.inspection import inspect
-from storage.reader import batches, open_shard, outline, read, soft_labels_by_key
-from storage.schema import SOFT_LABELS
-from storage.state import Shard
-from storage.table import Table
+from softlabel.storage.errors import IntegrityError, TableError
+from softlabel.storage.reader import batches, open_shard, outline, read, soft_labels_by_key
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import inspect
 from tests.storage.tables import add, rows
 
 SMALL = ["tokens", "positions"]

@@ -10,13 +10,13 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
-from storage.errors import IntegrityError, SoftlabelError
-from storage.log import read_log
-from storage.maintenance import maintain
-from storage.table import Table
-from storage.takedown import purges, refuse
-from storage.verification import verify
-from storage.versions import pin, pins, tag, tags
+from softlabel.storage.errors import IntegrityError, SoftlabelError
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import purges, refuse
+from softlabel.storage.upkeep.log import read_log
+from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.upkeep.verification import verify
+from softlabel.storage.versions import pin, pins, tag, tags
 from tests.storage.tables import add, names_in
 
 EVERYTHING = (

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
-from storage.maintenance import maintain
-from storage.provenance import Identity
-from storage.schema import SEQUENCE, SOFT_LABELS
-from storage.table import Table, parse
+from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
+from softlabel.storage.identity import Identity
+from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
+from softlabel.storage.table import Table, parse
+from softlabel.storage.upkeep.maintenance import maintain
 from tests.storage.tables import (
     CARRIED,
     PROCESSES,

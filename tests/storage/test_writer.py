@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-import storage.writer
-from storage.codec import decode
-from storage.errors import TableError
-from storage.place import content_hash
-from storage.reader import open_shard, outline, read
-from storage.state import Shard
-from storage.table import Table
-from storage.writer import ShardWriter
+import softlabel.storage.writer
+from softlabel.storage.codec import decode
+from softlabel.storage.errors import TableError
+from softlabel.storage.places.place import content_hash
+from softlabel.storage.reader import open_shard, outline, read
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.writer import ShardWriter
 from tests.storage.tables import add, leftovers, names_in, rows
 
 A = [f"a{i}" for i in range(40)]
@@ -155,7 +155,7 @@ def test_a_commit_that_could_not_read_is_tried_again(filled: Table, monkeypatch:
     with ShardWriter(filled) as writer:
         writer.append(*rows([*A[35:], "new"]))
         with monkeypatch.context() as patch:
-            patch.setattr(storage.writer, "outline", fail)
+            patch.setattr(softlabel.storage.writer, "outline", fail)
             with pytest.raises(TableError, match="as it was"):
                 writer.commit({})
         assert writer.commit({}).sequences == 1

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.codec import decode
-from storage.errors import TableError
-from storage.reader import read
-from storage.table import Table
+from softlabel.storage.codec import decode
+from softlabel.storage.errors import TableError
+from softlabel.storage.reader import read
+from softlabel.storage.table import Table
 from tests.storage.tables import PROCESSES, add, leftovers, names_in, process
 from tests.storage.test_writer import A, B, C
 

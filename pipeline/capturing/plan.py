@@ -1,0 +1,250 @@
+"""What a capture has to do: the sequences that the documents have and the table has not.
+
+Documents that the table holds whole are not tokenised again, and a sequence that it holds under any document is never
+sent to the teacher again. The plan lies in files, one for each shard to come, so that any process can capture any
+shard, and a plan over millions of documents takes little more memory than one over thousands.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
+from softlabel.pipeline.documents.documents import Batch, Documents
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.context_length import longest
+from softlabel.pipeline.progress import Progress, Watch, unwatched
+from softlabel.pipeline.selection.select import selection_of
+from softlabel.pipeline.sequences.chunking import to_sequences
+from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.whole_documents import MASK, WholeDocuments
+from softlabel.storage.errors import DocumentsError, UsageError
+from softlabel.storage.identity import Identity, SelectionIdentity, SequencesIdentity
+from softlabel.storage.places.open import place_of
+from softlabel.storage.reader import outline
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import refusal
+from softlabel.storage.versions import parse
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is pending, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
+
+    shards: tuple[Path, ...]
+    """Sequences that the teacher has not seen, a file for each shard; no key is in them twice."""
+    copies: tuple[Path, ...]
+    """Sequences that another document has too; their soft labels are copied once the shards are there."""
+    sequences: int
+    """In ``shards``."""
+    positions: int
+    """Captured positions of ``shards``."""
+    documents: int
+    """Usable documents that were found."""
+    unchanged: int
+    """Those among them that the table holds whole."""
+    taken_down: int
+    """Documents that are left out: the table's refuse list has them."""
+    rejects: int
+    """Documents that can't be used."""
+    truncated: int
+    """Documents that were cut short to what a classifier reads; a language model's are never."""
+    rejects_file: str | None
+    """JSON lines with the id and the reason of each, in the table's folder; None without rejects."""
+
+
+def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
+    """Find out what a capture has to do, and write that into files. No row of the table is touched.
+
+    Args:
+        config: of the capture.
+        folder: where the plan's files go.
+        watch: told of each batch of documents.
+
+    Raises:
+        DocumentsError: if there is no usable document, with their rejects file; or with ``strict`` at the first that
+            is not usable.
+        ProvenanceError: if the table that is there was made otherwise.
+        TeacherError: if there is no such teacher.
+        UsageError: if the table is named with a version, or the teacher has no positions for sequences that long.
+    """
+    table, version = parse(config.table)
+    if version is not None:
+        raise UsageError(
+            "rows can only be added to the newest version of a table",
+            expected=f"a folder: {table}",
+            found=config.table,
+            do="leave the version or tag out",
+        )
+    documents = Documents(config.documents, config.columns)
+    checkpoint = Checkpoint.find(config.teacher)
+    tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
+    whole = None if checkpoint.classes is None else whole_documents(config, checkpoint)
+    identity = identify(config, checkpoint, tokeniser)
+    known = Known(config, identity, documents.carried)
+    schema = pa.schema([*SEQUENCE, *documents.carried])
+    pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
+    copies = PlanFiles(folder / "copies", schema, config.shards.positions, identity)
+    rejects = Rejects(folder / "rejects.jsonl")
+    found = unchanged = 0
+    for batch in known.welcome(documents):
+        changed = known.changed(batch.documents)
+        if whole is None:
+            sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
+        else:
+            sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
+        rejects.add(batch.in_order([*batch.rejects, *refused]))
+        if config.strict and rejects.count:
+            raise _unusable("a document can't be used, and strict asks to stop there", rejects.first, config)
+        fates = known.fates(sequences)
+        pending.add(sequences.filter(pc.equal(fates, "pending")))
+        copies.add(sequences.filter(pc.equal(fates, "copy")))
+        found += batch.documents.num_rows - len(refused)
+        unchanged += batch.documents.num_rows - changed.num_rows
+        watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
+    if not found:
+        listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
+        taken_down = [f"{known.taken_down} that were taken down"] if known.taken_down else []
+        raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
+    return Plan(
+        shards=pending.close(),
+        copies=copies.close(),
+        sequences=pending.sequences,
+        positions=pending.positions,
+        documents=found,
+        unchanged=unchanged,
+        taken_down=known.taken_down,
+        rejects=rejects.count,
+        truncated=0 if whole is None else whole.truncated,
+        rejects_file=rejects.publish(place_of(config.table)),
+    )
+
+
+def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Identity:
+    """All that the numbers of this capture depend on.
+
+    Raises:
+        UsageError: if the teacher has no positions for sequences that long, or can't be asked so.
+    """
+    classes = checkpoint.classes
+    selection = asdict(selection_of(config.selection, classes))
+    return Identity(
+        teacher=checkpoint.identity,
+        tokenizer=tokeniser.identity,
+        vocabulary=checkpoint.vocabulary,
+        padded_vocabulary=checkpoint.padded_vocabulary,
+        classes=classes,
+        temperatures=selection.pop("temperatures"),
+        selection=SelectionIdentity(**selection),
+        sequences=SequencesIdentity(
+            max_tokens=longest(checkpoint, config.sequences),
+            context=config.sequences.context if classes is None else 0,
+            mask=tokeniser.mask if classes is None else MASK,
+            special_tokens=config.sequences.special_tokens,
+            eval_fraction=config.shards.eval_fraction,
+        ),
+    )
+
+
+def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
+    """What makes sequences of the documents for a classifier.
+
+    Raises:
+        UsageError: if the documents are no plain text, or their labels are to be the teacher and are not there.
+    """
+    if config.columns.content != "text":
+        raise UsageError(
+            "a classifier reads plain text",
+            expected="columns.text",
+            found=", ".join(f"columns.{setting}: {name}" for setting, name in config.columns.contents.items()),
+            where=checkpoint.folder,
+            do="put the whole text of each document into one column",
+        )
+    if checkpoint.labels and config.columns.label is None:
+        raise UsageError(
+            "the documents' labels are to be the teacher, and no column holds them",
+            expected="columns.label, beside teacher.labels",
+            found=f"teacher.labels: {' '.join(checkpoint.labels)}",
+            do="say with columns.label which column holds the labels",
+        )
+    return WholeDocuments(checkpoint, config.sequences)
+
+
+class Known:
+    """What the table holds, and what this plan has seen: enough to tell the fate of each sequence.
+
+    About a hundred bytes a row of the table, whatever is in it.
+    """
+
+    def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
+        self._table = config.table
+        self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
+        self.taken_down = 0
+        """Documents that ``welcome`` has left out."""
+        self._copies = identity.classes is None  # a document's label is part of what a classifier's row says
+        if not Table.exists(config.table):
+            return
+        table = Table.open(config.table)
+        table.identity.require(identity, config.table)
+        table.require_carried(carried)
+        columns = ["document_id", "chunk", "key", "fingerprint", "chunks"]
+        parts = [_compact(rows) for shard in table.shards() for rows in outline(table, shard, columns)]
+        if parts:
+            names, chunk, keys, contents, chunks = (np.concatenate(column) for column in zip(*parts, strict=True))
+            self._rows.add(side_by_side(names, chunk, keys))
+            self._keys.add(keys)
+            # A run that was killed may have left some chunks of a document in shards that were never committed.
+            versions = side_by_side(names, contents)
+            _, each = np.unique(side_by_side(versions, chunk), return_index=True)
+            found, first, present = np.unique(versions[each], return_index=True, return_counts=True)
+            self._whole.add(found[present == chunks[each[first]]])
+
+    def welcome(self, documents: Documents) -> Iterator[Batch]:
+        """The documents, but those that were taken down: the refuse list names them by hashes, and nothing else may."""
+        self.taken_down = 0
+        is_refused = refusal(self._table)
+        for batch in documents.batches():
+            names = batch.documents.column("document_id").to_pylist()
+            taken_down = np.array([is_refused(name) for name in names], bool)
+            self.taken_down += int(taken_down.sum())
+            yield batch._replace(documents=batch.documents.filter(pa.array(~taken_down)))
+
+    def changed(self, documents: pa.Table) -> pa.Table:
+        """The documents that the table does not hold whole, as they are now."""
+        versions = side_by_side(_names(documents), as_digests(documents.column("fingerprint")))
+        return documents.filter(pa.array(~self._whole.has(versions)))
+
+    def fates(self, sequences: pa.Table) -> pa.Array:
+        """For each sequence: "present", "copy" (its key is known) or "pending"."""
+        names, chunk, keys, *_ = _compact(sequences)
+        present, new = self._rows.has(side_by_side(names, chunk, keys)), self._keys.add(keys)
+        pending = new | (not self._copies)
+        return pa.array(np.where(present, "present", np.where(pending, "pending", "copy")), pa.string())
+
+
+def _compact(rows: pa.Table) -> tuple[Digests, NDArray[np.int32], Digests, Digests, NDArray[np.int32]]:
+    """Document, chunk, key, fingerprint and number of chunks of each row."""
+    chunk, chunks = (rows.column(name).to_numpy() for name in ("chunk", "chunks"))
+    return _names(rows), chunk, as_digests(rows.column("key")), as_digests(rows.column("fingerprint")), chunks
+
+
+def _names(rows: pa.Table) -> Digests:
+    return digests(rows.column("document_id").to_pylist())
+
+
+def _unusable(summary: str, found: str, config: CaptureConfig) -> DocumentsError:
+    return DocumentsError(
+        summary,
+        expected="documents with an id and a text of at least one token to predict",
+        found=found,
+        where=config.documents,
+        do="mend the documents, or say with columns.* which columns hold what",
+    )

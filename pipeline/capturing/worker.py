@@ -1,0 +1,50 @@
+"""One worker of a capture: a process that is given shards one by one, and keeps the teacher loaded between them.
+
+``python -m softlabel.pipeline.capturing.worker THREADS`` reads requests and writes answers, a line of JSON each; ``pipeline.capturing.workers`` is at
+the other end. It ends when its standard input does, so it never outlives the process that started it.
+"""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+
+from softlabel.pipeline.capturing.capture import capture_shard
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.models.files import remember
+from softlabel.pipeline.processes import as_told, speaker
+from softlabel.storage.errors import SoftlabelError
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    answer = speaker()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, so that half a shard is thrown away
+    watch = partial(answer, "progress")
+    requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
+    Thread(target=_listen, args=(requests,), daemon=True).start()
+    torch.set_num_threads(int(sys.argv[1]))
+    while True:
+        settings, path, hashes = requests.get()
+        remember(hashes)  # of the teacher's files, which take minutes to read
+        try:
+            answer("commit", capture_shard(CaptureConfig.model_validate(settings), Path(path), watch))
+        except SoftlabelError as error:
+            answer("error", as_told(error))
+
+
+def _listen(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(1)  # also in the middle of a shard: nobody is there to hear of it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Columns of documents that the table keeps beside the soft labels, each value as it was or not at all."""
+
+import datetime
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+_MISFIT = (pa.ArrowException, OverflowError, UnicodeError)
+
+
+def carried_field(field: pa.Field) -> pa.Field:
+    """The column as a table keeps it: as one of the few types of ``storage.schema.row_schema``, if that loses nothing.
+
+    uint64 stays what it is, and so is refused there: its upper half is no int64.
+    """
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
+        kind = pa.string()
+    elif pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
+        kind = pa.int64()
+    elif pa.types.is_floating(kind):
+        kind = pa.float64()
+    return pa.field(field.name, kind)
+
+
+def carried(values: Sequence[Any], kind: pa.DataType) -> tuple[pa.Array, set[int]]:
+    """Values as a column of this type, and the numbers of those that it can't hold as they are, which are null there.
+
+    The type is that of the column's first values or first file; later ones may be of another, and Arrow cuts a
+    fraction or the time of a day off without a word.
+    """
+    try:
+        kept = pa.array(values, kind).to_pylist()
+    except _MISFIT:
+        kept = [_kept(value, kind) for value in values]
+    misfits = {i for i, pair in enumerate(zip(values, kept, strict=True)) if not _are_same(*pair)}
+    return pa.array([None if i in misfits else value for i, value in enumerate(kept)], kind), misfits
+
+
+def _kept(value: Any, kind: pa.DataType) -> Any:
+    try:
+        return pa.scalar(value, kind).as_py()
+    except _MISFIT:
+        return None
+
+
+def _are_same(value: Any, kept: Any) -> bool:
+    if isinstance(value, bytes):  # a string of Parquet; one that is broken was not kept
+        return kept is not None and value == kept.encode()
+    if isinstance(value, bool | datetime.date) and type(value) is not type(kept):
+        return False  # True equals 1
+    return bool(value == kept) or (value != value and kept != kept)  # NaN equals nothing
+
+
+_DEEPEST = 100
+"""Lists and objects within each other that a chat may have; what reads them calls itself at each level."""
+_TOO_DEEP = f"the chat has more than {_DEEPEST} lists and objects within each other"
+
+
+class UnfitError(Exception):
+    """Why a document can't be used."""
+
+
+def encoded(text: str, what: str) -> bytes:
+    """The text as UTF-8; JSON can spell half a surrogate pair, which is none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise UnfitError(f"the {what} is broken UTF-8") from None
+
+
+def _string(value: Any, what: str) -> str:
+    if value is None:
+        raise UnfitError(f"the {what} is null")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise UnfitError(f"the {what} is broken UTF-8 at byte {error.start}") from None
+    if not isinstance(value, str):
+        raise UnfitError(f"the {what} is no string but {type(value).__name__}")
+    return value
+
+
+def id_of(value: Any) -> str:
+    """A document's id: a string, or an integer as one."""
+    text = str(value) if type(value) is int else _string(value, "id")
+    if not text:
+        raise UnfitError("the id is empty")
+    encoded(text, "id")
+    return text
+
+
+def _text(value: Any) -> str:
+    text = _string(value, "text")
+    if not text.strip():
+        raise UnfitError("the text is empty")
+    return text
+
+
+def label_of(value: Any) -> str | None:
+    """A document's label, if it has one: a string, or an integer or truth value as one."""
+    if value is None or type(value) in (int, bool):
+        return None if value is None else str(value)
+    return _string(value, "label")
+
+
+def _chat(value: Any) -> str:
+    """Messages, as JSON."""
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UnfitError("the chat is a string that is no JSON") from None
+        except RecursionError:
+            raise UnfitError(_TOO_DEEP) from None
+    return _json(_messages(value, "chat"))
+
+
+def _completion(prompt: Any, completion: Any) -> str:
+    """A prompt, which may be empty, and what follows it, as JSON: two texts, or the messages of one chat."""
+    parts = {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _json({what: _messages(value, what) for what, value in parts.items()})
+    for what, value in parts.items():
+        parts[what] = _string(value, what)
+    if not parts["completion"].strip():
+        raise UnfitError("the completion is empty")
+    return _json(parts)
+
+
+CONTENTS: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "completion": _completion}
+"""What makes the content of a document of the values of its columns."""
+
+
+def _json(value: Any) -> str:
+    level, depth = [value], 0
+    while level := [item for part in level for item in _items(part)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise UnfitError(_TOO_DEEP)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # a struct of Parquet may hold a date, or bytes
+        raise UnfitError(f"a message holds what is no JSON: {error}") from None
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _messages(value: Any, what: str) -> list[dict[str, Any]]:
+    """Messages with a role and a content each; keys that are null are left out: Parquet fills structs so."""
+    if value is None or not isinstance(value, list):
+        raise UnfitError(f"the {what} is no list of messages but {'null' if value is None else type(value).__name__}")
+    if not value:
+        raise UnfitError(f"the {what} has no message")
+    return [_message(i, message) for i, message in enumerate(value)]
+
+
+def _message(i: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UnfitError(f"message {i} is no object")
+    message = {key: field for key, field in value.items() if field is not None}
+    if not isinstance(message.get("role"), str):
+        raise UnfitError(f"message {i} has no role")
+    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        raise UnfitError(f"message {i} has no text as content")
+    return message

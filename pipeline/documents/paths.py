@@ -1,0 +1,140 @@
+"""Which files of documents a path means, on a disk of this machine or in a bucket of S3; readers see both alike.
+
+A bucket is reached and configured as a table's is, see ``storage.places.bucket``.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from softlabel.storage.errors import DocumentsError, TableError, UsageError
+from softlabel.storage.location import located
+
+
+class File(NamedTuple):
+    """A file that may hold documents."""
+
+    name: str
+    """Below the folder or the fixed part of the glob, with slashes."""
+    address: str
+    """Path or URL."""
+    open: Callable[[], pa.NativeFile]
+    """Begins to read its bytes, here and there or from first to last."""
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Like ``Path.suffixes``, in lower case."""
+        return PurePosixPath(self.name.lower()).suffixes
+
+
+class Found(NamedTuple):
+    """The files that a path means, sorted by name."""
+
+    files: list[File]
+    is_folder: bool
+    """Whether they were not asked for by name or glob; then hidden files (. and _) are left out."""
+
+
+def find_files(path: str) -> Found:
+    """The files that a path means: a file, a folder or a glob, or s3://BUCKET/ and any of these.
+
+    Raises:
+        UsageError: if there is nothing there, or the path holds credentials.
+        DocumentsError: if the bucket can't be read.
+    """
+    path = located(path)
+    scheme, is_url, rest = path.partition("://")
+    if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
+        raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)
+    with in_bucket():
+        found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
+    if not found.files and not found.is_folder:
+        raise UsageError(
+            "there are no documents at this path",
+            expected="a file, a folder or a glob",
+            found="nothing there",
+            where=path,
+            do="check the path; put a glob in quotes",
+        )
+    files = [file for file in found.files if not found.is_folder or _is_visible(file.name)]
+    return found._replace(files=sorted(files, key=lambda file: file.name.split("/")))
+
+
+@contextmanager
+def in_bucket() -> Iterator[None]:
+    """What is wrong with a bucket, said of documents.
+
+    Raises:
+        DocumentsError: if it can't be read.
+    """
+    try:
+        yield
+    except TableError as error:
+        raise DocumentsError(str(error)) from None
+
+
+def _on_disk(path: str) -> Found:
+    root = Path(path)
+    if is_folder := root.is_dir():
+        paths = list(root.rglob("*"))
+    elif root.is_file():
+        root, paths = root.parent, [root]
+    else:
+        root = Path(*_fixed(root.parts))
+        pattern = Path(path).relative_to(root).as_posix()
+        paths = list(root.glob(pattern)) if pattern != "." else []
+    found = [path for path in paths if path.is_file()]
+    # A path as bytes: a file's name may be no UTF-8.
+    files = [File(p.relative_to(root).as_posix(), str(p), partial(pa.OSFile, os.fsencode(p))) for p in found]
+    return Found(files, is_folder)
+
+
+def _in_bucket(name: str, key: str) -> Found:
+    from softlabel.storage.places.bucket import Bucket  # its library loads only where there is a bucket
+
+    bucket, key = Bucket(f"s3://{name}"), key.strip("/")
+
+    def file(key: str, name: str) -> File:
+        return File(name, bucket.where(key), lambda: pa.PythonFile(bucket.open(key)[0], "r"))
+
+    def below(root: str) -> list[File]:
+        lead = f"{root}/" if root else ""
+        # A folder may be an object, too.
+        return [file(o.name, o.name.removeprefix(lead)) for o in bucket.files(root) if o.name != root]
+
+    with suppress(FileNotFoundError):
+        if key:
+            bucket.stat(key)
+            return Found([file(key, PurePosixPath(key).name)], is_folder=False)
+    if folder := below(key):
+        return Found(folder, is_folder=True)
+    parts = PurePosixPath(key).parts
+    root = _fixed(parts)
+    pattern = parts[len(root) :]
+    files = [file for file in below("/".join(root)) if _matches(tuple(file.name.split("/")), pattern)]
+    return Found(files if pattern else [], is_folder=False)
+
+
+def _fixed(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of a path before the first that is a pattern."""
+    return tuple(takewhile(lambda part: not set(part) & set("*?["), parts))
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """What ``Path.glob`` finds."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith((".", "_")) for part in name.split("/"))

@@ -1,0 +1,223 @@
+"""A sample of the sequences that a capture would run its teacher over, each with how many it stands for.
+
+All documents are read, which is cheap, and a few of them tokenised, which is not. Each byte of the text has the same
+chance to be looked at, wherever it stands and however long its document is: of long texts only pieces are taken. Texts
+that another document has too are known from their fingerprints, and sampled apart: they are copied, not captured.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from softlabel.pipeline.capturing.plan import Known
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.documents.documents import Documents
+from softlabel.pipeline.progress import Progress, Watch
+from softlabel.storage.errors import DocumentsError
+from softlabel.storage.identity import Identity
+
+_PIECE = 12
+"""Characters of a piece of a long text, for each token of a sequence: enough for one that is as long as can be."""
+
+Sequencer = Callable[[pa.Table], pa.Table]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Sequences that stand for more."""
+
+    rows: pa.Table
+    """R rows of ``storage.schema.SEQUENCE`` and the carried columns."""
+    weights: NDArray[np.float64]
+    """(R,) how many each stands for."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """(R,) of each sequence."""
+        tokens: NDArray[np.int64] = self.rows.column("tokens").to_numpy().astype(np.int64)
+        return tokens
+
+    def total(self, column: str | None = None) -> int:
+        """How many sequences these stand for, or what a column of theirs sums up to."""
+        values = self.rows.column(column).to_numpy() if column else np.ones_like(self.weights)
+        return round(float(self.weights @ values))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sequences that stand for all that the table lacks."""
+
+    documents: int
+    """Documents that were found and are no obvious rejects ..."""
+    pending: int
+    """... those of them that the table does not hold whole ..."""
+    rejects: int
+    """... and the others."""
+    sequences: Weighted
+    """For the teacher ..."""
+    copies: Weighted
+    """... and those whose soft labels the table then has under another document."""
+    share: float
+    """Of the pending text, that was tokenised."""
+    seconds: float
+    """That a plan takes: reading all documents, and tokenising those that are pending."""
+
+
+def draw_sample(
+    config: CaptureConfig, documents: Documents, cut: Sequencer, identity: Identity, budget: float, watch: Watch
+) -> Sample:
+    """Read all documents, twice, and tokenise some of them.
+
+    Args:
+        config: of the capture.
+        documents: its documents.
+        cut: makes sequences of some documents.
+        identity: of its table.
+        budget: bytes of text to tokenise, about.
+        watch: told of each batch of documents.
+
+    Raises:
+        DocumentsError: if there is no usable document.
+        ProvenanceError: if the table that is there was made otherwise.
+    """
+    started = time.perf_counter()
+    known = Known(config, identity, documents.carried)
+    found = rejects = 0
+    sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for batch in known.welcome(documents):
+        changed = known.changed(batch.documents)
+        found += batch.documents.num_rows
+        rejects += len(batch.rejects)
+        sizes.append(pc.binary_length(changed.column("content")).to_numpy().astype(np.int64))
+        names = b"".join(value[:8] for value in changed.column("fingerprint").to_pylist())
+        fingerprints.append(np.frombuffer(names, np.uint64))
+        watch(Progress("read", found, None, "documents"))
+    if not found:
+        raise DocumentsError("no document can be used", found=f"{rejects} that can't", where=config.documents)
+    read, size = time.perf_counter() - started, np.concatenate(sizes)
+    repeated = np.zeros(len(size), np.bool_)
+    if identity.classes is None:  # a classifier is asked about every document, whatever the others say
+        repeated[:] = True
+        repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
+    is_text = config.columns.content == "text" and identity.classes is None
+    piece = _PIECE * config.sequences.max_tokens if is_text else int(size.max(initial=1))
+    first, again = (_choose(np.where(part, size, 0), piece, budget) for part in (~repeated, repeated))
+    choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
+    pieces, origins = _read_pieces(known, documents, choice, piece)
+    started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
+    sequences = cut(pieces)
+    numbers, weights = _weights(sequences, origins, config)
+    fates = known.fates(sequences).to_numpy(zero_copy_only=False)
+    counted, is_copy = (fates != "present") & (weights > 0), (fates == "copy") | repeated[numbers]
+    asked, copies = (
+        Weighted(sequences.filter(pa.array(part)), weights[part]) for part in (counted & ~is_copy, counted & is_copy)
+    )
+    return Sample(
+        documents=found,
+        pending=len(size),
+        rejects=rejects,
+        sequences=asked,
+        copies=copies,
+        share=min(1.0, sampled / max(int(size.sum()), 1)),
+        seconds=read + (time.perf_counter() - started) * int(size.sum()) / max(sampled, 1),
+    )
+
+
+class _Origin(NamedTuple):
+    """Where a piece is from."""
+
+    document: int
+    """Number of its document."""
+    stands_for: float
+    """How many of itself it stands for."""
+    is_part: bool
+    """Of a text; otherwise the whole."""
+
+
+class _Choice(NamedTuple):
+    """What is looked at, document by document."""
+
+    pieces: NDArray[np.int64]
+    """How many; 0 of most."""
+    bytes: NDArray[np.floating]
+    """For how many bytes of the whole text they stand."""
+
+
+def _choose(sizes: NDArray[np.int64], piece: int, budget: float) -> _Choice:
+    """Pieces at equal distances along the text, its documents laid out by size, so that every size has its share."""
+    total = int(sizes.sum())
+    if total <= budget:
+        return _Choice(-(-sizes // piece), sizes.astype(np.float64))
+    typical = (sizes * np.minimum(sizes, piece)).sum(dtype=np.float64) / total  # size of a piece around a random byte
+    points = max(1, int(budget / typical))
+    order = np.argsort(sizes, kind="stable")
+    places = (np.arange(points) + 0.5) * (total / points)
+    hits = np.zeros_like(sizes)
+    hits[order] = np.bincount(np.searchsorted(np.cumsum(sizes[order]), places, side="right"), minlength=len(sizes))
+    return _Choice(hits, hits * (total / points))
+
+
+def _read_pieces(
+    known: Known, documents: Documents, choice: _Choice, piece: int
+) -> tuple[pa.Table, dict[bytes, _Origin]]:
+    """The pieces, as documents, each with a fingerprint of its own; and by that, where each is from."""
+    tables: list[pa.Table] = []
+    origins: dict[bytes, _Origin] = {}
+    start = 0
+    for batch in known.welcome(documents):
+        changed = known.changed(batch.documents)
+        wanted = np.flatnonzero(choice.pieces[start : start + len(changed)])
+        rows = changed.take(pa.array(wanted))
+        parts: list[tuple[int, str, bytes]] = []
+        for row, (number, content) in enumerate(zip(start + wanted, rows.column("content").to_pylist(), strict=True)):
+            cut = _cut(content, int(choice.pieces[number]), piece)
+            for i, text in enumerate(cut):
+                name = blake2b(b"%d %d" % (number, i), digest_size=16).digest()
+                count = choice.bytes[number] / len(cut) / len(text.encode())
+                origins[name] = _Origin(int(number), count, len(text) < len(content))
+                parts.append((row, text, name))
+        start += len(changed)
+        sources, contents, names = zip(*parts, strict=True) if parts else ((), (), ())
+        rows = rows.take(pa.array(sources, pa.int64()))
+        tables.append(_with(_with(rows, "content", contents), "fingerprint", names))
+    return pa.concat_tables(tables), origins
+
+
+def _weights(
+    sequences: pa.Table, origins: dict[bytes, _Origin], config: CaptureConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(R,) number of each sequence's document, and (R,) how many sequences each stands for.
+
+    Where a text was cut, its last sequence is shorter than any in the text is: it counts for nothing, and the others
+    stand for it too.
+    """
+    if not len(sequences):
+        return np.zeros(0, np.int64), np.zeros(0)
+    names, which = np.unique(np.array(sequences.column("fingerprint").to_pylist(), "V16"), return_inverse=True)
+    numbers, counts, parts = map(np.array, zip(*(origins[name.tobytes()] for name in names), strict=True))
+    tokens = sequences.column("tokens").to_numpy().astype(np.float64)
+    whole = tokens == config.sequences.max_tokens
+    kept = whole | ~(parts & (np.bincount(which, whole) > 0))[which]
+    share = np.bincount(which, tokens * kept) / np.bincount(which, tokens)
+    return numbers[which], (counts / share)[which] * kept
+
+
+def _cut(text: str, pieces: int, size: int) -> list[str]:
+    """So many pieces at equal distances, or the whole if they would cover it."""
+    if pieces * size >= len(text):
+        return [text]
+    starts = ((2 * i + 1) * (len(text) - size) // (2 * pieces) for i in range(pieces))
+    return [text[start : start + size] for start in starts]
+
+
+def _with(rows: pa.Table, name: str, values: Sequence[object]) -> pa.Table:
+    """The rows with other values in one column."""
+    field = rows.schema.field(name)
+    return rows.set_column(rows.schema.get_field_index(name), field, pa.array(values, field.type))

@@ -1,0 +1,99 @@
+"""The report of an evaluation of classifiers: one HTML page that needs nothing else, and the same content as JSON.
+
+The page is ``pipeline.evaluation.report``'s with other numbers in it. Measures nothing and reads neither table nor model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softlabel.pipeline.evaluation import charts
+from softlabel.pipeline.evaluation.charts import Bar
+from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics
+from softlabel.pipeline.evaluation.metrics import Estimate
+from softlabel.pipeline.evaluation.report import ColumnBytes, TrainedStudent, histories, render
+
+SCORES = ("accuracy", "precision", "recall", "f1")
+"""What classifiers are compared by; the last three are means over the labels."""
+DRAWN_LABELS = 30
+"""A confusion matrix of more labels is a table in the JSON, and no picture."""
+
+
+@dataclass(frozen=True)
+class ClassTeacher:
+    """The teacher's own numbers on the same documents, as the table stores them, over the students' labels."""
+
+    name: str
+    parameters: int | None
+    metrics: ClassMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassStudent(TrainedStudent):
+    """One student's numbers."""
+
+    metrics: ClassMetrics
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """Everything that the page shows."""
+
+    table: str
+    version: int
+    created: str
+    """Time of the evaluation, ISO 8601, UTC."""
+    documents: int
+    """Evaluated."""
+    left_out: int
+    """Documents of the eval split that also occur in the train split, and were not evaluated."""
+    labels: tuple[str, ...]
+    """The students'."""
+    unmapped: Estimate
+    """Mass of the teacher's distribution on classes that no label of the students' stands for, mean over documents."""
+    teacher: ClassTeacher
+    students: tuple[ClassStudent, ...]
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+def to_html(report: ClassReport) -> str:
+    """The report as one page without any reference to another file or address."""
+    return render("class_report.html.j2", report, verdict(report.students), _drawings(report))
+
+
+def _drawings(report: ClassReport) -> dict[str, str]:
+    """Each chart's SVG by name, left out where there is nothing to draw."""
+    drawings, students = {}, report.students
+    for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):
+        if curves := histories(students, quantity):
+            drawings[quantity] = charts.by_step(curves, label)
+    if losses := histories(students, "loss"):
+        drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
+    models: list[ClassTeacher | ClassStudent] = [report.teacher, *students]
+    bars = [
+        Bar(index, model.name, [getattr(model.metrics.quality, score) for score in SCORES])
+        for index, model in enumerate(models, start=-1)
+        if model.metrics.quality is not None
+    ]
+    if bars:
+        drawings["scores"] = charts.by_score(bars, ["accuracy", "precision", "recall", "F1"])
+    if len(report.labels) <= DRAWN_LABELS:
+        for index, student in enumerate(students):
+            if student.metrics.quality is not None:
+                confusion = student.metrics.quality.confusion
+                drawings[f"confusion-{index}"] = charts.confusion(index, confusion, report.labels, student.name)
+    return drawings
+
+
+def verdict(students: Sequence[ClassStudent]) -> str | None:
+    """Who is right most often, if these documents can tell; None for a single student, or without labels."""
+    scored = [(s.metrics.quality.accuracy, s.name) for s in students if s.metrics.quality is not None]
+    if len(scored) < 2:
+        return None
+    (best, name), (second, other) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
+    if not best.tells_from(second):
+        return f"So few documents don't tell {name} ({best.mean:.1%} right) and {other} ({second.mean:.1%}) apart."
+    return f"{name} is right most often: {best.mean:.1%} of the documents, {other} {second.mean:.1%}."

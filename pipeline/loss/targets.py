@@ -1,0 +1,233 @@
+"""What the loss compares a student with: the table's integers, decoded on the device that trains.
+
+``CompactTargets`` are the soft-label columns as they are stored, small enough to travel; ``decode`` turns them into
+``SparseTargets``, a few ids and log-probabilities a position, without a loop over positions. It decides which target
+a loss is measured against and refuses one that the table can't give. It reads no files and knows no student.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from softlabel.pipeline.config.train import LossConfig
+from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT, ZERO_CODE
+from softlabel.storage.errors import UsageError
+
+Target = Literal["bucket", "sampled", "renormalised", "zero_tail"]
+
+
+@dataclass(frozen=True)
+class CompactTargets:
+    """Soft labels of N positions, flat, as a shard stores them (``storage.schema``, FORMAT.md)."""
+
+    head_counts: Tensor
+    """(N,) int16: ids that are kept exactly."""
+    head_ids: Tensor
+    """(sum of head_counts,) int32: ranks in the table's vocabulary."""
+    head_codes: Tensor
+    """(sum of head_counts,) int16: log-probabilities as gaps of 1/64 nat."""
+    tail_counts: Tensor
+    """(N,) int16: distinct ids that were drawn from outside the head."""
+    tail_ids: Tensor
+    """(sum of tail_counts,) int32: ranks in the table's vocabulary."""
+    tail_draws: Tensor
+    """(sum of tail_counts,) int16: how often each was drawn."""
+    tail_codes: Tensor
+    """(sum of tail_counts,) int16: log-probabilities as gaps of 1/64 nat."""
+    tail_log_masses: Tensor
+    """(T, N) float32: log of the mass outside the head at each of the table's temperatures."""
+    entropies: Tensor
+    """(N,) int16: entropy of the whole distribution in 1/256 nat."""
+    next_logprobs: Tensor
+    """(N,) float32: the teacher's log-probability of the token that follows, in nats."""
+
+    @property
+    def positions(self) -> int:
+        """N."""
+        return self.head_counts.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, from which a GPU can fetch while it computes."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A target distribution at each of N positions: at most K ids, and one bucket for all others."""
+
+    ids: Tensor
+    """(N, K) int64: token ids, no id twice; 0 where a position has fewer than K."""
+    logprobs: Tensor
+    """(N, K) float: log of each id's target probability, in nats; -inf where a position has fewer than K ids."""
+    log_rest: Tensor
+    """(N,) float: log of the bucket's target probability; -inf where nothing is said of the other ids."""
+    entropies: Tensor
+    """(N,) float: exact entropy of the teacher's whole distribution at temperature 1, in nats."""
+    target: Target
+    """Which of the target forms this is."""
+
+    def __getitem__(self, positions: slice) -> Self:
+        """Some of the positions."""
+        return type(self)(
+            self.ids[positions],
+            self.logprobs[positions],
+            self.log_rest[positions],
+            self.entropies[positions],
+            self.target,
+        )
+
+
+def dropping(max_k: int | None, head: int) -> int | None:
+    """``max_k``, if it drops any id of a head that has at most so many."""
+    return max_k if max_k is not None and max_k < head else None
+
+
+def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool, max_k: int | None = None) -> Target:
+    """The target form that a loss is measured against, so that a wrong request fails before anything runs.
+
+    Args:
+        loss: divergence, target and temperature.
+        temperatures: those that the table stores.
+        draws: whether the table has a sampled tail.
+        max_k: use only so many of the head's ids, fewer than there are.
+
+    Raises:
+        UsageError: if the table or the divergence does not allow it.
+    """
+    if loss.temperature not in temperatures:
+        raise UsageError(
+            f"the table stores no tail mass for temperature {loss.temperature:g}",
+            expected=f"loss.temperature: one of {', '.join(f'{t:g}' for t in temperatures)}",
+            found=f"loss.temperature: {loss.temperature:g}",
+            do="take one of these, or capture again with it among selection.temperatures",
+        )
+    reasons = {
+        f"loss.divergence {loss.divergence} (the draws are unbiased for forward_kl alone)": loss.divergence
+        != "forward_kl",
+        f"loss.temperature {loss.temperature:g} (the draws are of temperature 1)": loss.temperature != 1,
+        f"stream.max_k {max_k} (no draw stands for the head ids that it drops)": max_k is not None,
+        "a table without draws": not draws,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if loss.target == "auto":
+        return "bucket" if found else "sampled"
+    if loss.target == "sampled" and found:
+        raise UsageError(
+            "the sampled tail can't be the target here",
+            expected="forward_kl at temperature 1, with the whole head, from a table with draws",
+            found="; ".join(found),
+            do="set loss.target to bucket, or change what was found",
+        )
+    if loss.target in ("renormalised", "zero_tail") and loss.divergence == "reverse_kl":
+        raise UsageError(
+            f"reverse_kl to a {loss.target} target is infinite: the target is 0 outside of its head",
+            expected="loss.target: auto or bucket",
+            found=f"loss.target: {loss.target}",
+            do="set loss.target to bucket, or take another divergence",
+        )
+    return loss.target
+
+
+def decode(
+    compact: CompactTargets,
+    vocabulary: Tensor,
+    temperatures: Sequence[float],
+    loss: LossConfig,
+    max_k: int | None = None,
+) -> SparseTargets:
+    """Targets of N positions, on whatever device the compact ones are.
+
+    Args:
+        compact: as stored.
+        vocabulary: (V,) integer, on the same device: the token id of each rank.
+        temperatures: those of ``compact.tail_log_masses``, in its order.
+        loss: says which target, at which temperature.
+        max_k: use only so many of the head's ids; the others' mass goes to the bucket.
+
+    Raises:
+        UsageError: as ``resolve_target``.
+    """
+    target = resolve_target(loss, temperatures, _has_draws(compact, temperatures, loss), max_k)
+    log_rest = compact.tail_log_masses[list(temperatures).index(loss.temperature)]
+    rows, columns = _places(compact.head_counts, compact.head_ids)
+    width = _width(compact.head_counts)
+    ids = vocabulary.new_zeros((compact.positions, width), dtype=torch.int64)
+    ids[rows, columns] = vocabulary[compact.head_ids].long()
+    logprobs = log_rest.new_full(ids.shape, -torch.inf)
+    logprobs[rows, columns] = _decode_codes(compact, rows) / loss.temperature
+    logprobs = logprobs + _shift(_log1mexp(log_rest) - logprobs.logsumexp(1))
+
+    if target == "sampled":
+        tail_ids, tail_logprobs = _tail(compact, vocabulary, log_rest)
+        ids, logprobs = torch.cat([ids, tail_ids], 1), torch.cat([logprobs, tail_logprobs], 1)
+    elif max_k is not None and max_k < width:
+        log_rest = torch.logaddexp(log_rest, logprobs[:, max_k:].logsumexp(1))
+        ids, logprobs = ids[:, :max_k], logprobs[:, :max_k]
+    if target == "renormalised":
+        logprobs = logprobs + _shift(-logprobs.logsumexp(1))
+    if target != "bucket":
+        log_rest = torch.full_like(log_rest, -torch.inf)
+    entropies = compact.entropies.to(log_rest.dtype) / ENTROPY_CODES_PER_NAT
+    return SparseTargets(ids, logprobs, log_rest, entropies, target)
+
+
+def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: LossConfig) -> bool:
+    """Whether the tail is sampled. A batch in which no tail has any mass has all the draws that it needs."""
+    if compact.tail_ids.numel():
+        return True
+    masses = compact.tail_log_masses[list(temperatures).index(1.0)]
+    return loss.target == "sampled" and bool((masses.exp() == 0).all())
+
+
+def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:
+    """(sum of head_counts,) log-probabilities: one running sum over all gaps, less what it was before each position."""
+    running = compact.head_codes.cumsum(0, dtype=torch.int64)
+    starts = _starts(compact.head_counts)
+    codes = running - torch.cat([running.new_zeros(1), running])[starts][rows]
+    logprobs = codes.to(compact.tail_log_masses.dtype) / -CODES_PER_NAT
+    return logprobs.masked_fill(codes >= ZERO_CODE, -torch.inf)
+
+
+def _tail(compact: CompactTargets, vocabulary: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and weights of the draws, (N, K) each: a draw stands for its share of the tail's mass."""
+    rows, columns = _places(compact.tail_counts, compact.tail_ids)
+    ids = vocabulary.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
+    ids[rows, columns] = vocabulary[compact.tail_ids].long()
+    draws = log_mass.new_zeros(ids.shape)
+    draws[rows, columns] = compact.tail_draws.to(log_mass.dtype)
+    total = draws.sum(1, keepdim=True).clamp(min=1)
+    return ids, log_mass[:, None] + (draws / total).log()
+
+
+def _places(counts: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, in a padded matrix, of each entry of a flat list."""
+    rows = torch.repeat_interleave(counts.long(), output_size=flat.shape[0])
+    return rows, torch.arange(flat.shape[0], device=flat.device) - _starts(counts)[rows]
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0, dtype=torch.int64) - counts
+
+
+def _width(counts: Tensor) -> int:
+    return int(counts.max()) if counts.numel() else 0
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, exact at both ends."""
+    return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def _shift(shift: Tensor) -> Tensor:
+    """(N, 1) what to add to a position's log-probabilities; nothing where it has no ids."""
+    return shift.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)[:, None]

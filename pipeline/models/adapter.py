@@ -1,0 +1,93 @@
+"""A peft adapter that is merged into a teacher's weights as they are loaded; only safetensors are read.
+
+Merged, the teacher is an ordinary model: its forward pass costs what it would cost without the adapter.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from softlabel.pipeline.models.files import broken, locate, sha256
+from softlabel.pipeline.models.pretrained import load_adapter_config
+from softlabel.storage.errors import TeacherError, UsageError
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, name: str) -> "Adapter":
+        """The adapter in a folder, or that of a name on the hub.
+
+        Raises:
+            TeacherError: if there is none in safetensors.
+            UsageError: if peft is not installed.
+        """
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                "an adapter needs the package peft, which is not installed",
+                found=f"teacher.adapter: {name}",
+                do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
+            ) from None
+        folder, _ = locate(name, "adapter")
+        if not all((folder / file).is_file() for file in _FILES):
+            raise TeacherError(
+                "this folder holds no adapter",
+                expected=" and ".join(_FILES),
+                found=", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "an empty folder",
+                where=folder,
+                do="give the folder that peft's save_pretrained() wrote",
+            )
+        return cls(folder)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over what the adapter's numbers depend on."""
+        return hashlib.sha256("".join(sha256(self.folder / file) for file in _FILES).encode()).hexdigest()
+
+    def merged(self, model: Any) -> Any:
+        """The model with the adapter merged into its weights.
+
+        Raises:
+            TeacherError: if the adapter was made for another model, is damaged, or is of a kind that can't be merged.
+        """
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, XLoraModel
+
+        try:
+            config = load_adapter_config(self.folder)
+        except Exception as error:  # damaged files fail in as many ways as there are readers
+            raise broken("the adapter's adapter_config.json can't be read", self.folder, error) from error
+        # Before it is made: a prompt brings a tokenizer of its own, X-LoRA adapters from other folders.
+        kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        if not hasattr(kind, "merge_and_unload") or kind is XLoraModel:
+            raise TeacherError(
+                "this kind of adapter can't be merged into the teacher's weights",
+                expected="an adapter of the weights, such as LoRA",
+                found=f"peft_type: {config.peft_type}",
+                where=self.folder,
+                do="give another adapter, or a teacher that was saved with this one in it",
+            )
+        try:
+            adapted = PeftModel(model, config)
+            report = adapted.load_adapter(str(self.folder), "default")
+        except Exception as error:
+            raise broken("the adapter can't be put on the teacher", self.folder, error) from error
+        strangers = sorted([*report.missing_keys, *report.unexpected_keys])
+        if strangers:
+            raise TeacherError(
+                "the adapter was made for another teacher",
+                expected="weights for each layer that it adapts, and for no other",
+                found=f"{len(strangers)} missing or left over, the first {', '.join(strangers[:3])}",
+                where=self.folder,
+                do="give the model that it was trained on, or fetch it again",
+            )
+        return adapted.merge_and_unload()

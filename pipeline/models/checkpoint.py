@@ -1,0 +1,262 @@
+"""A teacher's files on disk: whether they can be one, what they are, and loading them.
+
+A checkpoint is a folder as ``save_pretrained`` writes it, with safetensors; a hub model is fetched into one. Nothing is
+downloaded when a folder is given, no repository's code is run unless asked for, and nothing is guessed: files that
+lack a weight are an error, not a random layer.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from softlabel.pipeline.config.capture import TeacherConfig
+from softlabel.pipeline.models.adapter import Adapter
+from softlabel.pipeline.models.files import MODEL_FILES, broken, first_line, locate, sha256, weight_files
+from softlabel.pipeline.models.pretrained import fresh_model, load_config, load_model, load_tokenizer
+from softlabel.storage.errors import TeacherError
+from softlabel.storage.identity import TeacherIdentity
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A teacher on disk, before any weight is loaded: what it is, and whether it can be one."""
+
+    folder: Path
+    revision: str | None
+    """Commit of a hub model."""
+    trust_remote_code: bool
+    dtype: str
+    labels: tuple[str, ...] = ()
+    """Classes of documents that stand for a teacher themselves; no weight is then needed, and none is loaded."""
+    adapter: Adapter | None = None
+    """Merged into the weights as they are loaded."""
+
+    @classmethod
+    def find(cls, config: TeacherConfig) -> "Checkpoint":
+        """The files of the teacher that the settings name; a hub model's are fetched if they are not there.
+
+        Raises:
+            TeacherError: if it is not there, or is neither a causal language model nor a classifier in safetensors.
+            UsageError: if a revision is asked of a folder.
+        """
+        files = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
+        folder, revision = locate(config.model, "teacher", config.revision, files)
+        adapter = None if config.adapter is None else Adapter.find(config.adapter)
+        checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels, adapter)
+        _require_config(checkpoint)
+        if checkpoint.classes is None:
+            _require_causal(checkpoint)
+        elif not config.labels:
+            _require_classifier(checkpoint)
+        return checkpoint
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        try:
+            return load_config(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise broken("the teacher's config.json can't be read", self.folder, error) from None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, one with a fast backend.
+
+        Raises:
+            TeacherError: if there is none, it is broken, or it has no fast backend.
+        """
+        try:
+            tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # the backend raises a bare Exception on a broken file
+            raise broken("the teacher's tokenizer can't be loaded", self.folder, error) from None
+        if not tokenizer.is_fast:
+            raise TeacherError(
+                "the teacher's tokenizer has no fast backend",
+                expected="a tokenizer.json",
+                found=type(tokenizer).__name__,
+                where=self.folder,
+                do="convert it with transformers and save_pretrained() it",
+            )
+        return tokenizer
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """The safetensors files that hold the weights."""
+        try:
+            files = weight_files(self.folder)
+        except ValueError as error:
+            raise broken("model.safetensors.index.json can't be read", self.folder, error) from None
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise TeacherError(
+                "the teacher's weights are not there",
+                expected=f"safetensors: {', '.join(missing)}",
+                found=", ".join(sorted(path.name for path in self.folder.iterdir())) or "an empty folder",
+                where=self.folder,
+                do="load the model once with transformers and save_pretrained() it: that writes safetensors",
+            )
+        return files
+
+    @cached_property
+    def identity(self) -> TeacherIdentity:
+        """What the teacher is, by the bytes of its files."""
+        if self.labels:
+            return TeacherIdentity(files={}, dtype="none")
+        files = [self.folder / "config.json", *self.weights]
+        if self.trust_remote_code:
+            files += sorted(self.folder.glob("*.py"))
+        with ThreadPoolExecutor() as threads:  # hashing releases the GIL
+            hashes = threads.map(sha256, files)
+            by_name = {f.name: h for f, h in zip(files, hashes, strict=True)}
+        return TeacherIdentity(files=by_name, dtype=self.dtype, adapter=self.adapter and self.adapter.hash)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that documents are of, in the order of their ids; None for a language model."""
+        if self.labels or not is_classifier(self.config):
+            return self.labels or None
+        return class_names(self.config)
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the output layer or, of a classifier, of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the tokenizer knows, counted up to the highest; at most the rows of the output layer.
+
+        Of a classifier, the number of classes.
+        """
+        if self.classes is not None:
+            return len(self.classes)
+        return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
+
+    @property
+    def _architecture(self) -> Any:
+        return AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
+
+    def blank(self) -> Any:
+        """The model without weights, to be looked at; it takes no memory.
+
+        Raises:
+            TeacherError: if its configuration makes no model.
+        """
+        try:
+            with torch.device("meta"):
+                return fresh_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # architectures check their settings in as many ways as there are
+            raise broken("the teacher's config.json makes no model", self.folder, error) from error
+
+    def load(self, device_map: str | dict[str, Any], attention: str) -> Any:
+        """The model in evaluation mode, every weight of it from the files, the adapter merged into them.
+
+        Args:
+            device_map: what goes where, as transformers takes it: {"": device} for all of it on one.
+            attention: implementation of attention; auto for transformers' own choice.
+
+        Raises:
+            TeacherError: if the files are damaged or lack weights, or the device has no room.
+        """
+        try:
+            model, report = load_model(
+                self._architecture,
+                self.folder,
+                trust_remote_code=self.trust_remote_code,
+                config=self.config,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=None if attention == "auto" else attention,
+                device_map=device_map,
+            )
+        except torch.OutOfMemoryError:
+            raise TeacherError(
+                "the teacher does not fit the device",
+                expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
+                found="out of memory",
+                where=self.folder,
+                do="take a larger device, teacher.dtype bfloat16, or teacher.device_map auto on several",
+            ) from None
+        except Exception as error:  # damaged files fail in as many ways as there are readers
+            if attention != "auto" and "attention" in str(error).lower():
+                raise _no_attention(attention, self.folder, error) from error
+            raise broken("the teacher can't be loaded", self.folder, error) from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise TeacherError(
+                "the teacher's files lack weights",
+                expected=f"every weight of {type(model).__name__}",
+                found=f"{len(missing)} missing, the first {', '.join(missing[:3])}",
+                where=self.folder,
+                do="fetch or save the model again",
+            )
+        return (model if self.adapter is None else self.adapter.merged(model)).eval()
+
+
+def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
+    """The error for an implementation of attention that is not to be had for this model, here."""
+    return TeacherError(
+        f"the teacher can't be loaded with teacher.attention {attention}",
+        expected="an implementation whose package is installed, and that the architecture has",
+        found=f"{type(error).__name__}: {first_line(error)}",
+        where=folder,
+        do="install what it asks for, or leave out teacher.attention",
+    )
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a configuration says that its model was saved as a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def class_names(config: Any) -> tuple[str, ...]:
+    """Names of a classifier's classes, in the order of their ids, which need not be that of the file."""
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+
+
+def _require_classifier(checkpoint: Checkpoint) -> None:
+    """Refuse a classifier that gives no distribution over classes, each with a name of its own."""
+    config, names = checkpoint.config, checkpoint.classes or ()
+    kind = config.problem_type or "single_label_classification"
+    if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
+        raise TeacherError(
+            "the teacher gives no distribution over classes",
+            expected="a classifier with one label a document: problem_type single_label_classification (or none), and "
+            "at least two classes with different names in id2label",
+            found=f"problem_type {kind}, {len(names)} classes, {len(set(names))} names",
+            where=checkpoint.folder / "config.json",
+            do="mend config.json if it says the wrong thing, or give another classifier",
+        )
+    _ = checkpoint.weights
+
+
+def _require_config(checkpoint: Checkpoint) -> None:
+    """Refuse a folder without a model."""
+    if not (checkpoint.folder / "config.json").is_file():
+        raise TeacherError(
+            "this folder holds no model",
+            expected="config.json, tokenizer.json and model.safetensors",
+            found=", ".join(sorted(path.name for path in checkpoint.folder.iterdir())[:20]) or "an empty folder",
+            where=checkpoint.folder,
+            do="give the folder that save_pretrained() wrote",
+        )
+
+
+def _require_causal(checkpoint: Checkpoint) -> None:
+    """Refuse what is no causal language model in safetensors, before a weight is loaded."""
+    architectures = checkpoint.config.architectures or []
+    causal = AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
+    remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
+    if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
+        raise TeacherError(
+            "the teacher is neither a causal language model nor a sequence classifier",
+            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM knows",
+            found=", ".join(architectures) or checkpoint.config.model_type,
+            where=checkpoint.folder / "config.json",
+            do="give a model that predicts the next token, or one that was saved as a sequence classifier",
+        )
+    _ = checkpoint.weights

@@ -1,0 +1,41 @@
+"""MOVED from softlabel.pipeline.teachers.classifier."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.storage.errors import TeacherError
+
+
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """The id that pads a model's sequences. The model is told, if its configuration does not say: some architectures
+    look for the last token that is no padding.
+
+    Raises:
+        TeacherError: if neither model nor tokenizer has one.
+    """
+    config = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        raise TeacherError(
+            "there is no padding token",
+            expected="pad_token_id in config.json, or a pad token of the tokenizer",
+            found="neither",
+            where=config.name_or_path,
+            do="set one and save model and tokenizer again",
+        )
+    return int(config.pad_token_id)
+
+
+def padded(sequences: Sequence[NDArray[np.int32]], pad: int) -> dict[str, Tensor]:
+    """What a classifier is called with: input_ids and attention_mask, (N, longest) int64, padded on the right."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    ids = torch.full_like(mask, pad)
+    ids[mask.bool()] = torch.from_numpy(np.concatenate(sequences)).long()
+    return {"input_ids": ids, "attention_mask": mask}

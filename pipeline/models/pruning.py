@@ -1,0 +1,170 @@
+"""Smaller models out of a teacher: fewer layers, and fewer neurons in each feed-forward layer.
+
+What is left keeps the teacher's weights, and reloads as an ordinary model of its kind. Never trains, and never changes
+the residual stream, the heads or the vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softlabel.storage.errors import StudentError, UsageError
+
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+"""The three matrices of a gated feed-forward layer, as Llama, Qwen, Mistral, Gemma and their kin name them."""
+
+
+def spread(depth: int, count: int) -> tuple[int, ...]:
+    """``depth`` of ``count`` layers, evenly spread, the first and the last among them.
+
+    Raises:
+        UsageError: if there are not so many layers.
+    """
+    if depth > count:
+        raise UsageError(
+            "the teacher has not so many layers", expected=f"at most {count}", found=f"student.depth: {depth}"
+        )
+    return tuple(round(place * (count - 1) / max(1, depth - 1)) for place in range(depth))
+
+
+def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A smaller model of the same kind that has only these of the teacher's layers, in this order.
+
+    It is rebuilt from a configuration of its own, so that all that depends on a layer's place is what a reload would
+    make of it.
+
+    Raises:
+        UsageError: if the layers are not distinct ones of the teacher's.
+    """
+    config = teacher.config
+    count = config.num_hidden_layers
+    require_layers(config, layers)
+    name, stack = layer_stack(teacher)
+    settings = {
+        key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
+        for key, value in config.to_dict().items()
+    }
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    student = type(teacher)(type(config).from_dict(settings)).to(teacher.dtype)
+    teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
+    student.load_state_dict(teacher.state_dict())
+    if student.can_generate():
+        student.generation_config = teacher.generation_config
+    return student
+
+
+@torch.no_grad()
+def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) -> PreTrainedModel:
+    """The teacher itself, with only so many neurons in each feed-forward layer: the most active ones.
+
+    A neuron's importance is the L2 norm of its activation over some text (Minitron, arXiv 2407.14679, section 2.2).
+    The norms of its weights would need no text, and were no better than chance when tried on SmolLM2-135M.
+
+    Args:
+        teacher: a causal language model with gated feed-forward layers; changed in place.
+        neurons: how many to keep of each layer.
+        sequences: (L,) int64 token ids each, of the text that activations are measured on.
+
+    Raises:
+        UsageError: if the layers have fewer neurons.
+        StudentError: if the model's feed-forward layers are of another kind.
+    """
+    config = teacher.config
+    layers = [part for part in teacher.modules() if _is_feed_forward(part)]
+    sizes = {layer.down_proj.in_features for layer in layers}
+    if len(layers) != config.num_hidden_layers or sizes != {getattr(config, "intermediate_size", None)}:
+        raise StudentError(
+            "this kind of model can't be made narrower",
+            expected=f"{config.num_hidden_layers} feed-forward layers with {', '.join(_FEED_FORWARD)}, all of a size",
+            found=f"{len(layers)} in {type(teacher).__name__}",
+            where=config.name_or_path,
+            do="leave out student.intermediate_size",
+        )
+    require_neurons(config, neurons)
+    for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
+        kept = activity.topk(neurons).indices.sort().values
+        for name in ("gate_proj", "up_proj"):
+            _keep(getattr(layer, name), kept, dimension=0)
+        _keep(layer.down_proj, kept, dimension=1)
+    config.intermediate_size = neurons
+    return teacher
+
+
+def require_layers(config: Any, layers: Sequence[int]) -> None:
+    """Refuse layers that a teacher of this configuration has not.
+
+    Raises:
+        UsageError: if they are not distinct ones of its own.
+    """
+    count = config.num_hidden_layers
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
+        raise UsageError(
+            "the teacher can't be pruned to these layers",
+            expected=f"distinct layers between 0 and {count - 1}",
+            found=f"student.layers: {list(layers)}",
+            where=config.name_or_path,
+        )
+
+
+def require_neurons(config: Any, neurons: int) -> None:
+    """Refuse more neurons than a teacher of this configuration has in a feed-forward layer.
+
+    Raises:
+        UsageError: if they are more.
+    """
+    if neurons > getattr(config, "intermediate_size", neurons):
+        raise UsageError(
+            "the teacher has not so many neurons in a feed-forward layer",
+            expected=f"at most {config.intermediate_size}",
+            found=f"student.intermediate_size: {neurons}",
+            where=config.name_or_path,
+        )
+
+
+def _is_feed_forward(part: nn.Module) -> bool:
+    return all(isinstance(getattr(part, name, None), nn.Linear) for name in _FEED_FORWARD)
+
+
+def _activity(teacher: PreTrainedModel, layers: Sequence[Any], sequences: Iterable[Tensor]) -> list[Tensor]:
+    """(neurons,) for each layer: sum of the squares of what its last matrix is given."""
+    sums = [torch.zeros(layer.down_proj.in_features) for layer in layers]
+
+    def listener(total: Tensor) -> Any:
+        return lambda _, inputs: total.add_(inputs[0].float().square().flatten(0, -2).sum(0))
+
+    hooks = [layer.down_proj.register_forward_pre_hook(listener(s)) for layer, s in zip(layers, sums, strict=True)]
+    teacher.eval()
+    for ids in sequences:
+        teacher.get_decoder()(input_ids=ids[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def _keep(layer: nn.Linear, kept: Tensor, dimension: int) -> None:
+    layer.weight = nn.Parameter(layer.weight.index_select(dimension, kept))
+    if dimension == 0 and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[kept])
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the layers, from the first token's to the last's.
+
+    Raises:
+        StudentError: if the model does not have them in one list.
+    """
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise StudentError(
+        "this kind of model can be neither pruned nor sharded",
+        expected=f"one list of {count} layers",
+        found=f"none in {type(model).__name__}",
+        where=model.config.name_or_path,
+        do="give the student as student.model or student.config, and leave out optimiser.sharding",
+    )

@@ -1,0 +1,139 @@
+"""The order of ids by their logits: descending, and the lower id first where they are equal, which sorts leave open."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softlabel.pipeline.selection.scan import BELOW_1, BLOCK, LEAST, Draws, Scan
+
+ABSENT = -(2**63)
+"""Below every rank key."""
+
+
+def rank_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 that compare as (float32 value, then the lower id), and hold both, so that one sort carries both."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0, because -0.0 equals 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0xFFFFFFFF - ids)
+
+
+def from_rank_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and ids that ``rank_keys`` was given."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def ranked(rows: Tensor, keys: Tensor, R: int, least: int) -> Tensor:
+    """Keys, given row after row, as an (R, longest row or ``least``) table: each row descending, then ABSENT."""
+    counts = torch.bincount(rows, minlength=R)
+    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    table = torch.full((R, max([least, *counts.tolist()])), ABSENT, device=rows.device)
+    table[rows, slots] = keys
+    return table.sort(dim=1, descending=True).values
+
+
+_IMPOSSIBLE = -1e30
+"""Stands for the logit of an id that is not there, below ``LEAST``; finite, so that 0 times it is 0."""
+
+
+def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
+    """Work through the vocabulary of R rows.
+
+    Args:
+        logits: (R, V) of any float dtype.
+        singles: S, the highest ids that are singled out.
+        temperatures: 1 is the first.
+    """
+    R, V = logits.shape
+    blocks = -(-V // BLOCK)
+    scores = torch.full((R, blocks * BLOCK), _IMPOSSIBLE, device=logits.device)
+    scores[:, :V] = logits
+    cut = R, blocks, BLOCK
+    maxima = scores.view(cut).amax(2)
+    values, ids = _highest(scores, maxima, singles + 1)
+    scores.scatter_(1, ids[:, :-1], _IMPOSSIBLE)
+    peaks, rests = values[:, -1], list[Tensor]()
+    scores -= (highest := peaks.clamp(min=_IMPOSSIBLE))[:, None].float()
+    weights = torch.empty_like(scores)
+    for T in reversed(temperatures):  # 1 comes last: its weights are used below
+        torch.exp(scores if T == 1 else scores / T, out=weights)
+        block_bounds = weights.view(cut).sum(2).double().cumsum(1)
+        total = block_bounds[:, -1]
+        rests.insert(0, peaks / T + total.log())
+    means = weights.mul_(scores).sum(1)
+    if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
+        means = torch.where(means.isnan(), weights.nansum(1), means)
+    highest_of_all = maxima.amax(1)
+    highest_of_all[highest_of_all < LEAST] = -torch.inf
+    return Scan(highest_of_all, values, ids, torch.stack(rests, 1), highest + means / total, block_bounds)
+
+
+def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` ids of each row in the order (logit descending, id ascending), as in ``Scan``.
+
+    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
+    ids that reach it are sorted, ties included.
+    """
+    R, blocks = maxima.shape
+    bound = torch.full_like(scores[:, 0], LEAST)
+    if count <= blocks:
+        bound = maxima.topk(count, dim=1, sorted=False).values.amin(1).clamp_(min=LEAST)
+    rows, columns = (maxima >= bound[:, None]).nonzero(as_tuple=True)
+    members = scores.view(R * blocks, BLOCK).index_select(0, rows * blocks + columns)
+    found, offsets = (members >= bound[rows, None]).nonzero(as_tuple=True)
+    keys = rank_keys(members[found, offsets], columns[found] * BLOCK + offsets)
+    best = ranked(rows[found], keys, R, count)[:, :count]
+    values, ids = from_rank_keys(best)
+    absent = best == ABSENT
+    return values.double().masked_fill(absent, -torch.inf), ids.masked_fill(absent, 0)
+
+
+def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: Tensor) -> Draws:
+    """Draw ids from the tails of R rows, with replacement: one of the highest ids or a block, then an id of the block.
+
+    Args:
+        logits: (R, V), of which the scan is.
+        scan: what was found in them.
+        outside: (R, S) float64, the highest logits, -inf for those that are in the head.
+        counts: (R,) int64, ids to draw in each row.
+        uniforms: (R, D, 2) float64 from 0, below 1, for D draws at most: one for each choice.
+    """
+    peaks = scan.values[:, -1:]
+    highest = torch.maximum(peaks, outside.amax(1, keepdim=True))
+    bounds = (outside - highest).exp().cumsum(1)
+    singles, rest = bounds[:, -1:], (peaks - highest).exp() * scan.block_bounds[:, -1:]
+    targets = uniforms[:, :, 0] * (singles + rest)
+    picks = torch.searchsorted(bounds, targets, right=True)
+    shares = ((targets - singles) / rest).clamp(max=BELOW_1)
+    blocks = torch.searchsorted(scan.block_bounds, shares * scan.block_bounds[:, -1:], right=True)
+    steps = torch.arange(uniforms.shape[1], device=counts.device)
+    rows, steps = (steps < counts[:, None]).nonzero(as_tuple=True)
+    picks = picks[rows, steps]
+    ids = scan.ids[rows, picks]
+    deep = (picks == outside.shape[1]).nonzero()[:, 0]
+    of_rest, steps = rows[deep], steps[deep]
+    ids[deep] = _draw_in_blocks(logits, scan, of_rest, blocks[of_rest, steps], uniforms[of_rest, steps, 1])
+    return _distinct(rows, ids, logits)
+
+
+def _draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
+    """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks in (N,) rows."""
+    vocabulary_size = logits.shape[1]
+    ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=rows.device)
+    members = logits[rows[:, None], ids.clamp(max=vocabulary_size - 1)].float()
+    peaks, peak_ids = scan.values[rows, -1:].float(), scan.ids[rows, -1:]
+    of_rest = (members < peaks) | ((members == peaks) & (ids >= peak_ids))
+    weights = (members - peaks).exp().where(of_rest & (ids < vocabulary_size), 0)
+    bounds = weights.double().cumsum(1)
+    return blocks * BLOCK + torch.searchsorted(bounds, uniforms[:, None] * bounds[:, -1:], right=True)[:, 0]
+
+
+def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> Draws:
+    """The (N,) draws counted, given row after row."""
+    table = ranked(rows, rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
+    drawn = table != ABSENT
+    first = drawn & (table != pad(table, (1, 0), value=ABSENT)[:, :-1])
+    starts = first[drawn].nonzero()[:, 0]
+    ends = torch.cat([starts[1:], starts.new_full((min(1, len(starts)),), len(rows))])
+    values, distinct = from_rank_keys(table[first])
+    return Draws(first.sum(1), distinct, ends - starts, values.double())

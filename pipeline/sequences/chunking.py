@@ -1,0 +1,153 @@
+"""From documents to sequences: token ids, which of them are captured, and the key that names both.
+
+A sequence depends on its document alone: not on its neighbours, their order or the carried columns. Nothing here runs
+the teacher; its tokenizer is enough.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from softlabel.pipeline.config.capture import SequencesConfig
+from softlabel.pipeline.documents.documents import DOCUMENT, Reject
+from softlabel.pipeline.sequences.tokenizer import Encoded, Tokeniser
+from softlabel.storage.schema import SEQUENCE
+
+_CHARACTERS = 4 << 20
+"""Characters that are tokenised at a time; what the backend returns takes some hundred times as many bytes."""
+
+
+def to_sequences(
+    documents: pa.Table, tokeniser: Tokeniser, settings: SequencesConfig, eval_fraction: float
+) -> tuple[pa.Table, list[Reject]]:
+    """The sequences of documents.
+
+    A document longer than ``max_tokens`` is cut into chunks. Each begins with the tokenizer's prefix and repeats
+    ``context`` tokens of the one before it, so every token but the first is predicted exactly once, from text of its
+    own row. A chunk in which nothing is predicted (a long question in a chat) is left out.
+
+    Args:
+        documents: rows of ``documents.DOCUMENT`` and any carried columns.
+        tokeniser: of the teacher.
+        settings: chunking.
+        eval_fraction: share of the documents that goes to the eval split, by a hash of their ids.
+
+    Returns:
+        Rows of ``storage.schema.SEQUENCE`` and the carried columns, in the documents' order; and the documents that
+        have none.
+    """
+    schema = row_schema_of(documents)
+    tables, rejects = [schema.empty_table()], []
+    for part in parts(documents):
+        encoded, refused = tokeniser.encode(part.column("content").to_pylist())
+        chunks = cut(encoded, tokeniser.prefix, settings.max_tokens, settings.context)
+        tables.append(to_rows(part, chunks, eval_fraction, schema))
+        names = part.column("document_id")
+        without = sorted(set(range(part.num_rows)) - set(chunks.documents.tolist()))
+        rejects += [Reject(names[i].as_py(), refused.get(i, "no token of it can be predicted")) for i in without]
+    return pa.concat_tables(tables), rejects
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Sequences of some documents, one after the other."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    """Which tokens are captured: predicted, each from the position before it, and wanted."""
+    offsets: NDArray[np.int64]
+    """Where each sequence begins in ids, and the end."""
+    documents: NDArray[np.int64]
+    """Number of each sequence's document."""
+    chunk: NDArray[np.int64]
+    """Number of the sequence within its document ..."""
+    chunks: NDArray[np.int64]
+    """... and how many that has."""
+
+
+def cut(encoded: Encoded, prefix: NDArray[np.int32], max_tokens: int, context: int) -> Chunks:
+    """Cut documents into sequences of at most ``max_tokens``, ``context`` of them repeated from the one before."""
+    lead = np.where(encoded.begins, len(prefix), 0)
+    room = max_tokens - lead
+    counts = 1 + np.maximum(0, -(-(encoded.lengths - room) // (room - context)))
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = _within_groups(counts)
+    start = number * (room - context)[document]
+    lengths = lead[document] + np.minimum(room[document], encoded.lengths[document] - start)
+    place = _within_groups(lengths)  # of each token in its sequence
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    inside = place - lead[document][row]  # below 0: the prefix
+    first = np.where(number == 0, np.maximum(lead[document], 1), lead[document] + context)
+    source = (np.cumsum(encoded.lengths) - encoded.lengths)[document][row] + start[row] + np.maximum(inside, 0)
+    leading = np.append(prefix, 0)[np.minimum(place, len(prefix))]
+    ids = np.where(inside < 0, leading, np.append(encoded.ids, 0)[source])  # 0: a document may have no token
+    mask = (place >= first[row]) & np.append(encoded.wanted, False)[source]
+    kept = np.bincount(row, mask, len(lengths)) > 0
+    counts = np.bincount(document[kept], minlength=len(counts))
+    return Chunks(
+        ids[kept[row]].astype(np.int32),
+        mask[kept[row]],
+        np.append(0, np.cumsum(lengths[kept])),
+        document[kept],
+        _within_groups(counts),
+        counts[document[kept]],
+    )
+
+
+def row_schema_of(documents: pa.Table) -> pa.Schema:
+    """``storage.schema.SEQUENCE`` and the columns that these documents carry."""
+    return pa.schema([*SEQUENCE, *documents.select(documents.schema.names[len(DOCUMENT) :]).schema])
+
+
+def split_of(document_id: str, eval_fraction: float) -> str:
+    """The split of a document: a function of its id and the fraction alone."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8, person=b"softlabel split").digest()
+    return "eval" if int.from_bytes(digest, "little") < eval_fraction * 2**64 else "train"
+
+
+def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: pa.Schema) -> pa.Table:
+    """Rows of ``schema``: ``storage.schema.SEQUENCE`` and the documents' carried columns."""
+    ids, mask, offsets = chunks.ids.astype("<i4"), chunks.mask, chunks.offsets
+    bounds = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    keys = [hashlib.blake2b(ids[a:b].tobytes() + mask[a:b].tobytes(), digest_size=16).digest() for a, b in bounds]
+    splits = [split_of(name, eval_fraction) for name in documents.column("document_id").to_pylist()]
+    offset32 = pa.array(offsets.astype(np.int32))
+    own = {
+        "key": pa.array(keys, pa.binary()),
+        "chunk": pa.array(chunks.chunk.astype(np.int32)),
+        "chunks": pa.array(chunks.chunks.astype(np.int32)),
+        "token_ids": pa.ListArray.from_arrays(offset32, pa.array(chunks.ids)),
+        "loss_mask": pa.ListArray.from_arrays(offset32, pa.array(mask)),
+        "tokens": pa.array(np.diff(offsets).astype(np.int32)),
+        "positions": pa.array(np.diff(np.append(0, np.cumsum(mask))[offsets]).astype(np.int32)),
+    }
+    # Not the contents: a document has as many chunks as it is long, and each would get a copy of it.
+    wanted = documents.append_column("split", pa.array(splits, pa.string())).select(
+        [name for name in schema.names if name not in own]
+    )
+    per_document = wanted.take(pa.array(chunks.documents))
+    columns = [own[name] if name in own else per_document.column(name) for name in schema.names]
+    return pa.table(columns, schema=schema)
+
+
+def parts(documents: pa.Table) -> Iterator[pa.Table]:
+    """Slices that can be tokenised at once: of at most ``_CHARACTERS``, or a document."""
+    sizes = pc.utf8_length(documents.column("content")).to_numpy()
+    start, held = 0, 0
+    for i, size in enumerate(sizes.tolist()):
+        if held and held + size > _CHARACTERS:
+            yield documents.slice(start, i - start)
+            start, held = i, 0
+        held += size
+    if start < documents.num_rows:
+        yield documents.slice(start)
+
+
+def _within_groups(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, ... within each of the groups of these sizes."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,0 +1,283 @@
+"""The teacher's tokenizer, and how the content of a document becomes token ids.
+
+Which of them are worth predicting is decided here: all of a text, the assistant's words of a chat, what follows a
+prompt. Cutting them into sequences is ``pipeline.sequences.chunking``'s business.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from softlabel.pipeline.config.capture import Content, SequencesConfig
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.files import sha256
+from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, Written
+from softlabel.storage.errors import UsageError
+from softlabel.storage.identity import TokenizerIdentity
+
+_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of some documents, one after the other, without the ids that every sequence begins with."""
+
+    ids: NDArray[np.int32]
+    wanted: NDArray[np.bool_]
+    """Which of them are worth predicting."""
+    lengths: NDArray[np.int64]
+    begins: NDArray[np.bool_]
+    """Which documents begin with the tokenizer's prefix."""
+
+
+class _Row(NamedTuple):
+    """One document's token ids, which of them are wanted, or why it has none."""
+
+    ids: list[int]
+    wanted: NDArray[np.bool_]
+    refused: str | None = None
+
+
+class Tokeniser:
+    """The teacher's tokenizer, and how a document becomes token ids.
+
+    Text gets what the tokenizer puts before a text by itself (BOS, for many), and the end-of-sequence token after its
+    end, so that a student learns where to stop. So does a prompt with its completion; see ``_encode_pairs`` for where
+    the one ends. A chat is written by the teacher's chat template, which brings its own. Special tokens' names inside
+    a document are taken as text unless ``sequences.special_tokens`` says otherwise.
+
+    Args:
+        checkpoint: the teacher's files.
+        settings: chunking, the date of the chat template, which turns are captured, what special tokens in text are.
+        content: what documents are.
+
+    Raises:
+        TeacherError: if the tokenizer can't be loaded.
+        UsageError: if chats are asked for and there is no usable chat template, or no room for a token in a sequence.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig, content: Content) -> None:
+        tokenizer = checkpoint.tokenizer
+        self._checkpoint, self._settings, self._eos = checkpoint, settings, tokenizer.eos_token_id
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.prefix = np.array(_prefix(self._backend), np.int32)
+        """Ids that the tokenizer puts before a text, and that each of its sequences begins with."""
+        self._backend.post_processor = None  # it may trim the space off where tokens are said to be
+        added = self._backend.get_added_tokens_decoder().items()
+        self._greedy = {i for i, token in added if token.lstrip or token.rstrip}
+        self._content = content
+        answers = "assistant" if settings.assistant_turns == "all" else "last_assistant"
+        self.mask = answers if content == "chat" else content
+        """Name of the rule that says which tokens are captured: all of a text that can be predicted ("text"), every
+        turn of the assistant or the last ("assistant", "last_assistant"), what follows the prompt ("completion")."""
+        if content == "chat":
+            _ = self._template
+        if settings.max_tokens <= len(self.prefix) + settings.context:
+            raise UsageError(
+                "a sequence has no room for a token to predict",
+                expected=f"sequences.max_tokens above {len(self.prefix)} (prefix) + {settings.context} (context)",
+                found=f"sequences.max_tokens: {settings.max_tokens}",
+                do="set sequences.max_tokens higher",
+            )
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The tokenizer's files; whoever has them needs no hub."""
+        found = chain.from_iterable(self._checkpoint.folder.glob(pattern) for pattern in _FILES)
+        return sorted({path for path in found if path.is_file()})
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a folder; whoever loads them runs no code, even if they came with some."""
+        for path in self.files:
+            shutil.copy(path, folder)
+        config = folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if self._checkpoint.trust_remote_code and settings.pop("auto_map", None):
+            plain = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+            self._checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+    @cached_property
+    def identity(self) -> TokenizerIdentity:
+        """What the tokenizer is, by the bytes of its files."""
+        lines = "".join(f"{path.name} {sha256(path)}\n" for path in self.files)
+        template = self._checkpoint.tokenizer.chat_template
+        return TokenizerIdentity(
+            files=hashlib.sha256(lines.encode()).hexdigest(),
+            chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
+            chat_template_date=self._settings.chat_template_date,
+        )
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return _chat_template(self._checkpoint, self._settings)
+
+    def encode(self, contents: Sequence[str]) -> tuple[Encoded, dict[int, str]]:
+        """Token ids of documents, and by its number why a document has none."""
+        if self._content == "text":
+            rows = self._encode_pairs([("", text) for text in contents])
+        elif self._content == "chat":
+            rows = self._encode_chats(contents)
+        else:
+            parts = [json.loads(content) for content in contents]
+            are_chats = [isinstance(part["prompt"], list) for part in parts]
+            chats = iter(self._encode_chats([c for c, is_chat in zip(contents, are_chats, strict=True) if is_chat]))
+            texts = [part for part, is_chat in zip(parts, are_chats, strict=True) if not is_chat]
+            pairs = iter(self._encode_pairs([(part["prompt"], part["completion"]) for part in texts]))
+            rows = [next(chats if is_chat else pairs) for is_chat in are_chats]
+        return self._joined(rows), {i: row.refused for i, row in enumerate(rows) if row.refused is not None}
+
+    def _joined(self, rows: list[_Row]) -> Encoded:
+        """Documents one after the other, without the prefix."""
+        size, prefix = len(self.prefix), self.prefix.tolist()
+        begins = np.array([size > 0 and row.ids[:size] == prefix for row in rows], bool)
+        skips = np.where(begins, size, 0).tolist()
+        ids = [row.ids[skip:] for row, skip in zip(rows, skips, strict=True)]
+        wanted = [row.wanted[skip:] for row, skip in zip(rows, skips, strict=True)]
+        lengths = np.array([len(part) for part in ids], np.int64)
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        return Encoded(flat, np.concatenate([*wanted, np.zeros(0, bool)]), lengths, begins)
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[_Row]:
+        """Texts, each of a prompt (which may be empty) and a completion, which is wanted.
+
+        The prompt's ids are those that it has alone, as when a student is asked. The completion's are what the whole
+        text has after them. Where a token of the whole would span both, they are those that it has alone, too.
+        """
+        prompts = self._ids([prompt for prompt, _ in pairs])
+        texts = [prompt + completion for prompt, completion in pairs]
+        if any(prompts):
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            wholes = [encoding.ids for encoding in encodings]
+            torn = [i for i, e in enumerate(encodings) if self._spans_both(e, pairs[i][0], prompts[i])]
+        else:
+            wholes, torn = self._ids(texts), []
+        for i, completion in zip(torn, self._ids([pairs[i][1] for i in torn]), strict=True):
+            wholes[i] = prompts[i] + completion
+        start, end = self.prefix.tolist(), [] if self._eos is None else [self._eos]
+        rows = []
+        for prompt, whole in zip(prompts, wholes, strict=True):
+            if len(whole) == len(prompt):
+                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no token for what is to be captured"))
+                continue
+            # A text may bring both by itself if its special tokens are parsed.
+            before = [] if whole[: len(start)] == start else start
+            ids = before + whole + (end if whole[-1:] != end else [])
+            rows.append(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt)))
+        return rows
+
+    def _spans_both(self, whole: Encoding, prompt: str, ids: list[int]) -> bool:
+        """Whether a token of the whole spans both the prompt, which has these ids alone, and what follows it."""
+        if not ids or whole.ids[: len(ids)] != ids:
+            return whole.ids[: len(ids)] != ids
+        # With the same ids, too: the last may stand for any number of unknown characters, of the prompt and after it.
+        _, end = self._bare(ids[-1], prompt, *whole.offsets[len(ids) - 1])
+        return end > len(prompt)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        self._backend.encode_special_tokens = self._settings.special_tokens == "text"
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_chats(self, chats: Sequence[str]) -> list[_Row]:
+        written: list[Written | str] = []
+        for content in chats:
+            try:
+                written.append(self._template.write(content, self._settings.assistant_turns))
+            except ChatRefusedError as reason:
+                written.append(str(reason))
+        pieces = self._encode_pieces([piece for chat in written if isinstance(chat, Written) for piece in chat.pieces])
+        return [_Row([], np.zeros(0, bool), c) if isinstance(c, str) else self._row(c, pieces) for c in written]
+
+    def _row(self, chat: Written, pieces: Iterator[Encoding]) -> _Row:
+        """A chat of these pieces. A token is wanted if it shares a character with a turn of the assistant."""
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        position = 0
+        for text, _ in chat.pieces:
+            encoding = next(pieces)
+            offsets = encoding.offsets
+            if not self._greedy.isdisjoint(encoding.ids):
+                offsets = [self._bare(i, text, *at) for i, at in zip(encoding.ids, offsets, strict=True)]
+            ids += encoding.ids
+            starts += [position + start for start, _ in offsets]
+            ends += [position + end for _, end in offsets]
+            position += len(text)
+        tokens = np.array([starts, ends], np.int64)
+        wanted = _sharing(tokens, chat.turns)
+        if not all(_sharing(tokens, [(place.start, place.end)]).any() for place in chat.answers):
+            return _Row([], wanted[:0], "the tokenizer has no token for what is to be captured")
+        if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
+            return _Row([], wanted[:0], "a token holds words both of the assistant and of another message")
+        return _Row(ids, wanted)
+
+    def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
+        """Where a token is in a text, without the space around that some special tokens take up."""
+        if token in self._greedy:
+            taken = text[start:end]
+            return end - len(taken.lstrip()), start + len(taken.rstrip())
+        return start, end
+
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> Iterator[Encoding]:
+        encoded = {}
+        for quoted in (False, True):
+            self._backend.encode_special_tokens = quoted
+            texts = [text for text, is_quoted in pieces if is_quoted == quoted]
+            encoded[quoted] = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        return (next(encoded[quoted]) for _, quoted in pieces)
+
+
+def _prefix(backend: Tokenizer) -> list[int]:
+    """Ids that the tokenizer puts before a text by itself."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a").ids
+    starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    return list(full[: starts[0]]) if starts else []
+
+
+def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTemplate:
+    tokenizer = checkpoint.tokenizer
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError:
+        raise UsageError(
+            "the teacher has no chat template",
+            expected="chat_template.jinja, to write chats as the teacher knows them",
+            found="documents that are chats, and a tokenizer without one",
+            where=checkpoint.folder,
+            do="give an instruct model, or plain text with columns.text",
+        ) from None
+    named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    quoted = special if settings.special_tokens == "text" else []
+    return ChatTemplate(source, named, quoted, settings.chat_template_date)
+
+
+def _sharing(tokens: NDArray[np.int64], ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which tokens (their starts and their ends) share a character with one of the ranges."""
+    starts, ends = tokens[0], np.maximum(tokens[1], tokens[0] + 1)  # a token of no character is at its next
+    sharing = np.zeros(len(starts), bool)
+    for a, b in ranges:
+        if a < b:
+            sharing |= (starts < b) & (ends > a)
+    return sharing

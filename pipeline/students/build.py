@@ -1,0 +1,208 @@
+"""The student: a model to go on from, a teacher pruned to some of its layers, or a fresh one from a configuration.
+
+Builds it, checks that it fits its table, and says how it turns hidden states into logits, so that a fused loss can do
+the same in pieces. Never trains.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.models.loading import explained, load_model, require_weights
+from softlabel.pipeline.models.pretrained import fresh_model, load_config
+from softlabel.pipeline.models.pruning import narrow, prune, spread
+from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.source import Source
+from softlabel.storage.errors import StudentError
+from softlabel.storage.views.row_groups import load, outlines
+from softlabel.storage.views.view import AnyTable
+
+_PROBED = 6
+"""Tokens of each of two sequences with which it is found out what a student sees."""
+CALIBRATION_TOKENS = 4096
+"""Tokens of the table on which the activity of a teacher's neurons is measured."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model turns hidden states h into logits: cap(scale x (W h + bias)), with cap(z) = c tanh(z / c)."""
+
+    weight: Tensor
+    """(V, H), padded rows included."""
+    bias: Tensor | None
+    scale: float
+    soft_cap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., H)."""
+        hidden = hidden.to(self.weight.dtype)  # Mamba adds its layers up in float32
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def build(
+    config: StudentConfig, table: AnyTable, packing: bool = False, source: Source | None = None
+) -> PreTrainedModel:
+    """The student that the settings describe, on the CPU, ready for a table's labels.
+
+    Args:
+        config: where it comes from.
+        table: what it has to fit.
+        packing: whether sequences will share its rows.
+        source: the files that it is made from, if they have been found already.
+
+    Raises:
+        UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
+        StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
+            if it sees tokens that it must not see.
+    """
+    origin = Origin.of(table)
+    folder = require_fitting(config, origin, source).path
+    dtype = getattr(torch, config.dtype)
+    student = _fresh(folder, origin, dtype) if config.config else pruned(_load(folder, dtype), config, table)
+    _require_head(student)
+    _require_sight(student, packing)
+    return student
+
+
+def pruned(student: PreTrainedModel, config: StudentConfig, table: AnyTable) -> PreTrainedModel:
+    """What the settings leave of a model; the activity of its neurons is measured on the table's text."""
+    if config.intermediate_size is not None:
+        student = narrow(student, config.intermediate_size, _some_sequences(table))
+    if config.depth is not None:
+        student = prune(student, spread(config.depth, student.config.num_hidden_layers))
+    if config.layers is not None:
+        student = prune(student, config.layers)
+    return student
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """(rows, L, H) states that the output layer would see; packed sequences do not see each other if ``separates``.
+
+    Args:
+        model: a causal language model.
+        input_ids: (rows, L) int64.
+        position_ids: (rows, L) int64, starting again at 0 with each sequence.
+    """
+    body = model.get_decoder()
+    # Without a cache and a mask, transformers finds the packed sequences by their position ids.
+    hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def separates(model: PreTrainedModel) -> bool:
+    """Whether sequences that share a row do not see each other: not every architecture goes by position ids."""
+    positions = torch.arange(_PROBED).repeat(2)
+    return not _sees(model, positions, slice(_PROBED, None), slice(_PROBED))
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's output layer, with the scale and soft cap of its configuration."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return OutputHead(layer.weight, getattr(layer, "bias", None), float(scale), soft_cap)
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    student, wrong = load_model(AutoModelForCausalLM, source, dtype)
+    require_weights(student, source, wrong)
+    return student
+
+
+def _fresh(source: Path, origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
+    config = explained(source, "configuration", lambda: load_config(source))
+    tokenizer = origin.tokenizer()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return explained(source, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
+
+
+def _some_sequences(table: AnyTable) -> Iterator[Tensor]:
+    """Token ids (L,) of the first sequences that students are trained on, about CALIBRATION_TOKENS of them."""
+    tokens = 0
+    for group, _ in outlines(table, ["key"], "train"):
+        for ids in load(table, group, ["token_ids"]).column("token_ids"):
+            if tokens >= CALIBRATION_TOKENS:
+                return
+            tokens += len(ids)
+            yield torch.tensor(ids.values.to_numpy(), dtype=torch.int64)
+
+
+@torch.no_grad()
+def _require_head(student: PreTrainedModel) -> None:
+    """A kind of model whose logits are made otherwise would silently be trained on wrong ones."""
+    ids = torch.arange(8)[None]
+    logits = student.eval()(input_ids=ids, use_cache=False).logits.float()
+    ours = output_head(student)(hidden_states(student, ids, ids)).float()
+    tolerance = (0.03 if student.dtype == torch.bfloat16 else 1e-3) * float(logits.abs().max())
+    difference = float((ours - logits).abs().max())
+    if not difference <= tolerance:
+        raise StudentError(
+            f"{type(student).__name__} makes its logits in a way that the loss does not know",
+            expected="scale x (W h + bias), soft-capped, as its configuration says",
+            found=f"logits that differ by up to {difference:.3g}",
+            where=student.config.name_or_path or "student.config",
+            do="take a student of another architecture",
+        )
+
+
+def _require_sight(student: PreTrainedModel, packing: bool) -> None:
+    """A student that sees what it has to predict, or another sequence, would learn from that, without a word."""
+    ahead = _sees(student, torch.arange(2 * _PROBED), slice(_PROBED), slice(_PROBED, None))
+    if ahead or (packing and not separates(student)):
+        raise StudentError(
+            f"{type(student).__name__} sees {'what it has to predict' if ahead else 'the other sequences of its row'}",
+            expected="a causal model" if ahead else "attention, or whatever is in its place, within each sequence",
+            found=f"states that depend on {'later tokens' if ahead else 'the tokens of the sequence before'}",
+            where=student.config.name_or_path or "student.config",
+            do="take a model that predicts the next token (of one like BERT, is_decoder says whether it does)"
+            if ahead
+            else "set stream.packing false: each sequence gets a row of its own, padded",
+        )
+
+
+def _sees(model: PreTrainedModel, positions: Tensor, states: slice, tokens: slice) -> bool:
+    """Whether a row's states at some places depend on its tokens at others: whether a gradient leads there.
+
+    It is exactly 0 where nothing leads, in any precision: there is no rounding to tell from a small dependence, as a
+    model that has yet to be trained may have it.
+
+    Args:
+        model: a causal language model.
+        positions: (L,) position ids of the row.
+        states: where the states are.
+        tokens: where the tokens are.
+    """
+    embedded: list[Tensor] = []
+
+    def begin_here(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0].clone()
+
+    was_training, device = model.training, model.device
+    hook = model.get_input_embeddings().register_forward_hook(begin_here)
+    try:
+        with torch.enable_grad():
+            ids = torch.arange(len(positions), device=device)[None]
+            seen = hidden_states(model.eval(), ids, positions[None].to(device))[0, states]
+            # Of normalised states, sums and squares are constant: each counts as another number says.
+            some = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen).sin()
+            (gradient,) = torch.autograd.grad((seen.float() * some).sum(), embedded[0])
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return bool(gradient[0, tokens].any())

@@ -1,0 +1,78 @@
+"""MOVED from softlabel.pipeline.training.classifier_objective."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.models.checkpoint import class_names, is_classifier
+from softlabel.pipeline.models.loading import explained, load_model, require_weights
+from softlabel.pipeline.models.padding import padding_id
+from softlabel.pipeline.models.pretrained import fresh_model, load_config
+from softlabel.pipeline.students.build import pruned
+from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.students.labels import LabelMap
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.source import Source
+from softlabel.storage.table import Table
+
+
+def build_classifier(config: StudentConfig, table: Table, source: Source | None = None) -> PreTrainedModel:
+    """The student that the settings describe, on the CPU, with a head for its labels.
+
+    A head for the same labels is kept as it is; of another model, or for other labels, it is made anew at random.
+
+    Args:
+        config: where it comes from.
+        table: what it has to fit.
+        source: the files that it is made from, if they have been found already.
+
+    Raises:
+        UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
+        StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
+    """
+    origin = Origin.of(table)
+    folder = require_fitting(config, origin, source).path
+    names = LabelMap.of(config.labels, table.identity.classes or ()).names
+    head: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    dtype, tokenizer = getattr(torch, config.dtype), origin.tokenizer()
+    if config.config is not None:
+        settings = explained(folder, "configuration", lambda: load_config(folder, **head))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(settings, name, getattr(tokenizer, name))
+        student = explained(
+            folder, "model", lambda: fresh_model(AutoModelForSequenceClassification, settings, dtype=dtype)
+        )
+    else:
+        student = pruned(_load(folder, dtype, head), config, table)
+    padding_id(student, tokenizer)
+    return student
+
+
+def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
+    settings = explained(source, "configuration", lambda: load_config(source))
+    # A model that was saved as something else has no head, whatever the names that it would give to classes.
+    same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
+    student, wrong = load_model(AutoModelForSequenceClassification, source, dtype, **head)
+    if not same:  # of other labels, even if they are as many
+        _renew_head(student)
+    # A new head, and what pools the layers' states for it, may be missing; nothing else.
+    body = f"{student.base_model_prefix}."
+    needed = {name for name in wrong if same or (name.startswith(body) and ".pooler." not in name)}
+    require_weights(student, source, {name: wrong[name] for name in needed}, but="" if same else " but its head's")
+    return student
+
+
+@torch.no_grad()
+def _renew_head(student: PreTrainedModel) -> None:
+    """Draw the layers outside of the body anew."""
+    for name, module in student.named_children():
+        if name != student.base_model_prefix:
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    nn.init.normal_(part.weight, std=getattr(student.config, "initializer_range", 0.02))
+                    if part.bias is not None:
+                        nn.init.zeros_(part.bias)

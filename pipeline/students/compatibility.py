@@ -1,0 +1,169 @@
+"""Whether a student can be made for a teacher, and taught by it: found out from settings, before anyone pays.
+
+The same questions before a capture, when only the teacher's files are there, and before a training, when there is a
+table. Loads no weights.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
+from softlabel.pipeline.models.context_length import positions_said
+from softlabel.pipeline.models.loading import explained
+from softlabel.pipeline.models.pretrained import load_config, load_tokenizer
+from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
+from softlabel.pipeline.students.labels import LabelMap
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.source import Source
+from softlabel.storage.errors import StudentError, UsageError
+
+
+def require_fitting(config: StudentConfig, origin: Origin, source: Source | None = None) -> Source:
+    """Refuse a student that can't be made, or could not be trained on these soft labels.
+
+    Args:
+        config: where it comes from.
+        origin: what it has to fit.
+        source: the files that it is made from, if they have been found already.
+
+    Returns:
+        The files that it is made from.
+
+    Raises:
+        UsageError: unless exactly one place is named that it comes from; if the teacher has not so many layers or
+            neurons; or if its labels can't be made.
+        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if the files of the
+            teacher that layers are taken from have changed since it was asked.
+    """
+    source = source or Source.find(config, origin)
+    _require_labels(config, origin)
+    settings = explained(source.path, "configuration", lambda: load_config(source.path))
+    if config.config is None:
+        _require_tokenizer(source.path, origin)
+    if config.depth is not None:
+        spread(config.depth, settings.num_hidden_layers)
+    if config.layers is not None:
+        require_layers(settings, config.layers)
+    if config.intermediate_size is not None:
+        require_neurons(settings, config.intermediate_size)
+    _require_vocabulary(settings, origin)
+    _require_positions(settings, origin)
+    source.require_unchanged()
+    return source
+
+
+def require_loss(config: TrainConfig, origin: Origin) -> Target | None:
+    """Refuse a loss that these soft labels can't give.
+
+    Returns:
+        What a language model is compared with; None if the loss has no soft part.
+
+    Raises:
+        UsageError: if they lack what it is measured against, or it asks for a part of a classifier's distribution.
+    """
+    if origin.classes is not None:
+        _require_class_settings(config)
+    elif config.loss.soft_weight or config.loss.soft_weight_end:
+        max_k = dropping(config.stream.max_k, origin.head)
+        return resolve_target(config.loss, origin.temperatures, origin.draws, max_k)
+    return None
+
+
+def _require_labels(config: StudentConfig, origin: Origin) -> None:
+    if origin.classes is not None:
+        LabelMap.of(config.labels, origin.classes)
+    elif config.labels:
+        raise UsageError(
+            "labels are a classifier's, and this table's teacher predicts tokens",
+            expected="no student.labels, or a table that a classifier made",
+            found=f"student.labels: {' '.join(config.labels)}",
+            where=origin.location,
+            do="leave them out",
+        )
+
+
+def _require_class_settings(config: TrainConfig) -> None:
+    if config.student.lora_rank is not None:
+        raise UsageError(
+            "adapters are for language models",
+            expected="no student.lora_rank: a classifier's head is new, and has to be trained whole",
+            found=f"student.lora_rank: {config.student.lora_rank}",
+            do="leave it out",
+        )
+    found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
+    found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
+    if found:
+        raise UsageError(
+            "the whole of a classifier's distribution is the target",
+            expected="neither stream.max_k nor loss.target",
+            found=", ".join(found),
+            do="leave it out; student.labels says which classes a student learns",
+        )
+
+
+def _require_tokenizer(source: Path, origin: Origin) -> None:
+    """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
+    theirs = explained(source, "tokenizer", lambda: load_tokenizer(source))
+    ours = origin.tokenizer()
+    found, expected = theirs.get_vocab(), ours.get_vocab()
+    if found != expected:
+        other = {token for token, _ in found.items() ^ expected.items()}
+        detail = f"{len(found)} tokens; {len(other)} differ, the first is {min(other)!r}"
+    elif _rules(theirs) != _rules(ours):
+        detail = "the same tokens, but other rules that split text into them"
+    else:
+        return
+    raise StudentError(
+        "the student's tokenizer is not the teacher's: its ids would mean other tokens",
+        expected=f"the teacher's tokenizer, {len(expected)} tokens ({origin.location})",
+        found=detail,
+        where=source,
+        do="take a student of the teacher's family, prune the teacher (student.layers), or capture with a teacher "
+        "that has this tokenizer",
+    )
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of what turns text into ids, without the padding and truncation that a call may have left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _require_vocabulary(settings: Any, origin: Origin) -> None:
+    rows, ids = settings.get_text_config().vocab_size, origin.vocabulary
+    if origin.classes is not None:
+        ids = max(origin.tokenizer().get_vocab().values()) + 1
+    if rows < ids:
+        raise StudentError(
+            "the student has no room for the table's vocabulary",
+            expected=f"at least {ids} rows in its embedding and output layer (more are padding)",
+            found=rows,
+            where=settings.name_or_path or "student.config",
+            do=f"set vocab_size to {origin.padded_vocabulary} in its configuration",
+        )
+
+
+def _require_positions(settings: Any, origin: Origin) -> None:
+    """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
+    are meant for."""
+    limit = positions_said(settings)
+    if limit is None or limit >= origin.max_tokens:
+        return
+    needed = origin.longest()
+    if limit < needed:
+        raise StudentError(
+            "the student can't read the table's sequences",
+            expected=f"at least {needed} positions (max_position_embeddings)",
+            found=limit,
+            where=settings.name_or_path or "student.config",
+            do="set max_position_embeddings in its configuration, take another model, or capture with a smaller "
+            "sequences.max_tokens",
+        )

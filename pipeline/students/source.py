@@ -1,0 +1,123 @@
+"""What a student is made from: a model's files or a configuration's, as the settings or the table's history name them.
+
+A student's record says by their hashes which they were: a folder's name says nothing of what is in it tomorrow. Loads
+no weights.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.models.files import locate, require_no_revision, sha256, weight_files
+from softlabel.pipeline.models.loading import explained
+from softlabel.pipeline.students.origin import Origin, Teacher
+from softlabel.storage.errors import StudentError, UsageError
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files that a student is made from."""
+
+    name: str
+    """Of the model or configuration, as the settings or the table's history have it."""
+    path: Path
+    """Its folder; of a configuration, that or a JSON file."""
+    commit: str | None
+    """Of a hub model."""
+    weights: bool
+    """Whether the student takes its weights, and not only its configuration."""
+    teacher: Teacher | None = None
+    """The table's, if it is what these files have to be."""
+
+    @classmethod
+    def find(cls, config: StudentConfig, origin: Origin) -> Self:
+        """The files that the settings name; a hub model's are fetched if they are not there.
+
+        Raises:
+            UsageError: unless exactly one place is named; or if a revision is asked of a folder.
+            StudentError: if it is not there.
+        """
+        _require_one_source(config)
+        name = config.model or config.config or config.teacher
+        if name is None:
+            teacher = _teacher_of(origin)
+            what = "teacher as the table names it (student.teacher says where it is now)"
+            revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared, in any case
+            path, commit = locate(teacher.name, what, revision, error=StudentError)
+            return cls(teacher.name, path, commit, weights=True, teacher=teacher)
+        if config.config is None:
+            path, commit = locate(name, "model for the student", config.revision, error=StudentError)
+            return cls(name, path, commit, weights=True)
+        if Path(name).is_file():
+            require_no_revision(Path(name), config.revision)
+            return cls(name, Path(name), None, weights=False)
+        path, commit = locate(name, "configuration", config.revision, files=["config.json"], error=StudentError)
+        return cls(name, path, commit, weights=False)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the configuration and of the weights, those that are there, by name.
+
+        Raises:
+            StudentError: if one of them can't be read.
+        """
+        return explained(self.path, "files", self._hashes)
+
+    def _hashes(self) -> dict[str, str]:
+        files = [self.path] if self.path.is_file() else [self.path / "config.json"]
+        files += weight_files(self.path) if self.weights else []
+        return {file.name: sha256(file) for file in files if file.is_file()}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a student's softlabel.json says of it."""
+        return {"name": self.name, "commit": self.commit, "files": self.files}
+
+    def require_unchanged(self) -> None:
+        """Refuse layers of the table's teacher if these files are not the ones that spoke.
+
+        Raises:
+            StudentError: naming the files that differ.
+        """
+        if self.teacher is None:
+            return
+        there = {name: self.path / name for name in self.teacher.files}
+        hashes = {name: sha256(file) for name, file in there.items() if file.is_file()}
+        found = [f"{name} is another" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
+        if self.teacher.adapter is not None:
+            found.append("a model without the adapter that the teacher had")
+        if found:
+            raise StudentError(
+                "the table's teacher is not there any more",
+                expected="the files that the teacher had when it was asked",
+                found="; ".join(found),
+                where=self.path,
+                do="fetch them again (a teacher with an adapter: merge it and save the whole); or set student.teacher, "
+                "to take layers from a model that is not the table's teacher",
+            )
+
+
+def _teacher_of(origin: Origin) -> Teacher:
+    teachers = origin.teachers()
+    if len(teachers) == 1:
+        return teachers[0]
+    raise UsageError(
+        f"the table does not say {'which teacher is meant' if teachers else 'where its teacher is'}",
+        expected="student.teacher, beside student.layers",
+        found=", ".join(sorted(teacher.name for teacher in teachers))
+        or "neither that nor a teacher in the table's history",
+        where=origin.location,
+        do="name the teacher's folder with student.teacher",
+    )
+
+
+def _require_one_source(config: StudentConfig) -> None:
+    if len(config.given) != 1:
+        raise UsageError(
+            "a student comes from exactly one place",
+            expected="one of student.model, student.layers, student.depth and student.config",
+            found=", ".join(config.given) or "none of them",
+            do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
+        )

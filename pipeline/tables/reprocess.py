@@ -1,0 +1,215 @@
+"""Reprocess: make a smaller table of a table, or change it in place, without the teacher.
+
+Says what is to become of each row; ``storage.upkeep.rewrite`` carries it out as one commit, and ``storage.upkeep.purge`` takes down.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from softlabel.pipeline.config.tables import NarrowingConfig, ReprocessConfig
+from softlabel.pipeline.progress import Progress, Watch, unwatched
+from softlabel.pipeline.sequences.chunking import split_of
+from softlabel.pipeline.tables.row_filter import RowFilter, listed
+from softlabel.storage.errors import UsageError
+from softlabel.storage.identity import Identity, circumstances
+from softlabel.storage.narrowing import Narrowing
+from softlabel.storage.places.open import place_of
+from softlabel.storage.reader import outline, with_split
+from softlabel.storage.schema import PARTITION
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import carry_over
+from softlabel.storage.upkeep.inspection import last_capture
+from softlabel.storage.upkeep.purge import Purged, purge
+from softlabel.storage.upkeep.rewrite import nothing_left, rewrite
+from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten
+from softlabel.storage.versions import parse
+
+
+@dataclass(frozen=True)
+class ReprocessReport:
+    """What a reprocessing did."""
+
+    source: str
+    """TABLE@version that was read."""
+    table: str
+    """The table that was made or changed."""
+    version: int
+    """Its newest at the end."""
+    operation: str
+    """As the table's history calls it."""
+    rows: Rewritten
+    """What became of the rows."""
+    unknown: int
+    """Ids to drop that the table does not hold."""
+    purged: Purged | None
+    """What a take-down came to."""
+    seconds: float
+
+
+def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessReport:
+    """Make or change a table; it is as it was until all is done. Killed and run again, it goes on where it was.
+
+    Raises:
+        UsageError: if the settings ask for what the table does not have.
+        ProvenanceError: if the destination is a table of another identity.
+        TableError: if a table can't be used, or others have changed it meanwhile.
+    """
+    started = time.monotonic()
+    source = Table.open(config.source)
+    target_identity, narrowing = _identity(source, config)
+    row_filter = RowFilter(source, config)
+    target = _target(source, config, target_identity, row_filter)
+    fraction = config.shards.eval_fraction
+    about = {
+        "operation": _operation(config),
+        "source": f"{source.location}@{source.version}",
+        "settings": config.model_dump(mode="json", exclude_defaults=True),
+        "circumstances": circumstances(),
+    }
+    layout = config.shards.positions, config.shards.row_group_sequences
+    total = sum(shard.rows for shard in source.shards())
+
+    def tell(rows: int) -> None:
+        watch(Progress("reprocess", rows, total, "sequences"))
+
+    purged: Purged | None = None
+    if config.purge:
+        done, purged = purge(source.location, listed(config.purge), about, layout, tell)
+    else:
+        job = Rewriting(
+            source,
+            target,
+            *layout,
+            keep=row_filter,
+            columns=row_filter.columns,
+            split=None if fraction is None else partial(split_of, eval_fraction=fraction),
+            narrowing=narrowing,
+            identity=None if config.destination or target_identity == source.identity else target_identity,
+            compact=config.compact,
+        )
+        done = rewrite(job, about if job.in_place else _made_by(source) | about, tell)
+    return ReprocessReport(
+        source=f"{source.location}@{source.version}",
+        table=target.location,
+        version=done.version,
+        operation=_operation(config),
+        rows=done,
+        unknown=row_filter.unknown,
+        purged=purged,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _operation(config: ReprocessConfig) -> str:
+    """What the history calls it."""
+    done = {
+        "narrow": any(value is not None for _, value in config.selection),
+        "filter": config.where,
+        "drop": config.drop,
+        "drop stale": config.stale,
+        "split": config.shards.eval_fraction is not None,
+        "compact": config.compact,
+        "purge": config.purge,
+    }
+    return " + ".join(name for name, given in done.items() if given) or "copy"
+
+
+def _made_by(source: Table) -> dict[str, Any]:
+    """What the source's newest capture says of the teacher: the other table has none of its own."""
+    capture = last_capture(source)
+    return {name: capture[name] for name in ("teacher", "revision", "parameters", "config") if name in capture}
+
+
+def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowing | None]:
+    """What the result is, and what narrows each row to that."""
+    identity, narrowing, fraction = source.identity, None, config.shards.eval_fraction
+    if any(value is not None for _, value in config.selection):
+        narrowing = _narrowing(source, config.selection)
+        identity, narrowing = narrowing.identity, narrowing if narrowing.identity != source.identity else None
+    if fraction is not None:
+        sequences = identity.sequences.model_copy(update={"eval_fraction": fraction})
+        identity = identity.model_copy(update={"sequences": sequences})
+    return identity, narrowing
+
+
+def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
+    if source.identity.classes is not None:
+        raise UsageError(
+            "a table of classes holds every class for every temperature, and can't be narrowed",
+            expected="no selection",
+            found=", ".join(f"selection.{name}: {value}" for name, value in wanted if value is not None),
+            where=f"{source.location}@{source.version}",
+            do="give a student a smaller label set with student.labels instead",
+        )
+    stored = source.identity.selection
+    max_k = stored.max_k if wanted.max_k is None else wanted.max_k
+    draws = stored.draws if wanted.draws is None else wanted.draws
+    temperatures = source.temperatures if wanted.temperatures is None else wanted.temperatures
+    limits = {"max_k": (max_k, stored.max_k), "draws": (draws, stored.draws)}
+    for name, (asked, there) in limits.items():
+        if asked > there:
+            raise _lacking(source, name, f"at most {there}", asked)
+    if max_k == draws == 0:
+        raise _lacking(source, "max_k and draws", "ids or draws to keep", "neither")
+    if (
+        temperatures[:1] != (1.0,)
+        or len({*temperatures}) < len(temperatures)
+        or {*temperatures} - {*source.temperatures}
+    ):
+        stored_ones = " ".join(f"{T:g}" for T in source.temperatures)
+        raise _lacking(
+            source, "temperatures", f"some of {stored_ones}, 1 first", " ".join(f"{T:g}" for T in temperatures)
+        )
+    return Narrowing(source.identity, max_k, draws, temperatures)
+
+
+def _lacking(source: Table, name: str, expected: object, found: object) -> UsageError:
+    return UsageError(
+        f"the table can't be narrowed to these {name}: it does not hold what that asks for",
+        expected=f"selection.{name}: {expected}",
+        found=found,
+        where=f"{source.location}@{source.version}",
+        do="see softlabel inspect for what it holds; more takes a capture",
+    )
+
+
+def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filter: RowFilter) -> Table:
+    """The table that is changed; another one is made if it is not there, empty until all is done."""
+    if config.destination is None:
+        if parse(config.source)[1] is not None:
+            raise UsageError(
+                "an old version can't be changed in place",
+                expected="a table without a version, or a destination",
+                found=config.source,
+                do="leave the version out, or give a folder for another table",
+            )
+        return source
+    if place_of(config.destination).address == source.place.address:
+        raise UsageError(
+            "source and destination are the same folder",
+            where=config.destination,
+            do="leave the destination out to change the table in place",
+        )
+    if Table.exists(config.destination):
+        target = Table.open(config.destination)
+        target.identity.require(identity, config.destination)
+        target.require_carried(source.carried)
+    else:
+        _require_rows(source, row_filter)
+        target = Table.create(config.destination, identity, source.carried, source.vocabulary, source.tokenizer)
+    carry_over(source.location, target.location)
+    return target
+
+
+def _require_rows(source: Table, row_filter: RowFilter) -> None:
+    """Refuse a filter that leaves nothing, before there is a table for it; mostly the first rows tell."""
+    dropped, columns = 0, sorted({*row_filter.columns} - {PARTITION})
+    for shard in source.shards():
+        for rows in outline(source, shard, columns):
+            if row_filter(with_split(rows, shard)).any():
+                return
+            dropped += len(rows)
+    if dropped:
+        raise nothing_left(source, dropped)

@@ -1,0 +1,238 @@
+"""SQL that is true or false for a row, read into a polars expression: columns, literals, operators, a few functions.
+
+What is not read here does not exist: polars' own SQL, which also opens files and addresses, never sees the text.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softlabel.pipeline.tables import sql_values as sql
+from softlabel.pipeline.tables.sql_tokens import RefusedError, Token, pointed, printable, tokens
+from softlabel.pipeline.tables.sql_values import Kind, Value
+from softlabel.storage.errors import UsageError
+
+_BINDING = {
+    **{"OR": 1, "AND": 2, "IS": 4, "LIKE": 5, "ILIKE": 5, "IN": 6, "BETWEEN": 6},
+    **dict.fromkeys(sql.COMPARISONS, 6),
+    **{"+": 7, "-": 7, "||": 7, "*": 8, "/": 8, "%": 8},
+}
+"""How tightly each operator binds, as in polars' SQL; a NOT in front binds by 3, a sign by 9."""
+_NOT, _SIGN = 3, 9
+_NEGATED = ("LIKE", "ILIKE", "IN", "BETWEEN")
+_CONSTANTS = {"TRUE": (True, Kind.TRUTH), "FALSE": (False, Kind.TRUTH), "NULL": (None, Kind.NULL)}
+_INDENT = "\n" + " " * len("  what to do:  ")
+_ALLOWED = _INDENT.join(
+    [
+        "use only columns, 'strings', numbers, TRUE, FALSE, NULL, DATE '2024-12-31';",
+        "AND OR NOT = <> < <= > >= IN BETWEEN LIKE ILIKE IS + - * / % ||;",
+        "CASE, CAST(... AS STRING), " + ", ".join(sorted({*sql.FUNCTIONS, *sql.CHOICES})) + ".",
+        "Strings go in single quotes, and a column's name in double ones if it is no plain word:",
+        "source = 'web' AND \"number of words\" > 20. For a list of documents, there is --drop FILE.",
+    ]
+)
+
+
+def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], NDArray[np.bool_]], set[str]]:
+    """What tells (R,) for which of R rows an expression is true, and the names of the columns that it looks at.
+
+    Args:
+        text: SQL over the columns.
+        known: names and types of the columns.
+
+    Raises:
+        UsageError: if it is anything else; shows the place.
+    """
+    empty = pl.DataFrame(known.empty_table())
+    try:
+        reader = _Reader(tokens(text), empty.schema)
+        whole = reader.whole()
+        empty.select(whole.expr)
+    except RefusedError as refused:
+        found, place = str(refused), pointed(text, refused.start, refused.end)
+    except pl.exceptions.PolarsError as error:  # a pattern is too large once it is compiled
+        found, place = printable(str(error).splitlines()[0]), pointed(text, 0, len(text))
+    else:
+        return partial(_true, whole.expr), reader.columns
+    raise UsageError(
+        "rows can't be filtered by this expression",
+        expected=f"SQL that is true or false for a row, over {printable(', '.join(known.names))}",
+        found=found,
+        where=f"where: {place[0]}{_INDENT}{' ' * len('where: ')}{place[1]}",
+        do=_ALLOWED,
+    )
+
+
+def _true(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
+    told = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
+    return np.broadcast_to(told, len(rows))  # what is the same for all rows, polars may tell once
+
+
+class _Reader:
+    """Reads an expression's parts one by one, never looking back."""
+
+    def __init__(self, parts: list[Token], schema: pl.Schema) -> None:
+        self._parts = parts
+        self._schema = schema
+        self._at = 0
+        self._depth = 0
+        self.columns: set[str] = set()
+        """Those that were read."""
+
+    def whole(self) -> Value:
+        """All of it."""
+        value = self._expression()
+        if self._next.kind != "end":
+            sql.refuse(f"{self._next}, where an operator or the end was expected", self._next)
+        if value.kind is not Kind.TRUTH:
+            sql.refuse(f"{value.kind}, which is neither true nor false", value)
+        return value
+
+    @property
+    def _next(self) -> Token:
+        return self._parts[self._at]
+
+    def _sees(self, *wanted: str, ahead: int = 0) -> str:
+        """Which of some words or signs comes next; nothing if none does."""
+        part = self._parts[min(self._at + ahead, len(self._parts) - 1)]
+        return part.text if part.kind in ("word", "sign") and part.text in wanted else ""
+
+    def _take(self, *wanted: str) -> str:
+        """The same, and goes on behind it."""
+        found = self._sees(*wanted)
+        self._at += bool(found)
+        return found
+
+    def _need(self, *wanted: str) -> Token:
+        """The same, if nothing else may come."""
+        part = self._next
+        if not self._take(*wanted):
+            sql.refuse(f"{part}, where {' or '.join(wanted)} was expected", part)
+        return part
+
+    def _expression(self, above: int = 0) -> Value:
+        """As much as is held together by operators that bind more tightly than ``above``."""
+        self._depth += 1
+        if self._depth > sql.DEEPEST:
+            sql.refuse(f"more than {sql.DEEPEST} expressions within one another", self._next)
+        value = self._operand()
+        while (sign := self._operator()) and _BINDING[sign] > above:
+            value = self._operation(value, sign)
+        self._depth -= 1
+        return value
+
+    def _operator(self) -> str:
+        """The operator that is next, behind its NOT if it has one."""
+        return self._sees(*_NEGATED, ahead=1) if self._sees("NOT") else self._sees(*_BINDING)
+
+    def _operation(self, left: Value, sign: str) -> Value:
+        if sign in ("AND", "OR"):
+            terms = [left]
+            while self._take(sign):
+                terms.append(self._expression(_BINDING[sign]))
+            return sql.chained(sign, terms)
+        negated = self._take("NOT")
+        self._need(sign)
+        if sign == "IS":
+            negated = self._take("NOT")
+            value = sql.same(left, self._constant(self._need(*_CONSTANTS)))
+        elif sign == "IN":
+            value = sql.among(left, self._list(), self._schema)
+        else:
+            right = self._expression(_BINDING[sign])
+            value = self._with(left, sign, right)
+        return sql.negated(value) if negated else value
+
+    def _with(self, left: Value, sign: str, right: Value) -> Value:
+        if sign == "BETWEEN":
+            self._need("AND")
+            return sql.between(left, right, self._expression(_BINDING[sign]))
+        if sign in ("LIKE", "ILIKE"):
+            return sql.like(left, right, ignore_case=sign == "ILIKE")
+        return (sql.compared if sign in sql.COMPARISONS else sql.computed)(sign, left, right)
+
+    def _list(self) -> list[Value]:
+        """At least one value, in parentheses."""
+        self._need("(")
+        values = [self._expression()]
+        while self._need(",", ")").text == ",":
+            values.append(self._expression())
+        return values
+
+    def _operand(self) -> Value:
+        part = self._next
+        self._at += 1
+        value = self._read(part)
+        return replace(value, start=part.start, end=self._parts[self._at - 1].end)
+
+    def _read(self, part: Token) -> Value:
+        """The operand that this part begins."""
+        match part.kind, part.text:
+            case "number", _:
+                return sql.number(part)
+            case "string", text:
+                return sql.literal(text, Kind.TEXT, part)
+            case "name", name:
+                return self._column(part, name)
+            case "sign", "(":
+                return self._enclosed()
+            case "sign", "-":
+                return sql.negative(self._expression(_SIGN))
+            case "word", "NOT":
+                return sql.negated(self._expression(_NOT))
+            case "word", word if word in _CONSTANTS:
+                return self._constant(part)
+            case "word", "CASE":
+                return self._case()
+            case "word", "DATE" if self._next.kind == "string":
+                return sql.day(self._operand())
+            case "word", _ if self._sees("("):
+                return self._call(part)
+            case "sign" | "end", _:
+                sql.refuse(f"{part}, where a value was expected", part)
+        return self._column(part, part.written)
+
+    def _enclosed(self) -> Value:
+        value = self._expression()
+        self._need(")")
+        return value
+
+    def _constant(self, part: Token) -> Value:
+        return sql.literal(*_CONSTANTS[part.text], part)
+
+    def _column(self, part: Token, name: str) -> Value:
+        value = sql.column(part, name, self._schema)
+        self.columns.add(name)
+        return value
+
+    def _case(self) -> Value:
+        of = None if self._sees("WHEN") else self._expression()
+        branches: list[tuple[Value, Value]] = []
+        self._need("WHEN")
+        while not branches or self._take("WHEN"):
+            condition = self._expression()
+            self._need("THEN")
+            branches.append((sql.compared("=", of, condition) if of else condition, self._expression()))
+        otherwise = self._expression() if self._take("ELSE") else sql.literal(None, Kind.NULL, self._next)
+        self._need("END")
+        return sql.chosen(branches, otherwise)
+
+    def _call(self, name: Token) -> Value:
+        if name.text == "CAST":
+            return self._cast()
+        if name.text not in {*sql.FUNCTIONS, *sql.CHOICES}:
+            sql.refuse(f"function {name}, which is not allowed, as is all that takes more than one row", name)
+        return sql.called(name, self._list())
+
+    def _cast(self) -> Value:
+        self._need("(")
+        value = self._expression()
+        self._need("AS")
+        self._need("STRING", "TEXT", "VARCHAR")
+        self._need(")")
+        return sql.as_text(value)

@@ -1,0 +1,96 @@
+"""Which rows of a table stay when it is reprocessed: an SQL expression, a list of documents, the documents as they are.
+
+Looks at a row at a time, whatever is beside it; never at soft labels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softlabel.pipeline.config.capture import ColumnsConfig
+from softlabel.pipeline.config.tables import ReprocessConfig
+from softlabel.pipeline.documents.documents import Documents
+from softlabel.pipeline.tables.row_expression import row_expression
+from softlabel.storage.errors import UsageError
+from softlabel.storage.schema import PARTITION, SEQUENCE
+from softlabel.storage.table import Table
+
+Predicate = Callable[[pa.Table], NDArray[np.bool_]]
+
+
+class RowFilter:
+    """True for the rows that stay.
+
+    Args:
+        source: the table that the rows are of.
+        config: what is to be dropped.
+
+    Raises:
+        UsageError: if the expression can't be evaluated, or a file can't be read.
+        DocumentsError: if the documents can't be read.
+    """
+
+    def __init__(self, source: Table, config: ReprocessConfig) -> None:
+        self._predicates: list[Predicate] = []
+        self._dropped = listed(config.drop) if config.drop else frozenset[str]()
+        self._found: set[str] = set()
+        self.columns: tuple[str, ...] = ("document_id", "fingerprint")
+        """What is looked at, beside the split."""
+        if config.drop:
+            self._predicates.append(self._not_dropped)
+        if config.stale:
+            self._predicates.append(_unless_stale(config.stale, config.columns))
+        if config.where is not None:
+            predicate, columns = row_expression(config.where, pa.schema([*SEQUENCE, *source.carried]))
+            self.columns = (*self.columns, *(columns - {PARTITION}))
+            self._predicates.append(predicate)
+
+    def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """(R,) which of R rows stay; they have the columns and the split."""
+        mask = np.ones(len(rows), bool)
+        for holds in self._predicates:
+            mask &= holds(rows)
+        return mask
+
+    @property
+    def unknown(self) -> int:
+        """Documents of the list that no row was of."""
+        return len(self._dropped - self._found)
+
+    def _not_dropped(self, rows: pa.Table) -> NDArray[np.bool_]:
+        documents = rows.column("document_id").to_pylist()
+        self._found |= self._dropped.intersection(documents)
+        return np.array([name not in self._dropped for name in documents], bool)
+
+
+def listed(path: str) -> frozenset[str]:
+    """The documents' ids in a file, one a line.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        lines = frozenset(line.rstrip("\r") for line in Path(path).read_text(encoding="utf-8").split("\n")) - {""}
+        found = "no id" if not lines else ""
+    except (OSError, UnicodeDecodeError) as error:
+        lines, found = frozenset(), str(error)
+    if found:
+        raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
+    return lines
+
+
+def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:
+    """Whether a row is of its document as that is now, or of one that is not among the documents."""
+    now: dict[str, bytes] = {}
+    for batch in Documents(path, columns).batches():
+        pair = (batch.documents.column(name).to_pylist() for name in ("document_id", "fingerprint"))
+        now.update(zip(*pair, strict=True))
+
+    def holds(rows: pa.Table) -> NDArray[np.bool_]:
+        pairs = zip(rows.column("document_id").to_pylist(), rows.column("fingerprint").to_pylist(), strict=True)
+        return np.array([now.get(name, fingerprint) == fingerprint for name, fingerprint in pairs], bool)
+
+    return holds

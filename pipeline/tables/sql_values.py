@@ -1,0 +1,252 @@
+"""What the parts of an SQL expression are worth: values of a few kinds, and what can be made of them.
+
+Each gives a row the same answer whatever is beside it, and null where SQL does. Kinds that don't go together are
+refused with their place, before polars could guess what was meant.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from enum import StrEnum
+from math import isfinite
+from typing import NoReturn
+
+import polars as pl
+import polars.selectors as cs
+
+from softlabel.pipeline.tables.sql_tokens import RefusedError, Token
+
+DEEPEST = 50
+"""Steps from the whole expression to its innermost part, each of which polars takes on its stack. A chain of AND or OR
+is one step, however long it is."""
+
+_Operation = Callable[[pl.Expr, pl.Expr], pl.Expr]
+
+
+def _remainder(left: pl.Expr, right: pl.Expr) -> pl.Expr:
+    """Of the left's sign, as in SQL; in Python it is of the right's."""
+    return left.abs() % right.abs() * left.sign()
+
+
+COMPARISONS: dict[str, _Operation] = {
+    **{"=": operator.eq, "==": operator.eq, "<>": operator.ne, "!=": operator.ne},
+    **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge},
+}
+ARITHMETIC: dict[str, _Operation] = {
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "%": _remainder}
+}
+
+
+class Kind(StrEnum):
+    """What a value is; only values of one kind are compared."""
+
+    TEXT = "text"
+    NUMBER = "a number"
+    TRUTH = "true or false"
+    DATE = "a date"
+    BYTES = "bytes"
+    LIST = "a list"
+    NULL = "NULL"
+
+
+_TYPES: dict[Kind, pl.DataType] = {
+    **{Kind.TEXT: pl.String(), Kind.NUMBER: pl.Int64(), Kind.TRUTH: pl.Boolean()},
+    **{Kind.DATE: pl.Date(), Kind.BYTES: pl.Binary(), Kind.LIST: pl.List(pl.Int64())},
+}
+_KINDS = {type(dtype): kind for kind, dtype in _TYPES.items()} | {pl.Int32: Kind.NUMBER, pl.Float64: Kind.NUMBER}
+"""Of all types that a table's columns have."""
+
+FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind, Callable[..., pl.Expr]]] = {
+    "ABS": ((Kind.NUMBER,), Kind.NUMBER, pl.Expr.abs),
+    "ARRAY_LENGTH": ((Kind.LIST,), Kind.NUMBER, lambda values: values.list.len().cast(pl.Int64)),
+    "ENDS_WITH": ((Kind.TEXT, Kind.TEXT), Kind.TRUTH, lambda text, end: text.str.ends_with(end)),
+    "LENGTH": ((Kind.TEXT,), Kind.NUMBER, lambda text: text.str.len_chars().cast(pl.Int64)),
+    "LOWER": ((Kind.TEXT,), Kind.TEXT, lambda text: text.str.to_lowercase()),
+    "STARTS_WITH": ((Kind.TEXT, Kind.TEXT), Kind.TRUTH, lambda text, start: text.str.starts_with(start)),
+    "UPPER": ((Kind.TEXT,), Kind.TEXT, lambda text: text.str.to_uppercase()),
+}
+"""What each takes, gives and does."""
+CHOICES: dict[str, Callable[..., pl.Expr]] = {
+    **{"COALESCE": pl.coalesce, "GREATEST": pl.max_horizontal, "LEAST": pl.min_horizontal}
+}
+"""Each gives one of its values, which are of one kind."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A part of the expression that has been read."""
+
+    expr: pl.Expr
+    kind: Kind
+    start: int
+    end: int
+    depth: int = 1
+    literal: str | float | date | bool | None = None
+    """What it is for every row, if it is a literal."""
+
+
+def refuse(found: str, at: Value | Token) -> NoReturn:
+    """Name what can't be used, and point at it."""
+    raise RefusedError(found, at.start, at.end)
+
+
+def made(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
+    """What was made of some parts, from the first to the last of them."""
+    depth = 1 + max(part.depth for part in parts)
+    value = Value(expr, kind, parts[0].start, parts[-1].end, depth)
+    if depth > DEEPEST:
+        refuse(f"more than {DEEPEST} operations within one another", value)
+    return value
+
+
+def column(part: Token, name: str, schema: pl.Schema) -> Value:
+    """A column; integers with 64 bits, so that no product of counts is too large."""
+    if name not in schema:
+        refuse(f"no column {part}", part)
+    expr = cs.by_name(name).as_expr()  # pl.col would take ^...$ for a pattern of names
+    expr = expr.cast(pl.Int64) if schema[name] == pl.Int32 else expr
+    return Value(expr, _KINDS[type(schema[name])], part.start, part.end)
+
+
+def literal(value: str | float | date | bool | None, kind: Kind, at: Value | Token) -> Value:
+    """A string, number, date, TRUE, FALSE or NULL."""
+    dtype = pl.Float64 if isinstance(value, float) else _TYPES.get(kind)
+    return Value(pl.lit(value, dtype=dtype), kind, at.start, at.end, literal=value)
+
+
+def number(part: Token) -> Value:
+    """A number as it is written."""
+    digits = (part.text.lstrip("0") or "0") if part.text.isdecimal() else ""
+    value = int(digits) if 0 < len(digits) < 20 else float(part.text)
+    if not isfinite(value) or (digits and value >= 2**63):
+        refuse("a number that is too large", part)
+    return literal(value, Kind.NUMBER, part)
+
+
+def day(value: Value) -> Value:
+    """The date that a string says."""
+    try:
+        return literal(date.fromisoformat(str(value.literal)), Kind.DATE, value)
+    except ValueError:
+        refuse("no date; one is written as '2024-12-31'", value)
+
+
+def negative(value: Value) -> Value:
+    """A number with a minus before it."""
+    if value.kind is Kind.NUMBER and value.literal is not None:
+        return literal(-value.literal, Kind.NUMBER, value)  # type: ignore[operator]
+    return made(-of_kind(Kind.NUMBER, value), Kind.NUMBER, value)
+
+
+def negated(value: Value) -> Value:
+    """True where it is false."""
+    return made(~of_kind(Kind.TRUTH, value), Kind.TRUTH, value)
+
+
+def of_kind(kind: Kind, value: Value) -> pl.Expr:
+    """The value, which has to be of a kind, or NULL."""
+    if value.kind not in (kind, Kind.NULL):
+        refuse(f"{value.kind}, where {kind} was expected", value)
+    return value.expr.cast(_TYPES[kind]) if value.kind is Kind.NULL else value.expr
+
+
+def alike(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
+    """Values that have to be of one kind, and that kind; strings among dates are read as dates."""
+    kinds = {value.kind for value in values} - {Kind.NULL}
+    if Kind.DATE in kinds:
+        values = [day(value) if isinstance(value.literal, str) else value for value in values]
+        kinds = {value.kind for value in values} - {Kind.NULL}
+    kind = min(kinds, default=Kind.TEXT)
+    if len(kinds) > 1 or kind is Kind.LIST:
+        found = " and ".join(sorted(kinds)) if len(kinds) > 1 else "lists"
+        raise RefusedError(f"{found}, which can't be compared", values[0].start, values[-1].end)
+    return kind, [replace(value, expr=of_kind(kind, value)) for value in values]
+
+
+def compared(sign: str, left: Value, right: Value) -> Value:
+    """By an operator of ``COMPARISONS``."""
+    _, (first, second) = alike([left, right])
+    return made(COMPARISONS[sign](first.expr, second.expr), Kind.TRUTH, left, right)
+
+
+def computed(sign: str, left: Value, right: Value) -> Value:
+    """By an operator of ``ARITHMETIC``, or two strings one after the other."""
+    kind, do = (Kind.TEXT, operator.add) if sign == "||" else (Kind.NUMBER, ARITHMETIC[sign])
+    return made(do(of_kind(kind, left), of_kind(kind, right)), kind, left, right)
+
+
+def chained(sign: str, terms: Sequence[Value]) -> Value:
+    """All of the terms, or any, for AND and OR."""
+    exprs = [of_kind(Kind.TRUTH, term) for term in terms]
+    return made(_joined(exprs, operator.and_ if sign == "AND" else operator.or_), Kind.TRUTH, *terms)
+
+
+def _joined(exprs: Sequence[pl.Expr], join: _Operation) -> pl.Expr:
+    """As a tree, whose depth is the logarithm of a chain's."""
+    half = len(exprs) // 2
+    return join(_joined(exprs[:half], join), _joined(exprs[half:], join)) if half else exprs[0]
+
+
+def among(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
+    """Whether it is one of some literals."""
+    for choice in choices:
+        if choice.literal is None:
+            refuse("what is no string, number or date, in a list", choice)
+    _, (wanted, *found) = alike([value, *choices])
+    (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
+    literals = [one.literal for one in found]
+    if dtype == pl.Int64:  # no integer is 2.5
+        literals = [int(one) for one in literals if one == int(one)]  # type: ignore[arg-type]
+    listed = pl.lit(pl.Series(literals, dtype=dtype)).implode()
+    return made(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
+
+
+def between(value: Value, low: Value, high: Value) -> Value:
+    """Whether it is one of them or between them."""
+    _, (wanted, least, most) = alike([value, low, high])
+    return made((wanted.expr >= least.expr) & (wanted.expr <= most.expr), Kind.TRUTH, value, low, high)
+
+
+def like(value: Value, pattern: Value, ignore_case: bool) -> Value:
+    """Whether it is as a pattern says, in which % stands for any characters and _ for one."""
+    if not isinstance(pattern.literal, str):
+        refuse("what is no string, as a pattern", pattern)
+    regex = pl.escape_regex(pattern.literal).replace("%", ".*").replace("_", ".")
+    matches = of_kind(Kind.TEXT, value).str.contains(f"^(?{'i' * ignore_case}s){regex}$")
+    return made(matches, Kind.TRUTH, value, pattern)
+
+
+def same(value: Value, constant: Value) -> Value:
+    """IS: true or false, whatever the value is. The constant is TRUE, FALSE or NULL."""
+    if constant.kind is Kind.NULL:
+        return made(value.expr.is_null(), Kind.TRUTH, value, constant)
+    return made(of_kind(Kind.TRUTH, value).eq_missing(constant.expr), Kind.TRUTH, value, constant)
+
+
+def called(name: Token, values: Sequence[Value]) -> Value:
+    """What one of ``FUNCTIONS`` or ``CHOICES`` gives."""
+    if name.text in CHOICES:
+        kind, values = alike(values)
+        return made(CHOICES[name.text](*(value.expr for value in values)), kind, *values)
+    takes, gives, do = FUNCTIONS[name.text]
+    if len(takes) != len(values):
+        refuse(f"{len(values)} values for {name}, which takes {len(takes)}", name)
+    return made(do(*map(of_kind, takes, values)), gives, *values)
+
+
+def chosen(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
+    """CASE: the second of the first pair whose first is true."""
+    kind, results = alike([*(result for _, result in branches), otherwise])
+    value = results[-1]
+    for (condition, _), result in zip(reversed(branches), reversed(results[:-1]), strict=True):
+        expr = pl.when(of_kind(Kind.TRUTH, condition)).then(result.expr).otherwise(value.expr)
+        value = made(expr, kind, condition, result, value)
+    return value
+
+
+def as_text(value: Value) -> Value:
+    """CAST(... AS STRING), which no value fails."""
+    if value.kind in (Kind.BYTES, Kind.LIST):
+        refuse(f"{value.kind}, which can't be made a string", value)
+    return made(value.expr.cast(pl.String), Kind.TEXT, value)

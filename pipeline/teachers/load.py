@@ -1,0 +1,21 @@
+"""MOVED from softlabel.pipeline.capturing.capture."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pkgutil import resolve_name
+
+from softlabel.pipeline.config.capture import TeacherConfig
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.teachers.classifier import ClassifierTeacher, LabelTeacher
+from softlabel.pipeline.teachers.teacher import Teacher, TransformersTeacher
+
+
+@lru_cache(maxsize=1)
+def load_teacher(config: TeacherConfig) -> Teacher | LabelTeacher:
+    """The teacher, loaded once in each process, by the engine that the settings name."""
+    checkpoint = Checkpoint.find(config)
+    if config.labels:
+        return LabelTeacher(checkpoint)
+    kind = TransformersTeacher if checkpoint.classes is None else ClassifierTeacher
+    engine: Callable[..., Teacher] = kind if config.engine is None else resolve_name(config.engine)
+    return engine(config, checkpoint)

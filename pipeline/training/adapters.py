@@ -1,0 +1,75 @@
+"""Optional libraries at a student's body: low-rank adapters (peft) and faster kernels (Liger).
+
+Both change the student in place; the loss and the head stay softlabel's own. What a student is saved as needs neither.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from softlabel.pipeline.config.train import StudentConfig
+from softlabel.storage.errors import UsageError
+
+
+def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]:
+    """Freeze the student, but for low-rank adapters beside its linear layers (LoRA, arXiv 2106.09685).
+
+    Args:
+        student: a causal language model; its head is left alone.
+        config: with ``lora_rank``.
+
+    Returns:
+        What merges the adapters into the weights, once they are trained.
+
+    Raises:
+        UsageError: if peft is not there, or the student has no such layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise _missing("student.lora_rank", "peft", "adapters") from None
+    head = student.get_output_embeddings()
+    linear = [name for name, part in student.named_modules() if isinstance(part, nn.Linear | Conv1D) and part != head]
+    # peft passes over names that it does not find; and it would adapt a head, whose weights the loss takes as they are.
+    unknown = [name for name in config.lora_targets if not any(f".{layer}".endswith(f".{name}") for layer in linear)]
+    if unknown:
+        raise UsageError(
+            "the student has no such layers to adapt",
+            expected="names of linear layers other than the head: "
+            + ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})),
+            found=f"student.lora_targets: {' '.join(unknown)}",
+            where=student.config.name_or_path,
+            do="leave it out to adapt every linear layer but the head",
+        )
+    targets = list(config.lora_targets) or "all-linear"
+    adapted = get_peft_model(
+        student, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+    )
+    return lambda: adapted.merge_and_unload() and None
+
+
+def use_liger(student: PreTrainedModel) -> None:
+    """Liger's kernels for rotary positions, norms and feed-forward layers, where it has them for this architecture.
+
+    Raises:
+        UsageError: if Liger is not there, or no GPU.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise _missing("optimiser.liger", "liger-kernel", "liger") from None
+    if not torch.cuda.is_available():
+        raise UsageError("Liger's kernels need a GPU", found="none", do="leave out optimiser.liger")
+    _apply_liger_kernel_to_instance(model=student, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _missing(setting: str, package: str, extra: str) -> UsageError:
+    return UsageError(
+        f"{setting} needs {package}",
+        expected=f"the package {package}",
+        found="no such package",
+        do=f"pip install 'softlabel[{extra}]'",
+    )

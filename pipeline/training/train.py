@@ -1,0 +1,290 @@
+"""Train a student from a soft-label table: ``train`` builds it, runs it, and puts it in its folder with its record.
+
+Idempotent: a finished student is left as it is, an unfinished one goes on from its last checkpoint. The loop is
+``pipeline.training.trainer``'s, what a student is ``pipeline.students.build``'s, where it lies ``pipeline.students.folder``'s.
+"""
+
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.exclusive import alone
+from softlabel.pipeline.loss.averaging import require_average
+from softlabel.pipeline.loss.targets import Target, dropping
+from softlabel.pipeline.progress import Watch, unwatched
+from softlabel.pipeline.stream.epoch_plan import Cursor
+from softlabel.pipeline.students.build import build, parameters
+from softlabel.pipeline.students.classifier import build_classifier
+from softlabel.pipeline.students.compatibility import require_loss
+from softlabel.pipeline.students.folder import StudentFolder, run_record
+from softlabel.pipeline.students.model_card import last_evaluation
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.training.adapters import adapt, use_liger
+from softlabel.pipeline.training.classifier_objective import class_lesson
+from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
+from softlabel.pipeline.training.objective import Lesson, language_lesson
+from softlabel.pipeline.training.sharding import is_sharded, shard, unshard
+from softlabel.pipeline.training.trainer import DistillationTrainer, cursor_of
+from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
+from softlabel.storage.identity import circumstances
+from softlabel.storage.table import Table
+from softlabel.storage.versions import parse, pin
+from softlabel.storage.views.view import AnyTable, View, open_table
+
+_LOGGED_STEPS = 500
+"""Points of a training curve, at most about."""
+_HISTORY = (
+    *("loss", "hard", "soft", "learning_rate", "positions"),
+    *("eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1"),
+)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run of ``train`` came to."""
+
+    output: str
+    table: str
+    """TABLE@version."""
+    steps: int
+    """Optimiser steps that the student's weights have had."""
+    stopped_at: int
+    """Last step of the run; later than steps if the best weights are kept."""
+    steps_trained: int
+    """Those of this run: 0 if the student was finished already."""
+    resumed_from: int | None
+    """Step of the checkpoint that this run went on from."""
+    parameters: int
+    positions: int
+    """Captured positions that the student has been trained on."""
+    seconds: float
+    metrics: dict[str, float]
+    """The weights' evaluation on the eval split, by its name in the curves (eval_kl, ...); empty without one."""
+
+
+def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
+    """Train a student, or go on training it, until it is finished.
+
+    Where several processes are wanted, it starts them, and each calls this as a rank and takes its share. Whoever runs
+    torchrun can call it from each rank as well.
+
+    Raises:
+        UsageError: if the settings contradict the table, each other, or what is in the output folder.
+        StudentError: if the student can't be built, or does not fit the table.
+        TrainingError: if the loss is no longer a number, the student can't be written, or another process trains it.
+        TableError: if the table can't be read.
+        WorkerError: if one of several processes died.
+    """
+    began = time.monotonic()
+    folder = StudentFolder(Path(config.output).absolute())
+    processes = to_start(config.optimiser)
+    if processes and folder.finished() is None:
+        return TrainReport(**train_by(processes, config, watch))
+    ranks = PartialState(cpu=on_cpu(config.optimiser))
+    with alone(folder.path) if ranks.is_main_process else nullcontext():
+        return _train(config, folder, watch, began)
+
+
+def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: float) -> TrainReport:
+    ranks = PartialState()
+    table = _agree(folder.open_table(config))
+    if ranks.is_main_process:
+        folder.clear()
+    finished, origin = folder.finished(), Origin.of(table)
+    if finished is not None:
+        _require_source(config, origin, folder)
+        return _report(config, finished, 0, None, time.monotonic() - began)
+
+    target = require_loss(config, origin)
+    if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
+        require_average(config.loss, dropping(config.stream.max_k, origin.head))
+    source = Source.find(config.student, origin)
+    folder.require_source(source)
+    record = run_record(config, table, source, target)
+    set_seed(config.optimiser.seed)
+    student = _student(config, table, source)
+    merge = adapt(student, config.student) if config.student.lora_rank else None
+    if config.optimiser.liger:
+        use_liger(student)
+    checkpoint = folder.checkpoint
+    start = cursor_of(checkpoint) if checkpoint else Cursor()
+    lesson = _lesson(config, table, student, target)
+    with folder.writing():
+        trainer = _trainer(config, lesson, record, folder, start, _named(watch, folder.path.name))
+        if ranks.is_main_process:
+            _pin(table, folder.path)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    step = trainer.choose()
+    unshard(student)
+    if merge:
+        merge()
+    record |= _outcome(student, trainer, step)
+    if ranks.is_main_process:
+        with folder.writing():
+            folder.finish(student, table.tokenizer, record)
+    ranks.wait_for_everyone()
+    resumed_from = start.step if checkpoint else None
+    return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+
+
+def _require_source(config: TrainConfig, origin: Origin, folder: StudentFolder) -> None:
+    """Other files would make another student; but a finished one needs those that it was made from no longer."""
+    try:
+        source = Source.find(config.student, origin)
+        _ = source.files
+    except (StudentError, UsageError):
+        return
+    folder.require_source(source)
+
+
+def _student(config: TrainConfig, table: AnyTable, source: Source) -> PreTrainedModel:
+    if _of_classes(table):
+        return build_classifier(config.student, table, source)
+    return build(config.student, table, config.stream.packing, source)
+
+
+def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
+    if _of_classes(table):
+        return class_lesson(config, table, student)
+    return language_lesson(config, table, student, target)
+
+
+def _named(watch: Watch, student: str) -> Watch:
+    """A watch that tells students apart."""
+    return lambda progress: watch(replace(progress, stage=f"train {student}"))
+
+
+def _agree(table: AnyTable) -> AnyTable:
+    """The version that the first rank has opened; others may have opened a newer one a moment later."""
+    version = int(broadcast(torch.tensor(table.version, device=PartialState().device)))
+    return table if version == table.version else open_table(f"{table.location}@{version}")
+
+
+def _pin(table: AnyTable, student: Path) -> None:
+    """Keep the version from being vacuumed; a table that may only be read is trained from all the same."""
+    try:
+        for part in table.tables:
+            pin(part.location, part.version, student)
+    except TableNotFoundError:
+        raise
+    except TableError as error:
+        warnings.warn(f"{error}\nNothing keeps this version of the table from being vacuumed.", stacklevel=3)
+
+
+def _trainer(
+    config: TrainConfig,
+    lesson: Lesson,
+    record: dict[str, Any],
+    folder: StudentFolder,
+    start: Cursor,
+    watch: Watch,
+) -> DistillationTrainer:
+    ranks, settings = PartialState(), config.optimiser
+    dataset = lesson.dataset(
+        rank=ranks.process_index,
+        world_size=ranks.num_processes,
+        start=start,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    if settings.gradient_checkpointing:
+        # The older name, which is all that older transformers have, warns that it will go.
+        student: Any = lesson.module.student
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    arguments = TrainingArguments(
+        output_dir=str(folder.scratch),
+        max_steps=dataset.total_steps,
+        gradient_accumulation_steps=dataset.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=round(settings.warmup * dataset.total_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_gradient_norm,
+        bf16=settings.bf16,
+        use_cpu=on_cpu(settings),
+        seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        eval_strategy="steps" if lesson.evaluation else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=bool(lesson.evaluation) and start.step == 0,
+        logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
+        logging_nan_inf_filter=False,
+        ignore_data_skip=True,  # the dataset itself begins where the checkpoint was taken
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # several GPUs are softlabel.pipeline.training.launch' business, never nn.DataParallel's
+    if not lesson.evaluation and (settings.keeps_best or settings.patience is not None):
+        raise UsageError(
+            "nothing is held out that could say which weights are the best, or when to stop",
+            expected="an eval split, or neither optimiser.patience nor optimiser.keep best",
+            found=f"no sequence in the eval split of version {record['table']['version']}",
+            where=record["table"]["location"],
+            do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
+        )
+    if settings.sharding == "full" and ranks.num_processes > 1:
+        shard(lesson.module, ranks.device, settings.bf16)
+    trainer = DistillationTrainer(lesson, arguments, dataset, folder.run, record, settings, watch)
+    if ranks.is_main_process:
+        trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
+    return trainer
+
+
+def _of_classes(table: AnyTable) -> TypeGuard[Table]:
+    """Whether a classifier made it; a view's tables are of teachers that predict tokens."""
+    return isinstance(table, Table) and table.identity.classes is not None
+
+
+def _outcome(student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> dict[str, Any]:
+    """What the run adds to its record."""
+    history = [
+        {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
+    ]
+    return {
+        "parameters": parameters(student),
+        "step": step,
+        "history": [entry for entry in history if len(entry) > 1],
+        "circumstances": circumstances(
+            device=str(trainer.args.device),
+            ranks=str(trainer.args.world_size),
+            sharding="full" if is_sharded(trainer.model) else "none",
+        ),
+    }
+
+
+def _report(
+    config: TrainConfig, record: dict[str, Any], steps_trained: int, resumed_from: int | None, seconds: float
+) -> TrainReport:
+    trained = [entry for entry in record["history"] if "positions" in entry]
+    kept = [entry["positions"] for entry in trained if entry["step"] <= record["step"]]
+    metrics = last_evaluation(record)
+    metrics.pop("step", None)
+    return TrainReport(
+        output=config.output,
+        table=f"{parse(config.table)[0]}@{record['table']['version']}",
+        steps=record["step"],
+        stopped_at=trained[-1]["step"],
+        steps_trained=steps_trained,
+        resumed_from=resumed_from,
+        parameters=record["parameters"],
+        positions=kept[-1] if kept else 0,
+        seconds=seconds,
+        metrics=metrics,
+    )

@@ -1,0 +1,299 @@
+"""When a run stops, and which of its weights it keeps: decided by the evaluations in its log alone.
+
+So a run that was killed and goes on decides as the uninterrupted one would. Evaluates and saves nothing.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from softlabel.pipeline.config.train import OptimiserConfig
+from softlabel.pipeline.models.loading import finite
+from softlabel.pipeline.progress import Progress, Watch
+from softlabel.pipeline.stream.epoch_plan import Cursor
+from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
+from softlabel.pipeline.training.objective import Lesson
+from softlabel.pipeline.training.sharding import (
+    gathered,
+    is_sharded,
+    load_optimiser,
+    load_weights,
+    reshard,
+    weights,
+    whole,
+)
+from softlabel.storage.errors import TrainingError
+
+History = Sequence[Mapping[str, float]]
+"""What the Trainer has logged; an entry with ``eval_kl`` is an evaluation after its ``step``."""
+
+
+def best_step(history: History, until: float = math.inf) -> int:
+    """Step of the evaluation with the lowest eval_kl, the first of equals, among those up to a step."""
+    evaluated = [entry for entry in history if "eval_kl" in entry and entry["step"] <= until]
+    return int(min(evaluated, key=lambda entry: entry["eval_kl"])["step"])
+
+
+def evaluations_since_best(history: History) -> int:
+    """Evaluations in a row that have brought nothing better."""
+    best = best_step(history)
+    return sum("eval_kl" in entry and entry["step"] > best for entry in history)
+
+
+def drop_superseded(run: Path, history: History) -> None:
+    """Delete weights that were the best once, but for those that a run from the last checkpoint would still need."""
+    moments = [math.inf, *(step_of(checkpoint) for checkpoint in checkpoints(run)[-1:])]
+    needed = {best_weights(run, best_step(history, until)) for until in moments}
+    for weights in set(run.glob("best-*")) - needed:
+        shutil.rmtree(weights)
+
+
+_WEIGHTS, _OPTIMISER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
+_KEPT_CHECKPOINTS = 2
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains a lesson's student on one rank's batches.
+
+    Args:
+        lesson: the student with its loss, and what it is measured on.
+        arguments: the Trainer's own; ``output_dir`` is where checkpoints are written before they are whole.
+        dataset: this rank's batches, from the step on at which training begins.
+        run: folder that whole checkpoints are moved to.
+        record: what each checkpoint says of its run.
+        optimiser: when to stop, and which weights to keep.
+        watch: told of each step.
+    """
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        arguments: TrainingArguments,
+        dataset: Any,
+        run: Path,
+        record: Mapping[str, Any],
+        optimiser: OptimiserConfig,
+        watch: Watch,
+    ) -> None:
+        super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(watch))
+        self._run = run
+        self._record = record
+        self._optimiser = optimiser
+        self._loss: Any = lesson.module.loss
+        self._step_loss = torch.zeros((), device=arguments.device)
+        self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The dataset's batches as they are: it knows its rank, its order and where to begin."""
+        pinned = self.args.device.type == "cuda"
+        own = torch.Generator()  # a loader draws a seed: not from the numbers that dropout goes on with after a resume
+        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned, generator=own)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: object = None) -> Tensor:
+        """One micro-batch, forward and backward; the Trainer's own divides by the number of micro-batches, too."""
+        model.train()
+        self.model.loss = self._loss.at(self.state.global_step / max(1, self.state.max_steps - 1))
+        batch = inputs["batch"].to(self.args.device, non_blocking=True)
+        with self.compute_loss_context_manager():
+            loss, parts = model(batch)
+        # DDP averages the ranks' gradients, and the log their losses; both are to be sums.
+        loss = loss * self.args.world_size
+        self.accelerator.backward(loss)
+        trained: Tensor = loss.detach()
+        self._step_loss += trained
+        self._parts += torch.cat([parts, parts.new_tensor([len(batch.positions)])])
+        return trained
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = whole(super()._clip_grad_norm(model))
+        if not torch.isfinite(self._step_loss + norm):
+            found = f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}"
+            raise self._diverged(found, self.state.global_step + 1)
+        self._step_loss.zero_()
+        return norm
+
+    def _require_finite(self) -> None:
+        """No weights are kept that are no numbers; all ranks find the same."""
+        infinite = torch.tensor(float(not finite(self.model.student)), device=self.args.device)
+        if self.accelerator.reduce(infinite, "sum"):
+            raise self._diverged("weights that are no numbers", self.state.global_step)
+
+    def _diverged(self, found: str, step: int) -> TrainingError:
+        last = newest_checkpoint(self._run)
+        return TrainingError(
+            "the loss is no longer a number",
+            expected="a finite loss, finite gradients and finite weights",
+            found=found,
+            where=f"step {step} of {self.state.max_steps}",
+            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimiser.learning_rate "
+            "lower or optimiser.warmup longer, and train into another folder",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss to what the Trainer logs: means of the steps since, and positions so far."""
+        if "loss" in logs:
+            hard, soft, positions = self.accelerator.reduce(self._parts, "sum").tolist()
+            logged = [past for past in self.state.log_history if "positions" in past]
+            before = logged[-1] if logged else {"step": 0, "positions": 0}
+            steps = self.state.global_step - before["step"]
+            logs |= {"hard": hard / steps, "soft": soft / steps, "positions": before["positions"] + round(positions)}
+            self._parts.zero_()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the student on the eval split, by the metrics that its report will show."""
+        measured: dict[str, float] = self.model.measured(self.eval_dataset)
+        reshard(self.model)
+        # All ranks stop at the same step, whatever the last digits that each has found.
+        agreed = broadcast(torch.tensor([*measured.values()], dtype=torch.float64, device=self.args.device))
+        logs = dict(zip(measured, agreed.tolist(), strict=True))
+        if not all(map(math.isfinite, logs.values())):
+            found = ", ".join(f"{name} {value:g}" for name, value in logs.items())
+            raise self._diverged(found, self.state.global_step)
+        self.log(dict(logs))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._keep_or_stop()
+        return logs
+
+    def _keep_or_stop(self) -> None:
+        """What follows from the evaluations so far, which the log has: so a resumed run decides as the first did."""
+        history, step = self.state.log_history, self.state.global_step
+        if self._optimiser.keeps_best and best_step(history) == step:
+            unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
+            self.save_model(str(unfinished))
+            if self.args.should_save:
+                shutil.rmtree(best, ignore_errors=True)
+                unfinished.rename(best)
+                drop_superseded(self._run, history)
+        patience = self._optimiser.patience
+        if patience is not None and evaluations_since_best(history) >= patience:
+            self.control.should_training_stop = True
+            self.control.should_save = False  # the finished student is saved instead
+
+    def choose(self) -> int:
+        """Give the student the weights that are to be kept, and return their step.
+
+        Raises:
+            TrainingError: if they are no numbers.
+        """
+        step: int = self.state.global_step
+        if self._optimiser.keeps_best:
+            step = best_step(self.state.log_history)
+            self.accelerator.wait_for_everyone()
+            load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
+            self.accelerator.wait_for_everyone()  # the first rank deletes them when it has saved the student
+        self._require_finite()
+        return step
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            cursor = asdict(self.train_dataset.state(self.state.global_step))
+            (written / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
+            written.rename(self._run / written.name)
+            for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+            if self._optimiser.keeps_best:
+                drop_superseded(self._run, self.state.log_history)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student's weights, by the names that it uses itself; each rank adds what it has of them.
+
+        Raises:
+            TrainingError: if they are no numbers.
+        """
+        self._require_finite()
+        tensors = weights(self.model.student)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = gathered(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, _OPTIMISER))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model.student, load_file(Path(resume_from_checkpoint, _WEIGHTS)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint, _OPTIMISER), map_location="cpu", weights_only=True, mmap=True)
+            load_optimiser(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # A wrapper that does nothing: one of accelerate's, for copies of the student (DDP), would go around it.
+        return nn.Sequential(model) if is_sharded(model) else super()._wrap_model(model, training, dataloader)
+
+
+class _Flow(TrainerCallback):  # type: ignore[misc]
+    """Tells whoever watches, and decides what happens at the end and around a checkpoint."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._details: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # optimiser.checkpoint_steps as they are now, not in the checkpoint
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = args.eval_strategy != "no" and (control.should_evaluate or last)
+        control.should_save = control.should_save and not last  # the finished student is saved instead
+        # A checkpoint is taken where the log begins anew, so that a resumed run's log is the uninterrupted one's.
+        control.should_log = control.should_log or control.should_save or control.should_evaluate or last
+        if not last:  # the last step's word waits for its evaluation
+            self._tell(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self._watch(Progress("train", state.global_step, state.max_steps, "steps", dict(self._details)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = ("loss", "eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1")
+        self._details |= {name: value for name, value in (logs or {}).items() if name in shown}
+
+
+def cursor_of(checkpoint: Path) -> Cursor:
+    """Where the stream was when a checkpoint was taken."""
+    return Cursor(**json.loads((checkpoint / RUN).read_text())["cursor"])
+
+
+def _as_inputs(batch: Any) -> dict[str, Any]:
+    return {"batch": batch}  # the Trainer looks for names in its inputs

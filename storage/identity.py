@@ -1,0 +1,142 @@
+"""What made a table: the identity that its numbers depend on, and the circumstances that they should not.
+
+An identity must match, field by field, before anything is added to a table. Circumstances are written down with each
+commit and may change: an image that is rebuilt must not end the nightly run.
+"""
+
+import getpass
+import importlib.metadata
+import json
+import platform
+from datetime import date
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from softlabel.storage.errors import ProvenanceError
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "polars", "deltalake")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TeacherIdentity(_Part):
+    """The model, by what is in its files: the same bytes under another name or revision are the same teacher."""
+
+    files: dict[str, str]
+    """SHA-256 of the configuration and of each weight file, by name."""
+    dtype: str
+    adapter: str | None = None
+    """SHA-256 of an adapter's weights."""
+
+
+class TokenizerIdentity(_Part):
+    """What turns documents into ids."""
+
+    files: str
+    """SHA-256 over the tokenizer's files."""
+    chat_template: str | None
+    """SHA-256 of the chat template; None without one."""
+    chat_template_date: date
+
+
+class SelectionIdentity(_Part):
+    """What is kept of each distribution."""
+
+    top_p: float
+    min_k: int
+    max_k: int
+    draws: int
+    seed: int
+
+
+class SequencesIdentity(_Part):
+    """How documents become sequences, and which of their tokens are captured."""
+
+    max_tokens: int
+    context: int
+    mask: str
+    """Name of the rule that says which tokens are captured."""
+    special_tokens: str = "text"
+    """What the name of a special token inside a document is: "text", or the token itself ("parse")."""
+    eval_fraction: float
+
+
+class Identity(_Part):
+    """All that a table's numbers depend on."""
+
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    vocabulary: int
+    """Token ids that the tokenizer knows, or the number of classes: the support of every distribution."""
+    padded_vocabulary: int
+    """Rows of the teacher's output layer or, of a classifier, of its embedding: above every token id."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their ids: each row is a document, and its distribution is over these.
+    None if the teacher predicts tokens."""
+    selection: SelectionIdentity
+    temperatures: tuple[float, ...]
+    sequences: SequencesIdentity
+    derived_from: SelectionIdentity | None = None
+    """Selection of the capture that this table's smaller one was derived from, without the teacher; None if the
+    teacher was there: its masses are not to the last digit the same."""
+
+    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
+        """Dotted name of each field that differs, with its value here and there."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
+        }
+
+    def require(self, other: "Identity", where: str) -> None:
+        """Refuse to mix what ``other`` would say into a table of this identity.
+
+        Raises:
+            ProvenanceError: naming each field that differs.
+        """
+        differences = self.differences(other)
+        if differences:
+            lines = [f"{name}: the table has {a}, this run {b}" for name, (a, b) in differences.items()]
+            raise ProvenanceError(
+                "this table was made otherwise, and its numbers would not mix",
+                expected="the teacher, tokenizer, selection and chunking that made the table",
+                found="\n               ".join(lines),
+                where=where,
+                do="use the settings that made it (softlabel inspect shows them), or another folder for a new table",
+            )
+
+
+def circumstances(**more: str) -> dict[str, str]:
+    """Who and what is at work: library versions, machine, user, and whatever the caller knows (device, kernel)."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
+    return {"user": user(), "python": platform.python_version(), "machine": platform.machine(), **versions, **more}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def user() -> str:
+    """Who is at work, as the operating system calls them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run under a user id that has no name
+        return "unknown"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return flat

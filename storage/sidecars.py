@@ -1,0 +1,109 @@
+"""What lies beside the shards: the vocabulary and the tokenizer's files, named by their content and never changed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softlabel.storage.codec import Ints, SoftLabels
+from softlabel.storage.errors import IntegrityError
+from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of, reading
+
+_RESTORE = "restore it from a copy of the table"
+
+
+def store_vocabulary(place: Place, sample: SoftLabels | Ints, vocabulary: int) -> str:
+    """Number the token ids by how often they occur in a sample, and keep that as a file.
+
+    Args:
+        place: of the table.
+        sample: soft labels with teacher's ids, or another table's vocabulary, to number them as it does.
+        vocabulary: how many ids there are; those that do not occur follow in their own order.
+
+    Returns:
+        The file's name.
+    """
+    ids = _by_frequency(sample, vocabulary) if isinstance(sample, SoftLabels) else sample
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    name = _vocabulary_name(content)
+    place.write(f"{SIDE_FOLDER}/{name}", content)
+    return name
+
+
+def read_vocabulary(place: Place, name: str) -> Ints:
+    """(V,) int32 token id of each rank.
+
+    Raises:
+        IntegrityError: if the file is not the one that was written.
+    """
+    path = f"{SIDE_FOLDER}/{name}"
+    try:
+        content = place.read(path)
+    except OSError as error:
+        raise IntegrityError(
+            "the table's vocabulary can't be read", found=error, where=place.where(path), do=_RESTORE
+        ) from error
+    if _vocabulary_name(content) != name:
+        raise IntegrityError(
+            "the table's vocabulary is damaged",
+            expected="content that has the hash in the file's name",
+            found=f"content with another hash, {len(content)} bytes",
+            where=place.where(path),
+            do=_RESTORE,
+        )
+    ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
+    return ids
+
+
+def store_tokenizer(place: Place, source: Path) -> str:
+    """Copy the tokenizer's files; returns the name of the folder that they are in."""
+    name = _tokenizer_name(source)
+    place.write_folder(source, f"{SIDE_FOLDER}/{name}")
+    return name
+
+
+def read_tokenizer(place: Place, name: str) -> Path:
+    """A folder of this machine with the tokenizer's files.
+
+    Raises:
+        IntegrityError: if they are not those that were copied.
+    """
+    path = f"{SIDE_FOLDER}/{name}"
+    try:
+        folder = place.fetch_folder(path)
+        with reading(place.where(path)):
+            found = _tokenizer_name(folder)
+    except OSError as error:
+        raise IntegrityError(
+            "the table's tokenizer can't be read", found=error, where=place.where(path), do=_RESTORE
+        ) from error
+    if found != name:
+        raise IntegrityError(
+            "the table's tokenizer is damaged",
+            expected="files that have the hash in the folder's name",
+            found=", ".join(sorted(file.name for file in folder.iterdir())) or "no files",
+            where=place.where(path),
+            do=_RESTORE,
+        )
+    return folder
+
+
+def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
+    counts = np.bincount(np.concatenate([sample.head_ids, sample.tail_ids]), minlength=vocabulary)
+    return np.argsort(-counts, kind="stable").astype(np.int32)
+
+
+def _vocabulary_name(content: bytes) -> str:
+    return f"vocabulary-{hash_of(content)}.parquet"
+
+
+def _tokenizer_name(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(json.dumps([file.name, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())
+    return f"tokenizer-{digest.hexdigest()[:32]}"

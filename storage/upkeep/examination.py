@@ -1,0 +1,112 @@
+"""Looks at every byte of one shard: that it is what was written, and that what was written makes sense."""
+
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from softlabel.storage.places.place import content_hash, reading
+from softlabel.storage.schema import PARTITION, ROW_KEY, without
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+
+Hashes = NDArray[np.uint64]
+
+
+class WrongShardError(Exception):
+    """What is wrong with a shard, in one line."""
+
+
+def examine(table: Table, shard: Shard) -> Hashes:
+    """Read a shard whole, a row group at a time.
+
+    Returns:
+        (rows,) a hash of what makes each row the only one of its table; the same within this process.
+
+    Raises:
+        WrongShardError: if a byte is not the one that was written, or the rows do not make sense.
+        AccessError: if that can't be told, since the shard can't be read.
+    """
+    try:
+        _require("bytes", table.place.stat(shard.path).bytes, shard.bytes)
+        with reading(table.place.where(shard.path)), table.place.fetch(shard.path) as content:
+            _require("content with the hash", content_hash(content), PurePath(shard.path).stem)
+            file = pq.ParquetFile(content, page_checksum_verification=True)
+            _require("rows", file.metadata.num_rows, shard.rows)
+            _require_columns(file.schema_arrow, without(table.schema, [PARTITION]))
+            groups = [np.zeros(0, np.uint64)]
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, use_threads=False)
+                _require_sense(table, rows)
+                groups.append(_hash(rows))
+    except (FileNotFoundError, NotADirectoryError):
+        raise WrongShardError("missing") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise WrongShardError(f"can't be read: {' '.join(str(error).split())}") from error
+    return np.concatenate(groups)
+
+
+def _require(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise WrongShardError(f"{what}: {found}, expected {expected}")
+
+
+def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
+    types = {field.name: field.type for field in found}
+    wanted = {field.name: field.type for field in expected}
+    for name in sorted({*types, *wanted}):
+        _require(f"column {name}", types.get(name, "none"), wanted.get(name, "none"))
+
+
+def _require_sense(table: Table, rows: pa.Table) -> None:
+    """Lists of lengths that fit each other, and ids that there are."""
+    tokens, positions = (rows.column(name).to_numpy() for name in ("tokens", "positions"))
+    heads, tails = _sums(rows.column("head_counts")), _sums(rows.column("tail_counts"))
+    lengths = {
+        **dict.fromkeys(("token_ids", "loss_mask"), tokens),
+        **dict.fromkeys(("head_counts", "tail_counts", "entropies", "next_logprobs"), positions),
+        "tail_log_masses": positions * len(table.temperatures),
+        **dict.fromkeys(("head_ids", "head_codes"), heads),
+        **dict.fromkeys(("tail_ids", "tail_draws", "tail_codes"), tails),
+    }
+    for name, expected in lengths.items():
+        _require_each(rows, f"values in {name}", _lengths(rows.column(name)), expected)
+    _require_each(rows, "captured tokens in loss_mask", _sums(rows.column("loss_mask")), positions)
+    ranges = {"token_ids": table.identity.padded_vocabulary}
+    ranges |= dict.fromkeys(("head_ids", "tail_ids"), table.identity.vocabulary)
+    for name, end in ranges.items():
+        low, high = pc.min_max(pc.list_flatten(rows.column(name))).as_py().values()
+        if low is not None and not 0 <= low <= high < end:
+            raise WrongShardError(f"{name}: from {low} to {high}, expected from 0 to {end - 1}")
+
+
+def _require_each(rows: pa.Table, what: str, found: NDArray[Any], expected: NDArray[Any]) -> None:
+    wrong = np.flatnonzero(found != expected)
+    if len(wrong):
+        row = int(wrong[0])
+        name = rows.column("document_id")[row].as_py()
+        raise WrongShardError(f"{what} of document {name}: {found[row]}, expected {expected[row]}")
+
+
+def _lengths(lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    lengths: NDArray[np.int64] = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _sums(lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Sum of each list."""
+    totals = np.append(0, np.cumsum(pc.list_flatten(lists).to_numpy(), dtype=np.int64))
+    ends = np.cumsum(_lengths(lists))
+    sums: NDArray[np.int64] = totals[ends] - totals[ends - _lengths(lists)]
+    return sums
+
+
+def _hash(rows: pa.Table) -> Hashes:
+    keys = pl.DataFrame(pl.from_arrow(rows.select(list(ROW_KEY))))
+    hashes: Hashes = keys.hash_rows(seed=0).to_numpy()
+    return hashes

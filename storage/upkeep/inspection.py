@@ -1,0 +1,175 @@
+"""What a table holds and what it costs, for people to look at: sizes by split and by column, and its history."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from softlabel.storage.credentials import masked
+from softlabel.storage.reader import open_shard, outline, read
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.state import COMMIT_MESSAGE, Shard
+from softlabel.storage.table import Table
+
+_SAMPLED_SHARDS = 4
+"""Row groups, of as many shards, that the entropies are estimated from."""
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """What one split holds."""
+
+    shards: int
+    documents: int
+    sequences: int
+    tokens: int
+    positions: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ColumnSize:
+    """What one column costs, over the whole version."""
+
+    bytes: int
+    bytes_per_position: float
+    entropy_per_position: float | None
+    """Bytes that a perfect code for single values would take, estimated from a sample; None of what is no soft
+    label."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One version of a table."""
+
+    location: str
+    version: int
+    splits: dict[str, SplitSize]
+    columns: dict[str, ColumnSize]
+    soft_label_bytes_per_position: float
+    """All soft-label columns together."""
+    soft_label_entropy_per_position: float
+    """The same of their entropies."""
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one commit did."""
+
+    version: int
+    time: str
+    """UTC, ISO 8601."""
+    operation: str
+    user: str
+    sequences: int
+    positions: int
+    bytes: int
+
+
+def inspect(table: Table) -> Inspection:
+    """Measure a table; its shards' content is checked before any of it is believed.
+
+    Raises:
+        IntegrityError: if a shard that is looked at is damaged.
+    """
+    sizes = column_bytes(table)  # first: a damaged footer, which has no checksum, can stop a reader of pages
+    splits, entropies = _splits(table), _entropies(table)
+    positions = sum(split.positions for split in splits.values())
+    columns = {
+        name: ColumnSize(size, size / positions if positions else 0.0, entropies.get(name))
+        for name, size in sizes.items()
+    }
+    soft_labels = sum(columns[name].bytes_per_position for name in SOFT_LABELS.names if name in columns)
+    return Inspection(table.location, table.version, splits, columns, soft_labels, sum(entropies.values()))
+
+
+def column_bytes(table: Table) -> dict[str, int]:
+    """Compressed bytes of each column over all shards, from their footers.
+
+    Raises:
+        IntegrityError: if a shard is damaged.
+    """
+    sizes: dict[str, int] = {}
+    for shard in table.shards():
+        with open_shard(table, shard) as file:
+            metadata = file.metadata
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                name = column.path_in_schema.split(".")[0]
+                sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return sizes
+
+
+def history(table: Table) -> list[HistoryEntry]:
+    """Who did what when, newest first."""
+    entries = []
+    for commit in table.history():
+        about = commit.get(COMMIT_MESSAGE, {})
+        entries.append(
+            HistoryEntry(
+                version=commit["version"],
+                time=datetime.fromtimestamp(commit["timestamp"] / 1000, UTC).isoformat(timespec="seconds"),
+                operation=about.get("operation", commit["operation"].lower()),
+                user=about.get("circumstances", {}).get("user", ""),
+                sequences=about.get("sequences", 0),
+                positions=about.get("positions", 0),
+                bytes=about.get("bytes", 0),
+            )
+        )
+    return entries
+
+
+def last_capture(table: Table) -> dict[str, Any]:
+    """What the newest capture says of itself: teacher, parameters, circumstances; empty if there was none."""
+    commits = (commit.get(COMMIT_MESSAGE, {}) for commit in table.history())
+    said = next((dict(commit) for commit in commits if "teacher" in commit), {})
+    return said | {"teacher": masked(said["teacher"])} if said else {}
+
+
+def _splits(table: Table) -> dict[str, SplitSize]:
+    splits = {}
+    for split in sorted({shard.split for shard in table.shards()}, reverse=True):
+        shards = table.shards(split)
+        columns = ["document_id", "tokens", "positions"]
+        rows = pa.concat_tables(part for shard in shards for part in outline(table, shard, columns))
+        splits[split] = SplitSize(
+            shards=len(shards),
+            documents=pc.count_distinct(rows.column("document_id")).as_py(),
+            sequences=len(rows),
+            tokens=pc.sum(rows.column("tokens")).as_py(),
+            positions=pc.sum(rows.column("positions")).as_py(),
+            bytes=sum(shard.bytes for shard in shards),
+        )
+    return splits
+
+
+def _entropies(table: Table) -> dict[str, float]:
+    """Bytes a position of a perfect code for the single values of each soft-label column."""
+    sample = sorted(table.shards(), key=lambda shard: -shard.rows)[:_SAMPLED_SHARDS]
+    if not sample:
+        return {}
+    groups = [read(table, shard, SOFT_LABELS.names, [_middle(table, shard)]) for shard in sample]
+    positions = sum(len(column.flatten()) for group in groups for column in group.column("entropies").chunks)
+    values = {
+        name: np.concatenate([chunk.flatten().to_numpy() for group in groups for chunk in group.column(name).chunks])
+        for name in SOFT_LABELS.names
+    }
+    return {name: _entropy(column) * len(column) / 8 / max(positions, 1) for name, column in values.items()}
+
+
+def _middle(table: Table, shard: Shard) -> int:
+    with open_shard(table, shard) as file:
+        return int(file.num_row_groups // 2)
+
+
+def _entropy(values: NDArray[np.generic]) -> float:
+    """Bits a value, of the values' own frequencies."""
+    if not len(values):
+        return 0.0
+    shares = np.unique(values, return_counts=True)[1] / len(values)
+    return float(abs((shares * np.log2(shares)).sum()))  # not -0

@@ -1,0 +1,192 @@
+"""Takes documents down: out of the newest version by a commit, out of the old ones by deleting their shards.
+
+The order makes it safe to be killed anywhere and run again: the refuse list is first, so that nothing brings the
+documents back; then the commit; then the tombstone; and the bytes go last. See ``storage.takedown`` for the records.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from softlabel.storage.errors import AccessError, IntegrityError, TableError
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, reading
+from softlabel.storage.reader import outline
+from softlabel.storage.schema import PARTITION
+from softlabel.storage.table import Table
+from softlabel.storage.takedown import Purge, bury, refusal, refuse
+from softlabel.storage.upkeep.log import replay
+from softlabel.storage.upkeep.rewrite import REWRITTEN, ConflictError, rewrite
+from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten
+from softlabel.storage.versions import pins, tags
+
+
+@dataclass(frozen=True)
+class Purged:
+    """What a take-down came to."""
+
+    documents: int
+    """That nothing will bring back."""
+    found: int
+    """Those among them that the table held, in whichever version."""
+    files: tuple[str, ...]
+    """What was deleted, relative to the table: shards of these documents, and damaged ones, which may be."""
+    versions: tuple[int, ...]
+    """That can no longer be opened because of this."""
+    broken: tuple[str, ...]
+    """Tags, and students with their pins, that stand for such a version."""
+    same_text: tuple[str, ...]
+    """Other documents that hold a sequence of a purged one, and stay."""
+    out_of_reach: tuple[str, ...]
+    """What may still know the documents, and can't be changed from here."""
+
+
+def purge(
+    location: str,
+    documents: Collection[str],
+    about: Mapping[str, Any],
+    layout: tuple[int, int],
+    watch: Callable[[int], None] = lambda rows: None,
+) -> tuple[Rewritten, Purged]:
+    """Remove documents from every version of a table, for good.
+
+    Args:
+        location: the table's folder.
+        documents: their ids; those that the table never held are refused from now on as well.
+        about: what the table's history is to say of it.
+        layout: captured positions of a shard and sequences of a row group, for shards that are rewritten.
+        watch: told how many rows of the newest version are done.
+
+    Raises:
+        IntegrityError: if a shard of the newest version is damaged.
+        TableError: if the folder can't be written. Run again, it goes on where it was.
+    """
+    record = refuse(location, documents)
+    while True:
+        newest = Table.open(location)
+        try:
+            # Always a commit: a writer that has not seen the refuse list is thrown back by it, and sees it then.
+            job = Rewriting(newest, newest, *layout, exclusive=True)
+            rewritten = rewrite(job, about, watch, always=record.version is None)
+            break
+        except ConflictError:
+            continue
+        except (AccessError, IntegrityError):
+            raise
+        except TableError as error:
+            raise TableError(
+                "the documents are in the table still: it could not be written; but nobody adds them any more",
+                found=error.__cause__ or error,
+                where=location,
+                do="make room or mend the permissions, then run the same command again: it goes on from there",
+            ) from error
+    with place_of(location).gate(alone=True):
+        pass  # whoever was about to give a file its final name has done so, or sees the refuse list
+    try:
+        return rewritten, _delete(Table.open(location), record, rewritten.version)
+    except OSError as error:
+        raise TableError(
+            "not every file that holds these documents could be deleted; the newest version is without them",
+            found=error,
+            where=location,
+            do="mend the permissions, then run the same command again",
+        ) from error
+
+
+def _delete(newest: Table, record: Purge, version: int) -> Purged:
+    place, refused = newest.place, refusal(newest.location)
+    doomed: list[str] = []
+    found: set[str] = set()
+    keys: set[bytes] = set()
+    ours, foreign = _candidates(newest)
+    for name in ours:
+        rows = _rows(place, name)
+        hits = [row for row in rows or () if refused(row[0])]
+        doomed += [name] if hits or rows is None else []
+        found.update(document for document, _ in hits)
+        keys.update(key for _, key in hits)
+    deserted = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
+    log = replay(newest)  # a damaged one is no reason to leave the bytes where they are
+    named = {shard.path: shard.versions for shard in log.named}
+    lost = {version for path in doomed for version in named.get(path, ())}
+    record = bury(newest.location, record, version, [name for name in doomed if name in named], lost)
+    for name in [*doomed, *deserted]:
+        place.delete(name)
+    return Purged(
+        documents=len(record.documents),
+        found=len(found),
+        files=tuple(sorted([*doomed, *deserted])),
+        versions=tuple(record.versions),
+        broken=tuple(_broken(newest.location, record)),
+        same_text=tuple(sorted(_holders(newest, keys))),
+        out_of_reach=(
+            *(f"{name}, which is no shard of softlabel's, and was not looked into" for name in foreign),
+            *(f"{name}, which is damaged: versions that need a deleted shard may be unknown" for name in log.damaged),
+            *_out_of_reach(newest),
+        ),
+    )
+
+
+def _candidates(newest: Table) -> tuple[list[str], list[str]]:
+    """Every file of rows but those of the newest version, which were looked at; and files that are not ours."""
+    present = {shard.path for shard in newest.shards()}
+    names = {file.name for file in newest.place.files() if file.name.endswith(".parquet")}
+    among = sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
+    ours = [name for name in among if re.fullmatch("[0-9a-f]{32}", _hash_in(name))]
+    return ours, [name for name in among if name not in ours]
+
+
+def _hash_in(name: str) -> str:
+    return PurePath(name).stem.rpartition("-")[2]
+
+
+def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
+    """Document and key of each row of a file; None if it is damaged, and may hold any document.
+
+    Raises:
+        AccessError: if it can't be read at the moment.
+    """
+    try:
+        with reading(place.where(name)), place.fetch(name) as content:
+            if content_hash(content) != _hash_in(name):
+                return None
+            rows = pq.ParquetFile(content).read(["document_id", "key"])
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return list(zip(*(rows.column(name).to_pylist() for name in ("document_id", "key")), strict=True))
+
+
+def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:
+    """Documents of the newest version that have one of these sequences."""
+    wanted = pa.array(list(keys), pa.binary())
+    parts = (part for shard in newest.shards() for part in outline(newest, shard, ["document_id", "key"]) if keys)
+    return {
+        name for part in parts for name in part.filter(pc.is_in(part.column("key"), wanted))["document_id"].to_pylist()
+    }
+
+
+def _broken(location: str, record: Purge) -> Iterator[str]:
+    lost = set(record.versions)
+    yield from (f"{pin.kind} {pin.student}, of version {pin.version}" for pin in pins(location) if pin.version in lost)
+    yield from (f"tag {tag.name}, of version {tag.version}" for tag in tags(location).values() if tag.version in lost)
+
+
+def _out_of_reach(newest: Table) -> Iterator[str]:
+    location, place = newest.location, newest.place
+    students = [pin for pin in pins(location) if pin.kind == "student"]
+    yield from (f"student {pin.student}, trained on version {pin.version}" for pin in students)
+    if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
+        yield f"{place.where(REJECTS)}, which names what the newest capture left out, by id"
+    yield "other students that were trained on older versions, and reports about them"
+    yield f"copies of {location}, and tables that softlabel reprocess made from it: purge them as well"
+    yield "backups, snapshots of the file system, and an object store's own versions of deleted objects"
+    if not place.sees_writers or any(place.files(WRITING)):
+        yield "shards that are being written at this moment; their writers leave these documents out when they commit"
+    if not place.sees_writers:
+        yield f"what they have uploaded in vain: softlabel maintain {location} deletes it after its grace period"

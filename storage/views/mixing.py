@@ -1,0 +1,164 @@
+"""Makes a view over several tables (``storage.views.view``), or says why they do not go together. Reads no soft labels."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+
+from softlabel.storage.errors import ProvenanceError, TableError, TableNotFoundError, UsageError
+from softlabel.storage.identity import Identity, user
+from softlabel.storage.location import located
+from softlabel.storage.opening import VIEW_FILE, is_view
+from softlabel.storage.places.open import place_of
+from softlabel.storage.records import now
+from softlabel.storage.sealed_json import seal
+from softlabel.storage.table import Table
+from softlabel.storage.versions import parse, pin, unpin
+from softlabel.storage.views.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
+
+_ALIKE = ("tokenizer.files", "vocabulary")
+"""Fields of the identity that give a token id its meaning."""
+
+
+def make_view(location: str, names: Sequence[str], weights: Sequence[float], how: How) -> View:
+    """Make a view, and pin its tables' versions so that they are not vacuumed. Made again the same, it stays.
+
+    Of several processes that make different ones in the same place, one succeeds, and its pins alone stay.
+
+    Args:
+        location: its folder.
+        names: its tables; without a version or tag, the newest one is meant.
+        weights: above 0, for each of them.
+        how: concatenate or average.
+
+    Raises:
+        UsageError: if a table is named twice, or there is something else in the folder.
+        ProvenanceError: if the tables can't be mixed like that; says what differs.
+        TableError: if a table has no sequence in common with the others, or something can't be written.
+    """
+    location = located(location)
+    tables = [Table.open(_absolute(name)) for name in names]
+    if len({table.location for table in tables}) < len(tables):
+        raise UsageError("a table is named twice", expected="different tables", found=", ".join(names))
+    for table in tables:
+        _require_alike(tables[0], table)
+    parts = [Part(t.location, t.version, w, t.content) for t, w in zip(tables, weights, strict=True)]
+    view = View(location, Definition(FORMAT, how, tuple(parts), now(), user()), tables)
+    if how == "average":
+        _require_average(view)
+    _require_free(location, view.definition)
+    try:
+        for table in tables:
+            pin(table.location, table.version, view.place.address, "view")
+        _write(location, view.definition)
+    finally:
+        _settle(view)
+    return view
+
+
+def _write(location: str, definition: Definition) -> None:
+    try:
+        place_of(location).write(VIEW_FILE, seal(asdict(definition)), replace=False)
+    except OSError as error:
+        if is_view(location):  # another process was first, perhaps with the same
+            return _require_free(location, definition)
+        raise TableError(
+            "the view can't be written",
+            found=error,
+            where=location,
+            do="check the folder's permissions and space",
+        ) from error
+
+
+def _settle(view: View) -> None:
+    """Let each table keep what the view needs that is there by now: another's, if that was first, or none."""
+    address = view.place.address
+    held = {part.table: part.version for part in read_definition(view.place).parts} if is_view(view.location) else {}
+    for table in view.tables:
+        if table.location in held:
+            pin(table.location, held[table.location], address, "view")
+        else:
+            with suppress(TableNotFoundError):
+                unpin(table.location, address)
+
+
+def _require_free(location: str, definition: Definition) -> None:
+    """Refuse to put a view where there is anything but the same view."""
+    place = place_of(location)
+    if is_view(location):
+        there = read_definition(place)
+        if (there.how, there.parts) != (definition.how, definition.parts):
+            raise UsageError(
+                "there is another view here, and a view never changes",
+                expected=_described(there),
+                found=_described(definition),
+                where=location,
+                do="choose another folder, or delete this one",
+            )
+    elif any(place.files()):
+        raise UsageError(
+            "there is something else where the view is to be",
+            expected="an empty folder, or none",
+            where=location,
+            do="choose another folder",
+        )
+
+
+def _described(definition: Definition) -> str:
+    parts = (f"{part.weight:g} x {part.table}@{part.version}" for part in definition.parts)
+    return f"{definition.how}: {', '.join(parts)}"
+
+
+def _require_alike(first: Table, other: Table) -> None:
+    if other.identity.classes is not None:
+        raise ProvenanceError(
+            "tables of classes can't be mixed",
+            expected="tables of teachers that predict tokens",
+            found=f"a classifier's, of {len(other.identity.classes)} classes",
+            where=other.location,
+        )
+    differences = first.identity.differences(other.identity)
+    found = [f"{name}: {a} against {b}" for name, (a, b) in differences.items() if name in _ALIKE]
+    if found:
+        raise ProvenanceError(
+            "these tables can't be mixed: a token id does not mean the same in both",
+            expected="the same tokenizer and vocabulary",
+            found="\n               ".join(found),
+            where=f"{first.location} and {other.location}",
+            do="mix tables of teachers that share their tokenizer",
+        )
+
+
+def _require_average(view: View) -> None:
+    """Refuse an average that would be none."""
+    for table in view.tables:
+        if not is_unbiased(table):
+            selection = table.identity.selection
+            raise ProvenanceError(
+                "this table can't be averaged: of what its heads leave only the mass is known, and with that the "
+                "divergence from the average would be a bound of it, no estimate",
+                expected="a sampled tail, or heads that hold the whole vocabulary",
+                found=f"heads of at most {selection.max_k} of {table.identity.vocabulary} ids, and no draws",
+                where=f"{table.location}@{table.version}",
+                do="concatenate, or capture with selection.draws",
+            )
+    if not view.alignment.sequences:
+        first, *others = (table.identity for table in view.tables)
+        chunking = [line for other in others for line in _chunking(first, other)]
+        raise TableError(
+            "these tables have no sequence in common, and there is nothing to average",
+            expected="tables of the same documents, cut into sequences alike",
+            found="\n               ".join(chunking) or "other documents",
+            where=", ".join(view.names),
+            do="capture the same documents with each teacher; or concatenate",
+        )
+
+
+def _chunking(first: Identity, other: Identity) -> list[str]:
+    cuts = ("tokenizer.", "sequences.")
+    differences = first.differences(other)
+    return [f"{name}: {a} against {b}" for name, (a, b) in differences.items() if name.startswith(cuts)]
+
+
+def _absolute(name: str) -> str:
+    path, version = parse(name)
+    return place_of(path).address + ("" if version is None else f"@{version}")

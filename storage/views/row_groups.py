@@ -1,0 +1,115 @@
+"""The rows of a table or a view, row group by row group, as a student sees them.
+
+A table's rows come as they are stored. Those of a view hold token ids instead of ranks and the tail's mass at the
+temperatures that all its tables have; those of an average have the soft-label columns once for each table
+(``column_of``). Which rows are wanted, and in which order, is the caller's business.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softlabel.storage.reader import outline, read
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.views.view import AnyTable, View
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group: the unit that is read."""
+
+    table: int
+    """Which of ``source.tables``; of an average, always the first."""
+    shard: Shard
+    number: int
+
+
+def outlines(source: AnyTable, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Group, pa.Table]]:
+    """Each row group with a few small columns of its rows, in order; ``storage.reader.outline`` says what is checked.
+
+    Raises:
+        IntegrityError: if a shard is missing, truncated, or damaged in these columns.
+    """
+    average = isinstance(source, View) and source.average
+    for number, table in enumerate(source.tables[:1] if average else source.tables):
+        for shard in table.shards(split):
+            for group, rows in enumerate(outline(table, shard, columns)):
+                yield Group(number, shard, group), _common(source, shard, group, rows)
+
+
+def load(source: AnyTable, group: Group, columns: Sequence[str]) -> pa.Table:
+    """The rows of a group that ``outlines`` gave, in the same order.
+
+    Args:
+        source: what the group is of.
+        group: one of ``outlines``.
+        columns: names of the columns wanted.
+
+    Raises:
+        IntegrityError: if a shard is missing or its bytes are not those that were written.
+    """
+    table = source.tables[group.table]
+    rows = read(table, group.shard, columns, [group.number])
+    if not isinstance(source, View):
+        return rows
+    rows = _in_common_terms(source, table, _common(source, group.shard, group.number, rows))
+    names = [name for name in columns if name in SOFT_LABELS.names]
+    if source.average and names:
+        for number in range(1, len(source.tables)):
+            for name, column in zip(names, _counterparts(source, number, group, names).columns, strict=True):
+                rows = rows.append_column(column_of(name, number), column)
+    return rows
+
+
+def column_of(name: str, table: int) -> str:
+    """The column in which an average's rows have a soft-label column of one of its tables, by its number."""
+    return f"{name}:{table}" if table else name
+
+
+def flat(rows: pa.Table, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Values of a column of lists, and where in them each row begins and the last one ends."""
+    lists = rows.column(name).combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return lists.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
+
+
+def _common(source: AnyTable, shard: Shard, number: int, rows: pa.Table) -> pa.Table:
+    """Those rows of an average's first table that all others have, too."""
+    if not (isinstance(source, View) and source.average):
+        return rows
+    return rows.take(pa.array(source.alignment.rows(shard, number)))
+
+
+def _counterparts(view: View, number: int, group: Group, columns: Sequence[str]) -> pa.Table:
+    """What another table of an average holds of the same sequences."""
+    table, places = view.tables[number], [np.zeros(0, np.int64)]
+    parts = [pa.schema([SOFT_LABELS.field(name) for name in columns]).empty_table()]
+    for shard, there, rows, which in view.alignment.counterparts(number, group.shard, group.number):
+        parts.append(read(table, shard, columns, [there]).take(pa.array(rows)))
+        places.append(which)
+    order = np.argsort(np.concatenate(places))
+    return _in_common_terms(view, table, pa.concat_tables(parts).take(pa.array(order)))
+
+
+def _in_common_terms(view: View, table: Table, rows: pa.Table) -> pa.Table:
+    """The same rows with token ids, and the temperatures of the view."""
+    for name in {"head_ids", "tail_ids"}.intersection(rows.column_names):
+        values, offsets = flat(rows, name)
+        rows = _with(rows, name, table.vocabulary[values], offsets)
+    if "tail_log_masses" in rows.column_names and view.temperatures != table.temperatures:
+        values, offsets = flat(rows, "tail_log_masses")
+        stored, wanted = len(table.temperatures), [table.temperatures.index(T) for T in view.temperatures]
+        values = values.reshape(-1, stored)[:, wanted].ravel()
+        rows = _with(rows, "tail_log_masses", values, offsets // stored * len(wanted))
+    return rows
+
+
+def _with(rows: pa.Table, name: str, values: NDArray[Any], offsets: NDArray[np.int32]) -> pa.Table:
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return rows.set_column(rows.column_names.index(name), name, lists)

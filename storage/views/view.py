@@ -1,0 +1,196 @@
+"""A view: several tables with one tokenizer, each at a pinned version, that whoever reads takes for one table.
+
+    VIEW/view.json      the tables, their weights and how they are mixed; written once, never changed
+
+Concatenated, a view has the rows of all its tables. Averaged, it has the sequences that all of them hold, and what the
+teachers say of one is averaged. Opened here, made by ``storage.views.mixing``; its rows come from ``storage.views.row_groups``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from softlabel.storage.codec import Ints
+from softlabel.storage.errors import IntegrityError, TableError, TableNotFoundError
+from softlabel.storage.location import require_clean
+from softlabel.storage.opening import VIEW_FILE, is_view
+from softlabel.storage.places.open import place_of
+from softlabel.storage.places.place import Place
+from softlabel.storage.sealed_json import unseal
+from softlabel.storage.table import Table
+from softlabel.storage.versions import parse
+from softlabel.storage.views.alignment import Alignment
+
+How = Literal["concatenate", "average"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of a view."""
+
+    table: str
+    version: int
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    content: str
+    """``Table.content`` of that version."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What view.json holds, beside a hash of it."""
+
+    format: int
+    how: How
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    time: str
+    """UTC, ISO 8601."""
+    user: str
+
+
+class View:
+    """Several tables as one, to be read.
+
+    Attributes:
+        location: the view's folder, or its URL.
+        place: where its file is.
+        definition: how it was made.
+        tables: each at its version.
+        weights: of each table: how often its sequences come in an epoch; or its share of the average, 1 in all.
+    """
+
+    version = 0
+    """A view never changes; students name it like a table that has this version alone."""
+
+    def __init__(self, location: str, definition: Definition, tables: Sequence[Table]) -> None:
+        self.location = location
+        self.place = place_of(location)
+        self.definition = definition
+        self.tables = tuple(tables)
+        weights = [part.weight for part in definition.parts]
+        self.weights = tuple(weight / sum(weights) if self.average else weight for weight in weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same view for itself."""
+        return open_table, (self.location,)
+
+    @property
+    def average(self) -> bool:
+        """Whether the tables' distributions are averaged, instead of their rows put side by side."""
+        return self.definition.how == "average"
+
+    @property
+    def names(self) -> list[str]:
+        """TABLE@version of each table."""
+        return [f"{table.location}@{table.version}" for table in self.tables]
+
+    @property
+    def content(self) -> str:
+        """A hash of all that a student of this view depends on."""
+        parts = [[part.content, part.weight] for part in self.definition.parts]
+        return sha256(json.dumps([self.definition.how, parts]).encode()).hexdigest()
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures that all tables store; of an average, 1 alone."""
+        common = set.intersection(*(set(table.temperatures) for table in self.tables))
+        return (1.0,) if self.average else tuple(T for T in self.tables[0].temperatures if T in common)
+
+    @property
+    def draws(self) -> bool:
+        """Whether head and draws estimate the whole distribution without bias, in each of the tables."""
+        return all(map(is_unbiased, self.tables))
+
+    @cached_property
+    def vocabulary(self) -> Ints:
+        """(V,) int32: a view's rows hold token ids, whatever each table's own numbers for them are."""
+        return np.arange(self.tables[0].identity.vocabulary, dtype=np.int32)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with the tokenizer that all tables have."""
+        return self.tables[0].tokenizer
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Which rows of an average's tables are about the same sequence."""
+        return Alignment(self.tables)
+
+
+AnyTable = Table | View
+
+
+def open_table(location: str) -> AnyTable:
+    """What can be read under a name: a version of a table, or a view.
+
+    Raises:
+        TableNotFoundError: if there is neither, or a version that it needs is gone.
+        IntegrityError: if the view is damaged, or a table is not the one that it was made of.
+    """
+    path, version = parse(location)
+    if not is_view(path):
+        return Table.open(location)
+    if version not in (None, View.version):
+        raise TableNotFoundError(
+            "a view has no versions",
+            expected=path,
+            found=location,
+            do="leave the version out; the versions of its tables are pinned",
+        )
+    definition = read_definition(place_of(path))
+    tables = [Table.open(f"{part.table}@{part.version}") for part in definition.parts]
+    for part, table in zip(definition.parts, tables, strict=True):
+        if table.content != part.content:
+            raise IntegrityError(
+                "a table of this view is not the one that the view was made of",
+                expected=f"shards with the names that version {part.version} had",
+                found="other shards",
+                where=part.table,
+                do=f"put the table back in its place, or make a new view ({path} names them)",
+            )
+    return View(path, definition, tables)
+
+
+def is_unbiased(table: Table) -> bool:
+    """Whether a table's heads and draws estimate the whole distribution: it has draws, or its heads are everything."""
+    selection = table.identity.selection
+    certain = selection.max_k if selection.top_p == 1 else selection.min_k
+    return table.draws or certain >= table.identity.vocabulary
+
+
+def read_definition(place: Place) -> Definition:
+    """What a view's file holds.
+
+    Raises:
+        IntegrityError: if it can't be read.
+        TableError: if another version of softlabel made it.
+        UsageError: if it names a table by a location that holds credentials.
+    """
+    try:
+        definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE)))
+    except (OSError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        raise IntegrityError(
+            "the view can't be read",
+            expected="a file that softlabel mix wrote",
+            found=" ".join([*map(str, first["loc"]), first["msg"]]) if first else error,
+            where=place.where(VIEW_FILE),
+            do="delete it, and make it again with softlabel mix",
+        ) from error
+    if definition.format != FORMAT:
+        raise TableError(
+            "this view is of another version of softlabel",
+            expected=f"format {FORMAT}",
+            found=f"format {definition.format}",
+            where=place.where(VIEW_FILE),
+        )
+    do = "make the view again with softlabel mix, in another folder"
+    require_clean({"table": [part.table for part in definition.parts]}, place.where(VIEW_FILE), do)
+    return definition

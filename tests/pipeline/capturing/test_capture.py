@@ -1,0 +1,274 @@
+"""A capture brings a table up to date: nothing twice, nothing lost, whatever happens to it on the way."""
+
+import json
+import multiprocessing
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from softlabel.pipeline.capturing.capture import CaptureReport, capture, capture_shard
+from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.progress import Progress
+from softlabel.pipeline.teachers.load import load_teacher
+from softlabel.pipeline.teachers.teacher import TransformersTeacher
+from softlabel.storage.codec import decode
+from softlabel.storage.errors import ProvenanceError, TableError, TeacherError
+from softlabel.storage.reader import read
+from softlabel.storage.schema import ROW_KEY, row_keys
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import history
+from tests.conftest import topics
+
+DENSE = {"top_p": 1.0, "min_k": 500, "max_k": 500, "draws": 0}
+"""Keeps every id, so that the table can be compared with the model."""
+
+
+def settings(teacher: Path, documents: Path, table: Path, /, **more: object) -> CaptureConfig:
+    return CaptureConfig.model_validate(
+        {
+            "documents": str(documents),
+            "table": str(table),
+            "teacher": {"model": str(teacher), "dtype": "float32", "batch_tokens": 1024},
+            "sequences": {"max_tokens": 128},
+            "shards": {"positions": 2000, "eval_fraction": 0.2, "row_group_sequences": 8},
+            **more,
+        }
+    )
+
+
+def write(path: Path, texts: dict[str, str]) -> Path:
+    pq.write_table(pa.table({"id": list(texts), "text": list(texts.values())}), path)
+    return path
+
+
+def texts(count: int, start: int = 0) -> dict[str, str]:
+    return {
+        f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(start, start + count)
+    }
+
+
+def test_a_table_that_cannot_be_written_costs_no_teacher(tiny_teacher, documents):
+    stages = []
+    with pytest.raises(TableError, match="could not be written"):
+        capture(settings(tiny_teacher, documents, Path("/proc/table")), lambda progress: stages.append(progress.stage))
+    assert set(stages) == {"plan"}
+
+
+def rows_of(table: Path) -> list[tuple[object, ...]]:
+    opened = Table.open(str(table))
+    return [key for shard in opened.shards() for key in row_keys(read(opened, shard, ROW_KEY))]
+
+
+def test_bug_truncation_keeps_the_wrong_end_of_the_log_probabilities(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The table says what the model says, of a document that is cut into chunks, too."""
+    documents = write(tmp_path / "d.parquet", texts(6) | {"long": "word " * 300})
+    capture(settings(tiny_teacher, documents, tmp_path / "t", selection=DENSE))
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    table = Table.open(str(tmp_path / "t"))
+    seen = 0
+    for shard in table.shards():
+        rows = read(table, shard)
+        for i in range(len(rows)):
+            row = rows.slice(i, 1)
+            ids = torch.tensor(row.column("token_ids")[0].as_py())
+            captured = np.flatnonzero(row.column("loss_mask")[0].as_py())
+            with torch.no_grad():
+                dense = model(ids[None]).logits[0, :, :500].log_softmax(-1)[captured - 1].numpy()
+            labels = decode(row, table.vocabulary)
+            stored = np.full_like(dense, np.nan)
+            stored[np.repeat(np.arange(len(captured)), labels.head_counts), labels.head_ids] = labels.head_logprobs
+            np.testing.assert_allclose(stored, dense, atol=1 / 64 + 1e-4)
+            following = dense[np.arange(len(captured)), ids[captured].numpy()]
+            np.testing.assert_allclose(labels.next_logprobs, following, atol=1e-3)
+            seen += len(captured)
+    assert seen == sum(entry.positions for entry in history(table))
+
+
+def test_a_second_run_captures_nothing_and_new_documents_alone_are_added(tiny_teacher: Path, tmp_path: Path) -> None:
+    first = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
+    again = capture(settings(tiny_teacher, tmp_path / "a.parquet", tmp_path / "t"))
+    assert (again.sequences, again.copied, again.unchanged, again.version) == (0, 0, 20, first.version)
+    more = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", texts(30)), tmp_path / "t"))
+    assert (more.sequences, more.unchanged) == (10, 20)
+    assert len(rows_of(tmp_path / "t")) == len(set(rows_of(tmp_path / "t"))) == 30
+
+
+def test_order_and_neighbours_change_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+    mixed = list(texts(20).items())
+    random.Random(0).shuffle(mixed)
+    # Each sequence by itself: what another batch does to the teacher's last digits is no part of this.
+    alone = {"teacher": {"model": str(tiny_teacher), "dtype": "float32", "batch_tokens": 1}}
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "a", **alone))
+    capture(settings(tiny_teacher, write(tmp_path / "b.parquet", dict(mixed)), tmp_path / "b", **alone))
+    one, other = (Table.open(str(tmp_path / name)).scan().sort("document_id").collect() for name in "ab")
+    assert one.equals(other), "the draws, too, are of the sequence, wherever it stood"
+    assert capture(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "a")).sequences == 0
+
+
+def test_another_composition_of_batches_changes_no_more_than_the_teachers_own_noise(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """In bf16 a sum depends on how it is cut up, and so on the padding. The k-th highest logit moves no further."""
+    texts = {str(i): text[: 60 * i] for i, text in enumerate(topics().values()) if i < 20}
+    documents = write(tmp_path / "d.parquet", texts | {"0": "the first"})
+    tables = []
+    for name, batch_tokens in (("alone", 1), ("together", 8192)):
+        teacher = {"model": str(tiny_teacher), "dtype": "bfloat16", "batch_tokens": batch_tokens}
+        config = settings(tiny_teacher, documents, tmp_path / name, selection={"top_k": 16})
+        capture(config.model_copy(update={"teacher": TeacherConfig.model_validate(teacher)}))
+        table = Table.open(str(tmp_path / name))
+        rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+        rows = rows.sort_by([("document_id", "ascending"), ("chunk", "ascending")])
+        tables.append((rows, decode(rows, table.vocabulary)))
+    (alone, one), (together, other) = tables
+    assert alone.column("key").equals(together.column("key"))
+    noise = _noise(tiny_teacher, alone)
+    assert noise < 0.5
+    unlike = np.abs(one.head_logprobs - other.head_logprobs)
+    assert unlike.max() <= noise + 1 / 64 + 1e-4
+    # Where neighbours are further apart than that, no noise makes them change places.
+    gaps = np.abs(np.diff(one.head_logprobs.reshape(-1, 16), axis=1))
+    apart = np.pad(gaps, ((0, 0), (1, 1)), constant_values=(np.inf, 0)) > 2 * (noise + 1 / 64)
+    certain = apart[:, :-1] & apart[:, 1:]
+    assert certain.sum() > 1000
+    same = (one.head_ids == other.head_ids).reshape(-1, 16)
+    assert same[certain].all()
+
+
+def _noise(teacher: Path, rows: pa.Table) -> float:
+    """How far the teacher's log-probabilities in one batch are from those of each sequence alone, at most."""
+    model = TransformersTeacher(TeacherConfig(model=str(teacher)))
+    tokens = [row.values.to_numpy() for row in rows.column("token_ids")]
+    positions = [np.flatnonzero(row.as_py()).astype(np.int32) for row in rows.column("loss_mask")]
+    together = torch.cat(list(model.logits(tokens, positions)))
+    alone = torch.cat([torch.cat(list(model.logits([t], [p]))) for t, p in zip(tokens, positions, strict=True)])
+    return float((together.log_softmax(1) - alone.log_softmax(1)).abs().max())
+
+
+def test_the_same_text_goes_to_the_teacher_once_and_stays_under_each_document(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    twins = texts(3) | {"twin-0": texts(1)["d0"], "twin-1": texts(1)["d0"]}
+    report = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", twins), tmp_path / "t"))
+    assert (report.sequences, report.copied) == (3, 2)
+    later = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", {"twin-2": texts(1)["d0"]}), tmp_path / "t"))
+    assert (later.sequences, later.copied) == (0, 1)
+    table = Table.open(str(tmp_path / "t"))
+    rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+    same = [i for i, name in enumerate(rows.column("document_id").to_pylist()) if name in ("d0",) or "twin" in name]
+    assert len(same) == 4
+    for name in set(rows.column_names) - {"document_id"}:
+        assert len({str(rows.column(name)[i].as_py()) for i in same}) == 1, name
+
+
+def test_a_changed_document_brings_its_new_sequences_and_keeps_the_old(tiny_teacher: Path, tmp_path: Path) -> None:
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(5)), tmp_path / "t"))
+    changed = texts(5) | {"d3": "Something else entirely."}
+    report = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", changed), tmp_path / "t"))
+    assert (report.sequences, report.unchanged) == (1, 4)
+    assert Counter(row[0] for row in rows_of(tmp_path / "t"))["d3"] == 2
+
+
+def test_carried_columns_travel_along(tiny_teacher: Path, documents: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, documents, tmp_path / "t", columns={"carry": ["source", "year"]})
+    capture(config)
+    counts = Table.open(str(tmp_path / "t")).scan().group_by("source").len().collect()
+    assert set(counts["source"]) == {"short", "long"}
+    with pytest.raises(ProvenanceError, match=r"columns\.carry"):
+        capture(config.model_copy(update={"columns": config.columns.model_copy(update={"carry": ()})}))
+
+
+def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents = write(tmp_path / "a.parquet", texts(3))
+    capture(settings(tiny_teacher, documents, tmp_path / "t"))
+    before = rows_of(tmp_path / "t")
+    with pytest.raises(ProvenanceError, match=r"selection\.max_k: the table has 16, this run 8"):
+        capture(settings(tiny_teacher, documents, tmp_path / "t", selection={"top_k": 8}))
+    assert rows_of(tmp_path / "t") == before
+
+
+def test_a_teacher_that_changes_after_the_plan_is_found_out(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    capture(settings(teacher, write(tmp_path / "a.parquet", texts(3)), tmp_path / "t"))
+    config = settings(teacher, write(tmp_path / "b.parquet", texts(6)), tmp_path / "t")
+    [shard] = plan(config, tmp_path / "plan").shards
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.model.norm.weight.data *= 1.001
+    model.save_pretrained(teacher)
+    load_teacher.cache_clear()  # as in a worker that takes the place of one that has died
+    with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
+        capture_shard(config, shard)
+    assert len(rows_of(tmp_path / "t")) == 3
+
+
+def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    pairs = [{"id": i, "prompt": f"What is {i} squared?", "completion": f" It is {i * i}."} for i in range(5)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    columns = {"prompt": "prompt", "completion": "completion"}
+    report = capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns))
+    table = Table.open(str(tmp_path / "t"))
+    rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
+    ids, masks = rows.column("token_ids").to_pylist(), rows.column("loss_mask").to_pylist()
+    tokenizer = Checkpoint.find(settings(tiny_teacher, path, tmp_path).teacher).tokenizer
+    texts = [tokenizer.decode([i for i, m in zip(*row, strict=True) if m]) for row in zip(ids, masks, strict=True)]
+    assert sorted(texts) == sorted(f"{pair['completion']}<|im_end|>" for pair in pairs)
+    assert report.positions == sum(map(sum, masks))
+    again = capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns))
+    assert (again.sequences, again.unchanged) == (0, 5)
+    with pytest.raises(ProvenanceError, match="mask: the table has completion, this run text"):
+        capture(settings(tiny_teacher, path, tmp_path / "t", columns={"text": "prompt"}))
+    parse = {"max_tokens": 128, "special_tokens": "parse"}
+    with pytest.raises(ProvenanceError, match="special_tokens: the table has text, this run parse"):
+        capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns, sequences=parse))
+
+
+def test_a_teacher_that_says_nan_is_named_with_the_document(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data.fill_(float("nan"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    for file in tiny_teacher.glob("tokenizer*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(TeacherError, match="document d0"):
+        capture(settings(broken, write(tmp_path / "a.parquet", texts(1)), tmp_path / "t"))
+    assert not [path for path in (tmp_path / "t").rglob("*") if path.is_file()]
+
+
+def test_progress_reaches_the_total(tiny_teacher: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    report = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(200)), tmp_path / "t"), seen.append)
+    captured = [progress for progress in seen if progress.stage == "capture"]
+    assert captured[-1].done == captured[-1].total == report.positions
+    assert [p.done for p in captured] == sorted(p.done for p in captured)
+    assert len(Table.open(str(tmp_path / "t")).history()) > 2  # several shards, each committed by itself
+
+
+def _capture_in_child(config: CaptureConfig, done: "multiprocessing.Queue[CaptureReport]") -> None:
+    torch.set_num_threads(1)
+    done.put(capture(config))
+
+
+def test_two_captures_at_once_leave_every_row_once(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(150)), tmp_path / "t")
+    context = multiprocessing.get_context("spawn")
+    done: multiprocessing.Queue[CaptureReport] = context.Queue()
+    children = [context.Process(target=_capture_in_child, args=(config, done)) for _ in range(2)]
+    for child in children:
+        child.start()
+    reports = [done.get(timeout=120) for _ in children]
+    for child in children:
+        child.join()
+    rows = rows_of(tmp_path / "t")
+    assert len(rows) == len(set(rows)) == 150
+    assert sum(report.sequences for report in reports) == 150  # each counted by the one that committed it

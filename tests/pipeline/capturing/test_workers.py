@@ -1,0 +1,198 @@
+"""Workers side by side do every shard once, whatever becomes of one of them or of the process that started them."""
+
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from threading import Barrier
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM
+
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.capturing.workers import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, cut
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.models import files as model_folder
+from softlabel.pipeline.progress import Progress
+from softlabel.storage.errors import TeacherError, WorkerError
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import inspect
+from softlabel.storage.writer import Commit
+from tests.pipeline.capturing.test_capture import rows_of, settings, texts, write
+
+
+def by_two(config: CaptureConfig, **teacher: object) -> CaptureConfig:
+    """The same capture by two workers on the CPU."""
+    changed = config.teacher.model_copy(update={"device": "cpu", "workers": 2, **teacher})
+    return config.model_copy(update={"teacher": changed})
+
+
+def workers_of(parent: int) -> list[int]:
+    """Process ids of the workers that a process has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, command = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(status.rpartition(")")[2].split()[1]) == parent and b"softlabel.pipeline.capturing.worker" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended, as far as the system lets it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_worker_that_is_killed_costs_its_shard_only(
+    tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What this process takes for the hash of the weights, workers do, too: they do not read all of them again.
+    monkeypatch.setattr(model_folder, "_SECONDS_TO_SETTLE", -1.0)
+    model_folder.sha256(tiny_teacher / "model.safetensors")
+    known = {state: "known" for state in model_folder.known_hashes() if "model.safetensors" in state}
+    monkeypatch.setattr(model_folder, "_HASHES", known)
+    documents = write(tmp_path / "d.parquet", texts(400))
+    config = by_two(settings(tiny_teacher, documents, tmp_path / "t"))
+    seen: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress)
+        if len(progress.parts) == 2 and not killed:
+            killed.append(workers_of(os.getpid())[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    report = capture(config, watch)
+    assert killed
+    assert "died" in caplog.text
+    assert "SIGKILL" in caplog.text
+    rows = rows_of(tmp_path / "t")
+    assert len(rows) == 400
+    assert set(Counter(rows).values()) == {1}
+    found = inspect(Table.open(str(tmp_path / "t"))).splits.values()
+    assert (report.sequences, report.positions) == (400, sum(split.positions for split in found))
+    assert report.bytes == sum(split.bytes for split in found)
+    assert seen[-1].done == seen[-1].total == report.positions
+    assert set(seen[-1].parts) == {"cpu #1", "cpu #2"}
+    assert sum(part.done for part in seen[-1].parts.values()) == report.positions
+    assert 0.1 < seen[-1].details["kept mass"] < 1
+    assert 20 < seen[-1].details["bytes a position"] < 500
+    assert Table.open(str(tmp_path / "t")).identity.teacher.files["model.safetensors"] == "known"
+    again = capture(config)
+    assert (again.sequences, again.unchanged, again.version) == (0, 400, report.version)
+
+
+def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents = write(tmp_path / "d.parquet", texts(5000))
+    config = by_two(settings(tiny_teacher, documents, tmp_path / "t", shards={"positions": 5_000}), batch_tokens=128)
+    workers: list[int] = []
+    interrupted = 0.0
+
+    def watch(progress: Progress) -> None:
+        nonlocal interrupted
+        if len(progress.parts) == 2 and not workers:
+            workers.extend(workers_of(os.getpid()))
+            interrupted = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(config, watch)
+    assert time.monotonic() - interrupted < 10
+    assert len(workers) == 2
+    assert all(map(gone, workers))
+    assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "half a shard is thrown away"
+
+
+def test_what_is_wrong_with_a_document_is_said_by_the_worker_wherever_it_was_started(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('somebody else')")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data.fill_(float("nan"))
+    broken = shutil.copytree(tiny_teacher, tmp_path / "broken")
+    model.save_pretrained(broken)
+    config = settings(broken, write(tmp_path / "d.parquet", texts(1)), tmp_path / "t")
+    [shard] = plan(config, tmp_path / "plan").shards
+    with Workers(["cpu"], tmp_path) as workers, pytest.raises(TeacherError, match="document d0"):
+        workers.each([shard], lambda worker, path: worker.capture_shard(config, path))
+
+
+class Fates:
+    """Does shards without a process: what becomes of a shard is in its name."""
+
+    def __init__(self) -> None:
+        self.tried: Counter[str] = Counter()
+        self.together = Barrier(2)
+
+    def __call__(self, worker: Worker, path: Path) -> Commit:
+        self.tried[path.name] += 1
+        if "together" in path.name:
+            self.together.wait(10)
+        if "broken" in path.name:
+            raise TeacherError("no distribution")
+        if "poison" in path.name or ("once" in path.name and self.tried[path.name] == 1):
+            worker.deaths += 1
+            raise WorkerError(f"{worker.name} died")
+        worker.deaths = 0
+        return Commit(0, 1, 10, 100)
+
+
+def paths(*names: str) -> list[Path]:
+    return [Path(name) for name in names]
+
+
+def test_shards_go_to_workers_side_by_side(tmp_path: Path) -> None:
+    with Workers(["cuda:0", "cuda:1"], tmp_path) as workers:
+        commits = workers.each(paths("together a", "together b", "c"), Fates())
+    assert len(commits) == 3
+
+
+def test_a_shard_that_kills_its_workers_is_tried_a_few_times_and_named_at_the_end(tmp_path: Path) -> None:
+    fates = Fates()
+    names = [f"s{i}" for i in range(20)]
+    with Workers(["cpu"] * 3, tmp_path) as workers, pytest.raises(WorkerError, match="1 of 22 shards") as e:
+        workers.each(paths("poison", "once", *names), fates)
+    assert "run the same command again" in str(e.value)
+    assert fates.tried == {"poison": ATTEMPTS, "once": 2} | dict.fromkeys(names, 1)
+
+
+def test_workers_that_die_over_and_over_are_given_up(tmp_path: Path) -> None:
+    fates = Fates()
+    with Workers(["cpu"] * 2, tmp_path) as workers, pytest.raises(WorkerError, match="50 of 50 shards"):
+        workers.each(paths(*(f"poison {i}" for i in range(50))), fates)
+    assert sum(fates.tried.values()) == 4
+
+
+def test_an_error_that_is_no_death_ends_all(tmp_path: Path) -> None:
+    fates = Fates()
+    with Workers(["cpu"] * 2, tmp_path) as workers, pytest.raises(TeacherError, match="no distribution"):
+        workers.each(paths("broken", *(f"once {i}" for i in range(1000))), fates)
+    assert sum(fates.tried.values()) < 1000
+
+
+def test_few_shards_are_cut_so_that_every_worker_has_one(tmp_path: Path) -> None:
+    shards = []
+    for number in range(2):
+        shards.append(tmp_path / f"{number}.parquet")
+        pq.write_table(
+            pa.table({"positions": [1000] * 500, "row": range(500 * number, 500 * (number + 1))}), shards[-1]
+        )
+    assert cut(shards, 2) == shards
+    pieces = [pq.read_table(path) for path in cut(shards, 7)]
+    assert len(pieces) == 8
+    assert pa.concat_tables(pieces).column("row").to_pylist() == list(range(1000))
+    assert all(sum(piece["positions"].to_pylist()) >= 0.9 * SMALLEST_SHARD for piece in pieces)
+    for positions in (SMALLEST_SHARD + 1, 3 * SMALLEST_SHARD):
+        pq.write_table(pa.table({"positions": [positions]}), shards[0])
+        assert [len(pq.read_table(path)) for path in cut(shards[:1], 4)] == [1]

@@ -1,0 +1,102 @@
+"""A column that is carried keeps each value as it was; a document whose value would change is a reject."""
+
+import datetime
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from softlabel.pipeline.config.capture import ColumnsConfig
+from softlabel.pipeline.documents.documents import Documents, Reject
+from softlabel.storage.errors import UsageError
+
+DAY = datetime.date(2024, 2, 29)
+
+
+def read(path: Path, *carry: str) -> tuple[pa.Table, list[Reject]]:
+    batches = list(Documents(str(path), ColumnsConfig(carry=carry)).batches())
+    return pa.concat_tables([b.documents for b in batches]), [r for b in batches for r in b.rejects]
+
+
+def lines(path: Path, values: list[object]) -> Path:
+    records = [{"id": str(i), "text": "x", "value": value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def parquet(path: Path, values: pa.Array) -> None:
+    names = [f"{path.stem}-{i}" for i in range(len(values))]
+    pq.write_table(pa.table({"id": names, "text": names, "value": values}), path)
+
+
+def test_carried_columns_keep_their_types(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "id": ["a", "b"],
+            "text": ["x", "y"],
+            "kind": pa.array(["p", None]).dictionary_encode(),
+            "small": pa.array([1, None], pa.int8()),
+            "score": pa.array([0.5, 1.5], pa.float32()),
+            "good": [True, False],
+            "day": pa.array([DAY, None], pa.date32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    carry = ("kind", "small", "score", "good", "day")
+    documents, _ = read(tmp_path / "x.parquet", *carry)
+    types = [pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.date32()]
+    assert Documents(str(tmp_path / "x.parquet"), ColumnsConfig(carry=carry)).carried.types == types
+    assert documents.select(carry).to_pylist() == table.select(carry).to_pylist()
+
+
+def test_later_lines_of_another_type_are_not_cut_to_fit(tmp_path: Path) -> None:
+    later = [2.5, 0.99, True, "MMXX", 7, 7.0, None, 2**63]
+    documents, rejects = read(lines(tmp_path / "x.jsonl", [*range(1000), *later]), "value")
+    assert documents["value"].to_pylist() == [*range(1000), 7, 7, None]
+    assert {reject.reason for reject in rejects} == {"column 'value' holds no int64 there"}
+    assert [reject.document_id for reject in rejects] == ["1000", "1001", "1002", "1003", "1007"]
+
+
+def test_fractions_among_integers_make_a_column_of_fractions(tmp_path: Path) -> None:
+    documents, rejects = read(lines(tmp_path / "x.jsonl", [1, 2, 2.5, math.nan, "x"]), "value")
+    assert documents["value"].to_pylist()[:3] == [1.0, 2.0, 2.5]
+    assert math.isnan(documents["value"][3].as_py())
+    assert rejects == [Reject("4", "column 'value' holds no double there")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        (pa.array([1]), pa.array([0.75, 3.0, None]), [3, None]),
+        (pa.array([0.5]), pa.array([2**53 + 1, 3]), [3.0]),
+        (pa.array([0.5]), pa.array([True]), []),
+        (pa.array([DAY]), pa.array([datetime.datetime(2024, 2, 29, 5), datetime.datetime(2024, 2, 29), None]), [None]),
+        (pa.array([DAY]), pa.array([5]), []),
+        (pa.array(["q"]), pa.array([b"\xff", b"ok"], pa.binary()), ["ok"]),
+        (pa.array(["q"]), pa.array([b"\xff", "é".encode()], pa.binary()).view(pa.string()), ["é"]),
+    ],
+)
+def test_a_later_file_of_another_type_is_not_cut_to_fit(
+    first: pa.Array, second: pa.Array, kept: list[object], tmp_path: Path
+) -> None:
+    parquet(tmp_path / "1.parquet", first)
+    parquet(tmp_path / "2.parquet", second)
+    documents, rejects = read(tmp_path, "value")
+    assert documents["value"].to_pylist() == [first[0].as_py(), *kept]
+    assert len(rejects) == len(second) - len(kept)
+
+
+@pytest.mark.parametrize("values", [pa.array([["p"]]), pa.array([2**64 - 1], pa.uint64())])
+def test_a_type_that_no_table_keeps_is_refused(values: pa.Array, tmp_path: Path) -> None:
+    parquet(tmp_path / "x.parquet", values)
+    with pytest.raises(UsageError, match="'value' can't be carried"):
+        read(tmp_path / "x.parquet", "value")
+
+
+def test_a_column_is_carried_once() -> None:
+    with pytest.raises(ValidationError, match="found twice: text"):
+        ColumnsConfig(carry=("text", "text"))

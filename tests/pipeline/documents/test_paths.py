@@ -1,0 +1,106 @@
+"""Documents in a bucket are read as those on a disk are, by a server that speaks S3; what can't be read says why."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from softlabel.pipeline.config.capture import ColumnsConfig
+from softlabel.pipeline.documents.documents import Documents
+from softlabel.storage.errors import DocumentsError, UsageError
+from tests import buckets
+
+RECORDS = [{"id": f"d{i}", "text": f"text {i} é"} for i in range(50)]
+BUCKET = f"{buckets.BUCKET}/documents"
+
+
+@pytest.fixture
+def bucket(moto: str, folder: Path) -> Iterator[str]:
+    """The URL of the files of ``folder``, in an environment in which they can be read."""
+    with buckets.environment(moto):
+        yield BUCKET
+
+
+@pytest.fixture(scope="module")
+def folder(moto: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files on a disk, each also in the bucket under the same name."""
+    root = tmp_path_factory.mktemp("files")
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+    for name in ("lines/2024/a.jsonl", "lines/b c+é.ndjson.gz", "lines/c.jsonl.zst", "text/sub/one.txt", "text/two.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "table").mkdir()
+    pq.write_table(pa.Table.from_pylist(RECORDS), root / "table" / "x.parquet", row_group_size=7)
+    (root / "lines/2024/a.jsonl").write_bytes(lines)
+    (root / "lines/b c+é.ndjson.gz").write_bytes(gzip.compress(lines.replace(b'"d', b'"b')))
+    (root / "lines/c.jsonl.zst").write_bytes(pa.compress(lines.replace(b'"d', b'"c'), "zstd", asbytes=True))
+    (root / "text/sub/one.txt").write_text("One\nmore")
+    (root / "text/two.md").write_text("Two")
+    (root / "text/_hidden.txt").write_text("not asked for")
+    (root / "table/short.parquet.part").write_text("of no kind")
+
+    buckets.put(moto, "documents/text/", b"")  # as consoles make folders
+    for path in root.rglob("*"):
+        if path.is_file():
+            buckets.put(moto, f"documents/{path.relative_to(root).as_posix()}", path.read_bytes())
+    return root
+
+
+def read(path: str) -> tuple[pa.Table, int]:
+    batches = list(Documents(path, ColumnsConfig()).batches())
+    return pa.concat_tables([batch.documents for batch in batches]), sum(len(batch.rejects) for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("path", "count"),
+    [
+        ("table/x.parquet", 50),
+        ("lines/c.jsonl.zst", 50),
+        ("lines", 150),
+        ("lines/", 150),
+        ("text", 2),
+        ("lines/*.*", 100),
+        ("lines/**/*.jsonl", 50),
+        ("*/*/*.jsonl", 50),
+        ("text/*.[mt]*", 2),
+    ],
+)
+def test_a_bucket_is_read_like_a_folder(path: str, count: int, folder: Path, bucket: str) -> None:
+    there, rejects = read(f"{bucket}/{path}")
+    here, _ = read(f"{folder}/{path}")
+    assert (there.num_rows, rejects) == (count, 0)
+    assert there.equals(here)
+
+
+def fails(path: str, *parts: str) -> None:
+    with pytest.raises((UsageError, DocumentsError)) as caught:
+        read(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) < 10
+    assert buckets.KEYS["AWS_SECRET_ACCESS_KEY"] not in message
+    for part in parts:
+        assert part in message
+
+
+def test_what_is_not_there(bucket: str) -> None:
+    for path in ("nowhere.parquet", "nowhere/*.parquet", "text/*.parquet", "lines/2024/a.json"):
+        fails(f"{bucket}/{path}", "nothing there", f"{bucket}/{path}")
+    fails("s3://no-such-bucket/x.parquet", "NoSuchBucket", "s3://no-such-bucket")
+    for path in ("gs://bucket/x.parquet", "s3://", "s3:///x.parquet"):
+        fails(path, "s3://BUCKET/PATH", path)
+
+
+@pytest.mark.long  # the client tries again for ten seconds
+def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    fails(f"{bucket}/text", "no credentials", "AWS_ACCESS_KEY_ID")
+
+
+def test_an_object_that_is_damaged_is_named(folder: Path, bucket: str, moto: str) -> None:
+    buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
+    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "whole and undamaged")

@@ -1,0 +1,126 @@
+"""Classifiers beside their teacher: scikit-learn's numbers, their errors, and the page that shows them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from transformers import AutoModelForSequenceClassification
+
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.evaluation.classifier_metrics import compare
+from softlabel.pipeline.evaluation.classifier_report import ClassStudent, verdict
+from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.stream.classifier import Documents
+from softlabel.pipeline.students.labels import LabelMap
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import UsageError
+from tests.pipeline.classifiers import CLASSES
+from tests.pipeline.training.test_classifier_objective import MERGED, settings, table, teacher  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ["things", "doings"]
+
+
+@pytest.fixture(scope="module")
+def students(table, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("students")
+    losses = {"student": {"hard_weight": 0.5}, "control": {"hard_weight": 1.0, "soft_weight": 0.0}}
+    for name, loss in losses.items():
+        train(settings(table, folder / name, loss=loss, student={"labels": MERGED}, optimiser={"max_steps": 4}))
+    return [str(folder / name) for name in losses]
+
+
+def evaluated(table, students, folder):  # noqa: F811
+    return evaluate(
+        EvaluateConfig(table=table.location, students=tuple(map(str, students)), report=str(folder), device="cpu")
+    )
+
+
+def test_the_numbers_are_those_of_the_students_and_their_teacher(table, students, tmp_path):  # noqa: F811
+    report = evaluated(table, students, tmp_path)
+    documents = Documents.read(table, "eval", LabelMap.of(MERGED, CLASSES))
+    known = documents.labels >= 0
+    assert report.documents == len(known) > known.sum() > 5
+    model = AutoModelForSequenceClassification.from_pretrained(students[0])
+    with torch.no_grad():
+        logits = [model(torch.tensor(ids)[None].long()).logits[0] for ids in documents.tokens]
+    logprobs = torch.stack(logits).log_softmax(1).numpy()
+    for score, said in ((report.students[0], logprobs), (report.teacher, documents.logprobs)):
+        labels, predictions = documents.labels[known], said.argmax(1)[known]
+        assert score.accuracy == pytest.approx(accuracy_score(labels, predictions))
+        macro = {"average": "macro", "zero_division": 0}
+        assert score.precision == pytest.approx(precision_score(labels, predictions, **macro))
+        assert score.recall == pytest.approx(recall_score(labels, predictions, **macro))
+        assert score.f1 == pytest.approx(f1_score(labels, predictions, **macro))
+    kl = (np.exp(documents.logprobs) * (documents.logprobs - logprobs)).sum(1).mean()
+    assert report.students[0].kl == pytest.approx(kl, rel=1e-4)
+    assert report.teacher.kl == pytest.approx(0, abs=1e-6)
+    assert report.unmapped == pytest.approx(0, abs=1e-6)
+
+
+def test_the_page_and_the_json_say_it_all(table, students, tmp_path):  # noqa: F811
+    report = evaluated(table, students, tmp_path)
+    page, content = Path(report.html).read_text(), json.loads(Path(report.json).read_text())
+    assert content["labels"] == NAMES
+    for name in ("student", "control", "teacher", *NAMES, "Label by label", "What control takes for what"):
+        assert name in page
+    assert page.count("<svg") == 6  # scores, accuracy, KL and loss by step, and a confusion matrix each
+    assert "http" not in page.replace("http://www.w3.org", "")
+    confusion = np.array(content["students"][0]["metrics"]["quality"]["confusion"])
+    assert confusion.sum() == content["students"][0]["metrics"]["quality"]["documents"]
+
+
+def test_a_subset_of_the_classes_says_how_much_is_left_out(table, tmp_path):  # noqa: F811
+    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimiser={"max_steps": 1}))
+    report = evaluated(table, [tmp_path / "few"], tmp_path / "report")
+    documents = Documents.read(table, "eval", LabelMap.of((), CLASSES))
+    left_out = np.exp(documents.logprobs[:, [CLASSES.index("expressions"), CLASSES.index("statements")]]).sum(1)
+    assert report.unmapped == pytest.approx(left_out.mean(), rel=1e-4)
+    assert "of the teacher's mass is on classes that no label stands for" in Path(report.html).read_text()
+
+
+def test_students_of_different_labels_are_not_compared(table, students, tmp_path):  # noqa: F811
+    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimiser={"max_steps": 1}))
+    with pytest.raises(UsageError, match="different labels"):
+        evaluated(table, [*students, tmp_path / "few"], tmp_path / "report")
+
+
+def test_the_errors_are_those_of_drawing_other_documents():
+    rng, qualities, scores = np.random.default_rng(1), [], []
+    for draw in range(300):
+        labels = rng.integers(0, 3, 200)
+        said = np.where(rng.random(200) < 0.7, labels, rng.integers(0, 3, 200))
+        scores.append(f1_score(labels, said, average="macro"))
+        if draw < 5:
+            logprobs = np.log(np.eye(3, dtype=np.float32)[said] * 0.9 + 0.033)
+            qualities.append(compare(logprobs, labels, logprobs, list("abc")).quality)
+    for quality in qualities:
+        assert quality.f1.error == pytest.approx(np.std(scores), rel=0.25)
+        accuracy = quality.accuracy.mean
+        assert quality.accuracy.error == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 199), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [(280, "don't tell a (70.0% right) and b (69.8%) apart"), (320, "a is right most often: 80.0%")],
+)
+def test_the_better_one_is_named_only_if_the_documents_can_tell(right, expected):
+    made = {"folder": "", "parameters": 1, "objective": "", "history": (), "trained_on": "", "config": {}}
+
+    def student(name, right):
+        labels = np.arange(400) % 2
+        logprobs = np.log(np.eye(2, dtype=np.float32)[np.where(np.arange(400) < right, labels, 1 - labels)] * 0.8 + 0.1)
+        return ClassStudent(name=name, circumstances={}, metrics=compare(logprobs, labels, logprobs, NAMES), **made)
+
+    assert expected in verdict([student("b", 279), student("a", right)])
+
+
+def test_without_labels_there_is_only_the_teacher_to_compare_with():
+    logprobs = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    metrics = compare(logprobs, np.array([-1, -1]), logprobs, NAMES)
+    assert metrics.quality is None
+    assert metrics.kl.mean == pytest.approx(0, abs=1e-7)

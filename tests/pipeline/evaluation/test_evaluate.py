@@ -1,0 +1,277 @@
+"""Evaluation, from student folders and a table to report.html and report.json."""
+
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.stream.holdout import Holdout
+from softlabel.pipeline.students.folder import table_record
+from softlabel.storage.codec import SoftLabels
+from softlabel.storage.errors import StudentError, TableError, UsageError
+from softlabel.storage.identity import (
+    Identity,
+    SelectionIdentity,
+    SequencesIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
+from softlabel.storage.writer import ShardWriter
+
+V, PADDED = 500, 512
+SELECTION = Selection(top_p=0.9, min_k=1, max_k=16, draws=16, temperatures=(1.0,), seed=0)
+TRAIN, EVAL = range(8), range(6, 20)  # documents; 6 and 7 are in both splits, under different names
+
+
+@pytest.fixture(scope="module")
+def network(tiny_teacher):
+    return AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+
+
+def sequence(number):
+    return torch.from_numpy(np.random.default_rng(number).integers(0, V, 5 + 3 * number))
+
+
+def rows(numbers, split):
+    return pa.Table.from_pylist(
+        [
+            {
+                "key": f"{number:016}".encode(),
+                "document_id": f"{split}-{number}",
+                "chunk": 0,
+                "chunks": 1,
+                "fingerprint": b"0" * 16,
+                "label": None,
+                "split": split,
+                "token_ids": sequence(number).tolist(),
+                "loss_mask": [False] + [True] * (len(sequence(number)) - 1),
+                "tokens": len(sequence(number)),
+                "positions": len(sequence(number)) - 1,
+            }
+            for number in numbers
+        ],
+        SEQUENCE,
+    )
+
+
+@torch.no_grad()
+def labels(network, numbers):
+    parts = []
+    for number in numbers:
+        ids = sequence(number)
+        seeds = torch.arange(len(ids) - 1) + 1000 * number
+        parts.append(select(network(ids[None]).logits[0, :-1], ids[1:], seeds, SELECTION, V))
+    return SoftLabels.concatenate(parts)
+
+
+def identity(**changes):
+    parts = {
+        "teacher": TeacherIdentity(files={"model.safetensors": "0"}, dtype="float32"),
+        "tokenizer": TokenizerIdentity(files="0", chat_template=None, chat_template_date=date(2026, 1, 1)),
+        "vocabulary": V,
+        "padded_vocabulary": PADDED,
+        "selection": SelectionIdentity(top_p=0.9, min_k=1, max_k=16, draws=16, seed=0),
+        "temperatures": (1.0,),
+        "sequences": SequencesIdentity(max_tokens=64, context=1, mask="all", eval_fraction=0.5),
+    }
+    return Identity(**{**parts, **changes})
+
+
+def make_table(folder, tokenizer, network, **splits):
+    sample = labels(network, TRAIN)
+    table = Table.create(str(folder), identity(), pa.schema([]), sample, tokenizer)
+    for split, numbers in splits.items():
+        with ShardWriter(table.newest(), row_group=4) as writer:
+            writer.append(rows(numbers, split), labels(network, numbers))
+            writer.commit({"operation": "capture", "teacher": "models/teach", "parameters": 1234})
+    return table.newest()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, tokenizer, network):
+    return make_table(tmp_path_factory.mktemp("tables") / "table", tokenizer, network, train=TRAIN, eval=EVAL)
+
+
+def make_student(folder, tiny_teacher, trained_on, noise=0.0, history=()):
+    """The teacher itself, or one that noise has moved away from it."""
+    shutil.copytree(tiny_teacher, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    config = TrainConfig(table="t", output="o", student=StudentConfig(layers=(0,)))
+    content = {
+        "config": config.model_dump(mode="json"),
+        "objective": "forward KL",
+        "table": trained_on,
+        "parameters": model.num_parameters(),
+        "history": list(history),
+        "circumstances": {"torch": "2"},
+    }
+    (folder / "softlabel.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory, tiny_teacher, table):
+    folder = tmp_path_factory.mktemp("students")
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_kl": 1.0}]
+    exact = make_student(folder / "exact", tiny_teacher, table_record(table), history=history)
+    noisy = make_student(folder / "<script>", tiny_teacher, table_record(table), noise=0.05, history=history)
+    return exact, noisy
+
+
+def run(table, *folders, report, **changes):
+    location = table if isinstance(table, str) else table.location
+    config = EvaluateConfig(
+        table=location, students=tuple(map(str, folders)), report=str(report), device="cpu", **changes
+    )
+    seen = []
+    return evaluate(config, seen.append), seen
+
+
+def test_students_are_compared_with_their_teacher(table, students, tmp_path):
+    result, seen = run(table, *students, report=tmp_path, batch_tokens=128)
+    exact, noisy = result.students
+    assert (result.sequences, result.left_out) == (12, 2)
+    assert result.positions == sum(len(sequence(number)) - 1 for number in EVAL[2:])
+    assert exact.kl == pytest.approx(0, abs=0.15)  # the sampled tail's own noise
+    assert exact.agreement == 1
+    assert exact.perplexity == pytest.approx(result.teacher.perplexity, rel=1e-3)
+    assert noisy.kl > exact.kl + 0.3
+    assert noisy.agreement < 1
+    assert (result.teacher.name, result.teacher.parameters) == ("teach", 1234)
+    last = seen[-1]
+    assert (last.done, last.total) == (result.positions, result.positions)
+
+
+def test_the_report_says_what_was_returned(table, students, tmp_path):
+    result, _ = run(table, *students, report=tmp_path)
+    content, html = json.loads(Path(result.json).read_text()), Path(result.html).read_text()
+    assert [entry["metrics"]["kl"]["mean"] for entry in content["students"]] == [s.kl for s in result.students]
+    assert content["version"] == table.version
+    assert content["left_out"] == 2
+    assert "2 of 14 sequences of the eval split" in html
+    assert "&lt;script&gt;" in html
+    assert "<script" not in html
+    assert {column["name"] for column in content["columns"]} >= {"head_ids", "token_ids", "entropies"}
+    assert content["identity"]["vocabulary"] == V
+
+
+def test_batches_do_not_change_the_numbers(table, students, tmp_path):
+    one, _ = run(table, students[1], report=tmp_path / "one", batch_tokens=64)
+    many, _ = run(table, students[1], report=tmp_path / "many", batch_tokens=100_000)
+    assert one.students[0].kl == pytest.approx(many.students[0].kl, abs=1e-5)
+    assert one.positions == many.positions
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_held_out_sequences_come_once(table, packing):
+    batches = list(Holdout.of(table).batches(128, packing))
+    assert (sum(len(batch.input_ids) for batch in batches) == 12) is not packing
+    rows = [batch.input_ids.flatten()[batch.position_ids.flatten() == 0] for batch in batches]
+    assert sum(batch.sequences for batch in batches) == 12
+    assert sum(len(batch.positions) for batch in batches) == Holdout.of(table).positions
+    assert all(batch.input_ids.numel() <= 128 for batch in batches)
+    assert {int(sequence(number)[0]) for number in EVAL[2:]} <= set(torch.cat(rows).tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (
+            {"tokenizer": TokenizerIdentity(files="1", chat_template=None, chat_template_date=date(2026, 1, 1))},
+            "tokenizer",
+        ),
+        ({"teacher": TeacherIdentity(files={"model.safetensors": "1"}, dtype="float32")}, "teacher"),
+    ],
+)
+def test_a_student_of_another_is_refused(table, tiny_teacher, tmp_path, changes, what):
+    record = {**table_record(table), "identity": identity(**changes).model_dump(mode="json")}
+    folder = make_student(tmp_path / "student", tiny_teacher, record)
+    with pytest.raises(StudentError, match=f"another {what}") as caught:
+        run(table, folder, report=tmp_path / "report")
+    for part in ("expected:", "found:", "where:", "what to do:"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_student_of_another_table_is_marked(table, tiny_teacher, tmp_path):
+    other = identity(selection=SelectionIdentity(top_p=1.0, min_k=4, max_k=4, draws=0, seed=0))
+    record = {
+        "location": "/elsewhere",
+        "version": 7,
+        "content": "0",
+        "identity": other.model_dump(mode="json"),
+    }
+    folder = make_student(tmp_path / "student", tiny_teacher, record)
+    result, _ = run(table, folder, report=tmp_path / "report")
+    html = Path(result.html).read_text()
+    assert "trained on /elsewhere@7" in html
+    assert "selection.draws" in html
+
+
+def test_a_student_of_another_version_is_fine(table, tiny_teacher, tmp_path):
+    record = {**table_record(table), "version": 0, "content": "of version 0"}
+    folder = make_student(tmp_path / "student", tiny_teacher, record)
+    result, _ = run(table, folder, report=tmp_path / "report")
+    assert json.loads(Path(result.json).read_text())["students"][0]["warnings"] == []
+
+
+def test_a_student_from_before_more_was_held_out_may_have_seen_it(table, tiny_teacher, tmp_path):
+    record = {**table_record(table), "version": 0, "content": "of version 0"}
+    record["identity"]["sequences"]["eval_fraction"] /= 2
+    folder = make_student(tmp_path / "student", tiny_teacher, record)
+    result, _ = run(table, folder, report=tmp_path / "report")
+    [said] = [
+        text for text in json.loads(Path(result.json).read_text())["students"][0]["warnings"] if "has seen" in text
+    ]
+    assert "not known" in said
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_what_is_no_student_is_refused(table, tmp_path, content):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    if content is not None:
+        (folder / "softlabel.json").write_text(content)
+    with pytest.raises(StudentError, match="no student that softlabel trained"):
+        run(table, folder, report=tmp_path / "report")
+
+
+def test_a_table_without_held_out_sequences_says_what_to_do(tmp_path, tokenizer, network, students):
+    table = make_table(tmp_path / "table", tokenizer, network, train=TRAIN)
+    with pytest.raises(TableError, match=r"shards\.eval_fraction"):
+        run(table, students[0], report=tmp_path / "report")
+
+
+def test_held_out_sequences_that_were_all_trained_on_are_none(tmp_path, tokenizer, network, students):
+    table = make_table(tmp_path / "table", tokenizer, network, train=TRAIN, eval=[6, 7])
+    with pytest.raises(TableError, match="2 sequences, all of which also occur"):
+        run(table, students[0], report=tmp_path / "report")
+
+
+def test_no_students_are_an_error(table, tmp_path):
+    with pytest.raises(UsageError, match="no student is named"):
+        run(table, report=tmp_path)

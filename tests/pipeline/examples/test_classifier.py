@@ -1,0 +1,64 @@
+"""The classification example: real text with real labels, and its four commands, as README.md has them."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.examples import classifier as class_demo
+from softlabel.pipeline.students.labels import LabelMap
+
+
+def test_the_documents_are_passages_of_ten_kinds_of_books():
+    documents = list(class_demo.passages())
+    assert Counter(document["kind"] for document in documents) == dict.fromkeys(class_demo.KINDS, class_demo.PASSAGES)
+    assert len({document["id"] for document in documents}) == len(documents)
+    kinds = {document["book"]: document["kind"] for document in documents}
+    known = {"Genesis": "law", "Job": "wisdom", "Daniel": "major-prophets", "John": "gospels", "Jude": "letters"}
+    assert {book: kinds[book] for book in known} == known
+    assert not any(":" in document["text"][:8] for document in documents)
+    assert documents == list(class_demo.passages())
+
+
+def test_ten_classes_become_five_labels():
+    labels = LabelMap.of(class_demo.LABELS, tuple(class_demo.KINDS))
+    assert labels.names == ("law", "story", "poetry", "prophecy", "epistles")
+    assert -1 not in labels.members
+
+
+def test_the_settings_lead_from_one_step_to_the_next(tmp_path):
+    labels, teacher, distill = class_demo.configs(tmp_path).values()
+    assert isinstance(labels, CaptureConfig)
+    assert isinstance(teacher, TrainConfig)
+    assert isinstance(distill, DistillConfig)
+    assert teacher.table == labels.table
+    assert distill.teacher.model == teacher.output
+    assert labels.shards == distill.shards  # the same documents are held out from teacher and student
+
+
+@pytest.mark.long
+def test_the_commands_of_the_readme(tmp_path):
+    folder = tmp_path / "classes"
+    subprocess.run([sys.executable, "-m", "softlabel.pipeline.examples.classifier", str(folder)], check=True)
+    softlabel = Path(sys.executable).with_name("softlabel")
+    for verb, name in (("capture", "labels"), ("train", "teacher"), ("distill", "distill")):
+        command = [softlabel, verb, "--config", folder / f"{name}.yaml", "--json"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    report = json.loads(done.stdout)["evaluate"]
+    student, control = report["students"]
+    chance = 1 / len(class_demo.LABELS)
+    assert report["teacher"]["accuracy"] > student["accuracy"] > chance < control["accuracy"]
+    assert student["kl"] < control["kl"]
+    subprocess.run(
+        [sys.executable, "-m", "softlabel.pipeline.examples.classifier", str(folder), str(tmp_path / "picture.svg")],
+        check=True,
+    )
+    drawn = " ".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())
+    assert all(name in drawn for name in ("student", "control", "KL to the teacher"))

@@ -1,0 +1,156 @@
+"""A teacher that is more than one folder on one device: with an adapter merged into it, or spread over a machine."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from softlabel.pipeline.config.capture import TeacherConfig
+from softlabel.pipeline.devices import places
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.teachers.teacher import TransformersTeacher
+from softlabel.storage.errors import TeacherError, UsageError
+from tests.pipeline.teachers.test_teacher import HEADS, SMALL, another, settings, texts
+
+torch.set_num_threads(1)
+
+LORA = LoraConfig(
+    r=4,
+    target_modules=["q_proj", "down_proj"],
+    init_lora_weights=False,
+    layers_to_transform=[0, 1],
+    task_type="CAUSAL_LM",
+)
+
+
+def adapter(folder: Path, base: Path, config: Any = LORA, **saving: Any) -> Path:
+    """An adapter that changes something."""
+    torch.manual_seed(3)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder, **saving)
+    return folder
+
+
+def logits_of(teacher: TransformersTeacher) -> torch.Tensor:
+    return torch.cat(list(teacher.logits(*texts())))
+
+
+def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Path) -> None:
+    adapted = settings(tiny_teacher, adapter=str(adapter(tmp_path / "adapter", tiny_teacher)))
+    sequences, positions = texts()
+    logits = logits_of(TransformersTeacher(adapted))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_teacher), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        every = [model(torch.from_numpy(sequence[None]).long()).logits[0, :, :500] for sequence in sequences]
+    own = [logits[at - 1] for logits, at in zip(every, positions, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(own), rtol=1e-4, atol=1e-4)
+    plain = TransformersTeacher(settings(tiny_teacher))
+    assert (logits - logits_of(plain)).abs().max() > 0.1
+    identity = Checkpoint.find(adapted).identity
+    assert identity.adapter
+    assert identity.model_copy(update={"adapter": None}) == plain.checkpoint.identity
+    other = adapter(
+        tmp_path / "other", tiny_teacher, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    assert Checkpoint.find(settings(tiny_teacher, adapter=str(other))).identity.adapter != identity.adapter
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", "there is no such adapter"),
+        ("pickled", "this folder holds no adapter"),
+        ("damaged", "can't be put on the teacher"),
+        ("of a larger model", "made for another teacher"),
+        ("of a smaller model", "made for another teacher"),
+        ("a prompt", "can't be merged"),
+        ("of other folders' adapters", "can't be merged"),
+        ("of no kind", "can't be merged"),
+    ],
+)
+def test_what_is_no_adapter_of_this_teacher_is_an_error(
+    how: str, says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    kinds = {"a prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}
+    if how != "missing":
+        adapter(folder, tiny_teacher, kinds.get(how, LORA))
+    weights, description = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    match how:
+        case "pickled":
+            weights.rename(folder / "adapter_model.bin")
+        case "damaged":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "of other folders' adapters":
+            mixture = {"peft_type": "XLORA", "hidden_size": 64, "adapters": {"a": str(tmp_path / "other")}}
+            description.write_text(json.dumps(mixture))
+        case "of no kind":
+            description.write_text("{}")
+        case "of a larger model":
+            description.write_text(description.read_text().replace('"down_proj"', '"k_proj"'))
+        case "of a smaller model":
+            description.write_text(description.read_text().replace('"down_proj"', '"down_proj", "k_proj"'))
+    with pytest.raises(TeacherError, match=says) as caught:
+        TransformersTeacher(settings(tiny_teacher, adapter=str(folder)))
+    assert str(folder) in str(caught.value)
+
+
+def test_without_peft_an_adapter_is_refused(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match=r"softlabel\[adapters\]"):
+        Checkpoint.find(settings(tiny_teacher, adapter=str(tmp_path)))
+
+
+def test_a_teacher_that_is_spread_says_the_same(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that don't fit are fetched for each pass, here from the disk: the same machinery moves them among GPUs."""
+    folder = another(tmp_path / "teacher", tiny_teacher, LlamaConfig(**SMALL, **HEADS))
+    load = AutoModelForCausalLM.from_pretrained
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
+
+    def spread(*arguments: Any, device_map: Any, **named: Any) -> Any:
+        assert device_map == "auto"
+        return load(*arguments, device_map=parts, offload_folder=str(tmp_path), **named)
+
+    plain = logits_of(TransformersTeacher(settings(folder)))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spread)
+    teacher = TransformersTeacher(settings(folder, device="auto", device_map="auto"))
+    assert {p.device.type for p in teacher._model.parameters()} == {"cpu", "meta"}
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(teacher), plain, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_teacher_on_a_gpu_and_beside_it_says_the_same(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+    parts = {"": 0, "model.layers.1": "cpu"}
+    plain = logits_of(TransformersTeacher(settings(tiny_teacher, device="cuda:0")))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, device_map, **named: load(*a, device_map=parts, **named)
+    )
+    spread = logits_of(TransformersTeacher(settings(tiny_teacher, device="auto", device_map="auto")))
+    assert spread.device.type == "cuda"
+    torch.testing.assert_close(spread, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_is_every_gpu_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(**more: Any) -> list[str]:
+        return places(TeacherConfig(model="teacher", **more))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert of() == ["cuda:0", "cuda:1", "cuda:2"]
+    assert of(device="cuda:1") == ["cuda:1"]
+    assert of(device="cpu", workers=2) == ["cpu", "cpu"]
+    assert len(of(device_map="auto")) == len(of(labels=("a", "b"))) == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert of(workers=2) == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match="whole machine"):
+        of(device_map="auto", workers=2)

@@ -1,0 +1,59 @@
+"""A hub model's revision: what is loaded is what was asked for, and what is written down is what was loaded."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from softlabel.pipeline.capturing.capture import capture, capture_shard
+from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.teachers.load import load_teacher
+from softlabel.storage.errors import ProvenanceError, TeacherError
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import last_capture
+from tests.pipeline.capturing.test_capture import settings, texts, write
+from tests.pipeline.conftest import NEW, OLD
+
+
+def of_hub(table: Path, count: int = 3, **teacher: str) -> CaptureConfig:
+    """A capture of so many documents by the model of that name."""
+    config = settings(Path("unused"), write(table.with_name(f"{count}.parquet"), texts(count)), table)
+    named = config.teacher.model_copy(update={"model": "org/name", **teacher})
+    return config.model_copy(update={"teacher": named})
+
+
+def said(table: Path) -> list[float]:
+    """The teacher's entropies, by sequence."""
+    rows = Table.open(str(table)).scan().sort("document_id").collect()
+    return [code for codes in rows["entropies"] for code in codes]
+
+
+def test_bug_capture_loads_another_revision_than_the_one_written_down(hub: Path, tmp_path: Path) -> None:
+    for name, commit, teacher in (("main", OLD, {}), ("old", OLD, {"revision": OLD}), ("new", NEW, {"revision": NEW})):
+        table = tmp_path / name
+        capture(of_hub(table, **teacher))
+        weights = (hub / "snapshots" / commit / "model.safetensors").read_bytes()
+        files = Table.open(str(table)).identity.teacher.files
+        assert files["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+        assert last_capture(Table.open(str(table)))["revision"] == commit
+        local = tmp_path / f"{name}-folder"
+        capture(settings(hub / "snapshots" / commit, tmp_path / "3.parquet", local))
+        assert said(table) == said(local), "the numbers are those of that commit's weights"
+    assert said(tmp_path / "main") == said(tmp_path / "old") != said(tmp_path / "new")
+    with pytest.raises(TeacherError, match="revision v2"):
+        capture(of_hub(tmp_path / "t", revision="v2"))
+
+
+def test_a_branch_that_moves_is_refused_by_its_table_and_in_the_middle_of_a_capture(hub: Path, tmp_path: Path) -> None:
+    capture(of_hub(tmp_path / "t"))
+    [shard] = plan(of_hub(tmp_path / "other"), tmp_path / "plan").shards
+    (hub / "refs" / "main").write_text(NEW)
+    with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
+        capture(of_hub(tmp_path / "t", count=6))
+    load_teacher.cache_clear()  # as in another process
+    with pytest.raises(ProvenanceError, match="has changed since this capture was planned"):
+        capture_shard(of_hub(tmp_path / "other"), shard)
+    assert not (tmp_path / "other").exists()
+    pinned = of_hub(tmp_path / "t", count=6, revision=OLD)
+    assert capture(pinned).sequences == 3, "the commit itself goes on"

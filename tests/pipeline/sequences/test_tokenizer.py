@@ -1,0 +1,249 @@
+"""What is captured of a document: a completion without its prompt, the turns asked for; and what a special token is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, TeacherConfig
+from softlabel.pipeline.documents.documents import Documents, Reject
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.sequences.chunking import to_sequences
+from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.storage.errors import UsageError
+
+CHAT = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Second."},
+]
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}!{% endgeneration %}"
+    "{% else %}Q:{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_teacher: Path) -> Checkpoint:
+    return Checkpoint.find(TeacherConfig(model=str(tiny_teacher)))
+
+
+def with_bos(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """The tiny teacher with a tokenizer that puts <|im_start|> before every text."""
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "bos")
+    tokenizer = Checkpoint.find(TeacherConfig(model=str(folder))).tokenizer
+    start = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = start
+    tokenizer.save_pretrained(folder)
+    return Checkpoint.find(TeacherConfig(model=str(folder)))
+
+
+def captured(
+    checkpoint: Checkpoint, tmp_path: Path, *records: dict[str, object], **settings: object
+) -> tuple[list[dict[str, object]], list[str], list[Reject]]:
+    """Rows of the records, the text of what each row captures, and the rejects."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"id": i, **record}) + "\n" for i, record in enumerate(records)))
+    is_pair = "prompt" in records[0]
+    names = {"messages": "messages"} if "messages" in records[0] else {}
+    columns = ColumnsConfig(prompt="prompt", completion="completion") if is_pair else ColumnsConfig(**names)
+    [batch] = Documents(str(path), columns).batches()
+    config = SequencesConfig(**settings)
+    tokeniser = Tokeniser(checkpoint, config, columns.content)
+    table, rejects = to_sequences(batch.documents, tokeniser, config, 0)
+    rows = table.to_pylist()
+    masked = [zip(row["token_ids"], row["loss_mask"], strict=True) for row in rows]
+    texts = [checkpoint.tokenizer.decode([i for i, mask in pairs if mask]) for pairs in masked]
+    return rows, texts, [*batch.rejects, *rejects]
+
+
+def pair(prompt: object, completion: object) -> dict[str, object]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_the_completion_and_its_end_are_captured(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    rows, texts, rejects = captured(
+        checkpoint, tmp_path, pair("What is a class?", " A type."), pair("", "No prompt at all")
+    )
+    assert not rejects
+    assert texts[0] == " A type.<|im_end|>"
+    assert texts[1].endswith("prompt at all<|im_end|>")
+    assert checkpoint.tokenizer.decode(rows[0]["token_ids"]) == "What is a class? A type.<|im_end|>"
+
+
+def test_the_prompt_has_the_tokens_that_it_has_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    ids = checkpoint.tokenizer.encode
+    assert len(ids("exception")) < len(ids("excep")) + len(ids("tion")), "a token of the whole spans both"
+    [row], [text], _ = captured(checkpoint, tmp_path, pair("excep", "tion"))
+    prompt = ids("excep")
+    assert row["token_ids"][: len(prompt)] == prompt
+    assert row["loss_mask"][: len(prompt)] == [False] * len(prompt)
+    assert text == "tion<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_characters_that_the_tokenizer_does_not_know_are_captured_if_they_are_the_completions(
+    kind: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """One token stands for any number of them, and so for those at the prompt's end and those that follow."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True) if kind == "BPE" else models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = {"special_tokens": ["<unk>", "<|im_end|>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(**special) if kind == "BPE" else trainers.UnigramTrainer(unk_token="<unk>", **special)
+    backend.train_from_iterator(["a b ab abc"] * 20, trainer)
+    folder = shutil.copytree(checkpoint.folder, tmp_path / kind)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>").save_pretrained(folder)
+    limited = Checkpoint.find(TeacherConfig(model=str(folder)))
+    records = [
+        pair("ab \N{SNOWMAN}", "\N{SNOWMAN}"),
+        pair("ab \N{SNOWMAN}", "\N{SNOWMAN}\N{SNOWMAN}c"),
+        pair("ab ", "c"),
+    ]
+    rows, texts, rejects = captured(limited, tmp_path, *records)
+    assert not rejects
+    assert [text.replace("▁", "").replace(" ", "") for text in texts] == [
+        "<unk><|im_end|>",
+        "<unk>c<|im_end|>",
+        "c<|im_end|>",
+    ]
+    for row, record in zip(rows, records, strict=True):
+        prompt = limited.tokenizer.encode(record["prompt"])
+        assert row["token_ids"][: len(prompt)] == prompt
+        assert not any(row["loss_mask"][: len(prompt)])
+
+
+def test_a_completion_of_which_the_tokenizer_has_no_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Not a captured end of nothing."""
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "deaf")
+    tokenizer = Checkpoint.find(TeacherConfig(model=str(folder))).tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\N{SNOWMAN}", "")
+    tokenizer.save_pretrained(folder)
+    deaf = Checkpoint.find(TeacherConfig(model=str(folder)))
+    none = "the tokenizer has no token for what is to be captured"
+    _, texts, rejects = captured(deaf, tmp_path, pair("good", " one"), pair("good", "\N{SNOWMAN}"))
+    assert (texts, rejects) == ([" one<|im_end|>"], [Reject("1", none)])
+    chats = [{"messages": [CHAT[0], {"role": "assistant", "content": text}]} for text in ("One", "\N{SNOWMAN}")]
+    _, texts, rejects = captured(deaf, tmp_path, *chats)
+    assert (texts, rejects) == (["One<|im_end|>"], [Reject("1", none)])
+
+
+def test_every_token_of_the_completion_is_captured_after_a_bos(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bos = with_bos(checkpoint, tmp_path)
+    rows, texts, _ = captured(bos, tmp_path, pair("", "first word"), pair("Say it:", " so"))
+    assert texts == ["first word<|im_end|>", " so<|im_end|>"]
+    assert all(row["token_ids"][0] == 1 for row in rows)
+
+
+def test_chunks_that_are_all_prompt_are_left_out(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    long = pair("some words " * 100, "and more words " * 20)
+    rows, texts, _ = captured(checkpoint, tmp_path, long, max_tokens=64, context=8)
+    assert "".join(texts) == "and more words " * 20 + "<|im_end|>"
+    assert [row["chunk"] for row in rows] == list(range(len(rows)))
+    assert sum(row["tokens"] for row in rows) < len(checkpoint.tokenizer.encode(long["prompt"]))
+
+
+def test_messages_as_prompt_and_completion_are_one_chat(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    rows, texts, rejects = captured(
+        checkpoint,
+        tmp_path,
+        pair(CHAT[:3], CHAT[3:]),
+        pair("plain", "text beside it"),
+        pair(CHAT[:1], CHAT[1:]),
+        pair(CHAT[:2], CHAT[2:3]),
+        pair(CHAT[:1], "text"),
+    )
+    assert rows[0]["token_ids"] == checkpoint.tokenizer.apply_chat_template(CHAT, return_dict=False)
+    assert texts[0] == "Second.<|im_end|>"
+    assert texts[1].endswith("text beside it<|im_end|>")
+    assert texts[2] == "First.<|im_end|>Second.<|im_end|>"
+    assert sorted(rejects) == [
+        Reject("3", "no assistant speaks in the completion"),
+        Reject("4", "the prompt is no string but list"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (pair(None, "x"), "the prompt is null"),
+        (pair("x", None), "the completion is null"),
+        (pair("x", " \n"), "the completion is empty"),
+        (pair(7, "x"), "the prompt is no string but int"),
+        (pair("\ud83d", "x"), "the text is broken UTF-8"),
+        (pair([], CHAT[1:]), "the prompt has no message"),
+        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has no text as content"),
+    ],
+)
+def test_what_is_wrong_with_a_pair(
+    record: dict[str, object], reason: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    _, _, rejects = captured(checkpoint, tmp_path, pair("good", " one"), record)
+    assert rejects == [Reject("1", reason)]
+
+
+@pytest.mark.parametrize("template", ["SmolLM2", "marked"])
+def test_every_turn_or_the_last_is_captured(
+    template: str, checkpoint: Checkpoint, smollm2: Path, tmp_path: Path
+) -> None:
+    teacher, ends = Checkpoint.find(TeacherConfig(model=str(smollm2))), "<|im_end|>"
+    if template == "marked":
+        folder, ends = shutil.copytree(checkpoint.folder, tmp_path / "marked"), "!"
+        (folder / "chat_template.jinja").write_text(MARKED)
+        teacher = Checkpoint.find(TeacherConfig(model=str(folder)))
+    every, texts, _ = captured(teacher, tmp_path, {"messages": CHAT})
+    assert texts == [f"First.{ends}Second.{ends}"]
+    last, texts, _ = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
+    assert texts == [f"Second.{ends}"]
+    assert last[0]["token_ids"] == every[0]["token_ids"]
+    assert last[0]["key"] != every[0]["key"], "another mask is another row"
+
+
+def test_turns_that_can_not_be_told_apart_are_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "parts")
+    parts = MARKED.replace("{{ m['content'] }}!", "{{ m['content'] }}{% endgeneration %}{% generation %}!")
+    (folder / "chat_template.jinja").write_text(parts)
+    teacher = Checkpoint.find(TeacherConfig(model=str(folder)))
+    assert captured(teacher, tmp_path, {"messages": CHAT})[1] == ["First.!Second.!"]
+    _, _, rejects = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
+    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 of the assistant")]
+
+
+def test_the_rule_has_a_name(checkpoint: Checkpoint) -> None:
+    last = SequencesConfig(assistant_turns="last")
+    rules = [
+        ("text", SequencesConfig()),
+        ("chat", SequencesConfig()),
+        ("chat", last),
+        ("completion", SequencesConfig()),
+    ]
+    names = [Tokeniser(checkpoint, settings, content).mask for content, settings in rules]
+    assert names == ["text", "assistant", "last_assistant", "completion"]
+
+
+def test_special_tokens_are_parsed_if_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bos, text = with_bos(checkpoint, tmp_path), {"text": "<|im_start|>a<|im_end|>b<|im_end|>"}
+    [quoted], _, _ = captured(bos, tmp_path, text)
+    [parsed], _, _ = captured(bos, tmp_path, text, special_tokens="parse")
+    assert [quoted["token_ids"].count(i) for i in (1, 2)] == [1, 1]
+    assert [parsed["token_ids"].count(i) for i in (1, 2)] == [1, 2], "those that a text brings are not put there again"
+    assert bos.tokenizer.decode(parsed["token_ids"]) == text["text"]
+    chat = {"messages": [{"role": "user", "content": "x<|endoftext|>"}, CHAT[1]]}
+    [as_text], _, _ = captured(checkpoint, tmp_path, chat)
+    [as_token], texts, _ = captured(checkpoint, tmp_path, chat, special_tokens="parse")
+    assert [row["token_ids"].count(0) for row in (as_text, as_token)] == [0, 1]
+    assert texts == ["First.<|im_end|>"]
+
+
+def test_chats_for_a_teacher_without_a_template_are_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "teacher")
+    (folder / "chat_template.jinja").unlink()
+    bare = Checkpoint.find(TeacherConfig(model=str(folder)))
+    assert captured(bare, tmp_path, pair("text", " needs none"))[1] == [" needs none<|im_end|>"]
+    with pytest.raises(UsageError, match="no chat template"):
+        captured(bare, tmp_path, pair(CHAT[:1], CHAT[1:2]))
+    with pytest.raises(UsageError, match="no chat template"):
+        Tokeniser(bare, SequencesConfig(), "chat")

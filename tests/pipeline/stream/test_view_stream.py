@@ -1,0 +1,131 @@
+"""The stream over views: how often each sequence comes, over topologies and restarts, and what is held out."""
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softlabel.pipeline.config.train import StreamConfig
+from softlabel.pipeline.loss.averaging import AveragedTargets
+from softlabel.pipeline.stream import dataset
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.pipeline.stream.epoch_plan import Cursor
+from softlabel.pipeline.stream.holdout import Holdout
+from softlabel.storage.errors import TableError, UsageError
+from softlabel.storage.reader import read
+from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.views.mixing import make_view
+from softlabel.storage.views.view import View
+from softlabel.storage.writer import ShardWriter
+from tests.pipeline.streams import make_table, random_labels, reference, unpacked
+
+EPOCHS = 4
+"""So many that a weight of 0.25 is whole."""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The first has the rows of the second, and 23 more to train on and 13 held out."""
+    folder = tmp_path_factory.mktemp("tables")
+    for name in "ab":
+        (folder / name).mkdir()
+    return [make_table(folder / "a").location, make_table(folder / "b", shards=2).location]
+
+
+@pytest.fixture(scope="module")
+def weighted(tables: list[str], tmp_path_factory: pytest.TempPathFactory) -> View:
+    return make_view(str(tmp_path_factory.mktemp("view") / "v"), tables, (2.0, 0.25), "concatenate")
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "WINDOW_TOKENS", 400)
+
+
+def names(batches) -> Counter:
+    return Counter(row["next_logprobs"] for batch in batches for row in unpacked(batch))
+
+
+def stream(**fields: int) -> StreamConfig:
+    return StreamConfig(**{"row_tokens": 64, "batch_rows": 8, "micro_rows": 4, "seed": 5, **fields})
+
+
+def steps(
+    view: View, start: Cursor, last: int | None, world_size: int, micro_rows: int
+) -> tuple[list[Counter], Cursor]:
+    """Global batches from a cursor to a step, over some ranks, and where that is."""
+    parts = [
+        SoftLabelDataset(view, stream(micro_rows=micro_rows), rank=r, world_size=world_size, start=start, epochs=2)
+        for r in range(world_size)
+    ]
+    last = min(parts[0].total_steps, last or parts[0].total_steps)
+    streams = [iter(part) for part in parts]
+    found = [
+        names(next(batches) for _ in range(parts[0].accumulation) for batches in streams)
+        for _ in range(start.step, last)
+    ]
+    return found, parts[0].state(last)
+
+
+def test_each_sequence_comes_as_often_as_its_weight_says(weighted: View):
+    """Weights 2 and 0.25 over four epochs: 8 times, and once more what the other table has, too."""
+    found = names(SoftLabelDataset(weighted, stream(), epochs=EPOCHS))
+    first, second = ({row["next_logprobs"] for row in reference(table)} for table in weighted.tables)
+    assert found == {name: 9 if name in second else 8 for name in first}
+    assert second < first
+
+
+@settings(max_examples=4)
+@given(st.lists(st.tuples(st.integers(1, 25), st.integers(1, 4), st.integers(1, 8)), max_size=4))
+def test_topologies_and_restarts_change_nothing(weighted: View, phases):
+    """Each phase runs some steps on some ranks with micro-batches of its own; the last one runs to the end."""
+    whole, end = steps(weighted, Cursor(), None, 1, 8)
+    found, cursor = [], Cursor()
+    for count, world_size, micro_rows in phases:
+        part, cursor = steps(weighted, cursor, cursor.step + count, world_size, micro_rows)
+        found += part
+    part, cursor = steps(weighted, cursor, None, 2, 3)
+    assert (found + part, cursor) == (whole, end)
+
+
+def test_an_average_streams_the_shared_sequences_with_what_each_table_says(tables: list[str], tmp_path: Path):
+    view = make_view(str(tmp_path / "v"), tables, (1.0, 3.0), "average")
+    (batch,) = SoftLabelDataset(pickle.loads(pickle.dumps(view)), stream(batch_rows=200, micro_rows=200))
+    assert isinstance(batch.targets, AveragedTargets)
+    assert batch.targets.weights == (0.25, 0.75)
+    assert batch.sequences == len(reference(view.tables[1]))
+    first, second = batch.targets.parts
+    assert first.tail_log_masses.shape == (1, len(batch.positions))
+    for name in ("head_counts", "head_ids", "tail_draws", "tail_log_masses", "next_logprobs"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), "these tables say the same"
+    assert batch.to("cpu").targets.parts[1].head_ids.equal(second.head_ids)
+
+
+def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: Path, weighted: View):
+    assert Holdout.of(weighted).sequences == 13
+    source, folder = weighted.tables[0], tmp_path / "c"
+    folder.mkdir()
+    other = make_table(folder, shards=1)
+    rows = read(source, source.shards("eval")[0]).slice(0, 5)
+    sequences = rows.append_column("split", pa.array(["train"] * 5)).select(SEQUENCE.names).cast(SEQUENCE)
+    with ShardWriter(other, row_group=8) as writer:
+        positions = sum(sequences.column("positions").to_pylist())
+        writer.append(sequences, random_labels(np.random.default_rng(1), positions))
+        writer.commit({})
+    view = make_view(str(tmp_path / "v"), [tables[0], other.location], (1.0, 1.0), "concatenate")
+    assert (Holdout.of(view).sequences, Holdout.of(view).left_out) == (8, 5)
+    shared = make_view(str(tmp_path / "shared"), [tables[0], tables[1]], (1.0, 1.0), "average")
+    with pytest.raises(TableError, match="nothing to measure students on"):
+        Holdout.of(shared)
+
+
+def test_passes_in_which_nothing_comes(tables: list[str], tmp_path: Path):
+    view = make_view(str(tmp_path / "v"), tables, (1e-6, 1e-6), "concatenate")
+    with pytest.raises(UsageError, match="at least one optimiser step"):
+        SoftLabelDataset(view, stream())

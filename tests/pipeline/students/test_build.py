@@ -1,0 +1,257 @@
+"""Students: where they come from, what they must share with their table, and how they make their logits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    FalconConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from softlabel.pipeline.config.train import StreamConfig, StudentConfig
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.pipeline.students import build as student
+from softlabel.storage.errors import StudentError, UsageError
+from tests.pipeline.captured import PADDED, make_table
+from tests.pipeline.damages import DAMAGES, damaged
+from tests.pipeline.streams import unpacked
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "untied, with a bias": lambda: _with_bias(LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))),
+    "gemma2, soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=1.5)),
+    "granite, scaled": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+    "smollm3, settings by layer": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64)),
+}
+
+
+def _with_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(64))
+    return model
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, tiny_teacher):
+    return make_table(tmp_path_factory.mktemp("student") / "table", tiny_teacher, train=4, held_out=0)
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def model(request):
+    torch.manual_seed(0)
+    return FAMILIES[request.param]().eval()
+
+
+@torch.no_grad()
+def test_hidden_states_and_head_give_the_models_own_logits(model):
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(12).expand(2, 12)
+    ours = student.output_head(model)(student.hidden_states(model, ids, positions))
+    torch.testing.assert_close(ours, model(input_ids=ids).logits)
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(model):
+    assert student.separates(model)
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    packed = student.hidden_states(model, ids, torch.tensor([[*range(5), *range(7)], [*range(9), *range(3)]]))
+    for row, first, last in ((0, 0, 5), (0, 5, 12), (1, 0, 9), (1, 9, 12)):
+        alone = student.hidden_states(model, ids[row : row + 1, first:last], torch.arange(last - first)[None])
+        torch.testing.assert_close(packed[row, first:last], alone[0], rtol=1e-4, atol=1e-5)
+
+
+WIDTH = {"vocab_size": PADDED, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {**WIDTH, "num_attention_heads": 4}
+LAYERS = {"num_key_value_heads": 2, "intermediate_size": 48, "layer_types": ["conv", "full_attention"]}
+SHARING = {
+    "recurrent": lambda: MambaConfig(**WIDTH, state_size=4),
+    "convolutions": lambda: Lfm2Config(**HEADS, **LAYERS),
+    "a mask of its own": lambda: FalconConfig(**HEADS),
+    "learned positions": lambda: OPTConfig(**HEADS, ffn_dim=32, word_embed_proj_dim=32),
+}
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_not(family, table, tmp_path):
+    SHARING[family]().save_pretrained(tmp_path)
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(StudentError, match=r"(?s)the other sequences of its row.*set stream\.packing false"):
+            student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
+    model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
+    (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))
+    with torch.no_grad():
+        padded = student.hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+        alone = []
+        for row in unpacked(batch):
+            ids = torch.tensor([row["ids"]])
+            alone.append(student.hidden_states(model, ids, torch.arange(ids.shape[1])[None])[0, list(row["from"])])
+    torch.testing.assert_close(padded, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_sees_what_it_has_to_predict_is_refused():
+    with pytest.raises(StudentError, match="sees what it has to predict"):
+        student._require_sight(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
+
+
+def test_the_table_knows_its_teacher(table, tiny_teacher):
+    pruned = student.build(StudentConfig(layers=(1,)), table)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    assert torch.equal(pruned.model.layers[0].mlp.up_proj.weight, teacher.model.layers[1].mlp.up_proj.weight)
+    assert student.parameters(pruned) < student.parameters(teacher)
+
+
+def test_narrower_by_what_the_table_says(table):
+    whole = student.build(StudentConfig(depth=2), table)
+    narrow = student.build(StudentConfig(depth=2, intermediate_size=100), table)
+    assert (whole.config.num_hidden_layers, narrow.config.num_hidden_layers) == (2, 2)
+    assert student.parameters(whole) - student.parameters(narrow) == 2 * 3 * 28 * 64
+
+
+def test_only_a_pruned_teacher_is_narrowed():
+    with pytest.raises(ValidationError, match="give layers or depth"):
+        StudentConfig(model="a", intermediate_size=8)
+
+
+def test_going_on_from_a_model_with_another_padding(table, tiny_teacher, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    model.resize_token_embeddings(PADDED + 64)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(tmp_path)
+    built = student.build(StudentConfig(model=str(tmp_path), dtype="bfloat16"), table)
+    assert student.output_head(built).weight.shape == (PADDED + 64, 64)
+    assert built.dtype == torch.bfloat16
+
+
+def test_a_fresh_model_from_a_configuration(table, tmp_path):
+    LlamaConfig(**{**SIZES, "vocab_size": PADDED}).save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "config.json"):
+        built = student.build(StudentConfig(config=str(source)), table)
+        assert built.config.num_hidden_layers == 4
+        assert built.config.eos_token_id == AutoTokenizer.from_pretrained(table.tokenizer).eos_token_id
+
+
+def test_too_few_rows_for_the_vocabulary(table, tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(StudentError, match="at least 500 rows") as error:
+        student.build(StudentConfig(config=str(tmp_path)), table)
+    assert "set vocab_size to 512" in str(error.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"depth": 2, "config": "b"}])
+def test_a_student_comes_from_exactly_one_place(given, table):
+    with pytest.raises(UsageError, match="exactly one place"):
+        student.build(StudentConfig(**given), table)
+
+
+def test_another_vocabulary_is_refused(table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(StudentError) as error:
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+    for said in ("expected:", "500 tokens", "2 differ", str(tmp_path / "model"), "what to do:"):
+        assert said in str(error.value)
+
+
+def test_the_same_vocabulary_split_otherwise_is_refused(table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(StudentError, match="other rules"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_a_model_that_is_not_whole(missing, table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    with pytest.raises(StudentError) as error:
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+    assert str(tmp_path / "model") in str(error.value)
+
+
+def test_pickled_weights_are_not_loaded(table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(StudentError, match="can't be loaded"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+def test_an_adapter_beside_a_model_is_not_put_into_it_unseen(table, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), LoraConfig(init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "model")
+    with pytest.raises(StudentError, match=r"adapter_config\.json"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_damaged_weights(damage, said, table, tiny_teacher, tmp_path):
+    damaged(tiny_teacher, tmp_path / "model", damage)
+    with pytest.raises(StudentError, match=said):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+def test_weights_that_a_file_lacks_are_not_invented(table, tiny_teacher, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(StudentError, match="lack weights"):
+        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+
+
+def test_a_model_whose_logits_are_made_otherwise_is_refused():
+    config = Gemma2Config(**{**SIZES, "vocab_size": PADDED}, final_logit_softcapping=1.5)
+    model = Gemma2ForCausalLM(config)
+    student._require_head(model)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 1.1 * head(hidden)
+    with pytest.raises(StudentError, match="in a way that the loss does not know"):
+        student._require_head(model)

@@ -1,0 +1,84 @@
+"""What a student must be is asked in the same way of a teacher, before it is paid for, and of a table."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from transformers import BloomConfig, GPT2Config, LlamaConfig
+
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.students.build import build
+from softlabel.pipeline.students.compatibility import Origin, require_fitting, require_loss
+from softlabel.storage.errors import StudentError, UsageError
+from tests.pipeline.classifiers import save_classifier
+
+BAD = [
+    ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
+    ({"depth": 3}, UsageError, "not so many layers"),
+    ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
+    ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
+    ({"model": "nowhere/at-all"}, StudentError, "there is no such model"),
+    ({"model": "stranger"}, StudentError, "499 tokens"),
+    ({"config": "small.json"}, StudentError, "at least 500 rows"),
+    ({"config": "short.json"}, StudentError, r"at least \d+ positions"),
+    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one place"),
+]
+
+
+def capturing(teacher, **settings):
+    return CaptureConfig(documents="nowhere.parquet", table="table", teacher={"model": str(teacher)}, **settings)
+
+
+@pytest.fixture
+def strangers(tiny_teacher, tmp_path, monkeypatch):
+    """A model with a token less, and configurations with room for too few, or for too short sequences."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_teacher, "stranger")
+    tokenizer = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    del tokenizer["model"]["vocab"][last]
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+    (tmp_path / "stranger" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "small.json").write_text(LlamaConfig(vocab_size=400).to_json_string())
+    (tmp_path / "short.json").write_text(GPT2Config(vocab_size=512, n_positions=20).to_json_string())
+
+
+@pytest.mark.usefixtures("strangers")
+@pytest.mark.parametrize(("student", "kind", "said"), BAD, ids=[str(student) for student, *_ in BAD])
+def test_a_student_that_can_not_be(student, kind, said, table, tiny_teacher):
+    config = StudentConfig(**student)
+    with pytest.raises(kind, match=said):
+        require_fitting(config, Origin.of_capture(capturing(tiny_teacher)))
+    with pytest.raises(kind, match=said):
+        build(config, table)
+
+
+def test_a_student_that_can(table, tiny_teacher):
+    for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
+        assert require_fitting(StudentConfig(depth=2), origin).path == tiny_teacher
+        assert origin.tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("config", [BloomConfig(vocab_size=512), GPT2Config(vocab_size=512, n_positions=40)])
+def test_positions_that_have_no_limit_or_are_enough_for_what_there_is(config, table, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    origin = replace(Origin.of(table), max_tokens=1000)  # longer ones could have been captured
+    require_fitting(StudentConfig(config=str(tmp_path / "config.json")), origin)
+
+
+def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher, tmp_path):
+    origin = Origin.of_capture(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
+    require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")), origin)
+    with pytest.raises(UsageError, match="did you mean 'names'"):
+        require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
+    with pytest.raises(UsageError, match="adapters are for language models"):
+        require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_rank": 4}), origin)
+
+
+def test_a_temperature_that_would_not_be_stored(tiny_teacher):
+    config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
+    require_loss(config, Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)})))
+    with pytest.raises(UsageError, match=r"no tail mass for temperature 2"):
+        require_loss(config, Origin.of_capture(capturing(tiny_teacher)))

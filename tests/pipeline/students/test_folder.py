@@ -1,0 +1,60 @@
+"""A student's folder: what stops it from being written, and what is in it that can't be gone by, is said clearly."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.students.folder import StudentFolder
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import TrainingError, UsageError
+from tests.pipeline.captured import make_table
+from tests.storage.test_location import HOLDING, SECRET
+
+
+@pytest.mark.parametrize(
+    "write", [lambda full: full.write_text("x"), lambda full: save_file({"a": torch.zeros(1)}, str(full / "weights"))]
+)
+def test_a_full_disk_and_a_folder_that_is_none(tmp_path: Path, write):
+    student = StudentFolder(tmp_path / "student")
+    said = rf"can't be written(.|\n)*{re.escape(str(student.path))}"
+    with pytest.raises(TrainingError, match=said) as error, student.writing():
+        write(Path("/dev/full"))
+    assert len(str(error.value).splitlines()) < 7
+
+
+@pytest.mark.parametrize("location", HOLDING)
+@pytest.mark.parametrize(
+    "at", [("table", "location"), ("config", "table"), ("config", "student", "model"), ("source", "name")]
+)
+def test_a_record_that_names_credentials_is_refused(tmp_path: Path, location: str, at: tuple[str, ...]):
+    record: object = location
+    for name in reversed(at):
+        record = {name: record}
+    (tmp_path / "softlabel.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"holds credentials(.|\n)*softlabel\.json") as error:
+        StudentFolder(tmp_path).finished()
+    assert SECRET not in str(error.value)
+
+
+def test_an_evaluation_refuses_such_a_record(tmp_path: Path, tiny_teacher: Path):
+    table = make_table(tmp_path / "table", tiny_teacher, train=0)
+    (tmp_path / "softlabel.json").write_text(json.dumps({"table": {"tables": [{"location": HOLDING[0]}]}}))
+    with pytest.raises(UsageError, match="holds credentials") as error:
+        evaluate(EvaluateConfig(table=table.location, students=(str(tmp_path),), report=str(tmp_path / "report")))
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["others", "missing"])
+def test_no_student_is_made_through_a_link(tmp_path: Path, target: str):
+    (tmp_path / "others" / "scratch").mkdir(parents=True)
+    (tmp_path / "student.training").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match="a link has the name"):
+        train(TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimiser={"device": "cpu"}))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["others", "scratch", "student.training"]

@@ -1,0 +1,180 @@
+"""What a student was made from is written down by its hashes; other files in the same place are not taken for it."""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.students.build import build
+from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.students.origin import Origin, Teacher
+from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import StudentError, UsageError
+from softlabel.storage.identity import TeacherIdentity
+from softlabel.storage.views.mixing import make_view
+from softlabel.storage.views.view import open_table
+from tests.pipeline.captured import make_table
+from tests.pipeline.conftest import NEW, OLD
+from tests.pipeline.trainings import interrupt_at, settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def change(folder: Path) -> None:
+    """Other weights, of the same shape and name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.norm.weight.data *= 2
+    model.save_pretrained(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    names = ("config.json", "model.safetensors")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "softlabel.json").read_text())
+
+
+@pytest.fixture
+def model(tiny_teacher, tmp_path):
+    return shutil.copytree(tiny_teacher, tmp_path / "model")
+
+
+def going_on(table, output, model):
+    student = {"layers": None, "model": str(model)}
+    return settings(table, output, student=student, optimiser={"max_steps": 4, "checkpoint_steps": 1})
+
+
+def test_record_and_card_name_what_a_student_is_made_of(table, tiny_teacher, model, tmp_path):
+    loss = {"divergence": "skew_forward_kl", "mix": 0.25, "hard_weight": 0.5}
+    config = going_on(table, tmp_path / "student", model).model_copy(
+        update={"loss": settings(table, "", loss=loss).loss}
+    )
+    train(config)
+    record, card = record_of(tmp_path / "student"), (tmp_path / "student" / "README.md").read_text()
+    assert record["source"] == {"name": str(model), "commit": None, "files": hashes(model)}
+    assert record["teachers"] == [{"name": str(tiny_teacher), "commit": None}]
+    assert record["objective"] == "0.5 × cross-entropy + skew forward KL (mix 0.25, bucket)"
+    for said in (f"- from: {model}\n", f"- teacher: {tiny_teacher}\n", f"- loss: {record['objective']}\n"):
+        assert said in card
+    assert "LoRA" not in card
+
+
+def test_other_files_in_the_same_place_are_another_student(table, model, tmp_path):
+    config = going_on(table, tmp_path / "student", model)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(2))
+    before = shutil.copytree(model, tmp_path / "before")
+    change(model)
+    with pytest.raises(UsageError, match=r"an unfinished student(.|\n)*model\.safetensors: its content is not what"):
+        train(config)
+    shutil.copytree(before, model, dirs_exist_ok=True)
+    assert train(config).resumed_from == 1
+
+    (model / "consolidated.safetensors").write_text("what nobody loads")
+    assert train(config).steps_trained == 0
+    change(model)
+    with pytest.raises(UsageError, match=r"there is a student here(.|\n)*model\.safetensors"):
+        train(config)
+    for file in model.iterdir():
+        file.unlink()
+    assert train(config).steps_trained == 0, "a finished student needs what it was made from no longer"
+    model.rmdir()
+    assert train(config).steps_trained == 0
+    record = record_of(tmp_path / "student")
+    del record["source"]
+    (tmp_path / "student" / "softlabel.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="an earlier version of softlabel"):
+        train(config)
+
+
+def test_layers_are_those_of_the_teacher_that_spoke(model, tmp_path):
+    own = make_table(tmp_path / "table", model, train=8, held_out=0)
+    build(StudentConfig(layers=(1,)), own)
+    change(model)
+    with pytest.raises(StudentError, match=r"(?s)teacher is not there any more.*model\.safetensors is another"):
+        build(StudentConfig(layers=(1,)), own)
+    assert build(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
+
+
+def spoken(table, *teachers):
+    """Where a table comes from that these teachers have made."""
+    return replace(Origin.of(table), teachers=lambda: teachers)
+
+
+def test_layers_of_a_teacher_with_an_adapter_or_code_of_its_own(model, table):
+    spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
+    with pytest.raises(StudentError, match="without the adapter"):
+        require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, spoke)))
+    (model / "own.py").write_text("")
+    files = hashes(model) | {"own.py": hashlib.sha256(b"").hexdigest()}
+    coded = TeacherIdentity(files=files, dtype="float32")
+    require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, coded)))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_download_of_the_hub_model_that_spoke(table, model, tmp_path, monkeypatch):
+    """In a folder that is named like it: there are no revisions in it, and its files are compared all the same."""
+    monkeypatch.chdir(tmp_path)
+    spoke = Teacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
+    shutil.copytree(model, tmp_path / "org" / "name")
+    assert require_fitting(StudentConfig(depth=1), spoken(table, spoke)).path == Path("org/name")
+
+
+def test_one_teacher_in_two_precisions_is_one(tiny_teacher, tmp_path):
+    tables = [make_table(tmp_path / name, tiny_teacher, train=8, held_out=0) for name in "ab"]
+    make_view(str(tmp_path / "view"), [table.location for table in tables], (1, 1), "concatenate")
+    identities = [TeacherIdentity(files=hashes(tiny_teacher), dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert Teacher.of("a", None, identities[0]) == Teacher.of("a", None, identities[1])
+    [teacher] = Origin.of(open_table(str(tmp_path / "view"))).teachers()
+    assert teacher.files == hashes(tiny_teacher)
+
+
+def test_a_configuration_is_pinned_without_weights(table, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=512, **sizes).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    for given in (tmp_path, file):
+        found = Source.find(StudentConfig(config=str(given)), Origin.of(table))
+        assert found.files == {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()}
+        with pytest.raises(UsageError, match="no revisions"):
+            Source.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
+    config = settings(table, tmp_path / "s", student={"layers": None, "config": str(file)}, optimiser={"max_steps": 1})
+    train(config)
+    LlamaConfig(vocab_size=512, **{**sizes, "num_hidden_layers": 2}).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(f"{file}: its content")):
+        train(config)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_revision_of_a_hub_model(table, tmp_path):
+    for revision, commit in ((None, OLD), (NEW, NEW)):
+        output = tmp_path / commit
+        student = {"layers": None, "model": "org/name", "revision": revision}
+        train(settings(table, output, student=student, optimiser={"max_steps": 1}))
+        source = record_of(output)["source"]
+        assert (source["name"], source["commit"]) == ("org/name", commit)
+        assert source["files"] == hashes(tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
+        assert f"- from: org/name at {commit}\n" in (output / "README.md").read_text()
+    by_commit = settings(table, tmp_path / OLD, student={**student, "revision": OLD}, optimiser={"max_steps": 1})
+    assert train(by_commit).steps_trained == 0, "the files count, and not by what name they were asked for"
+    moved = settings(table, tmp_path / OLD, student={**student, "revision": NEW}, optimiser={"max_steps": 1})
+    with pytest.raises(UsageError, match="its content is not what it was"):
+        train(moved)
+    with pytest.raises(StudentError, match="revision v2"):
+        build(StudentConfig(model="org/name", revision="v2"), table)
+
+
+@pytest.mark.parametrize(("max_k", "target"), [(8, "sampled tail"), (99, "sampled tail"), (7, "bucket")])
+def test_fewer_ids_than_the_table_has_make_the_tail_a_bucket(max_k, target, table, tmp_path):
+    train(settings(table, tmp_path / "student", stream={"max_k": max_k}, optimiser={"max_steps": 1}))
+    assert record_of(tmp_path / "student")["objective"] == f"forward KL ({target})"

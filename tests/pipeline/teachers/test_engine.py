@@ -1,0 +1,114 @@
+"""Another engine in the place of transformers, and the writer beside it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors.numpy import load_file
+
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.estimation.estimate import estimate
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.tables.recheck import recheck
+from softlabel.storage.codec import decode
+from softlabel.storage.reader import read
+from softlabel.storage.table import Table
+from softlabel.storage.writer import ShardWriter
+
+
+class Bigrams:
+    """Runs no layer at all, and needs numpy alone: a token's embedding against all others."""
+
+    device = torch.device("cpu")
+    parameters = None
+
+    def __init__(self, config: TeacherConfig, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.vocabulary = checkpoint, checkpoint.vocabulary
+        self._embedding = load_file(checkpoint.weights[0])["model.embed_tokens.weight"][: self.vocabulary]
+
+    def logits(
+        self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
+    ) -> Iterator[torch.Tensor]:
+        """See ``pipeline.teachers.teacher.Teacher``."""
+        for ids, wanted in zip(sequences, positions, strict=True):
+            yield torch.from_numpy(self._embedding[ids[wanted - 1]] @ self._embedding.T)
+
+
+def settings(teacher: Path, documents: Path, table: Path, engine: str = "Bigrams") -> dict[str, Any]:
+    return {
+        "documents": str(documents),
+        "table": str(table),
+        "teacher": {
+            "model": str(teacher),
+            "dtype": "float32",
+            "device": "cpu",
+            "engine": f"{__name__}:{engine}",
+            "batch_tokens": 512,
+        },
+        "sequences": {"max_tokens": 128},
+        "selection": {"top_k": 8},
+    }
+
+
+def test_an_engine_of_ones_own_takes_every_place_of_the_teachers(
+    tiny_teacher: Path, documents: Path, tmp_path: Path
+) -> None:
+    config = CaptureConfig.model_validate(settings(tiny_teacher, documents, tmp_path / "table"))
+    report = capture(config)
+    table = Table.open(report.table)
+    rows = read(table, table.shards()[0])
+    ids, mask = (rows.column(name)[0].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "loss_mask"))
+    [logits] = Bigrams(config.teacher, Checkpoint.find(config.teacher)).logits([ids], [np.flatnonzero(mask)])
+    labels = decode(rows.slice(0, 1), table.vocabulary)
+    expected = logits.log_softmax(1).topk(8)
+    np.testing.assert_array_equal(labels.head_ids.reshape(-1, 8), expected.indices)
+    np.testing.assert_allclose(labels.head_logprobs.reshape(-1, 8), expected.values, atol=1 / 64)
+    assert not recheck(table, config.teacher, sequences=8).disagreements
+    assert estimate(EstimateConfig.model_validate(config.model_dump() | {"table": None})).positions > 0
+
+
+@pytest.mark.parametrize("engine", ["nowhere:Engine", "softlabel.pipeline.teachers.teacher:Nothing", "no name"])
+def test_an_engine_that_is_not_there_is_an_error_at_once(engine: str) -> None:
+    with pytest.raises(ValidationError, match="engine must be module:Class"):
+        TeacherConfig(model="teacher", engine=engine)
+
+
+class Signalling(Bigrams):
+    """Says when it begins a batch."""
+
+    batches: tuple[Event, ...] = ()
+    begun = 0
+
+    def logits(self, sequences: Any, positions: Any) -> Iterator[torch.Tensor]:
+        """See ``pipeline.teachers.teacher.Teacher``."""
+        if Signalling.begun < len(self.batches):
+            self.batches[Signalling.begun].set()
+        Signalling.begun += 1
+        return super().logits(sequences, positions)
+
+
+def test_a_batch_is_written_while_the_next_one_runs(
+    tiny_teacher: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the first batches is written only once the teacher has begun the next, or it never is."""
+    monkeypatch.setattr("softlabel.pipeline.capturing.capture.VOCABULARY_SAMPLE", 1)
+    monkeypatch.setattr(Signalling, "batches", tuple(Event() for _ in range(4)))
+    monkeypatch.setattr(Signalling, "begun", 0)
+    append, in_time = ShardWriter.append, list[bool]()
+
+    def slow(self: ShardWriter, *arguments: Any) -> None:
+        if len(in_time) + 1 < len(Signalling.batches):
+            in_time.append(Signalling.batches[len(in_time) + 1].wait(5))
+        append(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "append", slow)
+    capture(CaptureConfig.model_validate(settings(tiny_teacher, documents, tmp_path / "table", "Signalling")))
+    assert in_time == [True] * 3

@@ -1,0 +1,162 @@
+"""Training by several processes: the student that one process trains, and nobody left behind."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from softlabel.pipeline.config.train import OptimiserConfig
+from softlabel.pipeline.students.folder import newest_checkpoint, step_of
+from softlabel.pipeline.training import launch as ranks
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import StudentError, UsageError, WorkerError
+from tests.listening import family, listening, only_here, trap
+from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, processes_of, run, settings, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ELSEWHERE = {
+    **{"MASTER_ADDR": "0.0.0.0", "MASTER_PORT": "1", "NCCL_COMM_ID": "0.0.0.0:1"},
+    **{"RANK": "7", "LOCAL_RANK": "7", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "3"},
+    **{"PMI_RANK": "7", "PMI_SIZE": "8", "OMPI_COMM_WORLD_RANK": "7", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"},
+}
+NOTING = """
+import pickle, sys
+class Noting(pickle.Unpickler):
+    def __init__(self, *what, **how):
+        super().__init__(*what, **how)
+        if "distributed" in sys._getframe(1).f_code.co_filename:
+            open({!r}, "a").write("an object\\n")
+pickle.Unpickler = Noting
+"""
+"""A sitecustomize for ranks: it notes whatever torch.distributed unpickles."""
+
+
+def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
+    seen, open_to = [], set()
+
+    def watch(progress):
+        seen.append(progress)
+        open_to.update(listening(family(os.getpid())))
+
+    report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), watch)
+    assert open_to
+    assert only_here(open_to), open_to
+    assert (report.steps, report.positions) == (uninterrupted.steps, uninterrupted.positions)
+    assert [(progress.stage, progress.done) for progress in seen] == [("train student", step) for step in range(1, 13)]
+    assert seen[-1].details["eval_kl"] == pytest.approx(report.metrics["eval_kl"]), "of the last step, not one before"
+    record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
+    assert record["circumstances"]["ranks"] == "2"
+    for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
+        assert other == pytest.approx(entry, rel=1e-4)
+    norms = dict(curve(uninterrupted.output, "grad_norm"))
+    assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
+    for name, tensor in weights(uninterrupted.output).items():
+        torch.testing.assert_close(weights(tmp_path / "student")[name], tensor, rtol=1e-3, atol=1e-5)
+    # How many processes there were changes nothing about what the student is.
+    assert train(settings(table, tmp_path / "student")).steps_trained == 0
+
+
+def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on(table, tmp_path):
+    config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 1000})
+    assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while left := processes_of(tmp_path):
+        assert time.monotonic() < deadline, f"{left} outlived the process that started them"
+        time.sleep(0.1)
+
+    # They did not wait for the one that listens, and may have come further than it heard of.
+    checkpoint = step_of(newest_checkpoint(tmp_path / "student.training")) + 4
+    for name in ("student", "alone"):
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(table, tmp_path / name, optimiser={"max_steps": 1000}), interrupt_at(checkpoint + 1))
+    found, expected = (weights(tmp_path / f"{name}.training/checkpoint-{checkpoint}") for name in ("student", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_an_error_of_a_rank_is_the_error(table, tmp_path):
+    alone, together = (
+        settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimiser=optimiser)
+        for optimiser in ({}, {"processes": 2})
+    )
+    with pytest.raises(StudentError) as expected:
+        train(alone)
+    with pytest.raises(StudentError) as error:
+        train(together)
+    assert str(error.value) == str(expected.value)
+    assert not processes_of(tmp_path)
+    # The first rank is ended, too, and may then leave the file that it locked; nobody holds it any more.
+    assert not {path.name for path in tmp_path.iterdir()} - {".student.softlabel.lock"}
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    died = 0.0
+
+    def kill(progress):
+        nonlocal died
+        if not died:
+            os.kill(sorted(processes_of(tmp_path))[victim], signal.SIGKILL)
+            died = time.monotonic()
+
+    with pytest.raises(WorkerError, match=rf"SIGKILL(.|\n)*rank {victim} of 2"):
+        train(settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 10_000}), kill)
+    assert time.monotonic() - died < 10
+    assert not processes_of(tmp_path)
+    assert family(os.getpid()) == {os.getpid()}, "no zombie either"
+    assert {path.name for path in tmp_path.iterdir()} <= {"student.lock", "student.training"}
+
+
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "full"])
+def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding, table, tmp_path, monkeypatch):
+    """Settings of another launcher's job, of another network interface, and a working folder full of traps."""
+    for name, value in ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, next(name for _, name in reversed(socket.if_nameindex())))
+    caught = trap(tmp_path / "working")
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "sitecustomize.py").write_text(NOTING.format(str(tmp_path / "unpickled")))
+    monkeypatch.syspath_prepend(tmp_path / "notes")
+    open_to, folders = set(), {}
+
+    def watch(progress):
+        open_to.update(listening(family(os.getpid())))
+        for process in processes_of(tmp_path):
+            rendezvous = Path(Path(f"/proc/{process}/cmdline").read_text().split("\0")[-2])
+            folders[rendezvous.parent] = rendezvous.parent.stat()
+
+    before = os.umask(0)
+    try:
+        config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 2, "sharding": sharding})
+        train(config, watch)
+    finally:
+        os.umask(before)
+    assert open_to
+    assert only_here(open_to), open_to
+    [(folder, status)] = folders.items()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, os.getuid())
+    assert not folder.exists()
+    assert not caught.exists(), caught.read_text()
+    assert not (tmp_path / "unpickled").exists(), "a socket's other end could be anybody"
+
+
+def test_processes_that_there_are_no_gpus_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.to_start(OptimiserConfig()) == 2
+    assert ranks.to_start(OptimiserConfig(processes=1)) == 0
+    assert ranks.to_start(OptimiserConfig(device="cpu")) == 0
+    with pytest.raises(UsageError, match="at most 2"):
+        ranks.to_start(OptimiserConfig(processes=3))

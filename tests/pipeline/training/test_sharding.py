@@ -1,0 +1,120 @@
+"""Training a student that is divided among processes (FSDP): the one that a single process trains, whole on disk."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from softlabel.pipeline.training import sharding
+from softlabel.pipeline.training.train import train
+from tests.listening import family, listening, only_here
+from tests.pipeline.trainings import curve, history, interrupt_at, settings, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHARDED = {"processes": 2, "sharding": "full"}
+
+
+@pytest.fixture(scope="module")
+def divided(table, tmp_path_factory):
+    """A student that two processes have trained in one go, half of it each; they listened to nobody else."""
+    open_to = set()
+    config = settings(table, tmp_path_factory.mktemp("divided") / "student", optimiser=SHARDED)
+    report = train(config, lambda _: open_to.update(listening(family(os.getpid()))))
+    assert open_to
+    assert only_here(open_to), open_to
+    return report
+
+
+def test_the_same_student(divided, uninterrupted):
+    record = json.loads(Path(divided.output, "softlabel.json").read_text())
+    assert record["circumstances"].items() >= {"ranks": "2", "sharding": "full"}.items()
+    assert (divided.steps, divided.positions, divided.parameters) == (
+        uninterrupted.steps,
+        uninterrupted.positions,
+        uninterrupted.parameters,
+    )
+    for entry, other in zip(history(uninterrupted.output), history(divided.output), strict=True):
+        assert other == pytest.approx(entry, rel=1e-4)
+    norms = dict(curve(uninterrupted.output, "grad_norm"))
+    assert dict(curve(divided.output, "grad_norm")) == pytest.approx(norms, rel=1e-3)
+    assert_close(divided.output, uninterrupted.output)
+
+
+@pytest.mark.long
+def test_killed_and_gone_on_with_by_shares_or_alone(divided, uninterrupted, table, tmp_path):
+    config = settings(table, tmp_path / "student", optimiser=SHARDED)
+    with pytest.raises(KeyboardInterrupt):  # which ends both processes wherever they are
+        train(config, interrupt_at(6))
+    shutil.copytree(tmp_path / "student.training", tmp_path / "alone.training")
+    resumed = train(config)
+    assert resumed.resumed_from == 4
+    for name, tensor in weights(divided.output).items():
+        assert torch.equal(weights(resumed.output)[name], tensor), name
+    alone = train(settings(table, tmp_path / "alone"))
+    assert alone.resumed_from == 4
+    assert_close(alone.output, uninterrupted.output)
+
+
+class Taught(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        self.student = LlamaForCausalLM(LlamaConfig(vocab_size=99, tie_word_embeddings=True, **sizes))
+
+    def measured(self, ids):
+        """As the fused loss does, with the head's own weight."""
+        return nn.functional.linear(self.student.get_decoder()(ids).last_hidden_state, self.student.lm_head.weight)
+
+
+@torch.no_grad()
+def hold_a_share(rank, rendezvous):
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    ids, module, before = torch.arange(9)[None], Taught(), sharding.weights(Taught().student)
+    sharding.shard(module, torch.device("cpu"), bf16=True)
+    for parameter in module.parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.to_local().numel() <= parameter.numel() * 0.51
+    found = module.measured(ids)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), Taught().measured(ids), rtol=0.05, atol=0.01)
+    sharding.reshard(module)
+    saved = sharding.weights(module.student)
+    if rank == 0:
+        assert_equal(saved, before)  # computed with in bfloat16, kept in float32
+    sharding.load_weights(module.student, {name: tensor + 1 for name, tensor in before.items()})
+    sharding.unshard(module.student)
+    assert_equal(module.student.state_dict(), {"lm_head.weight": before["model.embed_tokens.weight"]}, 1)
+    assert_equal(module.student.state_dict(), before, 1)
+    assert module.student.lm_head.weight is module.student.model.embed_tokens.weight
+    distributed.destroy_process_group()
+
+
+def test_what_is_written_is_whole_and_what_is_read_is_shared_out(tmp_path):
+    torch.multiprocessing.spawn(hold_a_share, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_gpus(bf16, uninterrupted, table, tmp_path):
+    report = train(settings(table, tmp_path / "student", optimiser={**SHARDED, "device": "cuda", "bf16": bf16}))
+    assert report.metrics["eval_kl"] == pytest.approx(uninterrupted.metrics["eval_kl"], rel=1e-2)
+
+
+def assert_equal(found, expected, more=0):
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor + more), name
+
+
+def assert_close(folder, other):
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,215 @@
+"""A table in a bucket does what one in a folder does: the same tests, and what can only go wrong in a bucket."""
+
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+import obstore
+import pytest
+from obstore.store import S3Store
+
+from softlabel.storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
+from softlabel.storage.places import bucket
+from softlabel.storage.places.open import place_of
+from softlabel.storage.reader import read
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.upkeep.verification import remove_damaged, verify
+from softlabel.storage.versions import tag
+from softlabel.storage.writer import ShardWriter
+from tests import buckets
+from tests.storage import test_table, test_versions, test_writer
+from tests.storage.tables import CARRIED, add, identity, make_table, names_in, random_labels, rows
+from tests.storage.upkeep import test_maintenance, test_rewrite, test_takedown, test_vacuum
+
+A = [f"a{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(moto: str) -> Iterator[None]:
+    with buckets.environment(moto):
+        yield
+
+
+@pytest.fixture
+def table() -> Table:
+    """A table without rows; also what the tests below are given that were written for a folder."""
+    return make_table(f"{buckets.BUCKET}/{uuid.uuid4().hex}/table", identity())
+
+
+test_what_is_committed_is_there = test_writer.test_what_is_committed_is_there
+test_rows_come_back_as_they_went_in = test_writer.test_rows_come_back_as_they_went_in
+test_what_is_not_committed_leaves_nothing = test_writer.test_what_is_not_committed_leaves_nothing
+test_overlapping_writers = test_writer.test_overlapping_writers
+test_a_race_lost_at_the_last_moment = test_writer.test_a_race_lost_at_the_last_moment
+test_equal_shards_at_once = test_writer.test_equal_shards_at_once
+test_a_new_table = test_table.test_a_new_table
+test_a_version_stays_what_it_was = test_table.test_a_version_stays_what_it_was
+test_a_student_holds_the_version_that_it_read_last = test_versions.test_a_student_holds_the_version_that_it_read_last
+test_a_tidy_table_is_left_alone = test_maintenance.test_a_tidy_table_is_left_alone
+test_vacuum_drops_old_versions = test_vacuum.test_vacuum_drops_old_versions_and_says_so
+test_a_shard_that_came_back_is_not_vacuumed = test_vacuum.test_a_shard_that_came_back_is_not_vacuumed
+test_rows_are_dropped_in_one_new_version = test_rewrite.test_rows_are_dropped_in_one_new_version
+test_gone_from_every_version = test_takedown.test_gone_from_every_version
+
+
+def test_an_address_is_the_same_however_it_is_written(table: Table) -> None:
+    assert place_of(f"{table.location}/").address == table.place.address
+    assert Table.open(f"{table.location}/@0").version == 0
+    tag(table.location, 0, "empty")
+    assert Table.open(f"{table.location}@empty").version == 0
+
+
+def test_a_damaged_and_a_missing_object_are_named_and_come_back(filled: Table) -> None:
+    damaged, missing = filled.shards()[:2]
+    content = bytearray(filled.place.read(damaged.path))
+    content[len(content) // 2] ^= 1
+    filled.place.write(damaged.path, bytes(content))
+    filled.place.delete(missing.path)
+    for shard in (damaged, missing):
+        with pytest.raises(IntegrityError, match=shard.path):
+            read(filled, shard)
+    found = verify(filled)
+    assert {finding.path for finding in found.findings} == {damaged.path, missing.path}
+    assert remove_damaged(found).removed_rows == damaged.rows + missing.rows
+    add(filled, [f"{part}{i}" for part in "ab" for i in range(40)])
+    assert verify(filled.newest()).findings == ()
+    assert len(names_in(filled.newest())) == 80
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_truncated_object(filled: Table, size: int) -> None:
+    filled.place.write(filled.shards()[0].path, b"PAR"[:size])
+    with pytest.raises(IntegrityError, match=f"{size} bytes"):
+        read(filled, filled.shards()[0])
+
+
+def test_leftovers_are_found_and_removed(filled: Table) -> None:
+    lost = f"split=train/{'0' * 32}.parquet"
+    other = Table.create(filled.location, identity(), CARRIED, random_labels(50, seed=9), filled.tokenizer)
+    assert other.version == filled.version
+    for name in (lost, "_softlabel/rewritten/0-1.parquet", "split=train/notes.txt"):
+        filled.place.write(name, b"?")
+    assert {leftover.path for leftover in maintain(filled.location).spared} >= {lost}
+    deleted = [leftover.path for leftover in maintain(filled.location, grace_hours=-1).deleted]
+    assert len(deleted) == 3
+    assert lost in deleted
+    assert verify(filled).orphans == ("split=train/notes.txt",)
+    assert names_in(filled) == names_in(filled.newest())
+
+
+def test_a_twin_that_maintenance_deletes_before_the_commit(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without locks, it may take what is about to be committed for a leftover of the same name."""
+    from deltalake import DeltaTable
+
+    real = DeltaTable.create_write_transaction
+
+    def late(*args: object, **kwargs: object) -> None:
+        assert len(maintain(table.location, grace_hours=-1).deleted) == 2
+        real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", late)
+    add(table, A)
+    assert names_in(table.newest()) == sorted(A)
+
+
+def test_a_twin_that_becomes_young_before_it_is_deleted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ShardWriter(table) as writer:
+        writer.append(*rows(A, "train"))
+        for file in writer._files.values():
+            file.finish()
+            file.publish()
+    (orphan,) = list(table.place.files("split=train"))
+    aged = obstore.list
+
+    def old(*args: object, **kwargs: object) -> object:
+        """What the listing says is of an hour ago; somebody has put the object again since."""
+        for page in aged(*args, **kwargs):  # type: ignore[call-overload]
+            yield [{**meta, "last_modified": meta["last_modified"].replace(year=2020)} for meta in page]
+
+    monkeypatch.setattr(obstore, "list", old)
+    done = maintain(table.location, grace_hours=1)
+    assert done.deleted == ()
+    assert [leftover.path for leftover in done.spared] == [orphan.name]
+    table.place.stat(orphan.name)
+
+
+def test_a_row_group_is_read_in_few_requests(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole column chunks, side by side: never page by page."""
+    add(table, [f"a{i}" for i in range(600)], "train")
+    newest = table.newest()
+    (shard,) = newest.shards()
+    read(newest, shard, ["tokens"], [0])
+    ranges: list[int] = []
+    real = obstore.get_range
+
+    def counted(store: S3Store, name: str, *, start: int, end: int) -> object:
+        ranges.append(end - start)
+        return real(store, name, start=start, end=end)
+
+    monkeypatch.setattr(obstore, "get_range", counted)
+    read(newest, shard, None, [3])
+    assert shard.bytes > 200_000
+    assert len(ranges) <= 2
+
+
+def test_a_network_that_fails_in_the_middle_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> object:
+        raise obstore.exceptions.GenericError("Generic S3 error: HTTP error: connection reset")
+
+    shard = filled.shards()[0]
+    read(filled, shard, ["tokens"])
+    monkeypatch.setattr(bucket, "_TAIL", 8)  # so that the rest is a request of its own
+    monkeypatch.setattr(obstore, "get_range", fail)
+    with pytest.raises(TableError, match=r"can't be used(.|\n)*connection reset") as error:
+        read(filled, shard)
+    assert not isinstance(error.value, IntegrityError)
+    monkeypatch.setattr(obstore, "get", fail)
+    with pytest.raises(TableError, match="can't be used"):
+        verify(filled)
+
+
+def test_a_machine_without_room_for_a_copy_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``verify --remove-damaged`` would take good shards out of the table."""
+
+    def full() -> object:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    for look in (lambda: verify(filled), lambda: read(filled, filled.shards()[0])):
+        with pytest.raises(TableError, match=r"can't be copied to this machine(.|\n)*No usable") as error:
+            look()
+        assert not isinstance(error.value, IntegrityError)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "error sending request"),
+        ("location", "s3://nobody/table", "NoSuchBucket"),
+    ],
+)
+def test_a_bucket_that_can_not_be_used(
+    filled: Table, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: str
+) -> None:
+    """Neither an empty table, nor damage: verify must not take shards for lost because a network is."""
+    location = value if variable == "location" else filled.location
+    if variable != "location":
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(TableError, match=f"can't be used(.|\n)*{found}(.|\n)*{location}") as error:
+        Table.open(location)
+    assert not isinstance(error.value, TableNotFoundError | IntegrityError)
+    assert "a-secret" not in str(error.value)
+    assert len(str(error.value).splitlines()) < 8
+
+
+@pytest.mark.parametrize("location", ["gs://bucket/table", "s3:///table", "file:///table"])
+def test_where_no_table_can_be(location: str) -> None:
+    """A path must never be made of what was meant as an address."""
+    with pytest.raises(UsageError, match=f"can't be there(.|\\n)*{location}"):
+        Table.open(location)
+
+
+def test_a_bucket_without_a_table() -> None:
+    with pytest.raises(TableNotFoundError, match="no soft-label table here"):
+        Table.open(f"{buckets.BUCKET}/nothing")

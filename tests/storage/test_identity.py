@@ -1,0 +1,103 @@
+"""Identities are compared field by field; circumstances tell what they should, and no secret."""
+
+import getpass
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from softlabel.storage.errors import ProvenanceError
+from softlabel.storage.identity import Identity, circumstances
+from tests.storage.tables import add, identity
+
+CHANGES = {
+    "teacher.files.model.safetensors": lambda i: {
+        "teacher": i.teacher.model_copy(update={"files": {"config.json": "c0"}})
+    },
+    "teacher.dtype": lambda i: {"teacher": i.teacher.model_copy(update={"dtype": "float32"})},
+    "teacher.adapter": lambda i: {"teacher": i.teacher.model_copy(update={"adapter": "ad"})},
+    "tokenizer.files": lambda i: {"tokenizer": i.tokenizer.model_copy(update={"files": "f4"})},
+    "tokenizer.chat_template": lambda i: {"tokenizer": i.tokenizer.model_copy(update={"chat_template": "t"})},
+    "tokenizer.chat_template_date": lambda i: {
+        "tokenizer": i.tokenizer.model_copy(update={"chat_template_date": date(2026, 1, 2)})
+    },
+    "vocabulary": lambda i: {"vocabulary": i.vocabulary + 1},
+    "padded_vocabulary": lambda i: {"padded_vocabulary": i.padded_vocabulary + 1},
+    **{
+        f"selection.{name}": lambda i, n=name: {"selection": i.selection.model_copy(update={n: 9})}
+        for name in ("top_p", "min_k", "max_k", "draws", "seed")
+    },
+    "temperatures": lambda i: {"temperatures": (1.0, 2.0)},
+    "classes": lambda i: {"classes": ("good", "bad")},
+    "sequences.special_tokens": lambda i: {"sequences": i.sequences.model_copy(update={"special_tokens": "parse"})},
+    "sequences.mask": lambda i: {"sequences": i.sequences.model_copy(update={"mask": "last"})},
+    **{
+        f"sequences.{name}": lambda i, n=name: {"sequences": i.sequences.model_copy(update={n: 9})}
+        for name in ("max_tokens", "context", "eval_fraction")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_field_counts_and_is_named(name: str):
+    mine = identity()
+    theirs = mine.model_copy(update=CHANGES[name](mine))
+    assert list(mine.differences(theirs)) == [name]
+    here, there = mine.differences(theirs)[name]
+    assert theirs.differences(mine)[name] == (there, here)
+    with pytest.raises(ProvenanceError) as error:
+        mine.require(theirs, "some/table")
+    assert f"{name}: the table has {here}, this run {there}" in str(error.value)
+    assert "some/table" in str(error.value)
+
+
+def test_every_field_is_tried_above():
+    def leaves(tree: dict, prefix: str = "") -> set[str]:
+        return {
+            leaf
+            for name, value in tree.items()
+            for leaf in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
+        }
+
+    named = leaves(identity().model_dump()) - {"teacher.files.config.json"}
+    assert named == {*CHANGES, "derived_from"}
+
+
+def test_what_is_derived_is_not_what_was_captured():
+    mine = identity()
+    derived = mine.model_copy(update={"derived_from": mine.selection})
+    assert set(mine.differences(derived)) == {f"derived_from.{name}" for name in type(mine.selection).model_fields}
+    with pytest.raises(ProvenanceError, match="derived_from"):
+        mine.require(derived, "here")
+
+
+def test_equal_identities_pass():
+    assert identity().differences(identity()) == {}
+    identity().require(Identity.model_validate_json(identity().model_dump_json()), "here")
+
+
+def test_circumstances_hold_no_secret(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    found = circumstances(device="cpu")
+    assert {"user", "python", "machine", "torch", "pyarrow", "deltalake", "device"} <= set(found)
+    text = json.dumps(found)
+    assert "secret" not in text
+    assert str(Path.home()) not in text
+    assert found["user"] == getpass.getuser()
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch):
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert circumstances()["user"] == "unknown"
+
+
+def test_circumstances_are_in_the_history(table):
+    add(table, ["a"])
+    (commit, _) = table.newest().history()
+    assert commit["softlabel"]["circumstances"] == {"user": "test"}

@@ -1,0 +1,263 @@
+"""Maintenance deletes what nobody needs, and nothing else: over kills, clocks, writers in flight and pins."""
+
+import os
+import random
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softlabel.storage.committing import committed
+from softlabel.storage.errors import TableError
+from softlabel.storage.places import folder
+from softlabel.storage.shard_file import add_action
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.upkeep.verification import Finding, Verification, remove_damaged, verify
+from softlabel.storage.writer import ShardWriter
+from tests.storage.tables import CARRIED, PROCESSES, add, identity, leftovers, names_in, random_labels, rows
+from tests.storage.test_writer_failures import capture
+
+
+def everything(table: Table) -> dict[str, int]:
+    """Bytes of each file, but for the lock that maintenance itself takes."""
+    return {file.name: file.bytes for file in table.place.files() if not file.name.endswith("maintenance.lock")}
+
+
+def replaced(table: Table) -> Table:
+    """A further version, that one of the shards of the newest is not in."""
+    shard = table.shards("train")[0]
+    found = Verification(table.location, 0, 0, 0, 0, (Finding(shard.path, "for once, nothing"),), ())
+    remove_damaged(found)
+    return table.newest()
+
+
+def paths(leftovers) -> set[str]:
+    return {leftover.path for leftover in leftovers}
+
+
+def orphan(table: Table) -> Path:
+    """A file like a shard that was published, and not committed."""
+    path = Path(table.location, "split=train", f"{random.randbytes(16).hex()}.parquet")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"never committed")
+    return path
+
+
+def write_slowly(location: str, names: list[str], halfway: Event, go_on: Event) -> None:
+    with ShardWriter(Table.open(location), row_group=4) as writer:
+        writer.append(*rows(names[:20]))
+        halfway.set()
+        assert go_on.wait(30)
+        writer.append(*rows(names[20:]))
+        writer.commit({})
+
+
+def kill_halfway(table: Table, names: list[str]) -> None:
+    """A writer dies with a shard of each split in the making."""
+    halfway, go_on = PROCESSES.Event(), PROCESSES.Event()
+    writer = PROCESSES.Process(target=write_slowly, args=(table.location, names, halfway, go_on))
+    writer.start()
+    assert halfway.wait(30)
+    writer.kill()
+    writer.join()
+
+
+def test_a_tidy_table_is_left_alone(filled: Table):
+    before = everything(filled)
+    done = maintain(filled.location, keep_versions=1, grace_hours=0)
+    assert (done.deleted, done.spared, done.vacuumed) == ((), (), ())
+    assert everything(filled) == before
+    assert Table.open(f"{filled.location}@1").version == 1, "it lost nothing, so it stays"
+
+
+def test_what_killed_writers_left_is_found_and_removed(table: Table):
+    chance, names = random.Random(3), [f"d{i}" for i in range(200)]
+    for seed in range(8):
+        writers = [PROCESSES.Process(target=capture, args=(table.location, names, seed + n)) for n in (0, 100)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            time.sleep(chance.uniform(0.02, 0.15))
+            writer.kill()
+            writer.join()
+    kill_halfway(table, names)
+    orphan(table)
+    capture(table.location, names, 0)
+    newest = table.newest()
+    before = everything(newest)
+    assert len(leftovers(newest)) >= 2, "what the last one was writing"
+    would = maintain(newest.location, grace_hours=0, dry_run=True)
+    assert everything(newest) == before
+    done = maintain(newest.location, grace_hours=0)
+    assert done.deleted == would.deleted
+    assert {leftover.path: leftover.bytes for leftover in done.deleted} == {
+        name: size for name, size in before.items() if name not in everything(newest)
+    }
+    assert leftovers(newest) == []
+    assert verify(newest, all_versions=True).findings == verify(newest).orphans == ()
+    assert names_in(newest) == sorted(names)
+
+
+def test_maintenance_among_writers_that_are_killed(table: Table):
+    """Without any grace: what is committed is never deleted, whatever two writers and their deaths are up to."""
+    chance, names = random.Random(5), [f"d{i}" for i in range(300)]
+    rounds = 0
+    for seed in range(6):
+        parts = names[:200], names[100:]
+        writers = [PROCESSES.Process(target=capture, args=(table.location, part, seed)) for part in parts]
+        for writer in writers:
+            writer.start()
+        until = time.monotonic() + chance.uniform(0.1, 0.4)
+        while time.monotonic() < until:
+            maintain(table.location, keep_versions=1, grace_hours=0)
+            rounds += 1
+        for writer in writers:
+            writer.kill()
+            writer.join()
+        assert verify(table.newest(), all_versions=True).findings == ()
+    capture(table.location, names, 0)
+    assert rounds > 20
+    assert names_in(table.newest()) == sorted(names)
+
+
+def test_a_writer_in_flight_is_spared_however_old_its_file(table: Table):
+    names = [f"a{i}" for i in range(40)]
+    halfway, go_on = PROCESSES.Event(), PROCESSES.Event()
+    writer = PROCESSES.Process(target=write_slowly, args=(table.location, names, halfway, go_on))
+    writer.start()
+    assert halfway.wait(30)
+    for path in Path(table.location).glob("_softlabel/writing/*"):
+        os.utime(path, (0, 0))
+    done = maintain(table.location, grace_hours=0)
+    assert done.deleted == ()
+    assert len(done.spared) == 2
+    go_on.set()
+    writer.join()
+    assert names_in(table.newest()) == sorted(names)
+
+
+def test_a_dead_writer_of_this_machine_need_not_be_waited_for(table: Table):
+    kill_halfway(table, [f"a{i}" for i in range(40)])
+    assert len(maintain(table.location).deleted) == 2
+    assert leftovers(table) == []
+
+
+def test_a_writer_of_another_machine_has_the_grace_period(table: Table, monkeypatch: pytest.MonkeyPatch):
+    """Its locks may not be seen from here, so only time tells."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(folder, "_machine", lambda: "elsewhere")
+        draft = table.place.draft()
+        draft.file.close()
+        path = Path(draft.file.name)
+    assert paths(maintain(table.location).spared) == {f"_softlabel/writing/{path.name}"}
+    assert path.exists()
+    assert len(maintain(table.location, grace_hours=0).deleted) == 1
+    assert not path.exists()
+
+
+def test_what_was_published_may_be_committed_any_moment(table: Table):
+    path = orphan(table)
+    assert paths(maintain(table.location).spared) == {f"split=train/{path.name}"}
+    time.sleep(1.1)
+    assert len(maintain(table.location, grace_hours=1 / 3600).deleted) == 1
+
+
+def test_a_clock_that_jumped_back_spares(filled: Table):
+    path = orphan(filled)
+    future = time.time() + 10 * 365 * 86400
+    os.utime(path, (future, future))
+    assert maintain(filled.location, grace_hours=0).deleted == ()
+    assert path.exists()
+
+
+def test_copies_beside_the_shards_that_no_version_uses(filled: Table):
+    """A lost race to create the table leaves a vocabulary; a kill leaves half a tokenizer."""
+    Table.create(filled.location, identity(), CARRIED, random_labels(50, seed=9), filled.tokenizer)
+    side = Path(filled.location, "_softlabel")
+    half = side / "tokenizer-0.1.tmp"
+    half.mkdir()
+    (half / "tokenizer.json").write_text("{")
+    (side / "vocabulary-0.parquet.2.tmp").write_text("PAR")
+    (side / "rejects.jsonl").write_text("{}")
+    (side / "rewritten").mkdir()
+    (side / "rewritten" / "0-1.parquet").write_text("PAR")
+    done = maintain(filled.location, grace_hours=0)
+    assert len(done.deleted) == 4
+    assert not list((side / "rewritten").iterdir())
+    (side / "rewritten").rmdir()
+    assert sum(leftover.bytes for leftover in done.deleted) > 4
+    assert sorted(path.name.split("-")[0] for path in side.iterdir()) == [
+        "maintenance.lock",
+        "rejects.jsonl",
+        "tokenizer",
+        "vocabulary",
+        "writing",
+    ]
+    assert verify(filled).findings == ()
+
+
+def test_other_peoples_files_are_left_alone(filled: Table):
+    for name in ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet"):
+        Path(filled.location, name).write_text("mine")
+    assert maintain(filled.location, grace_hours=0).deleted == ()
+    assert verify(filled).orphans == ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet")
+
+
+def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.MonkeyPatch):
+    path = orphan(filled)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(TableError, match=r"not all(.|\n)*" + path.name):
+        maintain(filled.location, grace_hours=0)
+
+
+def test_a_look_needs_no_permission_to_write(filled: Table, monkeypatch: pytest.MonkeyPatch):
+    path = orphan(filled)
+
+    def refuse(*args: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(folder.Folder, "gate", refuse)
+    done = maintain(filled.location, grace_hours=0, dry_run=True)
+    assert [leftover.path for leftover in done.deleted] == [str(path.relative_to(filled.location))]
+
+
+def many_shards(table: Table, commits: int, shards: int) -> None:
+    """Shards that are in the log alone."""
+    for commit in range(commits):
+        paths = [f"split=train/{commit * shards + i:032x}.parquet" for i in range(shards)]
+        assert committed(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
+
+
+def test_ten_thousand_shards_open_within_a_second(table: Table):
+    many_shards(table, 20, 500)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        opened = Table.open(table.location)
+        assert sum(shard.rows for shard in opened.shards()) == 100_000
+        seconds.append(time.perf_counter() - began)
+    assert np.median(seconds) < 1
+    began = time.perf_counter()
+    assert maintain(table.location, keep_versions=1).deleted == ()
+    assert time.perf_counter() - began < 5
+
+
+def test_a_writer_waits_for_maintenance(filled: Table):
+    """Between the moment in which its file gets its name and its commit, nobody may take the file for an orphan."""
+    with filled.place.gate(alone=True):
+        writer = PROCESSES.Process(target=add, args=(filled, ["c"]))
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive()
+    writer.join(30)
+    assert writer.exitcode == 0
+    assert "c" in names_in(filled.newest())
