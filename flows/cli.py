@@ -131,29 +131,16 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
         table: Folder of the table, or of a view; TABLE@12 for version 12, TABLE@tag for the one of a tag.
     """
 
-    def work() -> dict[str, Any]:
-        from softlabel.storage.upkeep.inspection import inspect as measure
-        from softlabel.storage.upkeep.inspection import last_capture
-        from softlabel.storage.versions import pins, tags
-        from softlabel.storage.views.view import View, open_table
-        from softlabel.storage.views.view_inspection import inspect_view
+    def work() -> Any:
+        from softlabel.pipeline import inspect
 
-        opened = open_table(table_of(table, file))
-        if isinstance(opened, View):
-            return {"view": inspect_view(opened)}
-        return {
-            "inspection": measure(opened),
-            "teacher": last_capture(opened).get("teacher", ""),
-            "identity": opened.identity,
-            "tags": [tag for tag in tags(opened.location).values() if tag.version == opened.version],
-            "pins": [pin for pin in pins(opened.location) if pin.version == opened.version],
-        }
+        return inspect(table_of(table, file))
 
     answer("inspect", work, as_json)
 
 
-@app.command
-def history(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
+@app.command(name="history")
+def show_versions(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
     """Show a table's versions: when, by whom, what was done, how many sequences, positions and bytes it added, who
     needs it.
 
@@ -161,23 +148,10 @@ def history(table: str | None = None, /, *, file: File = None, as_json: AsJson =
         table: Folder of the table.
     """
 
-    def work() -> dict[str, Any]:
-        from softlabel.storage.takedown import lost
-        from softlabel.storage.upkeep.inspection import history as entries
-        from softlabel.storage.versions import pins, tags, vacuumed
-        from softlabel.storage.views.view import View, open_table
-        from softlabel.storage.views.view_inspection import view_history
+    def work() -> Any:
+        from softlabel.pipeline import history
 
-        opened = open_table(table_of(table, file))
-        if isinstance(opened, View):
-            return {"versions": view_history(opened), "tags": [], "pins": [], "vacuumed": [], "purged": []}
-        return {
-            "versions": entries(opened),
-            "tags": list(tags(opened.location).values()),
-            "pins": pins(opened.location),
-            "vacuumed": sorted(vacuumed(opened.location) - set(lost(opened.location))),
-            "purged": sorted(lost(opened.location)),
-        }
+        return history(table_of(table, file))
 
     answer("history", work, as_json)
 

@@ -15,8 +15,8 @@ from softlabel.flows.table_display import (
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
 
 if TYPE_CHECKING:
-    from softlabel.flows.distill import DistillReport
     from softlabel.pipeline.capturing.capture import CaptureReport
+    from softlabel.pipeline.distillation import DistillReport
     from softlabel.pipeline.estimation.estimate import Estimate
     from softlabel.pipeline.evaluation.classifier import ClassEvaluation
     from softlabel.pipeline.evaluation.evaluate import EvaluationReport

@@ -1,6 +1,6 @@
 """The flow that says from a small sample what a capture would give, cost and take."""
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from softlabel.flows.progress import watching
@@ -8,17 +8,11 @@ from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 
 
-@task(name="estimate", task_run_name="estimate {config.documents}", persist_result=False)
-def estimate_capture(config: EstimateConfig) -> Estimate:
-    """Look at a sample, showing how far it is."""
-    with watching() as watch:
-        return estimate(config, watch)
-
-
 @flow(name="estimate", flow_run_name="estimate {config.documents}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
     """Say from a small sample what a capture would give, cost and take; nothing is captured."""
-    found = estimate_capture(config)
+    with watching() as watch:
+        found = estimate(config, watch)
     if found.selections:
         create_table_artifact(
             [vars(selection) for selection in found.selections],

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from softlabel.flows.progress import watching
@@ -12,17 +12,11 @@ from softlabel.pipeline.evaluation.classifier import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
 
 
-@task(name="evaluate", task_run_name="evaluate {config.table}", persist_result=False)
-def evaluate_students(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
-    """Measure the students and write the report, showing how far it is."""
-    with watching() as watch:
-        return evaluate(config, watch)
-
-
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
-    report = evaluate_students(config)
+    with watching() as watch:
+        report = evaluate(config, watch)
     if isinstance(report, ClassEvaluation):
         held = f"{report.documents:,} documents"
     else:

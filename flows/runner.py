@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.pipeline.config.base import Settings
-from softlabel.pipeline.processes import OURS
+from softlabel.pipeline.processes import NEUTRAL
 
 if home := os.environ.get("PREFECT_HOME"):
     os.environ["PREFECT_HOME"] = str(Path(home).expanduser().absolute())
-with chdir(OURS):
+with chdir(NEUTRAL):
     from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
     from softlabel.flows import server
@@ -35,8 +35,9 @@ def run(name: str, config: Settings) -> Any:
     """
     embedded = None if get_current_settings().api.url else server.start()
     with ExitStack() as around:
-        with chdir(OURS):
-            flow = getattr(import_module(f"flows.{name}"), f"{name}_flow")  # takes seconds, as the server's start does
+        with chdir(NEUTRAL):
+            # Importing the flow takes seconds, and so does the server's start: they go on side by side.
+            flow = getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")
             if embedded:
                 server.wait(embedded)
                 around.enter_context(temporary_settings({PREFECT_API_URL: embedded}))

@@ -26,10 +26,10 @@ def start() -> str:
     """Start this process's server, or find it started, and return its API's address before it answers there."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         file, port = listening.fileno(), listening.getsockname()[1]
-        # Among our own files: alembic puts the folder that it is run in first on the path, and Prefect takes settings,
-        # which can name code to be run, from files there.
+        # Away from the working folder: alembic puts the folder that it is run in first on the path, and Prefect takes
+        # settings, which can name code to be run, from files there.
         server = processes.start(
-            "softlabel.flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.OURS
+            "softlabel.flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.NEUTRAL
         )
     _started.append(server)
     return f"http://127.0.0.1:{port}/api"

@@ -1,18 +1,19 @@
 """What each verb that looks after a table shows a person when it is done."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from softlabel.flows.console import bytes_of, console, facts, table_of, try_next
 from softlabel.storage.versions import spans
 
 if TYPE_CHECKING:
-    from softlabel.flows.maintain import MaintainReport
-    from softlabel.flows.verify import VerifyReport
+    from softlabel.pipeline.tables.history import HistoryReport
+    from softlabel.pipeline.tables.inspect import TableReport, ViewReport
+    from softlabel.pipeline.tables.maintain import MaintainReport
     from softlabel.pipeline.tables.recheck import Recheck
     from softlabel.pipeline.tables.reprocess import ReprocessReport
+    from softlabel.pipeline.tables.verify import VerifyReport
     from softlabel.storage.identity import Identity, SelectionIdentity
-    from softlabel.storage.upkeep.inspection import HistoryEntry
     from softlabel.storage.upkeep.maintenance import Maintenance
     from softlabel.storage.upkeep.purge import Purged
     from softlabel.storage.versions import Pin, Tag
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 12
 
 
-def show_inspect(result: Mapping[str, Any]) -> None:
+def show_inspect(report: "TableReport | ViewReport") -> None:
     """What made a table, its rows by split, and its bytes a position by column."""
-    if "view" in result:
-        show_mix(result["view"])
+    from softlabel.pipeline.tables.inspect import ViewReport
+
+    if isinstance(report, ViewReport):
+        show_mix(report.view)
         return
-    inspection = result["inspection"]
-    made_by = _made_by(result["teacher"], result["identity"])
-    needed = ", ".join(_needed_by(inspection.version, result["tags"], result["pins"]))
+    inspection = report.inspection
+    made_by = _made_by(report.teacher, report.identity)
+    needed = ", ".join(_needed_by(inspection.version, report.tags, report.pins))
     needed_by = {"needed by": needed} if needed else {}
     facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by | needed_by)
     splits = table_of("split", "shards", "documents", "sequences", "tokens", "positions", "bytes")
@@ -62,21 +65,20 @@ def show_mix(found: "ViewInspection") -> None:
         console.print(f"[yellow]{found.left_out:,} sequences are left out[/]: not all of the tables hold them")
 
 
-def show_history(result: Mapping[str, Any]) -> None:
+def show_history(report: "HistoryReport") -> None:
     """A table's versions, newest first, and who needs them."""
-    versions = table_of("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
-    entries: Sequence[HistoryEntry] = result["versions"]
-    for entry in entries:
+    table = table_of("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
+    for entry in report.versions:
         when = entry.time.removesuffix("+00:00").replace("T", " ")
         counts = (entry.sequences, entry.positions)
-        versions.add_row(
+        table.add_row(
             str(entry.version), when, entry.operation, entry.user, *(f"{n:,}" for n in counts), bytes_of(entry.bytes)
         )
-    console.print(versions)
-    _names(result["tags"], result["pins"])
-    for fate in ("vacuumed", "purged"):
-        if result[fate]:
-            console.print(f"{fate}, and can no longer be opened: {spans(result[fate])}")
+    console.print(table)
+    _names(report.tags, report.pins)
+    for fate, versions in (("vacuumed", report.vacuumed), ("purged", report.purged)):
+        if versions:
+            console.print(f"{fate}, and can no longer be opened: {spans(versions)}")
 
 
 def show_verify(found: "VerifyReport") -> None:

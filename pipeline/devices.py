@@ -1,4 +1,4 @@
-"""MOVED from softlabel.pipeline.teachers.teacher."""
+"""Which devices this machine has for a model, by the names that the settings use."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""One process at a time: a lock beside the place that it works on, which ends with it."""
+"""One process at a time at a place, and temporary folders that are gone with their job or when the next one begins."""
 
 import os
 import shutil

@@ -19,8 +19,8 @@ from pydantic_core import to_jsonable_python
 from softlabel.storage import errors
 from softlabel.storage.errors import SoftlabelError, WorkerError
 
-OURS = Path(__file__).absolute().parents[1]
-"""Folder that our packages are in."""
+NEUTRAL = "/"
+"""A folder in which nobody lays a trap, for what would run or read files of the folder that it is started in."""
 _STARTED_IN = str(Path.cwd())
 _SHOWN_LINES = 15
 _SECONDS_TO_DIE = 1.0
@@ -55,13 +55,10 @@ def same_modules() -> dict[str, str]:
     Python puts it first unasked (for ``-m``, ``-c`` and an empty part of PYTHONPATH), and whatever lies there, beside
     somebody's documents, would be taken for a library's module, or for ours.
     """
-    ours = str(OURS)
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    wanted = {ours, *_of_the_program(), *map(os.path.abspath, named)}
+    wanted = {*_of_the_program(), *map(os.path.abspath, named)}
     # What is not absolute lies there, too; setuptools puts a name into the path that only it knows.
     path = [entry for entry in sys.path if Path(entry).is_absolute() and (entry != _STARTED_IN or entry in wanted)]
-    if ours not in path:
-        path.insert(0, ours)
     # An entry with a colon would be taken for two.
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entry for entry in path if os.pathsep not in entry)}
 

@@ -1,8 +1,7 @@
 """Capture: run a teacher once over documents, and keep what it knows in a table.
 
-``capture`` is the whole job. ``capture_shard`` and ``pipeline.capturing.copies.copy_rows`` are its parts: each commits all that
-its file of the plan asks for, or nothing, in whatever process it runs. ``pipeline.capturing.plan`` finds out what there is to
-do.
+``capture`` is the whole job. Its parts are ``capture_shard`` and ``copies.copy_rows``: each commits all that its file
+of the plan asks for, or nothing, in whatever process it runs. ``plan`` finds out what there is to do.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """One worker of a capture: a process that is given shards one by one, and keeps the teacher loaded between them.
 
-``python -m softlabel.pipeline.capturing.worker THREADS`` reads requests and writes answers, a line of JSON each; ``pipeline.capturing.workers`` is at
-the other end. It ends when its standard input does, so it never outlives the process that started it.
+``python -m softlabel.pipeline.capturing.worker THREADS`` reads requests and writes answers, a line of JSON each;
+``workers`` is at the other end. It ends when its standard input does, so it never outlives the process that started it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Worker processes side by side on one machine, one for each device: a worker that dies costs its shard, no more.
 
 A shard whose worker died is done again by another, a few times at most; a worker that dies over and over is given up.
-What happens to a shard is ``pipeline.capturing.capture``'s business, and the process itself is ``pipeline.capturing.worker``.
+``capture`` says what happens to a shard, and ``worker`` is the process itself.
 """
 
 import logging

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Every setting, once, as frozen pydantic models, shared by the command line, YAML files, Prefect and Python."""

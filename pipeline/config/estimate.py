@@ -1,4 +1,4 @@
-"""Settings of the estimate, like those of ``pipeline.config.capture``; and the rates of the devices that it can think of."""
+"""Settings of the estimate, and the computing rates of the GPUs that it knows."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""MOVED from softlabel.pipeline.config.capture."""
+"""Settings of an evaluation."""
 
 from pydantic import PositiveInt
 

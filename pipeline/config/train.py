@@ -1,7 +1,4 @@
-"""The settings of a student, of its loss and of its optimiser.
-
-Parts of ``pipeline.config.capture``'s jobs; what they mean is written where they are used.
-"""
+"""Settings of a training: the student, its loss, its optimizer, and the stream of its batches."""
 
 from typing import Literal, Self
 

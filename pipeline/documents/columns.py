@@ -1,4 +1,8 @@
-"""Columns of documents that the table keeps beside the soft labels, each value as it was or not at all."""
+"""What the values of a document's columns must be: its id, label and content, and the columns that it carries along.
+
+A value that can't be used costs its document, and only that: each function here gives the value, or says why not. A
+carried value is kept as it was or its document is rejected.
+"""
 
 import datetime
 import json

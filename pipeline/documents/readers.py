@@ -1,6 +1,6 @@
-"""Files of documents, read in bounded pieces: what their records hold, as found.
+"""Readers of documents: Parquet, JSON lines and plain text, a piece at a time.
 
-``pipeline.documents.documents`` judges the values. Strings of Parquet come as bytes, so that one broken character spoils one
+``documents.documents`` judges the values. Strings of Parquet come as bytes, so that one broken character spoils one
 document and not the file.
 """
 

@@ -1,6 +1,6 @@
-"""What rows take on a disk, and how long copying takes: a few are written as a capture would, into a table on trial.
+"""What a capture costs, measured on a sample: the teacher's time, each selection's labels, bytes on a disk, copying.
 
-What that table holds is measured column by column, and carried over to all rows that are to come.
+A few rows are written as a capture would, into a table of their own, whose columns are measured and scaled up.
 """
 
 import math

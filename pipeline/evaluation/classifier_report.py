@@ -1,6 +1,6 @@
-"""The report of an evaluation of classifiers: one HTML page that needs nothing else, and the same content as JSON.
+"""The report on classifiers as students: numbers in, one page out.
 
-The page is ``pipeline.evaluation.report``'s with other numbers in it. Measures nothing and reads neither table nor model.
+The page is that of ``report`` with other numbers in it. Measures nothing and reads neither table nor model.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class ClassReport:
 
 def to_html(report: ClassReport) -> str:
     """The report as one page without any reference to another file or address."""
-    return render("class_report.html.j2", report, verdict(report.students), _drawings(report))
+    return render("classifier_report.html.j2", report, verdict(report.students), _drawings(report))
 
 
 def _drawings(report: ClassReport) -> dict[str, str]:

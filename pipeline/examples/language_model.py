@@ -1,6 +1,7 @@
 """What the demo distils: a real teacher and real text, with no hub and no download but one PyPI package.
 
-``python -m softlabel.pipeline.examples.language_model FOLDER`` makes FOLDER/teacher, FOLDER/documents.parquet and FOLDER/distill.yaml, which
+``python -m softlabel.pipeline.examples.language_model FOLDER`` makes FOLDER/teacher,
+FOLDER/documents.parquet and FOLDER/distill.yaml, which
 ``softlabel distill --config FOLDER/distill.yaml`` runs. What is there already is left as it is.
 """
 

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Divergences from sparse targets, with gradients, without a tensor of positions x vocabulary."""

@@ -1,4 +1,4 @@
-"""MOVED from softlabel.pipeline.teachers.classifier."""
+"""Padding for models that read whole sequences: the token that fills a batch up, and the batch itself."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,6 @@
-"""What the passes over the vocabulary find in a row of logits, for a selection to choose from, and what it then draws.
+"""What the selection learns of a vocabulary in one pass, and what a draw from it gives.
 
-``pipeline.selection.scan_torch`` makes both on any device, ``pipeline.selection.scan_cpu`` on a CPU, where it is several times faster.
+``scan_torch`` makes both on any device, ``scan_cpu`` on a CPU, where it is several times faster.
 """
 
 from typing import NamedTuple

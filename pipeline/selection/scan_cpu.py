@@ -1,4 +1,4 @@
-"""``pipeline.selection.scan`` on a CPU: ``pipeline.selection.scan_kernels`` in the threads that torch's operators run in."""
+"""The passes over the vocabulary on a CPU: ``scan_kernels`` in the threads that torch's own operators run in."""
 
 import ctypes
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What ``pipeline.selection.scan_cpu`` does with the vocabulary: a row at a time, compiled by numba for the CPU at hand.
+"""What ``scan_cpu`` does with the vocabulary: a row at a time, compiled by numba for the CPU at hand.
 
 torch's operators write what each makes of many rows to memory, for the next to read. One row fits a core's own cache;
 the next is fetched meanwhile. Logits come as the bits of bfloat16 or float32. Loops over them have unsigned indices:

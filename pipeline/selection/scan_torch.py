@@ -1,4 +1,8 @@
-"""The order of ids by their logits: descending, and the lower id first where they are equal, which sorts leave open."""
+"""The passes over the vocabulary in torch, on any device.
+
+The order of ids is by their logits, descending, and by the lower id where logits are equal, which torch's own sorts
+leave open.
+"""
 
 import torch
 from torch import Tensor

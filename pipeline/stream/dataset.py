@@ -30,9 +30,9 @@ it would see some sequences twice."""
 class SoftLabelDataset(IterableDataset[Batch]):
     """One rank's share of a table's training rows, from a cursor on.
 
-    Every sequence comes exactly once an epoch (or, from a view with weights, as often as ``pipeline.stream.epoch_plan.occurrences``
-    says), over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and
-    the epoch alone decide; ``pipeline.stream.epoch_plan.plan_epoch`` says what shuffling does. A pack is what a training row holds:
+    Every sequence comes exactly once an epoch (from a view with weights, as often as ``epoch_plan.occurrences`` says),
+    over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and the epoch
+    alone decide; ``epoch_plan.plan_epoch`` says what shuffling does. A pack is what a training row holds:
     as many sequences as have room or, without ``stream.packing``, a single one. An optimiser step takes the plan's
     next ``stream.batch_rows`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
     yields ``accumulation`` batches a step, of ``stream.micro_rows`` rows at most. A rank that has no pack left for a

@@ -1,4 +1,4 @@
-"""MOVED from softlabel.pipeline.training.classifier_objective."""
+"""Build a classifier as a student, with a head for its labels."""
 
 from pathlib import Path
 from typing import Any

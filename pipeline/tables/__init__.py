@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""The verbs of those who look after a table: verify, reprocess, maintain, mix, inspect, history."""

@@ -3,7 +3,7 @@
 A teacher does not quite say the same twice: what it says of a sequence depends a little on the batch that this stands
 in. So it is asked twice, in other batches each time, and the table may differ from it by what it differs from itself,
 and by the rounding of its codes. The decision is on means over whole sequences, which are calm where single positions
-are not. Nothing is written; whether the bytes are those that were written is ``storage.upkeep.verification``'s business.
+are not. Nothing is written; whether the bytes are those that were written is for ``verify``.
 """
 
 from collections.abc import Iterable

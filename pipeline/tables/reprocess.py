@@ -1,6 +1,7 @@
 """Reprocess: make a smaller table of a table, or change it in place, without the teacher.
 
-Says what is to become of each row; ``storage.upkeep.rewrite`` carries it out as one commit, and ``storage.upkeep.purge`` takes down.
+Says what is to become of each row; ``storage.upkeep.rewrite`` carries it out as one commit,
+and ``storage.upkeep.purge`` takes down.
 """
 
 import time

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Teachers: what turns sequences into logits, and how one is loaded."""

@@ -1,6 +1,7 @@
 """Teachers that say what class a document is of: a sequence classifier, or the documents' own labels in its place.
 
-They turn documents into distributions over classes, and nothing else; ``pipeline.sequences.whole_documents`` makes the sequences.
+They turn documents into distributions over classes, and nothing else.
+``sequences.whole_documents`` makes the sequences.
 """
 
 from collections.abc import Iterator, Sequence

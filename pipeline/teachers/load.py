@@ -1,4 +1,4 @@
-"""MOVED from softlabel.pipeline.capturing.capture."""
+"""Load the teacher that the settings name, once in each process."""
 
 from collections.abc import Callable
 from functools import lru_cache

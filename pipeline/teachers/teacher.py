@@ -154,8 +154,8 @@ class TransformersTeacher:
             expected="a forward() that calls its base model once",
             found=f"{type(self._model).__name__} does not",
             where=self.checkpoint.folder,
-            do="give another teacher, or with teacher.engine a class with the members of softlabel.pipeline.teachers.teacher.Teacher, "
-            "which runs this one",
+            do="give another teacher; or name a class of your own that runs this one with teacher.engine "
+            "(softlabel.pipeline.teachers.teacher.Teacher says what it needs)",
         )
 
 

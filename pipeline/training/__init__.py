@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""The training loop: what is minimised, how steps and checkpoints go, and several processes."""

@@ -1,7 +1,6 @@
-"""A classifier as a student: building it for its labels, and its loss.
+"""What a classifier is trained and measured on: its batches, and a module of student and loss.
 
-It is called as transformers calls it, so any architecture with a classification head will do. The loop is
-``pipeline.training.trainer``'s.
+The student is called as transformers calls it, so any architecture with a classification head will do.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """Training by several processes on one machine, none of which outlives whoever started them.
 
-Each rank is ``pipeline.training.rank`` and trains with the same settings; the first one's progress and report come back, and any
-rank's error as the error that it was. They find each other through a file in a folder that is this user's alone, and
-listen to nothing but this machine: whoever can speak to a rank can have it do anything. Knows nothing of what is
-trained.
+Each rank is ``rank`` and trains with the same settings; the first one's progress and report come back, and any rank's
+error as the error that it was. They find each other through a file in a folder that is this user's alone, and listen to
+nothing but this machine: whoever can speak to a rank can have it do anything. Knows nothing of what is trained.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What a student is trained and measured on: batches, and a module of student and loss that turns them into numbers.
 
-All that differs between a language model, which is here, and a classifier, which is ``pipeline.training.classifier_objective``'s. Knows
+All that differs between a language model, which is here, and a classifier, which is in ``classifier_objective``. Knows
 no loop, no checkpoint and no device.
 """
 

@@ -1,6 +1,6 @@
 """One rank of a training by several processes: ``python -m softlabel.pipeline.training.rank SETTINGS RENDEZVOUS``.
 
-Tells ``pipeline.training.launch``, which started it, what it wants to know. It ends when its standard input does.
+Tells ``launch``, which started it, what it wants to know. It ends when its standard input does.
 """
 
 import os

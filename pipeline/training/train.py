@@ -1,7 +1,7 @@
 """Train a student from a soft-label table: ``train`` builds it, runs it, and puts it in its folder with its record.
 
 Idempotent: a finished student is left as it is, an unfinished one goes on from its last checkpoint. The loop is
-``pipeline.training.trainer``'s, what a student is ``pipeline.students.build``'s, where it lies ``pipeline.students.folder``'s.
+``trainer``'s, what a student is ``students.build``'s, where it lies ``students.folder``'s.
 """
 
 import time

@@ -1,6 +1,7 @@
-"""When a run stops, and which of its weights it keeps: decided by the evaluations in its log alone.
+"""The training loop: transformers' Trainer with our batches, our checkpoints, and our rule for when to stop.
 
-So a run that was killed and goes on decides as the uninterrupted one would. Evaluates and saves nothing.
+When a run stops, and which weights it keeps, is decided by the evaluations in its log alone, so that a run that was
+killed and goes on decides as an uninterrupted one would.
 """
 
 import json
@@ -62,8 +63,8 @@ def drop_superseded(run: Path, history: History) -> None:
     """Delete weights that were the best once, but for those that a run from the last checkpoint would still need."""
     moments = [math.inf, *(step_of(checkpoint) for checkpoint in checkpoints(run)[-1:])]
     needed = {best_weights(run, best_step(history, until)) for until in moments}
-    for weights in set(run.glob("best-*")) - needed:
-        shutil.rmtree(weights)
+    for superseded in set(run.glob("best-*")) - needed:
+        shutil.rmtree(superseded)
 
 
 _WEIGHTS, _OPTIMISER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"

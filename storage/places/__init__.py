@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Where a table's files lie: a folder of this machine, or a bucket."""

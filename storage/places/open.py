@@ -1,4 +1,4 @@
-"""MOVED from softlabel.storage.places.place."""
+"""Open the place that a location names: a folder of this machine, or a bucket."""
 
 from softlabel.storage.errors import UsageError
 from softlabel.storage.location import located

@@ -1,1 +1,1 @@
-"""PACKAGE."""
+"""Several tables read as one."""

@@ -1,4 +1,4 @@
-"""Makes a view over several tables (``storage.views.view``), or says why they do not go together. Reads no soft labels."""
+"""Makes a view over several tables, or says why they do not go together. Reads no soft labels."""
 
 from collections.abc import Sequence
 from contextlib import suppress

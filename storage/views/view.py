@@ -3,7 +3,7 @@
     VIEW/view.json      the tables, their weights and how they are mixed; written once, never changed
 
 Concatenated, a view has the rows of all its tables. Averaged, it has the sequences that all of them hold, and what the
-teachers say of one is averaged. Opened here, made by ``storage.views.mixing``; its rows come from ``storage.views.row_groups``.
+teachers say of one is averaged. Opened here, made by ``mixing``; its rows come from ``row_groups``.
 """
 
 import json

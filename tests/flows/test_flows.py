@@ -43,7 +43,7 @@ def test_forms_are_friendly(name: str):
 
     from prefect.utilities.callables import parameter_schema
 
-    schema = parameter_schema(getattr(import_module(f"flows.{name}"), f"{name}_flow")).model_dump()
+    schema = parameter_schema(getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")).model_dump()
     assert list(schema["properties"]) == ["config"]
     fields = [field for part in schema["definitions"].values() for field in part["properties"].items()]
     assert not [name for name, field in fields if not field.get("description") and "$ref" not in field]
@@ -54,7 +54,7 @@ def test_deployments_name_the_flows():
     from prefect.flows import load_flow_from_entrypoint
 
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    flows = [load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"])) for deployment in deployments]
+    flows = [load_flow_from_entrypoint(deployment["entrypoint"]) for deployment in deployments]
     assert tuple(flow.name for flow in flows) == FLOWS
     assert {deployment["work_pool"]["name"] for deployment in deployments} == {"softlabel"}
 

@@ -43,7 +43,7 @@ def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
     from prefect.settings import get_current_settings
 
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    (shipped,) = [each for each in deployments if each["entrypoint"].endswith(":train_flow")]
+    (shipped,) = [each for each in deployments if each["entrypoint"].endswith(".train_flow")]
     pool = shipped["work_pool"]["name"]
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)

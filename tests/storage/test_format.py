@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+import softlabel.storage
 from softlabel.pipeline.sequences.chunking import split_of
 from softlabel.storage.codec import SoftLabels, decode, encode
 from softlabel.storage.reader import read
@@ -20,7 +21,7 @@ from softlabel.storage.table import Table
 from softlabel.storage.versions import tag
 from tests.storage.tables import add, identity, make_table
 
-PAGE = (Path(storage.__path__[0]) / "FORMAT.md").read_text(encoding="utf-8")
+PAGE = (Path(softlabel.storage.__path__[0]) / "FORMAT.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```\w+ ([\w-]+)\n(.*?)```", PAGE, re.DOTALL))
 ENGINES = ("polars", "duckdb", "pandas", "pyarrow")
 RECIPES = {"top_ids": "top-ids", "mass": "mass", "histogram": "entropy"}

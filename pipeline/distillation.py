@@ -1,0 +1,62 @@
+"""The whole path in one call: capture, train a student and its control, evaluate both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
+from softlabel.pipeline.progress import Watch, unwatched
+from softlabel.pipeline.students.compatibility import require_fitting, require_loss
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.training.train import TrainReport, train
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What each stage came to."""
+
+    capture: CaptureReport
+    train: dict[str, TrainReport]
+    """By name: the student, and the control if one was asked for."""
+    evaluate: EvaluationReport | ClassEvaluation
+
+
+def distill(config: DistillConfig, watch: Watch = unwatched) -> DistillReport:
+    """Capture, train and evaluate; what is there already is not made again.
+
+    Args:
+        config: of all stages.
+        watch: is told of each stage's progress.
+
+    Raises:
+        SoftlabelError: if a stage fails. A student or a loss that could not be trained is refused before the teacher
+            runs.
+    """
+    return distill_in_stages(
+        config,
+        capture=lambda settings: capture(settings, watch),
+        train=lambda settings: train(settings, watch),
+        evaluate=lambda settings: evaluate(settings, watch),
+    )
+
+
+def distill_in_stages(
+    config: DistillConfig,
+    *,
+    capture: Callable[[CaptureConfig], CaptureReport],
+    train: Callable[[TrainConfig], TrainReport],
+    evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
+) -> DistillReport:
+    """The same as ``distill``, with each stage run by whoever calls, so that a scheduler can make flows of them."""
+    origin = Origin.of_capture(config)
+    require_fitting(config.student, origin)
+    for settings in config.train().values():
+        require_loss(settings, origin)
+    captured = capture(config.capture())
+    trained = {name: train(settings) for name, settings in config.train().items()}
+    return DistillReport(captured, trained, evaluate(config.evaluate()))

@@ -1,0 +1,72 @@
+"""Check a table: every byte of it against its hash and, if its teacher is given, its rows against the teacher."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softlabel.pipeline.config.tables import VerifyConfig
+from softlabel.pipeline.progress import Progress, Watch, unwatched
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep import verification
+from softlabel.storage.upkeep.verification import Verification, damage, remove_damaged
+from softlabel.storage.views.view import View, open_table
+from softlabel.storage.views.view_inspection import whole
+
+if TYPE_CHECKING:
+    from softlabel.pipeline.tables.recheck import Recheck
+
+
+@dataclass(frozen=True)
+class VerifyReport(Verification):
+    """What the check of every byte found, and what the teacher says now."""
+
+    recheck: "Recheck | None" = None
+    """None if the teacher was not asked."""
+
+
+def verify(config: VerifyConfig, watch: Watch = unwatched) -> VerifyReport:
+    """Check every byte of a table; with ``config.teacher``, also ask the teacher again about a sample of its rows.
+
+    Args:
+        config: which table, and what to do about damaged shards.
+        watch: is told of progress, in kB of the table and then in sequences.
+
+    Raises:
+        IntegrityError: if something is damaged and was not removed; ``details`` is the ``Verification``.
+        DisagreementError: if the table differs from its teacher; ``details`` is the ``Recheck``.
+        UsageError: if a view is to be repaired or asked about: only a table can be.
+    """
+    found = _check_bytes(config, watch)
+    if found.unsolved:
+        raise damage(found)
+    return VerifyReport(**vars(found), recheck=_ask_teacher(config, watch))
+
+
+def _check_bytes(config: VerifyConfig, watch: Watch) -> Verification:
+    """Check the table, and remove damaged shards if the settings say so.
+
+    A view's tables are checked one after the other, up to the first in which something is wrong.
+    """
+    only_a_table = config.remove_damaged or config.teacher is not None
+    opened = Table.open(config.table) if only_a_table else open_table(config.table)
+    sound = []
+    for table in opened.tables:
+        found = verification.verify(
+            table,
+            all_versions=config.all_versions,
+            watch=lambda done, total: watch(Progress("verify", done // 1000, total // 1000, "kB")),
+        )
+        if found.findings:
+            return remove_damaged(found) if config.remove_damaged else found
+        sound.append(found)
+    return whole(opened, sound) if isinstance(opened, View) else found
+
+
+def _ask_teacher(config: VerifyConfig, watch: Watch) -> "Recheck | None":
+    if config.teacher is None:
+        return None
+    from softlabel.pipeline.tables.recheck import disagreement, recheck  # torch, which nothing else here needs
+
+    found = recheck(Table.open(config.table), config.teacher, config.sequences, config.seed, watch)
+    if found.disagreements:
+        raise disagreement(found)
+    return found
