@@ -51,7 +51,7 @@ def show_estimate(found: "Estimate") -> None:
         f" {bytes_of(found.bytes)}[/]{_copied(found.copied)}"
     )
     took = found.seconds
-    parts = {"reading and tokenising": took.plan, "loading": took.load, "the teacher": took.teacher}
+    parts = {"reading and tokenizing": took.plan, "loading": took.load, "the teacher": took.teacher}
     parts |= {"copying": took.copy} if found.copied else {}
     rate = BF16_TERAFLOPS[found.gpu]
     facts(
@@ -60,11 +60,11 @@ def show_estimate(found: "Estimate") -> None:
             "here": f"about {duration(sum(parts.values()))} on {found.device}: "
             + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()),
             "elsewhere": f"{found.flops:.2g} operations of the teacher; by arithmetic {found.gpu_hours:,.2g} hours on"
-            f" one {found.gpu}, if {found.gpu_utilisation:.0%} of its {rate:,.0f} teraflops were reached",
-            "from": f"{found.tokenised:.1%} of the text, and {found.sampled_positions:,} positions by the teacher",
+            f" one {found.gpu}, if {found.gpu_utilization:.0%} of its {rate:,.0f} teraflops were reached",
+            "from": f"{found.tokenized:.1%} of the text, and {found.sampled_positions:,} positions by the teacher",
         }
     )
-    if found.tokenised < 1:
+    if found.tokenized < 1:
         console.print(
             "documents that repeat are counted; parts that several have in common are seen within that text alone: if"
             " there are\nsuch, sequences, positions and what the teacher takes are upper bounds, and the bytes hold"

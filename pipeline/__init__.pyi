@@ -14,7 +14,7 @@ from .config.tables import MixConfig as MixConfig
 from .config.tables import ReprocessConfig as ReprocessConfig
 from .config.tables import VerifyConfig as VerifyConfig
 from .config.train import LossConfig as LossConfig
-from .config.train import OptimiserConfig as OptimiserConfig
+from .config.train import OptimizerConfig as OptimizerConfig
 from .config.train import StreamConfig as StreamConfig
 from .config.train import StudentConfig as StudentConfig
 from .config.train import TrainConfig as TrainConfig

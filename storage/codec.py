@@ -164,7 +164,7 @@ def decode(rows: pa.Table, vocabulary: Ints) -> SoftLabels:
     return SoftLabels(
         head_counts=head_counts,
         head_ids=vocabulary[flat["head_ids"]],
-        head_logprobs=_normalised(head_codes, head_counts, masses[0]),
+        head_logprobs=_normalized(head_codes, head_counts, masses[0]),
         tail_counts=tail_counts,
         tail_ids=vocabulary[flat["tail_ids"]],
         tail_draws=flat["tail_draws"].astype(np.int32),
@@ -201,7 +201,7 @@ def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
     return codes
 
 
-def _normalised(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
+def _normalized(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
     """Log-probabilities whose mass is exactly what the tail leaves; this moves none of them by more than 1/128."""
     if not len(codes):
         return np.zeros(0, np.float32)

@@ -52,8 +52,8 @@ def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path
     config["student"]["layers"] = [0, 14, 29]
     config["shards"]["eval_fraction"] = 0.3
     config["sequences"] = {"max_tokens": 256}
-    config["stream"] = {"row_tokens": 256, "batch_rows": 1, "micro_rows": 1}
-    config["optimiser"] = {"max_steps": 9, "eval_steps": 9, "learning_rate": 1e-3, "bf16": True}
+    config["stream"] = {"max_length": 256, "batch_size": 1, "micro_batch_size": 1}
+    config["optimizer"] = {"max_steps": 9, "eval_steps": 9, "learning_rate": 1e-3, "bf16": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
     (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)

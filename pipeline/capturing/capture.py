@@ -29,7 +29,7 @@ from softlabel.pipeline.devices import places
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import Progress, Together, Watch, unwatched
 from softlabel.pipeline.selection.select import NotADistributionError, select, selection_of
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.classifier import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Questions
@@ -155,8 +155,8 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     if not len(sequences):
         return Commit(Table.open(config.table).version, 0, 0, 0)
     teacher = load_teacher(config.teacher)
-    tokeniser = Tokeniser(teacher.checkpoint, config.sequences, config.columns.content)
-    identity = identify(config, teacher.checkpoint, tokeniser)
+    tokenizer = DocumentTokenizer(teacher.checkpoint, config.sequences, config.columns.content)
+    identity = identify(config, teacher.checkpoint, tokenizer)
     try:
         require_planned(sequences, identity, teacher.checkpoint.folder)
     except ProvenanceError:
@@ -169,7 +169,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         sample = SoftLabels.concatenate([labels for _, labels in first])
         carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # with the plan it goes, whatever happens
-            tokeniser.save(Path(folder))
+            tokenizer.save(Path(folder))
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
     table = Table.open(config.table)
@@ -281,5 +281,5 @@ def _about(config: CaptureConfig, teacher: Teacher | LabelTeacher) -> dict[str, 
         "revision": teacher.checkpoint.revision,
         "parameters": teacher.parameters,
         "config": config.model_dump(mode="json"),
-        "circumstances": circumstances(device=str(teacher.device), attention=config.teacher.attention),
+        "circumstances": circumstances(device=str(teacher.device), attention=config.teacher.attn_implementation),
     }

@@ -1,6 +1,6 @@
 """What a capture has to do: the sequences that the documents have and the table has not.
 
-Documents that the table holds whole are not tokenised again, and a sequence that it holds under any document is never
+Documents that the table holds whole are not tokenized again, and a sequence that it holds under any document is never
 sent to the teacher again. The plan lies in files, one for each shard to come, so that any process can capture any
 shard, and a plan over millions of documents takes little more memory than one over thousands.
 """
@@ -23,7 +23,7 @@ from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.select import selection_of
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.sequences.whole_documents import MASK, WholeDocuments
 from softlabel.storage.errors import DocumentsError, UsageError
 from softlabel.storage.identity import Identity, SelectionIdentity, SequencesIdentity
@@ -86,9 +86,9 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
-    tokeniser = Tokeniser(checkpoint, config.sequences, config.columns.content)
+    tokenizer = DocumentTokenizer(checkpoint, config.sequences, config.columns.content)
     whole = None if checkpoint.classes is None else whole_documents(config, checkpoint)
-    identity = identify(config, checkpoint, tokeniser)
+    identity = identify(config, checkpoint, tokenizer)
     known = Known(config, identity, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
@@ -98,7 +98,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     for batch in known.welcome(documents):
         changed = known.changed(batch.documents)
         if whole is None:
-            sequences, refused = to_sequences(changed, tokeniser, config.sequences, config.shards.eval_fraction)
+            sequences, refused = to_sequences(changed, tokenizer, config.sequences, config.shards.eval_fraction)
         else:
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
@@ -128,7 +128,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     )
 
 
-def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Identity:
+def identify(config: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Identity:
     """All that the numbers of this capture depend on.
 
     Raises:
@@ -138,7 +138,7 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
     selection = asdict(selection_of(config.selection, classes))
     return Identity(
         teacher=checkpoint.identity,
-        tokenizer=tokeniser.identity,
+        tokenizer=tokenizer.identity,
         vocabulary=checkpoint.vocabulary,
         padded_vocabulary=checkpoint.padded_vocabulary,
         classes=classes,
@@ -147,7 +147,7 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser
         sequences=SequencesIdentity(
             max_tokens=longest(checkpoint, config.sequences),
             context=config.sequences.context if classes is None else 0,
-            mask=tokeniser.mask if classes is None else MASK,
+            mask=tokenizer.mask if classes is None else MASK,
             special_tokens=config.sequences.special_tokens,
             eval_fraction=config.shards.eval_fraction,
         ),

@@ -77,7 +77,7 @@ class TeacherConfig(Settings):
     device_map: Literal["auto"] | None = None
     """auto spreads one teacher that does not fit a card over all GPUs, and over the machine's memory what they have no
     room for. There is one worker then, and one GPU computes at a time."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto is sdpa where the architecture has it (Gemma 2 has only eager)."""
     engine: str | None = None
     """Your own class that runs the model in the place of transformers, as module:Class; see

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from softlabel.pipeline.config.base import Location
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.config.train import LossConfig, OptimiserConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.config.train import LossConfig, OptimizerConfig, StreamConfig, StudentConfig, TrainConfig
 
 
 class DistillConfig(CaptureConfig):
@@ -18,9 +18,9 @@ class DistillConfig(CaptureConfig):
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     control: bool = True
-    """Also train the same student on hard labels alone, with the same optimiser settings, to compare with."""
+    """Also train the same student on hard labels alone, with the same optimizer settings, to compare with."""
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
@@ -47,7 +47,7 @@ class DistillConfig(CaptureConfig):
                 student=self.student,
                 loss=loss,
                 stream=self.stream,
-                optimiser=self.optimiser,
+                optimizer=self.optimizer,
             )
             for name, loss in losses.items()
         }
@@ -56,5 +56,5 @@ class DistillConfig(CaptureConfig):
         """The third stage's settings."""
         students = tuple(config.output for config in self.train().values())
         return EvaluateConfig(
-            table=self.table, students=students, report=f"{self.output}/report", device=self.optimiser.device
+            table=self.table, students=students, report=f"{self.output}/report", device=self.optimizer.device
         )

@@ -25,7 +25,7 @@ class SampleConfig(Settings):
     """How much is looked at; more is more exact, and takes longer."""
 
     megabytes: PositiveFloat = 4.0
-    """Text that is tokenised, spread over all documents, and as much again of those that repeat another."""
+    """Text that is tokenized, spread over all documents, and as much again of those that repeat another."""
     batches: PositiveInt = 4
     """Batches that the teacher is timed on, of teacher.batch_tokens each, of long sequences and of short ones."""
 
@@ -41,7 +41,7 @@ class EstimateConfig(CaptureConfig):
     sample: SampleConfig = SampleConfig()
     gpu: Gpu = "h100"
     """The device whose hours are worked out from the floating-point operations, by arithmetic alone."""
-    gpu_utilisation: float = Field(default=0.4, gt=0, le=1)
+    gpu_utilization: float = Field(default=0.4, gt=0, le=1)
     """Share of that device's dense bf16 rate that is taken to be reached."""
 
     def capture(self, table: str) -> CaptureConfig:

@@ -27,14 +27,14 @@ class StudentConfig(Settings):
     """Folder or JSON file with a model configuration; the student starts from random weights."""
     labels: tuple[str, ...] = ()
     """Labels of a classifier: NAME=CLASS,CLASS,... for several of the teacher's classes together, or a class's name;
-    left out, its classes. What the teacher says of classes without a label is left out, the rest renormalised."""
+    left out, its classes. What the teacher says of classes without a label is left out, the rest renormalized."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the student's weights."""
-    lora_rank: PositiveInt | None = None
+    lora_r: PositiveInt | None = None
     """Train only low-rank adapters (LoRA) of this rank; the student is saved whole, with the adapters merged."""
     lora_alpha: PositiveFloat = 16.0
     """What an adapter adds is scaled by this, divided by its rank."""
-    lora_targets: tuple[str, ...] = ()
+    lora_target_modules: tuple[str, ...] = ()
     """Names of the layers that get adapters, like q_proj; left out, every linear layer but the head."""
 
     @model_validator(mode="after")
@@ -63,9 +63,9 @@ class LossConfig(Settings):
         "forward_kl"
     )
     """Divergence between teacher and student."""
-    target: Literal["auto", "bucket", "sampled", "renormalised", "zero_tail"] = "auto"
+    target: Literal["auto", "bucket", "sampled", "renormalized", "zero_tail"] = "auto"
     """The rest of the distribution: one bucket of its mass, or the sampled tail (forward KL at temperature 1, and
-    what auto takes there if the table has one); renormalised and zero_tail drop it, and are biased."""
+    what auto takes there if the table has one); renormalized and zero_tail drop it, and are biased."""
     mix: float = Field(default=0.5, gt=0, lt=1)
     """The mixture weight of jsd (beta) and of the skew divergences (lambda)."""
     temperature: PositiveFloat = 1.0
@@ -117,7 +117,7 @@ class LossConfig(Settings):
 _TARGETS = {
     "bucket": "bucket",
     "sampled": "sampled tail",
-    "renormalised": "renormalised head",
+    "renormalized": "renormalized head",
     "zero_tail": "zero tail",
 }
 """Names of the targets in a sentence."""
@@ -133,34 +133,34 @@ def _weighted(weight: float, end: float | None, name: str) -> str:
     return name if weight == 1 else f"{weight:g} × {name}"
 
 
-class OptimiserConfig(Settings):
+class OptimizerConfig(Settings):
     """How long and how fast the student is trained."""
 
-    epochs: PositiveFloat = 1.0
+    num_train_epochs: PositiveFloat = 1.0
     """Passes over the train split."""
     max_steps: PositiveInt | None = None
-    """Optimiser steps, instead of epochs."""
+    """Optimizer steps, instead of epochs."""
     learning_rate: PositiveFloat = 5e-4
     """Peak learning rate of AdamW."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after that."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_gradient_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients longer than this are shortened to it."""
     bf16: bool = False
     """Forward and backward in bfloat16, the weights staying in the student's dtype."""
-    liger: bool = False
+    use_liger_kernel: bool = False
     """Use Liger's kernels in the student's body, on a GPU; the loss is softlabel's all the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
-    checkpoint_steps: PositiveInt = 500
+    save_steps: PositiveInt = 500
     """Steps between checkpoints; a killed run goes on from the last one."""
     eval_steps: PositiveInt = 100
     """Steps between evaluations on the eval split."""
-    patience: PositiveInt | None = None
+    early_stopping_patience: PositiveInt | None = None
     """Stop when so many evaluations in a row have brought no lower eval_kl; left out, all steps are done."""
     keep: Literal["auto", "last", "best"] = "auto"
     """The weights that the student is saved with: those of the last step, or of the evaluation with the lowest
@@ -171,7 +171,7 @@ class OptimiserConfig(Settings):
     """Processes that share each step, torchrun's ranks, each with a GPU of its own; left out, one for each GPU that
     there is. On the CPU one, unless more are asked for."""
     sharding: Literal["none", "full"] = "none"
-    """What the processes share beside the work: full divides weights, gradients and the optimiser's moments among them
+    """What the processes share beside the work: full divides weights, gradients and the optimizer's moments among them
     (FSDP), for a student that is too large for each of them to hold; one process holds all of it either way."""
     seed: int = 0
     """Seed of the student's random numbers."""
@@ -179,7 +179,7 @@ class OptimiserConfig(Settings):
     @property
     def keeps_best(self) -> bool:
         """Whether the best weights are kept, and not the last."""
-        return self.keep == "best" or (self.keep == "auto" and self.patience is not None)
+        return self.keep == "best" or (self.keep == "auto" and self.early_stopping_patience is not None)
 
 
 class StreamConfig(Settings):
@@ -188,12 +188,12 @@ class StreamConfig(Settings):
     packing: bool = True
     """Put as many sequences into a training row as have room there. False gives each a row of its own, padded: slower,
     and for students in which sequences of one row would see each other (Mamba, Falcon, ...), which are refused else."""
-    row_tokens: PositiveInt = 1024
+    max_length: PositiveInt = 1024
     """Length of a training row; sequences are never cut, so it is at least the table's longest. Without packing, a row
     is as long as the longest of its forward pass."""
-    batch_rows: PositiveInt = 8
-    """Training rows of one optimiser step, over all devices."""
-    micro_rows: PositiveInt = 8
+    batch_size: PositiveInt = 8
+    """Training rows of one optimizer step, over all devices."""
+    micro_batch_size: PositiveInt = 8
     """Training rows of one forward pass on one device; changes memory and speed, never the loss."""
     max_k: PositiveInt | None = None
     """Use only so many of the stored head ids; left out, all of them. The others' mass goes to the bucket: with fewer
@@ -212,4 +212,4 @@ class TrainConfig(Settings):
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()

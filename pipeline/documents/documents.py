@@ -1,7 +1,7 @@
 """Documents in: Parquet, JSON lines or plain text, as a stream of small tables of a fixed form.
 
 What is wrong with the whole (no such path, no such column, a damaged file) is an error; what is wrong with a document
-is a ``Reject`` with its reason, and never stops the stream. Nothing is tokenised here, and no file is ever held whole,
+is a ``Reject`` with its reason, and never stops the stream. Nothing is tokenized here, and no file is ever held whole,
 but a plain text one, which is a document.
 """
 

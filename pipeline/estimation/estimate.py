@@ -25,7 +25,7 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass, squared_error
 from softlabel.pipeline.selection.select import Selection, selection_of
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.classifier import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Questions
@@ -68,7 +68,7 @@ class Seconds:
     """How long a capture would take here, on all devices that it takes, by what takes it."""
 
     plan: float
-    """Reading and tokenising."""
+    """Reading and tokenizing."""
     load: float = 0.0
     """Of the teacher's files."""
     teacher: float = 0.0
@@ -86,7 +86,7 @@ class Estimate:
     """Documents that the table does not hold whole."""
     rejects: int
     """Documents that can't be used; the tokenizer or the chat template may refuse more."""
-    tokenised: float
+    tokenized: float
     """Share of the pending text that this rests on.
 
     Documents that repeat another are found among all. Parts that documents have in common are seen within this share
@@ -95,7 +95,7 @@ class Estimate:
     """
     seconds: Seconds
     gpu: Gpu
-    gpu_utilisation: float
+    gpu_utilization: float
     gpu_hours: float = 0.0
     """By arithmetic: the operations over that share of the device's dense bf16 rate. Nothing was run there."""
     flops: float = 0.0
@@ -134,19 +134,19 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         documents = Documents(capture.documents, capture.columns)
         started = time.perf_counter()
         checkpoint = Checkpoint.find(capture.teacher)
-        tokeniser = Tokeniser(checkpoint, capture.sequences, capture.columns.content)
-        identity = identify(capture, checkpoint, tokeniser)
+        tokenizer = DocumentTokenizer(checkpoint, capture.sequences, capture.columns.content)
+        identity = identify(capture, checkpoint, tokenizer)
         load = time.perf_counter() - started
-        cut = _sequencer(capture, checkpoint, tokeniser)
+        cut = _sequencer(capture, checkpoint, tokenizer)
         sample = draw_sample(capture, documents, cut, identity, config.sample.megabytes * 1e6, watch)
         found = Estimate(
             documents=sample.documents,
             pending=sample.pending,
             rejects=sample.rejects,
-            tokenised=sample.share,
+            tokenized=sample.share,
             seconds=Seconds(sample.seconds),
             gpu=config.gpu,
-            gpu_utilisation=config.gpu_utilisation,
+            gpu_utilization=config.gpu_utilization,
         )
         if not len(sample.sequences.rows):
             return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, capture))
@@ -174,7 +174,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
     return replace(
         found,
         seconds=Seconds(sample.seconds, load, seconds, copying),
-        gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilisation) / 3600,
+        gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilization) / 3600,
         flops=flops,
         device=" ".join(on),
         sampled_positions=len(same),
@@ -187,10 +187,10 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
     )
 
 
-def _sequencer(capture: CaptureConfig, checkpoint: Checkpoint, tokeniser: Tokeniser) -> Sequencer:
+def _sequencer(capture: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Sequencer:
     """What makes sequences of documents, as the plan of this capture would."""
     if checkpoint.classes is None:
-        return lambda documents: to_sequences(documents, tokeniser, capture.sequences, eval_fraction=0)[0]
+        return lambda documents: to_sequences(documents, tokenizer, capture.sequences, eval_fraction=0)[0]
     whole = whole_documents(capture, checkpoint)
     return lambda documents: whole.sequences(documents, eval_fraction=0)[0]
 

@@ -1,6 +1,6 @@
 """A sample of the sequences that a capture would run its teacher over, each with how many it stands for.
 
-All documents are read, which is cheap, and a few of them tokenised, which is not. Each byte of the text has the same
+All documents are read, which is cheap, and a few of them tokenized, which is not. Each byte of the text has the same
 chance to be looked at, wherever it stands and however long its document is: of long texts only pieces are taken. Texts
 that another document has too are known from their fingerprints, and sampled apart: they are copied, not captured.
 """
@@ -65,22 +65,22 @@ class Sample:
     copies: Weighted
     """... and those whose soft labels the table then has under another document."""
     share: float
-    """Of the pending text, that was tokenised."""
+    """Of the pending text, that was tokenized."""
     seconds: float
-    """That a plan takes: reading all documents, and tokenising those that are pending."""
+    """That a plan takes: reading all documents, and tokenizing those that are pending."""
 
 
 def draw_sample(
     config: CaptureConfig, documents: Documents, cut: Sequencer, identity: Identity, budget: float, watch: Watch
 ) -> Sample:
-    """Read all documents, twice, and tokenise some of them.
+    """Read all documents, twice, and tokenize some of them.
 
     Args:
         config: of the capture.
         documents: its documents.
         cut: makes sequences of some documents.
         identity: of its table.
-        budget: bytes of text to tokenise, about.
+        budget: bytes of text to tokenize, about.
         watch: told of each batch of documents.
 
     Raises:

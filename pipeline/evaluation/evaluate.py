@@ -4,7 +4,6 @@ The teacher's side comes from the table: no teacher is loaded. What each student
 before the first is measured, so that one that does not fit costs no time. Never changes a table or a student.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.stream.batch import Batch
 from softlabel.pipeline.stream.holdout import Holdout
 from softlabel.pipeline.students.build import build, separates
+from softlabel.pipeline.students.record import read_record
 from softlabel.storage.errors import StudentError, UsageError
 from softlabel.storage.identity import Identity, circumstances
-from softlabel.storage.location import require_clean
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import index
 from softlabel.storage.table import Table
@@ -129,8 +128,7 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
         StudentError: if it has none, or another tokenizer or teacher.
     """
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        require_clean(provenance, folder / PROVENANCE, "take them out of that location in the file")
+        provenance = read_record(folder / PROVENANCE)
         trained_on = provenance["table"]
         records = trained_on.get("tables", [trained_on])
         made_from = [Identity.model_validate(record["identity"]) for record in records]

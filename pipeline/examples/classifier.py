@@ -22,7 +22,7 @@ import yaml
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, SequencesConfig, ShardsConfig, TeacherConfig
 from softlabel.pipeline.config.distill import DistillConfig
-from softlabel.pipeline.config.train import LossConfig, OptimiserConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.config.train import LossConfig, OptimizerConfig, StreamConfig, StudentConfig, TrainConfig
 from softlabel.pipeline.examples.language_model import atomically
 from softlabel.storage.errors import DocumentsError, SoftlabelError
 
@@ -108,8 +108,8 @@ def configs(folder: Path) -> dict[str, Settings]:
     """The settings of each step: a table of the labels, a teacher that learns them, and its student."""
     documents, columns = str(folder / "documents.parquet"), ColumnsConfig(label="kind", carry=("book",))
     sequences, shards = SequencesConfig(max_tokens=48), ShardsConfig(eval_fraction=0.25)
-    stream = StreamConfig(batch_rows=16, micro_rows=16)
-    optimiser = OptimiserConfig(epochs=3, learning_rate=5e-4, eval_steps=35)
+    stream = StreamConfig(batch_size=16, micro_batch_size=16)
+    optimizer = OptimizerConfig(num_train_epochs=3, learning_rate=5e-4, eval_steps=35)
     labels = CaptureConfig(
         documents=documents,
         table=str(folder / "labels"),
@@ -124,7 +124,7 @@ def configs(folder: Path) -> dict[str, Settings]:
         student=StudentConfig(teacher=str(folder / "encoder"), layers=(0, 2, 5)),
         loss=LossConfig(hard_weight=1.0, soft_weight=0.0),
         stream=stream,
-        optimiser=optimiser,
+        optimizer=optimizer,
     )
     distill = DistillConfig(
         documents=documents,
@@ -137,7 +137,7 @@ def configs(folder: Path) -> dict[str, Settings]:
         student=StudentConfig(layers=(0,), labels=LABELS),
         loss=LossConfig(hard_weight=0.5, soft_weight=0.5, temperature=2.0),
         stream=stream,
-        optimiser=optimiser,
+        optimizer=optimizer,
     )
     return {"labels": labels, "teacher": teacher, "distill": distill}
 

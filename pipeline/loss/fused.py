@@ -26,7 +26,7 @@ class Loss:
     """What a student is trained on, and its parts for the curves."""
 
     total: Tensor
-    """Scalar with gradient: (hard_weight x hard + soft_weight x soft) / normaliser."""
+    """Scalar with gradient: (hard_weight x hard + soft_weight x soft) / normalizer."""
     hard: Tensor
     """Scalar, detached: cross-entropy with the token that follows at temperature 1, nats, summed over positions."""
     soft: Tensor
@@ -46,7 +46,7 @@ def distillation_loss(
     vocabulary_size: int | None = None,
     soft_cap: float | None = None,
     logit_scale: float = 1.0,
-    normaliser: float | Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     recompute: bool = False,
     chunk_bytes: int | None = None,
 ) -> Loss:
@@ -68,7 +68,7 @@ def distillation_loss(
         vocabulary_size: real ids of the vocabulary, all V if left out.
         soft_cap: bound of the logits, as Gemma 2 has it.
         logit_scale: factor on the logits, as Cohere and Granite have it.
-        normaliser: what to divide by: captured positions of the global batch, all micro-batches and devices; N if None.
+        normalizer: what to divide by: captured positions of the global batch, all micro-batches and devices; N if None.
         recompute: compute gradients in the backward pass, not along with the loss: a fourth matrix product, for heads
             whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once.
         chunk_bytes: logits in memory at a time. Changes speed and memory, the result only by rounding.
@@ -100,7 +100,7 @@ def distillation_loss(
     along = torch.is_grad_enabled() and not recompute
     total, hard, soft = _FusedLoss.apply(hidden, weight, bias, problem, along)  # type: ignore[no-untyped-call]
     positions = hidden.shape[0]
-    return Loss(total / (max(positions, 1) if normaliser is None else normaliser), hard, soft, positions)
+    return Loss(total / (max(positions, 1) if normalizer is None else normalizer), hard, soft, positions)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

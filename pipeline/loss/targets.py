@@ -16,7 +16,7 @@ from softlabel.pipeline.config.train import LossConfig
 from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT, ZERO_CODE
 from softlabel.storage.errors import UsageError
 
-Target = Literal["bucket", "sampled", "renormalised", "zero_tail"]
+Target = Literal["bucket", "sampled", "renormalized", "zero_tail"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
             found="; ".join(found),
             do="set loss.target to bucket, or change what was found",
         )
-    if loss.target in ("renormalised", "zero_tail") and loss.divergence == "reverse_kl":
+    if loss.target in ("renormalized", "zero_tail") and loss.divergence == "reverse_kl":
         raise UsageError(
             f"reverse_kl to a {loss.target} target is infinite: the target is 0 outside of its head",
             expected="loss.target: auto or bucket",
@@ -173,7 +173,7 @@ def decode(
     elif max_k is not None and max_k < width:
         log_rest = torch.logaddexp(log_rest, logprobs[:, max_k:].logsumexp(1))
         ids, logprobs = ids[:, :max_k], logprobs[:, :max_k]
-    if target == "renormalised":
+    if target == "renormalized":
         logprobs = logprobs + _shift(-logprobs.logsumexp(1))
     if target != "bucket":
         log_rest = torch.full_like(log_rest, -torch.inf)

@@ -200,11 +200,11 @@ class Checkpoint:
 def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
     """The error for an implementation of attention that is not to be had for this model, here."""
     return TeacherError(
-        f"the teacher can't be loaded with teacher.attention {attention}",
+        f"the teacher can't be loaded with teacher.attn_implementation {attention}",
         expected="an implementation whose package is installed, and that the architecture has",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
-        do="install what it asks for, or leave out teacher.attention",
+        do="install what it asks for, or leave out teacher.attn_implementation",
     )
 
 

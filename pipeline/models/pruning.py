@@ -166,5 +166,5 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         expected=f"one list of {count} layers",
         found=f"none in {type(model).__name__}",
         where=model.config.name_or_path,
-        do="give the student as student.model or student.config, and leave out optimiser.sharding",
+        do="give the student as student.model or student.config, and leave out optimizer.sharding",
     )

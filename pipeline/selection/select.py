@@ -59,7 +59,7 @@ class NotADistributionError(TeacherError):
             expected="finite logits, or -inf for an id of probability 0",
             found="NaN, +inf, or nothing but -inf",
             where=f"positions {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the batch",
-            do="try teacher.dtype float32 or teacher.attention eager; if that does not help, the weights are broken",
+            do="try teacher.dtype float32 or teacher.attn_implementation eager; if both fail, the weights are broken",
         )
         self.rows = rows
 

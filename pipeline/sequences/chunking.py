@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.config.capture import SequencesConfig
 from softlabel.pipeline.documents.documents import DOCUMENT, Reject
-from softlabel.pipeline.sequences.tokenizer import Encoded, Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
 from softlabel.storage.schema import SEQUENCE
 
 _CHARACTERS = 4 << 20
-"""Characters that are tokenised at a time; what the backend returns takes some hundred times as many bytes."""
+"""Characters that are tokenized at a time; what the backend returns takes some hundred times as many bytes."""
 
 
 def to_sequences(
-    documents: pa.Table, tokeniser: Tokeniser, settings: SequencesConfig, eval_fraction: float
+    documents: pa.Table, tokenizer: DocumentTokenizer, settings: SequencesConfig, eval_fraction: float
 ) -> tuple[pa.Table, list[Reject]]:
     """The sequences of documents.
 
@@ -33,7 +33,7 @@ def to_sequences(
 
     Args:
         documents: rows of ``documents.DOCUMENT`` and any carried columns.
-        tokeniser: of the teacher.
+        tokenizer: of the teacher.
         settings: chunking.
         eval_fraction: share of the documents that goes to the eval split, by a hash of their ids.
 
@@ -44,8 +44,8 @@ def to_sequences(
     schema = row_schema_of(documents)
     tables, rejects = [schema.empty_table()], []
     for part in parts(documents):
-        encoded, refused = tokeniser.encode(part.column("content").to_pylist())
-        chunks = cut(encoded, tokeniser.prefix, settings.max_tokens, settings.context)
+        encoded, refused = tokenizer.encode(part.column("content").to_pylist())
+        chunks = cut(encoded, tokenizer.prefix, settings.max_tokens, settings.context)
         tables.append(to_rows(part, chunks, eval_fraction, schema))
         names = part.column("document_id")
         without = sorted(set(range(part.num_rows)) - set(chunks.documents.tolist()))
@@ -136,7 +136,7 @@ def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: p
 
 
 def parts(documents: pa.Table) -> Iterator[pa.Table]:
-    """Slices that can be tokenised at once: of at most ``_CHARACTERS``, or a document."""
+    """Slices that can be tokenized at once: of at most ``_CHARACTERS``, or a document."""
     sizes = pc.utf8_length(documents.column("content")).to_numpy()
     start, held = 0, 0
     for i, size in enumerate(sizes.tolist()):

@@ -56,7 +56,7 @@ class _Row(NamedTuple):
     refused: str | None = None
 
 
-class Tokeniser:
+class DocumentTokenizer:
     """The teacher's tokenizer, and how a document becomes token ids.
 
     Text gets what the tokenizer puts before a text by itself (BOS, for many), and the end-of-sequence token after its

@@ -47,7 +47,7 @@ class Batch:
     sequences: int
     """Sequences in these rows."""
     global_positions: int
-    """Captured positions of the whole optimiser step, over all ranks and micro-batches: what its loss is divided by."""
+    """Captured positions of the whole optimizer step, over all ranks and micro-batches: what its loss is divided by."""
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -132,17 +132,17 @@ class Pack(NamedTuple):
         return int(self.sequences.counts("token_ids", self.rows).sum())
 
 
-def collate(packs: Sequence[Pack], row_tokens: int | None, table: AnyTable, global_positions: int) -> Batch:
+def collate(packs: Sequence[Pack], max_length: int | None, table: AnyTable, global_positions: int) -> Batch:
     """Lay out packs as a batch.
 
     Args:
         packs: of each row; without any, the batch is one row of padding.
-        row_tokens: L; None for as many as the longest row has.
+        max_length: L; None for as many as the longest row has.
         table: what they are of.
-        global_positions: of the whole optimiser step.
+        global_positions: of the whole optimizer step.
     """
     row_ends = np.array([pack.tokens for pack in packs] or [0])
-    shape = len(row_ends), row_tokens or max(1, int(row_ends.max()))
+    shape = len(row_ends), max_length or max(1, int(row_ends.max()))
     groups = [list(group) for _, group in groupby(packs, lambda pack: id(pack.sequences))]
     whole = [Pack(group[0].sequences, np.concatenate([pack.rows for pack in group])) for group in groups]
     tokens = np.concatenate([np.zeros(0, np.int64), *(part.sequences.counts("token_ids", part.rows) for part in whole)])

@@ -115,7 +115,7 @@ class ClassBatch:
     logprobs: Tensor
     """(N, labels) float32: see ``Documents.logprobs``."""
     global_positions: int
-    """Documents of the whole optimiser step, over all ranks and micro-batches: what its loss is divided by."""
+    """Documents of the whole optimizer step, over all ranks and micro-batches: what its loss is divided by."""
 
     @property
     def positions(self) -> Tensor:
@@ -141,11 +141,12 @@ class ClassBatch:
 
 
 class ClassDataset(IterableDataset[ClassBatch]):
-    """One rank's share of a split's documents, from an optimiser step on.
+    """One rank's share of a split's documents, from an optimizer step on.
 
     Every document comes exactly once an epoch, in an order that ``stream.seed`` and the epoch alone decide. A step
-    takes the next ``stream.batch_rows`` documents (fewer at an epoch's end) and deals them out to the ranks one by one;
-    each rank yields ``accumulation`` batches of ``stream.micro_rows`` at most, empty ones if it has no document left.
+    takes the next ``stream.batch_size`` documents (fewer at an epoch's end) and deals them out to the ranks one by one;
+    each rank yields ``accumulation`` batches of ``stream.micro_batch_size`` at most, empty ones if it has no document
+    left.
 
     Args:
         documents: of the split.
@@ -155,7 +156,7 @@ class ClassDataset(IterableDataset[ClassBatch]):
         world_size: how many ranks share the documents.
         start: where to begin: what ``state`` said of the run that is resumed.
         epochs: passes over the split, those before ``start`` included.
-        max_steps: optimiser steps instead, those before ``start`` included.
+        max_steps: optimizer steps instead, those before ``start`` included.
     """
 
     def __init__(
@@ -176,30 +177,30 @@ class ClassDataset(IterableDataset[ClassBatch]):
         self._rank = rank
         self._world_size = world_size
         self._start = start or Cursor()
-        self._per_epoch = -(-len(documents.tokens) // stream.batch_rows)
+        self._per_epoch = -(-len(documents.tokens) // stream.batch_size)
         self.total_steps = max_steps or math.ceil(epochs * self._per_epoch)
-        """Optimiser steps of the whole run, those before ``start`` included."""
+        """Optimizer steps of the whole run, those before ``start`` included."""
 
     @property
     def accumulation(self) -> int:
-        """Batches that each rank yields an optimiser step."""
-        return accumulation(self._stream.batch_rows, self._world_size, self._stream.micro_rows)
+        """Batches that each rank yields an optimizer step."""
+        return accumulation(self._stream.batch_size, self._world_size, self._stream.micro_batch_size)
 
     def state(self, step: int) -> Cursor:
-        """Where a run is that has done so many optimiser steps."""
+        """Where a run is that has done so many optimizer steps."""
         epoch, done = divmod(max(step, 1) - 1, self._per_epoch)
-        packs = min((done + 1) * self._stream.batch_rows, len(self._documents.tokens))
+        packs = min((done + 1) * self._stream.batch_size, len(self._documents.tokens))
         return Cursor(step, epoch, packs if step else 0)
 
     def __iter__(self) -> Iterator[ClassBatch]:
-        size, micro_rows = self._stream.batch_rows, self._stream.micro_rows
+        size, micro_batch_size = self._stream.batch_size, self._stream.micro_batch_size
         for step in range(self._start.step, self.total_steps):
             epoch, place = divmod(step, self._per_epoch)
             if place == 0 or step == self._start.step:
                 order = _order(len(self._documents.tokens), self._stream.seed, epoch)
             first, last = place * size, min((place + 1) * size, len(order))
             for micro in range(self.accumulation):
-                mine = share(first, last, self._rank, self._world_size, micro_rows, micro)
+                mine = share(first, last, self._rank, self._world_size, micro_batch_size, micro)
                 yield self._documents.batch(order[list(mine)].tolist(), self._pad, last - first)
 
 

@@ -33,10 +33,10 @@ class SoftLabelDataset(IterableDataset[Batch]):
     Every sequence comes exactly once an epoch (from a view with weights, as often as ``epoch_plan.occurrences`` says),
     over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and the epoch
     alone decide; ``epoch_plan.plan_epoch`` says what shuffling does. A pack is what a training row holds:
-    as many sequences as have room or, without ``stream.packing``, a single one. An optimiser step takes the plan's
-    next ``stream.batch_rows`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
-    yields ``accumulation`` batches a step, of ``stream.micro_rows`` rows at most. A rank that has no pack left for a
-    batch yields one row of padding without captured positions, so that all ranks make equally many passes.
+    as many sequences as have room or, without ``stream.packing``, a single one. An optimizer step takes the plan's
+    next ``stream.batch_size`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
+    yields ``accumulation`` batches a step, of ``stream.micro_batch_size`` rows at most. A rank that has no pack left
+    for a batch yields one row of padding without captured positions, so that all ranks make equally many passes.
 
     Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
     DataLoader asks for them: their number changes nothing but the speed. Where a table is in a bucket, they need
@@ -52,7 +52,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         world_size: how many ranks share the packs.
         start: where to begin: what ``state`` said of the run that is resumed.
         epochs: passes over the split, those before ``start`` included.
-        max_steps: optimiser steps instead, those before ``start`` included.
+        max_steps: optimizer steps instead, those before ``start`` included.
 
     Raises:
         UsageError: if the split is empty, or a sequence is longer than a row.
@@ -75,7 +75,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         assert 0 <= rank < world_size, "ranks are numbered from 0"
         self._table = table
         self._stream = stream
-        self._row_tokens = stream.row_tokens if stream.packing else None
+        self._row_tokens = stream.max_length if stream.packing else None
         self._shuffle = shuffle
         self._rank = rank
         self._world_size = world_size
@@ -86,16 +86,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
         self._plans: dict[int, Plan] = {}
         self._packs: dict[int, int] = {}
         self.total_steps = self._steps_of(epochs) if max_steps is None else max_steps
-        """Optimiser steps of the whole run, those before ``start`` included."""
+        """Optimizer steps of the whole run, those before ``start`` included."""
         self._require_steps(epochs)
 
     @property
     def accumulation(self) -> int:
-        """Batches that each rank yields an optimiser step."""
-        return accumulation(self._stream.batch_rows, self._world_size, self._stream.micro_rows)
+        """Batches that each rank yields an optimizer step."""
+        return accumulation(self._stream.batch_size, self._world_size, self._stream.micro_batch_size)
 
     def state(self, step: int) -> Cursor:
-        """Where a run is that has done so many optimiser steps, those before ``start`` included.
+        """Where a run is that has done so many optimizer steps, those before ``start`` included.
 
         It follows from the steps that were trained on alone, so that batches read ahead are never lost.
         """
@@ -104,7 +104,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         while True:
             packs, steps = self._packs_in(cursor.epoch), step - cursor.step
             if steps <= self._steps_left(cursor):
-                return Cursor(step, cursor.epoch, min(packs, cursor.packs + steps * self._stream.batch_rows))
+                return Cursor(step, cursor.epoch, min(packs, cursor.packs + steps * self._stream.batch_size))
             cursor = Cursor(cursor.step + self._steps_left(cursor), cursor.epoch + 1)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -120,16 +120,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
                         yield self._batch(step, micro, positions, windows)
 
     def _batch(self, step: "_Step", micro: int, global_positions: int, windows: "_Windows") -> Batch:
-        mine = share(step.first, step.last, self._rank, self._world_size, self._stream.micro_rows, micro)
+        mine = share(step.first, step.last, self._rank, self._world_size, self._stream.micro_batch_size, micro)
         packs = [windows.get(step.epoch, step.plan, step.plan.window_of(pack)).pack(step.plan, pack) for pack in mine]
         return collate(packs, self._row_tokens, self._table, global_positions)
 
     def _steps(self) -> Iterator["_Step"]:
-        """The optimiser steps from the start on."""
+        """The optimizer steps from the start on."""
         cursor = self._start
         while cursor.step < self.total_steps:
             plan = self._plan(cursor.epoch)
-            first, last = cursor.packs, min(plan.packs, cursor.packs + self._stream.batch_rows)
+            first, last = cursor.packs, min(plan.packs, cursor.packs + self._stream.batch_size)
             if first < last:
                 yield _Step(cursor.epoch, plan, first, last)
                 cursor = Cursor(cursor.step + 1, cursor.epoch, last)
@@ -144,11 +144,11 @@ class SoftLabelDataset(IterableDataset[Batch]):
         if cursor.epoch > whole or epochs == whole:
             return cursor.step
         part = math.ceil((epochs - whole) * self._packs_in(whole)) - cursor.packs
-        return cursor.step + max(0, math.ceil(part / self._stream.batch_rows))
+        return cursor.step + max(0, math.ceil(part / self._stream.batch_size))
 
     def _steps_left(self, cursor: Cursor) -> int:
         """Steps from a cursor to the end of its epoch."""
-        return math.ceil((self._packs_in(cursor.epoch) - cursor.packs) / self._stream.batch_rows)
+        return math.ceil((self._packs_in(cursor.epoch) - cursor.packs) / self._stream.batch_size)
 
     def _packs_in(self, epoch: int) -> int:
         if epoch not in self._packs:
@@ -182,28 +182,28 @@ class SoftLabelDataset(IterableDataset[Batch]):
                 do="capture more documents; shards.eval_fraction says how many of them go to eval",
             )
         longest = int(self._index.tokens.max())
-        if longest > self._stream.row_tokens:
+        if longest > self._stream.max_length:
             raise UsageError(
                 "sequences of the table are longer than a training row, and they are never cut",
-                expected=f"stream.row_tokens: at least {longest}",
-                found=f"stream.row_tokens: {self._stream.row_tokens}",
+                expected=f"stream.max_length: at least {longest}",
+                found=f"stream.max_length: {self._stream.max_length}",
                 where=self._table.location,
-                do=f"set stream.row_tokens to {longest} or more, or capture with a smaller sequences.max_tokens",
+                do=f"set stream.max_length to {longest} or more, or capture with a smaller sequences.max_tokens",
             )
 
     def _require_steps(self, epochs: float) -> None:
         if self.total_steps == 0:
             raise UsageError(
                 "there is nothing to train on in so few passes: of a view, tables of a small weight come in some alone",
-                expected="at least one optimiser step",
-                found=f"none in optimiser.epochs: {epochs:g}",
+                expected="at least one optimizer step",
+                found=f"none in optimizer.num_train_epochs: {epochs:g}",
                 where=self._table.location,
-                do="set optimiser.epochs higher, or give the view's tables larger weights",
+                do="set optimizer.num_train_epochs higher, or give the view's tables larger weights",
             )
 
 
 class _Step(NamedTuple):
-    """One optimiser step: the packs from ``first`` up to, not including, ``last``."""
+    """One optimizer step: the packs from ``first`` up to, not including, ``last``."""
 
     epoch: int
     plan: Plan

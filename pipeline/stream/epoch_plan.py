@@ -21,7 +21,7 @@ class Cursor:
     """How far a student has come; all that a resumed run needs, whatever its number of ranks or its batch size."""
 
     step: int = 0
-    """Optimiser steps done since the first epoch began."""
+    """Optimizer steps done since the first epoch began."""
     epoch: int = 0
     """The epoch that the last of them was of, from 0."""
     packs: int = 0
@@ -65,7 +65,7 @@ class Plan:
 def plan_epoch(
     lengths: NDArray[np.int32],
     group_starts: Ints,
-    row_tokens: int | None,
+    max_length: int | None,
     window_tokens: int,
     *,
     seed: int,
@@ -84,9 +84,9 @@ def plan_epoch(
     each of which has a place of its own in the epoch.
 
     Args:
-        lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``row_tokens``.
+        lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``max_length``.
         group_starts: (row groups + 1,) the first sequence of each row group, and the number of sequences.
-        row_tokens: tokens of a training row; None for a row, and so a pack, of its own for each sequence.
+        max_length: tokens of a training row; None for a row, and so a pack, of its own for each sequence.
         window_tokens: tokens among which sequences are mixed and packed.
         seed: of the order.
         epoch: which pass this is, from 0.
@@ -104,7 +104,7 @@ def plan_epoch(
         members = np.concatenate([np.arange(0), *groups[first:last]])
         if shuffle:
             members = members[draw.permutation(len(members), 2 * number + 1)]
-        packs = np.arange(len(members)) if row_tokens is None else best_fit(lengths[members], row_tokens)
+        packs = np.arange(len(members)) if max_length is None else best_fit(lengths[members], max_length)
         if shuffle:
             # Best fit opens the packs of the longest first; without this, every window would begin with them.
             packs = draw.permutation(packs.max(initial=-1) + 1, 2 * number + 2)[packs]
@@ -171,12 +171,12 @@ def best_fit(lengths: NDArray[np.int32], capacity: int) -> Ints:
     return renumbered
 
 
-def accumulation(batch_rows: int, world_size: int, micro_rows: int) -> int:
-    """Micro-batches that each rank makes of its share of ``batch_rows`` packs."""
-    return math.ceil(math.ceil(batch_rows / world_size) / micro_rows)
+def accumulation(batch_size: int, world_size: int, micro_batch_size: int) -> int:
+    """Micro-batches that each rank makes of its share of ``batch_size`` packs."""
+    return math.ceil(math.ceil(batch_size / world_size) / micro_batch_size)
 
 
-def share(first: int, last: int, rank: int, world_size: int, micro_rows: int, micro: int) -> range:
+def share(first: int, last: int, rank: int, world_size: int, micro_batch_size: int, micro: int) -> range:
     """Packs of one rank's micro-batch: the global batch is dealt out pack by pack, then cut into micro-batches.
 
     Args:
@@ -184,10 +184,10 @@ def share(first: int, last: int, rank: int, world_size: int, micro_rows: int, mi
         last: the pack after its last.
         rank: whose share.
         world_size: how many share.
-        micro_rows: packs of a micro-batch.
+        micro_batch_size: packs of a micro-batch.
         micro: which micro-batch; the range is empty where a short batch has none left.
     """
-    return range(first + rank, last, world_size)[micro * micro_rows : (micro + 1) * micro_rows]
+    return range(first + rank, last, world_size)[micro * micro_batch_size : (micro + 1) * micro_batch_size]
 
 
 def _longest_first(lengths: NDArray[np.int32]) -> tuple[list[int], list[int]]:

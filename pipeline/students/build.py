@@ -199,7 +199,7 @@ def _sees(model: PreTrainedModel, positions: Tensor, states: slice, tokens: slic
         with torch.enable_grad():
             ids = torch.arange(len(positions), device=device)[None]
             seen = hidden_states(model.eval(), ids, positions[None].to(device))[0, states]
-            # Of normalised states, sums and squares are constant: each counts as another number says.
+            # Of normalized states, sums and squares are constant: each counts as another number says.
             some = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen).sin()
             (gradient,) = torch.autograd.grad((seen.float() * some).sum(), embedded[0])
     finally:

@@ -88,11 +88,11 @@ def _require_labels(config: StudentConfig, origin: Origin) -> None:
 
 
 def _require_class_settings(config: TrainConfig) -> None:
-    if config.student.lora_rank is not None:
+    if config.student.lora_r is not None:
         raise UsageError(
             "adapters are for language models",
-            expected="no student.lora_rank: a classifier's head is new, and has to be trained whole",
-            found=f"student.lora_rank: {config.student.lora_rank}",
+            expected="no student.lora_r: a classifier's head is new, and has to be trained whole",
+            found=f"student.lora_r: {config.student.lora_r}",
             do="leave it out",
         )
     found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []

@@ -25,9 +25,9 @@ from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.model_card import model_card
 from softlabel.pipeline.students.origin import Origin, Teacher
+from softlabel.pipeline.students.record import flatten, read_record, settings_of
 from softlabel.pipeline.students.source import Source
 from softlabel.storage.errors import TrainingError, UsageError
-from softlabel.storage.location import require_clean
 from softlabel.storage.table import Table
 from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
@@ -37,12 +37,12 @@ RUN = "run.json"
 _FREE = {
     *("output", "table", "student.revision"),  # table and source are compared by what is in them
     *(
-        "stream.micro_rows",
-        "optimiser.device",
-        "optimiser.processes",
-        "optimiser.sharding",
-        "optimiser.checkpoint_steps",
-        "optimiser.gradient_checkpointing",
+        "stream.micro_batch_size",
+        "optimizer.device",
+        "optimizer.processes",
+        "optimizer.sharding",
+        "optimizer.save_steps",
+        "optimizer.gradient_checkpointing",
     ),
 }
 """Settings that say where and how fast a student is trained, and do not change what it becomes."""
@@ -76,7 +76,7 @@ class StudentFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """What the finished student's softlabel.json says."""
-        return read_record(self.path / "softlabel.json")
+        return _record_at(self.path / "softlabel.json")
 
     def open_table(self, config: TrainConfig) -> AnyTable:
         """The table that this run reads: the version that an unfinished run began with, or the one asked for.
@@ -173,11 +173,12 @@ class StudentFolder:
     def _unfinished(self) -> dict[str, Any] | None:
         """What the last whole checkpoint says of its run."""
         checkpoint = self.checkpoint
-        return read_record(checkpoint / RUN) if checkpoint else None
+        return _record_at(checkpoint / RUN) if checkpoint else None
 
     def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
-        before, now = _flatten(recorded["config"]), _flatten(config.model_dump(mode="json"))
-        names = [name for name in before if name in now and name not in _FREE and before[name] != now[name]]
+        where = self.path if self.finished() is not None else self.run
+        before, now = (flatten(each.model_dump(mode="json")) for each in (settings_of(recorded, where), config))
+        names = [name for name in now if name not in _FREE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
         if "source" not in recorded:
             differences.append("an earlier version of softlabel made it, which did not say from which files")
@@ -216,7 +217,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps that a checkpoint's run had done."""
+    """Optimizer steps that a checkpoint's run had done."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -255,22 +256,9 @@ def table_record(table: AnyTable) -> dict[str, Any]:
     }
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a student's softlabel.json, or a checkpoint's run.json, says; None if there is none.
-
-    Raises:
-        UsageError: if one of its locations holds credentials.
-    """
+def _record_at(path: Path) -> dict[str, Any] | None:
+    """A record; None if there is none."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_record(path)
     except FileNotFoundError:
         return None
-    require_clean(record, path, "take them out of that location in the file")
-    return record
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

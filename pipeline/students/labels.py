@@ -92,7 +92,7 @@ class LabelMap:
             logprobs: (N, classes) nats.
 
         Returns:
-            (N, labels) nats, renormalised; all NaN where no class with any probability has a label. And (N,) the mass
+            (N, labels) nats, renormalized; all NaN where no class with any probability has a label. And (N,) the mass
             that is left out.
         """
         members, probabilities = np.array(self.members), np.exp(logprobs.astype(np.float64))

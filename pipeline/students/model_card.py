@@ -55,8 +55,8 @@ def _origin(student: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     for name in ("layers", "depth", "intermediate_size", "labels"):
         if student[name]:
             named += f", {name.replace('_', ' ')} {_in_words(student[name])}"
-    if student["lora_rank"] is not None:
-        named += f", LoRA of rank {student['lora_rank']}, alpha {student['lora_alpha']:g}"
+    if student["lora_r"] is not None:
+        named += f", LoRA of rank {student['lora_r']}, alpha {student['lora_alpha']:g}"
     return named
 
 

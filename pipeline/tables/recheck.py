@@ -204,7 +204,7 @@ def _require_distributions(rows: pa.Table, *asked: dict[int, Account]) -> None:
             expected="finite logits (-inf for an id of probability 0)",
             found=f"NaN, +inf, or nothing but -inf, in {len(found)} of {len(rows)} sequences",
             where=f"document {', '.join(names[:_SHOWN])}",
-            do="see if it can be run here at all: try another teacher.device or teacher.attention",
+            do="see if it can be run here at all: try another teacher.device or teacher.attn_implementation",
         )
 
 

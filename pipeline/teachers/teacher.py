@@ -75,7 +75,7 @@ class TransformersTeacher:
         self.checkpoint = checkpoint or Checkpoint.find(config)
         self.vocabulary = self.checkpoint.vocabulary
         self.device = device(config.device)
-        self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attention)
+        self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attn_implementation)
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (self._model.dtype.itemsize * self.checkpoint.padded_vocabulary))
@@ -134,7 +134,7 @@ class TransformersTeacher:
                 expected=f"logits of {_PROBE} tokens",
                 found=f"{type(error).__name__}: {first_line(error)}",
                 where=self.checkpoint.folder,
-                do="try another teacher.dtype, teacher.attention or teacher.device",
+                do="try another teacher.dtype, teacher.attn_implementation or teacher.device",
             ) from error
         apart = (one - two).square().mean(1).sqrt()
         if apart[:-1].max() > _LEAK * apart[-1]:

@@ -19,7 +19,7 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
 
     Args:
         student: a causal language model; its head is left alone.
-        config: with ``lora_rank``.
+        config: with ``lora_r``.
 
     Returns:
         What merges the adapters into the weights, once they are trained.
@@ -30,24 +30,24 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise _missing("student.lora_rank", "peft", "adapters") from None
+        raise _missing("student.lora_r", "peft", "adapters") from None
     head = student.get_output_embeddings()
     linear = [name for name, part in student.named_modules() if isinstance(part, nn.Linear | Conv1D) and part != head]
     # peft passes over names that it does not find; and it would adapt a head, whose weights the loss takes as they are.
-    unknown = [name for name in config.lora_targets if not any(f".{layer}".endswith(f".{name}") for layer in linear)]
+    unknown = [
+        name for name in config.lora_target_modules if not any(f".{layer}".endswith(f".{name}") for layer in linear)
+    ]
     if unknown:
         raise UsageError(
             "the student has no such layers to adapt",
             expected="names of linear layers other than the head: "
             + ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})),
-            found=f"student.lora_targets: {' '.join(unknown)}",
+            found=f"student.lora_target_modules: {' '.join(unknown)}",
             where=student.config.name_or_path,
             do="leave it out to adapt every linear layer but the head",
         )
-    targets = list(config.lora_targets) or "all-linear"
-    adapted = get_peft_model(
-        student, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
-    )
+    targets = list(config.lora_target_modules) or "all-linear"
+    adapted = get_peft_model(student, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets))
     return lambda: adapted.merge_and_unload() and None
 
 
@@ -60,9 +60,9 @@ def use_liger(student: PreTrainedModel) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError:
-        raise _missing("optimiser.liger", "liger-kernel", "liger") from None
+        raise _missing("optimizer.use_liger_kernel", "liger-kernel", "liger") from None
     if not torch.cuda.is_available():
-        raise UsageError("Liger's kernels need a GPU", found="none", do="leave out optimiser.liger")
+        raise UsageError("Liger's kernels need a GPU", found="none", do="leave out optimizer.use_liger_kernel")
     _apply_liger_kernel_to_instance(model=student, cross_entropy=False, fused_linear_cross_entropy=False)
 
 

@@ -54,13 +54,13 @@ class Classification(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             # The logits are there already: they go through a head that changes nothing.
             hard = distillation_loss(
-                logits[known], self.same, batch.labels[known], None, hard_loss, normaliser=documents
+                logits[known], self.same, batch.labels[known], None, hard_loss, normalizer=documents
             )
             total, soft_part = hard.total, torch.zeros_like(hard.soft)
             if soft_loss.soft_weight:
                 targets = _targets(batch.logprobs[taught], soft_loss.temperature)
                 nothing = batch.labels[taught].clamp(min=0)
-                soft = distillation_loss(logits[taught], self.same, nothing, targets, soft_loss, normaliser=documents)
+                soft = distillation_loss(logits[taught], self.same, nothing, targets, soft_loss, normalizer=documents)
                 total, soft_part = total + soft.total, soft.soft
         # Every parameter has a gradient, of 0 if there is nothing to learn: ranks wait for each other's.
         return total + 0 * logits.sum(), torch.stack([hard.hard, soft_part]).float() / documents

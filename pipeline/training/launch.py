@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from softlabel.pipeline.config.train import OptimiserConfig, TrainConfig
+from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.processes import Child, ChildDiedError, listen
 from softlabel.pipeline.progress import Progress, Watch
@@ -29,7 +29,7 @@ _ELSEWHERE = {"MASTER_ADDR", "MASTER_PORT", "NCCL_COMM_ID"}
 """Where another launcher's ranks would meet."""
 
 
-def on_cpu(settings: OptimiserConfig) -> bool:
+def on_cpu(settings: OptimizerConfig) -> bool:
     """Whether the CPU is asked for; otherwise each rank takes the GPU that has its local rank.
 
     Raises:
@@ -39,14 +39,14 @@ def on_cpu(settings: OptimiserConfig) -> bool:
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise UsageError(
             f"a student can't be trained on {name!r} here",
-            expected="optimiser.device: auto, cpu, or cuda where there is a GPU",
-            found=f"optimiser.device: {name}, {torch.cuda.device_count()} GPUs",
-            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, optimiser.processes says how many train",
+            expected="optimizer.device: auto, cpu, or cuda where there is a GPU",
+            found=f"optimizer.device: {name}, {torch.cuda.device_count()} GPUs",
+            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, optimizer.processes says how many train",
         )
     return name == "cpu" or not torch.cuda.is_available()
 
 
-def to_start(settings: OptimiserConfig) -> int:
+def to_start(settings: OptimizerConfig) -> int:
     """How many processes this one has to start; 0 if it trains itself, as a rank or alone.
 
     Raises:
@@ -59,14 +59,14 @@ def to_start(settings: OptimiserConfig) -> int:
     if gpus is not None and wanted > gpus:
         raise UsageError(
             "there is not a GPU for each process",
-            expected=f"optimiser.processes: at most {gpus}",
-            found=f"optimiser.processes: {wanted}",
-            do="leave it out to use every GPU, or train on the CPU with optimiser.device cpu",
+            expected=f"optimizer.processes: at most {gpus}",
+            found=f"optimizer.processes: {wanted}",
+            do="leave it out to use every GPU, or train on the CPU with optimizer.device cpu",
         )
     return wanted if wanted > 1 else 0
 
 
-def join(rendezvous: str, settings: OptimiserConfig) -> None:
+def join(rendezvous: str, settings: OptimizerConfig) -> None:
     """In a rank: meet the others at a file, where torch by itself would open a port to everybody.
 
     Args:

@@ -76,7 +76,7 @@ class Distillation(nn.Module):
             vocabulary_size=len(self.vocabulary),
             soft_cap=head.soft_cap,
             logit_scale=head.scale,
-            normaliser=positions,
+            normalizer=positions,
         )
         return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
 
@@ -115,5 +115,5 @@ def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
         raise
     except TableError:
         return []
-    batches = holdout.batches(stream.row_tokens, stream.packing)
-    return list(islice(batches, max(1, EVAL_TOKENS // stream.row_tokens)))
+    batches = holdout.batches(stream.max_length, stream.packing)
+    return list(islice(batches, max(1, EVAL_TOKENS // stream.max_length)))

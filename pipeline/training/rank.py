@@ -27,7 +27,7 @@ def main() -> None:
         from softlabel.pipeline.training.train import train
 
         config = TrainConfig.model_validate_json(settings)
-        join(rendezvous, config.optimiser)
+        join(rendezvous, config.optimizer)
         tell("report", train(config, partial(tell, "progress")))
     except Exception as error:
         traceback.print_exc()

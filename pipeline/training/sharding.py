@@ -78,14 +78,14 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own.copy_(_like(tensors[name], own))
 
 
-def load_optimiser(optimiser: Any, state: dict[str, Any]) -> None:
-    """Give an optimiser a copy of what its ``gathered`` state was; each rank takes its share."""
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Give an optimizer a copy of what its ``gathered`` state was; each rank takes its share."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: _like(value, parameters[number]).clone() for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    optimiser.load_state_dict({**state, "state": moments})
+    optimizer.load_state_dict({**state, "state": moments})
 
 
 def unshard(model: nn.Module) -> None:

@@ -58,7 +58,7 @@ class TrainReport:
     table: str
     """TABLE@version."""
     steps: int
-    """Optimiser steps that the student's weights have had."""
+    """Optimizer steps that the student's weights have had."""
     stopped_at: int
     """Last step of the run; later than steps if the best weights are kept."""
     steps_trained: int
@@ -88,10 +88,10 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     """
     began = time.monotonic()
     folder = StudentFolder(Path(config.output).absolute())
-    processes = to_start(config.optimiser)
+    processes = to_start(config.optimizer)
     if processes and folder.finished() is None:
         return TrainReport(**train_by(processes, config, watch))
-    ranks = PartialState(cpu=on_cpu(config.optimiser))
+    ranks = PartialState(cpu=on_cpu(config.optimizer))
     with alone(folder.path) if ranks.is_main_process else nullcontext():
         return _train(config, folder, watch, began)
 
@@ -112,10 +112,10 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     source = Source.find(config.student, origin)
     folder.require_source(source)
     record = run_record(config, table, source, target)
-    set_seed(config.optimiser.seed)
+    set_seed(config.optimizer.seed)
     student = _student(config, table, source)
-    merge = adapt(student, config.student) if config.student.lora_rank else None
-    if config.optimiser.liger:
+    merge = adapt(student, config.student) if config.student.lora_r else None
+    if config.optimizer.use_liger_kernel:
         use_liger(student)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
@@ -191,12 +191,12 @@ def _trainer(
     start: Cursor,
     watch: Watch,
 ) -> DistillationTrainer:
-    ranks, settings = PartialState(), config.optimiser
+    ranks, settings = PartialState(), config.optimizer
     dataset = lesson.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
         start=start,
-        epochs=settings.epochs,
+        epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
     )
     if settings.gradient_checkpointing:
@@ -209,15 +209,17 @@ def _trainer(
         max_steps=dataset.total_steps,
         gradient_accumulation_steps=dataset.accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=round(settings.warmup * dataset.total_steps),
+        lr_scheduler_type="constant_with_warmup"
+        if settings.lr_scheduler_type == "constant"
+        else settings.lr_scheduler_type,
+        warmup_steps=round(settings.warmup_ratio * dataset.total_steps),
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_gradient_norm,
+        max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         use_cpu=on_cpu(settings),
         seed=settings.seed,
         save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
+        save_steps=settings.save_steps,
         eval_strategy="steps" if lesson.evaluation else "no",
         eval_steps=settings.eval_steps,
         eval_on_start=bool(lesson.evaluation) and start.step == 0,
@@ -231,10 +233,10 @@ def _trainer(
     arguments._n_gpu = min(
         arguments.n_gpu, 1
     )  # several GPUs are softlabel.pipeline.training.launch' business, never nn.DataParallel's
-    if not lesson.evaluation and (settings.keeps_best or settings.patience is not None):
+    if not lesson.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
         raise UsageError(
             "nothing is held out that could say which weights are the best, or when to stop",
-            expected="an eval split, or neither optimiser.patience nor optimiser.keep best",
+            expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
             found=f"no sequence in the eval split of version {record['table']['version']}",
             where=record["table"]["location"],
             do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",

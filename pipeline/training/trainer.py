@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from softlabel.pipeline.config.train import OptimiserConfig
+from softlabel.pipeline.config.train import OptimizerConfig
 from softlabel.pipeline.models.loading import finite
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.stream.epoch_plan import Cursor
@@ -35,7 +35,7 @@ from softlabel.pipeline.training.objective import Lesson
 from softlabel.pipeline.training.sharding import (
     gathered,
     is_sharded,
-    load_optimiser,
+    load_optimizer,
     load_weights,
     reshard,
     weights,
@@ -67,7 +67,7 @@ def drop_superseded(run: Path, history: History) -> None:
         shutil.rmtree(superseded)
 
 
-_WEIGHTS, _OPTIMISER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
+_WEIGHTS, _OPTIMIZER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
 
 
@@ -80,7 +80,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dataset: this rank's batches, from the step on at which training begins.
         run: folder that whole checkpoints are moved to.
         record: what each checkpoint says of its run.
-        optimiser: when to stop, and which weights to keep.
+        optimizer: when to stop, and which weights to keep.
         watch: told of each step.
     """
 
@@ -91,7 +91,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         dataset: Any,
         run: Path,
         record: Mapping[str, Any],
-        optimiser: OptimiserConfig,
+        optimizer: OptimizerConfig,
         watch: Watch,
     ) -> None:
         super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_Flow(watch))
         self._run = run
         self._record = record
-        self._optimiser = optimiser
+        self._optimizer = optimizer
         self._loss: Any = lesson.module.loss
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
@@ -146,8 +146,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             expected="a finite loss, finite gradients and finite weights",
             found=found,
             where=f"step {step} of {self.state.max_steps}",
-            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimiser.learning_rate "
-            "lower or optimiser.warmup longer, and train into another folder",
+            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimizer.learning_rate "
+            "lower or optimizer.warmup_ratio longer, and train into another folder",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -179,14 +179,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _keep_or_stop(self) -> None:
         """What follows from the evaluations so far, which the log has: so a resumed run decides as the first did."""
         history, step = self.state.log_history, self.state.global_step
-        if self._optimiser.keeps_best and best_step(history) == step:
+        if self._optimizer.keeps_best and best_step(history) == step:
             unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
             self.save_model(str(unfinished))
             if self.args.should_save:
                 shutil.rmtree(best, ignore_errors=True)
                 unfinished.rename(best)
                 drop_superseded(self._run, history)
-        patience = self._optimiser.patience
+        patience = self._optimizer.early_stopping_patience
         if patience is not None and evaluations_since_best(history) >= patience:
             self.control.should_training_stop = True
             self.control.should_save = False  # the finished student is saved instead
@@ -198,7 +198,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             TrainingError: if they are no numbers.
         """
         step: int = self.state.global_step
-        if self._optimiser.keeps_best:
+        if self._optimizer.keeps_best:
             step = best_step(self.state.log_history)
             self.accelerator.wait_for_everyone()
             load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
@@ -216,7 +216,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             written.rename(self._run / written.name)
             for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
-            if self._optimiser.keeps_best:
+            if self._optimizer.keeps_best:
                 drop_superseded(self._run, self.state.log_history)
         self.accelerator.wait_for_everyone()
 
@@ -236,7 +236,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = gathered(self.optimizer.state_dict())
         if self.args.should_save:
-            torch.save(state, Path(output_dir, _OPTIMISER))
+            torch.save(state, Path(output_dir, _OPTIMIZER))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -244,8 +244,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint, _OPTIMISER), map_location="cpu", weights_only=True, mmap=True)
-            load_optimiser(self.optimizer, state)
+            state = torch.load(Path(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True, mmap=True)
+            load_optimizer(self.optimizer, state)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -261,7 +261,7 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
         self._details: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # optimiser.checkpoint_steps as they are now, not in the checkpoint
+        state.compute_steps(args, state.max_steps)  # optimizer.save_steps as they are now, not in the checkpoint
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps

@@ -1,6 +1,6 @@
 """What ``softlabel estimate`` says, beside what the capture then gives: SmolLM2 over some of the demo's documents.
 
-``python -m tests.benchmarks.estimate`` prints one table. The estimate tokenises some of the text and runs the teacher
+``python -m tests.benchmarks.estimate`` prints one table. The estimate tokenizes some of the text and runs the teacher
 over a few of the batches; the capture is a real one, from reading the documents to the last commit, with the teacher
 loaded anew. Both are on whatever this machine has, one after the other: seconds can be compared if nothing else is
 at work. It ends with an error if a number is further off than ``BOUNDS`` allows.
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=int, default=24, help="of the demo's")
     parser.add_argument("--batches", type=int, default=3, help="that the estimate runs the teacher over")
-    parser.add_argument("--megabytes", type=float, default=0.03, help="of text that the estimate tokenises")
+    parser.add_argument("--megabytes", type=float, default=0.03, help="of text that the estimate tokenizes")
     given = parser.parse_args()
     prepare_teacher(TEACHER)
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +64,7 @@ def main() -> None:
             },
             folder / "table",
         )
-    print(f"{found.tokenised:.0%} of the text tokenised, {found.sampled_positions:,} positions by the teacher", end="")
+    print(f"{found.tokenized:.0%} of the text tokenized, {found.sampled_positions:,} positions by the teacher", end="")
     print(f" on {found.device}; seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in vars(found.seconds).items()))
     print(f"\n{'':<12}{'estimate':>12}{'capture':>12}{'error':>9}{'bound':>8}")
     for each in numbers:

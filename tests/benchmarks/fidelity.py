@@ -114,13 +114,13 @@ def dense_kl(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
 
 def train(student: PreTrainedModel, text: Text) -> None:
     """One pass, a sequence a step, on the dense KL, so that no selection has shaped the student."""
-    optimiser = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.0)
     for step, one in enumerate(text.one_by_one(), 1):
         loss = dense_kl(states(student, one), output_head(student).weight, one.logits) / len(one.next_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         say(f"the student is trained: step {step} of {TRAINED}, KL {loss:.2f}")
 
 
@@ -246,7 +246,7 @@ def measure(
     vocabulary = torch.tensor(table.vocabulary)
     held = f"{labels.head_counts.mean():5.1f}{labels.tail_counts.mean():6.1f}"
     held += f"{1 - np.exp(labels.tail_log_masses[0], dtype=np.float64).mean():8.3f}"
-    targets: tuple[Target, ...] = ("renormalised", "zero_tail", "bucket") if config.top_k else ("sampled",)
+    targets: tuple[Target, ...] = ("renormalized", "zero_tail", "bucket") if config.top_k else ("sampled",)
     for target in targets:
         gradients = (
             student.sparse(

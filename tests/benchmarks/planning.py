@@ -3,12 +3,12 @@
 ``python -m tests.benchmarks.planning`` makes 10^3 to 10^6 small documents and runs over them, with SmolLM2's tokenizer
 (unpacked to .demo/teacher):
 
-    plan       find out what there is to do: read, tokenise, cut, compare
+    plan       find out what there is to do: read, tokenize, cut, compare
     capture    the whole of it, from the plan to the last commit, by a teacher that takes no time: it says one id a
                position, the same everywhere (what a real one takes, ``tests.benchmarks.capture`` shows)
     nightly    the same again with ten documents more
 
-Each runs in a process of its own, whose peak memory is shown; how much was tokenised is counted in the tokeniser.
+Each runs in a process of its own, whose peak memory is shown; how much was tokenized is counted in the tokenizer.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.sequences.tokenizer import Encoded, Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
 from softlabel.pipeline.teachers.classifier import LabelTeacher
 from softlabel.storage.codec import SoftLabels
 from tests import memory
@@ -66,7 +66,7 @@ def main() -> None:
     sizes = parser.parse_args().documents
     teacher = Path(".demo/teacher")
     prepare_teacher(teacher)
-    columns = f"{'tokenised':>10}{'seconds':>9}{'documents/s':>13}{'tokens/s':>11}{'peak memory':>13}"
+    columns = f"{'tokenized':>10}{'seconds':>9}{'documents/s':>13}{'tokens/s':>11}{'peak memory':>13}"
     print(f"{'documents':>10}  {'run':<8}{columns}")
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="softlabel-") as name:
@@ -120,17 +120,17 @@ def captured(config: CaptureConfig) -> None:
 
 
 def measured(work: Callable[[CaptureConfig], None], config: CaptureConfig) -> tuple[int, int, float, int]:
-    """Documents and tokens that went through the tokeniser, seconds, and this process's peak memory in bytes."""
-    documents, tokens, encode = 0, 0, Tokeniser.encode
+    """Documents and tokens that went through the tokenizer, seconds, and this process's peak memory in bytes."""
+    documents, tokens, encode = 0, 0, DocumentTokenizer.encode
 
-    def counting(self: Tokeniser, contents: list[str]) -> tuple[Encoded, dict[int, str]]:
+    def counting(self: DocumentTokenizer, contents: list[str]) -> tuple[Encoded, dict[int, str]]:
         nonlocal documents, tokens
         encoded, refused = encode(self, contents)
         documents += len(contents)
         tokens += len(encoded.ids)
         return encoded, refused
 
-    Tokeniser.encode = counting  # type: ignore[method-assign, assignment]
+    DocumentTokenizer.encode = counting  # type: ignore[method-assign, assignment]
     started = time.perf_counter()
     work(config)
     seconds = time.perf_counter() - started

@@ -85,19 +85,19 @@ def liger(model: PreTrainedModel) -> Loss:
 
 
 class Stepper:
-    """One method: its copy of the student, its optimiser, its loss."""
+    """One method: its copy of the student, its optimizer, its loss."""
 
     def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
         self._loss = loss
-        self._optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def run(self, batch: Batch) -> float:
         """Seconds of a step."""
         device = batch.input_ids.device.type
         start = seconds(device)
         self._loss(batch).backward()
-        self._optimiser.step()
-        self._optimiser.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         return seconds(device) - start
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     shape = CUDA if torch.cuda.is_available() else CPU
     with tempfile.TemporaryDirectory() as folder:
         table = make_table(Path(folder), 256)
-        stream = StreamConfig(row_tokens=1024, batch_rows=shape.rows, micro_rows=shape.rows)
+        stream = StreamConfig(max_length=1024, batch_size=shape.rows, micro_batch_size=shape.rows)
         batches = iter(SoftLabelDataset(table, stream, max_steps=arguments.rounds + 1))
         methods = steppers(shape, table)
         rounds = []

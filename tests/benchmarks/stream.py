@@ -132,7 +132,7 @@ def make_naive(path: Path, sequences: int) -> None:
 
 def ours(table: Table) -> Iterator[int]:
     """Shuffled, packed, collated, ready for the device."""
-    stream = StreamConfig(row_tokens=TOKENS, batch_rows=ROWS_A_BATCH, micro_rows=ROWS_A_BATCH)
+    stream = StreamConfig(max_length=TOKENS, batch_size=ROWS_A_BATCH, micro_batch_size=ROWS_A_BATCH)
     for batch in SoftLabelDataset(table, stream):
         yield len(batch.positions)
 

@@ -48,18 +48,18 @@ def test_a_device_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str
 
 def test_what_a_sample_cannot_see_is_said(capsys: pytest.CaptureFixture[str]):
     seconds = Seconds(0.0, copy=61.0)
-    found = Estimate(9, pending=9, rejects=0, tokenised=1.0, seconds=seconds, gpu="h100", gpu_utilisation=0.4)
+    found = Estimate(9, pending=9, rejects=0, tokenized=1.0, seconds=seconds, gpu="h100", gpu_utilization=0.4)
     show_estimate(replace(found, sequences=5, copied=4))
     shown = capsys.readouterr().out
     assert "4 copied from other documents" in shown
     assert "copying 0:01:01" in shown
     assert "upper bounds" not in shown
-    show_estimate(replace(found, sequences=5, tokenised=0.9))
+    show_estimate(replace(found, sequences=5, tokenized=0.9))
     assert "upper bounds" in capsys.readouterr().out
 
 
 def test_documents_that_give_nothing_are_not_said_to_be_there(capsys: pytest.CaptureFixture[str]):
-    found = Estimate(9, pending=3, rejects=0, tokenised=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilisation=0.4)
+    found = Estimate(9, pending=3, rejects=0, tokenized=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilization=0.4)
     show_estimate(found)
     assert "3 documents are not in the table" in capsys.readouterr().out
     show_estimate(replace(found, copied=4, bytes=5000))

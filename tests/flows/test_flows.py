@@ -29,8 +29,8 @@ def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
         "sequences": {"max_tokens": 128},
         "shards": {"positions": 8000, "eval_fraction": 0.2},
         "student": {"layers": [0]},
-        "stream": {"row_tokens": 128, "batch_rows": 4, "micro_rows": 4},
-        "optimiser": {"max_steps": 2, "device": "cpu"},
+        "stream": {"max_length": 128, "batch_size": 4, "micro_batch_size": 4},
+        "optimizer": {"max_steps": 2, "device": "cpu"},
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))

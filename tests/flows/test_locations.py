@@ -115,7 +115,7 @@ def test_a_wrong_file_is_explained_without_them(text: str, location: str, tmp_pa
         ["capture", "d", "t", "--teacher.model", "LOCATION"],
         ["capture", "d", "t", "x", "LOCATION", "--teacher.model", "m"],
         ["capture", "d", "t", "--tabel", "LOCATION"],
-        ["train", "t", "o", "--optimiser.epochs", "LOCATION"],
+        ["train", "t", "o", "--optimizer.num_train_epochs", "LOCATION"],
         ["mix", "v", "a", "LOCATION"],
         ["LOCATION"],
     ],
@@ -187,8 +187,8 @@ def test_a_table_at_home_is_shown_under_every_name(home: Path, tiny_teacher: Pat
 def test_a_student_at_home(home: Path, tiny_teacher: Path):
     make_table(home / "t", tiny_teacher, train=8, held_out=0)
     (home / "teacher").symlink_to(tiny_teacher)
-    optimiser = {"device": "cpu", "max_steps": 1}
-    config = {"table": "~/t@1", "output": "~/student", "student": {"model": "~/teacher"}, "optimiser": optimiser}
+    optimizer = {"device": "cpu", "max_steps": 1}
+    config = {"table": "~/t@1", "output": "~/student", "student": {"model": "~/teacher"}, "optimizer": optimizer}
     assert train(TrainConfig.model_validate(config)).steps_trained == 1
     assert (home / "student" / "softlabel.json").is_file()
     assert train(TrainConfig.model_validate(config)).steps_trained == 0

@@ -18,7 +18,7 @@ from tests.pipeline.capturing.test_capture import settings, texts, write
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
-TRAIN = ("--stream.row-tokens", 128, "--optimiser.max-steps", 2, "--optimiser.device", "cpu")
+TRAIN = ("--stream.max-length", 128, "--optimizer.max-steps", 2, "--optimizer.device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,7 @@ from tests.pipeline.trainings import processes_of, settings
 @pytest.mark.usefixtures("prefect")
 def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_path: Path):
     table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
-    config = settings(
-        table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 100_000, "checkpoint_steps": 1}
-    )
+    config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 100_000, "save_steps": 1})
     worker = start_worker({"config": config.model_dump(mode="json")})
     try:
         wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)

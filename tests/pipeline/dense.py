@@ -12,11 +12,11 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 CASES = [
     (divergence, target, temperature)
     for divergence, target, temperature in itertools.product(
-        DIVERGENCES, ("bucket", "sampled", "renormalised", "zero_tail"), (1.0, 2.0)
+        DIVERGENCES, ("bucket", "sampled", "renormalized", "zero_tail"), (1.0, 2.0)
     )
     if target == "bucket"
     or (target == "sampled" and divergence == "forward_kl" and temperature == 1)
-    or (target in ("renormalised", "zero_tail") and divergence != "reverse_kl")
+    or (target in ("renormalized", "zero_tail") and divergence != "reverse_kl")
 ]
 
 
@@ -39,7 +39,7 @@ def make_targets(target="bucket", n=N, v=V, k=K, log_rest=None, seed=1, dtype=to
     rest = torch.full((n,), -1.5 if log_rest is None else log_rest, dtype=dtype)
     logprobs = torch.randn(n, k, generator=generator, dtype=dtype)
     logprobs[-1, -1], ids[-1, -1] = -torch.inf, 0
-    mass = torch.ones_like(rest) if target in ("sampled", "renormalised") else -torch.expm1(rest)
+    mass = torch.ones_like(rest) if target in ("sampled", "renormalized") else -torch.expm1(rest)
     logprobs = logprobs.log_softmax(1) + mass.log()[:, None]
     if target != "bucket":
         rest = torch.full_like(rest, -torch.inf)

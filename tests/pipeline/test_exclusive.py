@@ -31,7 +31,7 @@ with alone(Path(sys.argv[1])):
 
 
 def test_one_process_trains_a_student(tmp_path: Path):
-    config = TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimiser={"device": "cpu"})
+    config = TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimizer={"device": "cpu"})
     held = [sys.executable, "-c", HOLD, config.output]
     with subprocess.Popen(held, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         try:

@@ -12,14 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softlabel.pipeline.config.train import TrainConfig
 from tests.conftest import ROOT
 
-STREAM = {"row_tokens": 40, "batch_rows": 8, "micro_rows": 3}
-OPTIMISER = {"epochs": 3, "eval_steps": 5, "checkpoint_steps": 4, "learning_rate": 1e-3, "device": "cpu"}
+STREAM = {"max_length": 40, "batch_size": 8, "micro_batch_size": 3}
+OPTIMIZER = {"num_train_epochs": 3, "eval_steps": 5, "save_steps": 4, "learning_rate": 1e-3, "device": "cpu"}
 
 CHILD = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from softlabel.pipeline.config.capture import TrainConfig
+from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.training.train import train
 
 settings, die = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -41,7 +41,7 @@ train(TrainConfig.model_validate(settings), watch)
 
 
 def settings(table, output, **changes):
-    groups = {"student": {"layers": (1,)}, "loss": {}, "stream": STREAM, "optimiser": OPTIMISER}
+    groups = {"student": {"layers": (1,)}, "loss": {}, "stream": STREAM, "optimizer": OPTIMIZER}
     changed = {name: {**values, **changes.get(name, {})} for name, values in groups.items()}
     return TrainConfig.model_validate({"table": table.location, "output": str(output), **changed})
 

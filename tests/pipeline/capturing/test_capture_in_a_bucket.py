@@ -47,8 +47,8 @@ def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     config = {
         "student": {"layers": (1,)},
-        "stream": {"row_tokens": 128, "batch_rows": 4},
-        "optimiser": {"max_steps": 2},
+        "stream": {"max_length": 128, "batch_size": 4},
+        "optimizer": {"max_steps": 2},
     }
     trained = train(TrainConfig.model_validate({"table": location, "output": str(student), **config}))
     assert trained.table == f"{location}@{done.version}"

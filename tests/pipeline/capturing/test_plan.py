@@ -13,7 +13,7 @@ from softlabel.pipeline.capturing.plan import Known, identify, plan
 from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.errors import DocumentsError
 from tests.benchmarks.planning import load_stub, write_documents
 
@@ -35,20 +35,20 @@ def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkey
     assert capturing.capture(config).sequences == MANY
     write_documents(tmp_path / "d.parquet", words, MANY + 10)
 
-    tokenised: list[str] = []
-    encode = Tokeniser.encode
+    tokenized: list[str] = []
+    encode = DocumentTokenizer.encode
 
-    def counting(self: Tokeniser, contents: Sequence[str]) -> object:
-        tokenised.extend(contents)
+    def counting(self: DocumentTokenizer, contents: Sequence[str]) -> object:
+        tokenized.extend(contents)
         return encode(self, contents)
 
-    monkeypatch.setattr(Tokeniser, "encode", counting)
+    monkeypatch.setattr(DocumentTokenizer, "encode", counting)
     nightly = plan(config, tmp_path / "nightly")
     assert (nightly.documents, nightly.unchanged, nightly.sequences) == (MANY + 10, MANY, 10)
-    assert len(tokenised) == 10
+    assert len(tokenized) == 10
 
     checkpoint = Checkpoint.find(config.teacher)
-    identity = identify(config, checkpoint, Tokeniser(checkpoint, config.sequences, "text"))
+    identity = identify(config, checkpoint, DocumentTokenizer(checkpoint, config.sequences, "text"))
     carried = Documents(config.documents, config.columns).carried
     tracemalloc.start()
     known = Known(config, identity, carried)
@@ -95,7 +95,7 @@ def test_unusable_documents_are_counted_and_written_down_in_their_order(tiny_tea
 
 
 def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path, tmp_path: Path) -> None:
-    question = {"role": "user", "content": "that nobody answers: only the tokeniser sees it"}
+    question = {"role": "user", "content": "that nobody answers: only the tokenizer sees it"}
     answered = {"id": "good", "m": [question, {"role": "assistant", "content": "So"}]}
     path = lines(tmp_path / "a.jsonl", [answered, {"id": "first", "m": [question]}, {"id": "second", "m": []}])
     config = CaptureConfig(

@@ -42,7 +42,7 @@ def test_a_small_sample_says_what_the_capture_gives(tiny_teacher: Path, skewed: 
     config = config_of(tiny_teacher, skewed)
     found = estimate(config)
     report = capture(config.capture(str(tmp_path / "t")))
-    assert found.tokenised < 0.3
+    assert found.tokenized < 0.3
     assert found.sampled_positions < report.positions / 10
     for name in ("sequences", "positions", "bytes"):
         assert getattr(found, name) == pytest.approx(getattr(report, name), rel=0.15), name
@@ -64,7 +64,7 @@ def test_repeated_documents_are_copied_and_take_their_bytes(tiny_teacher: Path, 
     config = config_of(tiny_teacher, write(tmp_path / "d.parquet", named), **more)
     some, every = estimate(config), estimate(config.model_copy(update={"sample": SampleConfig(batches=1)}))
     report = capture(config.capture(str(tmp_path / "t")))
-    assert some.tokenised < 0.4
+    assert some.tokenized < 0.4
     for name in ("sequences", "copied", "positions", "bytes"):
         assert getattr(some, name) == pytest.approx(getattr(report, name), rel=0.15), name
     assert (every.sequences, every.copied, every.positions) == (report.sequences, report.copied, report.positions)
@@ -96,7 +96,7 @@ def test_what_is_tokenised_whole_is_counted_exactly(tiny_teacher: Path, document
     config = config_of(tiny_teacher, documents, sample={"batches": 1})
     found = estimate(config)
     report = capture(config.capture(str(tmp_path / "t")))
-    assert (found.tokenised, found.sequences, found.positions) == (1.0, report.sequences, report.positions)
+    assert (found.tokenized, found.sequences, found.positions) == (1.0, report.sequences, report.positions)
 
 
 def test_only_what_the_table_lacks_is_estimated(tiny_teacher: Path, tmp_path: Path):
@@ -134,7 +134,7 @@ def test_labels_need_no_estimate(tiny_teacher: Path, tmp_path: Path):
 
 
 def test_operations_and_hours(tiny_teacher: Path, documents: Path):
-    found: Estimate = estimate(config_of(tiny_teacher, documents, gpu="a100", gpu_utilisation=0.5))
+    found: Estimate = estimate(config_of(tiny_teacher, documents, gpu="a100", gpu_utilization=0.5))
     weights = 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128) + 512 * 64  # two layers, and the output layer
     assert 2 * weights * found.tokens == pytest.approx(found.flops, rel=0.35)  # attention comes on top
     assert found.gpu_hours == pytest.approx(found.flops / 156e12 / 3600)

@@ -30,7 +30,7 @@ def students(table, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("students")
     losses = {"student": {"hard_weight": 0.5}, "control": {"hard_weight": 1.0, "soft_weight": 0.0}}
     for name, loss in losses.items():
-        train(settings(table, folder / name, loss=loss, student={"labels": MERGED}, optimiser={"max_steps": 4}))
+        train(settings(table, folder / name, loss=loss, student={"labels": MERGED}, optimizer={"max_steps": 4}))
     return [str(folder / name) for name in losses]
 
 
@@ -75,7 +75,7 @@ def test_the_page_and_the_json_say_it_all(table, students, tmp_path):  # noqa: F
 
 
 def test_a_subset_of_the_classes_says_how_much_is_left_out(table, tmp_path):  # noqa: F811
-    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimiser={"max_steps": 1}))
+    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimizer={"max_steps": 1}))
     report = evaluated(table, [tmp_path / "few"], tmp_path / "report")
     documents = Documents.read(table, "eval", LabelMap.of((), CLASSES))
     left_out = np.exp(documents.logprobs[:, [CLASSES.index("expressions"), CLASSES.index("statements")]]).sum(1)
@@ -84,7 +84,7 @@ def test_a_subset_of_the_classes_says_how_much_is_left_out(table, tmp_path):  # 
 
 
 def test_students_of_different_labels_are_not_compared(table, students, tmp_path):  # noqa: F811
-    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimiser={"max_steps": 1}))
+    train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimizer={"max_steps": 1}))
     with pytest.raises(UsageError, match="different labels"):
         evaluated(table, [*students, tmp_path / "few"], tmp_path / "report")
 

@@ -15,7 +15,7 @@ from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.examples import language_model as demo
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.errors import TeacherError
 
@@ -65,11 +65,11 @@ def test_about_32000_tokens_are_captured(smollm2: Path, tmp_path: Path) -> None:
     demo.prepare_documents(tmp_path / "documents.parquet")
     config = demo.demo_config(tmp_path)
     checkpoint = Checkpoint.find(TeacherConfig(model=str(smollm2)))
-    tokeniser = Tokeniser(checkpoint, config.sequences, "text")
+    tokenizer = DocumentTokenizer(checkpoint, config.sequences, "text")
     rows = []
     for batch in Documents(config.documents, config.columns).batches():
         assert not batch.rejects
-        rows += to_sequences(batch.documents, tokeniser, config.sequences, config.shards.eval_fraction)[0].to_pylist()
+        rows += to_sequences(batch.documents, tokenizer, config.sequences, config.shards.eval_fraction)[0].to_pylist()
     captured = {split: sum(r["positions"] for r in rows if r["split"] == split) for split in ("train", "eval")}
     assert 28_000 < sum(captured.values()) < 36_000
     assert captured["eval"] > 3_000

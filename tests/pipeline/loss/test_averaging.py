@@ -38,7 +38,7 @@ def gradient_and_loss(targets, z):
     """(N, V) ∂/∂z of each position's loss, and its value summed over positions."""
     rows = z.expand(len(targets.ids), V).clone().requires_grad_()
     head = torch.eye(V, dtype=torch.float64)
-    loss = distillation_loss(rows, head, torch.zeros(len(rows), dtype=int), targets, LossConfig(), normaliser=1.0)
+    loss = distillation_loss(rows, head, torch.zeros(len(rows), dtype=int), targets, LossConfig(), normalizer=1.0)
     return torch.autograd.grad(loss.total, rows)[0], loss.soft
 
 

@@ -175,7 +175,7 @@ def test_the_sampled_tails_gradient_is_unbiased():
     targets = SparseTargets(torch.arange(V).expand(draws, V), t.log(), none, torch.zeros(draws), "sampled")
     rows = z.expand(draws, V).clone().requires_grad_()
     loss = distillation_loss(
-        rows, torch.eye(V, dtype=torch.float64), next_ids(draws), targets, LossConfig(), normaliser=1.0
+        rows, torch.eye(V, dtype=torch.float64), next_ids(draws), targets, LossConfig(), normalizer=1.0
     )
     (gradient,) = gradients(loss.total, rows)
     errors = (gradient.mean(0) - (z.softmax(1)[0] - p)) / (gradient.std(0) / draws**0.5).clamp(min=1e-6)
@@ -189,7 +189,7 @@ def test_bug_loss_depends_on_micro_batches_or_accumulation():
 
     def total(part):
         return distillation_loss(
-            hidden[part], weight, ids[part], targets[part], config, bias=bias, normaliser=torch.tensor(20.0)
+            hidden[part], weight, ids[part], targets[part], config, bias=bias, normalizer=torch.tensor(20.0)
         ).total
 
     whole = gradients(total(slice(0, 20)), hidden, weight, bias)

@@ -161,6 +161,6 @@ def test_without_gradients_there_are_only_values():
 
 def test_a_batch_without_captured_positions_has_loss_0_and_gradient_0():
     hidden, weight, _ = inputs()
-    loss = distillation_loss(hidden[:0], weight, next_ids(0), make_targets()[:0], LossConfig(), normaliser=10)
+    loss = distillation_loss(hidden[:0], weight, next_ids(0), make_targets()[:0], LossConfig(), normalizer=10)
     assert loss.total == 0
     assert (gradients(loss.total, weight)[0] == 0).all()

@@ -31,7 +31,7 @@ class Student(nn.Module):
             next_ids()[rows],
             targets,
             CONFIG,
-            normaliser=N,
+            normalizer=N,
             recompute=recompute,
         ).total
 

@@ -100,11 +100,11 @@ def test_pure_sampling_has_no_head_and_a_bucket_of_everything(logits):
 
 def test_biased_forms_drop_the_rest(logits):
     labels = capture(logits, top_k=8)
-    renormalised, zero_tail = decoded(labels, target="renormalised"), decoded(labels, target="zero_tail")
+    renormalized, zero_tail = decoded(labels, target="renormalized"), decoded(labels, target="zero_tail")
     bucket = decoded(labels, target="bucket")
-    torch.testing.assert_close(dense(renormalised).sum(1), torch.ones(40))
+    torch.testing.assert_close(dense(renormalized).sum(1), torch.ones(40))
     torch.testing.assert_close(zero_tail.logprobs, bucket.logprobs)
-    assert (torch.stack([renormalised.log_rest, zero_tail.log_rest]) == -torch.inf).all()
+    assert (torch.stack([renormalized.log_rest, zero_tail.log_rest]) == -torch.inf).all()
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -194,7 +194,7 @@ def test_auto_takes_the_draws_where_they_serve(settings, expected):
         ({"target": "sampled", "divergence": "jsd"}, True, None, "unbiased for forward_kl alone"),
         ({"target": "sampled"}, False, None, "without draws"),
         ({"target": "sampled"}, True, 4, "max_k 4"),
-        ({"target": "renormalised", "divergence": "reverse_kl"}, True, None, "infinite"),
+        ({"target": "renormalized", "divergence": "reverse_kl"}, True, None, "infinite"),
         ({"target": "zero_tail", "divergence": "reverse_kl"}, True, None, "infinite"),
     ],
 )

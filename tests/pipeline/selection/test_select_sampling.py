@@ -83,7 +83,7 @@ def test_a_biased_sampler_is_found_out(sampler, monkeypatch):
     assert bias(estimates(logits, DEFAULT, 400), exact) > 6
 
 
-def test_a_renormalised_head_is_found_out():
+def test_a_renormalized_head_is_found_out():
     logits = zipf(1, 3000)
     exact = logits.double().softmax(1)[0].numpy()
     found = estimates(logits, DEFAULT, 400)

@@ -16,7 +16,7 @@ from softlabel.pipeline.documents.documents import Documents, Reject
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chat import ChatTemplate
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.errors import UsageError
 
 TODAY = date(2026, 1, 1)
@@ -183,7 +183,7 @@ def captured(
     path.write_text("".join(json.dumps({"id": i, "messages": chat}) + "\n" for i, chat in enumerate(chats)))
     [batch] = Documents(str(path), ColumnsConfig(messages="messages")).batches()
     config = SequencesConfig(**settings)
-    rows, rejects = to_sequences(batch.documents, Tokeniser(checkpoint, config, "chat"), config, 0)
+    rows, rejects = to_sequences(batch.documents, DocumentTokenizer(checkpoint, config, "chat"), config, 0)
     pairs = [zip(row["token_ids"], row["loss_mask"], strict=True) for row in rows.to_pylist()]
     return rows, [checkpoint.tokenizer.decode([i for i, m in pair if m]) for pair in pairs], rejects
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softlabel.pipeline.config.capture import SequencesConfig, TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 
 Chat = list[dict[str, object]]
 END = "<|im_end|>"
@@ -86,8 +86,8 @@ def says(text: object, **more: object) -> dict[str, object]:
 def captured(checkpoint: Checkpoint, template: str, chat: Chat | dict[str, Chat], **how: str) -> tuple[str, str]:
     """The words that are captured of a chat, or why it is a reject."""
     checkpoint.tokenizer.chat_template = template
-    tokeniser = Tokeniser(checkpoint, SequencesConfig.model_validate(how), "chat")
-    encoded, refused = tokeniser.encode([json.dumps(chat, ensure_ascii=False)])
+    tokenizer = DocumentTokenizer(checkpoint, SequencesConfig.model_validate(how), "chat")
+    encoded, refused = tokenizer.encode([json.dumps(chat, ensure_ascii=False)])
     return checkpoint.tokenizer.decode(encoded.ids[encoded.wanted].tolist()), refused.get(0, "")
 
 
@@ -353,8 +353,8 @@ def test_exactly_the_tokens_of_the_assistants_turns_are_captured(
     places = [set(range(*span)) for span in encoding.offsets]
     inside = {place for turn in turns for place in range(*turn)}
     checkpoints[backend].tokenizer.chat_template = shape.template
-    tokeniser = Tokeniser(checkpoints[backend], SequencesConfig(), "chat")
-    encoded, refused = tokeniser.encode([json.dumps(chat)])
+    tokenizer = DocumentTokenizer(checkpoints[backend], SequencesConfig(), "chat")
+    encoded, refused = tokenizer.encode([json.dumps(chat)])
     if refused:
         joined = any(place & inside and place & others for place in places)
         assert shape.ends_once or joined, refused

@@ -15,7 +15,7 @@ from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, Te
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chunking import cut, split_of, to_sequences
-from softlabel.pipeline.sequences.tokenizer import Encoded, Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
 from softlabel.storage.errors import UsageError
 from softlabel.storage.schema import SEQUENCE
 
@@ -36,7 +36,7 @@ def document_table(path: Path, texts: dict[str, str], **columns: list[object]) -
 
 def rows_of(texts: dict[str, str], checkpoint: Checkpoint, tmp_path: Path, **columns: list[object]) -> list[dict]:
     documents = document_table(tmp_path / "x.parquet", texts, **columns)
-    rows, rejects = to_sequences(documents, Tokeniser(checkpoint, SMALL, "text"), SMALL, 0.5)
+    rows, rejects = to_sequences(documents, DocumentTokenizer(checkpoint, SMALL, "text"), SMALL, 0.5)
     assert not rejects
     return rows.to_pylist()
 
@@ -73,8 +73,8 @@ def test_each_token_after_the_first_is_predicted_exactly_once(data: st.DataObjec
 
 def test_rows_are_those_of_the_table(checkpoint: Checkpoint, documents: Path) -> None:
     [batch] = Documents(str(documents), ColumnsConfig(carry=("source", "year"))).batches()
-    tokeniser = Tokeniser(checkpoint, SMALL, "text")
-    rows, rejects = to_sequences(batch.documents, tokeniser, SMALL, 0.3)
+    tokenizer = DocumentTokenizer(checkpoint, SMALL, "text")
+    rows, rejects = to_sequences(batch.documents, tokenizer, SMALL, 0.3)
     assert not rejects
     assert rows.schema == pa.schema([*SEQUENCE, ("source", pa.string()), ("year", pa.int64())])
     rows.validate(full=True)
@@ -167,7 +167,7 @@ def test_bug_a_pad_token_that_is_the_end_token_erases_it(content: str, checkpoin
     contents = {"text": "some words", "chat": json.dumps(messages), "completion": '{"prompt": "a", "completion": " b"}'}
     same = with_tokenizer(checkpoint, tmp_path, pad_token="<|im_end|>")
     assert same.tokenizer.pad_token_id == same.tokenizer.eos_token_id
-    found, expected = (Tokeniser(c, SMALL, content).encode([contents[content]])[0] for c in (same, checkpoint))
+    found, expected = (DocumentTokenizer(c, SMALL, content).encode([contents[content]])[0] for c in (same, checkpoint))
     assert found.ids.tolist() == expected.ids.tolist()
     assert found.wanted.tolist() == expected.wanted.tolist()
     assert found.wanted[found.ids == same.tokenizer.eos_token_id][-1], "a student learns where to stop"
@@ -176,7 +176,7 @@ def test_bug_a_pad_token_that_is_the_end_token_erases_it(content: str, checkpoin
 def test_without_an_end_token_a_document_of_one_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
     endless = with_tokenizer(checkpoint, tmp_path, eos_token=None)
     documents = document_table(tmp_path / "x.parquet", {"one": "a", "two": "a b"})
-    rows, rejects = to_sequences(documents, Tokeniser(endless, SMALL, "text"), SMALL, 0)
+    rows, rejects = to_sequences(documents, DocumentTokenizer(endless, SMALL, "text"), SMALL, 0)
     assert rows["document_id"].to_pylist() == ["two"]
     assert [tuple(reject) for reject in rejects] == [("one", "no token of it can be predicted")]
 
@@ -192,16 +192,16 @@ def test_the_split_is_a_function_of_the_id() -> None:
 def test_identity_is_the_tokenizers_files_and_the_template_with_its_date(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    tokeniser = Tokeniser(checkpoint, SMALL, "text")
-    assert [path.name for path in tokeniser.files] == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    tokenizer = DocumentTokenizer(checkpoint, SMALL, "text")
+    assert [path.name for path in tokenizer.files] == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     later = SequencesConfig(chat_template_date="2027-01-01")
-    other = Tokeniser(with_tokenizer(checkpoint, tmp_path, bos=True), SMALL, "text")
-    identities = [tokeniser.identity, other.identity, Tokeniser(checkpoint, later, "text").identity]
+    other = DocumentTokenizer(with_tokenizer(checkpoint, tmp_path, bos=True), SMALL, "text")
+    identities = [tokenizer.identity, other.identity, DocumentTokenizer(checkpoint, later, "text").identity]
     assert len(set(identities)) == 3
-    assert Tokeniser(checkpoint, SequencesConfig(), "chat").identity == tokeniser.identity
+    assert DocumentTokenizer(checkpoint, SequencesConfig(), "chat").identity == tokenizer.identity
 
 
 def test_no_room_for_a_prediction_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with_bos = with_tokenizer(checkpoint, tmp_path, bos=True)
     with pytest.raises(UsageError, match="no room"):
-        Tokeniser(with_bos, SequencesConfig(max_tokens=3, context=2), "text")
+        DocumentTokenizer(with_bos, SequencesConfig(max_tokens=3, context=2), "text")

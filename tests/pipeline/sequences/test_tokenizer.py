@@ -12,7 +12,7 @@ from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, Te
 from softlabel.pipeline.documents.documents import Documents, Reject
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import Tokeniser
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.errors import UsageError
 
 CHAT = [
@@ -53,8 +53,8 @@ def captured(
     columns = ColumnsConfig(prompt="prompt", completion="completion") if is_pair else ColumnsConfig(**names)
     [batch] = Documents(str(path), columns).batches()
     config = SequencesConfig(**settings)
-    tokeniser = Tokeniser(checkpoint, config, columns.content)
-    table, rejects = to_sequences(batch.documents, tokeniser, config, 0)
+    tokenizer = DocumentTokenizer(checkpoint, config, columns.content)
+    table, rejects = to_sequences(batch.documents, tokenizer, config, 0)
     rows = table.to_pylist()
     masked = [zip(row["token_ids"], row["loss_mask"], strict=True) for row in rows]
     texts = [checkpoint.tokenizer.decode([i for i, mask in pairs if mask]) for pairs in masked]
@@ -220,7 +220,7 @@ def test_the_rule_has_a_name(checkpoint: Checkpoint) -> None:
         ("chat", last),
         ("completion", SequencesConfig()),
     ]
-    names = [Tokeniser(checkpoint, settings, content).mask for content, settings in rules]
+    names = [DocumentTokenizer(checkpoint, settings, content).mask for content, settings in rules]
     assert names == ["text", "assistant", "last_assistant", "completion"]
 
 
@@ -246,4 +246,4 @@ def test_chats_for_a_teacher_without_a_template_are_an_error(checkpoint: Checkpo
     with pytest.raises(UsageError, match="no chat template"):
         captured(bare, tmp_path, pair(CHAT[:1], CHAT[1:2]))
     with pytest.raises(UsageError, match="no chat template"):
-        Tokeniser(bare, SequencesConfig(), "chat")
+        DocumentTokenizer(bare, SequencesConfig(), "chat")

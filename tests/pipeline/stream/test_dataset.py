@@ -45,7 +45,7 @@ def names(rows: list[dict]) -> Counter:
 
 
 def stream(**fields: int) -> StreamConfig:
-    return StreamConfig(**{"row_tokens": 64, "batch_rows": 6, "micro_rows": 2, "seed": 5, **fields})
+    return StreamConfig(**{"max_length": 64, "batch_size": 6, "micro_batch_size": 2, "seed": 5, **fields})
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -64,7 +64,7 @@ def test_bug_logits_meet_labels_that_are_not_shifted(table, packing):
 
 
 def test_targets_decode_to_what_the_table_holds(table):
-    (batch,) = SoftLabelDataset(table, stream(batch_rows=100, micro_rows=100), split="eval", shuffle=False)
+    (batch,) = SoftLabelDataset(table, stream(batch_size=100, micro_batch_size=100), split="eval", shuffle=False)
     (shard,) = table.shards("eval")
     rows = read(table, shard)
     order_of = {tuple(values): i for i, values in enumerate(rows.column("next_logprobs").to_pylist())}
@@ -87,12 +87,12 @@ def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
     finished = False
     while not finished:
         world_size = data.draw(st.integers(1, 5), "world_size")
-        micro_rows = data.draw(st.integers(1, 4), "micro_rows")
+        micro_batch_size = data.draw(st.integers(1, 4), "micro_batch_size")
         kill = data.draw(st.integers(1, 20), "steps until killed")
         parts = [
             SoftLabelDataset(
                 table,
-                stream(micro_rows=micro_rows, packing=packing),
+                stream(micro_batch_size=micro_batch_size, packing=packing),
                 rank=rank,
                 world_size=world_size,
                 start=cursor,
@@ -106,7 +106,7 @@ def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
             batches = [next(batches) for _ in range(parts[0].accumulation) for batches in streams]
             rows = [row for batch in batches for row in unpacked(batch)]
             assert {batch.global_positions for batch in batches} == {sum(len(row["next"]) for row in rows)}
-            assert all(len(batch.input_ids) <= micro_rows for batch in batches)
+            assert all(len(batch.input_ids) <= micro_batch_size for batch in batches)
             assert all(row == expected[row["next_logprobs"]] for row in rows), "each with what was said of it"
             epochs[parts[0].state(step + 1).epoch] += names(rows)
             seen.append(names(rows))
@@ -121,7 +121,7 @@ def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
 
 def whole(table: Table, packing: bool = True) -> list[Counter]:
     """The global batches of a run on one rank, in one piece."""
-    steps = SoftLabelDataset(table, stream(micro_rows=6, packing=packing), epochs=1.5)
+    steps = SoftLabelDataset(table, stream(micro_batch_size=6, packing=packing), epochs=1.5)
     assert steps.accumulation == 1
     return [names(unpacked(batch)) for batch in steps]
 
@@ -135,9 +135,9 @@ def test_a_resumed_run_reads_no_window_that_is_done_with(table, monkeypatch):
 
 
 def test_another_batch_size_goes_on_where_the_last_one_was(table):
-    before = SoftLabelDataset(table, stream(batch_rows=4, micro_rows=4))
+    before = SoftLabelDataset(table, stream(batch_size=4, micro_batch_size=4))
     seen = sum((names(unpacked(batch)) for batch, _ in zip(before, range(3), strict=False)), Counter())
-    after = SoftLabelDataset(table, stream(batch_rows=6, micro_rows=6), start=before.state(3))
+    after = SoftLabelDataset(table, stream(batch_size=6, micro_batch_size=6), start=before.state(3))
     seen += sum((names(unpacked(batch)) for batch in after), Counter())
     assert seen == names(reference(table))
 
@@ -163,7 +163,7 @@ def test_batches_and_the_stream_travel_to_a_spawned_worker(table):
 
 
 def test_ranks_without_rows_get_padding_so_that_all_make_equally_many_passes(table):
-    parts = [SoftLabelDataset(table, stream(batch_rows=5, micro_rows=1), rank=r, world_size=3) for r in range(3)]
+    parts = [SoftLabelDataset(table, stream(batch_size=5, micro_batch_size=1), rank=r, world_size=3) for r in range(3)]
     batches = [list(part) for part in parts]
     assert len({len(part) for part in batches}) == 1
     empty = [batch for part in batches for batch in part if not batch.sequences]
@@ -173,14 +173,14 @@ def test_ranks_without_rows_get_padding_so_that_all_make_equally_many_passes(tab
         assert len(batch.positions) == batch.targets.positions == 0
         assert batch.global_positions > 0
         assert batch.targets.tail_log_masses.shape == (2, 0)
-    padded = SoftLabelDataset(table, stream(micro_rows=1, packing=False), rank=6, world_size=7, max_steps=1)
+    padded = SoftLabelDataset(table, stream(micro_batch_size=1, packing=False), rank=6, world_size=7, max_steps=1)
     assert [batch.input_ids.shape for batch in padded] == [(1, 1)]
 
 
 def test_the_order_within_a_global_batch_is_the_same_for_any_world_size(table):
-    (alone,) = SoftLabelDataset(table, stream(batch_rows=6, micro_rows=6), max_steps=1)
+    (alone,) = SoftLabelDataset(table, stream(batch_size=6, micro_batch_size=6), max_steps=1)
     parts = [
-        list(SoftLabelDataset(table, stream(batch_rows=6, micro_rows=1), rank=rank, world_size=2, max_steps=1))
+        list(SoftLabelDataset(table, stream(batch_size=6, micro_batch_size=1), rank=rank, world_size=2, max_steps=1))
         for rank in range(2)
     ]
     dealt = [part[micro].input_ids for micro in range(3) for part in parts]
@@ -190,11 +190,13 @@ def test_the_order_within_a_global_batch_is_the_same_for_any_world_size(table):
 def test_epochs_and_seeds_have_an_order_of_their_own(table):
     steps, epoch = whole(table), SoftLabelDataset(table, stream()).total_steps
     assert steps[: len(steps) - epoch] != steps[epoch:]
-    assert [names(unpacked(batch)) for batch in SoftLabelDataset(table, stream(micro_rows=6, seed=6))] != steps[:epoch]
+    assert [names(unpacked(batch)) for batch in SoftLabelDataset(table, stream(micro_batch_size=6, seed=6))] != steps[
+        :epoch
+    ]
 
 
 def test_evaluation_reads_its_split_once_in_the_table_s_order(table):
-    held_out = SoftLabelDataset(table, stream(row_tokens=LONGEST), split="eval", shuffle=False)
+    held_out = SoftLabelDataset(table, stream(max_length=LONGEST), split="eval", shuffle=False)
     batches = list(held_out)
     assert len(batches) == held_out.total_steps * held_out.accumulation
     found = [row["next_logprobs"] for batch in batches for row in unpacked(batch)]
@@ -208,7 +210,7 @@ def test_attention_stays_inside_each_sequence(table, tiny_teacher, attention):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_teacher, attn_implementation=attention, dtype=torch.float32).eval()
-    batch = next(iter(SoftLabelDataset(table, stream(row_tokens=128))))
+    batch = next(iter(SoftLabelDataset(table, stream(max_length=128))))
     assert batch.sequences > len(batch.input_ids), "something is packed"
     with torch.no_grad():
         hidden = model(**batch.inputs).last_hidden_state.flatten(0, 1)[batch.positions]
@@ -220,8 +222,8 @@ def test_attention_stays_inside_each_sequence(table, tiny_teacher, attention):
 
 
 def test_a_row_shorter_than_the_longest_sequence_is_refused(table):
-    with pytest.raises(UsageError, match=rf"(?s)row_tokens: at least {LONGEST}.*row_tokens: 32.*set stream.row_tokens"):
-        SoftLabelDataset(table, stream(row_tokens=32))
+    with pytest.raises(UsageError, match=rf"(?s)max_length: at least {LONGEST}.*max_length: 32.*set stream.max_length"):
+        SoftLabelDataset(table, stream(max_length=32))
 
 
 def test_an_empty_split_is_refused(tmp_path: Path):

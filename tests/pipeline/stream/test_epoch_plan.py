@@ -18,17 +18,17 @@ groups = st.lists(st.lists(st.integers(2, CAPACITY), min_size=1, max_size=9), mi
 def planned(groups: list[list[int]], **settings: object) -> Plan:
     lengths = np.array([length for group in groups for length in group], np.int32)
     starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
-    defaults = {"row_tokens": CAPACITY, "window_tokens": 300, "seed": 0, "epoch": 0}
+    defaults = {"max_length": CAPACITY, "window_tokens": 300, "seed": 0, "epoch": 0}
     return plan_epoch(lengths, starts, **{**defaults, **settings})
 
 
 @given(groups, st.integers(0, 2**63), st.integers(0, 5), st.booleans(), st.sampled_from([CAPACITY, None]))
-def test_an_epoch_holds_each_sequence_once_in_packs_that_fit(groups, seed, epoch, shuffle, row_tokens):
-    plan = planned(groups, seed=seed, epoch=epoch, shuffle=shuffle, row_tokens=row_tokens)
+def test_an_epoch_holds_each_sequence_once_in_packs_that_fit(groups, seed, epoch, shuffle, max_length):
+    plan = planned(groups, seed=seed, epoch=epoch, shuffle=shuffle, max_length=max_length)
     lengths = np.array([length for group in groups for length in group])
     assert sorted(plan.sequences) == list(range(len(lengths)))
     assert plan.packs == plan.window_starts[-1]
-    assert row_tokens or plan.packs == len(lengths), "without packing each is alone"
+    assert max_length or plan.packs == len(lengths), "without packing each is alone"
     for pack in range(plan.packs):
         assert 0 < lengths[plan.members(pack, pack + 1)].sum() <= CAPACITY
         window = plan.window(plan.window_of(pack))
@@ -101,15 +101,15 @@ def test_rows_are_nearly_full():
 def test_shares_deal_out_every_pack_once_over_changes_of_topology(packs, phases):
     """Each phase has its own world size, micro-batch, global batch and number of steps; the last runs to the end."""
     cursor, seen = 0, []
-    for world_size, micro_rows, batch_rows, steps in [*phases, (2, 2, 8, 50)]:
+    for world_size, micro_batch_size, batch_size, steps in [*phases, (2, 2, 8, 50)]:
         for _ in range(steps):
-            first, last = cursor, min(packs, cursor + batch_rows)
+            first, last = cursor, min(packs, cursor + batch_size)
             shares = [
-                share(first, last, rank, world_size, micro_rows, micro)
+                share(first, last, rank, world_size, micro_batch_size, micro)
                 for rank in range(world_size)
-                for micro in range(accumulation(batch_rows, world_size, micro_rows))
+                for micro in range(accumulation(batch_size, world_size, micro_batch_size))
             ]
-            assert all(len(part) <= micro_rows for part in shares)
+            assert all(len(part) <= micro_batch_size for part in shares)
             seen += sorted(pack for part in shares for pack in part)
             cursor = last
     assert seen == list(range(packs))

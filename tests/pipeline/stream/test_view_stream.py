@@ -53,15 +53,17 @@ def names(batches) -> Counter:
 
 
 def stream(**fields: int) -> StreamConfig:
-    return StreamConfig(**{"row_tokens": 64, "batch_rows": 8, "micro_rows": 4, "seed": 5, **fields})
+    return StreamConfig(**{"max_length": 64, "batch_size": 8, "micro_batch_size": 4, "seed": 5, **fields})
 
 
 def steps(
-    view: View, start: Cursor, last: int | None, world_size: int, micro_rows: int
+    view: View, start: Cursor, last: int | None, world_size: int, micro_batch_size: int
 ) -> tuple[list[Counter], Cursor]:
     """Global batches from a cursor to a step, over some ranks, and where that is."""
     parts = [
-        SoftLabelDataset(view, stream(micro_rows=micro_rows), rank=r, world_size=world_size, start=start, epochs=2)
+        SoftLabelDataset(
+            view, stream(micro_batch_size=micro_batch_size), rank=r, world_size=world_size, start=start, epochs=2
+        )
         for r in range(world_size)
     ]
     last = min(parts[0].total_steps, last or parts[0].total_steps)
@@ -87,8 +89,8 @@ def test_topologies_and_restarts_change_nothing(weighted: View, phases):
     """Each phase runs some steps on some ranks with micro-batches of its own; the last one runs to the end."""
     whole, end = steps(weighted, Cursor(), None, 1, 8)
     found, cursor = [], Cursor()
-    for count, world_size, micro_rows in phases:
-        part, cursor = steps(weighted, cursor, cursor.step + count, world_size, micro_rows)
+    for count, world_size, micro_batch_size in phases:
+        part, cursor = steps(weighted, cursor, cursor.step + count, world_size, micro_batch_size)
         found += part
     part, cursor = steps(weighted, cursor, None, 2, 3)
     assert (found + part, cursor) == (whole, end)
@@ -96,7 +98,7 @@ def test_topologies_and_restarts_change_nothing(weighted: View, phases):
 
 def test_an_average_streams_the_shared_sequences_with_what_each_table_says(tables: list[str], tmp_path: Path):
     view = make_view(str(tmp_path / "v"), tables, (1.0, 3.0), "average")
-    (batch,) = SoftLabelDataset(pickle.loads(pickle.dumps(view)), stream(batch_rows=200, micro_rows=200))
+    (batch,) = SoftLabelDataset(pickle.loads(pickle.dumps(view)), stream(batch_size=200, micro_batch_size=200))
     assert isinstance(batch.targets, AveragedTargets)
     assert batch.targets.weights == (0.25, 0.75)
     assert batch.sequences == len(reference(view.tables[1]))
@@ -127,5 +129,5 @@ def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: P
 
 def test_passes_in_which_nothing_comes(tables: list[str], tmp_path: Path):
     view = make_view(str(tmp_path / "v"), tables, (1e-6, 1e-6), "concatenate")
-    with pytest.raises(UsageError, match="at least one optimiser step"):
+    with pytest.raises(UsageError, match="at least one optimizer step"):
         SoftLabelDataset(view, stream())

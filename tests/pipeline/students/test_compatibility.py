@@ -74,7 +74,7 @@ def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher,
     with pytest.raises(UsageError, match="did you mean 'names'"):
         require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
     with pytest.raises(UsageError, match="adapters are for language models"):
-        require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_rank": 4}), origin)
+        require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_r": 4}), origin)
 
 
 def test_a_temperature_that_would_not_be_stored(tiny_teacher):

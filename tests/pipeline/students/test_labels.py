@@ -26,7 +26,7 @@ def test_many_classes_become_one_label():
     assert labels.ids(["psalms", "verse", "gospels", None]).tolist() == [0, 0, 1, -1]
 
 
-def test_a_subset_is_renormalised_and_the_rest_reported():
+def test_a_subset_is_renormalized_and_the_rest_reported():
     labels = LabelMap.of(("law", "psalms"), CLASSES)
     merged, unmapped = labels.merge(np.array([[-np.inf, -np.inf, -np.inf, -np.inf, 0.0], LOGPROBS[0]]))
     assert np.isnan(merged[0]).all()

@@ -51,7 +51,7 @@ def model(tiny_teacher, tmp_path):
 
 def going_on(table, output, model):
     student = {"layers": None, "model": str(model)}
-    return settings(table, output, student=student, optimiser={"max_steps": 4, "checkpoint_steps": 1})
+    return settings(table, output, student=student, optimizer={"max_steps": 4, "save_steps": 1})
 
 
 def test_record_and_card_name_what_a_student_is_made_of(table, tiny_teacher, model, tmp_path):
@@ -148,7 +148,7 @@ def test_a_configuration_is_pinned_without_weights(table, tmp_path):
         assert found.files == {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()}
         with pytest.raises(UsageError, match="no revisions"):
             Source.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
-    config = settings(table, tmp_path / "s", student={"layers": None, "config": str(file)}, optimiser={"max_steps": 1})
+    config = settings(table, tmp_path / "s", student={"layers": None, "config": str(file)}, optimizer={"max_steps": 1})
     train(config)
     LlamaConfig(vocab_size=512, **{**sizes, "num_hidden_layers": 2}).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=re.escape(f"{file}: its content")):
@@ -160,14 +160,14 @@ def test_a_revision_of_a_hub_model(table, tmp_path):
     for revision, commit in ((None, OLD), (NEW, NEW)):
         output = tmp_path / commit
         student = {"layers": None, "model": "org/name", "revision": revision}
-        train(settings(table, output, student=student, optimiser={"max_steps": 1}))
+        train(settings(table, output, student=student, optimizer={"max_steps": 1}))
         source = record_of(output)["source"]
         assert (source["name"], source["commit"]) == ("org/name", commit)
         assert source["files"] == hashes(tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
         assert f"- from: org/name at {commit}\n" in (output / "README.md").read_text()
-    by_commit = settings(table, tmp_path / OLD, student={**student, "revision": OLD}, optimiser={"max_steps": 1})
+    by_commit = settings(table, tmp_path / OLD, student={**student, "revision": OLD}, optimizer={"max_steps": 1})
     assert train(by_commit).steps_trained == 0, "the files count, and not by what name they were asked for"
-    moved = settings(table, tmp_path / OLD, student={**student, "revision": NEW}, optimiser={"max_steps": 1})
+    moved = settings(table, tmp_path / OLD, student={**student, "revision": NEW}, optimizer={"max_steps": 1})
     with pytest.raises(UsageError, match="its content is not what it was"):
         train(moved)
     with pytest.raises(StudentError, match="revision v2"):
@@ -176,5 +176,5 @@ def test_a_revision_of_a_hub_model(table, tmp_path):
 
 @pytest.mark.parametrize(("max_k", "target"), [(8, "sampled tail"), (99, "sampled tail"), (7, "bucket")])
 def test_fewer_ids_than_the_table_has_make_the_tail_a_bucket(max_k, target, table, tmp_path):
-    train(settings(table, tmp_path / "student", stream={"max_k": max_k}, optimiser={"max_steps": 1}))
+    train(settings(table, tmp_path / "student", stream={"max_k": max_k}, optimizer={"max_steps": 1}))
     assert record_of(tmp_path / "student")["objective"] == f"forward KL ({target})"

@@ -270,7 +270,7 @@ def test_bert_that_is_a_decoder_is_a_teacher(tiny_teacher: Path, tmp_path: Path)
 
 def test_an_attention_that_is_not_installed_is_named(tiny_teacher: Path) -> None:
     with pytest.raises(TeacherError, match=r"leave out teacher\.attention"):
-        TransformersTeacher(settings(tiny_teacher, attention="flash_attention_2"))
+        TransformersTeacher(settings(tiny_teacher, attn_implementation="flash_attention_2"))
 
 
 def test_a_device_that_is_not_there(tiny_teacher: Path) -> None:

@@ -14,12 +14,12 @@ from softlabel.storage.errors import UsageError
 from tests.pipeline.trainings import history, interrupt_at, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LORA = {"lora_rank": 4, "lora_targets": ("q_proj", "down_proj")}
+LORA = {"lora_r": 4, "lora_target_modules": ("q_proj", "down_proj")}
 
 
 def test_adapters_are_trained_and_merged(table, tmp_path):
     """Only the layers that are named have changed, by no more than the rank; also after an interruption."""
-    config = settings(table, tmp_path / "student", student=LORA, optimiser={"learning_rate": 1e-2})
+    config = settings(table, tmp_path / "student", student=LORA, optimizer={"learning_rate": 1e-2})
     report = train(config)
     before, after = student.build(StudentConfig(layers=(1,)), table).state_dict(), weights(report.output)
     assert report.parameters == student.parameters(AutoModelForCausalLM.from_pretrained(report.output))
@@ -44,23 +44,23 @@ def test_adapters_are_trained_and_merged(table, tmp_path):
 @pytest.mark.parametrize("name", ["nothing_proj", "lm_head", "embed_tokens"])
 def test_layers_that_can_not_be_adapted(name, table, tmp_path):
     """Not one of them is passed over, beside another that is there."""
-    config = settings(table, tmp_path / "student", student={"lora_rank": 4, "lora_targets": ("q_proj", name)})
-    with pytest.raises(UsageError, match=f"lora_targets: {name}") as error:
+    config = settings(table, tmp_path / "student", student={"lora_r": 4, "lora_target_modules": ("q_proj", name)})
+    with pytest.raises(UsageError, match=f"lora_target_modules: {name}") as error:
         train(config)
     assert "gate_proj, k_proj" in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_liger_without_a_gpu(table, tmp_path):
-    with pytest.raises(UsageError, match=r"optimiser\.liger"):
-        train(settings(table, tmp_path / "student", optimiser={"liger": True}))
+    with pytest.raises(UsageError, match=r"optimizer\.liger"):
+        train(settings(table, tmp_path / "student", optimizer={"liger": True}))
 
 
 @pytest.mark.gpu
 def test_liger_changes_no_more_than_rounding(table, tmp_path):
     pytest.importorskip("liger_kernel")
     plain, fast = (
-        train(settings(table, tmp_path / name, optimiser={"device": "cuda", "processes": 1, "liger": liger}))
+        train(settings(table, tmp_path / name, optimizer={"device": "cuda", "processes": 1, "liger": liger}))
         for name, liger in (("plain", False), ("fast", True))
     )
     assert fast.metrics["eval_kl"] == pytest.approx(plain.metrics["eval_kl"], rel=1e-2)

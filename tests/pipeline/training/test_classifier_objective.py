@@ -36,7 +36,7 @@ from tests.pipeline.trainings import interrupt_at, weights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MERGED = ("things=types,names", "doings=expressions,statements")
-STREAM = StreamConfig(batch_rows=8, micro_rows=3)
+STREAM = StreamConfig(batch_size=8, micro_batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def settings(table, output, **changes):
     groups = {
         "student": {"layers": (1,)},
         "loss": {"hard_weight": 0.5, "temperature": 2.0},
-        "stream": {"batch_rows": 8, "micro_rows": 8},
-        "optimiser": {"max_steps": 12, "eval_steps": 6, "learning_rate": 3e-3, "device": "cpu"},
+        "stream": {"batch_size": 8, "micro_batch_size": 8},
+        "optimizer": {"max_steps": 12, "eval_steps": 6, "learning_rate": 3e-3, "device": "cpu"},
     }
     changed = {name: {**values, **changes.get(name, {})} for name, values in groups.items()}
     return TrainConfig.model_validate({"table": table.location, "output": str(output), **changed})
@@ -112,16 +112,16 @@ def test_every_divergence_has_finite_gradients(divergence, table):
 
 def test_gradients_do_not_depend_on_the_micro_batches_or_ranks(table):
     documents, found = Documents.read(table, "train", LabelMap.of(MERGED, CLASSES)), {}
-    for micro_rows, ranks in ((1, 1), (3, 1), (8, 1), (3, 2), (4, 3)):
+    for micro_batch_size, ranks in ((1, 1), (3, 1), (8, 1), (3, 2), (4, 3)):
         torch.manual_seed(0)
         student = build_classifier(StudentConfig(layers=(1,), labels=MERGED), table).double().eval()
         module = Classification(student, LossConfig(hard_weight=0.3))
-        stream = StreamConfig(batch_rows=8, micro_rows=micro_rows)
+        stream = StreamConfig(batch_size=8, micro_batch_size=micro_batch_size)
         for rank in range(ranks):
             pad = student.config.pad_token_id
             for batch in ClassDataset(documents, stream, pad, rank=rank, world_size=ranks, max_steps=1):
                 module(batch)[0].backward()
-        found[micro_rows, ranks] = {name: p.grad for name, p in student.named_parameters()}
+        found[micro_batch_size, ranks] = {name: p.grad for name, p in student.named_parameters()}
     expected = found.pop((8, 1))
     for gradients in found.values():
         for name, gradient in gradients.items():
@@ -179,11 +179,11 @@ def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_p
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):
-    optimiser = {"checkpoint_steps": 4}
-    train(settings(table, tmp_path / "whole", optimiser=optimiser))
+    optimizer = {"save_steps": 4}
+    train(settings(table, tmp_path / "whole", optimizer=optimizer))
     with pytest.raises(KeyboardInterrupt):
-        train(settings(table, tmp_path / "student", optimiser=optimiser), interrupt_at(9))
-    assert train(settings(table, tmp_path / "student", optimiser=optimiser)).resumed_from == 8
+        train(settings(table, tmp_path / "student", optimizer=optimizer), interrupt_at(9))
+    assert train(settings(table, tmp_path / "student", optimizer=optimizer)).resumed_from == 8
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "student").items():
         assert torch.equal(tensor, expected[name]), name

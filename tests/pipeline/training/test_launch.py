@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softlabel.pipeline.config.train import OptimiserConfig
+from softlabel.pipeline.config.train import OptimizerConfig
 from softlabel.pipeline.students.folder import newest_checkpoint, step_of
 from softlabel.pipeline.training import launch as ranks
 from softlabel.pipeline.training.train import train
@@ -46,7 +46,7 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
         seen.append(progress)
         open_to.update(listening(family(os.getpid())))
 
-    report = train(settings(table, tmp_path / "student", optimiser={"processes": 2}), watch)
+    report = train(settings(table, tmp_path / "student", optimizer={"processes": 2}), watch)
     assert open_to
     assert only_here(open_to), open_to
     assert (report.steps, report.positions) == (uninterrupted.steps, uninterrupted.positions)
@@ -65,7 +65,7 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
 
 
 def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on(table, tmp_path):
-    config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 1000})
+    config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 1000})
     assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 10
     while left := processes_of(tmp_path):
@@ -76,7 +76,7 @@ def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on
     checkpoint = step_of(newest_checkpoint(tmp_path / "student.training")) + 4
     for name in ("student", "alone"):
         with pytest.raises(KeyboardInterrupt):
-            train(settings(table, tmp_path / name, optimiser={"max_steps": 1000}), interrupt_at(checkpoint + 1))
+            train(settings(table, tmp_path / name, optimizer={"max_steps": 1000}), interrupt_at(checkpoint + 1))
     found, expected = (weights(tmp_path / f"{name}.training/checkpoint-{checkpoint}") for name in ("student", "alone"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
@@ -84,8 +84,8 @@ def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on
 
 def test_an_error_of_a_rank_is_the_error(table, tmp_path):
     alone, together = (
-        settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimiser=optimiser)
-        for optimiser in ({}, {"processes": 2})
+        settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimizer=optimizer)
+        for optimizer in ({}, {"processes": 2})
     )
     with pytest.raises(StudentError) as expected:
         train(alone)
@@ -109,7 +109,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_pa
             died = time.monotonic()
 
     with pytest.raises(WorkerError, match=rf"SIGKILL(.|\n)*rank {victim} of 2"):
-        train(settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 10_000}), kill)
+        train(settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 10_000}), kill)
     assert time.monotonic() - died < 10
     assert not processes_of(tmp_path)
     assert family(os.getpid()) == {os.getpid()}, "no zombie either"
@@ -139,7 +139,7 @@ def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding,
 
     before = os.umask(0)
     try:
-        config = settings(table, tmp_path / "student", optimiser={"processes": 2, "max_steps": 2, "sharding": sharding})
+        config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 2, "sharding": sharding})
         train(config, watch)
     finally:
         os.umask(before)
@@ -155,8 +155,8 @@ def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding,
 def test_processes_that_there_are_no_gpus_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert ranks.to_start(OptimiserConfig()) == 2
-    assert ranks.to_start(OptimiserConfig(processes=1)) == 0
-    assert ranks.to_start(OptimiserConfig(device="cpu")) == 0
+    assert ranks.to_start(OptimizerConfig()) == 2
+    assert ranks.to_start(OptimizerConfig(processes=1)) == 0
+    assert ranks.to_start(OptimizerConfig(device="cpu")) == 0
     with pytest.raises(UsageError, match="at most 2"):
-        ranks.to_start(OptimiserConfig(processes=3))
+        ranks.to_start(OptimizerConfig(processes=3))

@@ -53,20 +53,25 @@ def test_bug_two_trainings_of_one_student_destroy_each_other(uninterrupted, tabl
 
 def test_stopping_early_with_the_best_weights(table, tmp_path):
     """So fast that it overfits; and the same when it is interrupted after a best evaluation and after a worse one."""
-    fast = {"patience": 2, "epochs": 8, "eval_steps": 2, "learning_rate": 0.02, "schedule": "constant", "warmup": 0}
-    last = train(settings(table, tmp_path / "last", optimiser={**fast, "keep": "last"}))
+    fast = {
+        **{"early_stopping_patience": 2, "num_train_epochs": 8, "eval_steps": 2, "learning_rate": 0.02},
+        **{"lr_scheduler_type": "constant", "warmup_ratio": 0},
+    }
+    last = train(settings(table, tmp_path / "last", optimizer={**fast, "keep": "last"}))
     assert last.steps == last.stopped_at < 30
 
-    best = train(settings(table, tmp_path / "best", optimiser=fast))
+    best = train(settings(table, tmp_path / "best", optimizer=fast))
     evaluations = [entry for entry in history(best.output) if "eval_kl" in entry]
     lowest = min(evaluations, key=lambda entry: entry["eval_kl"])
     assert (best.steps, best.metrics["eval_kl"]) == (lowest["step"], lowest["eval_kl"])
     assert best.stopped_at == last.stopped_at == best.steps + 4
     assert best.positions < last.positions
-    upto = train(settings(table, tmp_path / "upto", optimiser={**fast, "patience": None, "max_steps": best.steps}))
+    upto = train(
+        settings(table, tmp_path / "upto", optimizer={**fast, "early_stopping_patience": None, "max_steps": best.steps})
+    )
     assert_same(best.output, upto.output)
 
-    config = settings(table, tmp_path / "resumed", optimiser=fast)
+    config = settings(table, tmp_path / "resumed", optimizer=fast)
     for step in (best.steps - 1, best.stopped_at - 1):
         with pytest.raises(KeyboardInterrupt):
             train(config, interrupt_at(step))
@@ -78,7 +83,7 @@ def test_stopping_early_with_the_best_weights(table, tmp_path):
 
 def test_an_unfinished_run_keeps_to_its_version(table, tiny_teacher, tmp_path):
     own = tables.make_table(tmp_path / "table", tiny_teacher, train=8, held_out=0)
-    config = settings(own, tmp_path / "student", optimiser={"checkpoint_steps": 1})
+    config = settings(own, tmp_path / "student", optimizer={"save_steps": 1})
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt_at(2))
     _grow(own, tiny_teacher)
@@ -90,8 +95,8 @@ def test_an_unfinished_run_keeps_to_its_version(table, tiny_teacher, tmp_path):
 
 def test_other_settings_are_refused(uninterrupted, table, tmp_path):
     with pytest.raises(UsageError) as error:
-        train(settings(table, uninterrupted.output, optimiser={"learning_rate": 0.5}, loss={"hard_weight": 1.0}))
-    for said in ("optimiser.learning_rate: 0.001 then, 0.5 now", "loss.hard_weight", "choose another output"):
+        train(settings(table, uninterrupted.output, optimizer={"learning_rate": 0.5}, loss={"hard_weight": 1.0}))
+    for said in ("optimizer.learning_rate: 0.001 then, 0.5 now", "loss.hard_weight", "choose another output"):
         assert said in str(error.value)
 
     # What was never saved binds nobody.
@@ -104,7 +109,7 @@ def test_other_settings_are_refused(uninterrupted, table, tmp_path):
         train(settings(table, tmp_path / "student", stream={"seed": 1}))
     # How often checkpoints are taken may change.
     with pytest.raises(KeyboardInterrupt):
-        train(settings(table, tmp_path / "student", optimiser={"checkpoint_steps": 1}), interrupt_at(7))
+        train(settings(table, tmp_path / "student", optimizer={"save_steps": 1}), interrupt_at(7))
     assert train(unfinished).resumed_from == 6
 
 
@@ -121,7 +126,7 @@ def test_another_version_of_the_table_is_refused(tiny_teacher, tmp_path):
 
 def test_a_second_run_trains_nothing(uninterrupted, table):
     before = (Path(uninterrupted.output) / "model.safetensors").stat()
-    again = train(settings(table, uninterrupted.output, stream={"micro_rows": 8}), _fail)
+    again = train(settings(table, uninterrupted.output, stream={"micro_batch_size": 8}), _fail)
     assert again.steps_trained == 0
     assert (again.steps, again.positions, again.metrics) == (
         uninterrupted.steps,

@@ -24,7 +24,7 @@ SHARDED = {"processes": 2, "sharding": "full"}
 def divided(table, tmp_path_factory):
     """A student that two processes have trained in one go, half of it each; they listened to nobody else."""
     open_to = set()
-    config = settings(table, tmp_path_factory.mktemp("divided") / "student", optimiser=SHARDED)
+    config = settings(table, tmp_path_factory.mktemp("divided") / "student", optimizer=SHARDED)
     report = train(config, lambda _: open_to.update(listening(family(os.getpid()))))
     assert open_to
     assert only_here(open_to), open_to
@@ -48,7 +48,7 @@ def test_the_same_student(divided, uninterrupted):
 
 @pytest.mark.long
 def test_killed_and_gone_on_with_by_shares_or_alone(divided, uninterrupted, table, tmp_path):
-    config = settings(table, tmp_path / "student", optimiser=SHARDED)
+    config = settings(table, tmp_path / "student", optimizer=SHARDED)
     with pytest.raises(KeyboardInterrupt):  # which ends both processes wherever they are
         train(config, interrupt_at(6))
     shutil.copytree(tmp_path / "student.training", tmp_path / "alone.training")
@@ -104,7 +104,7 @@ def test_what_is_written_is_whole_and_what_is_read_is_shared_out(tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_on_gpus(bf16, uninterrupted, table, tmp_path):
-    report = train(settings(table, tmp_path / "student", optimiser={**SHARDED, "device": "cuda", "bf16": bf16}))
+    report = train(settings(table, tmp_path / "student", optimizer={**SHARDED, "device": "cuda", "bf16": bf16}))
     assert report.metrics["eval_kl"] == pytest.approx(uninterrupted.metrics["eval_kl"], rel=1e-2)
 
 

@@ -54,7 +54,7 @@ def test_a_table_that_may_only_be_read(table, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "pin", refuse)
     with pytest.warns(UserWarning, match="Nothing keeps this version"):
-        assert train(settings(table, tmp_path / "student", optimiser={"max_steps": 1})).steps == 1
+        assert train(settings(table, tmp_path / "student", optimizer={"max_steps": 1})).steps == 1
 
 
 def test_bug_evaluation_loss_is_a_thousand_times_the_training_loss(uninterrupted):
@@ -92,14 +92,16 @@ def gradients_of(table, ranks, **stream):
 
 
 @pytest.mark.parametrize(
-    ("batch_rows", "others"),
+    ("batch_size", "others"),
     [(8, [(1, 1, True), (2, 1, True), (3, 2, True), (8, 2, True)]), (40, [(3, 2, False), (8, 1, False)])],
 )
-def test_gradients_do_not_depend_on_micro_batches_ranks_or_packing(batch_rows, others, table):
+def test_gradients_do_not_depend_on_micro_batches_ranks_or_packing(batch_size, others, table):
     """Of 40 rows, a step has all of the table's sequences, packed or not."""
-    loss, gradients = gradients_of(table, 1, micro_rows=8, batch_rows=batch_rows)
-    for micro_rows, ranks, packing in others:
-        other_loss, others = gradients_of(table, ranks, micro_rows=micro_rows, packing=packing, batch_rows=batch_rows)
+    loss, gradients = gradients_of(table, 1, micro_batch_size=8, batch_size=batch_size)
+    for micro_batch_size, ranks, packing in others:
+        other_loss, others = gradients_of(
+            table, ranks, micro_batch_size=micro_batch_size, packing=packing, batch_size=batch_size
+        )
         assert other_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7 * gradient.abs().max().item())
@@ -119,7 +121,7 @@ def test_bug_what_a_student_does_to_its_logits_is_ignored_by_the_loss(config, ta
     model = AutoModelForCausalLM.from_config(config)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(LIKE["vocab_size"]))
     loss = LossConfig(hard_weight=0.5, target="bucket")
-    stream = StreamConfig(**{**STREAM, "micro_rows": STREAM["batch_rows"]})
+    stream = StreamConfig(**{**STREAM, "micro_batch_size": STREAM["batch_size"]})
     (batch,) = SoftLabelDataset(table, stream, max_steps=1)
     logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
     targets = decode(batch.targets, torch.tensor(table.vocabulary), table.temperatures, loss)
@@ -129,9 +131,9 @@ def test_bug_what_a_student_does_to_its_logits_is_ignored_by_the_loss(config, ta
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("micro_rows", [1, 8])
-def test_students_do_not_depend_on_the_micro_batches(micro_rows, uninterrupted, table, tmp_path):
-    train(settings(table, tmp_path / "student", stream={"micro_rows": micro_rows}))
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_students_do_not_depend_on_the_micro_batches(micro_batch_size, uninterrupted, table, tmp_path):
+    train(settings(table, tmp_path / "student", stream={"micro_batch_size": micro_batch_size}))
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
         assert other == pytest.approx(entry, rel=1e-4)
     # Adam would hide a factor on all gradients.
@@ -150,7 +152,7 @@ def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch
         return type(whole)(whole.total * float("nan"), whole.hard, whole.soft, 1) if steps[0] == step else whole
 
     monkeypatch.setattr(lesson, "distillation_loss", broken)
-    config = settings(table, tmp_path / "student", stream={"micro_rows": 8})
+    config = settings(table, tmp_path / "student", stream={"micro_batch_size": 8})
     with pytest.raises(TrainingError) as error:
         train(config)
     for said in (checkpoint, f"step {step} of 12", "learning_rate"):
@@ -162,11 +164,11 @@ def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch
 
 
 def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tiny_teacher, tmp_path, monkeypatch):
-    def broken(optimiser, *arguments, **named):
-        update(optimiser, *arguments, **named)
+    def broken(optimizer, *arguments, **named):
+        update(optimizer, *arguments, **named)
         steps.append(1)
         if len(steps) == 8:
-            optimiser.param_groups[0]["params"][0].data[0] = float("nan")
+            optimizer.param_groups[0]["params"][0].data[0] = float("nan")
 
     update, steps = torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
@@ -177,16 +179,16 @@ def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tin
 
     fast = {"max_steps": 1, "learning_rate": 1e39}
     with pytest.raises(TrainingError, match=r"(?s)eval_kl nan.*step 1 of 1.*none was written yet"):
-        train(settings(table, tmp_path / "fast", optimiser=fast))
+        train(settings(table, tmp_path / "fast", optimizer=fast))
     unmeasured = make_table(tmp_path / "table", tiny_teacher, train=4, held_out=0)
     with pytest.raises(TrainingError, match=r"(?s)weights that are no numbers.*step 1 of 1"):
-        train(settings(unmeasured, tmp_path / "fast", optimiser=fast))
+        train(settings(unmeasured, tmp_path / "fast", optimizer=fast))
     assert not list(tmp_path.glob("fast/*"))
 
 
 def test_a_student_whose_packed_sequences_would_see_each_other(table, tmp_path):
     FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
-    changes = {"student": {"layers": None, "config": str(tmp_path)}, "optimiser": {"max_steps": 3}}
+    changes = {"student": {"layers": None, "config": str(tmp_path)}, "optimizer": {"max_steps": 3}}
     with pytest.raises(StudentError, match=r"set stream\.packing false"):
         train(settings(table, tmp_path / "student", **changes))
     report = train(settings(table, tmp_path / "student", **changes, stream={"packing": False}))
@@ -217,7 +219,7 @@ def test_hard_labels_alone(table, tmp_path):
 
 def test_weights_of_the_loss_that_change_from_step_to_step(table, tmp_path):
     loss = {"hard_weight": 0.5, "hard_weight_end": 0.0, "soft_weight_end": 2.0}
-    config = settings(table, tmp_path / "student", loss=loss, optimiser={"max_steps": 5})
+    config = settings(table, tmp_path / "student", loss=loss, optimizer={"max_steps": 5})
     train(config)
     steps = [entry for entry in history(tmp_path / "student") if "loss" in entry]
     for entry, hard, soft in zip(steps, (0.5, 0.375, 0.25, 0.125, 0.0), (1.0, 1.25, 1.5, 1.75, 2.0), strict=True):
@@ -232,19 +234,19 @@ def test_nothing_is_learned_without_a_weight():
 
 
 def test_bfloat16_and_checkpointed_gradients(uninterrupted, table, tmp_path):
-    train(settings(table, tmp_path / "student", optimiser={"bf16": True, "gradient_checkpointing": True}))
+    train(settings(table, tmp_path / "student", optimizer={"bf16": True, "gradient_checkpointing": True}))
     expected, found = history(uninterrupted.output), history(tmp_path / "student")
     assert found[-1]["eval_kl"] == pytest.approx(expected[-1]["eval_kl"], rel=0.05)
 
 
 def test_nothing_held_out(tiny_teacher, tmp_path):
     own = make_table(tmp_path / "table", tiny_teacher, train=8, held_out=0)
-    report = train(settings(own, tmp_path / "student", optimiser={"max_steps": 2}))
+    report = train(settings(own, tmp_path / "student", optimizer={"max_steps": 2}))
     assert report.steps == 2
     assert report.metrics == {}
-    for depends in ({"patience": 1}, {"keep": "best"}):
+    for depends in ({"early_stopping_patience": 1}, {"keep": "best"}):
         with pytest.raises(UsageError, match="nothing is held out"):
-            train(settings(own, tmp_path / "other", optimiser=depends))
+            train(settings(own, tmp_path / "other", optimizer=depends))
 
 
 @pytest.mark.parametrize(
@@ -253,8 +255,8 @@ def test_nothing_held_out(tiny_teacher, tmp_path):
         ({"student": {"layers": None}}, UsageError, "exactly one place"),
         ({"student": {"layers": None, "model": "nowhere"}}, StudentError, "nowhere"),
         ({"loss": {"temperature": 2.0}}, UsageError, "temperature"),
-        ({"stream": {"row_tokens": 16}}, UsageError, "row_tokens"),
-        ({"optimiser": {"device": "cuda:7"}}, UsageError, "CUDA_VISIBLE_DEVICES"),
+        ({"stream": {"max_length": 16}}, UsageError, "max_length"),
+        ({"optimizer": {"device": "cuda:7"}}, UsageError, "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_can_not_be_trained_leaves_nothing(changes, error, said, table, tmp_path):

@@ -1,0 +1,126 @@
+"""A student's record is compared whole, under today's names, whichever version of softlabel wrote it."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from softlabel.pipeline.students.folder import StudentFolder
+from softlabel.pipeline.students.record import flatten
+from softlabel.pipeline.training.train import train
+from softlabel.storage.errors import UsageError
+from tests.pipeline.captured import make_table
+from tests.pipeline.trainings import settings
+
+OLD_NAMES = {
+    "optimizer": "optimiser",
+    "num_train_epochs": "epochs",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "max_gradient_norm",
+    "use_liger_kernel": "liger",
+    "save_steps": "checkpoint_steps",
+    "early_stopping_patience": "patience",
+    "max_length": "row_tokens",
+    "batch_size": "batch_rows",
+    "micro_batch_size": "micro_rows",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+}
+"""Names of today, and what the version before called them."""
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A table and the settings of a student that was trained from it."""
+    folder = tmp_path_factory.mktemp("record")
+    config = settings(make_table(folder / "table", tiny_teacher), folder / "student", optimizer={"max_steps": 1})
+    train(config)
+    return config
+
+
+@pytest.fixture
+def record(student):
+    """The student's record, written as the version before wrote it; put back in the end."""
+    path = Path(student.output) / "softlabel.json"
+    today = path.read_text()
+    config = json.loads(today)["config"]
+    renamed = {
+        OLD_NAMES.get(section, section): {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in config.items()
+    }
+    assert {"optimiser", "stream"} <= {*renamed}
+    assert "row_tokens" in renamed["stream"]
+    yield write(path, json.loads(today), renamed)
+    path.write_text(today)
+
+
+def write(path: Path, record, config):
+    """Write the record with these settings; return what changes them once more."""
+    path.write_text(json.dumps({**record, "config": config}))
+
+    def change(section: str, name: str, value: object) -> None:
+        changed = deepcopy(config)
+        changed[section][name] = value
+        path.write_text(json.dumps({**record, "config": changed}))
+
+    return change
+
+
+def test_a_student_of_the_version_before_is_taken_as_trained(student, record):
+    assert train(student).steps_trained == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("optimiser", "epochs", 7.0),
+        ("optimiser", "warmup", 0.5),
+        ("optimiser", "schedule", "linear"),
+        ("optimiser", "max_gradient_norm", 3.0),
+        ("optimiser", "patience", 9),
+        ("optimiser", "learning_rate", 0.25),
+        ("stream", "row_tokens", 99),
+        ("stream", "batch_rows", 5),
+        ("student", "lora_rank", 2),
+        ("student", "lora_targets", ["q_proj"]),
+        ("loss", "target", "renormalised"),
+    ],
+)
+def test_a_setting_that_differs_under_its_old_name_refuses_the_student(student, record, section, name, value):
+    record(section, name, value)
+    today = {old: new for new, old in OLD_NAMES.items()}
+    with pytest.raises(UsageError, match=rf"{today.get(section, section)}\.{today.get(name, name)}: .* then, .* now"):
+        train(student)
+
+
+def test_what_changes_nothing_of_a_student_may_differ(student, record):
+    record("optimiser", "checkpoint_steps", 77)
+    record("stream", "micro_rows", 1)
+    assert train(student).steps_trained == 0
+
+
+def test_a_setting_that_nobody_knows_refuses_the_student_and_names_it(student, record):
+    record("stream", "of_tomorrow", 1)
+    with pytest.raises(UsageError, match=r"stream\.of_tomorrow"):
+        train(student)
+
+
+def test_a_setting_that_the_record_lacks_has_its_default(student, record, tmp_path: Path):
+    path = Path(student.output) / "softlabel.json"
+    old = json.loads(path.read_text())
+    del old["config"]["optimiser"]["weight_decay"]
+    path.write_text(json.dumps(old))
+    assert train(student).steps_trained == 0
+    decayed = student.model_copy(update={"optimizer": student.optimizer.model_copy(update={"weight_decay": 0.1})})
+    with pytest.raises(UsageError, match=r"optimizer\.weight_decay: 0\.0 then, 0\.1 now"):
+        train(decayed)
+
+
+def test_a_record_is_read_under_names_that_the_settings_have_today(student, record):
+    found = StudentFolder(Path(student.output)).finished()
+    assert found is not None
+    assert flatten(found["config"]).keys() == flatten(student.model_dump(mode="json")).keys()
