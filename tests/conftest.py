@@ -26,6 +26,9 @@ settings.load_profile("repeated")
 
 ROOT = Path(__file__).parents[1]
 
+# Processes that the tests start find the tests' own modules, and run nothing else that lies in the working folder.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files with the longest tests first: of several processes, none has then to wait for another at the end."""

@@ -94,8 +94,10 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_the_packages_are_those_that_the_folders_have():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = project["tool"]["setuptools"]["package-dir"]
     there = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
-    assert set(project["tool"]["setuptools"]["packages"]) == there
+    assert set(project["tool"]["setuptools"]["packages"]) == there - {"softlabel.flows.softlabel"} | {"softlabel"}
+    assert folders == {"softlabel": "flows/softlabel", **{f"softlabel.{name}": name for name in FOLDERS}}
     folders = [ROOT / name.replace(".", "/") for name in RESTS_ON]
     assert all(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 
