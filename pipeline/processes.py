@@ -121,11 +121,6 @@ class Child:
         printed = self._log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
         return "\n               ".join([how + memory, *printed])
 
-    def kill(self) -> None:
-        """End it, whatever it is at, and wait until it is gone."""
-        self.process.kill()
-        self.process.wait()
-
 
 class ChildDiedError(Exception):
     """A child that was listened to says no more."""

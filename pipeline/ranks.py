@@ -115,7 +115,9 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
             ) from None
         finally:
             for child in ranks:
-                child.kill()
+                child.process.kill()
+            for child in ranks:
+                child.process.wait()
     raise AssertionError("a rank that has said all waits to be ended")
 
 

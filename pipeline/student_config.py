@@ -171,7 +171,7 @@ class OptimiserConfig(Settings):
     device: str = "auto"
     """cpu or cuda; auto takes a GPU if there is one."""
     processes: PositiveInt | None = None
-    """Processes that share each step, torchrun's ranks, each with a GPU of its own; left out, one for each GPU that
+    """Processes that share each step, each with a GPU of its own; left out, one for each GPU that
     there is. On the CPU one, unless more are asked for."""
     sharding: Literal["none", "full"] = "none"
     """What the processes share beside the work: full divides weights, gradients and the optimiser's moments among them

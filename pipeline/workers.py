@@ -111,7 +111,8 @@ class Worker:
             self._child.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._child.process.wait(_SECONDS_TO_END)
-            self._child.kill()
+            self._child.process.kill()
+            self._child.process.wait()
 
     def _running(self) -> Child:
         with self._lock:

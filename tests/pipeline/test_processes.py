@@ -33,7 +33,7 @@ def test_an_error_comes_back_with_its_class_its_message_and_its_details(raised, 
     with pytest.raises(SoftlabelError) as error:
         next(said)
     assert (type(error.value), str(error.value), error.value.details) == (kind, message, details)
-    child.kill()
+    child.process.kill()
     assert (tmp_path / "log").read_text() == "what a library prints\n"
 
 
@@ -42,7 +42,7 @@ def test_details_of_any_kind_come_back_somehow(tmp_path: Path):
     with pytest.raises(TeacherError, match="odd") as error:
         list(listen([child]))
     assert json.dumps(error.value.details)
-    child.kill()
+    child.process.kill()
 
 
 def test_a_death_is_told_from_an_error(tmp_path: Path):
@@ -52,7 +52,7 @@ def test_a_death_is_told_from_an_error(tmp_path: Path):
     assert death.value.child is children[1]
     assert "SIGKILL" in children[1].death()
     for child in children:
-        child.kill()
+        child.process.kill()
 
 
 RUN = [sys.executable, "-m", SPEAKING, "modules"]

@@ -128,6 +128,25 @@ def test_what_is_wrong_with_a_document_is_said_by_the_worker_wherever_it_was_sta
         workers.each([shard], lambda worker, path: worker.capture_shard(config, path))
 
 
+class RefusalError(TeacherError):
+    """A class that only the user's engine knows."""
+
+
+class Refusing:
+    """An engine that takes no teacher."""
+
+    def __init__(self, *_: object) -> None:
+        raise RefusalError("not this one", details={"model": 1})
+
+
+def test_an_error_of_the_users_own_engine_comes_back_from_its_worker(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents = write(tmp_path / "d.parquet", texts(300))
+    config = by_two(settings(tiny_teacher, documents, tmp_path / "t"), engine=f"{__name__}:{Refusing.__name__}")
+    with pytest.raises(TeacherError, match="RefusalError: not this one") as error:
+        capture(config)
+    assert error.value.details == {"model": 1}
+
+
 class Fates:
     """Does shards without a process: what becomes of a shard is in its name."""
 
