@@ -33,8 +33,9 @@ def device(name: str) -> torch.device:
             torch.empty(1, device=found)  # not on a GPU that is there: that would take of its memory for good
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"there is no device {name!r}",
+            f"this machine has no device {name!r}",
             expected="auto, cpu, cuda, cuda:1, ...",
             found=str(error).partition("\n")[0],
+            do="choose a device that this machine has, or auto",
         ) from None
     return found

@@ -28,19 +28,19 @@ def alone(place: Path) -> Iterator[None]:
             stack.enter_context(held(path))
         except HeldError as error:
             raise TrainingError(
-                "another process trains this student",
+                "another process is already training this student",
                 expected="one process at a time for each output",
-                found=str(error) or "one that has just begun",
+                found=str(error) or "a process that has just started",
                 where=place,
-                do="let it finish: the same command then finds the student; or choose another output",
+                do="wait for it to finish (the same command then finds the finished student), or choose another output",
             ) from None
         except ForeignFileError as error:
             raise TrainingError(
-                "whether another process trains this student can't be told, and none has been started",
-                expected="softlabel's own lock, or nothing",
+                "training did not start: softlabel can't tell whether another process is already training this student",
+                expected="softlabel's own lock file, or no file",
                 found=error.strerror,
                 where=path,
-                do="move it away, or choose another output",
+                do="move that file away, or choose another output",
             ) from None
         except OSError:
             pass

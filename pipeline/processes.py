@@ -114,7 +114,7 @@ class Child:
         """What it died of, and the last that it printed."""
         code = self.process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        memory = " (the system kills so when memory runs out)" if code == -signal.SIGKILL else ""
+        memory = " (often because the machine ran out of memory)" if code == -signal.SIGKILL else ""
         printed = self._log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
         return "\n               ".join([how + memory, *printed])
 

@@ -62,7 +62,7 @@ def _are_same(value: Any, kept: Any) -> bool:
 
 _DEEPEST = 100
 """Lists and objects within each other that a chat may have; what reads them calls itself at each level."""
-_TOO_DEEP = f"the chat has more than {_DEEPEST} lists and objects within each other"
+_TOO_DEEP = f"the chat nests lists and objects more than {_DEEPEST} levels deep"
 
 
 class UnfitError(Exception):
@@ -74,7 +74,7 @@ def encoded(text: str, what: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise UnfitError(f"the {what} is broken UTF-8") from None
+        raise UnfitError(f"the {what} is not valid UTF-8") from None
 
 
 def _string(value: Any, what: str) -> str:
@@ -84,9 +84,9 @@ def _string(value: Any, what: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise UnfitError(f"the {what} is broken UTF-8 at byte {error.start}") from None
+            raise UnfitError(f"the {what} is not valid UTF-8 at byte {error.start}") from None
     if not isinstance(value, str):
-        raise UnfitError(f"the {what} is no string but {type(value).__name__}")
+        raise UnfitError(f"the {what} must be a string, but is {type(value).__name__}")
     return value
 
 
@@ -119,7 +119,7 @@ def _chat(value: Any) -> str:
         try:
             value = json.loads(value)
         except ValueError:
-            raise UnfitError("the chat is a string that is no JSON") from None
+            raise UnfitError("the chat is a string that is not valid JSON") from None
         except RecursionError:
             raise UnfitError(_TOO_DEEP) from None
     return _json(_messages(value, "chat"))
@@ -150,7 +150,7 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:  # a struct of Parquet may hold a date, or bytes
-        raise UnfitError(f"a message holds what is no JSON: {error}") from None
+        raise UnfitError(f"a message can't be written as JSON: {error}") from None
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -160,18 +160,20 @@ def _items(value: Any) -> Iterable[Any]:
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     """Messages with a role and a content each; keys that are null are left out: Parquet fills structs so."""
     if value is None or not isinstance(value, list):
-        raise UnfitError(f"the {what} is no list of messages but {'null' if value is None else type(value).__name__}")
+        raise UnfitError(
+            f"the {what} must be a list of messages, but is {'null' if value is None else type(value).__name__}"
+        )
     if not value:
-        raise UnfitError(f"the {what} has no message")
+        raise UnfitError(f"the {what} has no messages")
     return [_message(i, message) for i, message in enumerate(value)]
 
 
 def _message(i: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UnfitError(f"message {i} is no object")
+        raise UnfitError(f"message {i} is not an object")
     message = {key: field for key, field in value.items() if field is not None}
     if not isinstance(message.get("role"), str):
         raise UnfitError(f"message {i} has no role")
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-        raise UnfitError(f"message {i} has no text as content")
+        raise UnfitError(f"message {i} has neither text content nor tool calls")
     return message

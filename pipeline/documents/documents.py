@@ -106,7 +106,11 @@ class Documents:
             yield batch
         if empty:
             raise DocumentsError(
-                "there are no documents", expected="at least one", found="files without a record", where=self.path
+                "there are no documents",
+                expected="at least one document",
+                found="files without any records",
+                where=self.path,
+                do="check that these are the right files and that they are complete",
             )
 
     def _judged(self, piece: Piece) -> Batch:
@@ -124,7 +128,7 @@ class Documents:
                 names[i] = id_of(name)
                 row = _document(names[i], CONTENTS[c.content](*content), label_of(label))
                 if i in misfits:
-                    raise UnfitError(f"column {misfits[i].name!r} holds no {misfits[i].type} there")
+                    raise UnfitError(f"the value of column {misfits[i].name!r} can't be stored as {misfits[i].type}")
             except UnfitError as unfit:
                 rejects.append(Reject(names[i], str(unfit)))
                 continue
@@ -145,8 +149,8 @@ class Documents:
                 close = get_close_matches(name, found, n=1)
                 raise UsageError(
                     f"the documents have no column {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
-                    expected=f"{setting}: one of the columns there are",
-                    found=", ".join(islice(found, 40)) or "no column",
+                    expected=f"{setting}: the name of an existing column",
+                    found=", ".join(islice(found, 40)) or "no columns",
                     where=self.path,
                     do=f"set {setting.partition('[')[0]} to the column's name",
                 )

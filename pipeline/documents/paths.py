@@ -52,7 +52,12 @@ def find_files(path: str) -> Found:
     path = located(path)
     scheme, is_url, rest = path.partition("://")
     if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
-        raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)
+        raise UsageError(
+            "softlabel can't read documents from this kind of address",
+            expected="a path on this machine, or s3://BUCKET/PATH",
+            found=path,
+            do="copy the documents to this machine or to an S3 bucket",
+        )
     with in_bucket():
         found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
     if not found.files and not found.is_folder:
@@ -61,7 +66,7 @@ def find_files(path: str) -> Found:
             expected="a file, a folder or a glob",
             found="nothing there",
             where=path,
-            do="check the path; put a glob in quotes",
+            do="check the path; put a glob in quotes, so that the shell does not expand it",
         )
     files = [file for file in found.files if not found.is_folder or _is_visible(file.name)]
     return found._replace(files=sorted(files, key=lambda file: file.name.split("/")))

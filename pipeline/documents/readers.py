@@ -84,10 +84,10 @@ def find(path: str) -> Source:
     if len(kinds) != 1 or None in kinds:
         raise DocumentsError(
             "documents can't be read from this path",
-            expected=f"files of one kind: {', '.join(_KINDS)}; lines and text also {' or '.join(_COMPRESSED)}",
+            expected=f"files of one kind: {', '.join(_KINDS)}; all but Parquet also with {' or '.join(_COMPRESSED)}",
             found=", ".join([file.name for file in files][:10]) or "an empty folder",
             where=path,
-            do="name the files by a glob, like 'folder/*.parquet'",
+            do="select files of one kind with a glob, such as 'folder/*.parquet'",
         )
     sources: dict[str | None, type[Source]] = {"Parquet": Parquet, "JSON lines": JsonLines, "plain text": PlainText}
     return sources[kinds.pop()](files)
@@ -124,10 +124,10 @@ class JsonLines:
 
     def schema(self) -> pa.Schema:
         """Keys of the first objects and the types of their values, or of most of them."""
-        sample, held, reason = list[dict[str, Any]](), 0, "not one"
+        sample, held, reason = list[dict[str, Any]](), 0, "no lines"
         for place, size, record in self._lines():
             if isinstance(record, str):
-                reason = f"{place}: {record}" if reason == "not one" else reason
+                reason = f"{place}: {record}" if reason == "no lines" else reason
                 continue
             sample.append(record)
             held += size
@@ -136,10 +136,10 @@ class JsonLines:
         if not sample:
             raise DocumentsError(
                 "there are no documents",
-                expected="a JSON object a line, in UTF-8",
+                expected="one JSON object per line, in UTF-8",
                 found=reason,
                 where=", ".join(file.address for file in self._files[:3]),
-                do="check that these are the files that were meant, and that they were written whole",
+                do="check that these are the right files and that they are complete",
             )
         keys = dict.fromkeys(chain.from_iterable(sample))
         named = [key for key in keys if key.encode(errors="ignore").decode() == key]  # no half of a surrogate pair
@@ -205,10 +205,10 @@ def _reading(file: File) -> Iterator[None]:
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DocumentsError(
             "a file of documents can't be read",
-            expected=f"{_kind(file)}, whole and undamaged",
+            expected=f"a complete, undamaged file of {_kind(file)}",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             where=file.address,
-            do="write or copy the file again, or leave it out by a glob",
+            do="write or copy the file again, or exclude it with a glob",
         ) from None
 
 
@@ -224,10 +224,10 @@ def _require_each_once(columns: list[str], found: list[str], file: File) -> None
         if (times := found.count(name)) != 1:
             raise DocumentsError(
                 f"a file has {times or 'no'} column{'s' * (times > 1)} {name!r}",
-                expected=f"one column {name!r} in each of the files",
-                found=", ".join(islice(found, 40)) or "no column",
+                expected=f"exactly one column {name!r} in every file",
+                found=", ".join(islice(found, 40)) or "no columns",
                 where=file.address,
-                do="rename its columns or leave the file out by a glob, or say with columns.* which hold what",
+                do="rename the file's columns, exclude the file with a glob, or set columns.* to other columns",
             )
 
 
@@ -265,14 +265,14 @@ def _value(item: pa.Scalar) -> Any:
 
 def _object(line: bytes) -> dict[str, Any] | str:
     if b"\0" in line:
-        return "the line is no UTF-8 but holds bytes of 0, as UTF-16 does"
+        return "the line is not UTF-8: it contains zero bytes, as UTF-16 does"
     try:
         record = json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess the encoding
     except UnicodeDecodeError as error:
-        return f"the line is broken UTF-8 at byte {error.start}"
+        return f"the line is not valid UTF-8 at byte {error.start}"
     except (ValueError, RecursionError) as error:
-        return f"the line is no JSON: {error}"
-    return record if isinstance(record, dict) else f"the line is no JSON object but {type(record).__name__}"
+        return f"the line is not valid JSON: {error}"
+    return record if isinstance(record, dict) else f"the line must be a JSON object, but is {type(record).__name__}"
 
 
 def _type_of(values: list[Any]) -> pa.DataType:

@@ -34,18 +34,18 @@ class Adapter:
             import peft  # noqa: F401
         except ImportError:
             raise UsageError(
-                "an adapter needs the package peft, which is not installed",
+                "an adapter needs the peft package, which is not installed",
                 found=f"teacher.adapter: {name}",
                 do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
             ) from None
         folder, _ = locate(name, "adapter")
         if not all((folder / file).is_file() for file in _FILES):
             raise TeacherError(
-                "this folder holds no adapter",
+                "this folder does not contain an adapter",
                 expected=" and ".join(_FILES),
                 found=", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "an empty folder",
                 where=folder,
-                do="give the folder that peft's save_pretrained() wrote",
+                do="set teacher.adapter to a folder that peft's save_pretrained() wrote",
             )
         return cls(folder)
 
@@ -71,23 +71,23 @@ class Adapter:
         if not hasattr(kind, "merge_and_unload") or kind is XLoraModel:
             raise TeacherError(
                 "this kind of adapter can't be merged into the teacher's weights",
-                expected="an adapter of the weights, such as LoRA",
+                expected="an adapter that changes weights, such as LoRA",
                 found=f"peft_type: {config.peft_type}",
                 where=self.folder,
-                do="give another adapter, or a teacher that was saved with this one in it",
+                do="use another adapter, or a teacher that needs none",
             )
         try:
             adapted = PeftModel(model, config)
             report = adapted.load_adapter(str(self.folder), "default")
         except Exception as error:
-            raise broken("the adapter can't be put on the teacher", self.folder, error) from error
+            raise broken("the adapter can't be applied to the teacher", self.folder, error) from error
         strangers = sorted([*report.missing_keys, *report.unexpected_keys])
         if strangers:
             raise TeacherError(
                 "the adapter was made for another teacher",
-                expected="weights for each layer that it adapts, and for no other",
-                found=f"{len(strangers)} missing or left over, the first {', '.join(strangers[:3])}",
+                expected="weights for exactly the layers that it adapts",
+                found=f"{len(strangers)} missing or unexpected weights, starting with {', '.join(strangers[:3])}",
                 where=self.folder,
-                do="give the model that it was trained on, or fetch it again",
+                do="set teacher.model to the model that the adapter was trained on, or download the adapter again",
             )
         return adapted.merge_and_unload()

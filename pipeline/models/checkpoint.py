@@ -80,7 +80,7 @@ class Checkpoint:
                 expected="a tokenizer.json",
                 found=type(tokenizer).__name__,
                 where=self.folder,
-                do="convert it with transformers and save_pretrained() it",
+                do="convert it to a fast tokenizer with transformers, and save that with save_pretrained()",
             )
         return tokenizer
 
@@ -94,11 +94,11 @@ class Checkpoint:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise TeacherError(
-                "the teacher's weights are not there",
-                expected=f"safetensors: {', '.join(missing)}",
+                "the teacher's weight files are missing",
+                expected=f"safetensors files: {', '.join(missing)}",
                 found=", ".join(sorted(path.name for path in self.folder.iterdir())) or "an empty folder",
                 where=self.folder,
-                do="load the model once with transformers and save_pretrained() it: that writes safetensors",
+                do="load the model once with transformers and save it with save_pretrained(), which writes safetensors",
             )
         return files
 
@@ -151,7 +151,7 @@ class Checkpoint:
             with torch.device("meta"):
                 return fresh_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # architectures check their settings in as many ways as there are
-            raise broken("the teacher's config.json makes no model", self.folder, error) from error
+            raise broken("no model can be built from the teacher's config.json", self.folder, error) from error
 
     def load(self, device_map: str | dict[str, Any], attention: str) -> Any:
         """The model in evaluation mode, every weight of it from the files, the adapter merged into them.
@@ -175,11 +175,12 @@ class Checkpoint:
             )
         except torch.OutOfMemoryError:
             raise TeacherError(
-                "the teacher does not fit the device",
+                "the teacher does not fit on the device",
                 expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
                 found="out of memory",
                 where=self.folder,
-                do="take a larger device, teacher.dtype bfloat16, or teacher.device_map auto on several",
+                do="use a larger device or teacher.dtype bfloat16, or spread it over several devices with "
+                "teacher.device_map auto",
             ) from None
         except Exception as error:  # damaged files fail in as many ways as there are readers
             if attention != "auto" and "attention" in str(error).lower():
@@ -188,11 +189,11 @@ class Checkpoint:
         missing = sorted(report["missing_keys"])
         if missing:
             raise TeacherError(
-                "the teacher's files lack weights",
+                "the teacher's files lack some of its weights",
                 expected=f"every weight of {type(model).__name__}",
-                found=f"{len(missing)} missing, the first {', '.join(missing[:3])}",
+                found=f"{len(missing)} missing weights, starting with {', '.join(missing[:3])}",
                 where=self.folder,
-                do="fetch or save the model again",
+                do="download or save the model again",
             )
         return (model if self.adapter is None else self.adapter.merged(model)).eval()
 
@@ -201,10 +202,10 @@ def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherErro
     """The error for an implementation of attention that is not to be had for this model, here."""
     return TeacherError(
         f"the teacher can't be loaded with teacher.attn_implementation {attention}",
-        expected="an implementation whose package is installed, and that the architecture has",
+        expected="an attention implementation that is installed and that this architecture supports",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
-        do="install what it asks for, or leave out teacher.attn_implementation",
+        do="install the package that it needs, or leave out teacher.attn_implementation",
     )
 
 
@@ -224,12 +225,12 @@ def _require_classifier(checkpoint: Checkpoint) -> None:
     kind = config.problem_type or "single_label_classification"
     if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
         raise TeacherError(
-            "the teacher gives no distribution over classes",
-            expected="a classifier with one label a document: problem_type single_label_classification (or none), and "
-            "at least two classes with different names in id2label",
-            found=f"problem_type {kind}, {len(names)} classes, {len(set(names))} names",
+            "this classifier does not give one probability distribution over its classes",
+            expected="problem_type single_label_classification (or none), and two or more classes with different names "
+            "in id2label",
+            found=f"problem_type {kind}, {len(names)} classes with {len(set(names))} different names",
             where=checkpoint.folder / "config.json",
-            do="mend config.json if it says the wrong thing, or give another classifier",
+            do="correct config.json if it is wrong, or use another classifier",
         )
     _ = checkpoint.weights
 
@@ -238,11 +239,11 @@ def _require_config(checkpoint: Checkpoint) -> None:
     """Refuse a folder without a model."""
     if not (checkpoint.folder / "config.json").is_file():
         raise TeacherError(
-            "this folder holds no model",
+            "this folder does not contain a model",
             expected="config.json, tokenizer.json and model.safetensors",
             found=", ".join(sorted(path.name for path in checkpoint.folder.iterdir())[:20]) or "an empty folder",
             where=checkpoint.folder,
-            do="give the folder that save_pretrained() wrote",
+            do="set teacher.model to a folder that save_pretrained() wrote",
         )
 
 
@@ -254,9 +255,9 @@ def _require_causal(checkpoint: Checkpoint) -> None:
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(
             "the teacher is neither a causal language model nor a sequence classifier",
-            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM knows",
+            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM supports",
             found=", ".join(architectures) or checkpoint.config.model_type,
             where=checkpoint.folder / "config.json",
-            do="give a model that predicts the next token, or one that was saved as a sequence classifier",
+            do="use a model that predicts the next token, or one that was saved as a sequence classifier",
         )
     _ = checkpoint.weights

@@ -42,8 +42,8 @@ def _require_positions(checkpoint: Checkpoint, max_tokens: int, said: int | None
     limit = _in_table(checkpoint.blank(), said)
     if limit is not None and max_tokens > limit:
         raise UsageError(
-            "the teacher has no positions for sequences as long as these",
-            expected=f"sequences.max_tokens of at most {limit}",
+            "the teacher can't read sequences of this length",
+            expected=f"sequences.max_tokens of at most {limit}, the number of positions in the teacher's table",
             found=f"sequences.max_tokens: {max_tokens}",
             where=checkpoint.folder / "config.json",
             do=f"set sequences.max_tokens to {limit} or less; longer documents are then cut into more chunks",

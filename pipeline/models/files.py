@@ -27,7 +27,7 @@ class UntrustedCodeError(ValueError):
     """Files that can't be loaded unless code that comes with them is run."""
 
     def __init__(self) -> None:
-        super().__init__("it can't be loaded without code that comes with it (auto_map), and that is not run")
+        super().__init__("it needs Python code that comes with it (auto_map), and softlabel is not allowed to run that")
 
 
 def locate(
@@ -67,15 +67,15 @@ def locate(
             )
             return Path(path), Path(path).name
         except (OSError, ValueError) as missing:
-            found = f"no such folder, and from the hub {type(missing).__name__}: {first_line(missing)}"
+            found = f"no such folder; the hub gave {type(missing).__name__}: {first_line(missing)}"
     raise error(
-        f"there is no such {what}",
-        expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub"
+        f"can't find the {what}",
+        expected="a folder that save_pretrained() wrote, with safetensors, or a repository name on the hub"
         if "*.safetensors" in files
-        else "a folder with a config.json, a file like that, or a name on the hub",
+        else "a folder with a config.json, such a file, or a repository name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
-        do="check the name; offline, fetch it beforehand and give its folder",
+        do="check the name; to work offline, download it first and give its folder",
     )
 
 
@@ -88,7 +88,7 @@ def require_no_revision(path: Path, revision: str | None) -> None:
     if revision is not None:
         raise UsageError(
             "a folder has no revisions",
-            expected="a hub name with a revision, or a folder without",
+            expected="a revision only with a repository name on the hub",
             found=f"revision: {revision}",
             where=path,
             do="leave out the revision",
@@ -137,12 +137,12 @@ def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
     """The error for a teacher's files that are there and can't be used."""
     return TeacherError(
         summary,
-        expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
+        expected="a folder that save_pretrained() wrote, or a hub repository with the same layout",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
         if isinstance(error, UntrustedCodeError)
-        else "fetch or save the model again, its tokenizer too",
+        else "download or save the model and its tokenizer again",
     )
 
 

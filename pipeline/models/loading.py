@@ -56,20 +56,20 @@ def require_weights(model: PreTrainedModel, source: Path, wrong: dict[str, str],
     if wrong:
         first = min(wrong)
         raise StudentError(
-            "the student's files lack weights",
-            expected=f"every weight of {type(model).__name__}{but}, in the shape that its configuration says",
-            found=f"{len(wrong)} that are not, the first {first}: {wrong[first]}",
+            "the student's files lack some of its weights",
+            expected=f"every weight of {type(model).__name__}{but}, in the shape that its configuration gives",
+            found=f"{len(wrong)} missing or of another shape, starting with {first}: {wrong[first]}",
             where=source,
-            do="fetch or save the model again",
+            do="download or save the model again",
         )
     if not finite(model):
         names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
         raise StudentError(
-            "the student's weights are no numbers",
-            expected="finite weights",
-            found=f"NaN or infinity in {len(names)} of them, the first {names[0]}",
+            "some of the student's weights are not finite numbers",
+            expected="finite numbers in every weight",
+            found=f"NaN or infinity in {len(names)} weight tensors, starting with {names[0]}",
             where=source,
-            do="take another model: a training that diverged may have left this one",
+            do="use another model; this one may come from a training run that diverged",
         )
 
 
@@ -104,10 +104,10 @@ def explained(source: Path, what: str, load: Callable[[], T]) -> T:
     except Exception as error:  # damaged files fail in as many ways as there are readers
         raise StudentError(
             f"the student's {what} can't be loaded",
-            expected="a folder, or a hub name, with config.json, *.safetensors and a tokenizer",
+            expected="a folder or a hub repository with config.json, *.safetensors and a tokenizer",
             found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
             where=source.absolute(),
-            do="take a model that transformers can load by itself, with its tokenizer: no student's code is run"
+            do="use a model and a tokenizer that transformers loads without extra code; a student's code is never run"
             if isinstance(error, UntrustedCodeError)
-            else "fetch a damaged file again; a model that has no safetensors is not loaded",
+            else "download or save the model again; its weights must be in safetensors",
         ) from error

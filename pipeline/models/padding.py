@@ -23,11 +23,11 @@ def padding_id(model: Any, tokenizer: Any) -> int:
         config.pad_token_id = tokenizer.pad_token_id
     if config.pad_token_id is None:
         raise TeacherError(
-            "there is no padding token",
-            expected="pad_token_id in config.json, or a pad token of the tokenizer",
+            "the model has no padding token",
+            expected="pad_token_id in config.json, or a pad token in the tokenizer",
             found="neither",
             where=config.name_or_path,
-            do="set one and save model and tokenizer again",
+            do="set one of them, and save the model and the tokenizer again",
         )
     return int(config.pad_token_id)
 

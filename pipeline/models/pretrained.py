@@ -64,7 +64,7 @@ def load_model(
     """
     if (folder / _ADAPTER).exists():
         raise ValueError(
-            f"an adapter lies beside the model ({_ADAPTER}) and would be put into it: merge it or take it away"
+            f"an adapter ({_ADAPTER}) is in the model's folder and would be applied to it: merge it or move it away"
         )
     with _refusing(trust_remote_code):
         loaded: tuple[Any, dict[str, Any]] = architecture.from_pretrained(

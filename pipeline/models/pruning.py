@@ -25,7 +25,9 @@ def spread(depth: int, count: int) -> tuple[int, ...]:
     """
     if depth > count:
         raise UsageError(
-            "the teacher has not so many layers", expected=f"at most {count}", found=f"student.depth: {depth}"
+            "student.depth is more than the number of the teacher's layers",
+            expected=f"at most {count}",
+            found=f"student.depth: {depth}",
         )
     return tuple(round(place * (count - 1) / max(1, depth - 1)) for place in range(depth))
 
@@ -78,8 +80,8 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
     if len(layers) != config.num_hidden_layers or sizes != {getattr(config, "intermediate_size", None)}:
         raise StudentError(
             "this kind of model can't be made narrower",
-            expected=f"{config.num_hidden_layers} feed-forward layers with {', '.join(_FEED_FORWARD)}, all of a size",
-            found=f"{len(layers)} in {type(teacher).__name__}",
+            expected=f"{config.num_hidden_layers} feed-forward layers of one size with {', '.join(_FEED_FORWARD)}",
+            found=f"{len(layers)} of these in {type(teacher).__name__}",
             where=config.name_or_path,
             do="leave out student.intermediate_size",
         )
@@ -117,7 +119,7 @@ def require_neurons(config: Any, neurons: int) -> None:
     """
     if neurons > getattr(config, "intermediate_size", neurons):
         raise UsageError(
-            "the teacher has not so many neurons in a feed-forward layer",
+            "student.intermediate_size is more than the neurons in the teacher's feed-forward layers",
             expected=f"at most {config.intermediate_size}",
             found=f"student.intermediate_size: {neurons}",
             where=config.name_or_path,
@@ -162,9 +164,9 @@ def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise StudentError(
-        "this kind of model can be neither pruned nor sharded",
-        expected=f"one list of {count} layers",
+        "this kind of model can't be pruned or sharded",
+        expected=f"a single ModuleList of {count} layers",
         found=f"none in {type(model).__name__}",
         where=model.config.name_or_path,
-        do="give the student as student.model or student.config, and leave out optimizer.sharding",
+        do="use student.model or student.config, and leave out optimizer.sharding",
     )

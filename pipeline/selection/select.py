@@ -55,9 +55,9 @@ class NotADistributionError(TeacherError):
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(
-            "the teacher's logits are no distribution",
+            "the teacher's logits are not a probability distribution",
             expected="finite logits, or -inf for an id of probability 0",
-            found="NaN, +inf, or nothing but -inf",
+            found="NaN, +inf or only -inf",
             where=f"positions {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the batch",
             do="try teacher.dtype float32 or teacher.attn_implementation eager; if both fail, the weights are broken",
         )
@@ -184,9 +184,9 @@ def selection_of(config: SelectionConfig, classes: Sequence[str] | None) -> Sele
     if config != SelectionConfig():
         given = config.model_dump(exclude_defaults=True)
         raise UsageError(
-            "nothing is selected of a classifier's distribution: every class is kept, for every temperature",
-            expected="no selection",
+            "selection settings don't apply to a classifier: every class is kept, at every temperature",
+            expected="no selection settings",
             found=", ".join(f"selection.{name}: {value}" for name, value in given.items()),
-            do="leave it out",
+            do="leave these settings out",
         )
     return Selection(top_p=1.0, min_k=len(classes), max_k=len(classes), draws=0, temperatures=(1.0,), seed=0)

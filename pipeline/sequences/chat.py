@@ -80,9 +80,9 @@ class ChatTemplate:
         except (TemplateError, TypeError, KeyError) as error:
             raise UsageError(
                 "the teacher's chat template can't be used for capturing",
-                expected="a template that writes a question and its answer, with an end to the answer",
+                expected="a template that writes a question and an answer, and marks where the answer ends",
                 found=f"{type(error).__name__}: {error}",
-                do="enclose the assistant's words in {% generation %} ... {% endgeneration %} in chat_template.jinja",
+                do="put the assistant's words between {% generation %} and {% endgeneration %} in chat_template.jinja",
             ) from None
 
     def write(self, chat: str, turns: Literal["all", "last"] = "all") -> Written:
@@ -98,25 +98,27 @@ class ChatTemplate:
                 it can be told, does not hold all that its message says, or holds what another does.
         """
         if found := _NO_TEXT.search(chat):
-            raise ChatRefusedError(f"the chat holds U+{ord(found[0]):04X}, which is no character")
+            raise ChatRefusedError(f"the chat contains U+{ord(found[0]):04X}, which is not a character")
         parts = json.loads(chat)
         prompt, completion = (parts["prompt"], parts["completion"]) if isinstance(parts, dict) else ([], parts)
         answering = len(_answers(completion))
         if not answering:
-            raise ChatRefusedError(f"no assistant speaks in the {'completion' if prompt else 'chat'}")
+            raise ChatRefusedError(f"the {'completion' if prompt else 'chat'} has no assistant message")
         messages = prompt + completion
         answers = _answers(messages)
         wanted = answers[-answering:] if turns == "all" else answers[-1:]
         try:
             text = self._render(self._guarded_messages(messages))
         except Exception as error:  # a template is a program: it may stumble over a chat in any way
-            raise ChatRefusedError(f"the chat template refuses it: {error}") from None
+            raise ChatRefusedError(f"the chat template rejects the chat: {error}") from None
         if self._turn is not None:
             text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
         pieces, spoken = _parse(text)
         # A template that encloses what the assistant says may do so in several parts, all of which are wanted then.
         if len(spoken) != len(answers) and (self._turn is not None or len(wanted) < len(answers)):
-            raise ChatRefusedError(f"the chat template writes {len(spoken)} turns for {len(answers)} of the assistant")
+            raise ChatRefusedError(
+                f"the chat template writes {len(spoken)} turns for {len(answers)} assistant messages"
+            )
         return self._checked(pieces, spoken[len(answers) - len(wanted) :], messages, wanted)
 
     def _checked(
@@ -168,7 +170,7 @@ class ChatTemplate:
         if not header or header == prompted or header not in both:  # the template knows no prompt, or another one
             header = both.partition(_ASKED)[2].rpartition(_ANSWERED)[0]
         if not header.strip() or not end.strip():
-            raise TemplateError(f"it writes {header!r} before an answer and {end!r} after it")
+            raise TemplateError(f"the template writes {header!r} before an answer and {end!r} after it")
         # Broken is what has no space around: a template may trim a message, and put its own there.
         broken = {text: "".join(c + _BREAK for c in text) for text in (header.strip(), end.strip())}
         lead, body, trail = header.partition(header.strip())
@@ -201,18 +203,18 @@ def _heard(turns: list[tuple[int, int]], speakers: list[int], texts: list[Said])
     answers = []
     for text in texts:
         if text.places is None:
-            raise ChatRefusedError(f"where the chat template writes message {text.message} can't be told")
+            raise ChatRefusedError(f"can't tell where the chat template writes message {text.message}")
         if text.message in speakers:
             inside = [place for place in text.places if place.whole and place.lies_in(turns)]
             if text.places and not inside:
                 raise ChatRefusedError(
-                    f"the assistant's turn, {_AS_WRITTEN}, does not hold all of message {text.message}"
+                    f"the assistant's turn, {_AS_WRITTEN}, does not contain all of message {text.message}"
                 )
             if text.core and not inside:
-                raise ChatRefusedError(f"the chat template writes nothing of message {text.message}")
+                raise ChatRefusedError(f"the chat template leaves out message {text.message}")
             answers += inside if text.core else []
         elif any(place.meets(turn) for place in text.places for turn in turns):
-            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, holds message {text.message}, too")
+            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains message {text.message}")
     return answers
 
 

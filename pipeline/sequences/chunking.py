@@ -49,7 +49,7 @@ def to_sequences(
         tables.append(to_rows(part, chunks, eval_fraction, schema))
         names = part.column("document_id")
         without = sorted(set(range(part.num_rows)) - set(chunks.documents.tolist()))
-        rejects += [Reject(names[i].as_py(), refused.get(i, "no token of it can be predicted")) for i in without]
+        rejects += [Reject(names[i].as_py(), refused.get(i, "it has no token that can be predicted")) for i in without]
     return pa.concat_tables(tables), rejects
 
 

@@ -94,7 +94,7 @@ class DocumentTokenizer:
             _ = self._template
         if settings.max_tokens <= len(self.prefix) + settings.context:
             raise UsageError(
-                "a sequence has no room for a token to predict",
+                "sequences.max_tokens leaves no room for a token to predict",
                 expected=f"sequences.max_tokens above {len(self.prefix)} (prefix) + {settings.context} (context)",
                 found=f"sequences.max_tokens: {settings.max_tokens}",
                 do="set sequences.max_tokens higher",
@@ -178,7 +178,7 @@ class DocumentTokenizer:
         rows = []
         for prompt, whole in zip(prompts, wholes, strict=True):
             if len(whole) == len(prompt):
-                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no token for what is to be captured"))
+                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no tokens for the text to capture"))
                 continue
             # A text may bring both by itself if its special tokens are parsed.
             before = [] if whole[: len(start)] == start else start
@@ -226,9 +226,9 @@ class DocumentTokenizer:
         tokens = np.array([starts, ends], np.int64)
         wanted = _sharing(tokens, chat.turns)
         if not all(_sharing(tokens, [(place.start, place.end)]).any() for place in chat.answers):
-            return _Row([], wanted[:0], "the tokenizer has no token for what is to be captured")
+            return _Row([], wanted[:0], "the tokenizer has no tokens for the text to capture")
         if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
-            return _Row([], wanted[:0], "a token holds words both of the assistant and of another message")
+            return _Row([], wanted[:0], "a token covers text of both the assistant and another message")
         return _Row(ids, wanted)
 
     def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
@@ -262,10 +262,10 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
     except ValueError:
         raise UsageError(
             "the teacher has no chat template",
-            expected="chat_template.jinja, to write chats as the teacher knows them",
-            found="documents that are chats, and a tokenizer without one",
+            expected="a chat_template.jinja, or a template in tokenizer_config.json",
+            found="documents that are chats, and a tokenizer without a template",
             where=checkpoint.folder,
-            do="give an instruct model, or plain text with columns.text",
+            do="use an instruct model, or plain text with columns.text",
         ) from None
     named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -57,9 +57,9 @@ class WholeDocuments:
         names, labels = (documents.column(name).to_pylist() for name in ("document_id", "label"))
         encodings = self._backend.encode_batch(documents.column("content").to_pylist())
         reasons = [
-            "it has no token"
+            "it has no tokens"
             if not encoding.ids
-            else f"its label is {label!r}, which is none of teacher.labels"
+            else f"its label is {label!r}, which is not in teacher.labels"
             if self._labels and label not in self._labels
             else None
             for encoding, label in zip(encodings, labels, strict=True)

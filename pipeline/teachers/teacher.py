@@ -131,7 +131,7 @@ class TransformersTeacher:
         except Exception as error:  # what an architecture lacks shows in as many ways as there are
             raise TeacherError(
                 "the teacher can't be run",
-                expected=f"logits of {_PROBE} tokens",
+                expected=f"logits for {_PROBE} tokens",
                 found=f"{type(error).__name__}: {first_line(error)}",
                 where=self.checkpoint.folder,
                 do="try another teacher.dtype, teacher.attn_implementation or teacher.device",
@@ -139,23 +139,23 @@ class TransformersTeacher:
         apart = (one - two).square().mean(1).sqrt()
         if apart[:-1].max() > _LEAK * apart[-1]:
             raise TeacherError(
-                "the teacher sees the token that it is to predict",
-                expected="a causal language model: logits that depend on the tokens before alone",
-                found=f"{type(self._model).__name__}: another last token changes the logits before it",
+                "the teacher sees the token that it should predict",
+                expected="a causal language model: logits that depend only on earlier tokens",
+                found=f"{type(self._model).__name__}: changing the last token changes the logits before it",
                 where=self.checkpoint.folder,
-                do="give a causal language model; if this one was trained as one, its config.json does not say so "
-                "(BERT and its kin need is_decoder: true)",
+                do="use a causal language model; if this one was trained as one, its config.json does not say so "
+                "(BERT and similar models need is_decoder: true)",
             )
 
     def _inseparable(self) -> TeacherError:
         """The error for an architecture that ``_head`` can't be had of."""
         return TeacherError(
-            "this architecture's output layer can't be run apart from its body",
-            expected="a forward() that calls its base model once",
+            "this architecture's output layer can't be run separately from its base model",
+            expected="a forward() that calls its base model exactly once",
             found=f"{type(self._model).__name__} does not",
             where=self.checkpoint.folder,
-            do="give another teacher; or name a class of your own that runs this one with teacher.engine "
-            "(softlabel.pipeline.teachers.teacher.Teacher says what it needs)",
+            do="use another teacher, or set teacher.engine to a class of your own that runs this one "
+            "(softlabel.pipeline.teachers.teacher.Teacher describes it)",
         )
 
 
@@ -201,10 +201,10 @@ def each_batch(
             batch_tokens = len(batch) * longest // 2
         else:
             raise TeacherError(
-                "the device has no room for a single sequence",
+                "the device does not have enough memory for a single sequence",
                 expected=f"memory for {longest} tokens",
                 found="out of memory",
-                do="set sequences.max_tokens lower, teacher.dtype to bfloat16, or take a larger device",
+                do="lower sequences.max_tokens, set teacher.dtype to bfloat16, or use a larger device",
             )
 
 

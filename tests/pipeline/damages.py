@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 DAMAGES = [
     ("truncated", "can't be loaded"),
     ("other shape", "in the shape that its configuration says"),
-    ("no number", "weights are no numbers"),
+    ("no number", "weights are not finite numbers"),
 ]
 
 

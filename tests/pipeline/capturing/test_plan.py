@@ -69,7 +69,7 @@ def test_a_file_whose_name_is_no_utf8_costs_that_file(tiny_teacher: Path, tmp_pa
     assert (found.documents, found.rejects) == (1, 1)
     assert found.rejects_file
     reject = json.loads(Path(found.rejects_file).read_text())
-    assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is broken UTF-8"}
+    assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is not valid UTF-8"}
 
 
 def lines(path: Path, records: list[dict[str, object]]) -> Path:

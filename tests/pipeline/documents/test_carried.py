@@ -57,7 +57,7 @@ def test_later_lines_of_another_type_are_not_cut_to_fit(tmp_path: Path) -> None:
     later = [2.5, 0.99, True, "MMXX", 7, 7.0, None, 2**63]
     documents, rejects = read(lines(tmp_path / "x.jsonl", [*range(1000), *later]), "value")
     assert documents["value"].to_pylist() == [*range(1000), 7, 7, None]
-    assert {reject.reason for reject in rejects} == {"column 'value' holds no int64 there"}
+    assert {reject.reason for reject in rejects} == {"the value of column 'value' can't be stored as int64"}
     assert [reject.document_id for reject in rejects] == ["1000", "1001", "1002", "1003", "1007"]
 
 
@@ -65,7 +65,7 @@ def test_fractions_among_integers_make_a_column_of_fractions(tmp_path: Path) -> 
     documents, rejects = read(lines(tmp_path / "x.jsonl", [1, 2, 2.5, math.nan, "x"]), "value")
     assert documents["value"].to_pylist()[:3] == [1.0, 2.0, 2.5]
     assert math.isnan(documents["value"][3].as_py())
-    assert rejects == [Reject("4", "column 'value' holds no double there")]
+    assert rejects == [Reject("4", "the value of column 'value' can't be stored as double")]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_text_file_is_a_document_named_by_its_path(tmp_path: Path) -> None:
     documents, rejects = read(tmp_path)
     rows = dict(zip(documents["document_id"].to_pylist(), documents["content"].to_pylist(), strict=True))
     assert rows == {"sub/one.txt": "One\nmore", "two.md": "Two"}
-    assert rejects == [Reject("bad.txt", "the text is broken UTF-8 at byte 3")]
+    assert rejects == [Reject("bad.txt", "the text is not valid UTF-8 at byte 3")]
     assert read(tmp_path / "two.md")[0]["document_id"].to_pylist() == ["two.md"]
 
 
@@ -117,15 +117,15 @@ def test_what_is_wrong_with_a_document_costs_that_document(tmp_path: Path) -> No
         "absent": "the text is null",
         "empty": "the text is empty",
         "blank": "the text is empty",
-        "number": "the text is no string but int",
+        "number": "the text must be a string, but is int",
         "good": "another document has this id",
-        "carried": "column 'year' holds no int64 there",
+        "carried": "the value of column 'year' can't be stored as int64",
         "x.jsonl:9": "the id is null",
-        "half a pair": "the text is broken UTF-8",
-        "x.jsonl:12": "the id is broken UTF-8",
-        "x.jsonl:13": "the line is no JSON object but list",
-        "x.jsonl:14": "the line is no JSON:",
-        "x.jsonl:15": "the line is broken UTF-8 at byte 28",
+        "half a pair": "the text is not valid UTF-8",
+        "x.jsonl:12": "the id is not valid UTF-8",
+        "x.jsonl:13": "the line must be a JSON object, but is list",
+        "x.jsonl:14": "the line is not valid JSON:",
+        "x.jsonl:15": "the line is not valid UTF-8 at byte 28",
     }
 
 
@@ -134,7 +134,7 @@ def test_one_broken_string_in_parquet_costs_one_document(tmp_path: Path) -> None
     pq.write_table(pa.table({"id": [1, 2, 3, 4], "text": text}), tmp_path / "x.parquet")
     documents, rejects = read(tmp_path / "x.parquet")
     assert documents["document_id"].to_pylist() == ["1", "4"]
-    assert rejects == [Reject("2", "the text is broken UTF-8 at byte 3"), Reject("3", "the text is null")]
+    assert rejects == [Reject("2", "the text is not valid UTF-8 at byte 3"), Reject("3", "the text is null")]
 
 
 def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
@@ -153,14 +153,14 @@ def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chat", "reason"),
     [
-        (None, "the chat is no list of messages but null"),
-        ("Hi", "the chat is a string that is no JSON"),
-        ([], "the chat has no message"),
-        ("[" * 100_000, "the chat has more than 100 lists and objects within each other"),
-        ([CHAT[1] | {"more": DEEP}], "the chat has more than 100 lists and objects within each other"),
-        (["Hi"], "message 0 is no object"),
+        (None, "the chat must be a list of messages, but is null"),
+        ("Hi", "the chat is a string that is not valid JSON"),
+        ([], "the chat has no messages"),
+        ("[" * 100_000, "the chat nests lists and objects more than 100 levels deep"),
+        ([CHAT[1] | {"more": DEEP}], "the chat nests lists and objects more than 100 levels deep"),
+        (["Hi"], "message 0 is not an object"),
         ([{"content": "Hi"}], "message 0 has no role"),
-        ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has no text as content"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has neither text content nor tool calls"),
     ],
 )
 def test_what_is_no_chat_is_a_reject(chat: object, reason: str, tmp_path: Path) -> None:
@@ -175,21 +175,25 @@ def test_a_message_with_a_date_is_a_reject(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["good", "bad"], "messages": [CHAT, dated]}), tmp_path / "x.parquet")
     documents, [reject] = read(tmp_path / "x.parquet", messages="messages")
     assert documents["document_id"].to_pylist() == ["good"]
-    assert reject == Reject("bad", "a message holds what is no JSON: Object of type datetime is not JSON serializable")
+    assert reject == Reject(
+        "bad", "a message can't be written as JSON: Object of type datetime is not JSON serializable"
+    )
 
 
 def test_a_label_that_is_broken_is_called_so(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "x.jsonl", [{"id": "good", "text": "x", "y": "a"}, {"id": "bad", "text": "x", "y": "\ud83d"}]
     )
-    assert read(path, label="y")[1] == [Reject("bad", "the label is broken UTF-8")]
+    assert read(path, label="y")[1] == [Reject("bad", "the label is not valid UTF-8")]
 
 
 def test_lines_of_another_encoding_are_none(tmp_path: Path) -> None:
     records = "".join(json.dumps(record) + "\n" for record in RECORDS)
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         (tmp_path / "x.jsonl").write_bytes(records.encode(encoding))
-        with pytest.raises(DocumentsError, match=r"x\.jsonl:1: the line is no UTF-8 but") as caught:
+        with pytest.raises(
+            DocumentsError, match=r"x\.jsonl:1: the line is not UTF-8: it contains zero bytes"
+        ) as caught:
             read(tmp_path / "x.jsonl")
         one_screen(caught.value, "in UTF-8")
     (tmp_path / "x.jsonl").write_bytes(records.encode("utf-8-sig"))

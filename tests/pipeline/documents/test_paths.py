@@ -103,4 +103,4 @@ def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_object_that_is_damaged_is_named(folder: Path, bucket: str, moto: str) -> None:
     buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
-    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "whole and undamaged")
+    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "a complete, undamaged file")

@@ -62,9 +62,9 @@ def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", "there is no such adapter"),
-        ("pickled", "this folder holds no adapter"),
-        ("damaged", "can't be put on the teacher"),
+        ("missing", "can't find the adapter"),
+        ("pickled", "this folder does not contain an adapter"),
+        ("damaged", "can't be applied to the teacher"),
         ("of a larger model", "made for another teacher"),
         ("of a smaller model", "made for another teacher"),
         ("a prompt", "can't be merged"),

@@ -50,6 +50,6 @@ def test_a_capture_refuses_them_before_it_reads_a_document(tiny_teacher: Path, d
     config = CaptureConfig(
         documents=str(documents), table=str(tmp_path / "table"), teacher=TeacherConfig(model=str(tmp_path))
     )
-    with pytest.raises(UsageError, match="no positions for sequences as long"):
+    with pytest.raises(UsageError, match="can't read sequences of this length"):
         capture(config, lambda progress: stages.append(progress.stage))
     assert not stages

@@ -213,8 +213,8 @@ def test_a_chat_without_an_answer_is_a_reject(checkpoint: Checkpoint, tmp_path: 
     rows, _, rejects = captured(checkpoint, tmp_path, CHAT[:2], CHAT, [{"role": "assistant", "content": "\ufdd0"}])
     assert rows["document_id"].to_pylist() == ["1"]
     assert rejects == [
-        Reject("0", "no assistant speaks in the chat"),
-        Reject("2", "the chat holds U+FDD0, which is no character"),
+        Reject("0", "the chat has no assistant message"),
+        Reject("2", "the chat contains U+FDD0, which is not a character"),
     ]
 
 
@@ -229,8 +229,8 @@ def test_a_chat_that_the_template_refuses_is_a_reject(checkpoint: Checkpoint, tm
     rows, _, rejects = captured(picky, tmp_path, CHAT, CHAT[1:], CHAT[2:])
     assert rows["document_id"].to_pylist() == ["1"]
     assert rejects == [
-        Reject("0", "the chat template refuses it: no system prompt"),
-        Reject("2", "the chat template refuses it: integer division or modulo by zero"),
+        Reject("0", "the chat template rejects the chat: no system prompt"),
+        Reject("2", "the chat template rejects the chat: integer division or modulo by zero"),
     ]
 
 

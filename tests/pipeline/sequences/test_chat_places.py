@@ -152,7 +152,7 @@ def test_no_other_message_is_captured_where_a_turns_end_is_not_found(
     words, refused = captured(checkpoints["bytes"], ENDS_ONCE, chat, assistant_turns=turns)
     assert not words
     number = [message["role"] for message in chat].index("assistant") + 1
-    assert refused == f"the assistant's turn, as the chat template writes it, holds message {number}, too"
+    assert refused == f"the assistant's turn, as the chat template writes it, also contains message {number}"
     assert captured(checkpoints["bytes"], ENDS_ONCE, chat[:number])[0].startswith("Saturn.<|im_end|>")
     assert captured(checkpoints["bytes"], CHATML, chat) == ("Saturn.<|im_end|>", "")
 
@@ -173,7 +173,7 @@ def test_answers_that_a_template_for_parts_does_not_write_are_rejects(
 ) -> None:
     template = loop("Q: " + part, "A: {% generation %}" + part + "<|im_end|>{% endgeneration %}")
     words, refused = captured(checkpoints["bytes"], template, [user("Name a planet."), says("Saturn.")])
-    assert (words, refused) == ("", "the chat template writes nothing of message 1")
+    assert (words, refused) == ("", "the chat template leaves out message 1")
     parts = [says([{"type": "text", "text": "Saturn. "}, {"type": "text", "text": "Mars."}])]
     assert captured(checkpoints["bytes"], template, parts) == ("Saturn. Mars.<|im_end|>", "")
 
@@ -181,12 +181,12 @@ def test_answers_that_a_template_for_parts_does_not_write_are_rejects(
 @pytest.mark.parametrize(
     ("assistant", "reason"),
     [
-        ("A: {% generation %}{{ m.content[:4] }}<|im_end|>{% endgeneration %}", "does not hold all of message 1"),
-        ("A: {% generation %}{{ m.content.split('.')[0] }}<|im_end|>{% endgeneration %}", "hold all of message 1"),
+        ("A: {% generation %}{{ m.content[:4] }}<|im_end|>{% endgeneration %}", "does not contain all of message 1"),
+        ("A: {% generation %}{{ m.content.split('.')[0] }}<|im_end|>{% endgeneration %}", "contain all of message 1"),
         ("A: {{ m.content[:4] }}{% generation %}{{ m.content[4:] }}<|im_end|>{% endgeneration %}", "message 1"),
-        ("A: {{ m.content }}{% generation %}<|im_end|>{% endgeneration %}", "does not hold all of message 1"),
-        ("A: {% generation %}{{ messages[0].content }}<|im_end|>{% endgeneration %}", "holds message 0, too"),
-        ("A: {% generation %}{{ m.content + loop.previtem.content }}!{% endgeneration %}", "holds message 0, too"),
+        ("A: {{ m.content }}{% generation %}<|im_end|>{% endgeneration %}", "does not contain all of message 1"),
+        ("A: {% generation %}{{ messages[0].content }}<|im_end|>{% endgeneration %}", "also contains message 0"),
+        ("A: {% generation %}{{ m.content + loop.previtem.content }}!{% endgeneration %}", "also contains message 0"),
     ],
 )
 def test_a_template_that_marks_less_than_an_answer_or_more_rejects_it(
@@ -260,7 +260,7 @@ def test_the_space_that_a_special_token_takes_up_does_not_make_it_the_assistants
 def test_a_token_that_joins_two_messages_rejects_the_chat(checkpoints: dict[str, Checkpoint]) -> None:
     template = loop("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     joined = captured(checkpoints["bytes"], template, [user("Sat"), says("urn.")])
-    assert joined == ("", "a token holds words both of the assistant and of another message")
+    assert joined == ("", "a token covers text of both the assistant and another message")
     assert captured(checkpoints["bytes"], template, [user("Sat?"), says("Mars.")]) == ("Mars.", "")
 
 

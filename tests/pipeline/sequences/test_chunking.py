@@ -178,7 +178,7 @@ def test_without_an_end_token_a_document_of_one_token_is_a_reject(checkpoint: Ch
     documents = document_table(tmp_path / "x.parquet", {"one": "a", "two": "a b"})
     rows, rejects = to_sequences(documents, DocumentTokenizer(endless, SMALL, "text"), SMALL, 0)
     assert rows["document_id"].to_pylist() == ["two"]
-    assert [tuple(reject) for reject in rejects] == [("one", "no token of it can be predicted")]
+    assert [tuple(reject) for reject in rejects] == [("one", "it has no token that can be predicted")]
 
 
 def test_the_split_is_a_function_of_the_id() -> None:

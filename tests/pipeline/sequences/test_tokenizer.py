@@ -123,7 +123,7 @@ def test_a_completion_of_which_the_tokenizer_has_no_token_is_a_reject(checkpoint
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\N{SNOWMAN}", "")
     tokenizer.save_pretrained(folder)
     deaf = Checkpoint.find(TeacherConfig(model=str(folder)))
-    none = "the tokenizer has no token for what is to be captured"
+    none = "the tokenizer has no tokens for the text to capture"
     _, texts, rejects = captured(deaf, tmp_path, pair("good", " one"), pair("good", "\N{SNOWMAN}"))
     assert (texts, rejects) == ([" one<|im_end|>"], [Reject("1", none)])
     chats = [{"messages": [CHAT[0], {"role": "assistant", "content": text}]} for text in ("One", "\N{SNOWMAN}")]
@@ -161,8 +161,8 @@ def test_messages_as_prompt_and_completion_are_one_chat(checkpoint: Checkpoint, 
     assert texts[1].endswith("text beside it<|im_end|>")
     assert texts[2] == "First.<|im_end|>Second.<|im_end|>"
     assert sorted(rejects) == [
-        Reject("3", "no assistant speaks in the completion"),
-        Reject("4", "the prompt is no string but list"),
+        Reject("3", "the completion has no assistant message"),
+        Reject("4", "the prompt must be a string, but is list"),
     ]
 
 
@@ -172,10 +172,10 @@ def test_messages_as_prompt_and_completion_are_one_chat(checkpoint: Checkpoint, 
         (pair(None, "x"), "the prompt is null"),
         (pair("x", None), "the completion is null"),
         (pair("x", " \n"), "the completion is empty"),
-        (pair(7, "x"), "the prompt is no string but int"),
-        (pair("\ud83d", "x"), "the text is broken UTF-8"),
-        (pair([], CHAT[1:]), "the prompt has no message"),
-        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has no text as content"),
+        (pair(7, "x"), "the prompt must be a string, but is int"),
+        (pair("\ud83d", "x"), "the text is not valid UTF-8"),
+        (pair([], CHAT[1:]), "the prompt has no messages"),
+        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has neither text content nor tool calls"),
     ],
 )
 def test_what_is_wrong_with_a_pair(
@@ -209,7 +209,7 @@ def test_turns_that_can_not_be_told_apart_are_a_reject(checkpoint: Checkpoint, t
     teacher = Checkpoint.find(TeacherConfig(model=str(folder)))
     assert captured(teacher, tmp_path, {"messages": CHAT})[1] == ["First.!Second.!"]
     _, _, rejects = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
-    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 of the assistant")]
+    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 assistant messages")]
 
 
 def test_the_rule_has_a_name(checkpoint: Checkpoint) -> None:

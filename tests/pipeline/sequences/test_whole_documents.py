@@ -165,7 +165,7 @@ def test_documents_can_be_their_own_teacher(classifier, documents, tmp_path):
     report = capture(config(documents, tmp_path / "table", classifier, **labels))
     assert (report.documents, report.rejects) == (58, 2)
     reasons = [json.loads(line)["reason"] for line in Path(report.rejects_file).read_text().splitlines()]
-    assert reasons == [f"its label is {label}, which is none of teacher.labels" for label in ("None", "'unheard of'")]
+    assert reasons == [f"its label is {label}, which is not in teacher.labels" for label in ("None", "'unheard of'")]
     identity = Table.open(report.table).identity
     assert identity.classes == ("names", "types", "statements", "expressions")
     for row, distribution, next_logprob in answers(report.table).values():
@@ -198,8 +198,8 @@ def test_what_a_classifier_can_not_be_asked(changes, message, documents, classif
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "no distribution over classes"),
-        ({"id2label": {"0": "same", "1": "same"}}, "no distribution over classes"),
+        ({"problem_type": "multi_label_classification"}, "does not give one probability distribution over its classes"),
+        ({"id2label": {"0": "same", "1": "same"}}, "does not give one probability distribution over its classes"),
         ({"architectures": ["BertModel"]}, "neither a causal language model nor a sequence classifier"),
     ],
 )

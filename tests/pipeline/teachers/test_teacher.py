@@ -140,7 +140,7 @@ def test_lack_of_memory_halves_the_budget_and_goes_on() -> None:
 
 
 def test_no_room_for_one_sequence_is_an_error() -> None:
-    with pytest.raises(TeacherError, match="no room for a single sequence"):
+    with pytest.raises(TeacherError, match="not have enough memory for a single sequence"):
         go_through(Recorder(room=100), 4000)
 
 
@@ -219,17 +219,17 @@ def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", "there is no such teacher"),
-        ("empty", "this folder holds no model"),
+        ("missing", "can't find the teacher"),
+        ("empty", "this folder does not contain a model"),
         ("weights of another kind", "pytorch_model.bin"),
         ("garbage config", "config.json can't be read"),
         ("garbage weights", "can't be loaded"),
         ("truncated weights", "can't be loaded"),
         ("garbage tokenizer", "tokenizer can't be loaded"),
         ("an encoder", "neither a causal language model nor"),
-        ("a layer too many", "lack weights"),
+        ("a layer too many", "lack some of its weights"),
         ("code of its own", r"teacher\.trust_remote_code"),
-        ("no tokenizer", "its tokenizer too"),
+        ("no tokenizer", "the model and its tokenizer again"),
     ],
 )
 def test_what_is_no_teacher_is_a_one_screen_error(how: str, says: str, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -247,13 +247,16 @@ BERT = {**SMALL, "num_attention_heads": 2, "initializer_range": 0.3}
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (BertConfig(**BERT), "sees the token that it is to predict"),
+        (BertConfig(**BERT), "sees the token that it should predict"),
         (
             XLNetConfig(vocab_size=512, d_model=32, n_layer=2, n_head=2, d_inner=64),
-            "sees the token that it is to predict",
+            "sees the token that it should predict",
         ),
-        (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run apart from its body"),
-        (Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16), "can't be run apart from its body"),
+        (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run separately from its base model"),
+        (
+            Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16),
+            "can't be run separately from its base model",
+        ),
     ],
     ids=["bert", "xlnet", "opt", "llama4"],
 )
@@ -269,7 +272,7 @@ def test_bert_that_is_a_decoder_is_a_teacher(tiny_teacher: Path, tmp_path: Path)
 
 
 def test_an_attention_that_is_not_installed_is_named(tiny_teacher: Path) -> None:
-    with pytest.raises(TeacherError, match=r"leave out teacher\.attention"):
+    with pytest.raises(TeacherError, match=r"leave out teacher\.attn_implementation"):
         TransformersTeacher(settings(tiny_teacher, attn_implementation="flash_attention_2"))
 
 
