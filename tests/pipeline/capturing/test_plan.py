@@ -107,6 +107,6 @@ def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path,
     )
     with pytest.raises(DocumentsError, match="strict") as caught:
         plan(config, tmp_path / "plan")
-    assert "found:       first: no assistant speaks" in str(caught.value)
+    assert "found:       first: the chat has no assistant message" in str(caught.value)
     assert "second" not in str(caught.value)
     assert not (tmp_path / "t").exists()

@@ -91,5 +91,5 @@ def test_what_can_not_be_narrowed():
     with pytest.raises(UsageError, match="at most 48"):
         narrow(LlamaForCausalLM(LlamaConfig(**SIZES)), 49, [])
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(StudentError, match="2 feed-forward layers with gate_proj"):
+    with pytest.raises(StudentError, match="2 feed-forward layers of one size with gate_proj"):
         narrow(gpt2, 16, [])
