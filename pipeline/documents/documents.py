@@ -1,8 +1,8 @@
-"""Documents in: Parquet, JSON lines or plain text, as a stream of small tables of a fixed form.
+"""Read documents from Parquet, JSON lines or plain text as a stream of small tables with a fixed schema.
 
-What is wrong with the whole (no such path, no such column, a damaged file) is an error; what is wrong with a document
-is a ``Reject`` with its reason, and never stops the stream. Nothing is tokenized here, and no file is ever held whole,
-but a plain text one, which is a document.
+A problem with the input as a whole (no such path, no such column, a damaged file) is an error. A problem with one
+document is a ``Reject`` with a reason, and never stops the stream. Nothing is tokenized here, and no file is read into
+memory as a whole except plain text files, each of which is one document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,8 +30,8 @@ DOCUMENT = pa.schema(
         pa.field("fingerprint", pa.binary(), nullable=False),
     ]
 )
-"""A document: its content is its text or, as JSON, its chat or its prompt and completion. The fingerprint is a
-16-byte BLAKE2b of content and label: it changes when the document's sequences would, and not with a carried column."""
+"""Schema of a document. The content is its text or, as JSON, its chat or its prompt and completion. The fingerprint is
+a 16-byte BLAKE2b of content and label: it changes when the document's sequences change, not with a carried column."""
 
 
 class Reject(NamedTuple):
@@ -42,20 +42,20 @@ class Reject(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some documents (``DOCUMENT`` and the carried columns), and those that fell out among them."""
+    """Some documents (``DOCUMENT`` and the carried columns), and the rejected ones among them."""
 
     documents: pa.Table
     rejects: list[Reject]
     names: list[str]
-    """What each record is called, in their order: its document's id, or its place if it has none."""
+    """Name of each record, in their order: its document's id, or its position in the file if it has no id."""
 
     def in_order(self, rejects: Iterable[Reject]) -> list[Reject]:
-        """Rejects of this batch in the order of their records; of two with one id, the later is the reject."""
+        """Rejects of this batch in the order of their records; of two records with one id, the later is rejected."""
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(rejects, key=lambda reject: order[reject.document_id])
 
     def without(self, unwanted: NDArray[np.bool_], reason: str) -> "Batch":
-        """The batch with some of its documents as rejects, for this reason."""
+        """The batch with some of its documents rejected for this reason."""
         if not unwanted.any():
             return self
         names = self.documents.filter(pa.array(unwanted)).column("document_id").to_pylist()
@@ -67,13 +67,14 @@ class Documents:
     """The documents at a path: a file, a folder or a glob, on this machine or in s3://BUCKET/.
 
     Args:
-        path: of Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text (.txt, .md, .rst), the latter two also
-            compressed (.gz, .zst). A plain text file is one document, named by its path below the folder or glob.
-        columns: which columns hold what.
+        path: where there are Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text files (.txt, .md, .rst),
+            the latter two also compressed (.gz, .zst). A plain text file is one document; its id is the file's path
+            below the folder or glob.
+        columns: names of the columns to read.
 
     Raises:
-        UsageError: if there is nothing at that path, or no such column.
-        DocumentsError: if a file there can't be read.
+        UsageError: if there is nothing at the path, or a column does not exist.
+        DocumentsError: if a file can't be read.
     """
 
     def __init__(self, path: str, columns: ColumnsConfig) -> None:
@@ -89,19 +90,19 @@ class Documents:
         row_schema(self.carried)
 
     def batches(self) -> Iterator[Batch]:
-        """All documents, always in the same order, some thousands or some tens of MB at a time.
+        """All documents, always in the same order, a few thousand or a few tens of MB at a time.
 
         Raises:
-            DocumentsError: if a file turns out to be damaged, or there is no document at all.
+            DocumentsError: if a file is damaged, or there are no documents at all.
         """
         c = self._columns
         wanted = [c.id, *c.contents.values(), *([c.label] if c.label else []), *c.carry]
         seen = DigestSet()
         empty = True
         for piece in self._source.read(list(dict.fromkeys(wanted))):
-            judged = self._judged(piece)
-            twice = ~seen.add(digests(judged.documents.column("document_id").to_pylist()))
-            batch = judged.without(twice, "another document has this id")
+            checked = self._checked(piece)
+            duplicates = ~seen.add(digests(checked.documents.column("document_id").to_pylist()))
+            batch = checked.without(duplicates, "another document has this id")
             empty = empty and not batch.documents.num_rows and not batch.rejects
             yield batch
         if empty:
@@ -113,8 +114,8 @@ class Documents:
                 do="check that these are the right files and that they are complete",
             )
 
-    def _judged(self, piece: Piece) -> Batch:
-        """The usable records as a table, the others as rejects."""
+    def _checked(self, piece: Piece) -> Batch:
+        """The usable records as a table, and the rest as rejects."""
         c, values, names = self._columns, piece.values, list(piece.places)
         contents = zip(*(values[name] for name in c.contents.values()), strict=True)
         labels = values[c.label] if c.label else [None] * len(names)

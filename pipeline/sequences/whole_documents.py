@@ -1,7 +1,7 @@
-"""Documents as a classifier reads them: one sequence each, cut short if need be, and one distribution over its classes.
+"""Sequences for a classifier: one per document, truncated if necessary, with one distribution over the classes.
 
-All classes are kept, so nothing is selected and any temperature is possible. Nothing here runs the classifier
-(``pipeline.teachers.classifier``) or trains one.
+All classes are kept, so no selection is needed and any temperature is possible. ``pipeline.teachers.classifier`` runs
+the classifier.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.sequences.chunking import Chunks, parts, row_schema_of, to_rows
 
 MASK = "document"
-"""Name of the rule that marks one token of a sequence, the last: what is captured there is about all of them."""
+"""Name of the rule that marks only the last token of a sequence, whose distribution is for the whole sequence."""
 
 
 class WholeDocuments:
-    """Makes one sequence of each document, as the classifier's tokenizer writes it with its own special tokens.
+    """Makes one sequence of each document, with the special tokens that the classifier's tokenizer adds.
 
     Args:
-        checkpoint: of the classifier.
-        settings: the longest sequence; the classifier's own limit holds too.
+        checkpoint: the classifier's files.
+        settings: the maximum length; the classifier's own limit also applies.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig) -> None:
@@ -37,10 +37,10 @@ class WholeDocuments:
         self._backend.encode_special_tokens = settings.special_tokens == "text"
         self._backend.enable_truncation(longest(checkpoint, settings))
         self.truncated = 0
-        """Documents, so far, that were longer."""
+        """Number of documents truncated so far."""
 
     def sequences(self, documents: pa.Table, eval_fraction: float) -> tuple[pa.Table, list[Reject]]:
-        """Rows of ``storage.schema.SEQUENCE`` and the carried columns, and the documents that have none.
+        """Rows of ``storage.schema.SEQUENCE`` and the carried columns, and rejects for documents without a row.
 
         Args:
             documents: rows of ``documents.DOCUMENT`` and any carried columns.
@@ -78,6 +78,6 @@ class WholeDocuments:
 
 
 def class_ids(labels: Sequence[str | None], classes: Sequence[str]) -> NDArray[np.int64]:
-    """(N,) id of each document's class; -1 for one without a label, or with one that is no class."""
+    """(N,) id of each document's class; -1 for a document without a label, or whose label is not a class."""
     ids = {name: index for index, name in enumerate(classes)}
     return np.array([-1 if label is None else ids.get(label, -1) for label in labels], np.int64)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from softlabel.pipeline.config.train import TrainConfig
-from softlabel.pipeline.exclusive import alone
+from softlabel.pipeline.exclusive import lock_output
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import TrainingError
 from tests.conftest import ROOT
@@ -23,8 +23,8 @@ HOLD = """
 import sys
 import tempfile
 from pathlib import Path
-from softlabel.pipeline.exclusive import alone
-with alone(Path(sys.argv[1])):
+from softlabel.pipeline.exclusive import lock_output
+with lock_output(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -43,14 +43,14 @@ def test_one_process_trains_a_student(tmp_path: Path):
         finally:
             other.kill()
     assert (tmp_path / LOCK).exists()
-    with alone(tmp_path / "student"), pytest.raises(TrainingError), alone(tmp_path / "student"):
+    with lock_output(tmp_path / "student"), pytest.raises(TrainingError), lock_output(tmp_path / "student"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_can_not_be_locked_is_nobodys_error(tmp_path: Path):
     (tmp_path / "file").touch()
-    with alone(tmp_path / "file" / "student"):
+    with lock_output(tmp_path / "file" / "student"):
         pass
 
 
@@ -104,7 +104,10 @@ def test_what_is_no_lock_is_left_as_it_is_and_nothing_is_trained(put, tmp_path: 
     lock = tmp_path / "home" / LOCK
     put(lock, other)
     before = everything(tmp_path)
-    with pytest.raises(TrainingError, match=rf"can't tell whether(.|\n)*{LOCK}"), alone(tmp_path / "home" / "student"):
+    with (
+        pytest.raises(TrainingError, match=rf"can't tell whether(.|\n)*{LOCK}"),
+        lock_output(tmp_path / "home" / "student"),
+    ):
         pytest.fail("it has begun")
     assert everything(tmp_path) == before
 
@@ -123,7 +126,7 @@ def everything(folder: Path) -> dict[str, object]:
 def test_other_locks_beside_an_output_are_nobodys_business(name: str, tmp_path: Path):
     (tmp_path / f"{name}.lock").write_text("version = 1")
     before = everything(tmp_path)
-    with alone(tmp_path / name):
+    with lock_output(tmp_path / name):
         assert everything(tmp_path).items() >= before.items()
     assert everything(tmp_path) == before
 
@@ -134,7 +137,7 @@ def test_a_killed_holders_lock_is_free(tmp_path: Path):
         assert other.stdout.readline() == "held\n"
         other.kill()
     assert (tmp_path / LOCK).exists()
-    with alone(tmp_path / "student"):
+    with lock_output(tmp_path / "student"):
         assert f"process {os.getpid()} of " in (tmp_path / LOCK).read_text()
 
 
@@ -143,7 +146,7 @@ def test_a_lock_that_another_user_holds_is_held():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         taken = pytest.raises(TrainingError, match=f"process {os.getpid()} of ")
-        with alone(Path(folder, "student")), as_nobody(), taken, alone(Path(folder, "student")):
+        with lock_output(Path(folder, "student")), as_nobody(), taken, lock_output(Path(folder, "student")):
             pass
 
 

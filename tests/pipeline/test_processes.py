@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.processes import Child, ChildDiedError, listen
+from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.storage.errors import SoftlabelError, TeacherError, WorkerError
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ SPEAKING = "tests.pipeline.speaking"
 )
 def test_an_error_comes_back_with_its_class_its_message_and_its_details(raised, kind, message, details, tmp_path: Path):
     child = Child(SPEAKING, raised, log=tmp_path / "log")
-    said = listen([child])
+    said = messages([child])
     assert len(next(said)[2]["text"]) == 500_000
     with pytest.raises(SoftlabelError) as error:
         next(said)
@@ -40,7 +40,7 @@ def test_an_error_comes_back_with_its_class_its_message_and_its_details(raised, 
 def test_details_of_any_kind_come_back_somehow(tmp_path: Path):
     child = Child(SPEAKING, "with odd details", log=tmp_path / "log")
     with pytest.raises(TeacherError, match="odd") as error:
-        list(listen([child]))
+        list(messages([child]))
     assert json.dumps(error.value.details)
     child.process.kill()
 
@@ -48,7 +48,7 @@ def test_details_of_any_kind_come_back_somehow(tmp_path: Path):
 def test_a_death_is_told_from_an_error(tmp_path: Path):
     children = [Child(SPEAKING, what, log=tmp_path / what) for what in ("of a library", "dies")]
     with pytest.raises(ChildDiedError) as death:
-        list(listen(children))
+        list(messages(children))
     assert death.value.child is children[1]
     assert "SIGKILL" in children[1].death()
     for child in children:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from softlabel.pipeline.config.capture import TeacherConfig
-from softlabel.pipeline.devices import places
+from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.errors import TeacherError, UsageError
@@ -143,7 +143,7 @@ def test_a_teacher_on_a_gpu_and_beside_it_says_the_same(tiny_teacher: Path, monk
 
 def test_auto_is_every_gpu_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(**more: Any) -> list[str]:
-        return places(TeacherConfig(model="teacher", **more))
+        return worker_devices(TeacherConfig(model="teacher", **more))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert of() == ["cuda:0", "cuda:1", "cuda:2"]

@@ -169,7 +169,7 @@ def test_a_file_is_hashed_once_until_anything_is_done_to_it(tmp_path: Path, monk
 
     path.write_bytes(b"one")
     assert [is_read(), is_read()] == [True, True], "written a moment ago, it may be written again unseen"
-    monkeypatch.setattr(model_folder, "_SECONDS_TO_SETTLE", -1.0)
+    monkeypatch.setattr(model_folder, "_MIN_AGE_SECONDS", -1.0)
     assert [is_read(), is_read()] == [True, False]
     for content in (b"two", b"six", b"ten"):  # all as long, and as old by their own account
         time.sleep(0.02)

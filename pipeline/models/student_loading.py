@@ -1,6 +1,6 @@
-"""A student's model from its files: every weight of it is there, has the right shape and is a number, or it is refused.
+"""Load a student's model and check every weight: it must be in the files, have the right shape and be finite.
 
-transformers itself would fill what is missing, or does not fit, with random numbers. Loads nothing but safetensors.
+Transformers alone would fill missing or mismatched weights with random numbers. Only safetensors are loaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,22 +19,22 @@ from softlabel.pipeline.models.files import UntrustedCodeError
 from softlabel.storage.errors import StudentError
 
 
-def load_model(
+def load_student_model(
     architecture: Any, source: Path, dtype: torch.dtype, **settings: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """A model, and what is wrong with the weights that its files do not give, by their names.
+    """A model and, by name, what is wrong with each weight that could not be taken from its files.
 
     Args:
         architecture: one of transformers' Auto classes.
-        source: folder.
-        dtype: of the weights.
-        settings: of the model's configuration.
+        source: folder with the model.
+        dtype: dtype of the weights.
+        settings: values that replace those of the model's configuration.
 
     Raises:
         StudentError: if it can't be loaded.
     """
-    with _without_report():
-        model, report = explained(
+    with _quiet():
+        model, report = load_or_raise(
             source,
             "model",
             lambda: pretrained.load_model(architecture, source, dtype=dtype, ignore_mismatched_sizes=True, **settings),
@@ -45,13 +45,16 @@ def load_model(
 
 
 def require_weights(model: PreTrainedModel, source: Path, wrong: dict[str, str], but: str = "") -> None:
-    """Refuse a model some of whose weights are not those of its files, or are no numbers.
+    """Refuse a model with weights that are not from its files, or not finite.
 
     Args:
-        model: as it was loaded.
-        source: where it was loaded from.
-        wrong: what ``load_model`` said, without what does not matter.
-        but: which weights these are, for the message.
+        model: the loaded model.
+        source: folder that it was loaded from.
+        wrong: problems that ``load_student_model`` returned, without those that are acceptable.
+        but: exception to "every weight" in the error's text.
+
+    Raises:
+        StudentError: if any weight is missing, of another shape or not finite.
     """
     if wrong:
         first = min(wrong)
@@ -74,8 +77,8 @@ def require_weights(model: PreTrainedModel, source: Path, wrong: dict[str, str],
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers from warning of what is told in an error, or is what is wanted: a new head."""
+def _quiet() -> Iterator[None]:
+    """Silence transformers' warnings about weights: missing ones are an error here, unless a new head is wanted."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -85,23 +88,28 @@ def _without_report() -> Iterator[None]:
 
 
 def finite(model: nn.Module) -> bool:
-    """Whether all weights are numbers; of a student that is divided, this rank's share of them."""
-    shares = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters())
-    return bool(torch.stack([share.detach().isfinite().all() for share in shares]).all())
+    """Whether all weights are finite; for a sharded student, those in this rank's shard."""
+    local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
+    return bool(torch.stack([weight.detach().isfinite().all() for weight in local]).all())
 
 
 T = TypeVar("T")
 
 
-def explained(source: Path, what: str, load: Callable[[], T]) -> T:
-    """The loaded thing, or an error that says where it was looked for.
+def load_or_raise(source: Path, what: str, load: Callable[[], T]) -> T:
+    """What ``load`` returns; any error of it becomes a StudentError.
+
+    Args:
+        source: folder, for the error.
+        what: what is loaded, for the error.
+        load: loads it.
 
     Raises:
-        StudentError: if it can't be loaded.
+        StudentError: if ``load`` fails.
     """
     try:
         return load()
-    except Exception as error:  # damaged files fail in as many ways as there are readers
+    except Exception as error:  # damaged files raise many kinds of errors
         raise StudentError(
             f"the student's {what} can't be loaded",
             expected="a folder or a hub repository with config.json, *.safetensors and a tokenizer",
