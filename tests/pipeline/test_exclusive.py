@@ -1,4 +1,4 @@
-"""One process at a time: a real second one is refused, and a killed one stands in nobody's way."""
+"""One process per output: a second one is refused, and a killed one does not block the next."""
 
 import os
 import stat
@@ -30,7 +30,7 @@ with lock_output(Path(sys.argv[1])):
 """
 
 
-def test_one_process_trains_a_student(tmp_path: Path):
+def test_a_second_process_can_not_train_the_same_student(tmp_path: Path):
     config = TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimizer={"device": "cpu"})
     held = [sys.executable, "-c", HOLD, config.output]
     with subprocess.Popen(held, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -48,10 +48,11 @@ def test_one_process_trains_a_student(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_can_not_be_locked_is_nobodys_error(tmp_path: Path):
+def test_the_block_runs_where_no_lock_can_be_made(tmp_path: Path):
     (tmp_path / "file").touch()
     with lock_output(tmp_path / "file" / "student"):
-        pass
+        during = everything(tmp_path)
+    assert [*during] == [*everything(tmp_path)] == [str(tmp_path / "file")]
 
 
 def linked_to_a_file(lock: Path, other: Path) -> None:
@@ -96,7 +97,7 @@ OTHERS = [another_name_of_a_file, a_file, a_folder, a_pipe, a_socket]
 
 
 @pytest.mark.parametrize("put", [*LINKS, *OTHERS])
-def test_what_is_no_lock_is_left_as_it_is_and_nothing_is_trained(put, tmp_path: Path):
+def test_a_file_that_is_not_a_lock_stays_unchanged_and_nothing_is_trained(put, tmp_path: Path):
     other = tmp_path / "others" / "thesis"
     other.parent.mkdir()
     other.write_text("years of work")
@@ -113,7 +114,7 @@ def test_what_is_no_lock_is_left_as_it_is_and_nothing_is_trained(put, tmp_path: 
 
 
 def everything(folder: Path) -> dict[str, object]:
-    """What is there: of each thing its inode, its kind, and what is in it."""
+    """By path, the inode, mode, time and content of everything in a folder."""
     found = {}
     for path in folder.rglob("*"):
         is_file = path.is_file() and not path.is_symlink()
@@ -123,7 +124,7 @@ def everything(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["uv", "poetry", ".env"])
-def test_other_locks_beside_an_output_are_nobodys_business(name: str, tmp_path: Path):
+def test_lock_files_of_other_programs_are_left_alone(name: str, tmp_path: Path):
     (tmp_path / f"{name}.lock").write_text("version = 1")
     before = everything(tmp_path)
     with lock_output(tmp_path / name):
@@ -131,7 +132,7 @@ def test_other_locks_beside_an_output_are_nobodys_business(name: str, tmp_path: 
     assert everything(tmp_path) == before
 
 
-def test_a_killed_holders_lock_is_free(tmp_path: Path):
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path):
     held = [sys.executable, "-c", HOLD, str(tmp_path / "student")]
     with subprocess.Popen(held, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
@@ -142,7 +143,7 @@ def test_a_killed_holders_lock_is_free(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_a_lock_that_another_user_holds_is_held():
+def test_a_lock_held_by_another_user_is_respected():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         taken = pytest.raises(TrainingError, match=f"process {os.getpid()} of ")
