@@ -28,11 +28,10 @@ def device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
-        if found.type != "cuda" or (found.index or 0) >= torch.cuda.device_count():
-            torch.empty(
-                1, device=found
-            )  # not on an existing GPU: this would reserve memory there until the process ends
+        result = torch.device(name)
+        if result.type != "cuda" or (result.index or 0) >= torch.cuda.device_count():
+            # Not on an existing GPU: this would reserve memory there until the process ends.
+            torch.empty(1, device=result)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"this machine has no device {name!r}",
@@ -40,4 +39,4 @@ def device(name: str) -> torch.device:
             found=str(error).partition("\n")[0],
             do="choose a device that this machine has, or auto",
         ) from None
-    return found
+    return result

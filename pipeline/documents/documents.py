@@ -59,8 +59,8 @@ class Batch(NamedTuple):
         if not unwanted.any():
             return self
         names = self.documents.filter(pa.array(unwanted)).column("document_id").to_pylist()
-        kept = self.documents.filter(pa.array(~unwanted))
-        return self._replace(documents=kept, rejects=[*self.rejects, *(Reject(name, reason) for name in names)])
+        remaining = self.documents.filter(pa.array(~unwanted))
+        return self._replace(documents=remaining, rejects=[*self.rejects, *(Reject(name, reason) for name in names)])
 
 
 class Documents:
@@ -121,7 +121,7 @@ class Documents:
         labels = values[c.label] if c.label else [None] * len(names)
         columns = {field: carried(values[field.name], field.type) for field in self.carried}
         misfits = {i: field for field, (_, unfit) in columns.items() for i in unfit}
-        rejects, rows, kept = [], [], []
+        rejects, rows, usable = [], [], []
         for i, (name, content, label) in enumerate(zip(values[c.id], contents, labels, strict=True)):
             try:
                 if i in piece.unreadable:
@@ -134,10 +134,10 @@ class Documents:
                 rejects.append(Reject(names[i], str(unfit)))
                 continue
             rows.append(row)
-            kept.append(i)
+            usable.append(i)
         own = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)
         arrays = [pa.array(column, f.type) for column, f in zip(own, DOCUMENT, strict=True)]
-        arrays += [column.take(pa.array(kept, pa.int64())) for column, _ in columns.values()]
+        arrays += [column.take(pa.array(usable, pa.int64())) for column, _ in columns.values()]
         return Batch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
 
     def _require_columns(self, found: list[str]) -> None:

@@ -72,7 +72,7 @@ def locate(
         f"can't find the {what}",
         expected="a folder that save_pretrained() wrote, with safetensors, or a repository name on the hub"
         if "*.safetensors" in files
-        else "a folder with a config.json, such a file, or a repository name on the hub",
+        else "a folder with a config.json, the path of one, or a repository name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
         do="check the name; to work offline, download it first and give its folder",

@@ -25,7 +25,7 @@ def spread(depth: int, count: int) -> tuple[int, ...]:
     """
     if depth > count:
         raise UsageError(
-            "student.depth is more than the number of the teacher's layers",
+            "student.depth exceeds the teacher's number of layers",
             expected=f"at most {count}",
             found=f"student.depth: {depth}",
         )
@@ -86,10 +86,10 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
         )
     require_neurons(config, neurons)
     for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
-        kept = activity.topk(neurons).indices.sort().values
+        active = activity.topk(neurons).indices.sort().values
         for name in ("gate_proj", "up_proj"):
-            _keep(getattr(layer, name), kept, dimension=0)
-        _keep(layer.down_proj, kept, dimension=1)
+            _keep(getattr(layer, name), active, dimension=0)
+        _keep(layer.down_proj, active, dimension=1)
     config.intermediate_size = neurons
     return teacher
 
@@ -118,7 +118,7 @@ def require_neurons(config: Any, neurons: int) -> None:
     """
     if neurons > getattr(config, "intermediate_size", neurons):
         raise UsageError(
-            "student.intermediate_size is more than the neurons in the teacher's feed-forward layers",
+            "student.intermediate_size exceeds that of the teacher",
             expected=f"at most {config.intermediate_size}",
             found=f"student.intermediate_size: {neurons}",
             where=config.name_or_path,
@@ -145,10 +145,10 @@ def _activity(teacher: PreTrainedModel, layers: Sequence[Any], sequences: Iterab
     return sums
 
 
-def _keep(layer: nn.Linear, kept: Tensor, dimension: int) -> None:
-    layer.weight = nn.Parameter(layer.weight.index_select(dimension, kept))
+def _keep(layer: nn.Linear, indices: Tensor, dimension: int) -> None:
+    layer.weight = nn.Parameter(layer.weight.index_select(dimension, indices))
     if dimension == 0 and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[kept])
+        layer.bias = nn.Parameter(layer.bias[indices])
     layer.out_features, layer.in_features = layer.weight.shape
 
 

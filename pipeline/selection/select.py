@@ -99,8 +99,8 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
         scan = _passes(device, singles).scan(logits[rows], singles, selection.temperatures)
-        if (wrong := ~scan.maxima.isfinite()).any():
-            raise NotADistributionError((wrong.nonzero()[:, 0] + start).tolist())
+        if (invalid := ~scan.maxima.isfinite()).any():
+            raise NotADistributionError((invalid.nonzero()[:, 0] + start).tolist())
         parts.append(_labels(logits[rows], next_ids[rows], seeds[rows], scan, selection))
     joined = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
     return SoftLabels(**{name: values.cpu().numpy() for name, values in joined.items()})
@@ -123,8 +123,8 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
     rest = scan.rests[:, 0]
     log_sum = torch.logaddexp(top.logsumexp(1), rest)
     logprobs = top - log_sum[:, None]
-    kept = _head(logprobs, selection)
-    inside, outside = top.masked_fill(~kept, -torch.inf), top.masked_fill(kept, -torch.inf)
+    in_head = _head(logprobs, selection)
+    inside, outside = top.masked_fill(~in_head, -torch.inf), top.masked_fill(in_head, -torch.inf)
     tails = [torch.logaddexp((outside / T).logsumexp(1), scan.rests[:, i]) for i, T in enumerate(temperatures)]
     log_masses = torch.stack(
         [tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in zip(temperatures, tails, strict=True)]
@@ -134,9 +134,9 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
     next_logprobs = next_logits.masked_fill(next_logits < LEAST, -torch.inf) - log_sum
     mean = (logprobs.exp() * top).nansum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
-        "head_counts": kept.sum(1).int(),
-        "head_ids": top_ids[kept].int(),
-        "head_logprobs": logprobs[kept].float(),
+        "head_counts": in_head.sum(1).int(),
+        "head_ids": top_ids[in_head].int(),
+        "head_logprobs": logprobs[in_head].float(),
         "tail_counts": tail.counts.int(),
         "tail_ids": tail.ids.int(),
         "tail_draws": tail.draws.int(),

@@ -87,15 +87,15 @@ def cut(encoded: Encoded, prefix: NDArray[np.int32], max_tokens: int, context: i
     leading = np.append(prefix, 0)[np.minimum(place, len(prefix))]
     ids = np.where(inside < 0, leading, np.append(encoded.ids, 0)[source])  # 0: a document may have no token
     mask = (place >= first[row]) & np.append(encoded.wanted, False)[source]
-    kept = np.bincount(row, mask, len(lengths)) > 0
-    counts = np.bincount(document[kept], minlength=len(counts))
+    captured = np.bincount(row, mask, len(lengths)) > 0
+    counts = np.bincount(document[captured], minlength=len(counts))
     return Chunks(
-        ids[kept[row]].astype(np.int32),
-        mask[kept[row]],
-        np.append(0, np.cumsum(lengths[kept])),
-        document[kept],
+        ids[captured[row]].astype(np.int32),
+        mask[captured[row]],
+        np.append(0, np.cumsum(lengths[captured])),
+        document[captured],
         _within_groups(counts),
-        counts[document[kept]],
+        counts[document[captured]],
     )
 
 

@@ -64,15 +64,15 @@ class WholeDocuments:
             else None
             for encoding, label in zip(encodings, labels, strict=True)
         ]
-        kept = [i for i, reason in enumerate(reasons) if reason is None]
-        self.truncated += sum(bool(encodings[i].overflowing) for i in kept)
-        lengths = np.array([len(encodings[i].ids) for i in kept], np.int64)
+        usable = [i for i, reason in enumerate(reasons) if reason is None]
+        self.truncated += sum(bool(encodings[i].overflowing) for i in usable)
+        lengths = np.array([len(encodings[i].ids) for i in usable], np.int64)
         offsets = np.append(0, np.cumsum(lengths))
         mask = np.zeros(int(offsets[-1]), bool)
         mask[offsets[1:] - 1] = True
-        ids = np.fromiter(chain.from_iterable(encodings[i].ids for i in kept), np.int32, len(mask))
-        one = np.ones(len(kept), np.int64)
-        chunks = Chunks(ids, mask, offsets, np.array(kept, np.int64), one - 1, one)
+        ids = np.fromiter(chain.from_iterable(encodings[i].ids for i in usable), np.int32, len(mask))
+        one = np.ones(len(usable), np.int64)
+        chunks = Chunks(ids, mask, offsets, np.array(usable, np.int64), one - 1, one)
         rows = to_rows(documents, chunks, eval_fraction, row_schema_of(documents))
         return rows, [Reject(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
 

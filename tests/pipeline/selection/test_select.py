@@ -41,7 +41,7 @@ def zipf(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 
 def hostile() -> dict[str, torch.Tensor]:
-    """Rows of 2,000 logits each, by what is nasty about them."""
+    """Rows of 2,000 logits each, by what makes them difficult."""
     V = 2000
     flat, one_hot, few = torch.full((V,), 3.0), torch.full((V,), -40.0), torch.full((V,), -torch.inf)
     one_hot[1234], few[[7, 1500, 1999]] = 12.0, torch.tensor([1.0, 1.0, 0.5])
@@ -122,7 +122,7 @@ def assert_is_right(found: dict[str, np.ndarray], row: torch.Tensor, next_id: in
     for temperature, log_mass in zip(selection.temperatures, stored, strict=True):
         outside = np.delete(logits, head) / temperature
         expected = np.logaddexp.reduce(outside, initial=-np.inf) - np.logaddexp.reduce(logits / temperature)
-        # From the logits to the table: a relative error of 1e-5 in the mass, beside what float32 can say of its log.
+        # From the logits to the table: a relative error of 1e-5 in the mass, plus float32's rounding of its log.
         np.testing.assert_allclose(log_mass, expected, rtol=2e-7, atol=1e-5)
         if len(head) == 0:
             assert log_mass == 0
@@ -215,8 +215,8 @@ def test_a_position_does_not_depend_on_other_rows(name, monkeypatch):
     torch.set_num_threads(3)
     for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
         assert_equal(found, expected)
-    alone = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
-    assert_equal(alone[0], together[5])
+    single = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
+    assert_equal(single[0], together[5])
 
 
 def test_draws_depend_only_on_teacher_key_position_and_seed():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "passes")
 
 
 def estimates(logits: torch.Tensor, selection: Selection, seeds: int) -> np.ndarray:
-    """(seeds, V) distribution that head and tail stand for, one row a seed."""
+    """(seeds, V) distribution that head and tail represent, one row per seed."""
     labels = run(logits.expand(seeds, -1), selection)
     found = np.zeros((seeds, logits.shape[-1]))
     for row, part in zip(found, split(labels), strict=True):

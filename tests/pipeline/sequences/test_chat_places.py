@@ -24,7 +24,7 @@ WORDS = "Saturn is a planet. Yes Mars thanks, bye ASSISTANT: USER: [INST] [/INST
 
 
 def byte_level(trim: bool = False) -> Tokenizer:
-    """Of bytes. It may say that tokens are where they are without the space around them."""
+    """A byte-level tokenizer; with ``trim``, its offsets leave out the space around tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def byte_level(trim: bool = False) -> Tokenizer:
 
 
 def underscored() -> Tokenizer:
-    """A space is a part of the word after it, and there is one before each text."""
+    """A tokenizer in which a space belongs to the word after it, and one is added before each text."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -49,7 +49,7 @@ def underscored() -> Tokenizer:
 
 
 def greedy() -> Tokenizer:
-    """Its special tokens take up the space after them, or before."""
+    """A tokenizer whose special tokens include the space after or before them."""
     backend = byte_level()
     after, before = AddedToken("<|assistant|>", rstrip=True), AddedToken("<|user|>", lstrip=True)
     backend.add_special_tokens([after, before])
@@ -299,18 +299,18 @@ class Shape(NamedTuple):
         """The text, the assistant's turns, and the positions of the user's characters without surrounding space."""
         text, turns, others = "", [], set()
         for message in chat:
-            is_answer, said = message["role"] == "assistant", str(message["content"])
-            said = said.strip() if self.trimmed else said
+            is_answer, words = message["role"] == "assistant", str(message["content"])
+            words = words.strip() if self.trimmed else words
             header, end = self.answer if is_answer else self.question
             if is_answer and self.ends_once and (self.marked or message is not chat[-1]):
                 end = ""
             text += header
             if is_answer:
-                turns.append((len(text), len(text) + len(said) + len(end if self.marked else end.rstrip())))
+                turns.append((len(text), len(text) + len(words) + len(end if self.marked else end.rstrip())))
             else:
-                lead = len(text) + len(said) - len(said.lstrip())
-                others |= set(range(lead, lead + len(said.strip())))
-            text += said + end
+                lead = len(text) + len(words) - len(words.lstrip())
+                others |= set(range(lead, lead + len(words.strip())))
+            text += words + end
         if self.ends_once and (self.marked or chat[-1]["role"] != "assistant"):
             text += self.answer[1]
         return text, turns, others

@@ -16,7 +16,7 @@ from tests.pipeline.classifiers import save_classifier
 
 BAD = [
     ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
-    ({"depth": 3}, UsageError, "more than the number of the teacher's layers"),
+    ({"depth": 3}, UsageError, "exceeds the teacher's number of layers"),
     ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
     ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
     ({"model": "nowhere/at-all"}, StudentError, "can't find the model"),
