@@ -16,6 +16,12 @@ from tests.conftest import ROOT
 SPEAKING = "tests.pipeline.speaking"
 
 
+def end(child: Child) -> None:
+    """Kill a child and leave no zombie."""
+    child.process.kill()
+    child.process.wait()
+
+
 @pytest.mark.parametrize(
     ("raised", "kind", "message", "details"),
     [
@@ -33,7 +39,7 @@ def test_a_childs_error_keeps_its_class_its_text_and_its_details(raised, kind, m
     with pytest.raises(SoftlabelError) as error:
         next(received)
     assert (type(error.value), str(error.value), error.value.details) == (kind, message, details)
-    child.process.kill()
+    end(child)
     assert (tmp_path / "log").read_text() == "what a library prints\n"
 
 
@@ -42,7 +48,7 @@ def test_details_that_json_can_not_represent_still_arrive(tmp_path: Path):
     with pytest.raises(TeacherError, match="odd") as error:
         list(messages([child]))
     assert json.dumps(error.value.details)
-    child.process.kill()
+    end(child)
 
 
 def test_a_death_takes_precedence_over_an_error_of_another_child(tmp_path: Path):
@@ -52,7 +58,7 @@ def test_a_death_takes_precedence_over_an_error_of_another_child(tmp_path: Path)
     assert death.value.child is children[1]
     assert "SIGKILL" in children[1].death()
     for child in children:
-        child.process.kill()
+        end(child)
 
 
 RUN = [sys.executable, "-m", SPEAKING, "modules"]
