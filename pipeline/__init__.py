@@ -1,7 +1,7 @@
-"""What is done, as plain Python: capture, train, evaluate, reprocess. Torch, transformers and the table; never Prefect.
+"""The pipeline as plain Python: capture, train, evaluate, reprocess. Needs torch and transformers, but not Prefect.
 
-``__init__.pyi`` lists the public names, once. Each is loaded when it is first asked for, so that the loss, the
-selection and the teacher also work where polars, deltalake or Prefect are absent.
+``__init__.pyi`` lists the public names. Each is imported on first use, so that the loss, the selection and the teacher
+also work without polars, deltalake or Prefect.
 """
 
 import lazy_loader

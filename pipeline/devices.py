@@ -1,4 +1,4 @@
-"""Which devices this machine has for a model, by the names that the settings use."""
+"""Find the devices of this machine by the names that the settings use."""
 
 import torch
 
@@ -6,11 +6,11 @@ from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.storage.errors import UsageError
 
 
-def places(config: TeacherConfig) -> list[str]:
-    """The device of each process that is to run the teacher: auto is every GPU of the machine, or else the CPU.
+def worker_devices(config: TeacherConfig) -> list[str]:
+    """One device per teacher process: auto means every GPU of the machine, or the CPU if there is none.
 
     Raises:
-        UsageError: if there is no such device.
+        UsageError: if this machine does not have the device.
     """
     device(config.device)
     if config.device_map is not None or config.labels:
@@ -20,21 +20,23 @@ def places(config: TeacherConfig) -> list[str]:
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; auto is a GPU if there is one.
+    """The device with this name; auto means a GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: if there is no such device.
+        UsageError: if this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
-        if found.type != "cuda" or (found.index or 0) >= torch.cuda.device_count():
-            torch.empty(1, device=found)  # not on a GPU that is there: that would take of its memory for good
+        result = torch.device(name)
+        if result.type != "cuda" or (result.index or 0) >= torch.cuda.device_count():
+            # Not on an existing GPU: this would reserve memory there until the process ends.
+            torch.empty(1, device=result)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"there is no device {name!r}",
+            f"this machine has no device {name!r}",
             expected="auto, cpu, cuda, cuda:1, ...",
             found=str(error).partition("\n")[0],
+            do="choose a device that this machine has, or auto",
         ) from None
-    return found
+    return result

@@ -1,6 +1,6 @@
-"""Sets of fixed-width byte strings, for millions of them: a set of Python's own takes five times as much memory.
+"""Sets of millions of fixed-width byte strings, in a fifth of the memory that a Python set takes.
 
-Numpy's ``S`` compares byte strings of one width exactly: what it strips, zeros at the end, all of them have.
+Numpy's ``S`` type strips trailing zeros, but comparisons stay exact because all strings have the same width.
 """
 
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ def digests(names: Iterable[str]) -> Digests:
 
 
 def as_digests(column: pa.ChunkedArray) -> Digests:
-    """(n,) S16: the values of a binary column, which are 16 bytes each."""
+    """(n,) S16: the values of a binary column of 16 bytes each."""
     return np.frombuffer(b"".join(column.to_pylist()), "S16")
 
 
 def side_by_side(*parts: NDArray[np.generic]) -> Digests:
-    """(n,) byte strings of the parts' bytes one after the other, of parts with n elements each."""
+    """(n,) byte strings: the bytes of the parts (n elements each), concatenated element by element."""
     columns = [np.ascontiguousarray(p).view(np.uint8).reshape(len(p), p.dtype.itemsize) for p in parts]
     joined = np.concatenate(columns, axis=1)
     return joined.view(f"S{joined.shape[1]}")[:, 0]
@@ -33,22 +33,22 @@ def side_by_side(*parts: NDArray[np.generic]) -> Digests:
 class DigestSet:
     """A set of byte strings of one width.
 
-    They lie in sorted runs, each more than twice as long as the next, so that adding many at a time takes little more
-    than sorting them.
+    They are kept in sorted runs, each more than twice as long as the next, so that adding many at a time costs little
+    more than sorting them.
     """
 
     def __init__(self) -> None:
         self._runs: list[Digests] = []
 
     def has(self, wanted: Digests) -> NDArray[np.bool_]:
-        """(n,) which of n are in the set."""
+        """(n,) whether each of n byte strings is in the set."""
         found = np.zeros(len(wanted), bool)
         for run in self._runs:
             found |= run[np.minimum(np.searchsorted(run, wanted), len(run) - 1)] == wanted
         return found
 
     def add(self, added: Digests) -> NDArray[np.bool_]:
-        """Add n, and say (n,) which of them were not there before; of equal ones, the first."""
+        """Add n byte strings; returns (n,) which of them were new. Of equal ones, only the first is new."""
         values, first = np.unique(added, return_index=True)
         fresh = ~self.has(values)
         new = np.zeros(len(added), bool)

@@ -1,4 +1,4 @@
-"""One process at a time at a place, and temporary folders that are gone with their job or when the next one begins."""
+"""Allow one process per output, and make temporary folders that are deleted even if their process is killed."""
 
 import os
 import shutil
@@ -15,32 +15,37 @@ from softlabel.storage.lock import ForeignFileError, HeldError, held, opened
 
 
 @contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Be the only process at work on a place; where nothing can be written or locked, whoever works finds that out.
+def lock_output(output: Path) -> Iterator[None]:
+    """Lock an output folder, so that only this process writes to it.
+
+    Where no lock can be made (read-only, or no locks on this file system), the block runs without one.
+
+    Args:
+        output: the folder; its lock file is next to it.
 
     Raises:
-        TrainingError: if another process is at work there, or something else has the lock's name.
+        TrainingError: if another process holds the lock, or the lock's name is taken by something else.
     """
-    path = place.with_name(f".{place.name}.softlabel.lock")
+    path = output.with_name(f".{output.name}.softlabel.lock")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(path))
         except HeldError as error:
             raise TrainingError(
-                "another process trains this student",
+                "another process is already training this student",
                 expected="one process at a time for each output",
-                found=str(error) or "one that has just begun",
-                where=place,
-                do="let it finish: the same command then finds the student; or choose another output",
+                found=str(error) or "a process that has just started",
+                where=output,
+                do="wait for it to finish (the same command then finds the finished student), or choose another output",
             ) from None
         except ForeignFileError as error:
             raise TrainingError(
-                "whether another process trains this student can't be told, and none has been started",
-                expected="softlabel's own lock, or nothing",
+                "training did not start: softlabel can't tell whether another process is already training this student",
+                expected="softlabel's own lock file, or no file",
                 found=error.strerror,
                 where=path,
-                do="move it away, or choose another output",
+                do="move that file away, or choose another output",
             ) from None
         except OSError:
             pass
@@ -49,19 +54,19 @@ def alone(place: Path) -> Iterator[None]:
 
 _PREFIX = "softlabel-"
 _LOCK = "in-use"
-"""File that is locked for as long as the process lives whose folder it is in."""
+"""Name of a file in each folder that stays locked as long as the folder's process lives."""
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for as long as the block runs. Those whose process was killed are deleted first."""
+    """A temporary folder for this block. Folders of killed processes are deleted first."""
     _delete_abandoned()
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
         descriptor = opened(Path(folder, "new"))
         try:
-            with suppress(OSError):  # a file system without locks: nobody will take the folder for abandoned
+            with suppress(OSError):  # a file system without locks: other processes then never delete the folder
                 lock_descriptor(descriptor, blocking=False)
-            Path(folder, "new").rename(Path(folder, _LOCK))  # whoever finds it finds it locked
+            Path(folder, "new").rename(Path(folder, _LOCK))  # the name appears only once the file is locked
             yield Path(folder)
         finally:
             os.close(descriptor)
@@ -69,13 +74,13 @@ def scratch() -> Iterator[Path]:
 
 def _delete_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # without a lock, or just deleted
+        with suppress(OSError):  # it has no lock file, or was just deleted
             if _is_ours(folder):
                 _delete_unused(folder)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it is this user's, whom alone mkdtemp lets in: anybody may make what looks like one of these."""
+    """Whether only this user can access it, as mkdtemp ensures: other users can make folders with such names, too."""
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 

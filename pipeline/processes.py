@@ -1,7 +1,7 @@
-"""Processes of our own that work beside this one: how one is started, what it says, and how it died.
+"""Child processes: how they are started, how they exchange messages with this one, and why they died.
 
-What a child says is a line of JSON, ``[kind, value]``. It ends when its standard input does, so it never outlives the
-process that started it, and it runs nothing that only lies in the folder where the command was started.
+A child's message is a line of JSON, ``[kind, value]``. A child ends when its standard input is closed, so it never
+outlives the process that started it. It never imports modules from the folder where the command was started.
 """
 
 import json
@@ -20,7 +20,7 @@ from softlabel.storage import errors
 from softlabel.storage.errors import SoftlabelError, WorkerError
 
 NEUTRAL = "/"
-"""A folder in which nobody lays a trap, for what would run or read files of the folder that it is started in."""
+"""Working folder for programs that would run or read files of their working folder: only root can write here."""
 _STARTED_IN = str(Path.cwd())
 _SHOWN_LINES = 15
 _SECONDS_TO_DIE = 1.0
@@ -29,15 +29,16 @@ _SECONDS_TO_DIE = 1.0
 def start(
     module: str, *arguments: str, environment: Mapping[str, str] | None = None, **settings: Any
 ) -> "subprocess.Popen[bytes]":
-    """Start a module of ours as a process.
+    """Start one of softlabel's modules as a process.
 
-    Its standard input is a pipe of ours that closes with us; a session of its own keeps our signals from it.
+    Its standard input is a pipe that is closed when this process ends. It has a session of its own, so it does not get
+    this process's signals.
 
     Args:
-        module: that is run.
-        arguments: of its command line.
-        environment: in place of this process's.
-        settings: further ones of ``subprocess.Popen``.
+        module: name of the module to run.
+        arguments: its command-line arguments.
+        environment: environment variables; this process's by default.
+        settings: further arguments of ``subprocess.Popen``.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
@@ -49,22 +50,22 @@ def start(
 
 
 def same_modules() -> dict[str, str]:
-    """Environment variables for a process of Python that is to import what this one does.
+    """Environment variables with which another Python process imports the same modules as this one.
 
-    The folder where the command was started is left out, unless it is this program's own or PYTHONPATH names it.
-    Python puts it first unasked (for ``-m``, ``-c`` and an empty part of PYTHONPATH), and whatever lies there, beside
-    somebody's documents, would be taken for a library's module, or for ours.
+    The folder where the command was started is left out, unless the program itself is in it or PYTHONPATH names it.
+    Python searches it first (with ``-m``, ``-c`` or an empty part of PYTHONPATH), so any Python file next to the user's
+    documents could replace a module of a library or of softlabel.
     """
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     wanted = {*_of_the_program(), *map(os.path.abspath, named)}
-    # What is not absolute lies there, too; setuptools puts a name into the path that only it knows.
+    # Relative entries mean that folder, too; setuptools adds an entry that is not a path at all.
     path = [entry for entry in sys.path if Path(entry).is_absolute() and (entry != _STARTED_IN or entry in wanted)]
-    # An entry with a colon would be taken for two.
+    # An entry that contains a colon would be read as two.
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(entry for entry in path if os.pathsep not in entry)}
 
 
 def _of_the_program() -> list[str]:
-    """The folder that the program was found in which this process runs: of a script, or of a package's top."""
+    """The folder of the program that this process runs: the script's, or the one that has the top-level package."""
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
     name = spec.name if spec else ""
@@ -72,13 +73,13 @@ def _of_the_program() -> list[str]:
 
 
 class Child:
-    """A process that says what it has to say in lines, and can be given some.
+    """A child process that exchanges lines of JSON with this one.
 
     Args:
-        module: that it runs, see ``start``.
-        arguments: of its command line.
-        log: file for whatever else it prints.
-        environment: in place of this process's.
+        module: name of the module to run, see ``start``.
+        arguments: its command-line arguments.
+        log: file for everything else that it prints.
+        environment: environment variables; this process's by default.
     """
 
     def __init__(self, module: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -88,13 +89,13 @@ class Child:
         assert self.process.stdin
         assert self.process.stdout
         self._stdin, self.stdout = self.process.stdin, self.process.stdout
-        self._begun = b""
+        self._unfinished = b""
 
-    def tell(self, value: Any) -> None:
-        """Give it a line of JSON.
+    def send(self, value: Any) -> None:
+        """Send it a value as a line of JSON.
 
         Raises:
-            ChildDiedError: if it is there no longer.
+            ChildDiedError: if it has died.
         """
         try:
             self._stdin.write(_line(value))
@@ -102,36 +103,37 @@ class Child:
         except BrokenPipeError:
             raise ChildDiedError(self) from None
 
-    def heard(self) -> list[bytes] | None:
-        """Lines that it has said since, waiting for some; None if it says no more."""
-        said = os.read(self.stdout.fileno(), 1 << 16)
-        if not said:
+    def receive(self) -> list[bytes] | None:
+        """Wait for output; returns the lines that are complete by now, or None at the end of the output."""
+        received = os.read(self.stdout.fileno(), 1 << 16)
+        if not received:
             return None
-        *lines, self._begun = (self._begun + said).split(b"\n")
+        *lines, self._unfinished = (self._unfinished + received).split(b"\n")
         return lines
 
     def death(self) -> str:
-        """What it died of, and the last that it printed."""
+        """How it died, and the last lines that it printed."""
         code = self.process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        memory = " (the system kills so when memory runs out)" if code == -signal.SIGKILL else ""
+        memory = " (often because the machine ran out of memory)" if code == -signal.SIGKILL else ""
         printed = self._log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
         return "\n               ".join([how + memory, *printed])
 
 
 class ChildDiedError(Exception):
-    """A child that was listened to says no more."""
+    """A child process has ended unexpectedly."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
 
 
-def listen(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
-    """What children say: who, what kind of thing, and the thing; until one of them dies, or whoever listens has enough.
+def messages(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
+    """Messages of the children as they arrive: the child, the message's kind and its value.
 
     Raises:
-        SoftlabelError: what one of them has raised and told.
-        ChildDiedError: if one has died, rather than what others have raised over it, which may be heard of before.
+        SoftlabelError: the error that a child has reported.
+        ChildDiedError: if a child has died. Its death often makes other children fail, and their errors may arrive
+            first; so after an error, we wait a moment for a death.
     """
     raised: SoftlabelError | None = None
     seconds = _SECONDS_TO_DIE if len(children) > 1 else 0.0
@@ -142,7 +144,7 @@ def listen(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
             ready = selector.select(seconds if raised else None)
             if raised and not ready:
                 raise raised
-            for child, lines in [(key.data, key.data.heard()) for key, _ in ready]:
+            for child, lines in [(key.data, key.data.receive()) for key, _ in ready]:
                 if lines is None:
                     raise ChildDiedError(child)
                 for kind, value in map(json.loads, lines):
@@ -157,26 +159,26 @@ def _error(name: str, message: str, details: Any) -> SoftlabelError:
     return error
 
 
-def speaker() -> Callable[[str, Any], None]:
-    """In a child: what tells the process that started it; whatever a library prints goes to the log from now on."""
+def message_sender() -> Callable[[str, Any], None]:
+    """In a child process: a function that sends messages to the parent. All other output goes to the log."""
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def tell(kind: str, value: Any) -> None:
+    def send(kind: str, value: Any) -> None:
         lines.write(_line([kind, value]))
         lines.flush()
 
-    return tell
+    return send
 
 
 def _line(value: Any) -> bytes:
     return json.dumps(value, default=to_jsonable_python).encode() + b"\n"
 
 
-def as_told(error: Exception) -> tuple[str, str, Any]:
-    """An error for ``tell("error", ...)``: the nearest class of ``storage.errors``, its message, its details.
+def serialized(error: Exception) -> tuple[str, str, Any]:
+    """An error as the value of an "error" message: the nearest class of ``storage.errors``, its text, its details.
 
-    The message names any other class, as one of a library's, or of a teacher's engine of the user's own.
+    The text names the error's own class if it is another one, such as a library's or a user's engine's.
     """
     kind = type(error)
     nearest: type = next((each for each in kind.__mro__ if each.__module__ == errors.__name__), WorkerError)

@@ -1,4 +1,4 @@
-"""What long work tells whoever is watching: a terminal's bar, a log, a Prefect artifact."""
+"""Progress reports of long work, for a progress bar, a log or a Prefect artifact."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,31 +8,31 @@ from threading import Lock
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is. The rate and the time left follow from when each was reported."""
+    """How far a stage has come. Rate and remaining time follow from the times at which reports arrive."""
 
     stage: str
     done: int
     total: int | None
-    """None as long as nobody knows."""
+    """None while it is not known."""
     unit: str
     details: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, "Progress"] = field(default_factory=dict)
-    """What each worker has done of it, if several are at it."""
+    """Progress of each worker, if there are several."""
 
 
 Watch = Callable[[Progress], None]
 
 
 def unwatched(progress: Progress) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
-class Together:
-    """One stage made of many pieces of work, which several workers do at once; details are means over what is done.
+class CombinedProgress:
+    """Combined progress of one stage whose pieces several workers do at once; details are means over the finished part.
 
     Args:
         start: the stage before anything is done.
-        watch: told of the whole whenever a piece is heard of.
+        watch: called with the stage's progress whenever a worker reports.
     """
 
     def __init__(self, start: Progress, watch: Watch) -> None:
@@ -42,7 +42,7 @@ class Together:
 
     @contextmanager
     def piece(self, worker: str) -> Iterator[Watch]:
-        """Whom a worker tells of its next piece; if the block fails, nothing of the piece is done."""
+        """Callback for the progress of a worker's next piece; if the block fails, the piece counts as not done."""
         before = self._parts.get(worker)
 
         def watch(progress: Progress) -> None:

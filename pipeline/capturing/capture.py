@@ -25,14 +25,14 @@ from softlabel.pipeline.capturing.plan import Plan, identify, plan
 from softlabel.pipeline.capturing.plan_files import require_planned
 from softlabel.pipeline.capturing.workers import Workers, cut
 from softlabel.pipeline.config.capture import CaptureConfig
-from softlabel.pipeline.devices import places
+from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.exclusive import scratch
-from softlabel.pipeline.progress import Progress, Together, Watch, unwatched
+from softlabel.pipeline.progress import CombinedProgress, Progress, Watch, unwatched
 from softlabel.pipeline.selection.select import NotADistributionError, select, selection_of
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.classifier import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
-from softlabel.pipeline.teachers.queries import Questions
+from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import ProvenanceError, TeacherError
@@ -106,7 +106,7 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
         SoftlabelError: if documents, teacher or table can't be used; what was committed before stays.
     """
     started = time.monotonic()
-    devices = places(config.teacher)
+    devices = worker_devices(config.teacher)
     with scratch() as folder:
         todo = by(plan)(config, folder, watch)
         if todo.shards:
@@ -114,11 +114,11 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
         else:
             watch(Progress("capture", 0, 0, "positions"))
 
-        def done_by(name: str, step: ShardStep, path: Path, stage: Together) -> Commit:
+        def done_by(name: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:
             with stage.piece(name) as piece:
                 return by(step)(config, path, piece)
 
-        asking = Together(Progress("capture", 0, todo.positions, "positions"), watch)
+        asking = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
         shards = own_order(cut(todo.shards, len(devices)), config.table)
         if min(len(devices), len(shards)) > 1:
             with Workers(devices[: len(shards)], folder) as workers:
@@ -127,7 +127,7 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is
             commits = [done_by("", capture_shard, path, asking) for path in shards]
         to_copy = [*todo.copies, *filter(Path.exists, map(late_copies, shards))]
         sequences = sum(pq.read_metadata(path).num_rows for path in to_copy)
-        copying = Together(Progress("copy", 0, sequences, "sequences"), watch)
+        copying = CombinedProgress(Progress("copy", 0, sequences, "sequences"), watch)
         copies = [done_by("", copy_rows, path, copying) for path in to_copy]
     return _summarise(config, todo, commits, copies, time.monotonic() - started)
 
@@ -219,7 +219,7 @@ def _labelled(
         yield from teacher.answers(sequences)
         return
     selection = selection_of(config.selection, identity.classes)
-    asked = Questions(sequences, identity.classes)
+    asked = Queries(sequences, identity.classes)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))

@@ -19,13 +19,13 @@ import torch
 from softlabel.pipeline.capturing.capture import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.files import remember
-from softlabel.pipeline.processes import as_told, speaker
+from softlabel.pipeline.processes import message_sender, serialized
 from softlabel.storage.errors import SoftlabelError
 
 
 def main() -> None:
     """Answer requests until there are no more."""
-    answer = speaker()
+    answer = message_sender()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, so that half a shard is thrown away
     watch = partial(answer, "progress")
     requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
@@ -37,7 +37,7 @@ def main() -> None:
         try:
             answer("commit", capture_shard(CaptureConfig.model_validate(settings), Path(path), watch))
         except SoftlabelError as error:
-            answer("error", as_told(error))
+            answer("error", serialized(error))
 
 
 def _listen(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:

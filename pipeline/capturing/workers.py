@@ -23,7 +23,7 @@ import torch
 
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.files import known_hashes
-from softlabel.pipeline.processes import Child, ChildDiedError, listen
+from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.errors import WorkerError
 from softlabel.storage.writer import Commit
@@ -92,8 +92,8 @@ class Worker:
         settings = config.model_copy(update={"teacher": pinned}).model_dump(mode="json")
         child = self._running()
         try:
-            child.tell([settings, str(path), known_hashes()])
-            for _, kind, value in listen([child]):
+            child.send([settings, str(path), known_hashes()])
+            for _, kind, value in messages([child]):
                 if kind == "commit":
                     self.deaths = 0
                     return Commit(**value)

@@ -1,1 +1,1 @@
-"""Documents as they lie on a disk or in a bucket: finding, reading and checking them."""
+"""Find, read and check documents on a disk or in a bucket."""

@@ -1,7 +1,7 @@
-"""What the values of a document's columns must be: its id, label and content, and the columns that it carries along.
+"""Check the values of a document's columns: its id, label and content, and the columns that are carried along.
 
-A value that can't be used costs its document, and only that: each function here gives the value, or says why not. A
-carried value is kept as it was or its document is rejected.
+Each function returns the checked value or says why it can't be used; then only that document is rejected. A carried
+value is stored unchanged, or its document is rejected.
 """
 
 import datetime
@@ -15,9 +15,9 @@ _MISFIT = (pa.ArrowException, OverflowError, UnicodeError)
 
 
 def carried_field(field: pa.Field) -> pa.Field:
-    """The column as a table keeps it: as one of the few types of ``storage.schema.row_schema``, if that loses nothing.
+    """The column with the type that tables store it as (see ``storage.schema.row_schema``), if that loses nothing.
 
-    uint64 stays what it is, and so is refused there: its upper half is no int64.
+    uint64 keeps its type, which ``row_schema`` refuses: its upper half does not fit into int64.
     """
     kind = field.type
     if pa.types.is_dictionary(kind):
@@ -32,37 +32,37 @@ def carried_field(field: pa.Field) -> pa.Field:
 
 
 def carried(values: Sequence[Any], kind: pa.DataType) -> tuple[pa.Array, set[int]]:
-    """Values as a column of this type, and the numbers of those that it can't hold as they are, which are null there.
+    """Values as a column of this type, and the indices of values that do not fit it, which are null in the column.
 
-    The type is that of the column's first values or first file; later ones may be of another, and Arrow cuts a
-    fraction or the time of a day off without a word.
+    The type comes from the first values or the first file; later values may be of another type, and Arrow silently
+    drops fractions and times of day.
     """
     try:
-        kept = pa.array(values, kind).to_pylist()
+        converted = pa.array(values, kind).to_pylist()
     except _MISFIT:
-        kept = [_kept(value, kind) for value in values]
-    misfits = {i for i, pair in enumerate(zip(values, kept, strict=True)) if not _are_same(*pair)}
-    return pa.array([None if i in misfits else value for i, value in enumerate(kept)], kind), misfits
+        converted = [_converted(value, kind) for value in values]
+    misfits = {i for i, pair in enumerate(zip(values, converted, strict=True)) if not _are_same(*pair)}
+    return pa.array([None if i in misfits else value for i, value in enumerate(converted)], kind), misfits
 
 
-def _kept(value: Any, kind: pa.DataType) -> Any:
+def _converted(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
     except _MISFIT:
         return None
 
 
-def _are_same(value: Any, kept: Any) -> bool:
-    if isinstance(value, bytes):  # a string of Parquet; one that is broken was not kept
-        return kept is not None and value == kept.encode()
-    if isinstance(value, bool | datetime.date) and type(value) is not type(kept):
+def _are_same(value: Any, converted: Any) -> bool:
+    if isinstance(value, bytes):  # a Parquet string; None if it is not valid UTF-8
+        return converted is not None and value == converted.encode()
+    if isinstance(value, bool | datetime.date) and type(value) is not type(converted):
         return False  # True equals 1
-    return bool(value == kept) or (value != value and kept != kept)  # NaN equals nothing
+    return bool(value == converted) or (value != value and converted != converted)  # NaN does not equal itself
 
 
 _DEEPEST = 100
-"""Lists and objects within each other that a chat may have; what reads them calls itself at each level."""
-_TOO_DEEP = f"the chat has more than {_DEEPEST} lists and objects within each other"
+"""Most levels of nested lists and objects in a chat; they are read recursively."""
+_TOO_DEEP = f"the chat nests lists and objects more than {_DEEPEST} levels deep"
 
 
 class UnfitError(Exception):
@@ -70,11 +70,11 @@ class UnfitError(Exception):
 
 
 def encoded(text: str, what: str) -> bytes:
-    """The text as UTF-8; JSON can spell half a surrogate pair, which is none."""
+    """The text as UTF-8; JSON can contain half of a surrogate pair, which can't be encoded."""
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise UnfitError(f"the {what} is broken UTF-8") from None
+        raise UnfitError(f"the {what} is not valid UTF-8") from None
 
 
 def _string(value: Any, what: str) -> str:
@@ -84,14 +84,14 @@ def _string(value: Any, what: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise UnfitError(f"the {what} is broken UTF-8 at byte {error.start}") from None
+            raise UnfitError(f"the {what} is not valid UTF-8 at byte {error.start}") from None
     if not isinstance(value, str):
-        raise UnfitError(f"the {what} is no string but {type(value).__name__}")
+        raise UnfitError(f"the {what} must be a string, but is {type(value).__name__}")
     return value
 
 
 def id_of(value: Any) -> str:
-    """A document's id: a string, or an integer as one."""
+    """A document's id: a string, or an integer as a string."""
     text = str(value) if type(value) is int else _string(value, "id")
     if not text:
         raise UnfitError("the id is empty")
@@ -107,26 +107,26 @@ def _text(value: Any) -> str:
 
 
 def label_of(value: Any) -> str | None:
-    """A document's label, if it has one: a string, or an integer or truth value as one."""
+    """A document's label, if it has one: a string, or an integer or boolean as a string."""
     if value is None or type(value) in (int, bool):
         return None if value is None else str(value)
     return _string(value, "label")
 
 
 def _chat(value: Any) -> str:
-    """Messages, as JSON."""
+    """The messages of a chat, as JSON."""
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
         except ValueError:
-            raise UnfitError("the chat is a string that is no JSON") from None
+            raise UnfitError("the chat is a string that is not valid JSON") from None
         except RecursionError:
             raise UnfitError(_TOO_DEEP) from None
     return _json(_messages(value, "chat"))
 
 
 def _completion(prompt: Any, completion: Any) -> str:
-    """A prompt, which may be empty, and what follows it, as JSON: two texts, or the messages of one chat."""
+    """A prompt (which may be empty) and its completion, as JSON: two texts, or two lists of messages of one chat."""
     parts = {"prompt": prompt, "completion": completion}
     if isinstance(prompt, list) and isinstance(completion, list):
         return _json({what: _messages(value, what) for what, value in parts.items()})
@@ -138,7 +138,7 @@ def _completion(prompt: Any, completion: Any) -> str:
 
 
 CONTENTS: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "completion": _completion}
-"""What makes the content of a document of the values of its columns."""
+"""For each kind of content, the function that makes it from the values of its columns."""
 
 
 def _json(value: Any) -> str:
@@ -149,8 +149,8 @@ def _json(value: Any) -> str:
             raise UnfitError(_TOO_DEEP)
     try:
         return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:  # a struct of Parquet may hold a date, or bytes
-        raise UnfitError(f"a message holds what is no JSON: {error}") from None
+    except TypeError as error:  # a Parquet struct may contain a date or bytes
+        raise UnfitError(f"a message can't be written as JSON: {error}") from None
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -158,20 +158,22 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """Messages with a role and a content each; keys that are null are left out: Parquet fills structs so."""
+    """Messages with a role and content each; null keys are left out, since Parquet adds them to its structs."""
     if value is None or not isinstance(value, list):
-        raise UnfitError(f"the {what} is no list of messages but {'null' if value is None else type(value).__name__}")
+        raise UnfitError(
+            f"the {what} must be a list of messages, but is {'null' if value is None else type(value).__name__}"
+        )
     if not value:
-        raise UnfitError(f"the {what} has no message")
+        raise UnfitError(f"the {what} has no messages")
     return [_message(i, message) for i, message in enumerate(value)]
 
 
 def _message(i: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UnfitError(f"message {i} is no object")
+        raise UnfitError(f"message {i} is not an object")
     message = {key: field for key, field in value.items() if field is not None}
     if not isinstance(message.get("role"), str):
         raise UnfitError(f"message {i} has no role")
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-        raise UnfitError(f"message {i} has no text as content")
+        raise UnfitError(f"message {i} has neither text content nor tool calls")
     return message

@@ -1,8 +1,8 @@
-"""Documents in: Parquet, JSON lines or plain text, as a stream of small tables of a fixed form.
+"""Read documents from Parquet, JSON lines or plain text as a stream of small tables with a fixed schema.
 
-What is wrong with the whole (no such path, no such column, a damaged file) is an error; what is wrong with a document
-is a ``Reject`` with its reason, and never stops the stream. Nothing is tokenized here, and no file is ever held whole,
-but a plain text one, which is a document.
+A problem with the input as a whole (no such path, no such column, a damaged file) is an error. A problem with one
+document is a ``Reject`` with a reason, and never stops the stream. Nothing is tokenized here, and no file is read into
+memory as a whole except plain text files, each of which is one document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,8 +30,8 @@ DOCUMENT = pa.schema(
         pa.field("fingerprint", pa.binary(), nullable=False),
     ]
 )
-"""A document: its content is its text or, as JSON, its chat or its prompt and completion. The fingerprint is a
-16-byte BLAKE2b of content and label: it changes when the document's sequences would, and not with a carried column."""
+"""Schema of a document. The content is its text or, as JSON, its chat or its prompt and completion. The fingerprint is
+a 16-byte BLAKE2b of content and label: it changes when the document's sequences change, not with a carried column."""
 
 
 class Reject(NamedTuple):
@@ -42,38 +42,39 @@ class Reject(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some documents (``DOCUMENT`` and the carried columns), and those that fell out among them."""
+    """Some documents (``DOCUMENT`` and the carried columns), and the rejected ones among them."""
 
     documents: pa.Table
     rejects: list[Reject]
     names: list[str]
-    """What each record is called, in their order: its document's id, or its place if it has none."""
+    """Name of each record, in their order: its document's id, or its position in the file if it has no id."""
 
     def in_order(self, rejects: Iterable[Reject]) -> list[Reject]:
-        """Rejects of this batch in the order of their records; of two with one id, the later is the reject."""
+        """Rejects of this batch in the order of their records; of two records with one id, the later is rejected."""
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(rejects, key=lambda reject: order[reject.document_id])
 
     def without(self, unwanted: NDArray[np.bool_], reason: str) -> "Batch":
-        """The batch with some of its documents as rejects, for this reason."""
+        """The batch with some of its documents rejected for this reason."""
         if not unwanted.any():
             return self
         names = self.documents.filter(pa.array(unwanted)).column("document_id").to_pylist()
-        kept = self.documents.filter(pa.array(~unwanted))
-        return self._replace(documents=kept, rejects=[*self.rejects, *(Reject(name, reason) for name in names)])
+        remaining = self.documents.filter(pa.array(~unwanted))
+        return self._replace(documents=remaining, rejects=[*self.rejects, *(Reject(name, reason) for name in names)])
 
 
 class Documents:
     """The documents at a path: a file, a folder or a glob, on this machine or in s3://BUCKET/.
 
     Args:
-        path: of Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text (.txt, .md, .rst), the latter two also
-            compressed (.gz, .zst). A plain text file is one document, named by its path below the folder or glob.
-        columns: which columns hold what.
+        path: where there are Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text files (.txt, .md, .rst),
+            the latter two also compressed (.gz, .zst). A plain text file is one document; its id is the file's path
+            below the folder or glob.
+        columns: names of the columns to read.
 
     Raises:
-        UsageError: if there is nothing at that path, or no such column.
-        DocumentsError: if a file there can't be read.
+        UsageError: if there is nothing at the path, or a column does not exist.
+        DocumentsError: if a file can't be read.
     """
 
     def __init__(self, path: str, columns: ColumnsConfig) -> None:
@@ -89,34 +90,38 @@ class Documents:
         row_schema(self.carried)
 
     def batches(self) -> Iterator[Batch]:
-        """All documents, always in the same order, some thousands or some tens of MB at a time.
+        """All documents, always in the same order, a few thousand or a few tens of MB at a time.
 
         Raises:
-            DocumentsError: if a file turns out to be damaged, or there is no document at all.
+            DocumentsError: if a file is damaged, or there are no documents at all.
         """
         c = self._columns
         wanted = [c.id, *c.contents.values(), *([c.label] if c.label else []), *c.carry]
         seen = DigestSet()
         empty = True
         for piece in self._source.read(list(dict.fromkeys(wanted))):
-            judged = self._judged(piece)
-            twice = ~seen.add(digests(judged.documents.column("document_id").to_pylist()))
-            batch = judged.without(twice, "another document has this id")
+            checked = self._checked(piece)
+            duplicates = ~seen.add(digests(checked.documents.column("document_id").to_pylist()))
+            batch = checked.without(duplicates, "another document has this id")
             empty = empty and not batch.documents.num_rows and not batch.rejects
             yield batch
         if empty:
             raise DocumentsError(
-                "there are no documents", expected="at least one", found="files without a record", where=self.path
+                "there are no documents",
+                expected="at least one document",
+                found="files without any records",
+                where=self.path,
+                do="check that these are the right files and that they are complete",
             )
 
-    def _judged(self, piece: Piece) -> Batch:
-        """The usable records as a table, the others as rejects."""
+    def _checked(self, piece: Piece) -> Batch:
+        """The usable records as a table, and the rest as rejects."""
         c, values, names = self._columns, piece.values, list(piece.places)
         contents = zip(*(values[name] for name in c.contents.values()), strict=True)
         labels = values[c.label] if c.label else [None] * len(names)
         columns = {field: carried(values[field.name], field.type) for field in self.carried}
         misfits = {i: field for field, (_, unfit) in columns.items() for i in unfit}
-        rejects, rows, kept = [], [], []
+        rejects, rows, usable = [], [], []
         for i, (name, content, label) in enumerate(zip(values[c.id], contents, labels, strict=True)):
             try:
                 if i in piece.unreadable:
@@ -124,15 +129,15 @@ class Documents:
                 names[i] = id_of(name)
                 row = _document(names[i], CONTENTS[c.content](*content), label_of(label))
                 if i in misfits:
-                    raise UnfitError(f"column {misfits[i].name!r} holds no {misfits[i].type} there")
+                    raise UnfitError(f"the value of column {misfits[i].name!r} can't be stored as {misfits[i].type}")
             except UnfitError as unfit:
                 rejects.append(Reject(names[i], str(unfit)))
                 continue
             rows.append(row)
-            kept.append(i)
+            usable.append(i)
         own = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)
         arrays = [pa.array(column, f.type) for column, f in zip(own, DOCUMENT, strict=True)]
-        arrays += [column.take(pa.array(kept, pa.int64())) for column, _ in columns.values()]
+        arrays += [column.take(pa.array(usable, pa.int64())) for column, _ in columns.values()]
         return Batch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
 
     def _require_columns(self, found: list[str]) -> None:
@@ -145,8 +150,8 @@ class Documents:
                 close = get_close_matches(name, found, n=1)
                 raise UsageError(
                     f"the documents have no column {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
-                    expected=f"{setting}: one of the columns there are",
-                    found=", ".join(islice(found, 40)) or "no column",
+                    expected=f"{setting}: the name of an existing column",
+                    found=", ".join(islice(found, 40)) or "no columns",
                     where=self.path,
                     do=f"set {setting.partition('[')[0]} to the column's name",
                 )

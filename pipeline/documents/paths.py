@@ -1,6 +1,6 @@
-"""Which files of documents a path means, on a disk of this machine or in a bucket of S3; readers see both alike.
+"""Find the files that a documents path names, on this machine or in an S3 bucket; readers treat both alike.
 
-A bucket is reached and configured as a table's is, see ``storage.places.bucket``.
+Buckets are configured like those of tables, see ``storage.places.bucket``.
 """
 
 import os
@@ -19,14 +19,14 @@ from softlabel.storage.location import located
 
 
 class File(NamedTuple):
-    """A file that may hold documents."""
+    """A file that may contain documents."""
 
     name: str
-    """Below the folder or the fixed part of the glob, with slashes."""
+    """Path below the folder or below the fixed part of the glob, with slashes."""
     address: str
     """Path or URL."""
     open: Callable[[], pa.NativeFile]
-    """Begins to read its bytes, here and there or from first to last."""
+    """Opens the file for random or sequential reading."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -35,25 +35,30 @@ class File(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The files that a path means, sorted by name."""
+    """The files that a path names, sorted by name."""
 
     files: list[File]
     is_folder: bool
-    """Whether they were not asked for by name or glob; then hidden files (. and _) are left out."""
+    """Whether the path is a folder; then hidden files (whose names start with . or _) are left out."""
 
 
 def find_files(path: str) -> Found:
-    """The files that a path means: a file, a folder or a glob, or s3://BUCKET/ and any of these.
+    """The files that a path names: a file, a folder or a glob, or s3://BUCKET/ followed by one of these.
 
     Raises:
-        UsageError: if there is nothing there, or the path holds credentials.
+        UsageError: if there is nothing there, or the path contains credentials.
         DocumentsError: if the bucket can't be read.
     """
     path = located(path)
     scheme, is_url, rest = path.partition("://")
     if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
-        raise UsageError("documents can't be read from there", expected="a path, or s3://BUCKET/PATH", found=path)
-    with in_bucket():
+        raise UsageError(
+            "softlabel can't read documents from this kind of address",
+            expected="a path on this machine, or s3://BUCKET/PATH",
+            found=path,
+            do="copy the documents to this machine or to an S3 bucket",
+        )
+    with bucket_errors():
         found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
     if not found.files and not found.is_folder:
         raise UsageError(
@@ -61,18 +66,18 @@ def find_files(path: str) -> Found:
             expected="a file, a folder or a glob",
             found="nothing there",
             where=path,
-            do="check the path; put a glob in quotes",
+            do="check the path; put a glob in quotes, so that the shell does not expand it",
         )
     files = [file for file in found.files if not found.is_folder or _is_visible(file.name)]
     return found._replace(files=sorted(files, key=lambda file: file.name.split("/")))
 
 
 @contextmanager
-def in_bucket() -> Iterator[None]:
-    """What is wrong with a bucket, said of documents.
+def bucket_errors() -> Iterator[None]:
+    """Turn the errors of a bucket into errors about documents.
 
     Raises:
-        DocumentsError: if it can't be read.
+        DocumentsError: if the bucket can't be read.
     """
     try:
         yield
@@ -91,13 +96,15 @@ def _on_disk(path: str) -> Found:
         pattern = Path(path).relative_to(root).as_posix()
         paths = list(root.glob(pattern)) if pattern != "." else []
     found = [path for path in paths if path.is_file()]
-    # A path as bytes: a file's name may be no UTF-8.
+    # As bytes, because a file name need not be valid UTF-8.
     files = [File(p.relative_to(root).as_posix(), str(p), partial(pa.OSFile, os.fsencode(p))) for p in found]
     return Found(files, is_folder)
 
 
 def _in_bucket(name: str, key: str) -> Found:
-    from softlabel.storage.places.bucket import Bucket  # its library loads only where there is a bucket
+    from softlabel.storage.places.bucket import (
+        Bucket,
+    )  # imported here, so that its library loads only when there is a bucket
 
     bucket, key = Bucket(f"s3://{name}"), key.strip("/")
 
@@ -106,7 +113,7 @@ def _in_bucket(name: str, key: str) -> Found:
 
     def below(root: str) -> list[File]:
         lead = f"{root}/" if root else ""
-        # A folder may be an object, too.
+        # A folder may be an object itself.
         return [file(o.name, o.name.removeprefix(lead)) for o in bucket.files(root) if o.name != root]
 
     with suppress(FileNotFoundError):
@@ -123,12 +130,12 @@ def _in_bucket(name: str, key: str) -> Found:
 
 
 def _fixed(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of a path before the first that is a pattern."""
+    """The parts of a path before the first part that is a pattern."""
     return tuple(takewhile(lambda part: not set(part) & set("*?["), parts))
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """What ``Path.glob`` finds."""
+    """Whether ``Path.glob`` would find this path."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

@@ -1,7 +1,7 @@
-"""Readers of documents: Parquet, JSON lines and plain text, a piece at a time.
+"""Readers for Parquet, JSON lines and plain text, a piece at a time.
 
-``documents.documents`` judges the values. Strings of Parquet come as bytes, so that one broken character spoils one
-document and not the file.
+The values are checked by ``documents.documents``. Parquet strings are read as bytes, so that one invalid character
+costs one document and not the whole file.
 """
 
 import io
@@ -16,18 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from softlabel.pipeline.documents.paths import File, find_files, in_bucket
+from softlabel.pipeline.documents.paths import File, bucket_errors, find_files
 from softlabel.storage.errors import DocumentsError
 
 PIECE_ROWS = 4096
 PIECE_BYTES = 32 << 20
 READ_AHEAD = 1 << 20
-"""Bytes of a stream that are read at a time: of an object, each is a request."""
+"""Bytes of a stream that are read at a time; for an object in a bucket, each read is a request."""
 SAMPLE_ROWS = 1000
 SAMPLE_BYTES = 16 << 20
-"""Lines of JSON from which columns and their types are read off, and their bytes: whichever are reached first."""
+"""Lines of JSON, or bytes of them if that is less, from which columns and their types are inferred."""
 TEXT_COLUMNS = ("id", "text")
-"""What a plain text file has: its path below the folder, and what is in it."""
+"""Columns of a plain text file: its path below the folder, and its content."""
 
 _KINDS = {
     ".parquet": "Parquet",
@@ -44,15 +44,15 @@ class Piece(NamedTuple):
     """Some records, in their order."""
 
     places: list[str]
-    """Where each stands."""
+    """Where each record is: its file and line or row."""
     values: dict[str, list[Any]]
-    """Of each column."""
+    """The values of each column."""
     unreadable: dict[int, str]
-    """By its number, why a record has no values; None stands for them."""
+    """By index, why a record can't be read; its values are None."""
 
     @classmethod
     def empty(cls, columns: list[str]) -> "Piece":
-        """One of no record, yet."""
+        """A piece without records."""
         return cls([], {name: [] for name in columns}, {})
 
 
@@ -62,7 +62,7 @@ class Source(Protocol):
     def __init__(self, files: list[File]) -> None: ...
 
     def schema(self) -> pa.Schema:
-        """Columns and their types, read off the first file or lines."""
+        """Columns and their types, from the first file or the first lines."""
         ...
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
@@ -71,11 +71,11 @@ class Source(Protocol):
 
 
 def find(path: str) -> Source:
-    """The files that a path, folder or glob means.
+    """The files that a path, folder or glob names.
 
     Raises:
         UsageError: if there is nothing there.
-        DocumentsError: if nothing there is of a known kind, or more than one kind is.
+        DocumentsError: if no file is of a known kind, or the files are of several kinds.
     """
     files, is_folder = find_files(path)
     if is_folder:
@@ -84,17 +84,17 @@ def find(path: str) -> Source:
     if len(kinds) != 1 or None in kinds:
         raise DocumentsError(
             "documents can't be read from this path",
-            expected=f"files of one kind: {', '.join(_KINDS)}; lines and text also {' or '.join(_COMPRESSED)}",
+            expected=f"files of one kind: {', '.join(_KINDS)}; all but Parquet also with {' or '.join(_COMPRESSED)}",
             found=", ".join([file.name for file in files][:10]) or "an empty folder",
             where=path,
-            do="name the files by a glob, like 'folder/*.parquet'",
+            do="select files of one kind with a glob, such as 'folder/*.parquet'",
         )
     sources: dict[str | None, type[Source]] = {"Parquet": Parquet, "JSON lines": JsonLines, "plain text": PlainText}
     return sources[kinds.pop()](files)
 
 
 class Parquet:
-    """Parquet files; a record is a row."""
+    """Parquet files; each row is a record."""
 
     def __init__(self, files: list[File]) -> None:
         self._files = files
@@ -105,7 +105,7 @@ class Parquet:
             return pq.read_schema(self._files[0].open())
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
-        """Rows of one file after the other."""
+        """The rows of all files, file by file."""
         for file in self._files:
             with _reading(file), pq.ParquetFile(file.open()) as rows:
                 _require_each_once(columns, rows.schema_arrow.names, file)
@@ -117,17 +117,17 @@ class Parquet:
 
 
 class JsonLines:
-    """Files with a JSON object a line; a record is a line."""
+    """Files with one JSON object per line; each line is a record."""
 
     def __init__(self, files: list[File]) -> None:
         self._files = files
 
     def schema(self) -> pa.Schema:
-        """Keys of the first objects and the types of their values, or of most of them."""
-        sample, held, reason = list[dict[str, Any]](), 0, "not one"
+        """Keys of the first objects and the types of their values; the most common type if they differ."""
+        sample, held, reason = list[dict[str, Any]](), 0, "no lines"
         for place, size, record in self._lines():
             if isinstance(record, str):
-                reason = f"{place}: {record}" if reason == "not one" else reason
+                reason = f"{place}: {record}" if reason == "no lines" else reason
                 continue
             sample.append(record)
             held += size
@@ -136,17 +136,17 @@ class JsonLines:
         if not sample:
             raise DocumentsError(
                 "there are no documents",
-                expected="a JSON object a line, in UTF-8",
+                expected="one JSON object per line, in UTF-8",
                 found=reason,
                 where=", ".join(file.address for file in self._files[:3]),
-                do="check that these are the files that were meant, and that they were written whole",
+                do="check that these are the right files and that they are complete",
             )
         keys = dict.fromkeys(chain.from_iterable(sample))
-        named = [key for key in keys if key.encode(errors="ignore").decode() == key]  # no half of a surrogate pair
+        named = [key for key in keys if key.encode(errors="ignore").decode() == key]  # without half a surrogate pair
         return pa.schema([(key, _type_of([record.get(key) for record in sample])) for key in named])
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
-        """Objects of one file after the other."""
+        """The objects of all files, file by file."""
         piece, held = Piece.empty(columns), 0
         for place, _, record in self._lines():
             if isinstance(record, str):
@@ -162,7 +162,7 @@ class JsonLines:
         yield piece
 
     def _lines(self) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
-        """Place and bytes of each line that is not blank, and its object, or why it holds none."""
+        """Place and size in bytes of each line that is not blank, and its object or why it has none."""
         for file in self._files:
             with _reading(file), _stream(file) as stream:
                 for number, line in enumerate(io.BufferedReader(stream), 1):
@@ -177,11 +177,11 @@ class PlainText:
         self._files = files
 
     def schema(self) -> pa.Schema:
-        """The path, and the text."""
+        """The columns id and text."""
         return pa.schema([(name, pa.string()) for name in TEXT_COLUMNS])
 
     def read(self, columns: list[str]) -> Iterator[Piece]:
-        """Files, each whole."""
+        """All files, each as one record."""
         piece, held = Piece.empty(columns), 0
         for file in self._files:
             with _reading(file), _stream(file) as stream:
@@ -198,22 +198,22 @@ class PlainText:
 
 @contextmanager
 def _reading(file: File) -> Iterator[None]:
-    """Say which file it was that could not be read."""
+    """Turn read errors into an error that names the file."""
     try:
-        with in_bucket():
+        with bucket_errors():
             yield
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DocumentsError(
             "a file of documents can't be read",
-            expected=f"{_kind(file)}, whole and undamaged",
+            expected=f"a complete, undamaged file of {_kind(file)}",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             where=file.address,
-            do="write or copy the file again, or leave it out by a glob",
+            do="write or copy the file again, or exclude it with a glob",
         ) from None
 
 
 def _stream(file: File) -> pa.NativeFile:
-    """Its bytes from first to last, unpacked."""
+    """The file's bytes from start to end, decompressed."""
     ahead = pa.BufferedInputStream(file.open(), READ_AHEAD)
     compression = _COMPRESSED.get(file.suffixes[-1])
     return pa.CompressedInputStream(ahead, compression) if compression else ahead
@@ -224,10 +224,10 @@ def _require_each_once(columns: list[str], found: list[str], file: File) -> None
         if (times := found.count(name)) != 1:
             raise DocumentsError(
                 f"a file has {times or 'no'} column{'s' * (times > 1)} {name!r}",
-                expected=f"one column {name!r} in each of the files",
-                found=", ".join(islice(found, 40)) or "no column",
+                expected=f"exactly one column {name!r} in every file",
+                found=", ".join(islice(found, 40)) or "no columns",
                 where=file.address,
-                do="rename its columns or leave the file out by a glob, or say with columns.* which hold what",
+                do="rename the file's columns, exclude the file with a glob, or set columns.* to other columns",
             )
 
 
@@ -244,14 +244,14 @@ def _rows_of_a_piece(file: pq.FileMetaData) -> int:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """Python values; strings as bytes, unread."""
+    """Python values; strings as bytes, not decoded."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = pc.cast(column, pa.large_binary())
     try:
         values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:  # a broken string inside a list or struct: only its own row is lost
+    except UnicodeDecodeError:  # an invalid string inside a list or struct: only its own row is lost
         values = [_value(item) for item in column]
     return values
 
@@ -260,19 +260,19 @@ def _value(item: pa.Scalar) -> Any:
     try:
         return item.as_py()
     except UnicodeDecodeError:
-        return b"\xff"  # what is no string to anybody
+        return b"\xff"  # invalid UTF-8, so that this record is rejected
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
     if b"\0" in line:
-        return "the line is no UTF-8 but holds bytes of 0, as UTF-16 does"
+        return "the line is not UTF-8: it contains zero bytes, as UTF-16 does"
     try:
-        record = json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess the encoding
+        record = json.loads(line.decode("utf-8-sig"))  # given bytes, json would guess the encoding
     except UnicodeDecodeError as error:
-        return f"the line is broken UTF-8 at byte {error.start}"
+        return f"the line is not valid UTF-8 at byte {error.start}"
     except (ValueError, RecursionError) as error:
-        return f"the line is no JSON: {error}"
-    return record if isinstance(record, dict) else f"the line is no JSON object but {type(record).__name__}"
+        return f"the line is not valid JSON: {error}"
+    return record if isinstance(record, dict) else f"the line must be a JSON object, but is {type(record).__name__}"
 
 
 def _type_of(values: list[Any]) -> pa.DataType:
@@ -281,6 +281,6 @@ def _type_of(values: list[Any]) -> pa.DataType:
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         kinds = Counter(type(value) for value in values if value is not None)
         if kinds[float]:
-            kinds[float] += kinds.pop(int, 0)  # which a column of floats holds too
+            kinds[float] += kinds.pop(int, 0)  # a column of floats can hold these, too
         [(most, _)] = kinds.most_common(1)
         return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(most, pa.string())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.plan import identify, whole_documents
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
-from softlabel.pipeline.devices import places
+from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.estimation.measure import Layout, Run, Written, bytes_of_copies, run
 from softlabel.pipeline.estimation.sample import Sample, Sequencer, draw_sample
@@ -28,7 +28,7 @@ from softlabel.pipeline.sequences.chunking import to_sequences
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.classifier import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
-from softlabel.pipeline.teachers.queries import Questions
+from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import UsageError
@@ -169,7 +169,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
             if not i:
                 copying = written.seconds_of_copies(sample)
-    on = list(dict.fromkeys(places(capture.teacher)))  # on one device, workers share what it can do
+    on = list(dict.fromkeys(worker_devices(capture.teacher)))  # on one device, workers share what it can do
     seconds = layout.over_all(tried, [run.seconds for run in runs]) / len(on)
     return replace(
         found,
@@ -216,7 +216,7 @@ def _runs(
     watch: Watch,
 ) -> Iterator[Run]:
     """Each batch in turn."""
-    asked, done = Questions(sample.sequences.rows, identity.classes), 0
+    asked, done = Queries(sample.sequences.rows, identity.classes), 0
     tokens = sample.sequences.tokens
     total = int(sum(tokens[batch].sum() for batch in batches))
     watch(Progress("estimate", done, total, "tokens"))

@@ -20,7 +20,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.estimation.sample import Sample, Weighted
 from softlabel.pipeline.selection.fidelity import Doubles, collisions
 from softlabel.pipeline.selection.select import Selection, select
-from softlabel.pipeline.teachers.queries import Questions
+from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import Identity, TeacherIdentity
@@ -156,7 +156,7 @@ class Layout:
 def run(
     teacher: Teacher,
     identity: TeacherIdentity,
-    asked: Questions,
+    asked: Queries,
     batch: Indices,
     selections: Sequence[Selection],
     batch_tokens: int,

@@ -1,1 +1,1 @@
-"""Model files: finding, hashing, loading and pruning them. Nothing here captures or trains."""
+"""Find, hash, load and prune models. Nothing here captures or trains."""

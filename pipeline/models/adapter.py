@@ -1,6 +1,6 @@
-"""A peft adapter that is merged into a teacher's weights as they are loaded; only safetensors are read.
+"""Merge a peft adapter into a teacher's weights when they are loaded. Adapters are read from safetensors only.
 
-Merged, the teacher is an ordinary model: its forward pass costs what it would cost without the adapter.
+The merged teacher is an ordinary model, whose forward pass costs no more than without the adapter.
 """
 
 import hashlib
@@ -24,34 +24,34 @@ class Adapter:
 
     @classmethod
     def find(cls, name: str) -> "Adapter":
-        """The adapter in a folder, or that of a name on the hub.
+        """The adapter in a folder or in a repository on the hub.
 
         Raises:
-            TeacherError: if there is none in safetensors.
+            TeacherError: if there is no adapter in safetensors.
             UsageError: if peft is not installed.
         """
         try:
             import peft  # noqa: F401
         except ImportError:
             raise UsageError(
-                "an adapter needs the package peft, which is not installed",
+                "an adapter needs the peft package, which is not installed",
                 found=f"teacher.adapter: {name}",
                 do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
             ) from None
         folder, _ = locate(name, "adapter")
         if not all((folder / file).is_file() for file in _FILES):
             raise TeacherError(
-                "this folder holds no adapter",
+                "this folder does not contain an adapter",
                 expected=" and ".join(_FILES),
                 found=", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "an empty folder",
                 where=folder,
-                do="give the folder that peft's save_pretrained() wrote",
+                do="set teacher.adapter to a folder that peft's save_pretrained() wrote",
             )
         return cls(folder)
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over what the adapter's numbers depend on."""
+        """SHA-256 over the files that the adapter's effect depends on."""
         return hashlib.sha256("".join(sha256(self.folder / file) for file in _FILES).encode()).hexdigest()
 
     def merged(self, model: Any) -> Any:
@@ -64,30 +64,30 @@ class Adapter:
 
         try:
             config = load_adapter_config(self.folder)
-        except Exception as error:  # damaged files fail in as many ways as there are readers
+        except Exception as error:  # damaged files raise many kinds of errors
             raise broken("the adapter's adapter_config.json can't be read", self.folder, error) from error
-        # Before it is made: a prompt brings a tokenizer of its own, X-LoRA adapters from other folders.
+        # Checked before it is loaded: prompt tuning would load another tokenizer, X-LoRA adapters from other folders.
         kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         if not hasattr(kind, "merge_and_unload") or kind is XLoraModel:
             raise TeacherError(
                 "this kind of adapter can't be merged into the teacher's weights",
-                expected="an adapter of the weights, such as LoRA",
+                expected="an adapter that changes weights, such as LoRA",
                 found=f"peft_type: {config.peft_type}",
                 where=self.folder,
-                do="give another adapter, or a teacher that was saved with this one in it",
+                do="use another adapter, or a teacher that needs none",
             )
         try:
             adapted = PeftModel(model, config)
             report = adapted.load_adapter(str(self.folder), "default")
         except Exception as error:
-            raise broken("the adapter can't be put on the teacher", self.folder, error) from error
-        strangers = sorted([*report.missing_keys, *report.unexpected_keys])
-        if strangers:
+            raise broken("the adapter can't be applied to the teacher", self.folder, error) from error
+        mismatches = sorted([*report.missing_keys, *report.unexpected_keys])
+        if mismatches:
             raise TeacherError(
                 "the adapter was made for another teacher",
-                expected="weights for each layer that it adapts, and for no other",
-                found=f"{len(strangers)} missing or left over, the first {', '.join(strangers[:3])}",
+                expected="weights for exactly the layers that it adapts",
+                found=f"{len(mismatches)} missing or unexpected weights, starting with {', '.join(mismatches[:3])}",
                 where=self.folder,
-                do="give the model that it was trained on, or fetch it again",
+                do="set teacher.model to the model that the adapter was trained on, or download the adapter again",
             )
         return adapted.merge_and_unload()

@@ -1,8 +1,8 @@
-"""A teacher's files on disk: whether they can be one, what they are, and loading them.
+"""A teacher's files: check, identify and load them.
 
-A checkpoint is a folder as ``save_pretrained`` writes it, with safetensors; a hub model is fetched into one. Nothing is
-downloaded when a folder is given, no repository's code is run unless asked for, and nothing is guessed: files that
-lack a weight are an error, not a random layer.
+A checkpoint is a folder that ``save_pretrained`` wrote, with safetensors; a hub model is downloaded into one. Nothing
+is downloaded when a folder is given. Code that comes with a model runs only if ``trust_remote_code`` is set. Missing
+weights are an error; they are never filled with random numbers.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from softlabel.storage.identity import TeacherIdentity
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A teacher on disk, before any weight is loaded: what it is, and whether it can be one."""
+    """A teacher's files on disk, before any weight is loaded."""
 
     folder: Path
     revision: str | None
@@ -32,17 +32,18 @@ class Checkpoint:
     trust_remote_code: bool
     dtype: str
     labels: tuple[str, ...] = ()
-    """Classes of documents that stand for a teacher themselves; no weight is then needed, and none is loaded."""
+    """Classes, if the documents' own labels take the teacher's place; then no weights are needed or loaded."""
     adapter: Adapter | None = None
-    """Merged into the weights as they are loaded."""
+    """Adapter that is merged into the weights when they are loaded."""
 
     @classmethod
     def find(cls, config: TeacherConfig) -> "Checkpoint":
-        """The files of the teacher that the settings name; a hub model's are fetched if they are not there.
+        """The files of the teacher that the settings name; a hub model's are downloaded if they are not cached.
 
         Raises:
-            TeacherError: if it is not there, or is neither a causal language model nor a classifier in safetensors.
-            UsageError: if a revision is asked of a folder.
+            TeacherError: if there is no such model, or it is neither a causal language model nor a classifier in
+                safetensors.
+            UsageError: if a revision of a folder is given.
         """
         files = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
         folder, revision = locate(config.model, "teacher", config.revision, files)
@@ -65,10 +66,10 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, one with a fast backend.
+        """The tokenizer, which has a fast backend.
 
         Raises:
-            TeacherError: if there is none, it is broken, or it has no fast backend.
+            TeacherError: if there is no tokenizer, it can't be loaded, or it has no fast backend.
         """
         try:
             tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
@@ -80,13 +81,13 @@ class Checkpoint:
                 expected="a tokenizer.json",
                 found=type(tokenizer).__name__,
                 where=self.folder,
-                do="convert it with transformers and save_pretrained() it",
+                do="convert it to a fast tokenizer with transformers, and save that with save_pretrained()",
             )
         return tokenizer
 
     @cached_property
     def weights(self) -> list[Path]:
-        """The safetensors files that hold the weights."""
+        """The safetensors files with the weights."""
         try:
             files = weight_files(self.folder)
         except ValueError as error:
@@ -94,17 +95,17 @@ class Checkpoint:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise TeacherError(
-                "the teacher's weights are not there",
-                expected=f"safetensors: {', '.join(missing)}",
+                "the teacher's weight files are missing",
+                expected=f"safetensors files: {', '.join(missing)}",
                 found=", ".join(sorted(path.name for path in self.folder.iterdir())) or "an empty folder",
                 where=self.folder,
-                do="load the model once with transformers and save_pretrained() it: that writes safetensors",
+                do="load the model once with transformers and save it with save_pretrained(), which writes safetensors",
             )
         return files
 
     @cached_property
     def identity(self) -> TeacherIdentity:
-        """What the teacher is, by the bytes of its files."""
+        """The teacher's identity: hashes of the files that its logits depend on."""
         if self.labels:
             return TeacherIdentity(files={}, dtype="none")
         files = [self.folder / "config.json", *self.weights]
@@ -117,21 +118,21 @@ class Checkpoint:
 
     @cached_property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes that documents are of, in the order of their ids; None for a language model."""
+        """Names of the classes in the order of their ids; None for a language model."""
         if self.labels or not is_classifier(self.config):
             return self.labels or None
         return class_names(self.config)
 
     @property
     def padded_vocabulary(self) -> int:
-        """Rows of the output layer or, of a classifier, of the embedding."""
+        """Rows of the output layer; for a classifier, rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that the tokenizer knows, counted up to the highest; at most the rows of the output layer.
+        """The tokenizer's highest token id plus 1, or the number of rows of the output layer if that is less.
 
-        Of a classifier, the number of classes.
+        For a classifier, the number of classes.
         """
         if self.classes is not None:
             return len(self.classes)
@@ -142,26 +143,26 @@ class Checkpoint:
         return AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
 
     def blank(self) -> Any:
-        """The model without weights, to be looked at; it takes no memory.
+        """The model without weights, for inspection; it takes no memory.
 
         Raises:
-            TeacherError: if its configuration makes no model.
+            TeacherError: if no model can be built from its configuration.
         """
         try:
             with torch.device("meta"):
                 return fresh_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # architectures check their settings in as many ways as there are
-            raise broken("the teacher's config.json makes no model", self.folder, error) from error
+        except Exception as error:  # architectures raise many kinds of errors for wrong settings
+            raise broken("no model can be built from the teacher's config.json", self.folder, error) from error
 
     def load(self, device_map: str | dict[str, Any], attention: str) -> Any:
-        """The model in evaluation mode, every weight of it from the files, the adapter merged into them.
+        """The model in evaluation mode, with every weight from the files and the adapter merged into them.
 
         Args:
-            device_map: what goes where, as transformers takes it: {"": device} for all of it on one.
-            attention: implementation of attention; auto for transformers' own choice.
+            device_map: device of each part, as in transformers; {"": device} puts all of it on one device.
+            attention: attention implementation; auto lets transformers choose.
 
         Raises:
-            TeacherError: if the files are damaged or lack weights, or the device has no room.
+            TeacherError: if files are damaged, weights are missing, or the device does not have enough memory.
         """
         try:
             model, report = load_model(
@@ -175,61 +176,62 @@ class Checkpoint:
             )
         except torch.OutOfMemoryError:
             raise TeacherError(
-                "the teacher does not fit the device",
+                "the teacher does not fit on the device",
                 expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
                 found="out of memory",
                 where=self.folder,
-                do="take a larger device, teacher.dtype bfloat16, or teacher.device_map auto on several",
+                do="use a larger device or teacher.dtype bfloat16, or spread it over several devices with "
+                "teacher.device_map auto",
             ) from None
-        except Exception as error:  # damaged files fail in as many ways as there are readers
+        except Exception as error:  # damaged files raise many kinds of errors
             if attention != "auto" and "attention" in str(error).lower():
                 raise _no_attention(attention, self.folder, error) from error
             raise broken("the teacher can't be loaded", self.folder, error) from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise TeacherError(
-                "the teacher's files lack weights",
+                "the teacher's files lack some of its weights",
                 expected=f"every weight of {type(model).__name__}",
-                found=f"{len(missing)} missing, the first {', '.join(missing[:3])}",
+                found=f"{len(missing)} missing weights, starting with {', '.join(missing[:3])}",
                 where=self.folder,
-                do="fetch or save the model again",
+                do="download or save the model again",
             )
         return (model if self.adapter is None else self.adapter.merged(model)).eval()
 
 
 def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
-    """The error for an implementation of attention that is not to be had for this model, here."""
+    """The error for an attention implementation that is not available for this model on this machine."""
     return TeacherError(
         f"the teacher can't be loaded with teacher.attn_implementation {attention}",
-        expected="an implementation whose package is installed, and that the architecture has",
+        expected="an attention implementation that is installed and that this architecture supports",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
-        do="install what it asks for, or leave out teacher.attn_implementation",
+        do="install the package that it needs, or leave out teacher.attn_implementation",
     )
 
 
 def is_classifier(config: Any) -> bool:
-    """Whether a configuration says that its model was saved as a sequence classifier."""
+    """Whether the model of this configuration was saved as a sequence classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def class_names(config: Any) -> tuple[str, ...]:
-    """Names of a classifier's classes, in the order of their ids, which need not be that of the file."""
+    """Names of a classifier's classes in the order of their ids, which may differ from their order in the file."""
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
 def _require_classifier(checkpoint: Checkpoint) -> None:
-    """Refuse a classifier that gives no distribution over classes, each with a name of its own."""
+    """Refuse a classifier that does not give one distribution over classes with different names."""
     config, names = checkpoint.config, checkpoint.classes or ()
     kind = config.problem_type or "single_label_classification"
     if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
         raise TeacherError(
-            "the teacher gives no distribution over classes",
-            expected="a classifier with one label a document: problem_type single_label_classification (or none), and "
-            "at least two classes with different names in id2label",
-            found=f"problem_type {kind}, {len(names)} classes, {len(set(names))} names",
+            "this classifier does not give one probability distribution over its classes",
+            expected="problem_type single_label_classification (or none), and two or more classes with different names "
+            "in id2label",
+            found=f"problem_type {kind}, {len(names)} classes with {len(set(names))} different names",
             where=checkpoint.folder / "config.json",
-            do="mend config.json if it says the wrong thing, or give another classifier",
+            do="correct config.json if it is wrong, or use another classifier",
         )
     _ = checkpoint.weights
 
@@ -238,25 +240,25 @@ def _require_config(checkpoint: Checkpoint) -> None:
     """Refuse a folder without a model."""
     if not (checkpoint.folder / "config.json").is_file():
         raise TeacherError(
-            "this folder holds no model",
+            "this folder does not contain a model",
             expected="config.json, tokenizer.json and model.safetensors",
             found=", ".join(sorted(path.name for path in checkpoint.folder.iterdir())[:20]) or "an empty folder",
             where=checkpoint.folder,
-            do="give the folder that save_pretrained() wrote",
+            do="set teacher.model to a folder that save_pretrained() wrote",
         )
 
 
 def _require_causal(checkpoint: Checkpoint) -> None:
-    """Refuse what is no causal language model in safetensors, before a weight is loaded."""
+    """Refuse anything but a causal language model in safetensors, before any weight is loaded."""
     architectures = checkpoint.config.architectures or []
     causal = AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
     remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(
             "the teacher is neither a causal language model nor a sequence classifier",
-            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM knows",
+            expected=causal.__name__ if causal else "an architecture that AutoModelForCausalLM supports",
             found=", ".join(architectures) or checkpoint.config.model_type,
             where=checkpoint.folder / "config.json",
-            do="give a model that predicts the next token, or one that was saved as a sequence classifier",
+            do="use a model that predicts the next token, or one that was saved as a sequence classifier",
         )
     _ = checkpoint.weights

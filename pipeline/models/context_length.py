@@ -1,5 +1,7 @@
-"""How long a sequence may be that a teacher reads: some architectures have a table with a row for each position, and
-nothing for those after the last. Others, such as those with rotary positions, work any position out.
+"""The longest sequence that a teacher can read.
+
+Some architectures have a table with one row per position and can't read longer sequences. Others, such as those with
+rotary position embeddings, can compute any position.
 """
 
 from typing import Any
@@ -11,57 +13,59 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.storage.errors import UsageError
 
 _ROWS_BEFORE = 2
-"""Rows that a table may have before that of the first position, beside those that its configuration speaks of."""
+"""Extra rows that a table may have before the first position, on top of those that the configuration gives."""
 
 
-def positions_said(settings: Any) -> int | None:
-    """Positions that a model's configuration speaks of, if it does; XLNet, which has no limit, says -1."""
-    said: int = getattr(settings.get_text_config(), "max_position_embeddings", None) or 0
-    return said if said > 0 else None
+def configured_positions(config: Any) -> int | None:
+    """Number of positions that a model's configuration gives, if it does; XLNet, which has no limit, gives -1."""
+    positions: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return positions if positions > 0 else None
 
 
 def longest(checkpoint: Checkpoint, settings: SequencesConfig) -> int:
-    """Tokens of the longest sequence, special tokens included; of a classifier, no more than it was made for.
+    """Tokens of the longest sequence, with special tokens; for a classifier, the model's own limit also applies.
 
     Raises:
-        UsageError: if a language model has no positions for sequences of ``max_tokens``.
+        UsageError: if a language model can't read sequences of ``max_tokens``.
     """
-    said = positions_said(checkpoint.config)
+    positions = configured_positions(checkpoint.config)
     if checkpoint.classes is None:
-        _require_positions(checkpoint, settings.max_tokens, said)
+        _require_positions(checkpoint, settings.max_tokens, positions)
         return settings.max_tokens
-    limit = said if said is None or checkpoint.labels else _in_table(checkpoint.blank(), said) or said
+    limit = positions
+    if positions is not None and not checkpoint.labels:
+        limit = _table_length(checkpoint.blank(), positions) or positions
     return min(settings.max_tokens, int(checkpoint.tokenizer.model_max_length), limit or settings.max_tokens)
 
 
-def _require_positions(checkpoint: Checkpoint, max_tokens: int, said: int | None) -> None:
-    """Refuse sequences that are longer than a language model's table of positions."""
+def _require_positions(checkpoint: Checkpoint, max_tokens: int, positions: int | None) -> None:
+    """Refuse sequences that are longer than a language model's position table."""
     before = 1 + (checkpoint.config.get_text_config().pad_token_id or 0)
-    if said is None or max_tokens <= said - before:  # whatever the architecture, that is room enough
+    if positions is None or max_tokens <= positions - before:  # enough for every architecture
         return
-    limit = _in_table(checkpoint.blank(), said)
+    limit = _table_length(checkpoint.blank(), positions)
     if limit is not None and max_tokens > limit:
         raise UsageError(
-            "the teacher has no positions for sequences as long as these",
-            expected=f"sequences.max_tokens of at most {limit}",
+            "the teacher can't read sequences of this length",
+            expected=f"sequences.max_tokens of at most {limit}, the number of positions in the teacher's table",
             found=f"sequences.max_tokens: {max_tokens}",
             where=checkpoint.folder / "config.json",
             do=f"set sequences.max_tokens to {limit} or less; longer documents are then cut into more chunks",
         )
 
 
-def _in_table(model: Any, said: int) -> int | None:
-    """Tokens that a model's table of positions has room for; None if it has none.
+def _table_length(model: Any, positions: int) -> int | None:
+    """Number of tokens that fit a model's position table; None if it has no such table.
 
     Args:
         model: with or without weights.
-        said: positions, by its configuration; a table is known by having as many rows.
+        positions: number of positions in its configuration; the table is recognized by having as many rows.
     """
     for module in model.modules():
         if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
             continue
-        if 0 <= module.num_embeddings - said <= _ROWS_BEFORE:
-            # RoBERTa and its kin count positions from the row after the padding's.
-            return said if module.padding_idx is None else said - module.padding_idx - 1
+        if 0 <= module.num_embeddings - positions <= _ROWS_BEFORE:
+            # RoBERTa and similar models count positions from the row after the padding token's.
+            return positions if module.padding_idx is None else positions - module.padding_idx - 1
     fixed = (values for name, values in model.named_buffers() if "pos" in name.rpartition(".")[2])
-    return said if any(values.ndim == 2 and len(values) == said for values in fixed) else None
+    return positions if any(values.ndim == 2 and len(values) == positions for values in fixed) else None

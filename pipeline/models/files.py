@@ -1,6 +1,6 @@
-"""Folders with a model's or an adapter's files: found on disk or fetched from the hub, hashed, and named when broken.
+"""Find a model's or an adapter's files on disk or download them from the hub, and hash them.
 
-Nothing is downloaded when a folder is given, and never anything but safetensors and what describes them.
+Nothing is downloaded when a folder is given. Of weights, only safetensors are downloaded.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from softlabel.storage.location import located
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Patterns of what is fetched of a hub model."""
+"""Patterns of the files that are downloaded of a hub model."""
 _SINGLE = "model.safetensors"
 _HASHES: dict[str, str] = {}
-"""SHA-256 of each state of a file that this process, or the one that started it, has read."""
-_SECONDS_TO_SETTLE = 2.0
-"""Age of a state that is remembered: a file that is written twice within a tick of its clock looks the same."""
+"""SHA-256 of each file, by path, size and times, that this process or its parent has read."""
+_MIN_AGE_SECONDS = 2.0
+"""A younger file's hash is not remembered: its times do not change if it is written again within one clock tick."""
 
 
 class UntrustedCodeError(ValueError):
-    """Files that can't be loaded unless code that comes with them is run."""
+    """Files that need code that comes with them, which is not trusted."""
 
     def __init__(self) -> None:
-        super().__init__("it can't be loaded without code that comes with it (auto_map), and that is not run")
+        super().__init__("it needs Python code that comes with it (auto_map), and softlabel is not allowed to run that")
 
 
 def locate(
@@ -37,18 +37,18 @@ def locate(
     files: Sequence[str] = MODEL_FILES,
     error: type[SoftlabelError] = TeacherError,
 ) -> tuple[Path, str | None]:
-    """The folder itself, or that of a hub model and its commit, so that what is loaded can be written down.
+    """A model's folder; for a hub model, the downloaded folder and its commit.
 
     Args:
-        name: a folder, or a name on the hub.
-        what: it is, for the error.
+        name: a folder, or the name of a repository on the hub.
+        what: what is looked for, for the error.
         revision: commit, tag or branch on the hub.
-        files: patterns of what to fetch.
-        error: kind of error to raise if it is neither.
+        files: patterns of the files to download.
+        error: class of the error to raise if nothing is found.
 
     Raises:
-        SoftlabelError: of that kind.
-        UsageError: if a revision is asked of a folder, or the name holds credentials.
+        SoftlabelError: of that class.
+        UsageError: if a revision of a folder is given, or the name contains credentials.
     """
     name = located(name)
     if Path(name).is_dir():
@@ -56,39 +56,39 @@ def locate(
         return Path(name), None
     found = "no such folder"
     if _HUB_NAME.fullmatch(name):
-        from huggingface_hub import snapshot_download  # only a hub model needs it
+        from huggingface_hub import snapshot_download  # imported here: only a hub model needs it
 
         try:
             path = snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=list(files),
-                ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other layouts
+                ignore_patterns=["*/*", "consolidated*"],  # other copies of the same weights
             )
             return Path(path), Path(path).name
         except (OSError, ValueError) as missing:
-            found = f"no such folder, and from the hub {type(missing).__name__}: {first_line(missing)}"
+            found = f"no such folder; the hub gave {type(missing).__name__}: {first_line(missing)}"
     raise error(
-        f"there is no such {what}",
-        expected="a folder that save_pretrained() wrote, with safetensors, or a name on the hub"
+        f"can't find the {what}",
+        expected="a folder that save_pretrained() wrote, with safetensors, or a repository name on the hub"
         if "*.safetensors" in files
-        else "a folder with a config.json, a file like that, or a name on the hub",
+        else "a folder with a config.json, the path of one, or a repository name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
-        do="check the name; offline, fetch it beforehand and give its folder",
+        do="check the name; to work offline, download it first and give its folder",
     )
 
 
 def require_no_revision(path: Path, revision: str | None) -> None:
-    """Refuse a revision of what is on this disk.
+    """Refuse a revision of a local folder.
 
     Raises:
-        UsageError: if one is asked for.
+        UsageError: if a revision is given.
     """
     if revision is not None:
         raise UsageError(
             "a folder has no revisions",
-            expected="a hub name with a revision, or a folder without",
+            expected="a revision only with a repository name on the hub",
             found=f"revision: {revision}",
             where=path,
             do="leave out the revision",
@@ -96,10 +96,10 @@ def require_no_revision(path: Path, revision: str | None) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load from a folder, whether they are there or not.
+    """The safetensors files that transformers would load from a folder, whether they exist or not.
 
     Raises:
-        OSError, ValueError: if the index of several files can't be read.
+        OSError, ValueError: if the index of the weight files can't be read.
     """
     index = folder / "model.safetensors.index.json"
     sharded = index.is_file() and not (folder / _SINGLE).is_file()
@@ -111,41 +111,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read once as long as nothing is written to it or put in its place."""
-    found = path.stat()
-    state = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    """SHA-256 of a file, in hexadecimal; remembered until the file is changed or replaced."""
+    stat = path.stat()
+    state = f"{path.absolute()} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     if state in _HASHES:
         return _HASHES[state]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - found.st_ctime > _SECONDS_TO_SETTLE:
+    if time.time() - stat.st_ctime > _MIN_AGE_SECONDS:
         _HASHES[state] = digest
     return digest
 
 
 def known_hashes() -> Mapping[str, str]:
-    """What ``sha256`` remembers, for a process that is to look at the same files."""
+    """The hashes that ``sha256`` remembers, for a process that will need those of the same files."""
     return _HASHES
 
 
 def remember(hashes: Mapping[str, str]) -> None:
-    """Take over what another process of this machine remembers; it holds for files that are still as they were."""
+    """Add the hashes that another process of this machine remembers; they are used for files that have not changed."""
     _HASHES.update(hashes)
 
 
 def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
-    """The error for a teacher's files that are there and can't be used."""
+    """The error for a teacher's files that exist but can't be used."""
     return TeacherError(
         summary,
-        expected="a folder that save_pretrained() wrote, or a hub model in the same layout",
+        expected="a folder that save_pretrained() wrote, or a hub repository with the same layout",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
         if isinstance(error, UntrustedCodeError)
-        else "fetch or save the model again, its tokenizer too",
+        else "download or save the model and its tokenizer again",
     )
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says, short enough for one of ours."""
+    """The first line of an error's text, shortened to fit into another error."""
     return next(iter(str(error).strip().splitlines()), "")[:200]

@@ -1,7 +1,7 @@
-"""The one door through which transformers and peft load files: configurations, tokenizers, models.
+"""All calls to the loaders of transformers and peft, for configurations, tokenizers and models, are in this module.
 
-Code that comes with the files is run if the user has said that it is trusted, and only then; nobody is ever asked. Of
-weights, only safetensors are read.
+Code that comes with the files runs only if the user trusts it by a setting; there is never a prompt. Weights are read
+from safetensors only.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, dynamic_mo
 
 from softlabel.pipeline.models.files import UntrustedCodeError
 
-# For so many seconds, transformers would ask on the terminal whether to run code: that of a model inside a model even
-# if it was told for the whole. A line that was piped in for something else would be its answer.
+# Transformers would otherwise ask on the terminal whether to run code, and wait this many seconds: for a model inside a
+# model even if the setting is given for the whole. It would read any piped input as the answer.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 _ADAPTER = "adapter_config.json"
@@ -26,37 +26,37 @@ def load_config(path: Path, *, trust_remote_code: bool = False, **settings: Any)
 
     Args:
         path: folder, or the JSON file itself.
-        trust_remote_code: whether code that comes with it may be run.
-        settings: in the place of its own.
+        trust_remote_code: whether code that comes with it may run.
+        settings: values that replace the configuration's own.
 
     Raises:
         UntrustedCodeError: if it needs code that is not trusted.
         Exception: if it can't be read.
     """
-    with _refusing(trust_remote_code):
+    with _untrusted_code_errors(trust_remote_code):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
     if not trust_remote_code:
         for part in _parts(config):
-            vars(part).pop("auto_map", None)  # what is within is of a kind that transformers has, or can't be loaded
+            vars(part).pop("auto_map", None)  # inner models must be of a kind that transformers has
     return config
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, **settings: Any) -> Any:
     """A tokenizer; see ``load_config``."""
-    with _refusing(trust_remote_code):
+    with _untrusted_code_errors(trust_remote_code):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)
 
 
 def load_model(
     architecture: Any, folder: Path, *, trust_remote_code: bool = False, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A model with the weights of its safetensors, and transformers' report of what these lack.
+    """A model with weights from safetensors, and transformers' report of missing and mismatched weights.
 
     Args:
         architecture: one of transformers' Auto classes.
-        folder: with configuration and weights.
-        trust_remote_code: whether code that comes with them may be run.
-        settings: of transformers' ``from_pretrained``.
+        folder: folder with the configuration and the weights.
+        trust_remote_code: whether code that comes with them may run.
+        settings: further arguments of transformers' ``from_pretrained``.
 
     Raises:
         UntrustedCodeError: if it needs code that is not trusted.
@@ -64,9 +64,9 @@ def load_model(
     """
     if (folder / _ADAPTER).exists():
         raise ValueError(
-            f"an adapter lies beside the model ({_ADAPTER}) and would be put into it: merge it or take it away"
+            f"an adapter ({_ADAPTER}) is in the model's folder and would be applied to it: merge it or move it away"
         )
-    with _refusing(trust_remote_code):
+    with _untrusted_code_errors(trust_remote_code):
         loaded: tuple[Any, dict[str, Any]] = architecture.from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
@@ -81,23 +81,23 @@ def fresh_model(
     architecture: Any, config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
 ) -> Any:
     """A model with random weights; see ``load_model``."""
-    with _refusing(trust_remote_code):
+    with _untrusted_code_errors(trust_remote_code):
         return architecture.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def load_adapter_config(folder: Path) -> Any:
-    """What a peft adapter is.
+    """The configuration of a peft adapter.
 
     Raises:
         Exception: if it can't be read.
     """
-    from peft import PeftConfig  # only an adapter needs it
+    from peft import PeftConfig  # imported here: only an adapter needs it
 
     return PeftConfig.from_pretrained(str(folder))
 
 
 def _parts(config: Any) -> Iterator[PreTrainedConfig]:
-    """Configurations of the models within a model, however deep."""
+    """Configurations of the models inside a model, at any depth."""
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
@@ -106,8 +106,8 @@ def _parts(config: Any) -> Iterator[PreTrainedConfig]:
 
 
 @contextmanager
-def _refusing(trust_remote_code: bool) -> Iterator[None]:
-    """Tell transformers' refusal to run code from its other errors."""
+def _untrusted_code_errors(trust_remote_code: bool) -> Iterator[None]:
+    """Turn transformers' refusal to run code into an UntrustedCodeError; other errors pass."""
     try:
         yield
     except ValueError as error:

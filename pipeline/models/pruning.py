@@ -1,7 +1,7 @@
-"""Smaller models out of a teacher: fewer layers, and fewer neurons in each feed-forward layer.
+"""Prune a teacher to a smaller model: fewer layers, and fewer neurons in each feed-forward layer.
 
-What is left keeps the teacher's weights, and reloads as an ordinary model of its kind. Never trains, and never changes
-the residual stream, the heads or the vocabulary.
+The remaining parts keep the teacher's weights, and the result reloads as an ordinary model of the same architecture.
+Nothing is trained, and the residual stream, the heads and the vocabulary stay the same.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,30 +14,31 @@ from transformers import PreTrainedModel
 from softlabel.storage.errors import StudentError, UsageError
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-"""The three matrices of a gated feed-forward layer, as Llama, Qwen, Mistral, Gemma and their kin name them."""
+"""The three matrices of a gated feed-forward layer, as Llama, Qwen, Mistral, Gemma and similar models name them."""
 
 
 def spread(depth: int, count: int) -> tuple[int, ...]:
-    """``depth`` of ``count`` layers, evenly spread, the first and the last among them.
+    """Numbers of ``depth`` out of ``count`` layers, evenly spread, with the first and the last.
 
     Raises:
-        UsageError: if there are not so many layers.
+        UsageError: if there are fewer layers.
     """
     if depth > count:
         raise UsageError(
-            "the teacher has not so many layers", expected=f"at most {count}", found=f"student.depth: {depth}"
+            "student.depth exceeds the teacher's number of layers",
+            expected=f"at most {count}",
+            found=f"student.depth: {depth}",
         )
     return tuple(round(place * (count - 1) / max(1, depth - 1)) for place in range(depth))
 
 
 def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A smaller model of the same kind that has only these of the teacher's layers, in this order.
+    """A smaller model of the same architecture with only these layers of the teacher, in this order.
 
-    It is rebuilt from a configuration of its own, so that all that depends on a layer's place is what a reload would
-    make of it.
+    It is rebuilt from its own configuration, so that everything that depends on a layer's index is as after a reload.
 
     Raises:
-        UsageError: if the layers are not distinct ones of the teacher's.
+        UsageError: if the layers are not distinct layers of the teacher.
     """
     config = teacher.config
     count = config.num_hidden_layers
@@ -58,15 +59,15 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
 
 @torch.no_grad()
 def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) -> PreTrainedModel:
-    """The teacher itself, with only so many neurons in each feed-forward layer: the most active ones.
+    """The teacher with fewer neurons in each feed-forward layer: the most active ones are kept.
 
-    A neuron's importance is the L2 norm of its activation over some text (Minitron, arXiv 2407.14679, section 2.2).
-    The norms of its weights would need no text, and were no better than chance when tried on SmolLM2-135M.
+    A neuron's importance is the L2 norm of its activations over some text (Minitron, arXiv 2407.14679, section 2.2).
+    Norms of its weights would need no text, but were no better than chance in a test on SmolLM2-135M.
 
     Args:
         teacher: a causal language model with gated feed-forward layers; changed in place.
-        neurons: how many to keep of each layer.
-        sequences: (L,) int64 token ids each, of the text that activations are measured on.
+        neurons: number of neurons to keep in each layer.
+        sequences: text to measure activations on, (L,) int64 token ids each.
 
     Raises:
         UsageError: if the layers have fewer neurons.
@@ -78,26 +79,26 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
     if len(layers) != config.num_hidden_layers or sizes != {getattr(config, "intermediate_size", None)}:
         raise StudentError(
             "this kind of model can't be made narrower",
-            expected=f"{config.num_hidden_layers} feed-forward layers with {', '.join(_FEED_FORWARD)}, all of a size",
-            found=f"{len(layers)} in {type(teacher).__name__}",
+            expected=f"{config.num_hidden_layers} feed-forward layers of one size with {', '.join(_FEED_FORWARD)}",
+            found=f"{len(layers)} of these in {type(teacher).__name__}",
             where=config.name_or_path,
             do="leave out student.intermediate_size",
         )
     require_neurons(config, neurons)
     for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
-        kept = activity.topk(neurons).indices.sort().values
+        active = activity.topk(neurons).indices.sort().values
         for name in ("gate_proj", "up_proj"):
-            _keep(getattr(layer, name), kept, dimension=0)
-        _keep(layer.down_proj, kept, dimension=1)
+            _keep(getattr(layer, name), active, dimension=0)
+        _keep(layer.down_proj, active, dimension=1)
     config.intermediate_size = neurons
     return teacher
 
 
 def require_layers(config: Any, layers: Sequence[int]) -> None:
-    """Refuse layers that a teacher of this configuration has not.
+    """Refuse layers that a teacher with this configuration does not have.
 
     Raises:
-        UsageError: if they are not distinct ones of its own.
+        UsageError: if they are not distinct layers of the teacher.
     """
     count = config.num_hidden_layers
     if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
@@ -110,14 +111,14 @@ def require_layers(config: Any, layers: Sequence[int]) -> None:
 
 
 def require_neurons(config: Any, neurons: int) -> None:
-    """Refuse more neurons than a teacher of this configuration has in a feed-forward layer.
+    """Refuse more neurons than a teacher with this configuration has in a feed-forward layer.
 
     Raises:
-        UsageError: if they are more.
+        UsageError: if there are more.
     """
     if neurons > getattr(config, "intermediate_size", neurons):
         raise UsageError(
-            "the teacher has not so many neurons in a feed-forward layer",
+            "student.intermediate_size exceeds that of the teacher",
             expected=f"at most {config.intermediate_size}",
             found=f"student.intermediate_size: {neurons}",
             where=config.name_or_path,
@@ -129,7 +130,7 @@ def _is_feed_forward(part: nn.Module) -> bool:
 
 
 def _activity(teacher: PreTrainedModel, layers: Sequence[Any], sequences: Iterable[Tensor]) -> list[Tensor]:
-    """(neurons,) for each layer: sum of the squares of what its last matrix is given."""
+    """(neurons,) for each layer: sum of the squared inputs of its last matrix."""
     sums = [torch.zeros(layer.down_proj.in_features) for layer in layers]
 
     def listener(total: Tensor) -> Any:
@@ -144,27 +145,27 @@ def _activity(teacher: PreTrainedModel, layers: Sequence[Any], sequences: Iterab
     return sums
 
 
-def _keep(layer: nn.Linear, kept: Tensor, dimension: int) -> None:
-    layer.weight = nn.Parameter(layer.weight.index_select(dimension, kept))
+def _keep(layer: nn.Linear, indices: Tensor, dimension: int) -> None:
+    layer.weight = nn.Parameter(layer.weight.index_select(dimension, indices))
     if dimension == 0 and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[kept])
+        layer.bias = nn.Parameter(layer.bias[indices])
     layer.out_features, layer.in_features = layer.weight.shape
 
 
 def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the layers, from the first token's to the last's.
+    """Name of the list of layers, and the list, from the input to the output.
 
     Raises:
-        StudentError: if the model does not have them in one list.
+        StudentError: if the model does not have its layers in one list.
     """
     count = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise StudentError(
-        "this kind of model can be neither pruned nor sharded",
-        expected=f"one list of {count} layers",
+        "this kind of model can't be pruned or sharded",
+        expected=f"a single ModuleList of {count} layers",
         found=f"none in {type(model).__name__}",
         where=model.config.name_or_path,
-        do="give the student as student.model or student.config, and leave out optimizer.sharding",
+        do="use student.model or student.config, and leave out optimizer.sharding",
     )

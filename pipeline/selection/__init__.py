@@ -1,1 +1,1 @@
-"""What is kept of a distribution: an exact head and an unbiased sampled tail."""
+"""Select what is stored of a distribution: an exact head and an unbiased sampled tail."""

@@ -1,6 +1,6 @@
-"""What a selection loses: how far the targets that it leaves are from the distributions that they stand for.
+"""Measure what a selection loses: how far the stored targets are from the teacher's distributions.
 
-Nearly all of it follows from the soft labels themselves, since these hold the exact entropy and tail mass.
+Most of it can be computed from the soft labels alone, since they have the exact entropy and tail mass.
 """
 
 import numpy as np
@@ -19,14 +19,14 @@ def kept_mass(labels: SoftLabels) -> Doubles:
 
 
 def bucket_kl(labels: SoftLabels, vocabulary: int) -> Doubles:
-    """(P,) KL(p || t) in nats, where t is the head, and its tail's mass r spread evenly over all other ids.
+    """(P,) KL(p || t) in nats, where t has p's head, and the tail's mass r spread evenly over all other ids.
 
-    That is r log(V - k) less the tail's part of the entropy, H(p) - H(head and bucket): what is not known of p when
-    only the head and r are.
+    This is r log(V - k) minus the tail's part of the entropy, H(p) - H(head and bucket): the information about p that
+    the head and r do not give.
 
     Args:
-        labels: of P positions.
-        vocabulary: V.
+        labels: soft labels of P positions.
+        vocabulary: size of the vocabulary, V.
     """
     log_r = labels.tail_log_masses[0].astype(np.float64)
     r = np.exp(log_r)
@@ -40,7 +40,7 @@ def bucket_kl(labels: SoftLabels, vocabulary: int) -> Doubles:
 
 
 def collisions(logits: Tensor) -> Tensor:
-    """(P,) sum of p² over the vocabulary: the chance that two draws are the same.
+    """(P,) sum of p² over the vocabulary: the probability that two draws are the same.
 
     Args:
         logits: (P, V) float32.
@@ -49,13 +49,13 @@ def collisions(logits: Tensor) -> Tensor:
 
 
 def squared_error(labels: SoftLabels, collisions: Doubles, draws: int) -> Doubles:
-    """(P,) expected squared distance of head and sampled tail from p, which is their mean: with M = ceil(draws r)
-    draws, each standing for r / M, it is (r² - sum of p² over the tail) / M.
+    """(P,) expected squared distance of head and sampled tail from p, their mean: with M = ceil(draws r) draws of
+    weight r / M each, it is (r² - sum of p² over the tail) / M.
 
     Args:
-        labels: of P positions.
-        collisions: (P,) of the same.
-        draws: of the selection, above 0.
+        labels: soft labels of P positions.
+        collisions: (P,) ``collisions`` of the same positions.
+        draws: the selection's number of draws, above 0.
     """
     r = np.exp(labels.tail_log_masses[0].astype(np.float64))
     rows = np.repeat(np.arange(labels.positions), labels.head_counts)

@@ -1,6 +1,6 @@
-"""What the selection learns of a vocabulary in one pass, and what a draw from it gives.
+"""Results of the selection's pass over the vocabulary, and of draws from it.
 
-``scan_torch`` makes both on any device, ``scan_cpu`` on a CPU, where it is several times faster.
+``scan_torch`` computes both on any device; ``scan_cpu`` does on a CPU, where it is several times faster.
 """
 
 from typing import NamedTuple
@@ -8,29 +8,29 @@ from typing import NamedTuple
 from torch import Tensor
 
 BLOCK = 64
-"""Ids of a block. The head is found through the blocks' maxima, the draws through their sums.
+"""Number of ids in a block. The head is found with the blocks' maxima, the draws with their sums.
 
-numba's cache goes by ``scan_kernels.py`` alone: whoever changes a number here makes a change there, too.
+numba caches by the content of ``scan_kernels.py`` only: after a change of a number here, change that file, too.
 """
 LEAST = -5e29
-"""A lower logit stands for probability 0, as -inf does: models mask ids with their dtype's lowest number, too."""
+"""A lower logit means probability 0, like -inf: models also mask ids with their dtype's lowest number."""
 BELOW_1 = 1 - 2.0**-53
 """The highest float64 below 1."""
 
 
 class Scan(NamedTuple):
-    """What the passes over the vocabulary give for R rows: the S highest ids singled out, and the rest in sums.
+    """Result of the passes over the vocabulary for R rows: the S highest ids one by one, and sums over the rest.
 
-    Whatever the head will be, all beyond the first S ids is tail. It is summed relative to its own highest logit, the
-    next in the ranking, so that a tail of mass 1e-12 is as exact as one of 0.5.
+    The head never has more than S ids, so the rest is always tail. It is summed relative to its own highest logit (the
+    one after the first S), so that a tail of mass 1e-12 is as exact as one of 0.5.
     """
 
     maxima: Tensor
-    """(R,) float32; NaN if the row holds one, -inf if no id is possible. If not finite, all else means nothing."""
+    """(R,) float32; NaN if the row has a NaN, -inf if no id is possible. If not finite, ignore all other fields."""
     values: Tensor
     """(R, S + 1) float64, the highest logits; -inf where the row has fewer possible ids."""
     ids: Tensor
-    """(R, S + 1) int64, theirs; 0 where there is none."""
+    """(R, S + 1) int64, ids of these logits; 0 where there is none."""
     rests: Tensor
     """(R, T) float64, log of the rest's sum of exp(logit / temperature)."""
     rest_means: Tensor
@@ -40,13 +40,13 @@ class Scan(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What was drawn in R rows, N distinct ids, row after row, in each row by the logits, descending."""
+    """Draws of R rows: N distinct ids, row by row, and within a row by descending logit."""
 
     counts: Tensor
-    """(R,) int64, distinct ids of each row."""
+    """(R,) int64, number of distinct ids in each row."""
     ids: Tensor
     """(N,) int64."""
     draws: Tensor
-    """(N,) int64, how often each was drawn."""
+    """(N,) int64, how often each id was drawn."""
     logits: Tensor
     """(N,) float64."""

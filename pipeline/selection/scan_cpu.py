@@ -1,4 +1,4 @@
-"""The passes over the vocabulary on a CPU: ``scan_kernels`` in the threads that torch's own operators run in."""
+"""The passes over the vocabulary on a CPU: runs ``scan_kernels`` in torch's own threads."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from softlabel.pipeline.selection.scan_kernels import draw_rows, scan_rows
 
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _PARALLEL = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-"""Starts a parallel region of the OpenMP that torch's operators use, if that is GCC's or one that speaks its language.
+"""Starts a parallel region of the OpenMP that torch uses, if that is GCC's or compatible with it.
 
-Its threads stay awake for milliseconds after an operator, in wait for the next one: threads beside them would have to
-share the cores with them.
+Its threads stay awake for milliseconds after an operator, waiting for the next one; other threads would have to share
+the cores with them.
 """
 
 
@@ -61,7 +61,7 @@ def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: 
 
 
 def _bits(logits: Tensor) -> tuple[np.ndarray[Any, Any], int]:
-    """The logits as integers, and how far apart the rows start."""
+    """The bits of the logits as integers, and the distance between the starts of rows."""
     if logits.dtype != torch.bfloat16:
         logits = logits.float()
     if logits.stride(1) != 1:
@@ -73,7 +73,7 @@ def _bits(logits: Tensor) -> tuple[np.ndarray[Any, Any], int]:
 
 
 def _on_all_cores(work: Callable[[slice], None], count: int) -> None:
-    """Let each of torch's threads work on parts until none is left."""
+    """Let each of torch's threads take parts of the rows until none are left."""
     threads = torch.get_num_threads()
     size = max(1, -(-count // (4 * threads)))
     parts = iter([slice(start, start + size) for start in range(0, count, size)])
@@ -83,7 +83,7 @@ def _on_all_cores(work: Callable[[slice], None], count: int) -> None:
         try:
             for part in parts:
                 work(part)
-        except BaseException as error:  # nothing above would pass it on
+        except BaseException as error:  # OpenMP would not propagate it
             errors.append(error)
 
     if _PARALLEL is not None:

@@ -1,8 +1,8 @@
-"""What ``scan_cpu`` does with the vocabulary: a row at a time, compiled by numba for the CPU at hand.
+"""The kernels of ``scan_cpu``, compiled by numba for the current CPU; they process one row at a time.
 
-torch's operators write what each makes of many rows to memory, for the next to read. One row fits a core's own cache;
-the next is fetched meanwhile. Logits come as the bits of bfloat16 or float32. Loops over them have unsigned indices:
-of a signed one, numba asks whether it counts from the end.
+torch's operators write their results for many rows to memory, and the next operator reads them again. Here, one row
+stays in a core's cache while the next one is prefetched. Logits are given as the bits of bfloat16 or float32. Loops
+over them use unsigned indices, since numba checks whether a signed index counts from the end.
 """
 
 from contextlib import suppress
@@ -19,17 +19,17 @@ from softlabel.pipeline.selection.scan import BELOW_1, BLOCK, LEAST
 _MINUS_INFINITY = np.int32(-0x800000)
 """The bits of -inf."""
 _EXP_0 = np.float32(-88)
-"""Where ``_exp`` has come to 0."""
+"""Where ``_exp`` reaches 0."""
 _INTEGERS = np.float32(3 * 2**22 + 127)
-"""Added to a small float32, it leaves the nearest integer, plus 127, in the lowest bits: there is no room for more."""
+"""Added to a small float32, it leaves the nearest integer plus 127 in the lowest bits of the sum."""
 _NEAREST = np.polynomial.Chebyshev.interpolate(np.exp, 5, (-np.log(2) / 2, np.log(2) / 2))
 _C0, _C1, _C2, _C3, _C4, _C5 = _NEAREST.convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
-"""The polynomial of degree 5 nearest to exp from -ln(2) / 2 to ln(2) / 2: through Chebyshev's nodes, within 2e-7."""
+"""Polynomial of degree 5 for exp from -ln(2) / 2 to ln(2) / 2, interpolated at Chebyshev nodes; error below 2e-7."""
 
 
 @njit(nogil=True, error_model="numpy")
 def scan_rows(logits, stride, V, temperatures, maxima, values, ids, rests, rest_means, block_bounds):
-    """The fields of ``Scan`` for rows that start at every ``stride``-th number."""
+    """Compute the fields of ``Scan`` for rows whose starts are ``stride`` numbers apart."""
     S, blocks = ids.shape[1] - 1, block_bounds.shape[1]
     tops, products, keys = np.empty(blocks, np.int32), np.empty(blocks), np.empty(S + 1, np.int64)
     parts, places = np.empty(min(S + 1, blocks) * BLOCK, np.int32), np.empty(S + 1, np.int64)
@@ -42,7 +42,7 @@ def scan_rows(logits, stride, V, temperatures, maxima, values, ids, rests, rest_
         for i in range(count):
             values[r, i], ids[r, i] = _from_key(keys[i])
         cut = _cut_out(row, ids[r, : min(S, count)], parts, places)
-        peak = np.float32(values[r, S] if count > S else 0.0)  # without a rest, any number will do
+        peak = np.float32(values[r, S] if count > S else 0.0)  # without a rest, any number works
         for t in range(len(temperatures) - 1, -1, -1):  # 1 comes last: its sums are kept
             scale = np.float32(1 / temperatures[t])
             _block_sums(row, parts, places[:cut], peak, scale, block_bounds[r], products, after)
@@ -58,11 +58,11 @@ def scan_rows(logits, stride, V, temperatures, maxima, values, ids, rests, rest_
 
 @njit
 def _highest_of_blocks(row, tops):
-    """The row's highest logit (see ``Scan.maxima``); ``tops`` gets the ranks of the blocks' highest."""
+    """The row's highest logit (see ``Scan.maxima``); ``tops`` gets the ranks of the blocks' highest logits."""
     largest = row.dtype.type(0)
     for b in range(len(tops)):
         if (b + 1) * BLOCK <= len(row):
-            top, size = _extremes(row, b * BLOCK, BLOCK)  # a length that is known when this is compiled
+            top, size = _extremes(row, b * BLOCK, BLOCK)  # a length known at compile time
         else:
             top, size = _extremes(row, b * BLOCK, len(row) % BLOCK)
         tops[b] = _rank(top)
@@ -73,9 +73,9 @@ def _highest_of_blocks(row, tops):
 
 @njit
 def _extremes(row, start, size):
-    """The bits of the highest of some logits, and the largest bits without their sign.
+    """The bits of the highest of some logits, and the largest bits without the sign.
 
-    As integers, the bits of positive numbers are in the numbers' order, those of negative ones in the opposite.
+    As integers, the bits of positive numbers are in the order of the numbers, those of negative ones in reverse order.
     """
     top = bottom = row[start]
     largest = row.dtype.type(0)
@@ -87,9 +87,9 @@ def _extremes(row, start, size):
 
 @njit
 def _highest(row, tops, keys):
-    """Fill ``keys`` with those of the highest ids, descending; returns how many there are.
+    """Fill ``keys`` with the keys of the highest ids, descending; returns their number.
 
-    They reach the len(keys)-th highest block maximum: only blocks that do are looked through.
+    These ids are at least as high as the len(keys)-th highest block maximum, so other blocks are skipped.
     """
     blocks, count, bound = 0, 0, np.float32(LEAST)
     for top in tops:
@@ -106,7 +106,7 @@ def _highest(row, tops, keys):
 
 @njit
 def _insert(keys, count, new):
-    """Keep the highest keys, descending, ``count`` of them so far; returns how many there are."""
+    """Insert a key into the ``count`` highest keys so far, in descending order; returns their new number."""
     place = min(count, len(keys) - 1)
     if count > place and new <= keys[place]:
         return count
@@ -119,9 +119,9 @@ def _insert(keys, count, new):
 
 @njit
 def _cut_out(row, ids, parts, places):
-    """Copy the last block, filled up, and those that hold these ids, to ``parts``, with -inf in the ids' place.
+    """Copy the last block (padded) and the blocks with these ids to ``parts``, with -inf in place of the ids.
 
-    Returns how many they are; ``places`` gets their numbers.
+    Returns the number of copied blocks; ``places`` gets their indices.
     """
     count = 0
     for i in range(-1, len(ids)):
@@ -142,7 +142,7 @@ def _cut_out(row, ids, parts, places):
 def _block_sums(row, parts, places, peak, scale, sums, products, after):
     """The sums of exp(x) and of x exp(x) in each block, with x = (logit - peak) * scale.
 
-    Some blocks' logits are in ``parts``. The row after this one is fetched, since here is the time for it.
+    The logits of the blocks in ``places`` are taken from ``parts``. Meanwhile, the next row is prefetched.
     """
     for b in range(len(row) // BLOCK):
         _fetch(after, b)
@@ -151,7 +151,7 @@ def _block_sums(row, parts, places, peak, scale, sums, products, after):
         sums[places[i]], products[places[i]] = _sums(parts, i * BLOCK, peak, scale)
 
 
-@njit(inline="always")  # a call for each block would take a tenth of the time
+@njit(inline="always")  # a call per block would take a tenth of the time
 def _sums(row, start, peak, scale):
     """The sums of exp(x) and of x exp(x) in a block."""
     total, product = np.float32(0), np.float32(0)
@@ -165,7 +165,7 @@ def _sums(row, start, peak, scale):
 
 @njit(nogil=True, error_model="numpy")
 def draw_rows(logits, stride, V, values, ids, bounds, outside, wanted, uniforms, distinct, found, draws, scores):
-    """The fields of ``Draws`` for rows that start at every ``stride``-th number, those of each row at its beginning."""
+    """Compute the fields of ``Draws``, at the start of each row, for rows whose starts are ``stride`` numbers apart."""
     S, D = outside.shape[1], uniforms.shape[1]
     singles, chosen, keys = np.empty(S), np.empty(D, np.int64), np.empty(D, np.int64)
     weights = np.empty(BLOCK, np.float32)
@@ -182,8 +182,8 @@ def draw_rows(logits, stride, V, values, ids, bounds, outside, wanted, uniforms,
                 chosen[d] = ids[r, np.searchsorted(singles, target, side="right")]
             else:
                 share = min((target - total) / rest, BELOW_1) * bounds[r, -1]
-                chosen[d] = ~np.searchsorted(bounds[r], share, side="right")  # a block, whose id ...
-                _fetch(row, ~chosen[d])  # ... is drawn below, once it is there
+                chosen[d] = ~np.searchsorted(bounds[r], share, side="right")  # a block, from which an id ...
+                _fetch(row, ~chosen[d])  # ... is drawn below, when it has arrived in the cache
         for d in range(count):
             if chosen[d] < 0:
                 start = ~chosen[d] * BLOCK
@@ -199,7 +199,7 @@ def draw_rows(logits, stride, V, values, ids, bounds, outside, wanted, uniforms,
 
 @njit(fastmath={"reassoc", "nsz", "contract"})
 def _draw_in_block(row, peak, peak_id, start, uniform, weights):
-    """An id of the rest, out of the block that starts there; ``weights`` is room for the block's."""
+    """Draw an id of the rest from the block that starts at ``start``; ``weights`` is a buffer."""
     size, first, total, chosen = min(BLOCK, len(row) - start), peak_id - start, 0.0, 0
     for j in range(size):
         x = _as_float(row[np.uint64(start + j)]) - peak
@@ -207,7 +207,7 @@ def _draw_in_block(row, peak, peak_id, start, uniform, weights):
         total += weights[j]
     left = uniform * total
     for j in range(size):
-        if weights[j] > 0:  # for rounding may leave something after the last
+        if weights[j] > 0:  # rounding may leave something after the last possible id
             left -= weights[j]
             chosen = j
             if left < 0:
@@ -217,9 +217,9 @@ def _draw_in_block(row, peak, peak_id, start, uniform, weights):
 
 @njit(fastmath={"contract"})
 def _exp(x):
-    """exp(x) from -88, where it is 0, to 0: 2^n times a polynomial in what n ln(2) leaves of x.
+    """exp(x) for x from -88 (where it is 0) to 0: 2^n times a polynomial in x - n ln(2).
 
-    From -87 it is off by 5e-7 of exp(x) at most, or by 5e-6 on a CPU that can't multiply and add in one step.
+    From -87 on, the relative error is at most 5e-7, or 5e-6 on a CPU without fused multiply-add.
     """
     shifted = x * np.float32(1 / np.log(2)) + _INTEGERS
     r = x - (shifted - _INTEGERS) * np.float32(np.log(2))
@@ -229,32 +229,32 @@ def _exp(x):
 
 @njit
 def _rank(bits):
-    """int32 that are in the order of the logits: float32's bits, turned over where they are negative."""
+    """int32 in the order of the logits: the bits of float32, inverted for negative numbers."""
     wide = _as_bits(_as_float(bits) + np.float32(0))  # because -0.0 equals 0.0
     return np.int32(wide ^ ((wide >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @njit
 def _from_rank(rank):
-    """The float32."""
+    """The float32 with this rank."""
     return _as_float(np.int32(rank ^ ((rank >> np.int32(31)) & np.int32(0x7FFFFFFF))))
 
 
 @njit
 def _key(row, id):
-    """rank << 32 | (2^32 - 1 - id): in the order of the logits, and the lower id before the higher."""
+    """rank << 32 | (2^32 - 1 - id): ordered by logit, and for equal logits the lower id is higher."""
     return (np.int64(_rank(row[id])) << 32) | (0xFFFFFFFF - id)
 
 
 @njit
 def _from_key(key):
-    """The logit and the id."""
+    """The logit and the id of a key."""
     return _from_rank(np.int32(key >> 32)), 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 
 @intrinsic
 def _as_float(_, bits):
-    """The number whose bits these are, of float32 if they are int32, of bfloat16 if int16."""
+    """The number with these bits: float32 for int32, bfloat16 for int16."""
 
     def generate(_context, builder, _signature, values):
         wide = builder.zext(values[0], ir.IntType(32))
@@ -271,14 +271,14 @@ def _as_bits(_, value):
 
 @intrinsic
 def _unsigned(_, bits):
-    """The bits of a number without that of its sign."""
+    """The bits of a number without the sign bit."""
     mask = 2 ** (bits.bitwidth - 1) - 1
     return bits(bits), lambda _c, builder, _s, values: builder.and_(values[0], values[0].type(mask))
 
 
 @intrinsic
 def _fetch(_, row, block):
-    """Have a block of a row brought to the cache, in lines of 64 bytes, and don't wait for it."""
+    """Prefetch a block of a row into the cache, in lines of 64 bytes."""
 
     def generate(context, builder, signature, values):
         array, int32 = make_array(signature.args[0])(context, builder, values[0]), cgutils.int32_t
@@ -295,5 +295,5 @@ def _fetch(_, row, block):
 
 
 for _compiled in (scan_rows, draw_rows):
-    with suppress(RuntimeError):  # where no folder can be written to, every process compiles anew, for five seconds
+    with suppress(RuntimeError):  # without a writable folder, every process compiles again, for five seconds
         _compiled.enable_caching()

@@ -1,7 +1,7 @@
 """The passes over the vocabulary in torch, on any device.
 
-The order of ids is by their logits, descending, and by the lower id where logits are equal, which torch's own sorts
-leave open.
+Ids are ordered by descending logit, and by ascending id for equal logits, an order that torch's own sorts do not
+guarantee.
 """
 
 import torch
@@ -11,24 +11,24 @@ from torch.nn.functional import pad
 from softlabel.pipeline.selection.scan import BELOW_1, BLOCK, LEAST, Draws, Scan
 
 ABSENT = -(2**63)
-"""Below every rank key."""
+"""Lower than every rank key."""
 
 
 def rank_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 that compare as (float32 value, then the lower id), and hold both, so that one sort carries both."""
+    """int64 that compare by float32 value, then by lower id, and contain both, so that one sort orders both."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0, because -0.0 equals 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.long() << 32) | (0xFFFFFFFF - ids)
 
 
 def from_rank_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The values and ids that ``rank_keys`` was given."""
+    """The values and ids of rank keys."""
     ordered = (keys >> 32).int()
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
 def ranked(rows: Tensor, keys: Tensor, R: int, least: int) -> Tensor:
-    """Keys, given row after row, as an (R, longest row or ``least``) table: each row descending, then ABSENT."""
+    """Keys, given row by row, as a table (R, longest row or ``least``): each row descending, padded with ABSENT."""
     counts = torch.bincount(rows, minlength=R)
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     table = torch.full((R, max([least, *counts.tolist()])), ABSENT, device=rows.device)
@@ -37,16 +37,16 @@ def ranked(rows: Tensor, keys: Tensor, R: int, least: int) -> Tensor:
 
 
 _IMPOSSIBLE = -1e30
-"""Stands for the logit of an id that is not there, below ``LEAST``; finite, so that 0 times it is 0."""
+"""Logit of an id that does not exist; below ``LEAST``, but finite, so that 0 times it is 0."""
 
 
 def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
-    """Work through the vocabulary of R rows.
+    """Scan the vocabulary of R rows.
 
     Args:
         logits: (R, V) of any float dtype.
-        singles: S, the highest ids that are singled out.
-        temperatures: 1 is the first.
+        singles: S, the number of highest ids to return one by one.
+        temperatures: the first is 1.
     """
     R, V = logits.shape
     blocks = -(-V // BLOCK)
@@ -59,13 +59,13 @@ def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
     peaks, rests = values[:, -1], list[Tensor]()
     scores -= (highest := peaks.clamp(min=_IMPOSSIBLE))[:, None].float()
     weights = torch.empty_like(scores)
-    for T in reversed(temperatures):  # 1 comes last: its weights are used below
+    for T in reversed(temperatures):  # 1 comes last, as its weights are used below
         torch.exp(scores if T == 1 else scores / T, out=weights)
         block_bounds = weights.view(cut).sum(2).double().cumsum(1)
         total = block_bounds[:, -1]
         rests.insert(0, peaks / T + total.log())
     means = weights.mul_(scores).sum(1)
-    if means.isnan().any():  # where there is a logit -inf, of which there is 0 times
+    if means.isnan().any():  # where a logit is -inf, its product with 0 is NaN
         means = torch.where(means.isnan(), weights.nansum(1), means)
     highest_of_all = maxima.amax(1)
     highest_of_all[highest_of_all < LEAST] = -torch.inf
@@ -75,8 +75,8 @@ def scan(logits: Tensor, singles: int, temperatures: tuple[float, ...]) -> Scan:
 def _highest(scores: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first ``count`` ids of each row in the order (logit descending, id ascending), as in ``Scan``.
 
-    Their logits reach the count-th highest block maximum: only blocks that reach it are looked through, and only
-    ids that reach it are sorted, ties included.
+    Their logits are at least the count-th highest block maximum: other blocks are skipped, and only ids that reach it
+    (ties included) are sorted.
     """
     R, blocks = maxima.shape
     bound = torch.full_like(scores[:, 0], LEAST)
@@ -96,11 +96,11 @@ def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: 
     """Draw ids from the tails of R rows, with replacement: one of the highest ids or a block, then an id of the block.
 
     Args:
-        logits: (R, V), of which the scan is.
-        scan: what was found in them.
-        outside: (R, S) float64, the highest logits, -inf for those that are in the head.
-        counts: (R,) int64, ids to draw in each row.
-        uniforms: (R, D, 2) float64 from 0, below 1, for D draws at most: one for each choice.
+        logits: (R, V), the scanned logits.
+        scan: result of ``scan``.
+        outside: (R, S) float64, the highest logits, -inf for those in the head.
+        counts: (R,) int64, number of draws in each row.
+        uniforms: (R, D, 2) float64 in [0, 1), for at most D draws with two choices each.
     """
     peaks = scan.values[:, -1:]
     highest = torch.maximum(peaks, outside.amax(1, keepdim=True))
@@ -121,7 +121,7 @@ def draw(logits: Tensor, scan: Scan, outside: Tensor, counts: Tensor, uniforms: 
 
 
 def _draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
-    """(N,) ids of the rest, drawn by (N,) uniform numbers from (N,) blocks in (N,) rows."""
+    """(N,) ids of the rest, drawn from (N,) blocks in (N,) rows with (N,) uniform numbers."""
     vocabulary_size = logits.shape[1]
     ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=rows.device)
     members = logits[rows[:, None], ids.clamp(max=vocabulary_size - 1)].float()
@@ -133,7 +133,7 @@ def _draw_in_blocks(logits: Tensor, scan: Scan, rows: Tensor, blocks: Tensor, un
 
 
 def _distinct(rows: Tensor, ids: Tensor, logits: Tensor) -> Draws:
-    """The (N,) draws counted, given row after row."""
+    """Count the (N,) draws, given row by row."""
     table = ranked(rows, rank_keys(logits[rows, ids].float(), ids), len(logits), 1)
     drawn = table != ABSENT
     first = drawn & (table != pad(table, (1, 0), value=ABSENT)[:, :-1])

@@ -1,9 +1,8 @@
-"""What is kept of a teacher's distribution: an exact head, an unbiased sampled tail, and a few exact numbers.
+"""Select what is stored of a teacher's distribution: an exact head, an unbiased sampled tail, and a few exact numbers.
 
-Logits go in, ``SoftLabels`` come out. A position's result depends on its own logits and seed alone, never on the rows
-beside it. It costs a handful of passes over the vocabulary: the head is found through the maxima of blocks of ids and
-the draws through their sums, so nothing is sorted that could not be kept. This module never loads a teacher and never
-writes a file.
+Turns logits into ``SoftLabels``. A position's result depends only on its own logits and seed, never on other rows. It
+takes a few passes over the vocabulary: the head is found with the maxima of blocks of ids and the draws with their
+sums, so only ids that might be stored are sorted. This module never loads a teacher or writes a file.
 """
 
 from collections.abc import Sequence
@@ -22,28 +21,28 @@ from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import TeacherError, UsageError
 
 _ROWS = 512
-"""Positions that are worked through at once: many small steps, cheap if they are few."""
+"""Positions processed at a time."""
 _SINGLES = 16
-"""Highest ids that are known one by one, so that the likeliest draws need no search in a block; or all of a head."""
+"""Least number of highest ids that are scanned one by one, so that the likeliest draws need no search in a block."""
 _MANY = 2000
-"""More highest ids than so are found faster by torch's sort, on a CPU too."""
+"""More highest ids than this are found faster by torch's sort, even on a CPU."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A selection with every default resolved: the part of the settings that decides a table's numbers."""
+    """A selection with all defaults resolved: the settings that the numbers of a table depend on."""
 
     top_p: float
     min_k: int
     max_k: int
     draws: int
     temperatures: tuple[float, ...]
-    """1 is the first."""
+    """The first is 1."""
     seed: int
 
     @classmethod
     def of(cls, config: SelectionConfig) -> Self:
-        """Resolve the settings; top_k is short for top_p 1, min_k = max_k = top_k, draws 0."""
+        """Resolve the settings; top_k is a shorthand for top_p 1, min_k = max_k = top_k, draws 0."""
         chosen = {field.name: getattr(config, field.name) for field in fields(cls)}
         if config.top_k is not None:
             chosen |= {"top_p": 1.0, "min_k": config.top_k, "max_k": config.top_k, "draws": 0}
@@ -51,13 +50,13 @@ class Selection:
 
 
 class NotADistributionError(TeacherError):
-    """Logits with NaN or +inf, or all -inf; ``rows`` are their positions in the call."""
+    """Logits with NaN or +inf, or all -inf; ``rows`` are their indices in the call."""
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(
-            "the teacher's logits are no distribution",
+            "the teacher's logits are not a probability distribution",
             expected="finite logits, or -inf for an id of probability 0",
-            found="NaN, +inf, or nothing but -inf",
+            found="NaN, +inf or only -inf",
             where=f"positions {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the batch",
             do="try teacher.dtype float32 or teacher.attn_implementation eager; if both fail, the weights are broken",
         )
@@ -68,9 +67,10 @@ def position_seeds(selection: Selection, teacher: bytes, key: bytes, positions: 
     """Seeds for the draws at a sequence's positions.
 
     Args:
-        teacher: hash of the teacher's files.
-        key: of the row.
-        positions: (N,) indexes of the captured positions in the sequence.
+        selection: its seed is used.
+        teacher: hash of the teacher's identity.
+        key: key of the row.
+        positions: (N,) indices of the captured positions in the sequence.
 
     Returns:
         (N,) int64.
@@ -84,12 +84,13 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
 
     Args:
         logits: (P, W) of any float dtype, on any device; columns from ``vocabulary_size`` on are padding.
-        next_ids: (P,) the token that follows each position; -1 where that is not known, and its log-probability NaN.
+        next_ids: (P,) the token that follows each position; -1 where it is not known, which gives log-probability NaN.
         seeds: (P,) from ``position_seeds``.
-        vocabulary_size: the teacher's real ids.
+        selection: what to keep.
+        vocabulary_size: number of the teacher's ids.
 
     Raises:
-        NotADistributionError: if a position's logits hold NaN or +inf, or are all -inf.
+        NotADistributionError: if a position's logits have NaN or +inf, or are all -inf.
     """
     device = logits.device
     logits, next_ids, seeds = logits[:, :vocabulary_size], next_ids.to(device).long(), seeds.to(device)
@@ -98,19 +99,19 @@ def select(logits: Tensor, next_ids: Tensor, seeds: Tensor, selection: Selection
     for start in range(0, max(1, len(logits)), _ROWS):
         rows = slice(start, start + _ROWS)
         scan = _passes(device, singles).scan(logits[rows], singles, selection.temperatures)
-        if (wrong := ~scan.maxima.isfinite()).any():
-            raise NotADistributionError((wrong.nonzero()[:, 0] + start).tolist())
+        if (invalid := ~scan.maxima.isfinite()).any():
+            raise NotADistributionError((invalid.nonzero()[:, 0] + start).tolist())
         parts.append(_labels(logits[rows], next_ids[rows], seeds[rows], scan, selection))
     joined = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
     return SoftLabels(**{name: values.cpu().numpy() for name, values in joined.items()})
 
 
 def _passes(device: torch.device, singles: int) -> ModuleType:
-    """The module that works through the vocabulary on such a device, for so many highest ids."""
+    """The module to scan the vocabulary with, for a device and a number of highest ids."""
     if device.type != "cpu" or singles > _MANY:
         return scan_torch
     from softlabel.pipeline.selection import (
-        scan_cpu,  # here: numba takes a third of a second to import, and only captures need it
+        scan_cpu,  # imported here: numba takes a third of a second to import, and only captures need it
     )
 
     return scan_cpu
@@ -122,8 +123,8 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
     rest = scan.rests[:, 0]
     log_sum = torch.logaddexp(top.logsumexp(1), rest)
     logprobs = top - log_sum[:, None]
-    kept = _head(logprobs, selection)
-    inside, outside = top.masked_fill(~kept, -torch.inf), top.masked_fill(kept, -torch.inf)
+    in_head = _head(logprobs, selection)
+    inside, outside = top.masked_fill(~in_head, -torch.inf), top.masked_fill(in_head, -torch.inf)
     tails = [torch.logaddexp((outside / T).logsumexp(1), scan.rests[:, i]) for i, T in enumerate(temperatures)]
     log_masses = torch.stack(
         [tail - torch.logaddexp((inside / T).logsumexp(1), tail) for T, tail in zip(temperatures, tails, strict=True)]
@@ -133,9 +134,9 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
     next_logprobs = next_logits.masked_fill(next_logits < LEAST, -torch.inf) - log_sum
     mean = (logprobs.exp() * top).nansum(1) + (rest - log_sum).exp() * scan.rest_means
     return {
-        "head_counts": kept.sum(1).int(),
-        "head_ids": top_ids[kept].int(),
-        "head_logprobs": logprobs[kept].float(),
+        "head_counts": in_head.sum(1).int(),
+        "head_ids": top_ids[in_head].int(),
+        "head_logprobs": logprobs[in_head].float(),
         "tail_counts": tail.counts.int(),
         "tail_ids": tail.ids.int(),
         "tail_draws": tail.draws.int(),
@@ -147,22 +148,26 @@ def _labels(logits: Tensor, next_ids: Tensor, seeds: Tensor, scan: Scan, selecti
 
 
 def _head(logprobs: Tensor, selection: Selection) -> Tensor:
-    """(R, S) which of the highest ids are kept: the fewest that reach top_p, within min_k and max_k."""
+    """(R, S) which of the highest ids are in the head: the fewest that reach top_p, within min_k and max_k."""
     probabilities = logprobs.exp()
     before = probabilities.cumsum(1) - probabilities
     ranks = torch.arange(logprobs.shape[1], device=logprobs.device)
-    reaching = (before < selection.top_p) | (selection.top_p == 1)  # rounding may reach 1 too early
+    reaching = (before < selection.top_p) | (selection.top_p == 1)  # rounding may reach 1 too soon
     return (reaching | (ranks < selection.min_k)) & (ranks < selection.max_k) & logprobs.isfinite()
 
 
 def _draw(
     logits: Tensor, seeds: Tensor, scan: Scan, outside: Tensor, log_masses: Tensor, selection: Selection
 ) -> Draws:
-    """What is drawn from the tails: as many ids as are the tail's share of the draws, rounded up.
+    """Draws from the tails; their number is the tail's mass times ``selection.draws``, rounded up.
 
     Args:
+        logits: (R, V).
+        seeds: (R,).
+        scan: the scan of these logits.
         outside: (R, S) the highest logits, -inf for those in the head.
-        log_masses: (R,) of the tail, at T=1.
+        log_masses: (R,) log mass of the tail at T=1.
+        selection: how many ids to draw.
     """
     if selection.draws == 0:
         return Draws(torch.zeros_like(seeds), seeds[:0], seeds[:0], log_masses[:0])
@@ -174,19 +179,19 @@ def _draw(
 
 
 def selection_of(config: SelectionConfig, classes: Sequence[str] | None) -> Selection:
-    """What the settings say is kept; of a distribution over classes, everything.
+    """The selection of the settings; of a distribution over classes, everything is kept.
 
     Raises:
-        UsageError: if the settings would select among classes.
+        UsageError: if a selection is set for a classifier.
     """
     if classes is None:
         return Selection.of(config)
     if config != SelectionConfig():
         given = config.model_dump(exclude_defaults=True)
         raise UsageError(
-            "nothing is selected of a classifier's distribution: every class is kept, for every temperature",
-            expected="no selection",
+            "selection settings don't apply to a classifier: every class is kept, at every temperature",
+            expected="no selection settings",
             found=", ".join(f"selection.{name}: {value}" for name, value in given.items()),
-            do="leave it out",
+            do="leave these settings out",
         )
     return Selection(top_p=1.0, min_k=len(classes), max_k=len(classes), draws=0, temperatures=(1.0,), seed=0)

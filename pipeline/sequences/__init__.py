@@ -1,1 +1,1 @@
-"""From documents to token ids: chats, prompts, chunking, and the mask of what is captured."""
+"""Turn documents into token ids: chats, prompts, chunking, and the mask of captured tokens."""

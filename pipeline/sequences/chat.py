@@ -1,9 +1,9 @@
-"""A chat as the teacher's template writes it, with the places that are the assistant's own words.
+"""Render a chat with the teacher's chat template, and find the assistant's turns in the result.
 
-The template is rendered here, not by transformers, for three reasons: a fixed date instead of today's, the turns of
-the assistant found in any template, and special tokens inside messages quoted, so that they stay text. Nor does a
-message begin or end a turn by words that the template uses for it. Whatever the template does: a turn that is found
-holds the whole of its answer and nothing of another message, or the chat is refused.
+The template is rendered here and not by transformers for three reasons: it sees a fixed date instead of today's, the
+assistant's turns are found in any template, and special tokens inside messages stay text. A message can't fake the
+beginning or end of a turn either. Each turn found has the whole answer and nothing of another message; if a template
+makes that impossible, the chat is refused.
 """
 
 import json
@@ -17,57 +17,57 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from softlabel.pipeline.sequences.chat_places import MARKS, Messages, Place, Said, said
+from softlabel.pipeline.sequences.chat_places import MARKS, Messages, MessageText, Place, locate_texts
 from softlabel.storage.errors import UsageError
 
-# Marks within a rendered chat. Unicode says of these code points that they never are characters of a text.
-_QUOTE, _UNQUOTE, _SPEAK, _STOP, _BREAK, _ASKED, _ANSWERED = (chr(0xFDD0 + i) for i in range(7))
-_MARKS = re.compile(f"([{_QUOTE}-{_ANSWERED}])")
-_NO_TEXT = re.compile(f"[{_QUOTE}-{_ANSWERED}{MARKS}]")
+# Marks within a rendered chat: code points that Unicode reserves as noncharacters.
+_QUOTE, _UNQUOTE, _TURN_START, _TURN_END, _BREAK, _QUESTION, _ANSWER = (chr(0xFDD0 + i) for i in range(7))
+_MARKS = re.compile(f"([{_QUOTE}-{_ANSWER}])")
+_RESERVED = re.compile(f"[{_QUOTE}-{_ANSWER}{MARKS}]")
 
 _AS_WRITTEN = "as the chat template writes it"
 
 
 class ChatRefusedError(Exception):
-    """Why the template can't write a chat."""
+    """Why a chat can't be rendered and captured."""
 
 
-class Written(NamedTuple):
-    """A chat as text: its pieces in order, each with whether its special tokens are to be taken as text; and the
-    assistant's turns, as character ranges of the whole."""
+class RenderedChat(NamedTuple):
+    """A chat as text: its pieces in order, each with whether special tokens in it are plain text; and the assistant's
+    turns, as character ranges of the whole."""
 
     pieces: list[tuple[str, bool]]
     turns: list[tuple[int, int]]
     answers: list[Place]
-    """What the assistant says in these turns, ..."""
+    """Where the messages of these turns are ..."""
     others: list[Place]
-    """... and what else is said, by anyone."""
+    """... and where all other messages are."""
 
 
 class _Turn(NamedTuple):
-    """What a turn of the assistant looks like."""
+    """How the template writes a turn of the assistant."""
 
     pattern: re.Pattern[str]
-    """Its header, and what it says to the end of the turn."""
+    """Matches the header of the turn, and the rest up to its end."""
     broken: dict[str, str]
-    """What begins and ends it, and the same as a message may have it: broken by marks, and so passed over."""
+    """Header and end, each with the form that it gets inside messages: broken by marks, so that it does not match."""
 
 
 class ChatTemplate:
-    """A chat template with its date.
+    """A chat template with a fixed date.
 
-    The assistant's turns are what ``{% generation %}`` encloses, if the template says so. Otherwise each goes from the
-    template's own header of the turn to its own end of it, which includes the token that ends the turn. Header and
-    end are read off a chat of one question and one answer.
+    If the template uses ``{% generation %}``, the assistant's turns are what it encloses. Otherwise each turn goes from
+    the template's header of the turn to its end, including the token that ends it; header and end are taken from a
+    rendered chat of one question and one answer.
 
     Args:
         source: the template, in Jinja.
-        special_tokens: names that the template may use, like bos_token, and their values.
-        quoted: special tokens that are text when a message contains them.
+        special_tokens: values of the names that the template may use, such as bos_token.
+        quoted: special tokens that are plain text inside messages.
         today: the date that ``strftime_now`` gives.
 
     Raises:
-        UsageError: if the template can't be used, or does not say where an assistant's turn ends.
+        UsageError: if the template can't be used, or does not mark where an assistant's turn ends.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], quoted: Iterable[str], today: date) -> None:
@@ -80,70 +80,73 @@ class ChatTemplate:
         except (TemplateError, TypeError, KeyError) as error:
             raise UsageError(
                 "the teacher's chat template can't be used for capturing",
-                expected="a template that writes a question and its answer, with an end to the answer",
+                expected="a template that writes a question and an answer, and marks where the answer ends",
                 found=f"{type(error).__name__}: {error}",
-                do="enclose the assistant's words in {% generation %} ... {% endgeneration %} in chat_template.jinja",
+                do="put the assistant's words between {% generation %} and {% endgeneration %} in chat_template.jinja",
             ) from None
 
-    def write(self, chat: str, turns: Literal["all", "last"] = "all") -> Written:
-        """A chat as the template writes it, and the turns of the assistant that are wanted.
+    def write(self, chat: str, turns: Literal["all", "last"] = "all") -> RenderedChat:
+        """Render a chat and find the assistant's turns that are to be captured.
 
         Args:
-            chat: JSON: a list of messages, or {prompt, completion} with a list of messages each. Of the latter, only
-                turns of the completion are wanted.
-            turns: all of them, or the last alone.
+            chat: JSON: a list of messages, or {prompt, completion} with a list of messages each; of the latter, only
+                turns of the completion are captured.
+            turns: all turns, or only the last one.
 
         Raises:
-            ChatRefusedError: if the template refuses it, no assistant speaks in it, or a turn that is wanted, as far as
-                it can be told, does not hold all that its message says, or holds what another does.
+            ChatRefusedError: if the template rejects the chat, it has no assistant message, or a turn to capture can't
+                be shown to have all of its own message and nothing of another.
         """
-        if found := _NO_TEXT.search(chat):
-            raise ChatRefusedError(f"the chat holds U+{ord(found[0]):04X}, which is no character")
+        if found := _RESERVED.search(chat):
+            raise ChatRefusedError(f"the chat contains U+{ord(found[0]):04X}, which is not a character")
         parts = json.loads(chat)
         prompt, completion = (parts["prompt"], parts["completion"]) if isinstance(parts, dict) else ([], parts)
         answering = len(_answers(completion))
         if not answering:
-            raise ChatRefusedError(f"no assistant speaks in the {'completion' if prompt else 'chat'}")
+            raise ChatRefusedError(f"the {'completion' if prompt else 'chat'} has no assistant message")
         messages = prompt + completion
         answers = _answers(messages)
         wanted = answers[-answering:] if turns == "all" else answers[-1:]
         try:
             text = self._render(self._guarded_messages(messages))
-        except Exception as error:  # a template is a program: it may stumble over a chat in any way
-            raise ChatRefusedError(f"the chat template refuses it: {error}") from None
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ChatRefusedError(f"the chat template rejects the chat: {error}") from None
         if self._turn is not None:
-            text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_SPEAK}{turn[2]}{_STOP}", text)
-        pieces, spoken = _parse(text)
-        # A template that encloses what the assistant says may do so in several parts, all of which are wanted then.
-        if len(spoken) != len(answers) and (self._turn is not None or len(wanted) < len(answers)):
-            raise ChatRefusedError(f"the chat template writes {len(spoken)} turns for {len(answers)} of the assistant")
-        return self._checked(pieces, spoken[len(answers) - len(wanted) :], messages, wanted)
+            text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_TURN_START}{turn[2]}{_TURN_END}", text)
+        pieces, found_turns = _parse(text)
+        # A template with {% generation %} may enclose one message in several parts; then all parts are captured.
+        if len(found_turns) != len(answers) and (self._turn is not None or len(wanted) < len(answers)):
+            raise ChatRefusedError(
+                f"the chat template writes {len(found_turns)} turns for {len(answers)} assistant messages"
+            )
+        return self._checked(pieces, found_turns[len(answers) - len(wanted) :], messages, wanted)
 
     def _checked(
         self, pieces: list[tuple[str, bool]], turns: list[tuple[int, int]], messages: Messages, wanted: list[int]
-    ) -> Written:
-        """The chat as written, if the wanted turns hold just what the messages say of which they are."""
-        texts = said(self._written_of, messages, "".join(piece for piece, _ in pieces))
+    ) -> RenderedChat:
+        """The rendered chat, if each turn has exactly the text of its own message."""
+        texts = locate_texts(self._rendered, messages, "".join(piece for piece, _ in pieces))
         if self._turn is None:
-            heard = _heard(turns, wanted, texts)
+            answers = _answer_places(turns, wanted, texts)
         else:
-            heard = [place for turn, i in zip(turns, wanted, strict=True) for place in _heard([turn], [i], texts)]
+            pairs = zip(turns, wanted, strict=True)
+            answers = [place for turn, i in pairs for place in _answer_places([turn], [i], texts)]
         others = [place for text in texts if text.message not in wanted for place in text.places or ()]
-        return Written(pieces, turns, heard, others)
+        return RenderedChat(pieces, turns, answers, others)
 
-    def _written_of(self, messages: Messages) -> str:
-        """What the template writes of messages, without the marks of this file."""
+    def _rendered(self, messages: Messages) -> str:
+        """The messages as the template writes them, without the marks of this module."""
         return _MARKS.sub("", self._render(self._guarded_messages(messages)))
 
     def _render(self, messages: Messages, prompt: bool = False) -> str:
         return self._template.render(messages=messages, add_generation_prompt=prompt, **self._special_tokens)
 
     def _guarded_messages(self, messages: Messages) -> Messages:
-        # A template compares the role, which may be what begins a turn ("assistant\n"): that is not broken.
+        # Templates compare the role, so it is not broken even if it begins a turn ("assistant\n").
         return [{**self._guarded(message), "role": self._quoted_text(message["role"])} for message in messages]
 
     def _guarded(self, value: Any) -> Any:
-        """The same, with marks around each special token in a string, and within each header or end of a turn."""
+        """The value with marks around each special token, and inside each header or end of a turn, in its strings."""
         if isinstance(value, str):
             text = self._quoted_text(value)
             for whole, broken in self._turn.broken.items() if self._turn else ():
@@ -159,26 +162,28 @@ class ChatTemplate:
         return self._quoted.sub(f"{_QUOTE}\\g<0>{_UNQUOTE}", text)
 
     def _find_turn(self) -> _Turn:
-        """Read header and end of a turn off a chat of one question and one answer."""
-        question = {"role": "user", "content": _ASKED}
-        both = self._render([question, {"role": "assistant", "content": _ANSWERED}])
-        asked, prompted = self._render([question]), self._render([question], prompt=True)
-        end = both.rpartition(_ANSWERED)[2].rstrip()
-        header = prompted.removeprefix(asked)
-        if not header or header == prompted or header not in both:  # the template knows no prompt, or another one
-            header = both.partition(_ASKED)[2].rpartition(_ANSWERED)[0]
+        """Find header and end of a turn by rendering a chat of one question and one answer."""
+        question = {"role": "user", "content": _QUESTION}
+        both = self._render([question, {"role": "assistant", "content": _ANSWER}])
+        unanswered, prompted = self._render([question]), self._render([question], prompt=True)
+        end = both.rpartition(_ANSWER)[2].rstrip()
+        header = prompted.removeprefix(unanswered)
+        if (
+            not header or header == prompted or header not in both
+        ):  # the template has no generation prompt, or a different one
+            header = both.partition(_QUESTION)[2].rpartition(_ANSWER)[0]
         if not header.strip() or not end.strip():
-            raise TemplateError(f"it writes {header!r} before an answer and {end!r} after it")
-        # Broken is what has no space around: a template may trim a message, and put its own there.
+            raise TemplateError(f"the template writes {header!r} before an answer and {end!r} after it")
+        # Only the text without surrounding space is broken: a template may trim a message and add its own space.
         broken = {text: "".join(c + _BREAK for c in text) for text in (header.strip(), end.strip())}
         lead, body, trail = header.partition(header.strip())
-        own = f"(?!{_BREAK})"  # not a single character that a message has
+        own = f"(?!{_BREAK})"  # not a single character that is in a message
         pattern = f"({re.escape(lead + body)}{own}{re.escape(trail)})(.*?{re.escape(end)}{own})"
         return _Turn(re.compile(pattern, re.DOTALL), broken)
 
 
 class _Generation(Extension):
-    """``{% generation %}``, as transformers has it: encloses what the assistant says."""
+    """``{% generation %}``, as in transformers: encloses the assistant's words."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -188,36 +193,36 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
-        return f"{_SPEAK}{caller()}{_STOP}"
+        return f"{_TURN_START}{caller()}{_TURN_END}"
 
 
 def _answers(messages: Messages) -> list[int]:
-    """Which of the messages are the assistant's."""
+    """Indices of the assistant's messages."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _heard(turns: list[tuple[int, int]], speakers: list[int], texts: list[Said]) -> list[Place]:
-    """What these messages say: the turns hold all of it, and nothing that another message says."""
-    answers = []
+def _answer_places(turns: list[tuple[int, int]], answers: list[int], texts: list[MessageText]) -> list[Place]:
+    """Places of these messages, after a check that the turns have all of them and nothing of other messages."""
+    places = []
     for text in texts:
         if text.places is None:
-            raise ChatRefusedError(f"where the chat template writes message {text.message} can't be told")
-        if text.message in speakers:
+            raise ChatRefusedError(f"can't tell where the chat template writes message {text.message}")
+        if text.message in answers:
             inside = [place for place in text.places if place.whole and place.lies_in(turns)]
             if text.places and not inside:
                 raise ChatRefusedError(
-                    f"the assistant's turn, {_AS_WRITTEN}, does not hold all of message {text.message}"
+                    f"the assistant's turn, {_AS_WRITTEN}, does not contain all of message {text.message}"
                 )
             if text.core and not inside:
-                raise ChatRefusedError(f"the chat template writes nothing of message {text.message}")
-            answers += inside if text.core else []
+                raise ChatRefusedError(f"the chat template leaves out message {text.message}")
+            places += inside if text.core else []
         elif any(place.meets(turn) for place in text.places for turn in turns):
-            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, holds message {text.message}, too")
-    return answers
+            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains message {text.message}")
+    return places
 
 
 def _environment(today: date) -> ImmutableSandboxedEnvironment:
-    """What transformers gives to templates, but for the date."""
+    """The environment that transformers gives to templates, except for the date."""
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -237,7 +242,7 @@ def _environment(today: date) -> ImmutableSandboxedEnvironment:
 
 
 def _parse(marked: str) -> tuple[list[tuple[str, bool]], list[tuple[int, int]]]:
-    """The pieces and the turns of a rendered chat, without its marks."""
+    """The pieces and turns of a rendered chat with marks, without the marks."""
     pieces: list[tuple[str, bool]] = []
     turns: list[tuple[int, int]] = []
     quoted, position, start, text = False, 0, 0, ""
@@ -245,9 +250,9 @@ def _parse(marked: str) -> tuple[list[tuple[str, bool]], list[tuple[int, int]]]:
         if part in (_QUOTE, _UNQUOTE):
             pieces.append((text, quoted))
             quoted, text = part == _QUOTE, ""
-        elif part == _SPEAK:
+        elif part == _TURN_START:
             start = position
-        elif part == _STOP:
+        elif part == _TURN_END:
             turns.append((start, position))
         elif part != _BREAK:
             text += part

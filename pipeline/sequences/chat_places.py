@@ -1,8 +1,8 @@
-"""Where a chat template writes what each message says.
+"""Find where a chat template writes the text of each message.
 
-A template is a program, so the place of a message in what it writes can't be read off the template. The chat is
-written once more instead, with marks around what each message says. If the template writes the same but for the
-marks, they are where the message begins and ends.
+A template is a program, so the place of a message in its output can't be read from its source. Instead, the chat is
+rendered again with marks around each message's text. If the output is the same except for the marks, they show where
+the message begins and ends.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# Unicode says of these code points that they never are characters of a text.
+# Code points that Unicode reserves as noncharacters.
 _BEGIN, _END, _NUMBERED = (chr(0xFDD7 + i) for i in range(3))
 MARKS = f"{_BEGIN}{_END}{_NUMBERED}"
 _MARK = re.compile(f"([{_BEGIN}{_END}])([0-9]+){_NUMBERED}")
@@ -20,19 +20,19 @@ Messages = list[dict[str, Any]]
 
 
 class Place(NamedTuple):
-    """A range of characters where something that a message says is written."""
+    """A range of characters in the rendered chat that has text of a message."""
 
     start: int
     end: int
     whole: bool
-    """Whether it goes on to the last word; a template may leave out what comes first, such as an earlier thought."""
+    """Whether it has the text's end; a template may leave out the beginning, such as an earlier thought."""
 
     def meets(self, turn: tuple[int, int]) -> bool:
-        """Whether the turn holds some of it; if it is empty: whether it is within the turn, at neither end."""
+        """Whether it overlaps the turn; an empty place does if it is strictly inside the turn."""
         return self.start < turn[1] and turn[0] < self.end
 
     def lies_in(self, turns: list[tuple[int, int]]) -> bool:
-        """Whether the turns, which are in order, hold all of it together."""
+        """Whether the turns (in order) together cover all of it."""
         reached = self.start
         for start, end in turns:
             if start <= reached <= end:
@@ -40,29 +40,29 @@ class Place(NamedTuple):
         return reached >= self.end and any(start <= self.start <= end for start, end in turns)
 
 
-class Said(NamedTuple):
-    """A text of a message: its content, or a part of it; and where it is written."""
+class MessageText(NamedTuple):
+    """A text of a message (its content, or a part of it), and where it is in the rendered chat."""
 
     message: int
     core: str
-    """Without the space around it, which templates trim as they like."""
+    """The text without surrounding space, which templates may trim."""
     places: list[Place] | None
-    """None if that can't be told."""
+    """None if they can't be determined."""
 
 
-def said(render: Callable[[Messages], str], messages: Messages, written: str) -> list[Said]:
-    """What the messages of a chat say, and where it is written.
+def locate_texts(render: Callable[[Messages], str], messages: Messages, written: str) -> list[MessageText]:
+    """The texts of a chat's messages, and where they are in the rendered chat.
 
     Args:
-        render: writes messages. It may raise anything.
-        messages: of the chat. What they say is their content: a string, or parts, some of which have a text.
-        written: what render makes of them.
+        render: renders messages. It may raise anything.
+        messages: the chat's messages. Their texts are in their content: a string, or parts, some of which have a text.
+        written: the rendered messages.
     """
     search = _Search(render, messages, written)
-    for empty in (False, True):  # marks in an empty text are more likely to change what a template writes
+    for empty in (False, True):  # marks in an empty text are more likely to change the output
         search.find([i for i, text in enumerate(search.texts) if empty == (not text.core)])
     return [
-        Said(text.message, text.core, search.found.get(i, None if text.core else []))
+        MessageText(text.message, text.core, search.found.get(i, None if text.core else []))
         for i, text in enumerate(search.texts)
     ]
 
@@ -70,7 +70,7 @@ def said(render: Callable[[Messages], str], messages: Messages, written: str) ->
 class _Text(NamedTuple):
     message: int
     part: int | None
-    """Number of the part, if the content is in parts."""
+    """Index of the part, if the content is in parts."""
     text: str
 
     @property
@@ -78,7 +78,7 @@ class _Text(NamedTuple):
         return self.text.strip()
 
     def with_core(self, core: str) -> str:
-        """The text with another core, in the same space."""
+        """The text with another core, between the same space."""
         lead = len(self.text) - len(self.text.lstrip()) if self.core else 0
         return self.text[:lead] + core + self.text[lead + len(self.core) :]
 
@@ -88,13 +88,14 @@ class _Text(NamedTuple):
         return self.with_core(core[: inner.start] + _marked(core[inner], number) + core[inner.stop :])
 
     def place(self, written: str, inner: slice, span: tuple[int | None, int | None], exact: bool) -> Place:
-        """Where it is written around its marks, one of which the template may have cut off.
+        """The text's place around its marks, one of which the template may have cut off.
 
         Args:
-            written: the whole chat.
-            inner: the part of the text that the marks went around.
-            span: where they are.
-            exact: whether it begins at the first of them, and not as far before as the same is written.
+            written: the whole rendered chat.
+            inner: the part of the text that has marks around it.
+            span: positions of the marks.
+            exact: whether the place begins at the first mark. If not, it is extended backwards as far as the output
+                equals the text.
         """
         sure = [(at, cut) for at, cut in zip(span, (inner.start, inner.stop), strict=True) if at is not None]
         (start, first), (end, last) = sure[0], sure[-1]
@@ -124,10 +125,10 @@ class _Search:
         self._render, self._messages, self._written = render, messages, written
         self.texts = _texts(messages)
         self.found: dict[int, list[Place]] = {}
-        """The places of each text, by its number; none of a text that is written nowhere."""
+        """The places of each text, by its number; an empty list for a text that the template leaves out."""
 
     def find(self, numbers: list[int]) -> None:
-        """Find what can be found of these texts: together, by the roles of those who say it, or one by one."""
+        """Find as many of these texts as possible: all together, grouped by role, or one by one."""
         roles = {i: self._messages[self.texts[i].message]["role"] for i in numbers}
         groups = [[i for i in numbers if roles[i] == role] for role in dict.fromkeys(roles.values())]
         if self._mark(self._whole(numbers)) is None:
@@ -146,9 +147,9 @@ class _Search:
         return {i: slice(0, len(self.texts[i].core)) for i in numbers}
 
     def _find_parts(self, numbers: list[int]) -> None:
-        """Find texts of which the template leaves out something, or looks at how they begin or end.
+        """Find texts of which the template leaves out a part, or whose beginning or end it inspects.
 
-        Marks there would change what it writes, so they go around the last character, the first, or one in the middle.
+        Marks there would change the output, so they go around the last character, the first, or one in the middle.
         """
         sizes = {i: len(self.texts[i].core) for i in self._missing(numbers) if self.texts[i].core}
         self._leave_out(list(sizes))
@@ -160,10 +161,10 @@ class _Search:
         return [i for i in numbers if i not in self.found]
 
     def _mark(self, inner: dict[int, slice], exact: bool = False) -> list[int] | None:
-        """Put marks around a part of each of these texts, and take down the places of those that are written so.
+        """Render with marks around a part of each of these texts, and record the places of the marks that come back.
 
         Returns:
-            The numbers of the latter, or None if the marks change what the template writes.
+            The numbers of the texts found, or None if the marks change the template's output.
         """
         spans = self._spans({i: self.texts[i].marked(i, part) for i, part in inner.items()})
         if spans is None:
@@ -174,7 +175,7 @@ class _Search:
         return sure
 
     def _replace(self, number: int, at: int) -> None:
-        """Put a mark in place of a character: the text is as long as before, should the template look at that."""
+        """Replace a character with a mark: the text keeps its length, in case the template depends on it."""
         text = self.texts[number]
         try:
             marked = self._render(self._with({number: text.with_core(text.core[:at] + _BEGIN + text.core[at + 1 :])}))
@@ -185,10 +186,10 @@ class _Search:
             self.found[number] = [text.place(self._written, slice(at, at + 1), span, False) for span in spans]
 
     def _begin(self, numbers: list[int]) -> None:
-        """Find where these texts begin, of which the template leaves out what comes first.
+        """Find where these texts begin, of which the template leaves out the beginning.
 
-        As much as is written before the part that is sure may be the template's own, and the same as in the text by
-        chance. So a mark goes there, or before the next word, or where halving the rest again and again finds it.
+        The characters before the part found may equal the text only by chance, and be the template's own. So a mark is
+        tried there, then before the next word, and then by bisection.
         """
         cores = {i: self.texts[i].core for i in numbers}
         first = {i: max(0, len(cores[i]) - max(p.end - p.start for p in self.found[i])) for i in numbers}
@@ -201,27 +202,27 @@ class _Search:
                 low, high = (middle + 1, high) if self._begin_at({i: middle}) else (low, middle)
 
     def _begin_at(self, first: dict[int, int]) -> dict[int, int]:
-        """Those of these texts, and where they were said to begin, of which less is written."""
+        """The texts, with their assumed beginnings, of which less than that is written."""
         sure = self._mark({i: slice(at, len(self.texts[i].core)) for i, at in first.items()}, exact=True) or []
         return {i: at for i, at in first.items() if i not in sure}
 
     def _leave_out(self, numbers: list[int]) -> None:
-        """Take down that these texts are nowhere, if the template writes the same without them."""
+        """Record that these texts are left out, if the output is the same without them."""
         if self._spans({i: _marked("", i) for i in numbers}) is not None:
             self.found |= {i: [] for i in numbers}
 
     def _spans(self, words: dict[int, str]) -> dict[int, list[tuple[int | None, int | None]]] | None:
-        """Where the marks of these texts are, if the template writes the same but for the marks."""
+        """Positions of the marks of these texts, if the output is the same except for the marks."""
         if not words:
             return None
         try:
             bare, marks = _read(self._render(self._with(words)))
-        except Exception:  # a template is a program: marks may make it stumble in any way
+        except Exception:  # a template is a program, and may raise anything
             return None
         return {i: _paired(found) for i, found in marks.items()} if bare == self._written else None
 
     def _with(self, words: dict[int, str]) -> Messages:
-        """The messages, with other words in place of some texts."""
+        """The messages with some texts replaced."""
         changed = list(self._messages)
         for i, text in words.items():
             number, part, _ = self.texts[i]
@@ -234,13 +235,13 @@ class _Search:
 
 
 def _next_word(text: str, start: int) -> int:
-    """Where the next word begins, or else the last character."""
+    """Where the next word begins, or the last character if there is no next word."""
     found = _SPACE.search(text, start)
     return found.end() if found else len(text) - 1
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -249,7 +250,7 @@ def _marked(text: str, number: int) -> str:
 
 
 def _read(marked: str) -> tuple[str, dict[int, list[tuple[str, int]]]]:
-    """A text without its marks, and those of each number: which, and where."""
+    """A text without its marks, and for each number its marks with their positions."""
     first, *rest = _MARK.split(marked)
     texts, size, marks = [first], len(first), defaultdict[int, list[tuple[str, int]]](list)
     for mark, number, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
@@ -260,7 +261,7 @@ def _read(marked: str) -> tuple[str, dict[int, list[tuple[str, int]]]]:
 
 
 def _paired(marks: list[tuple[str, int]]) -> list[tuple[int | None, int | None]]:
-    """Begins with their ends. A mark whose other one the template has cut off is alone."""
+    """Pairs of begin and end marks; None for a mark that the template has cut off."""
     pairs: list[tuple[int | None, int | None]] = []
     for mark, at in marks:
         if mark == _BEGIN:

@@ -1,7 +1,7 @@
-"""From documents to sequences: token ids, which of them are captured, and the key that names both.
+"""Cut documents into sequences: token ids, which of them are captured, and a key that identifies both.
 
-A sequence depends on its document alone: not on its neighbours, their order or the carried columns. Nothing here runs
-the teacher; its tokenizer is enough.
+A sequence depends only on its own document: not on other documents, their order or the carried columns. This needs the
+teacher's tokenizer, but not the teacher.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
 from softlabel.storage.schema import SEQUENCE
 
 _CHARACTERS = 4 << 20
-"""Characters that are tokenized at a time; what the backend returns takes some hundred times as many bytes."""
+"""Characters tokenized at a time; the tokenizer's output takes about a hundred times as many bytes."""
 
 
 def to_sequences(
@@ -27,19 +27,19 @@ def to_sequences(
 ) -> tuple[pa.Table, list[Reject]]:
     """The sequences of documents.
 
-    A document longer than ``max_tokens`` is cut into chunks. Each begins with the tokenizer's prefix and repeats
-    ``context`` tokens of the one before it, so every token but the first is predicted exactly once, from text of its
-    own row. A chunk in which nothing is predicted (a long question in a chat) is left out.
+    A document longer than ``max_tokens`` is cut into chunks. Each chunk begins with the tokenizer's prefix and repeats
+    ``context`` tokens of the previous chunk, so every token but the first is predicted exactly once, from text of its
+    own row. A chunk without tokens to predict (such as a long question in a chat) is left out.
 
     Args:
         documents: rows of ``documents.DOCUMENT`` and any carried columns.
-        tokenizer: of the teacher.
-        settings: chunking.
+        tokenizer: the teacher's tokenizer.
+        settings: length and overlap of the chunks.
         eval_fraction: share of the documents that goes to the eval split, by a hash of their ids.
 
     Returns:
-        Rows of ``storage.schema.SEQUENCE`` and the carried columns, in the documents' order; and the documents that
-        have none.
+        Rows of ``storage.schema.SEQUENCE`` and the carried columns, in the documents' order; and rejects for documents
+        without any row.
     """
     schema = row_schema_of(documents)
     tables, rejects = [schema.empty_table()], []
@@ -49,29 +49,29 @@ def to_sequences(
         tables.append(to_rows(part, chunks, eval_fraction, schema))
         names = part.column("document_id")
         without = sorted(set(range(part.num_rows)) - set(chunks.documents.tolist()))
-        rejects += [Reject(names[i].as_py(), refused.get(i, "no token of it can be predicted")) for i in without]
+        rejects += [Reject(names[i].as_py(), refused.get(i, "it has no token that can be predicted")) for i in without]
     return pa.concat_tables(tables), rejects
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Sequences of some documents, one after the other."""
+    """Sequences of some documents, concatenated."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Which tokens are captured: predicted, each from the position before it, and wanted."""
+    """Which tokens are captured: those that are wanted and can be predicted from the position before them."""
     offsets: NDArray[np.int64]
-    """Where each sequence begins in ids, and the end."""
+    """Where each sequence begins in ids, and the total length."""
     documents: NDArray[np.int64]
-    """Number of each sequence's document."""
+    """Index of each sequence's document."""
     chunk: NDArray[np.int64]
-    """Number of the sequence within its document ..."""
+    """Index of each sequence within its document ..."""
     chunks: NDArray[np.int64]
-    """... and how many that has."""
+    """... and the number of sequences of that document."""
 
 
 def cut(encoded: Encoded, prefix: NDArray[np.int32], max_tokens: int, context: int) -> Chunks:
-    """Cut documents into sequences of at most ``max_tokens``, ``context`` of them repeated from the one before."""
+    """Cut documents into sequences of at most ``max_tokens``; each repeats ``context`` tokens of the previous one."""
     lead = np.where(encoded.begins, len(prefix), 0)
     room = max_tokens - lead
     counts = 1 + np.maximum(0, -(-(encoded.lengths - room) // (room - context)))
@@ -87,15 +87,15 @@ def cut(encoded: Encoded, prefix: NDArray[np.int32], max_tokens: int, context: i
     leading = np.append(prefix, 0)[np.minimum(place, len(prefix))]
     ids = np.where(inside < 0, leading, np.append(encoded.ids, 0)[source])  # 0: a document may have no token
     mask = (place >= first[row]) & np.append(encoded.wanted, False)[source]
-    kept = np.bincount(row, mask, len(lengths)) > 0
-    counts = np.bincount(document[kept], minlength=len(counts))
+    captured = np.bincount(row, mask, len(lengths)) > 0
+    counts = np.bincount(document[captured], minlength=len(counts))
     return Chunks(
-        ids[kept[row]].astype(np.int32),
-        mask[kept[row]],
-        np.append(0, np.cumsum(lengths[kept])),
-        document[kept],
+        ids[captured[row]].astype(np.int32),
+        mask[captured[row]],
+        np.append(0, np.cumsum(lengths[captured])),
+        document[captured],
         _within_groups(counts),
-        counts[document[kept]],
+        counts[document[captured]],
     )
 
 
@@ -105,7 +105,7 @@ def row_schema_of(documents: pa.Table) -> pa.Schema:
 
 
 def split_of(document_id: str, eval_fraction: float) -> str:
-    """The split of a document: a function of its id and the fraction alone."""
+    """The split of a document, which depends only on its id and the fraction."""
     digest = hashlib.blake2b(document_id.encode(), digest_size=8, person=b"softlabel split").digest()
     return "eval" if int.from_bytes(digest, "little") < eval_fraction * 2**64 else "train"
 
@@ -126,7 +126,7 @@ def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: p
         "tokens": pa.array(np.diff(offsets).astype(np.int32)),
         "positions": pa.array(np.diff(np.append(0, np.cumsum(mask))[offsets]).astype(np.int32)),
     }
-    # Not the contents: a document has as many chunks as it is long, and each would get a copy of it.
+    # Without the contents: each chunk of a long document would get a copy of the whole document.
     wanted = documents.append_column("split", pa.array(splits, pa.string())).select(
         [name for name in schema.names if name not in own]
     )
@@ -136,7 +136,7 @@ def to_rows(documents: pa.Table, chunks: Chunks, eval_fraction: float, schema: p
 
 
 def parts(documents: pa.Table) -> Iterator[pa.Table]:
-    """Slices that can be tokenized at once: of at most ``_CHARACTERS``, or a document."""
+    """Slices to tokenize at once: at most ``_CHARACTERS``, or a single longer document."""
     sizes = pc.utf8_length(documents.column("content")).to_numpy()
     start, held = 0, 0
     for i, size in enumerate(sizes.tolist()):
@@ -149,5 +149,5 @@ def parts(documents: pa.Table) -> Iterator[pa.Table]:
 
 
 def _within_groups(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, ... within each of the groups of these sizes."""
+    """0, 1, ... within each group, for groups of these sizes."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,7 +1,7 @@
-"""The teacher's tokenizer, and how the content of a document becomes token ids.
+"""Turn the content of a document into token ids with the teacher's tokenizer.
 
-Which of them are worth predicting is decided here: all of a text, the assistant's words of a chat, what follows a
-prompt. Cutting them into sequences is ``pipeline.sequences.chunking``'s business.
+This also decides which tokens are wanted (worth predicting): all of a text, the assistant's words in a chat, the
+completion of a prompt. ``pipeline.sequences.chunking`` cuts the ids into sequences.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tokenizers import Encoding, Tokenizer
 from softlabel.pipeline.config.capture import Content, SequencesConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import sha256
-from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, Written
+from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, RenderedChat
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import TokenizerIdentity
 
@@ -38,18 +38,18 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of some documents, one after the other, without the ids that every sequence begins with."""
+    """Token ids of some documents, concatenated, without the prefix that every sequence begins with."""
 
     ids: NDArray[np.int32]
     wanted: NDArray[np.bool_]
-    """Which of them are worth predicting."""
+    """Which tokens are worth predicting."""
     lengths: NDArray[np.int64]
     begins: NDArray[np.bool_]
     """Which documents begin with the tokenizer's prefix."""
 
 
 class _Row(NamedTuple):
-    """One document's token ids, which of them are wanted, or why it has none."""
+    """One document's token ids and which of them are wanted, or why it was refused."""
 
     ids: list[int]
     wanted: NDArray[np.bool_]
@@ -57,21 +57,22 @@ class _Row(NamedTuple):
 
 
 class DocumentTokenizer:
-    """The teacher's tokenizer, and how a document becomes token ids.
+    """Turns documents into token ids with the teacher's tokenizer.
 
-    Text gets what the tokenizer puts before a text by itself (BOS, for many), and the end-of-sequence token after its
-    end, so that a student learns where to stop. So does a prompt with its completion; see ``_encode_pairs`` for where
-    the one ends. A chat is written by the teacher's chat template, which brings its own. Special tokens' names inside
-    a document are taken as text unless ``sequences.special_tokens`` says otherwise.
+    A text gets the tokenizer's usual prefix (often BOS), and the end-of-sequence token at its end, so that a student
+    learns where to stop. So does a prompt with its completion; ``_encode_pairs`` describes where the prompt ends. A
+    chat is rendered by the teacher's chat template, which adds its own special tokens. Names of special tokens inside a
+    document are plain text unless ``sequences.special_tokens`` says otherwise.
 
     Args:
         checkpoint: the teacher's files.
-        settings: chunking, the date of the chat template, which turns are captured, what special tokens in text are.
-        content: what documents are.
+        settings: chunking, the date of the chat template, which turns are captured, how special tokens in text are
+            read.
+        content: kind of the documents' content.
 
     Raises:
         TeacherError: if the tokenizer can't be loaded.
-        UsageError: if chats are asked for and there is no usable chat template, or no room for a token in a sequence.
+        UsageError: if chats need a chat template and there is no usable one, or ``max_tokens`` is too small.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig, content: Content) -> None:
@@ -81,8 +82,8 @@ class DocumentTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.prefix = np.array(_prefix(self._backend), np.int32)
-        """Ids that the tokenizer puts before a text, and that each of its sequences begins with."""
-        self._backend.post_processor = None  # it may trim the space off where tokens are said to be
+        """Ids that the tokenizer puts before a text; every sequence of a text begins with them."""
+        self._backend.post_processor = None  # it may trim space from the tokens' offsets
         added = self._backend.get_added_tokens_decoder().items()
         self._greedy = {i for i, token in added if token.lstrip or token.rstrip}
         self._content = content
@@ -94,7 +95,7 @@ class DocumentTokenizer:
             _ = self._template
         if settings.max_tokens <= len(self.prefix) + settings.context:
             raise UsageError(
-                "a sequence has no room for a token to predict",
+                "sequences.max_tokens leaves no room for a token to predict",
                 expected=f"sequences.max_tokens above {len(self.prefix)} (prefix) + {settings.context} (context)",
                 found=f"sequences.max_tokens: {settings.max_tokens}",
                 do="set sequences.max_tokens higher",
@@ -102,12 +103,12 @@ class DocumentTokenizer:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The tokenizer's files; whoever has them needs no hub."""
+        """The tokenizer's files; they can be loaded without the hub."""
         found = chain.from_iterable(self._checkpoint.folder.glob(pattern) for pattern in _FILES)
         return sorted({path for path in found if path.is_file()})
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a folder; whoever loads them runs no code, even if they came with some."""
+        """Copy the tokenizer's files into a folder, in a form that loads without any code that came with them."""
         for path in self.files:
             shutil.copy(path, folder)
         config = folder / "tokenizer_config.json"
@@ -119,7 +120,7 @@ class DocumentTokenizer:
 
     @cached_property
     def identity(self) -> TokenizerIdentity:
-        """What the tokenizer is, by the bytes of its files."""
+        """The tokenizer's identity: hashes of its files and its chat template, and the template's date."""
         lines = "".join(f"{path.name} {sha256(path)}\n" for path in self.files)
         template = self._checkpoint.tokenizer.chat_template
         return TokenizerIdentity(
@@ -133,7 +134,7 @@ class DocumentTokenizer:
         return _chat_template(self._checkpoint, self._settings)
 
     def encode(self, contents: Sequence[str]) -> tuple[Encoded, dict[int, str]]:
-        """Token ids of documents, and by its number why a document has none."""
+        """Token ids of documents and, by index, why a document was refused."""
         if self._content == "text":
             rows = self._encode_pairs([("", text) for text in contents])
         elif self._content == "chat":
@@ -148,7 +149,7 @@ class DocumentTokenizer:
         return self._joined(rows), {i: row.refused for i, row in enumerate(rows) if row.refused is not None}
 
     def _joined(self, rows: list[_Row]) -> Encoded:
-        """Documents one after the other, without the prefix."""
+        """The documents concatenated, without the prefix."""
         size, prefix = len(self.prefix), self.prefix.tolist()
         begins = np.array([size > 0 and row.ids[:size] == prefix for row in rows], bool)
         skips = np.where(begins, size, 0).tolist()
@@ -159,10 +160,10 @@ class DocumentTokenizer:
         return Encoded(flat, np.concatenate([*wanted, np.zeros(0, bool)]), lengths, begins)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[_Row]:
-        """Texts, each of a prompt (which may be empty) and a completion, which is wanted.
+        """Encode texts, each a prompt (which may be empty) and a completion, whose tokens are wanted.
 
-        The prompt's ids are those that it has alone, as when a student is asked. The completion's are what the whole
-        text has after them. Where a token of the whole would span both, they are those that it has alone, too.
+        The prompt is encoded separately, as it is when a student is used. The completion gets the remaining ids of the
+        whole text; if a token of the whole text would span both, the completion is encoded separately, too.
         """
         prompts = self._ids([prompt for prompt, _ in pairs])
         texts = [prompt + completion for prompt, completion in pairs]
@@ -178,19 +179,19 @@ class DocumentTokenizer:
         rows = []
         for prompt, whole in zip(prompts, wholes, strict=True):
             if len(whole) == len(prompt):
-                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no token for what is to be captured"))
+                rows.append(_Row([], np.zeros(0, bool), "the tokenizer has no tokens for the text to capture"))
                 continue
-            # A text may bring both by itself if its special tokens are parsed.
+            # A text may already contain both if special tokens in it are parsed.
             before = [] if whole[: len(start)] == start else start
             ids = before + whole + (end if whole[-1:] != end else [])
             rows.append(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt)))
         return rows
 
     def _spans_both(self, whole: Encoding, prompt: str, ids: list[int]) -> bool:
-        """Whether a token of the whole spans both the prompt, which has these ids alone, and what follows it."""
+        """Whether a token of the whole text spans both the prompt (which has these ids alone) and the completion."""
         if not ids or whole.ids[: len(ids)] != ids:
             return whole.ids[: len(ids)] != ids
-        # With the same ids, too: the last may stand for any number of unknown characters, of the prompt and after it.
+        # Even if the ids agree, the last one may be a token for several unknown characters on both sides.
         _, end = self._bare(ids[-1], prompt, *whole.offsets[len(ids) - 1])
         return end > len(prompt)
 
@@ -199,17 +200,19 @@ class DocumentTokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_chats(self, chats: Sequence[str]) -> list[_Row]:
-        written: list[Written | str] = []
+        rendered: list[RenderedChat | str] = []
         for content in chats:
             try:
-                written.append(self._template.write(content, self._settings.assistant_turns))
+                rendered.append(self._template.write(content, self._settings.assistant_turns))
             except ChatRefusedError as reason:
-                written.append(str(reason))
-        pieces = self._encode_pieces([piece for chat in written if isinstance(chat, Written) for piece in chat.pieces])
-        return [_Row([], np.zeros(0, bool), c) if isinstance(c, str) else self._row(c, pieces) for c in written]
+                rendered.append(str(reason))
+        pieces = self._encode_pieces(
+            [piece for chat in rendered if isinstance(chat, RenderedChat) for piece in chat.pieces]
+        )
+        return [_Row([], np.zeros(0, bool), c) if isinstance(c, str) else self._row(c, pieces) for c in rendered]
 
-    def _row(self, chat: Written, pieces: Iterator[Encoding]) -> _Row:
-        """A chat of these pieces. A token is wanted if it shares a character with a turn of the assistant."""
+    def _row(self, chat: RenderedChat, pieces: Iterator[Encoding]) -> _Row:
+        """The row of a chat with these pieces. A token is wanted if it overlaps a turn of the assistant."""
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -226,13 +229,13 @@ class DocumentTokenizer:
         tokens = np.array([starts, ends], np.int64)
         wanted = _sharing(tokens, chat.turns)
         if not all(_sharing(tokens, [(place.start, place.end)]).any() for place in chat.answers):
-            return _Row([], wanted[:0], "the tokenizer has no token for what is to be captured")
+            return _Row([], wanted[:0], "the tokenizer has no tokens for the text to capture")
         if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
-            return _Row([], wanted[:0], "a token holds words both of the assistant and of another message")
+            return _Row([], wanted[:0], "a token covers text of both the assistant and another message")
         return _Row(ids, wanted)
 
     def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
-        """Where a token is in a text, without the space around that some special tokens take up."""
+        """Character range of a token, without the surrounding space that some special tokens include."""
         if token in self._greedy:
             taken = text[start:end]
             return end - len(taken.lstrip()), start + len(taken.rstrip())
@@ -248,7 +251,7 @@ class DocumentTokenizer:
 
 
 def _prefix(backend: Tokenizer) -> list[int]:
-    """Ids that the tokenizer puts before a text by itself."""
+    """Ids that the tokenizer puts before every text."""
     bare = backend.encode("a", add_special_tokens=False).ids
     full = backend.encode("a").ids
     starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
@@ -262,10 +265,10 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
     except ValueError:
         raise UsageError(
             "the teacher has no chat template",
-            expected="chat_template.jinja, to write chats as the teacher knows them",
-            found="documents that are chats, and a tokenizer without one",
+            expected="a chat_template.jinja, or a template in tokenizer_config.json",
+            found="documents that are chats, and a tokenizer without a template",
             where=checkpoint.folder,
-            do="give an instruct model, or plain text with columns.text",
+            do="use an instruct model, or plain text with columns.text",
         ) from None
     named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -274,8 +277,8 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
 
 
 def _sharing(tokens: NDArray[np.int64], ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which tokens (their starts and their ends) share a character with one of the ranges."""
-    starts, ends = tokens[0], np.maximum(tokens[1], tokens[0] + 1)  # a token of no character is at its next
+    """Which tokens (given by starts and ends) overlap one of the ranges."""
+    starts, ends = tokens[0], np.maximum(tokens[1], tokens[0] + 1)  # an empty token counts as the next character
     sharing = np.zeros(len(starts), bool)
     for a, b in ranges:
         if a < b:

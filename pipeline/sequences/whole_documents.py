@@ -1,7 +1,7 @@
-"""Documents as a classifier reads them: one sequence each, cut short if need be, and one distribution over its classes.
+"""Sequences for a classifier: one per document, truncated if necessary, with one distribution over the classes.
 
-All classes are kept, so nothing is selected and any temperature is possible. Nothing here runs the classifier
-(``pipeline.teachers.classifier``) or trains one.
+All classes are kept, so no selection is needed and any temperature is possible. ``pipeline.teachers.classifier`` runs
+the classifier.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.sequences.chunking import Chunks, parts, row_schema_of, to_rows
 
 MASK = "document"
-"""Name of the rule that marks one token of a sequence, the last: what is captured there is about all of them."""
+"""Name of the rule that marks only the last token of a sequence, whose distribution is for the whole sequence."""
 
 
 class WholeDocuments:
-    """Makes one sequence of each document, as the classifier's tokenizer writes it with its own special tokens.
+    """Makes one sequence of each document, with the special tokens that the classifier's tokenizer adds.
 
     Args:
-        checkpoint: of the classifier.
-        settings: the longest sequence; the classifier's own limit holds too.
+        checkpoint: the classifier's files.
+        settings: the maximum length; the classifier's own limit also applies.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig) -> None:
@@ -37,10 +37,10 @@ class WholeDocuments:
         self._backend.encode_special_tokens = settings.special_tokens == "text"
         self._backend.enable_truncation(longest(checkpoint, settings))
         self.truncated = 0
-        """Documents, so far, that were longer."""
+        """Number of documents truncated so far."""
 
     def sequences(self, documents: pa.Table, eval_fraction: float) -> tuple[pa.Table, list[Reject]]:
-        """Rows of ``storage.schema.SEQUENCE`` and the carried columns, and the documents that have none.
+        """Rows of ``storage.schema.SEQUENCE`` and the carried columns, and rejects for documents without a row.
 
         Args:
             documents: rows of ``documents.DOCUMENT`` and any carried columns.
@@ -57,27 +57,27 @@ class WholeDocuments:
         names, labels = (documents.column(name).to_pylist() for name in ("document_id", "label"))
         encodings = self._backend.encode_batch(documents.column("content").to_pylist())
         reasons = [
-            "it has no token"
+            "it has no tokens"
             if not encoding.ids
-            else f"its label is {label!r}, which is none of teacher.labels"
+            else f"its label is {label!r}, which is not in teacher.labels"
             if self._labels and label not in self._labels
             else None
             for encoding, label in zip(encodings, labels, strict=True)
         ]
-        kept = [i for i, reason in enumerate(reasons) if reason is None]
-        self.truncated += sum(bool(encodings[i].overflowing) for i in kept)
-        lengths = np.array([len(encodings[i].ids) for i in kept], np.int64)
+        usable = [i for i, reason in enumerate(reasons) if reason is None]
+        self.truncated += sum(bool(encodings[i].overflowing) for i in usable)
+        lengths = np.array([len(encodings[i].ids) for i in usable], np.int64)
         offsets = np.append(0, np.cumsum(lengths))
         mask = np.zeros(int(offsets[-1]), bool)
         mask[offsets[1:] - 1] = True
-        ids = np.fromiter(chain.from_iterable(encodings[i].ids for i in kept), np.int32, len(mask))
-        one = np.ones(len(kept), np.int64)
-        chunks = Chunks(ids, mask, offsets, np.array(kept, np.int64), one - 1, one)
+        ids = np.fromiter(chain.from_iterable(encodings[i].ids for i in usable), np.int32, len(mask))
+        one = np.ones(len(usable), np.int64)
+        chunks = Chunks(ids, mask, offsets, np.array(usable, np.int64), one - 1, one)
         rows = to_rows(documents, chunks, eval_fraction, row_schema_of(documents))
         return rows, [Reject(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
 
 
 def class_ids(labels: Sequence[str | None], classes: Sequence[str]) -> NDArray[np.int64]:
-    """(N,) id of each document's class; -1 for one without a label, or with one that is no class."""
+    """(N,) id of each document's class; -1 for a document without a label, or whose label is not a class."""
     ids = {name: index for index, name in enumerate(classes)}
     return np.array([-1 if label is None else ids.get(label, -1) for label in labels], np.int64)

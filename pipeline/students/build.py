@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.pipeline.models.loading import explained, load_model, require_weights
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
+from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import Source
@@ -118,17 +118,17 @@ def parameters(model: nn.Module) -> int:
 
 
 def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
-    student, wrong = load_model(AutoModelForCausalLM, source, dtype)
+    student, wrong = load_student_model(AutoModelForCausalLM, source, dtype)
     require_weights(student, source, wrong)
     return student
 
 
 def _fresh(source: Path, origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
-    config = explained(source, "configuration", lambda: load_config(source))
+    config = load_or_raise(source, "configuration", lambda: load_config(source))
     tokenizer = origin.tokenizer()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    return explained(source, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
+    return load_or_raise(source, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
 
 
 def _some_sequences(table: AnyTable) -> Iterator[Tensor]:

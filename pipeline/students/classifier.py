@@ -9,9 +9,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.checkpoint import class_names, is_classifier
-from softlabel.pipeline.models.loading import explained, load_model, require_weights
 from softlabel.pipeline.models.padding import padding_id
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
+from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
 from softlabel.pipeline.students.build import pruned
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
@@ -40,10 +40,10 @@ def build_classifier(config: StudentConfig, table: Table, source: Source | None 
     head: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     dtype, tokenizer = getattr(torch, config.dtype), origin.tokenizer()
     if config.config is not None:
-        settings = explained(folder, "configuration", lambda: load_config(folder, **head))
+        settings = load_or_raise(folder, "configuration", lambda: load_config(folder, **head))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(settings, name, getattr(tokenizer, name))
-        student = explained(
+        student = load_or_raise(
             folder, "model", lambda: fresh_model(AutoModelForSequenceClassification, settings, dtype=dtype)
         )
     else:
@@ -53,10 +53,10 @@ def build_classifier(config: StudentConfig, table: Table, source: Source | None 
 
 
 def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
-    settings = explained(source, "configuration", lambda: load_config(source))
+    settings = load_or_raise(source, "configuration", lambda: load_config(source))
     # A model that was saved as something else has no head, whatever the names that it would give to classes.
     same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
-    student, wrong = load_model(AutoModelForSequenceClassification, source, dtype, **head)
+    student, wrong = load_student_model(AutoModelForSequenceClassification, source, dtype, **head)
     if not same:  # of other labels, even if they are as many
         _renew_head(student)
     # A new head, and what pools the layers' states for it, may be missing; nothing else.

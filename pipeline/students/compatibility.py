@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
-from softlabel.pipeline.models.context_length import positions_said
-from softlabel.pipeline.models.loading import explained
+from softlabel.pipeline.models.context_length import configured_positions
 from softlabel.pipeline.models.pretrained import load_config, load_tokenizer
 from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
+from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import Source
@@ -42,7 +42,7 @@ def require_fitting(config: StudentConfig, origin: Origin, source: Source | None
     """
     source = source or Source.find(config, origin)
     _require_labels(config, origin)
-    settings = explained(source.path, "configuration", lambda: load_config(source.path))
+    settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
     if config.config is None:
         _require_tokenizer(source.path, origin)
     if config.depth is not None:
@@ -108,7 +108,7 @@ def _require_class_settings(config: TrainConfig) -> None:
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:
     """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
-    theirs = explained(source, "tokenizer", lambda: load_tokenizer(source))
+    theirs = load_or_raise(source, "tokenizer", lambda: load_tokenizer(source))
     ours = origin.tokenizer()
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
@@ -154,7 +154,7 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
 def _require_positions(settings: Any, origin: Origin) -> None:
     """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
     are meant for."""
-    limit = positions_said(settings)
+    limit = configured_positions(settings)
     if limit is None or limit >= origin.max_tokens:
         return
     needed = origin.longest()

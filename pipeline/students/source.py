@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.files import locate, require_no_revision, sha256, weight_files
-from softlabel.pipeline.models.loading import explained
+from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.students.origin import Origin, Teacher
 from softlabel.storage.errors import StudentError, UsageError
 
@@ -63,7 +63,7 @@ class Source:
         Raises:
             StudentError: if one of them can't be read.
         """
-        return explained(self.path, "files", self._hashes)
+        return load_or_raise(self.path, "files", self._hashes)
 
     def _hashes(self) -> dict[str, str]:
         files = [self.path] if self.path.is_file() else [self.path / "config.json"]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.pipeline.teachers.queries import Questions
+from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels, decode
 from softlabel.storage.table import Table
@@ -56,7 +56,7 @@ class Sequences:
 
     def __init__(self, table: Table, rows: pa.Table, teacher: Teacher) -> None:
         self._teacher, self._temperatures = teacher, table.temperatures
-        self._asked = Questions(rows, table.identity.classes)
+        self._asked = Queries(rows, table.identity.classes)
         self._labels = [decode(rows.slice(i, 1), table.vocabulary) for i in range(len(rows))]
         self.tokens = np.array([len(tokens) for tokens in self._asked.tokens])
         """(R,) of each."""

@@ -1,1 +1,1 @@
-"""Teachers: what turns sequences into logits, and how one is loaded."""
+"""Teachers: load them and run sequences through them."""

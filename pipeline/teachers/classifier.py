@@ -1,7 +1,6 @@
-"""Teachers that say what class a document is of: a sequence classifier, or the documents' own labels in its place.
+"""Teachers that give distributions over classes: a sequence classifier, or the documents' own labels in its place.
 
-They turn documents into distributions over classes, and nothing else.
-``sequences.whole_documents`` makes the sequences.
+The sequences are made by ``sequences.whole_documents``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,23 +17,23 @@ from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.codec import SoftLabels
 
 _SLICE = 4096
-"""Rows that are labelled at a time."""
+"""Rows labelled at a time."""
 
 
 class ClassifierTeacher(TransformersTeacher):
-    """A sequence classifier run by transformers; its logits are over classes, one row for each sequence."""
+    """A sequence classifier run by transformers. Its logits are over classes, one row per sequence."""
 
     @torch.inference_mode()
     def logits(
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
     ) -> Iterator[torch.Tensor]:
-        """See ``Teacher.logits``; each sequence has one position, and is read whole."""
+        """See ``Teacher.logits``; each sequence has one position, whose logits depend on the whole sequence."""
         inputs = padded(sequences, padding_id(self._model, self.checkpoint.tokenizer))
         yield self._model(**{name: values.to(self.device) for name, values in inputs.items()}).logits
 
 
 class LabelTeacher:
-    """The documents' own labels, as what a classifier that is always right and always sure would say."""
+    """A teacher that gives each document's own label probability 1."""
 
     parameters = None
     device = torch.device("cpu")
@@ -45,7 +44,7 @@ class LabelTeacher:
         self.vocabulary = len(self.classes)
 
     def answers(self, sequences: pa.Table) -> Iterator[tuple[pa.Table, SoftLabels]]:
-        """The sequences, some at a time, with all mass on the label of each."""
+        """The sequences, some at a time, each with soft labels that have all mass on its own label."""
         for start in range(0, len(sequences), _SLICE):
             rows = sequences.slice(start, _SLICE)
             yield rows, _certain(class_ids(rows.column("label").to_pylist(), self.classes).astype(np.int32))

@@ -1,4 +1,4 @@
-"""Load the teacher that the settings name, once in each process."""
+"""Load the teacher that the settings name."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +12,7 @@ from softlabel.pipeline.teachers.teacher import Teacher, TransformersTeacher
 
 @lru_cache(maxsize=1)
 def load_teacher(config: TeacherConfig) -> Teacher | LabelTeacher:
-    """The teacher, loaded once in each process, by the engine that the settings name."""
+    """The teacher, run by the engine that the settings name; loaded once in each process."""
     checkpoint = Checkpoint.find(config)
     if config.labels:
         return LabelTeacher(checkpoint)

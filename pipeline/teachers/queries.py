@@ -1,6 +1,6 @@
-"""Sequences as a teacher is asked about them: their tokens, the positions to be predicted, and the seeds of the draws.
+"""Inputs of a teacher: the tokens of sequences, the positions to predict, and the seeds of the draws.
 
-Nothing here knows where the rows come from, a plan's file or a table, or what becomes of the answers.
+Independent of where the rows come from (a plan's file or a table) and of what is done with the teacher's output.
 """
 
 import hashlib
@@ -16,35 +16,35 @@ from softlabel.pipeline.sequences.whole_documents import class_ids
 from softlabel.storage.identity import TeacherIdentity
 
 
-class Questions:
-    """Some sequences.
+class Queries:
+    """Sequences for a teacher.
 
     Args:
         rows: with at least the columns key, token_ids and loss_mask of ``storage.schema.SEQUENCE``.
-        classes: what a classifier is asked about; the rows then have their label, too.
+        classes: the teacher's classes if it is a classifier; the rows then need the column label, too.
     """
 
     def __init__(self, rows: pa.Table, classes: Sequence[str] | None = None) -> None:
         masks = (row.values.to_numpy(zero_copy_only=False) for row in rows.column("loss_mask"))
         self.rows = rows
         self.tokens: list[NDArray[np.int32]] = [row.values.to_numpy() for row in rows.column("token_ids")]
-        """Of each sequence, (length,)."""
+        """Token ids of each sequence, (length,)."""
         self.positions: list[NDArray[np.int32]] = [np.flatnonzero(mask).astype(np.int32) for mask in masks]
-        """Of each sequence, the positions of the tokens to be predicted; see ``teacher.Teacher.logits``."""
+        """Positions of the tokens to predict in each sequence; see ``teacher.Teacher.logits``."""
         self._keys = rows.column("key").to_pylist()
         self._classes = None if classes is None else class_ids(rows.column("label").to_pylist(), classes)
 
     def next_ids(self, batch: NDArray[np.int64]) -> torch.Tensor:
-        """(P,) int: the tokens that really stand at the positions of these sequences, one after the other.
+        """(P,) int: the actual tokens at the positions of these sequences, one sequence after the other.
 
-        For a classifier, the classes that the documents really are of; -1 where that is not known.
+        For a classifier, the actual classes of the documents; -1 where the class is not known.
         """
         if self._classes is not None:
             return torch.from_numpy(self._classes[batch])
         return torch.from_numpy(np.concatenate([self.tokens[i][self.positions[i]] for i in batch]))
 
     def seeds(self, batch: NDArray[np.int64], selection: Selection, teacher: TeacherIdentity) -> torch.Tensor:
-        """(P,) int64: seeds for the draws at these positions."""
+        """(P,) int64: seeds for the draws at the positions of these sequences."""
         identity = hashlib.blake2b(teacher.model_dump_json().encode(), digest_size=16).digest()
         return torch.cat(
             [position_seeds(selection, identity, self._keys[i], torch.from_numpy(self.positions[i])) for i in batch]

@@ -1,7 +1,7 @@
-"""The teacher: the model whose next-token distributions are stored, and how batches of sequences go through it.
+"""The teacher: the model whose next-token distributions are stored, and running batches of sequences through it.
 
-It turns token ids into logits at the positions asked for, and nothing else: what is kept of them is
-``pipeline.selection.select``'s business. Where its files come from is ``pipeline.models.checkpoint``'s.
+It only turns token ids into logits at given positions. ``pipeline.selection.select`` decides what is kept of them, and
+``pipeline.models.checkpoint`` finds its files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,32 +19,32 @@ from softlabel.pipeline.models.files import first_line
 from softlabel.storage.errors import SoftlabelError, TeacherError
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 256 << 20
-"""Logits that are held at a time."""
+"""Bytes of logits held at a time."""
 _PROBE = 2
-"""Tokens of the sequences that show whether a model is causal; in few tokens, one counts for much."""
+"""Length of the sequences that test whether a model is causal; in short ones, one token has a large effect."""
 _LEAK = 0.01
-"""Share of a token's effect on the logits after it that counts as an effect on those before it; in a causal model it
-is 0 or, where sums are cut up otherwise, noise."""
+"""A token must change the logits before it by less than this share of what it changes those after it. In a causal model
+the share is 0, or rounding noise where sums are split differently."""
 
 Result = TypeVar("Result")
 
 
 class Teacher(Protocol):
-    """What is asked of a teacher. Any class with these members can run one: ``teacher.engine`` names it, and it is
-    made from the settings and the checkpoint, once in each process. Where memory runs out, it raises
-    ``torch.OutOfMemoryError``, and is asked about fewer sequences then.
+    """The interface of a teacher. ``teacher.engine`` can name any class with these members; it is called with the
+    settings and the checkpoint, once in each process. When memory runs out, it should raise
+    ``torch.OutOfMemoryError``; it is then called again with fewer sequences.
     """
 
     checkpoint: Checkpoint
-    """The files that it runs: what the table says its teacher is."""
+    """The teacher's files, which the table records as its teacher."""
     vocabulary: int
-    """The checkpoint's: token ids that the tokenizer knows, the support of every distribution."""
+    """Number of token ids that the tokenizer knows (``Checkpoint.vocabulary``): the support of every distribution."""
     device: torch.device
-    """That the logits are on."""
+    """Device that the logits are on."""
 
     @property
     def parameters(self) -> int | None:
-        """Numbers that the model has learned, for the table's history; None if that is not known."""
+        """Number of the model's parameters, for the table's history; None if it is not known."""
         ...
 
     def logits(
@@ -54,11 +54,11 @@ class Teacher(Protocol):
 
         Args:
             sequences: token ids, each (length,).
-            positions: for each sequence, the positions (from 1) of the tokens to be predicted, ascending; the logits
-                for position i are computed from the tokens before it.
+            positions: for each sequence, the positions (from 1) of the tokens to predict, ascending; the logits for
+                position i depend only on the tokens before it.
 
         Yields:
-            The sequences' positions one after the other, n of them at a time.
+            Logits of n positions at a time, in the order of the sequences.
         """
         ...
 
@@ -67,8 +67,8 @@ class TransformersTeacher:
     """A causal language model run by transformers.
 
     Raises:
-        TeacherError: if it can't be loaded or run, or sees the token that it is to predict.
-        UsageError: if there is no such device.
+        TeacherError: if it can't be loaded or run, or sees the token that it should predict.
+        UsageError: if this machine does not have the device.
     """
 
     def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None) -> None:
@@ -84,14 +84,14 @@ class TransformersTeacher:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the model has learned."""
+        """Number of the model's parameters."""
         return int(self._model.num_parameters())
 
     @torch.inference_mode()
     def logits(
         self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
     ) -> Iterator[torch.Tensor]:
-        """See ``Teacher.logits``. Sequences are padded on the right, where causal attention never looks."""
+        """See ``Teacher.logits``. Sequences are padded on the right, which causal attention ignores."""
         ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
@@ -105,12 +105,12 @@ class TransformersTeacher:
             yield self._head(chunk, kind)
 
     def _head(self, hidden: torch.Tensor, kind: type) -> torch.Tensor:
-        """Logits (n, vocabulary) of hidden states (n, width), by the model's own way from one to the other.
+        """Logits (n, vocabulary) of hidden states (n, width), computed by the model's own output layer.
 
-        The model's own forward runs with its body standing still, so that whatever an architecture does after the
-        body (scale, soft-capping, a bias) is done, for every architecture, without knowing what it is.
+        The model's own forward() runs, but its base model returns these hidden states. So whatever an architecture
+        does after the base model (scaling, soft-capping, a bias) is done here, too.
         """
-        with _standing_still(self._body, kind(last_hidden_state=hidden[None])) as calls:
+        with _fixed_output(self._body, kind(last_hidden_state=hidden[None])) as calls:
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         if calls != [1]:
@@ -118,44 +118,44 @@ class TransformersTeacher:
         return logits[0, :, : self.vocabulary]
 
     def _require_causal(self) -> None:
-        """Refuse a model whose logits depend on the tokens that they predict, or that can't be run at all."""
+        """Refuse a model that can't be run, or whose logits depend on the tokens that they should predict."""
         if self._body is self._model:
             raise self._inseparable()
         ids = np.random.default_rng(0).integers(self.vocabulary, size=_PROBE).astype(np.int32)
         other = np.append(ids[:-1], (ids[-1] + self.vocabulary // 2) % self.vocabulary).astype(np.int32)
-        positions = np.arange(1, _PROBE + 1, dtype=np.int32)  # the last is that of the token after these
+        positions = np.arange(1, _PROBE + 1, dtype=np.int32)  # the last one is the token after the sequence
         try:
             one, two = torch.cat(list(self.logits([ids, other], [positions] * 2))).float().chunk(2)
         except SoftlabelError:
             raise
-        except Exception as error:  # what an architecture lacks shows in as many ways as there are
+        except Exception as error:  # architectures fail in many different ways
             raise TeacherError(
                 "the teacher can't be run",
-                expected=f"logits of {_PROBE} tokens",
+                expected=f"logits for {_PROBE} tokens",
                 found=f"{type(error).__name__}: {first_line(error)}",
                 where=self.checkpoint.folder,
                 do="try another teacher.dtype, teacher.attn_implementation or teacher.device",
             ) from error
-        apart = (one - two).square().mean(1).sqrt()
-        if apart[:-1].max() > _LEAK * apart[-1]:
+        change = (one - two).square().mean(1).sqrt()
+        if change[:-1].max() > _LEAK * change[-1]:
             raise TeacherError(
-                "the teacher sees the token that it is to predict",
-                expected="a causal language model: logits that depend on the tokens before alone",
-                found=f"{type(self._model).__name__}: another last token changes the logits before it",
+                "the teacher sees the token that it should predict",
+                expected="a causal language model: logits that depend only on earlier tokens",
+                found=f"{type(self._model).__name__}: changing the last token changes the logits before it",
                 where=self.checkpoint.folder,
-                do="give a causal language model; if this one was trained as one, its config.json does not say so "
-                "(BERT and its kin need is_decoder: true)",
+                do="use a causal language model; if this one was trained as one, its config.json does not say so "
+                "(BERT and similar models need is_decoder: true)",
             )
 
     def _inseparable(self) -> TeacherError:
-        """The error for an architecture that ``_head`` can't be had of."""
+        """The error for an architecture for which ``_head`` does not work."""
         return TeacherError(
-            "this architecture's output layer can't be run apart from its body",
-            expected="a forward() that calls its base model once",
+            "this architecture's output layer can't be run separately from its base model",
+            expected="a forward() that calls its base model exactly once",
             found=f"{type(self._model).__name__} does not",
             where=self.checkpoint.folder,
-            do="give another teacher; or name a class of your own that runs this one with teacher.engine "
-            "(softlabel.pipeline.teachers.teacher.Teacher says what it needs)",
+            do="use another teacher, or set teacher.engine to a class of your own that runs this one "
+            "(softlabel.pipeline.teachers.teacher.Teacher describes it)",
         )
 
 
@@ -168,20 +168,20 @@ def each_batch(
 ) -> Iterator[Result]:
     """Run all sequences through the teacher, the longest first, and yield what ``work`` makes of each batch.
 
-    A batch holds sequences of about the same length, ``batch_tokens`` with padding at most (or one sequence). If the
-    device runs out of memory, anywhere from the forward pass to the end of ``work``, the budget is halved and the
-    batch is done again.
+    A batch has sequences of about the same length and at most ``batch_tokens`` tokens with padding (or one sequence).
+    If the device runs out of memory during the forward pass or ``work``, the number of tokens is halved and the batch
+    is repeated.
 
     Args:
-        teacher: whose logits are wanted.
+        teacher: the teacher to run.
         sequences: token ids, each (length,).
         positions: for each sequence, the positions of the predicted tokens (see ``Teacher.logits``).
         work: called with the indices of the batch's sequences and their logits, chunk by chunk, in that order. It may
-            be called again for the same sequences, so it has no effect but its result.
+            be called again for the same sequences, so it must have no side effects.
         batch_tokens: tokens of one forward pass, padding included.
 
     Raises:
-        TeacherError: if the device has no room for a single sequence.
+        TeacherError: if the device does not have enough memory for a single sequence.
     """
     order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")
     while len(order):
@@ -190,7 +190,7 @@ def each_batch(
         try:
             result = work(batch, teacher.logits([sequences[i] for i in batch], [positions[i] for i in batch]))
         except torch.OutOfMemoryError:
-            fits = False  # what the traceback holds is freed when this block ends
+            fits = False  # the memory that the traceback refers to is freed when this block ends
         else:
             fits = True
         if fits:
@@ -201,16 +201,16 @@ def each_batch(
             batch_tokens = len(batch) * longest // 2
         else:
             raise TeacherError(
-                "the device has no room for a single sequence",
+                "the device does not have enough memory for a single sequence",
                 expected=f"memory for {longest} tokens",
                 found="out of memory",
-                do="set sequences.max_tokens lower, teacher.dtype to bfloat16, or take a larger device",
+                do="lower sequences.max_tokens, set teacher.dtype to bfloat16, or use a larger device",
             )
 
 
 @contextmanager
-def _standing_still(body: Any, output: Any) -> Iterator[list[int]]:
-    """Let the body answer every call with this output; the list's one number counts the calls."""
+def _fixed_output(body: Any, output: Any) -> Iterator[list[int]]:
+    """Make the base model return this output for every call; the list's only number counts the calls."""
     calls, forward = [0], body.forward
 
     def answer(*_: Any, **__: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import distributed
 
 from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
 from softlabel.pipeline.exclusive import scratch
-from softlabel.pipeline.processes import Child, ChildDiedError, listen
+from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.storage.errors import UsageError, WorkerError
 
@@ -96,7 +96,7 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
                 log, environment = private / f"rank-{rank}.log", _environment(rank, processes)
                 arguments = config.model_dump_json(), str(private / "rendezvous")
                 ranks.append(Child("softlabel.pipeline.training.rank", *arguments, log=log, environment=environment))
-            for child, kind, value in listen(ranks):
+            for child, kind, value in messages(ranks):
                 match kind:
                     case "progress":
                         watch(Progress(**value))

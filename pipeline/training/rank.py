@@ -10,14 +10,14 @@ import warnings
 from functools import partial
 from threading import Thread
 
-from softlabel.pipeline.processes import as_told, speaker
+from softlabel.pipeline.processes import message_sender, serialized
 
 
 def main() -> None:
     """Train as one rank."""
     parent = Thread(target=_end_with_parent, daemon=True)
     parent.start()
-    tell = speaker()
+    tell = message_sender()
     settings, rendezvous = sys.argv[1:]
     if os.environ["RANK"] == "0":
         warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
@@ -31,7 +31,7 @@ def main() -> None:
         tell("report", train(config, partial(tell, "progress")))
     except Exception as error:
         traceback.print_exc()
-        tell("error", as_told(error))
+        tell("error", serialized(error))
     # It does not end by itself: the others would lose their connection, and that would be what they have to say.
     parent.join()
 

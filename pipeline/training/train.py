@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from softlabel.pipeline.config.train import TrainConfig
-from softlabel.pipeline.exclusive import alone
+from softlabel.pipeline.exclusive import lock_output
 from softlabel.pipeline.loss.averaging import require_average
 from softlabel.pipeline.loss.targets import Target, dropping
 from softlabel.pipeline.progress import Watch, unwatched
@@ -92,7 +92,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     if processes and folder.finished() is None:
         return TrainReport(**train_by(processes, config, watch))
     ranks = PartialState(cpu=on_cpu(config.optimizer))
-    with alone(folder.path) if ranks.is_main_process else nullcontext():
+    with lock_output(folder.path) if ranks.is_main_process else nullcontext():
         return _train(config, folder, watch, began)
 
 

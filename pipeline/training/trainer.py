@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from softlabel.pipeline.config.train import OptimizerConfig
-from softlabel.pipeline.models.loading import finite
+from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 DAMAGES = [
     ("truncated", "can't be loaded"),
-    ("other shape", "in the shape that its configuration says"),
-    ("no number", "weights are no numbers"),
+    ("other shape", "in the shape that its configuration gives"),
+    ("no number", "weights are not finite numbers"),
 ]
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from softlabel.pipeline.processes import as_told, same_modules, speaker
+from softlabel.pipeline.processes import message_sender, same_modules, serialized
 from softlabel.storage.errors import SoftlabelError, TeacherError
 
 
@@ -30,12 +30,12 @@ def main() -> None:
     if sys.argv[1] == "modules":
         print(same_modules()["PYTHONPATH"])
         return
-    tell = speaker()
+    send = message_sender()
     print("what a library prints")
-    tell("progress", {"text": "long " * 100_000})
+    send("progress", {"text": "long " * 100_000})
     if sys.argv[1] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    tell("error", as_told(RAISED[sys.argv[1]]))
+    send("error", serialized(RAISED[sys.argv[1]]))
     sys.stdin.read()
 
 

@@ -1,4 +1,4 @@
-"""A set of digests is a set: whatever bytes they are, however many come at a time."""
+"""DigestSet behaves like a set of Python, for any bytes and any size of batch."""
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from softlabel.pipeline.digests import DigestSet, as_digests, digests, side_by_side
 
 FEW = st.lists(st.binary(min_size=16, max_size=16).map(lambda b: bytes(x % 3 for x in b[:2]) + bytes(14)), max_size=20)
-"""Batches in which many are equal and nearly all bytes are zero."""
+"""Batches with many equal values, nearly all of whose bytes are zero."""
 
 
 @settings(max_examples=50)
 @given(st.lists(st.one_of(FEW, st.lists(st.binary(min_size=16, max_size=16), max_size=20)), max_size=8))
-def test_it_says_what_is_new_and_keeps_it(batches: list[list[bytes]]) -> None:
+def test_added_values_are_found_and_new_ones_are_reported(batches: list[list[bytes]]) -> None:
     ours, theirs = DigestSet(), set()
     for batch in batches:
         expected = [value not in theirs and value not in batch[:i] for i, value in enumerate(batch)]
@@ -24,7 +24,7 @@ def test_it_says_what_is_new_and_keeps_it(batches: list[list[bytes]]) -> None:
         assert ours.has(packed).all()
 
 
-def test_names_and_numbers_side_by_side_are_told_apart() -> None:
+def test_pairs_of_names_and_numbers_are_distinguished() -> None:
     names = digests(["a", "b", "a", "a"])
     pairs = side_by_side(names, np.array([0, 0, 256, 0], np.int32))
     assert pairs.dtype == "S20"

@@ -1,4 +1,4 @@
-"""Child processes: what they raise is raised, and they import what their parent does, from nowhere else."""
+"""Child processes: their errors are raised here, and they import exactly the modules that their parent does."""
 
 import json
 import os
@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.processes import Child, ChildDiedError, listen
+from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.storage.errors import SoftlabelError, TeacherError, WorkerError
 from tests.conftest import ROOT
 
 SPEAKING = "tests.pipeline.speaking"
+
+
+def end(child: Child) -> None:
+    """Kill a child and leave no zombie."""
+    child.process.kill()
+    child.process.wait()
 
 
 @pytest.mark.parametrize(
@@ -26,33 +32,33 @@ SPEAKING = "tests.pipeline.speaking"
         ("of another's name", WorkerError, "TableError: of a restaurant", None),
     ],
 )
-def test_an_error_comes_back_with_its_class_its_message_and_its_details(raised, kind, message, details, tmp_path: Path):
+def test_a_childs_error_keeps_its_class_its_text_and_its_details(raised, kind, message, details, tmp_path: Path):
     child = Child(SPEAKING, raised, log=tmp_path / "log")
-    said = listen([child])
-    assert len(next(said)[2]["text"]) == 500_000
+    received = messages([child])
+    assert len(next(received)[2]["text"]) == 500_000
     with pytest.raises(SoftlabelError) as error:
-        next(said)
+        next(received)
     assert (type(error.value), str(error.value), error.value.details) == (kind, message, details)
-    child.process.kill()
+    end(child)
     assert (tmp_path / "log").read_text() == "what a library prints\n"
 
 
-def test_details_of_any_kind_come_back_somehow(tmp_path: Path):
+def test_details_that_json_can_not_represent_still_arrive(tmp_path: Path):
     child = Child(SPEAKING, "with odd details", log=tmp_path / "log")
     with pytest.raises(TeacherError, match="odd") as error:
-        list(listen([child]))
+        list(messages([child]))
     assert json.dumps(error.value.details)
-    child.process.kill()
+    end(child)
 
 
-def test_a_death_is_told_from_an_error(tmp_path: Path):
+def test_a_death_takes_precedence_over_an_error_of_another_child(tmp_path: Path):
     children = [Child(SPEAKING, what, log=tmp_path / what) for what in ("of a library", "dies")]
     with pytest.raises(ChildDiedError) as death:
-        list(listen(children))
+        list(messages(children))
     assert death.value.child is children[1]
     assert "SIGKILL" in children[1].death()
     for child in children:
-        child.process.kill()
+        end(child)
 
 
 RUN = [sys.executable, "-m", SPEAKING, "modules"]
@@ -61,13 +67,13 @@ PROGRAM = "import sys; sys.argv[1:] = ['modules']; from tests.pipeline.speaking 
 
 @pytest.mark.parametrize("path", ["{root}", "{root}:", ":{root}", "{root}::{other}"])
 @pytest.mark.parametrize("command", [RUN, [sys.executable, "-c", PROGRAM]], ids=["-m", "-c"])
-def test_the_folder_where_a_command_was_started_is_not_looked_in(command, path, tmp_path: Path):
+def test_a_child_imports_nothing_from_the_folder_where_the_command_was_started(command, path, tmp_path: Path):
     found = modules(command, path, tmp_path)
     assert str(ROOT) in found
     assert not [each for each in found if not each or Path(each, "here").exists()], found
 
 
-def test_unless_it_was_named_or_is_the_programs_own(tmp_path: Path):
+def test_a_child_imports_from_that_folder_if_pythonpath_names_it_or_the_program_is_in_it(tmp_path: Path):
     assert str(tmp_path) in modules(RUN, "{root}:.", tmp_path)
     assert str(tmp_path) in modules(RUN, "{here}:{root}", tmp_path)
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -78,13 +84,13 @@ def test_unless_it_was_named_or_is_the_programs_own(tmp_path: Path):
     assert str(tmp_path) in modules([sys.executable, "-m", "package.program"], "{root}", tmp_path)
 
 
-def test_a_folder_with_a_colon_in_its_name_is_not_taken_for_two(tmp_path: Path):
+def test_a_folder_with_a_colon_in_its_name_is_not_split_in_two(tmp_path: Path):
     code = PROGRAM.replace("import sys;", "import sys; sys.path.insert(0, '/somewhere:here');")
     assert not {"/somewhere", "here"} & {*modules([sys.executable, "-c", code], "{root}", tmp_path)}
 
 
 def modules(command: list[str], path: str, folder: Path) -> list[str]:
-    """Where a child of this command, started in this folder, would look for modules."""
+    """The folders in which a child of this command, started in this folder, would search for modules."""
     (folder / "here").touch()
     environment = os.environ | {"PYTHONPATH": path.format(root=ROOT, here=folder, other="/nowhere")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Temporary folders: gone with their job, even one that was killed, and never while it is at work."""
+"""Temporary folders are deleted after their job, even a killed one, and never during it."""
 
 import os
 import subprocess
@@ -23,9 +23,11 @@ with scratch() as folder:
 """
 
 
-def test_what_a_killed_job_left_goes_when_the_next_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_a_killed_job_is_deleted_when_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "softlabel-other").mkdir()  # which is not for us to judge
+    (tmp_path / "softlabel-other").mkdir()  # without a lock: may belong to something else
     killed = subprocess.run(
         [sys.executable, "-c", KILLED], cwd=ROOT, env={"TMPDIR": str(tmp_path)}, capture_output=True, text=True
     )
@@ -73,7 +75,7 @@ def open_to_all(folder: Path, lock: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [linked_lock, linked_folder, pipe, missing_lock, open_to_all])
-def test_what_only_looks_like_an_abandoned_folder_stays(put: Callable[[Path, Path], None], tmp: Path) -> None:
+def test_a_folder_that_only_looks_abandoned_is_not_deleted(put: Callable[[Path, Path], None], tmp: Path) -> None:
     other = tmp.with_name("others")
     other.mkdir()
     (other / "in-use").write_text("by somebody else")
@@ -86,7 +88,7 @@ def test_what_only_looks_like_an_abandoned_folder_stays(put: Callable[[Path, Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_another_users_folder_stays(tmp: Path) -> None:
+def test_another_users_folder_is_not_deleted(tmp: Path) -> None:
     (tmp / "softlabel-1").mkdir(0o700)
     (tmp / "softlabel-1" / "in-use").touch()
     os.chown(tmp / "softlabel-1", 65534, 65534)

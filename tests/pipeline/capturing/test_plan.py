@@ -69,7 +69,7 @@ def test_a_file_whose_name_is_no_utf8_costs_that_file(tiny_teacher: Path, tmp_pa
     assert (found.documents, found.rejects) == (1, 1)
     assert found.rejects_file
     reject = json.loads(Path(found.rejects_file).read_text())
-    assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is broken UTF-8"}
+    assert reject == {"document_id": os.fsdecode(b"caf\xe9.txt"), "reason": "the id is not valid UTF-8"}
 
 
 def lines(path: Path, records: list[dict[str, object]]) -> Path:
@@ -107,6 +107,6 @@ def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path,
     )
     with pytest.raises(DocumentsError, match="strict") as caught:
         plan(config, tmp_path / "plan")
-    assert "found:       first: no assistant speaks" in str(caught.value)
+    assert "found:       first: the chat has no assistant message" in str(caught.value)
     assert "second" not in str(caught.value)
     assert not (tmp_path / "t").exists()

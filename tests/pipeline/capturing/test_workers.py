@@ -57,7 +57,7 @@ def test_a_worker_that_is_killed_costs_its_shard_only(
     tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What this process takes for the hash of the weights, workers do, too: they do not read all of them again.
-    monkeypatch.setattr(model_folder, "_SECONDS_TO_SETTLE", -1.0)
+    monkeypatch.setattr(model_folder, "_MIN_AGE_SECONDS", -1.0)
     model_folder.sha256(tiny_teacher / "model.safetensors")
     known = {state: "known" for state in model_folder.known_hashes() if "model.safetensors" in state}
     monkeypatch.setattr(model_folder, "_HASHES", known)

@@ -1,4 +1,4 @@
-"""A column that is carried keeps each value as it was; a document whose value would change is a reject."""
+"""A carried column keeps every value unchanged; a document whose value would change is rejected."""
 
 import datetime
 import json
@@ -53,19 +53,19 @@ def test_carried_columns_keep_their_types(tmp_path: Path) -> None:
     assert documents.select(carry).to_pylist() == table.select(carry).to_pylist()
 
 
-def test_later_lines_of_another_type_are_not_cut_to_fit(tmp_path: Path) -> None:
+def test_values_of_later_lines_that_do_not_fit_the_type_are_rejected_and_never_rounded(tmp_path: Path) -> None:
     later = [2.5, 0.99, True, "MMXX", 7, 7.0, None, 2**63]
     documents, rejects = read(lines(tmp_path / "x.jsonl", [*range(1000), *later]), "value")
     assert documents["value"].to_pylist() == [*range(1000), 7, 7, None]
-    assert {reject.reason for reject in rejects} == {"column 'value' holds no int64 there"}
+    assert {reject.reason for reject in rejects} == {"the value of column 'value' can't be stored as int64"}
     assert [reject.document_id for reject in rejects] == ["1000", "1001", "1002", "1003", "1007"]
 
 
-def test_fractions_among_integers_make_a_column_of_fractions(tmp_path: Path) -> None:
+def test_a_column_of_integers_and_fractions_is_stored_as_float64(tmp_path: Path) -> None:
     documents, rejects = read(lines(tmp_path / "x.jsonl", [1, 2, 2.5, math.nan, "x"]), "value")
     assert documents["value"].to_pylist()[:3] == [1.0, 2.0, 2.5]
     assert math.isnan(documents["value"][3].as_py())
-    assert rejects == [Reject("4", "column 'value' holds no double there")]
+    assert rejects == [Reject("4", "the value of column 'value' can't be stored as double")]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_fractions_among_integers_make_a_column_of_fractions(tmp_path: Path) -> 
         (pa.array(["q"]), pa.array([b"\xff", "é".encode()], pa.binary()).view(pa.string()), ["é"]),
     ],
 )
-def test_a_later_file_of_another_type_is_not_cut_to_fit(
+def test_values_of_later_files_that_do_not_fit_the_type_are_rejected_and_never_rounded(
     first: pa.Array, second: pa.Array, kept: list[object], tmp_path: Path
 ) -> None:
     parquet(tmp_path / "1.parquet", first)
@@ -91,12 +91,12 @@ def test_a_later_file_of_another_type_is_not_cut_to_fit(
 
 
 @pytest.mark.parametrize("values", [pa.array([["p"]]), pa.array([2**64 - 1], pa.uint64())])
-def test_a_type_that_no_table_keeps_is_refused(values: pa.Array, tmp_path: Path) -> None:
+def test_a_column_of_an_unsupported_type_is_refused(values: pa.Array, tmp_path: Path) -> None:
     parquet(tmp_path / "x.parquet", values)
     with pytest.raises(UsageError, match="'value' can't be carried"):
         read(tmp_path / "x.parquet", "value")
 
 
-def test_a_column_is_carried_once() -> None:
+def test_a_column_named_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="found twice: text"):
         ColumnsConfig(carry=("text", "text"))

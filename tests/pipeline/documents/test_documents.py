@@ -1,4 +1,4 @@
-"""Documents are read as they are; what is wrong with one costs that one, what is wrong with all is said at once."""
+"""Documents are read unchanged; a bad one is rejected alone, and a problem with all of them is an error at once."""
 
 import datetime
 import gzip
@@ -46,16 +46,16 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         assert read(tmp_path / name, carry=("lang", "year"))[0].equals(first), name
 
 
-def test_a_folder_is_all_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_a_folder_is_read_file_by_file_in_order_of_name_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.jsonl", "_hidden/x.jsonl", ".cache/x.jsonl"):
         (tmp_path / name).parent.mkdir()
         lines(tmp_path / name, [{"id": name, "text": "x"}])
     (tmp_path / "LICENSE").write_text("not a document")
     assert read(tmp_path)[0]["document_id"].to_pylist() == ["a/1.jsonl", "b/2.jsonl"]
-    assert read(tmp_path / "*" / "*.jsonl")[0].num_rows == 4, "a glob means what it says"
+    assert read(tmp_path / "*" / "*.jsonl")[0].num_rows == 4, "a glob also finds hidden files"
 
 
-def test_an_id_is_used_once_in_all_files(tmp_path: Path) -> None:
+def test_a_second_document_with_the_same_id_is_rejected(tmp_path: Path) -> None:
     for name in ("1.jsonl", "2.jsonl"):
         lines(tmp_path / name, [{"id": "same", "text": name}, {"id": name, "text": "x"}])
     documents, rejects = read(tmp_path)
@@ -63,7 +63,7 @@ def test_an_id_is_used_once_in_all_files(tmp_path: Path) -> None:
     assert rejects == [Reject("same", "another document has this id")]
 
 
-def test_a_text_file_is_a_document_named_by_its_path(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document_whose_id_is_its_path(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "one.txt").write_text("One\nmore")
     (tmp_path / "two.md").write_text("Two")
@@ -71,11 +71,11 @@ def test_a_text_file_is_a_document_named_by_its_path(tmp_path: Path) -> None:
     documents, rejects = read(tmp_path)
     rows = dict(zip(documents["document_id"].to_pylist(), documents["content"].to_pylist(), strict=True))
     assert rows == {"sub/one.txt": "One\nmore", "two.md": "Two"}
-    assert rejects == [Reject("bad.txt", "the text is broken UTF-8 at byte 3")]
+    assert rejects == [Reject("bad.txt", "the text is not valid UTF-8 at byte 3")]
     assert read(tmp_path / "two.md")[0]["document_id"].to_pylist() == ["two.md"]
 
 
-def test_a_fingerprint_is_of_the_content_and_the_label_alone(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_only_on_content_and_label(tmp_path: Path) -> None:
     def fingerprints(records: list[dict[str, object]], **columns: object) -> list[bytes]:
         path = lines(tmp_path / "x.jsonl", records)
         return read(path, **columns)[0]["fingerprint"].to_pylist()
@@ -90,7 +90,7 @@ def test_a_fingerprint_is_of_the_content_and_the_label_alone(tmp_path: Path) -> 
     assert not set(fingerprints([r | {"year": 7} for r in RECORDS], label="year")) & set(labelled)
 
 
-def test_what_is_wrong_with_a_document_costs_that_document(tmp_path: Path) -> None:
+def test_a_document_that_can_not_be_used_is_rejected_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     good = [{"id": "good", "text": "fine", "year": 1}, {"id": 7, "text": "an integer as id", "year": 2}]
     bad = [
@@ -117,24 +117,24 @@ def test_what_is_wrong_with_a_document_costs_that_document(tmp_path: Path) -> No
         "absent": "the text is null",
         "empty": "the text is empty",
         "blank": "the text is empty",
-        "number": "the text is no string but int",
+        "number": "the text must be a string, but is int",
         "good": "another document has this id",
-        "carried": "column 'year' holds no int64 there",
+        "carried": "the value of column 'year' can't be stored as int64",
         "x.jsonl:9": "the id is null",
-        "half a pair": "the text is broken UTF-8",
-        "x.jsonl:12": "the id is broken UTF-8",
-        "x.jsonl:13": "the line is no JSON object but list",
-        "x.jsonl:14": "the line is no JSON:",
-        "x.jsonl:15": "the line is broken UTF-8 at byte 28",
+        "half a pair": "the text is not valid UTF-8",
+        "x.jsonl:12": "the id is not valid UTF-8",
+        "x.jsonl:13": "the line must be a JSON object, but is list",
+        "x.jsonl:14": "the line is not valid JSON:",
+        "x.jsonl:15": "the line is not valid UTF-8 at byte 28",
     }
 
 
-def test_one_broken_string_in_parquet_costs_one_document(tmp_path: Path) -> None:
+def test_an_invalid_string_in_parquet_rejects_only_its_own_document(tmp_path: Path) -> None:
     text = pa.array([b"fine", b"caf\xe9", None, b"too"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"id": [1, 2, 3, 4], "text": text}), tmp_path / "x.parquet")
     documents, rejects = read(tmp_path / "x.parquet")
     assert documents["document_id"].to_pylist() == ["1", "4"]
-    assert rejects == [Reject("2", "the text is broken UTF-8 at byte 3"), Reject("3", "the text is null")]
+    assert rejects == [Reject("2", "the text is not valid UTF-8 at byte 3"), Reject("3", "the text is null")]
 
 
 def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
@@ -153,43 +153,47 @@ def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chat", "reason"),
     [
-        (None, "the chat is no list of messages but null"),
-        ("Hi", "the chat is a string that is no JSON"),
-        ([], "the chat has no message"),
-        ("[" * 100_000, "the chat has more than 100 lists and objects within each other"),
-        ([CHAT[1] | {"more": DEEP}], "the chat has more than 100 lists and objects within each other"),
-        (["Hi"], "message 0 is no object"),
+        (None, "the chat must be a list of messages, but is null"),
+        ("Hi", "the chat is a string that is not valid JSON"),
+        ([], "the chat has no messages"),
+        ("[" * 100_000, "the chat nests lists and objects more than 100 levels deep"),
+        ([CHAT[1] | {"more": DEEP}], "the chat nests lists and objects more than 100 levels deep"),
+        (["Hi"], "message 0 is not an object"),
         ([{"content": "Hi"}], "message 0 has no role"),
-        ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has no text as content"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has neither text content nor tool calls"),
     ],
 )
-def test_what_is_no_chat_is_a_reject(chat: object, reason: str, tmp_path: Path) -> None:
+def test_an_invalid_chat_is_rejected(chat: object, reason: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", [{"id": "good", "messages": CHAT}, {"id": "bad", "messages": chat}])
     documents, rejects = read(path, messages="messages")
     assert documents["document_id"].to_pylist() == ["good"]
     assert rejects == [Reject("bad", reason)]
 
 
-def test_a_message_with_a_date_is_a_reject(tmp_path: Path) -> None:
+def test_a_message_with_a_date_is_rejected(tmp_path: Path) -> None:
     dated = [message | {"at": datetime.datetime(2026, 1, 1)} for message in CHAT]
     pq.write_table(pa.table({"id": ["good", "bad"], "messages": [CHAT, dated]}), tmp_path / "x.parquet")
     documents, [reject] = read(tmp_path / "x.parquet", messages="messages")
     assert documents["document_id"].to_pylist() == ["good"]
-    assert reject == Reject("bad", "a message holds what is no JSON: Object of type datetime is not JSON serializable")
+    assert reject == Reject(
+        "bad", "a message can't be written as JSON: Object of type datetime is not JSON serializable"
+    )
 
 
-def test_a_label_that_is_broken_is_called_so(tmp_path: Path) -> None:
+def test_an_invalid_label_is_named_in_the_reason(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "x.jsonl", [{"id": "good", "text": "x", "y": "a"}, {"id": "bad", "text": "x", "y": "\ud83d"}]
     )
-    assert read(path, label="y")[1] == [Reject("bad", "the label is broken UTF-8")]
+    assert read(path, label="y")[1] == [Reject("bad", "the label is not valid UTF-8")]
 
 
-def test_lines_of_another_encoding_are_none(tmp_path: Path) -> None:
+def test_lines_in_another_encoding_than_utf_8_are_refused(tmp_path: Path) -> None:
     records = "".join(json.dumps(record) + "\n" for record in RECORDS)
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         (tmp_path / "x.jsonl").write_bytes(records.encode(encoding))
-        with pytest.raises(DocumentsError, match=r"x\.jsonl:1: the line is no UTF-8 but") as caught:
+        with pytest.raises(
+            DocumentsError, match=r"x\.jsonl:1: the line is not UTF-8: it contains zero bytes"
+        ) as caught:
             read(tmp_path / "x.jsonl")
         one_screen(caught.value, "in UTF-8")
     (tmp_path / "x.jsonl").write_bytes(records.encode("utf-8-sig"))
@@ -206,7 +210,9 @@ def test_rejects_can_be_put_in_the_order_of_their_records(tmp_path: Path) -> Non
     assert [name for name, _ in ordered] == ["late", "b", "x.jsonl:4", "a", "c"]
 
 
-def test_large_lines_are_not_all_held_to_find_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finding_the_columns_does_not_read_all_large_lines_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "SAMPLE_BYTES", 1 << 20)
     path = lines(tmp_path / "x.jsonl", [{"id": i, "text": "some words " * 10_000} for i in range(100)])
     tracemalloc.start()
@@ -223,14 +229,14 @@ def one_screen(error: Exception, *parts: str) -> None:
         assert part in message
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error(tmp_path: Path) -> None:
     for name in ("nowhere.parquet", "no*where"):
         with pytest.raises(UsageError) as caught:
             Documents(str(tmp_path / name), ColumnsConfig())
         one_screen(caught.value, str(tmp_path / name))
 
 
-def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_column_names_the_existing_ones(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", [{"id": 1, "texts": "x", "lang": "en"}])
     with pytest.raises(UsageError, match="did you mean 'texts'") as caught:
         Documents(str(path), ColumnsConfig())
@@ -239,7 +245,7 @@ def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
         Documents(str(path), ColumnsConfig(text="texts", carry=("language",)))
 
 
-def test_two_columns_of_one_name_or_a_file_without_one(tmp_path: Path) -> None:
+def test_a_duplicate_column_or_a_file_without_the_column_is_an_error(tmp_path: Path) -> None:
     text = pa.array(["x"])
     pq.write_table(pa.table([text, text, text], ["id", "text", "text"]), tmp_path / "1.parquet")
     with pytest.raises(DocumentsError, match="a file has 2 columns 'text'") as caught:
@@ -254,7 +260,7 @@ def test_two_columns_of_one_name_or_a_file_without_one(tmp_path: Path) -> None:
     assert "copy the file again" not in str(caught.value)
 
 
-def test_files_without_a_document(tmp_path: Path) -> None:
+def test_files_without_documents_are_an_error(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}), tmp_path / "x.parquet"
     )
@@ -267,7 +273,7 @@ def test_files_without_a_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz", "x.csv", "mixed"])
-def test_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+def test_files_that_can_not_be_read_are_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.txt").write_text("x")
     lines(tmp_path / "mixed" / "b.jsonl", RECORDS)
@@ -278,7 +284,7 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     one_screen(caught.value, str(tmp_path / name))
 
 
-def test_a_file_cut_short_is_found_out(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
     whole = gzip.compress("".join(json.dumps({"id": i, "text": str(i) * 50}) + "\n" for i in range(20000)).encode())
     path.write_bytes(whole[: len(whole) // 2])

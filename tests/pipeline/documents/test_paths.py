@@ -1,4 +1,4 @@
-"""Documents in a bucket are read as those on a disk are, by a server that speaks S3; what can't be read says why."""
+"""Documents in a bucket are read like those on a disk, from a local S3 server; errors say what can't be read."""
 
 import gzip
 import json
@@ -85,7 +85,7 @@ def fails(path: str, *parts: str) -> None:
         assert part in message
 
 
-def test_what_is_not_there(bucket: str) -> None:
+def test_a_missing_object_or_bucket_is_an_error(bucket: str) -> None:
     for path in ("nowhere.parquet", "nowhere/*.parquet", "text/*.parquet", "lines/2024/a.json"):
         fails(f"{bucket}/{path}", "nothing there", f"{bucket}/{path}")
     fails("s3://no-such-bucket/x.parquet", "NoSuchBucket", "s3://no-such-bucket")
@@ -94,13 +94,13 @@ def test_what_is_not_there(bucket: str) -> None:
 
 
 @pytest.mark.long  # the client tries again for ten seconds
-def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     fails(f"{bucket}/text", "no credentials", "AWS_ACCESS_KEY_ID")
 
 
-def test_an_object_that_is_damaged_is_named(folder: Path, bucket: str, moto: str) -> None:
+def test_a_damaged_object_is_named(folder: Path, bucket: str, moto: str) -> None:
     buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
-    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "whole and undamaged")
+    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "a complete, undamaged file")

@@ -1,4 +1,4 @@
-"""A teacher that is more than one folder on one device: with an adapter merged into it, or spread over a machine."""
+"""Teachers with a merged adapter, and teachers spread over several devices."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from softlabel.pipeline.config.capture import TeacherConfig
-from softlabel.pipeline.devices import places
+from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.errors import TeacherError, UsageError
@@ -29,7 +29,7 @@ LORA = LoraConfig(
 
 
 def adapter(folder: Path, base: Path, config: Any = LORA, **saving: Any) -> Path:
-    """An adapter that changes something."""
+    """Save an adapter with random weights."""
     torch.manual_seed(3)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder, **saving)
     return folder
@@ -39,7 +39,7 @@ def logits_of(teacher: TransformersTeacher) -> torch.Tensor:
     return torch.cat(list(teacher.logits(*texts())))
 
 
-def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_merged_adapter_gives_the_logits_of_peft(tiny_teacher: Path, tmp_path: Path) -> None:
     adapted = settings(tiny_teacher, adapter=str(adapter(tmp_path / "adapter", tiny_teacher)))
     sequences, positions = texts()
     logits = logits_of(TransformersTeacher(adapted))
@@ -60,11 +60,11 @@ def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
-        ("missing", "there is no such adapter"),
-        ("pickled", "this folder holds no adapter"),
-        ("damaged", "can't be put on the teacher"),
+        ("missing", "can't find the adapter"),
+        ("pickled", "this folder does not contain an adapter"),
+        ("damaged", "can't be applied to the teacher"),
         ("of a larger model", "made for another teacher"),
         ("of a smaller model", "made for another teacher"),
         ("a prompt", "can't be merged"),
@@ -72,9 +72,7 @@ def test_an_adapted_teacher_says_what_peft_says(tiny_teacher: Path, tmp_path: Pa
         ("of no kind", "can't be merged"),
     ],
 )
-def test_what_is_no_adapter_of_this_teacher_is_an_error(
-    how: str, says: str, tiny_teacher: Path, tmp_path: Path
-) -> None:
+def test_an_unusable_adapter_is_an_error(how: str, message: str, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     kinds = {"a prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}
     if how != "missing":
@@ -94,7 +92,7 @@ def test_what_is_no_adapter_of_this_teacher_is_an_error(
             description.write_text(description.read_text().replace('"down_proj"', '"k_proj"'))
         case "of a smaller model":
             description.write_text(description.read_text().replace('"down_proj"', '"down_proj", "k_proj"'))
-    with pytest.raises(TeacherError, match=says) as caught:
+    with pytest.raises(TeacherError, match=message) as caught:
         TransformersTeacher(settings(tiny_teacher, adapter=str(folder)))
     assert str(folder) in str(caught.value)
 
@@ -107,10 +105,10 @@ def test_without_peft_an_adapter_is_refused(
         Checkpoint.find(settings(tiny_teacher, adapter=str(tmp_path)))
 
 
-def test_a_teacher_that_is_spread_says_the_same(
+def test_a_teacher_spread_over_devices_gives_the_same_logits(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts that don't fit are fetched for each pass, here from the disk: the same machinery moves them among GPUs."""
+    """Parts that don't fit are loaded in each pass, here from disk: the same code moves parts among GPUs."""
     folder = another(tmp_path / "teacher", tiny_teacher, LlamaConfig(**SMALL, **HEADS))
     load = AutoModelForCausalLM.from_pretrained
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
@@ -129,7 +127,9 @@ def test_a_teacher_that_is_spread_says_the_same(
 
 
 @pytest.mark.gpu
-def test_a_teacher_on_a_gpu_and_beside_it_says_the_same(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_split_between_gpu_and_cpu_gives_the_same_logits(
+    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = AutoModelForCausalLM.from_pretrained
     parts = {"": 0, "model.layers.1": "cpu"}
     plain = logits_of(TransformersTeacher(settings(tiny_teacher, device="cuda:0")))
@@ -141,9 +141,9 @@ def test_a_teacher_on_a_gpu_and_beside_it_says_the_same(tiny_teacher: Path, monk
     torch.testing.assert_close(spread, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_auto_is_every_gpu_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_auto_means_every_gpu_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(**more: Any) -> list[str]:
-        return places(TeacherConfig(model="teacher", **more))
+        return worker_devices(TeacherConfig(model="teacher", **more))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert of() == ["cuda:0", "cuda:1", "cuda:2"]

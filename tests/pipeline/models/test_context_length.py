@@ -1,4 +1,4 @@
-"""Sequences that a teacher has no positions for are refused before any document is read."""
+"""Sequences longer than the teacher can read are refused before any document is read."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ ROBERTA = {**SMALL, "intermediate_size": 64, "is_decoder": True, "max_position_e
     ],
     ids=["gpt2", "opt", "ctrl", "roberta", "llama", "llama with a row a position in its vocabulary"],
 )
-def test_only_a_table_of_positions_is_a_limit(config: PretrainedConfig, limit: int | None, tmp_path: Path) -> None:
+def test_only_a_position_table_limits_the_length(config: PretrainedConfig, limit: int | None, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path, None, False, "float32")
     if limit is None:
@@ -38,7 +38,9 @@ def test_only_a_table_of_positions_is_a_limit(config: PretrainedConfig, limit: i
         longest(checkpoint, SequencesConfig(max_tokens=limit + 1))
 
 
-def test_a_capture_refuses_them_before_it_reads_a_document(tiny_teacher: Path, documents: Path, tmp_path: Path) -> None:
+def test_a_capture_refuses_sequences_that_are_too_long_before_it_reads_documents(
+    tiny_teacher: Path, documents: Path, tmp_path: Path
+) -> None:
     for path in tiny_teacher.iterdir():
         if path.name != "config.json":
             (tmp_path / path.name).symlink_to(path)
@@ -50,6 +52,6 @@ def test_a_capture_refuses_them_before_it_reads_a_document(tiny_teacher: Path, d
     config = CaptureConfig(
         documents=str(documents), table=str(tmp_path / "table"), teacher=TeacherConfig(model=str(tmp_path))
     )
-    with pytest.raises(UsageError, match="no positions for sequences as long"):
+    with pytest.raises(UsageError, match="can't read sequences of this length"):
         capture(config, lambda progress: stages.append(progress.stage))
     assert not stages

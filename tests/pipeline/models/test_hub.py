@@ -1,4 +1,4 @@
-"""A hub model's revision: what is loaded is what was asked for, and what is written down is what was loaded."""
+"""Revisions of a hub model: the requested one is loaded, and the loaded one is recorded."""
 
 import hashlib
 from pathlib import Path
@@ -17,19 +17,19 @@ from tests.pipeline.conftest import NEW, OLD
 
 
 def of_hub(table: Path, count: int = 3, **teacher: str) -> CaptureConfig:
-    """A capture of so many documents by the model of that name."""
+    """Settings of a capture of ``count`` documents with the hub model."""
     config = settings(Path("unused"), write(table.with_name(f"{count}.parquet"), texts(count)), table)
     named = config.teacher.model_copy(update={"model": "org/name", **teacher})
     return config.model_copy(update={"teacher": named})
 
 
-def said(table: Path) -> list[float]:
-    """The teacher's entropies, by sequence."""
+def entropies(table: Path) -> list[float]:
+    """The stored entropies, in the order of the documents."""
     rows = Table.open(str(table)).scan().sort("document_id").collect()
     return [code for codes in rows["entropies"] for code in codes]
 
 
-def test_bug_capture_loads_another_revision_than_the_one_written_down(hub: Path, tmp_path: Path) -> None:
+def test_the_revision_that_is_recorded_is_the_one_that_was_loaded(hub: Path, tmp_path: Path) -> None:
     for name, commit, teacher in (("main", OLD, {}), ("old", OLD, {"revision": OLD}), ("new", NEW, {"revision": NEW})):
         table = tmp_path / name
         capture(of_hub(table, **teacher))
@@ -39,13 +39,13 @@ def test_bug_capture_loads_another_revision_than_the_one_written_down(hub: Path,
         assert last_capture(Table.open(str(table)))["revision"] == commit
         local = tmp_path / f"{name}-folder"
         capture(settings(hub / "snapshots" / commit, tmp_path / "3.parquet", local))
-        assert said(table) == said(local), "the numbers are those of that commit's weights"
-    assert said(tmp_path / "main") == said(tmp_path / "old") != said(tmp_path / "new")
+        assert entropies(table) == entropies(local), "the numbers are those of that commit's weights"
+    assert entropies(tmp_path / "main") == entropies(tmp_path / "old") != entropies(tmp_path / "new")
     with pytest.raises(TeacherError, match="revision v2"):
         capture(of_hub(tmp_path / "t", revision="v2"))
 
 
-def test_a_branch_that_moves_is_refused_by_its_table_and_in_the_middle_of_a_capture(hub: Path, tmp_path: Path) -> None:
+def test_a_moved_branch_is_refused_by_its_table_and_during_a_capture(hub: Path, tmp_path: Path) -> None:
     capture(of_hub(tmp_path / "t"))
     [shard] = plan(of_hub(tmp_path / "other"), tmp_path / "plan").shards
     (hub / "refs" / "main").write_text(NEW)

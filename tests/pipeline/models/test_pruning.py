@@ -1,4 +1,4 @@
-"""Smaller models out of a teacher: which layers and neurons are left, and that they reload as what they were."""
+"""Pruned teachers have the right layers and neurons, and give the same logits after a reload."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
-def test_a_pruned_teacher_has_the_layers_that_were_asked_for(tmp_path):
+def test_a_pruned_teacher_has_the_requested_layers(tmp_path):
     torch.manual_seed(0)
     teacher = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0])).eval()
     weights = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -44,7 +44,7 @@ def test_a_pruned_teacher_has_the_layers_that_were_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [(), (0, 0), (0, 4), (-1,)])
-def test_layers_that_the_teacher_does_not_have(layers):
+def test_layers_that_the_teacher_does_not_have_are_refused(layers):
     with pytest.raises(UsageError, match="distinct layers between 0 and 3"):
         prune(LlamaForCausalLM(LlamaConfig(**SIZES)), layers)
 
@@ -57,15 +57,15 @@ def test_layers_are_spread_evenly(depth, count, layers):
     assert spread(depth, count) == layers
 
 
-def test_more_layers_than_there_are():
+def test_more_layers_than_the_teacher_has_are_refused():
     with pytest.raises(UsageError, match="at most 4"):
         spread(5, 4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_narrow_teacher_keeps_the_neurons_that_matter(bias, tmp_path):
-    """Where some neurons are always silent, leaving them out changes nothing, wherever they are."""
+def test_a_narrowed_teacher_keeps_the_active_neurons(bias, tmp_path):
+    """Removing neurons that are always silent does not change the logits, wherever they are."""
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=bias)).eval()
     for layer in teacher.model.layers:
@@ -87,9 +87,9 @@ def test_a_narrow_teacher_keeps_the_neurons_that_matter(bias, tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
 
 
-def test_what_can_not_be_narrowed():
+def test_more_neurons_or_another_kind_of_layer_are_refused():
     with pytest.raises(UsageError, match="at most 48"):
         narrow(LlamaForCausalLM(LlamaConfig(**SIZES)), 49, [])
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(StudentError, match="2 feed-forward layers with gate_proj"):
+    with pytest.raises(StudentError, match="2 feed-forward layers of one size with gate_proj"):
         narrow(gpt2, 16, [])

@@ -1,6 +1,6 @@
-"""Code in the folders that are loaded: it runs for a teacher that is trusted, and otherwise never, and nobody is asked.
+"""Code in model folders runs only for a trusted teacher, and there is never a prompt.
 
-Standard input says yes to whatever asks, as a script's might.
+Standard input answers yes to every prompt, as piped input might.
 """
 
 import io
@@ -33,19 +33,19 @@ from tests.pipeline.trainings import interrupt_at, settings
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Is there if the code has run; at the end, nobody may have been asked."""
+    """A file that exists if the code has run; at the end, nothing may have been read from standard input."""
     answers = io.StringIO("y\n" * 100)
     monkeypatch.setattr(sys, "stdin", answers)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     yield tmp_path / "ran"
-    assert answers.tell() == 0, "someone was asked"
+    assert answers.tell() == 0, "there was a prompt"
 
 
 REFUSED = ("model", "elsewhere", "nested", "tokenizer", "slow tokenizer", "adapter")
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_a_student_to_go_on_from_that_needs_code_is_refused(
+def test_a_student_model_that_needs_code_is_refused(
     how: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path
 ):
     folder = hostile(tmp_path / "student", tiny_teacher, how, ran)
@@ -64,7 +64,7 @@ def test_a_students_configuration_that_needs_code_is_refused(
 
 
 @pytest.mark.parametrize("how", ["generate"])
-def test_code_that_is_not_needed_is_left_alone(how: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path):
+def test_code_that_is_not_needed_does_not_run(how: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path):
     folder = hostile(tmp_path / "student", tiny_teacher, how, ran)
     build(StudentConfig(model=str(folder)), table)
     TransformersTeacher(TeacherConfig(model=str(folder), dtype="float32", device="cpu"))
@@ -72,7 +72,7 @@ def test_code_that_is_not_needed_is_left_alone(how: str, table: Table, tiny_teac
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_a_finished_student_in_whose_folder_code_was_put_is_not_evaluated(
+def test_a_finished_student_with_code_added_to_its_folder_is_not_evaluated(
     how: str, table: Table, uninterrupted: Any, tmp_path: Path, ran: Path
 ):
     folder = hostile(tmp_path / "student", Path(uninterrupted.output), how, ran)
@@ -96,7 +96,7 @@ def test_a_table_whose_tokenizer_needs_code_is_refused(
 
 @pytest.fixture(scope="module")
 def class_table(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> tuple[Path, Table]:
-    """A classifier, and what it says of some documents."""
+    """A classifier, and a table that it has labelled."""
     folder = tmp_path_factory.mktemp("classes")
     teacher = save_classifier(folder / "teacher", tiny_teacher, kind="llama")
     config = CaptureConfig(
@@ -111,7 +111,7 @@ def class_table(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) ->
 @pytest.mark.parametrize(
     ("how", "place"), [*((how, "model") for how in REFUSED), ("model", "config"), ("elsewhere", "config")]
 )
-def test_a_classifier_that_needs_code_is_no_student(
+def test_a_student_classifier_that_needs_code_is_refused(
     how: str, place: str, class_table: tuple[Path, Table], tmp_path: Path, ran: Path
 ):
     teacher, table = class_table
@@ -121,7 +121,7 @@ def test_a_classifier_that_needs_code_is_no_student(
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_a_teachers_code_is_not_run_unasked(how: str, tiny_teacher: Path, tmp_path: Path, ran: Path):
+def test_a_teachers_code_does_not_run_unless_it_is_trusted(how: str, tiny_teacher: Path, tmp_path: Path, ran: Path):
     folder = hostile(tmp_path / "teacher", tiny_teacher, how, ran)
     helps = how in ("model", "elsewhere", "tokenizer", "slow tokenizer")
     refuses(lambda: teach(folder), TeacherError, folder, "teacher.trust_remote_code" if helps else None)
@@ -136,12 +136,12 @@ def test_an_adapter_that_would_load_a_tokenizer_is_refused(tiny_teacher: Path, t
 
 
 @pytest.mark.parametrize("how", ["model", "elsewhere", "tokenizer"])
-def test_the_code_of_a_teacher_that_is_trusted_is_run(how: str, tiny_teacher: Path, tmp_path: Path, ran: Path):
+def test_the_code_of_a_trusted_teacher_runs(how: str, tiny_teacher: Path, tmp_path: Path, ran: Path):
     teach(hostile(tmp_path / "teacher", tiny_teacher, how, ran), trust_remote_code=True)
     assert ran.exists()
 
 
-def test_students_need_no_code_where_a_trusted_tokenizer_did(
+def test_students_do_not_need_the_code_of_a_trusted_tokenizer(
     tiny_teacher: Path, documents: Path, tmp_path: Path, ran: Path
 ):
     teacher = hostile(tmp_path / "teacher", tiny_teacher, "tokenizer", ran)
@@ -169,11 +169,11 @@ def refuses(act: Callable[[], object], kind: type[SoftlabelError], where: Path, 
     """The error names the place, and advises to trust the code only where that would help."""
     with pytest.raises(kind) as refused:
         act()
-    said = str(refused.value)
-    assert all(part in said for part in ("expected:", "found:", "where:", "what to do:", str(where)))
-    assert len(said.splitlines()) < 10
-    assert ("trust_remote_code" in said) == (advice is not None)
-    assert advice is None or advice in said
+    message = str(refused.value)
+    assert all(part in message for part in ("expected:", "found:", "where:", "what to do:", str(where)))
+    assert len(message.splitlines()) < 10
+    assert ("trust_remote_code" in message) == (advice is not None)
+    assert advice is None or advice in message
 
 
 class Pickled:
@@ -187,7 +187,7 @@ class Pickled:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_would_run_code_does_not(name: str, table: Table, tmp_path: Path, ran: Path):
+def test_code_in_a_training_checkpoint_does_not_run(name: str, table: Table, tmp_path: Path, ran: Path):
     config = settings(table, tmp_path / "student")
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt_at(5))

@@ -18,7 +18,7 @@ def test_uniform_numbers_are_uniform_and_never_0_or_1():
     assert ((filled - 1000) ** 2 / 1000).sum() < 99 + 5 * np.sqrt(2 * 99)
 
 
-def test_a_seed_tells_its_parts_apart():
+def test_a_seed_depends_on_the_boundaries_of_its_parts():
     assert counters.seed(b"a", b"bc") != counters.seed(b"ab", b"c")
     assert counters.seed(b"a") == counters.seed(b"a")
     assert -(2**63) <= counters.seed(b"a") < 2**63

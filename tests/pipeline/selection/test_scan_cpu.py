@@ -1,4 +1,4 @@
-"""The CPU's passes over the vocabulary: beside what the selection's tests say of their numbers."""
+"""The CPU kernels give the same results as torch; the selection's tests compare the numbers with a reference."""
 
 from collections import Counter
 
@@ -26,13 +26,13 @@ def threads(request, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 13, 1000])
-def test_every_row_is_worked_on_once(count):
+def test_every_row_is_processed_once(count):
     done = Counter()
     scan_cpu._on_all_cores(lambda part: done.update(range(count)[part]), count)
     assert done == Counter(range(count))
 
 
-def test_what_fails_in_a_thread_fails_the_capture():
+def test_an_error_in_a_thread_is_raised_in_the_caller():
     def fail(part: slice) -> None:
         if part.start > 0:
             raise MemoryError("no room")
@@ -41,7 +41,7 @@ def test_what_fails_in_a_thread_fails_the_capture():
         scan_cpu._on_all_cores(fail, 100)
 
 
-def test_on_any_number_of_threads_it_says_what_torch_says():
+def test_scans_agree_with_torch_for_any_number_of_threads():
     logits = zipf(37, 3001)
     found, expected = (way.scan(logits, 20, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
     for name in ("maxima", "values", "ids"):
@@ -52,7 +52,7 @@ def test_on_any_number_of_threads_it_says_what_torch_says():
 
 @st.composite
 def rows(draw) -> tuple[torch.Tensor, int]:
-    """A few rows of logits, few blocks long, full of ties, with impossible ids; and how many to single out."""
+    """A few short rows of logits with many ties and impossible ids; and the number of highest ids to return."""
     shape = draw(st.integers(1, 9)), draw(st.one_of(st.integers(1, 70), st.sampled_from([128, 192, 1000])))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     kind = draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
@@ -64,13 +64,13 @@ def rows(draw) -> tuple[torch.Tensor, int]:
 
 @given(rows(), st.integers(0, 2**32))
 @settings(max_examples=300)
-def test_it_scans_and_draws_as_torch_does(rows, seed):
+def test_scans_and_draws_agree_with_torch(rows, seed):
     logits, singles = rows
     found, expected = (way.scan(logits, singles, (1.0, 0.5, 3.0)) for way in (scan_cpu, scan_torch))
     for name in ("maxima", "values", "ids"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     nothing = ~expected.rests[:, 0].isfinite()
-    expected.rest_means[nothing] = expected.block_bounds[nothing] = 0  # there they mean nothing
+    expected.rest_means[nothing] = expected.block_bounds[nothing] = 0  # undefined there
     for name in ("rests", "rest_means", "block_bounds"):
         found_, expected_ = getattr(found, name), getattr(expected, name)
         np.testing.assert_allclose(found_, expected_, rtol=1e-6, atol=1e-5, err_msg=name)

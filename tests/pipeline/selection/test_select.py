@@ -41,7 +41,7 @@ def zipf(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 
 def hostile() -> dict[str, torch.Tensor]:
-    """Rows of 2,000 logits each, by what is nasty about them."""
+    """Rows of 2,000 logits each, by what makes them difficult."""
     V = 2000
     flat, one_hot, few = torch.full((V,), 3.0), torch.full((V,), -40.0), torch.full((V,), -torch.inf)
     one_hot[1234], few[[7, 1500, 1999]] = 12.0, torch.tensor([1.0, 1.0, 0.5])
@@ -122,7 +122,7 @@ def assert_is_right(found: dict[str, np.ndarray], row: torch.Tensor, next_id: in
     for temperature, log_mass in zip(selection.temperatures, stored, strict=True):
         outside = np.delete(logits, head) / temperature
         expected = np.logaddexp.reduce(outside, initial=-np.inf) - np.logaddexp.reduce(logits / temperature)
-        # From the logits to the table: a relative error of 1e-5 in the mass, beside what float32 can say of its log.
+        # From the logits to the table: a relative error of 1e-5 in the mass, plus float32's rounding of its log.
         np.testing.assert_allclose(log_mass, expected, rtol=2e-7, atol=1e-5)
         if len(head) == 0:
             assert log_mass == 0
@@ -144,7 +144,7 @@ def assert_is_right(found: dict[str, np.ndarray], row: torch.Tensor, next_id: in
 
 @pytest.mark.parametrize("name", SELECTIONS)
 @pytest.mark.parametrize("kind", hostile())
-def test_hostile_distributions(name, kind):
+def test_hostile_distributions_match_the_reference(name, kind):
     row = hostile()[kind]
     assert_is_right(split(run(row[None], SELECTIONS[name]))[0], row, 0, SELECTIONS[name])
 
@@ -160,7 +160,9 @@ def test_hostile_distributions(name, kind):
     st.integers(0, 70),
     st.integers(0, 60),
 )
-def test_any_vocabulary_grid_and_selection(vocabulary, grid, spread, seed, top_p, min_k, more_k, draws):
+def test_random_distributions_and_selections_match_the_reference(
+    vocabulary, grid, spread, seed, top_p, min_k, more_k, draws
+):
     selection = Selection(top_p, min_k, min_k + more_k, draws, (1.0, 2.0), 0)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(3, vocabulary, generator=generator).mul_(spread).div_(grid).round_().mul_(grid)
@@ -189,14 +191,14 @@ def test_padding_is_never_kept_drawn_or_counted(dtype):
     [lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, 300:], lambda x: x.repeat(2, 1)[4:]],
     ids=["column after column", "a part of each row", "a part of the rows"],
 )
-def test_it_does_not_matter_how_logits_lie_in_memory(dtype, lay_out):
+def test_the_memory_layout_of_logits_does_not_matter(dtype, lay_out):
     logits = zipf(4, 300).to(dtype)
     for one, other in zip(split(run(lay_out(logits), DEFAULT)), split(run(logits, DEFAULT)), strict=True):
         assert_equal(one, other)
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_a_position_knows_nothing_of_its_neighbours(name, monkeypatch):
+def test_a_position_does_not_depend_on_other_rows(name, monkeypatch):
     selection, logits = (
         SELECTIONS[name],
         torch.cat([zipf(30, 2000).float(), *(row[None] for row in hostile().values())]),
@@ -213,11 +215,11 @@ def test_a_position_knows_nothing_of_its_neighbours(name, monkeypatch):
     torch.set_num_threads(3)
     for found, expected in zip(split(select(logits, next_ids, seeds, selection, 2000)), together, strict=True):
         assert_equal(found, expected)
-    alone = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
-    assert_equal(alone[0], together[5])
+    single = split(select(logits[5:6], next_ids[5:6], seeds[5:6], selection, 2000))
+    assert_equal(single[0], together[5])
 
 
-def test_draws_depend_on_teacher_key_position_and_seed_alone():
+def test_draws_depend_only_on_teacher_key_position_and_seed():
     row = zipf(1, 2000)
 
     def draws(seed: int = 0, teacher: bytes = b"teacher", key: bytes = b"key", position: int = 0) -> bytes:
@@ -232,7 +234,7 @@ def test_draws_depend_on_teacher_key_position_and_seed_alone():
     assert draws(teacher=b"a", key=b"bc") != draws(teacher=b"ab", key=b"c")
 
 
-def test_a_classifier_keeps_every_class():
+def test_a_head_as_large_as_the_vocabulary_leaves_no_tail():
     labels = run(torch.randn(5, 10), Selection.of(SelectionConfig(top_k=10)))
     assert (labels.head_counts == 10).all()
     assert np.isneginf(labels.tail_log_masses).all()
@@ -244,8 +246,8 @@ def test_a_classifier_keeps_every_class():
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_an_id_that_a_model_masks_is_impossible(name, kind):
-    """Its logit is -inf, or the lowest number there is."""
+def test_an_id_masked_by_the_lowest_number_is_impossible_like_one_of_minus_infinity(name, kind):
+    """Models mask ids with -inf or with the lowest number of their dtype."""
     logits = zipf(3, 300).to(kind)
     logits[0, :] = logits[1, 7:] = logits[2, ::2] = -torch.inf
     logits[0, 9] = 1
@@ -260,7 +262,7 @@ def test_an_impossible_next_token_has_probability_zero():
     assert np.isneginf(run(row, DEFAULT).next_logprobs).all()
 
 
-def test_no_positions():
+def test_no_positions_give_empty_soft_labels():
     labels = run(torch.zeros(0, 300), WARM)
     assert labels.positions == 0
     assert labels.tail_log_masses.shape == (3, 0)
@@ -270,7 +272,7 @@ NEGATIVE_NAN = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
 
 
 @pytest.mark.parametrize("value", [torch.nan, NEGATIVE_NAN, torch.inf])
-def test_non_finite_logits_name_their_rows(value, monkeypatch):
+def test_the_error_for_non_finite_logits_names_their_rows(value, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", 8)
     logits = zipf(20, 300).float()
     logits[11, 299] = logits[13, 0] = value
@@ -284,13 +286,13 @@ def test_non_finite_logits_name_their_rows(value, monkeypatch):
     assert raised.value.rows == [5]
 
 
-def test_top_k_is_short_for_a_head_without_tail():
+def test_top_k_is_a_shorthand_for_a_head_without_tail():
     assert Selection(1.0, 8, 8, 0, (1.0,), 0) == TOP_8
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_a_gpu_says_the_same(name):
+def test_a_gpu_gives_the_same_selection(name):
     selection, logits = SELECTIONS[name], zipf(50, 3000)
     seeds = position_seeds(selection, b"teacher", b"key", torch.arange(50))
     here, there = (select(logits.to(device), torch.zeros(50), seeds, selection, 3000) for device in ("cpu", "cuda"))

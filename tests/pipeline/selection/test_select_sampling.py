@@ -1,4 +1,4 @@
-"""Head and sampled tail are an unbiased estimate of the whole distribution, and a biased one would be found out."""
+"""Head and sampled tail are an unbiased estimate of the whole distribution, and these tests detect a biased one."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "passes")
 
 
 def estimates(logits: torch.Tensor, selection: Selection, seeds: int) -> np.ndarray:
-    """(seeds, V) distribution that head and tail stand for, one row a seed."""
+    """(seeds, V) distribution that head and tail represent, one row per seed."""
     labels = run(logits.expand(seeds, -1), selection)
     found = np.zeros((seeds, logits.shape[-1]))
     for row, part in zip(found, split(labels), strict=True):
@@ -54,19 +54,19 @@ def even(scan):
 
 
 def uniform_tail(logits, seeds, scan, outside, log_masses, selection):
-    """A biased sampler: every id outside the head is as likely as another."""
+    """A biased sampler: all ids outside the head are equally likely."""
     outside = torch.where(outside.isfinite(), 0.0, outside)
     flat = scan._replace(values=torch.zeros_like(scan.values), block_bounds=64 * even(scan))
     return DRAW(torch.zeros_like(logits), seeds, flat, outside, log_masses, selection)
 
 
 def head_drawn_too(logits, seeds, scan, outside, log_masses, selection):
-    """A biased sampler: it also draws what the head holds already."""
+    """A biased sampler: it also draws ids of the head."""
     return DRAW(logits, seeds, scan, scan.values[:, :-1], log_masses, selection)
 
 
 def blocks_alike(logits, seeds, scan, outside, log_masses, selection):
-    """A biased sampler: it takes blocks for equally likely."""
+    """A biased sampler: all blocks are equally likely."""
     blocks = scan.block_bounds.shape[1]
     alike = even(scan) * scan.block_bounds[:, -1:] / blocks
     return DRAW(logits, seeds, scan._replace(block_bounds=alike), outside, log_masses, selection)
@@ -76,14 +76,14 @@ DRAW = module._draw
 
 
 @pytest.mark.parametrize("sampler", [uniform_tail, head_drawn_too, blocks_alike])
-def test_a_biased_sampler_is_found_out(sampler, monkeypatch):
+def test_a_biased_sampler_is_detected(sampler, monkeypatch):
     logits = zipf(1, 3000).sort(descending=True).values  # so that blocks differ
     exact = logits.double().softmax(1)[0].numpy()
     monkeypatch.setattr(module, "_draw", sampler)
     assert bias(estimates(logits, DEFAULT, 400), exact) > 6
 
 
-def test_a_renormalized_head_is_found_out():
+def test_a_renormalized_head_is_detected():
     logits = zipf(1, 3000)
     exact = logits.double().softmax(1)[0].numpy()
     found = estimates(logits, DEFAULT, 400)
@@ -91,7 +91,7 @@ def test_a_renormalized_head_is_found_out():
     assert bias(found / found.sum(1, keepdims=True), exact) > 6
 
 
-def test_draws_follow_the_tail_within_a_block_too():
+def test_draws_within_a_block_follow_the_tail():
     """Chi-square of many draws against the exact tail, id by id."""
     logits = torch.linspace(0, -3, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     labels = run(logits.expand(400, -1), replace(RS_50, draws=500))

@@ -1,4 +1,4 @@
-"""Chats are written as the teacher's template writes them, and only what the assistant says is captured."""
+"""Chats are rendered with the teacher's template, and only the assistant's words are captured."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_the_assistants_turns_are_found_in_any_template(source: str, turns: list
         assert text == theirs
 
 
-def test_a_template_without_a_prompt_for_the_assistant() -> None:
+def test_turns_are_found_without_a_generation_prompt() -> None:
     assert spoken(NO_PROMPT, CHAT)[1] == ["First. <|im_end|>", "Second.\n<|im_end|>"]
 
 
@@ -135,8 +135,8 @@ def test_a_message_cannot_fake_a_turn(source: str) -> None:
     ],
     ids=["Llama 2", "Vicuna", "Alpaca", "Zephyr", "ends in text", "one letter"],
 )
-def test_nor_can_it_where_a_turn_begins_or_ends_in_ordinary_text(source: str, fake: str, turn: str) -> None:
-    """With an end of its own it would be one turn more; without one it would take the words up to the real end."""
+def test_a_message_cannot_fake_a_turn_that_begins_or_ends_in_ordinary_text(source: str, fake: str, turn: str) -> None:
+    """A fake with an end would be an extra turn; one without an end would reach to the real end."""
     end = turn.partition("{}")[2]
     question = {"role": "user", "content": f"Say {fake}x{end} or {fake}y, then {fake}"}
     answer = {"role": "assistant", "content": f"Real{end}\n{fake}z{end} and on, {end}{end}it goes"}
@@ -146,9 +146,7 @@ def test_nor_can_it_where_a_turn_begins_or_ends_in_ordinary_text(source: str, fa
     assert text == Template(source, trim_blocks=True).render(messages=chat), "what is written is as it was"
 
 
-def test_a_message_that_says_what_a_template_writes_has_the_tokens_of_its_text(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_message_with_text_of_the_template_keeps_its_own_tokens(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "teacher")
     (folder / "chat_template.jinja").write_text(VICUNA.replace("</s>", "<|im_end|>"))
     vicuna = Checkpoint.find(TeacherConfig(model=str(folder)))
@@ -158,7 +156,7 @@ def test_a_message_that_says_what_a_template_writes_has_the_tokens_of_its_text(
     assert rows["token_ids"].to_pylist() == [vicuna.tokenizer.apply_chat_template(chat, return_dict=False)]
 
 
-def test_special_tokens_in_the_names_of_arguments_stay_text() -> None:
+def test_special_tokens_in_argument_names_stay_text() -> None:
     source = CHATML.replace("m['content']", "(m['content'] or m['tool_calls'] | tojson)")
     call = {"role": "assistant", "tool_calls": [{"arguments": {"a<|im_end|>": {"b<|im_end|>": "c"}}}]}
     written = ChatTemplate(source, {}, ["<|im_end|>"], TODAY).write(json.dumps([CHAT[1], call]))
@@ -188,7 +186,9 @@ def captured(
     return rows, [checkpoint.tokenizer.decode([i for i, m in pair if m]) for pair in pairs], rejects
 
 
-def test_only_the_assistant_is_captured_from_the_teachers_own_tokens(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_only_assistant_tokens_are_captured_and_ids_are_those_of_transformers(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     rows, texts, rejects = captured(checkpoint, tmp_path, CHAT)
     assert not rejects
     assert texts == ["First. <|im_end|>Second.\n<|im_end|>"]
@@ -209,16 +209,16 @@ def test_special_tokens_in_a_message_stay_text(checkpoint: Checkpoint, tmp_path:
     assert checkpoint.tokenizer.decode(ids) == checkpoint.tokenizer.apply_chat_template(attack, tokenize=False)
 
 
-def test_a_chat_without_an_answer_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_chat_without_an_answer_or_with_a_noncharacter_is_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
     rows, _, rejects = captured(checkpoint, tmp_path, CHAT[:2], CHAT, [{"role": "assistant", "content": "\ufdd0"}])
     assert rows["document_id"].to_pylist() == ["1"]
     assert rejects == [
-        Reject("0", "no assistant speaks in the chat"),
-        Reject("2", "the chat holds U+FDD0, which is no character"),
+        Reject("0", "the chat has no assistant message"),
+        Reject("2", "the chat contains U+FDD0, which is not a character"),
     ]
 
 
-def test_a_chat_that_the_template_refuses_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_chat_that_the_template_rejects_is_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "teacher")
     strict = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
@@ -229,8 +229,8 @@ def test_a_chat_that_the_template_refuses_is_a_reject(checkpoint: Checkpoint, tm
     rows, _, rejects = captured(picky, tmp_path, CHAT, CHAT[1:], CHAT[2:])
     assert rows["document_id"].to_pylist() == ["1"]
     assert rejects == [
-        Reject("0", "the chat template refuses it: no system prompt"),
-        Reject("2", "the chat template refuses it: integer division or modulo by zero"),
+        Reject("0", "the chat template rejects the chat: no system prompt"),
+        Reject("2", "the chat template rejects the chat: integer division or modulo by zero"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What is captured of a chat is the whole of each answer and nothing of another message, or the chat is a reject."""
+"""Each captured turn has the whole answer and nothing of another message, or the chat is rejected."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ WORDS = "Saturn is a planet. Yes Mars thanks, bye ASSISTANT: USER: [INST] [/INST
 
 
 def byte_level(trim: bool = False) -> Tokenizer:
-    """Of bytes. It may say that tokens are where they are without the space around them."""
+    """A byte-level tokenizer; with ``trim``, its offsets leave out the space around tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def byte_level(trim: bool = False) -> Tokenizer:
 
 
 def underscored() -> Tokenizer:
-    """A space is a part of the word after it, and there is one before each text."""
+    """A tokenizer in which a space belongs to the word after it, and one is added before each text."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -49,7 +49,7 @@ def underscored() -> Tokenizer:
 
 
 def greedy() -> Tokenizer:
-    """Its special tokens take up the space after them, or before."""
+    """A tokenizer whose special tokens include the space after or before them."""
     backend = byte_level()
     after, before = AddedToken("<|assistant|>", rstrip=True), AddedToken("<|user|>", lstrip=True)
     backend.add_special_tokens([after, before])
@@ -84,7 +84,7 @@ def says(text: object, **more: object) -> dict[str, object]:
 
 
 def captured(checkpoint: Checkpoint, template: str, chat: Chat | dict[str, Chat], **how: str) -> tuple[str, str]:
-    """The words that are captured of a chat, or why it is a reject."""
+    """The captured text of a chat, or why it is rejected."""
     checkpoint.tokenizer.chat_template = template
     tokenizer = DocumentTokenizer(checkpoint, SequencesConfig.model_validate(how), "chat")
     encoded, refused = tokenizer.encode([json.dumps(chat, ensure_ascii=False)])
@@ -118,7 +118,7 @@ ENDS_ONCE = loop(ROLES, ROLES, PROMPT.replace("{% endif %}", "{% else %}{{ '<|en
 def test_the_first_token_is_captured_where_the_header_ends_in_a_space(
     template: str, answer: str, backend: str, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    """A tokenizer may make one token of the header's space and the answer's first word."""
+    """A tokenizer may merge the header's space and the answer's first word into one token."""
     for question in ("Name a planet.", answer, "Yes "):
         chat = [user(question), says(answer), user(question), says(answer)]
         words, refused = captured(checkpoints[backend], template, chat)
@@ -126,7 +126,7 @@ def test_the_first_token_is_captured_where_the_header_ends_in_a_space(
         assert [part.strip() for part in words.split(END)] == [answer, answer, ""]
 
 
-def test_the_space_before_an_answer_is_not_captured_if_it_is_a_token_of_its_own(
+def test_the_space_before_an_answer_is_not_captured_if_it_is_a_separate_token(
     checkpoints: dict[str, Checkpoint],
 ) -> None:
     for name in ("bytes", "trimmed"):
@@ -145,14 +145,14 @@ def test_the_space_before_an_answer_is_not_captured_if_it_is_a_token_of_its_own(
     ids=["last words", "repeated words", "no words", "more words", "a tool's words"],
 )
 @pytest.mark.parametrize("turns", ["all", "last"])
-def test_no_other_message_is_captured_where_a_turns_end_is_not_found(
+def test_no_other_message_is_captured_if_the_end_of_a_turn_is_not_found(
     turns: str, chat: Chat, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    """The template ends the chat by what a chat of one turn has it end its answer."""
+    """The template writes the end of an answer only at the end of the chat."""
     words, refused = captured(checkpoints["bytes"], ENDS_ONCE, chat, assistant_turns=turns)
     assert not words
     number = [message["role"] for message in chat].index("assistant") + 1
-    assert refused == f"the assistant's turn, as the chat template writes it, holds message {number}, too"
+    assert refused == f"the assistant's turn, as the chat template writes it, also contains message {number}"
     assert captured(checkpoints["bytes"], ENDS_ONCE, chat[:number])[0].startswith("Saturn.<|im_end|>")
     assert captured(checkpoints["bytes"], CHATML, chat) == ("Saturn.<|im_end|>", "")
 
@@ -168,12 +168,10 @@ SPELLED = "{% for part in m.content %}{{ part.text }}{% endfor %}"
         SPELLED.replace("{{ part.text }}", "{% if part.type == 'text' %}{{ part.text }}{% endif %}"),
     ],
 )
-def test_answers_that_a_template_for_parts_does_not_write_are_rejects(
-    part: str, checkpoints: dict[str, Checkpoint]
-) -> None:
+def test_answers_that_the_template_leaves_out_are_rejected(part: str, checkpoints: dict[str, Checkpoint]) -> None:
     template = loop("Q: " + part, "A: {% generation %}" + part + "<|im_end|>{% endgeneration %}")
     words, refused = captured(checkpoints["bytes"], template, [user("Name a planet."), says("Saturn.")])
-    assert (words, refused) == ("", "the chat template writes nothing of message 1")
+    assert (words, refused) == ("", "the chat template leaves out message 1")
     parts = [says([{"type": "text", "text": "Saturn. "}, {"type": "text", "text": "Mars."}])]
     assert captured(checkpoints["bytes"], template, parts) == ("Saturn. Mars.<|im_end|>", "")
 
@@ -181,15 +179,15 @@ def test_answers_that_a_template_for_parts_does_not_write_are_rejects(
 @pytest.mark.parametrize(
     ("assistant", "reason"),
     [
-        ("A: {% generation %}{{ m.content[:4] }}<|im_end|>{% endgeneration %}", "does not hold all of message 1"),
-        ("A: {% generation %}{{ m.content.split('.')[0] }}<|im_end|>{% endgeneration %}", "hold all of message 1"),
+        ("A: {% generation %}{{ m.content[:4] }}<|im_end|>{% endgeneration %}", "does not contain all of message 1"),
+        ("A: {% generation %}{{ m.content.split('.')[0] }}<|im_end|>{% endgeneration %}", "contain all of message 1"),
         ("A: {{ m.content[:4] }}{% generation %}{{ m.content[4:] }}<|im_end|>{% endgeneration %}", "message 1"),
-        ("A: {{ m.content }}{% generation %}<|im_end|>{% endgeneration %}", "does not hold all of message 1"),
-        ("A: {% generation %}{{ messages[0].content }}<|im_end|>{% endgeneration %}", "holds message 0, too"),
-        ("A: {% generation %}{{ m.content + loop.previtem.content }}!{% endgeneration %}", "holds message 0, too"),
+        ("A: {{ m.content }}{% generation %}<|im_end|>{% endgeneration %}", "does not contain all of message 1"),
+        ("A: {% generation %}{{ messages[0].content }}<|im_end|>{% endgeneration %}", "also contains message 0"),
+        ("A: {% generation %}{{ m.content + loop.previtem.content }}!{% endgeneration %}", "also contains message 0"),
     ],
 )
-def test_a_template_that_marks_less_than_an_answer_or_more_rejects_it(
+def test_a_turn_with_less_or_more_than_the_answer_is_rejected(
     assistant: str, reason: str, checkpoints: dict[str, Checkpoint]
 ) -> None:
     template = loop("Q: {{ m.content }}\n", assistant)
@@ -231,7 +229,7 @@ THOUGHT = "<think>\nrings\n</think>\n\nSaturn."
         (ROLES, ROLES, [user("Name."), says("Mars."), says("Saturn."), user("Bye.")], None),
     ],
 )
-def test_what_a_template_leaves_out_trims_or_looks_at_rejects_nothing(
+def test_text_that_a_template_omits_trims_or_inspects_is_no_reason_to_reject(
     others: str, answers: str, chat: Chat, words: list[str] | None, checkpoints: dict[str, Checkpoint]
 ) -> None:
     expected = words or [str(message["content"]) for message in chat if message["role"] == "assistant"]
@@ -241,7 +239,7 @@ def test_what_a_template_leaves_out_trims_or_looks_at_rejects_nothing(
     assert found == "".join(lead * (not w.startswith(lead)) + w + END for w in expected)
 
 
-def test_an_answer_that_is_only_a_thought_that_a_template_leaves_out_is_a_reject(
+def test_an_answer_that_is_only_an_omitted_thought_is_rejected(
     checkpoints: dict[str, Checkpoint],
 ) -> None:
     chat = [user("Name."), says("<think>\nrings\n</think>")]
@@ -249,7 +247,7 @@ def test_an_answer_that_is_only_a_thought_that_a_template_leaves_out_is_a_reject
     assert "message 1" in refused
 
 
-def test_the_space_that_a_special_token_takes_up_does_not_make_it_the_assistants(
+def test_a_special_token_is_not_captured_for_the_space_that_it_includes(
     checkpoints: dict[str, Checkpoint],
 ) -> None:
     template = loop("<|user|>{{ m.content }}", "<|assistant|>{% generation %}{{ m.content }}!\n{% endgeneration %}")
@@ -257,14 +255,14 @@ def test_the_space_that_a_special_token_takes_up_does_not_make_it_the_assistants
     assert captured(checkpoints["greedy"], template, chat) == ("Saturn.!Mars.!\n", "")
 
 
-def test_a_token_that_joins_two_messages_rejects_the_chat(checkpoints: dict[str, Checkpoint]) -> None:
+def test_a_chat_with_a_token_across_two_messages_is_rejected(checkpoints: dict[str, Checkpoint]) -> None:
     template = loop("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     joined = captured(checkpoints["bytes"], template, [user("Sat"), says("urn.")])
-    assert joined == ("", "a token holds words both of the assistant and of another message")
+    assert joined == ("", "a token covers text of both the assistant and another message")
     assert captured(checkpoints["bytes"], template, [user("Sat?"), says("Mars.")]) == ("Mars.", "")
 
 
-def test_only_the_turns_that_are_wanted_must_hold_their_answers(checkpoints: dict[str, Checkpoint]) -> None:
+def test_only_captured_turns_must_contain_their_answers(checkpoints: dict[str, Checkpoint]) -> None:
     short = "A: {% generation %}{{ m.content[:4] }}<|im_end|>{% endgeneration %}"
     template = loop("Q: {{ m.content }}\n", short)
     chat = [user("Name."), says("Saturn."), user("Name."), says("Mars")]
@@ -275,7 +273,7 @@ def test_only_the_turns_that_are_wanted_must_hold_their_answers(checkpoints: dic
 
 
 class Shape(NamedTuple):
-    """A template of known parts."""
+    """A template built from known parts."""
 
     question: tuple[str, str]
     answer: tuple[str, str]
@@ -298,21 +296,21 @@ class Shape(NamedTuple):
         )
 
     def write(self, chat: Chat) -> tuple[str, list[tuple[int, int]], set[int]]:
-        """The text, the turns of the assistant, and the places of the user's characters, but for space around."""
+        """The text, the assistant's turns, and the positions of the user's characters without surrounding space."""
         text, turns, others = "", [], set()
         for message in chat:
-            is_answer, said = message["role"] == "assistant", str(message["content"])
-            said = said.strip() if self.trimmed else said
+            is_answer, words = message["role"] == "assistant", str(message["content"])
+            words = words.strip() if self.trimmed else words
             header, end = self.answer if is_answer else self.question
             if is_answer and self.ends_once and (self.marked or message is not chat[-1]):
                 end = ""
             text += header
             if is_answer:
-                turns.append((len(text), len(text) + len(said) + len(end if self.marked else end.rstrip())))
+                turns.append((len(text), len(text) + len(words) + len(end if self.marked else end.rstrip())))
             else:
-                lead = len(text) + len(said) - len(said.lstrip())
-                others |= set(range(lead, lead + len(said.strip())))
-            text += said + end
+                lead = len(text) + len(words) - len(words.lstrip())
+                others |= set(range(lead, lead + len(words.strip())))
+            text += words + end
         if self.ends_once and (self.marked or chat[-1]["role"] != "assistant"):
             text += self.answer[1]
         return text, turns, others
@@ -344,7 +342,7 @@ TEXTS = st.lists(
 def test_exactly_the_tokens_of_the_assistants_turns_are_captured(
     backend: str, checkpoints: dict[str, Checkpoint], shape: Shape, texts: list[str]
 ) -> None:
-    """Against a text that is put together here, and tokens that are compared with it character by character."""
+    """Compared with a text that this test builds itself, token by token and character by character."""
     chat = [(says if i % 2 else user)(text) for i, text in enumerate(texts)]
     text, turns, others = shape.write(chat)
     plain = Tokenizer.from_str(checkpoints[backend].tokenizer.backend_tokenizer.to_str())

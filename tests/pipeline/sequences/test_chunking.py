@@ -1,4 +1,4 @@
-"""A sequence depends on its document alone, and each token after the first is predicted exactly once."""
+"""A sequence depends only on its document, and each token after the first is predicted exactly once."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_each_token_after_the_first_is_predicted_exactly_once(data: st.DataObjec
             assert not mask[lead : lead + context].any(), "tokens repeated as context are not predicted again"
 
 
-def test_rows_are_those_of_the_table(checkpoint: Checkpoint, documents: Path) -> None:
+def test_rows_follow_the_schema_of_the_table(checkpoint: Checkpoint, documents: Path) -> None:
     [batch] = Documents(str(documents), ColumnsConfig(carry=("source", "year"))).batches()
     tokenizer = DocumentTokenizer(checkpoint, SMALL, "text")
     rows, rejects = to_sequences(batch.documents, tokenizer, SMALL, 0.3)
@@ -92,27 +92,29 @@ def test_rows_are_those_of_the_table(checkpoint: Checkpoint, documents: Path) ->
     assert rows["chunks"].to_pylist().count(1) < rows.num_rows
 
 
-def test_a_sequence_depends_on_its_document_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_sequence_depends_only_on_its_document(checkpoint: Checkpoint, tmp_path: Path) -> None:
     texts = {f"d{i}": "some words and more of them " * (i * 4 + 1) for i in range(8)}
     rows = rows_of(texts, checkpoint, tmp_path)
     backwards = rows_of(dict(reversed(texts.items())), checkpoint, tmp_path, source=["x"] * 8)
-    alone = rows_of({"d5": texts["d5"]}, checkpoint, tmp_path)
+    single = rows_of({"d5": texts["d5"]}, checkpoint, tmp_path)
     by_key = {(row["document_id"], row["chunk"]): row for row in rows}
     assert len(by_key) == len(rows) == len(backwards)
-    for row in backwards + alone:
+    for row in backwards + single:
         row.pop("source", None)
         assert row == by_key[row["document_id"], row["chunk"]]
 
 
-def test_parts_are_no_seams(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizing_in_parts_does_not_change_the_rows(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = {f"d{i}": "some words " * (i + 1) for i in range(20)}
     rows = rows_of(texts, checkpoint, tmp_path)
     monkeypatch.setattr("softlabel.pipeline.sequences.chunking._CHARACTERS", 100)
     assert rows_of(texts, checkpoint, tmp_path) == rows
 
 
-def test_a_document_of_a_million_characters(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It has thousands of chunks, each without a copy of the whole."""
+def test_a_document_of_a_million_characters_becomes_thousands_of_chunks(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its thousands of chunks do not copy the whole document."""
     rows = rows_of({"a": "some words " * 100_000}, checkpoint, tmp_path)
     assert len(rows) == rows[0]["chunks"] > 2000
     assert sum(row["positions"] for row in rows) > 200_000
@@ -133,7 +135,7 @@ def test_special_tokens_in_text_stay_text(checkpoint: Checkpoint, tmp_path: Path
 
 
 def with_tokenizer(checkpoint: Checkpoint, tmp_path: Path, **changes: object) -> Checkpoint:
-    """The tiny teacher with another tokenizer set-up."""
+    """The tiny teacher with a changed tokenizer."""
     import shutil
 
     from tokenizers import processors
@@ -162,7 +164,9 @@ def test_every_chunk_begins_with_bos_if_the_tokenizer_adds_one(checkpoint: Check
 
 
 @pytest.mark.parametrize("content", ["text", "chat", "completion"])
-def test_bug_a_pad_token_that_is_the_end_token_erases_it(content: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_pad_token_equal_to_the_end_token_keeps_the_end_token(
+    content: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     contents = {"text": "some words", "chat": json.dumps(messages), "completion": '{"prompt": "a", "completion": " b"}'}
     same = with_tokenizer(checkpoint, tmp_path, pad_token="<|im_end|>")
@@ -173,15 +177,15 @@ def test_bug_a_pad_token_that_is_the_end_token_erases_it(content: str, checkpoin
     assert found.wanted[found.ids == same.tokenizer.eos_token_id][-1], "a student learns where to stop"
 
 
-def test_without_an_end_token_a_document_of_one_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_document_of_one_token_is_rejected_if_there_is_no_end_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
     endless = with_tokenizer(checkpoint, tmp_path, eos_token=None)
     documents = document_table(tmp_path / "x.parquet", {"one": "a", "two": "a b"})
     rows, rejects = to_sequences(documents, DocumentTokenizer(endless, SMALL, "text"), SMALL, 0)
     assert rows["document_id"].to_pylist() == ["two"]
-    assert [tuple(reject) for reject in rejects] == [("one", "no token of it can be predicted")]
+    assert [tuple(reject) for reject in rejects] == [("one", "it has no token that can be predicted")]
 
 
-def test_the_split_is_a_function_of_the_id() -> None:
+def test_the_split_depends_only_on_the_id_and_grows_with_the_fraction() -> None:
     names = [str(i) for i in range(4000)]
     splits = {f: [split_of(name, f) == "eval" for name in names] for f in (0.0, 0.1, 0.5)}
     assert not any(splits[0.0])

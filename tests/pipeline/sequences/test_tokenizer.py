@@ -1,4 +1,4 @@
-"""What is captured of a document: a completion without its prompt, the turns asked for; and what a special token is."""
+"""Which tokens of a document are captured: completions without prompts, selected turns; and special tokens in text."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_the_completion_and_its_end_are_captured(checkpoint: Checkpoint, tmp_pat
     assert checkpoint.tokenizer.decode(rows[0]["token_ids"]) == "What is a class? A type.<|im_end|>"
 
 
-def test_the_prompt_has_the_tokens_that_it_has_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_prompt_is_tokenized_separately(checkpoint: Checkpoint, tmp_path: Path) -> None:
     ids = checkpoint.tokenizer.encode
     assert len(ids("exception")) < len(ids("excep")) + len(ids("tion")), "a token of the whole spans both"
     [row], [text], _ = captured(checkpoint, tmp_path, pair("excep", "tion"))
@@ -86,10 +86,10 @@ def test_the_prompt_has_the_tokens_that_it_has_alone(checkpoint: Checkpoint, tmp
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])
-def test_characters_that_the_tokenizer_does_not_know_are_captured_if_they_are_the_completions(
+def test_unknown_characters_of_the_completion_are_captured_and_those_of_the_prompt_are_not(
     kind: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """One token stands for any number of them, and so for those at the prompt's end and those that follow."""
+    """One unknown token stands for any number of characters, so it may span the prompt's end and the completion."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True) if kind == "BPE" else models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     special = {"special_tokens": ["<unk>", "<|im_end|>"], "show_progress": False}
@@ -116,14 +116,14 @@ def test_characters_that_the_tokenizer_does_not_know_are_captured_if_they_are_th
         assert not any(row["loss_mask"][: len(prompt)])
 
 
-def test_a_completion_of_which_the_tokenizer_has_no_token_is_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Not a captured end of nothing."""
+def test_a_completion_without_tokens_is_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Capturing only its end token would be wrong."""
     folder = shutil.copytree(checkpoint.folder, tmp_path / "deaf")
     tokenizer = Checkpoint.find(TeacherConfig(model=str(folder))).tokenizer
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\N{SNOWMAN}", "")
     tokenizer.save_pretrained(folder)
     deaf = Checkpoint.find(TeacherConfig(model=str(folder)))
-    none = "the tokenizer has no token for what is to be captured"
+    none = "the tokenizer has no tokens for the text to capture"
     _, texts, rejects = captured(deaf, tmp_path, pair("good", " one"), pair("good", "\N{SNOWMAN}"))
     assert (texts, rejects) == ([" one<|im_end|>"], [Reject("1", none)])
     chats = [{"messages": [CHAT[0], {"role": "assistant", "content": text}]} for text in ("One", "\N{SNOWMAN}")]
@@ -146,23 +146,23 @@ def test_chunks_that_are_all_prompt_are_left_out(checkpoint: Checkpoint, tmp_pat
     assert sum(row["tokens"] for row in rows) < len(checkpoint.tokenizer.encode(long["prompt"]))
 
 
-def test_messages_as_prompt_and_completion_are_one_chat(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_messages_as_prompt_and_completion_form_one_chat(checkpoint: Checkpoint, tmp_path: Path) -> None:
     rows, texts, rejects = captured(
         checkpoint,
         tmp_path,
         pair(CHAT[:3], CHAT[3:]),
-        pair("plain", "text beside it"),
+        pair("plain", "text next to it"),
         pair(CHAT[:1], CHAT[1:]),
         pair(CHAT[:2], CHAT[2:3]),
         pair(CHAT[:1], "text"),
     )
     assert rows[0]["token_ids"] == checkpoint.tokenizer.apply_chat_template(CHAT, return_dict=False)
     assert texts[0] == "Second.<|im_end|>"
-    assert texts[1].endswith("text beside it<|im_end|>")
+    assert texts[1].endswith("text next to it<|im_end|>")
     assert texts[2] == "First.<|im_end|>Second.<|im_end|>"
     assert sorted(rejects) == [
-        Reject("3", "no assistant speaks in the completion"),
-        Reject("4", "the prompt is no string but list"),
+        Reject("3", "the completion has no assistant message"),
+        Reject("4", "the prompt must be a string, but is list"),
     ]
 
 
@@ -172,13 +172,13 @@ def test_messages_as_prompt_and_completion_are_one_chat(checkpoint: Checkpoint, 
         (pair(None, "x"), "the prompt is null"),
         (pair("x", None), "the completion is null"),
         (pair("x", " \n"), "the completion is empty"),
-        (pair(7, "x"), "the prompt is no string but int"),
-        (pair("\ud83d", "x"), "the text is broken UTF-8"),
-        (pair([], CHAT[1:]), "the prompt has no message"),
-        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has no text as content"),
+        (pair(7, "x"), "the prompt must be a string, but is int"),
+        (pair("\ud83d", "x"), "the text is not valid UTF-8"),
+        (pair([], CHAT[1:]), "the prompt has no messages"),
+        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has neither text content nor tool calls"),
     ],
 )
-def test_what_is_wrong_with_a_pair(
+def test_an_invalid_prompt_or_completion_is_rejected(
     record: dict[str, object], reason: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     _, _, rejects = captured(checkpoint, tmp_path, pair("good", " one"), record)
@@ -202,17 +202,17 @@ def test_every_turn_or_the_last_is_captured(
     assert last[0]["key"] != every[0]["key"], "another mask is another row"
 
 
-def test_turns_that_can_not_be_told_apart_are_a_reject(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_chat_whose_turns_can_not_be_counted_is_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "parts")
     parts = MARKED.replace("{{ m['content'] }}!", "{{ m['content'] }}{% endgeneration %}{% generation %}!")
     (folder / "chat_template.jinja").write_text(parts)
     teacher = Checkpoint.find(TeacherConfig(model=str(folder)))
     assert captured(teacher, tmp_path, {"messages": CHAT})[1] == ["First.!Second.!"]
     _, _, rejects = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
-    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 of the assistant")]
+    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 assistant messages")]
 
 
-def test_the_rule_has_a_name(checkpoint: Checkpoint) -> None:
+def test_each_capture_rule_has_a_name(checkpoint: Checkpoint) -> None:
     last = SequencesConfig(assistant_turns="last")
     rules = [
         ("text", SequencesConfig()),
@@ -224,7 +224,7 @@ def test_the_rule_has_a_name(checkpoint: Checkpoint) -> None:
     assert names == ["text", "assistant", "last_assistant", "completion"]
 
 
-def test_special_tokens_are_parsed_if_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_special_tokens_are_parsed_if_the_settings_say_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
     bos, text = with_bos(checkpoint, tmp_path), {"text": "<|im_start|>a<|im_end|>b<|im_end|>"}
     [quoted], _, _ = captured(bos, tmp_path, text)
     [parsed], _, _ = captured(bos, tmp_path, text, special_tokens="parse")

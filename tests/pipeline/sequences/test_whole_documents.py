@@ -1,4 +1,4 @@
-"""Classifiers as teachers: what is stored is what the classifier says, for each document once, and what is refused."""
+"""Classifiers as teachers: their probabilities are stored once per document; unsuitable ones are refused."""
 
 import json
 from pathlib import Path
@@ -75,8 +75,8 @@ def answers(location) -> dict[str, tuple[dict[str, object], np.ndarray, float]]:
     return found
 
 
-def said(folder: Path, texts) -> np.ndarray:
-    """What the classifier says of each text by itself, by transformers alone."""
+def transformers_probabilities(folder: Path, texts) -> np.ndarray:
+    """The classifier's probabilities for each text, one by one, with plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -85,13 +85,13 @@ def said(folder: Path, texts) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_what_is_stored_is_what_the_classifier_says(kind, classifier, documents, captured, tiny_teacher, tmp_path):
+def test_the_classifiers_own_probabilities_are_stored(kind, classifier, documents, captured, tiny_teacher, tmp_path):
     folder, table = classifier, captured.table
     if kind == "llama":
         folder = save_classifier(tmp_path / "llama", tiny_teacher, kind=kind)
         table = capture(config(documents, tmp_path / "table", folder)).table
     found, rows = answers(table), pq.read_table(documents).to_pylist()
-    expected = said(folder, [row["text"] for row in rows])
+    expected = transformers_probabilities(folder, [row["text"] for row in rows])
     assert len(found) == len(rows)
     for row, probabilities in zip(rows, expected, strict=True):
         stored, distribution, next_logprob = found[row["id"]]
@@ -104,7 +104,7 @@ def test_what_is_stored_is_what_the_classifier_says(kind, classifier, documents,
             assert np.isnan(next_logprob)
 
 
-def test_a_row_is_a_document(captured, documents, classifier):
+def test_each_document_is_one_row(captured, documents, classifier):
     assert (captured.documents, captured.sequences, captured.positions) == (60, 60, 60)
     assert captured.truncated == sum(row["tokens"] == 128 for row, _, _ in answers(captured.table).values()) > 0
     tokenizer = AutoTokenizer.from_pretrained(classifier)
@@ -118,7 +118,7 @@ def test_a_row_is_a_document(captured, documents, classifier):
     assert (identity.vocabulary, identity.sequences.max_tokens) == (len(CLASSES), 128)
 
 
-def test_every_verb_works_on_it(captured, documents, classifier, tmp_path):
+def test_other_verbs_work_on_a_table_of_a_classifier(captured, documents, classifier, tmp_path):
     again = capture(config(documents, captured.table, classifier))
     assert (again.sequences, again.copied, again.unchanged, again.version) == (0, 0, 60, captured.version)
     assert verify(Table.open(captured.table)).rows == 60
@@ -137,7 +137,7 @@ def test_every_verb_works_on_it(captured, documents, classifier, tmp_path):
         )
 
 
-def test_a_classifier_that_counts_positions_from_its_padding_on(documents, tiny_teacher, tmp_path):
+def test_a_classifier_that_counts_positions_after_its_padding_is_captured(documents, tiny_teacher, tmp_path):
     """As RoBERTa does; a tokenizer without a limit of its own leaves it to the model's positions."""
     folder = save_classifier(tmp_path / "roberta", tiny_teacher)
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=None)
@@ -160,12 +160,12 @@ def test_the_same_text_under_two_labels_keeps_both(classifier, tmp_path):
     assert np.log(one[:2]) == pytest.approx([first, second], abs=1 / 64)
 
 
-def test_documents_can_be_their_own_teacher(classifier, documents, tmp_path):
+def test_the_documents_own_labels_can_be_the_teacher(classifier, documents, tmp_path):
     labels = {"teacher": {"labels": ["names", "types", "statements", "expressions"]}}
     report = capture(config(documents, tmp_path / "table", classifier, **labels))
     assert (report.documents, report.rejects) == (58, 2)
     reasons = [json.loads(line)["reason"] for line in Path(report.rejects_file).read_text().splitlines()]
-    assert reasons == [f"its label is {label}, which is none of teacher.labels" for label in ("None", "'unheard of'")]
+    assert reasons == [f"its label is {label}, which is not in teacher.labels" for label in ("None", "'unheard of'")]
     identity = Table.open(report.table).identity
     assert identity.classes == ("names", "types", "statements", "expressions")
     for row, distribution, next_logprob in answers(report.table).values():
@@ -189,7 +189,7 @@ def test_another_order_of_the_classes_is_another_teacher(captured, documents, cl
         ({"teacher": {"labels": ["names", "types"]}, "columns": {"label": None}}, "no column holds them"),
     ],
 )
-def test_what_a_classifier_can_not_be_asked(changes, message, documents, classifier, tmp_path):
+def test_settings_that_do_not_apply_to_a_classifier_are_refused(changes, message, documents, classifier, tmp_path):
     with pytest.raises(UsageError, match=message):
         capture(config(documents, tmp_path / "table", classifier, **changes))
     assert not (tmp_path / "table").exists()
@@ -198,12 +198,12 @@ def test_what_a_classifier_can_not_be_asked(changes, message, documents, classif
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, "no distribution over classes"),
-        ({"id2label": {"0": "same", "1": "same"}}, "no distribution over classes"),
+        ({"problem_type": "multi_label_classification"}, "does not give one probability distribution over its classes"),
+        ({"id2label": {"0": "same", "1": "same"}}, "does not give one probability distribution over its classes"),
         ({"architectures": ["BertModel"]}, "neither a causal language model nor a sequence classifier"),
     ],
 )
-def test_which_classifiers_are_refused(changes, message, documents, classifier, tmp_path):
+def test_a_classifier_without_a_single_label_distribution_is_refused(changes, message, documents, classifier, tmp_path):
     folder = tmp_path / "classifier"
     folder.mkdir()
     for path in classifier.iterdir():

@@ -243,7 +243,7 @@ def test_weights_that_a_file_lacks_are_not_invented(table, tiny_teacher, tmp_pat
     weights = load_file(file)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(StudentError, match="lack weights"):
+    with pytest.raises(StudentError, match="lack some of its weights"):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 

@@ -16,10 +16,10 @@ from tests.pipeline.classifiers import save_classifier
 
 BAD = [
     ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
-    ({"depth": 3}, UsageError, "not so many layers"),
+    ({"depth": 3}, UsageError, "exceeds the teacher's number of layers"),
     ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
     ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
-    ({"model": "nowhere/at-all"}, StudentError, "there is no such model"),
+    ({"model": "nowhere/at-all"}, StudentError, "can't find the model"),
     ({"model": "stranger"}, StudentError, "499 tokens"),
     ({"config": "small.json"}, StudentError, "at least 500 rows"),
     ({"config": "short.json"}, StudentError, r"at least \d+ positions"),

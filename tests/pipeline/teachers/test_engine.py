@@ -1,4 +1,4 @@
-"""Another engine in the place of transformers, and the writer beside it."""
+"""Custom engines in place of transformers, and writing while the next batch runs."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from softlabel.storage.writer import ShardWriter
 
 
 class Bigrams:
-    """Runs no layer at all, and needs numpy alone: a token's embedding against all others."""
+    """A bigram model in plain numpy: products of a token's embedding with all others."""
 
     device = torch.device("cpu")
     parameters = None
@@ -58,7 +58,7 @@ def settings(teacher: Path, documents: Path, table: Path, engine: str = "Bigrams
     }
 
 
-def test_an_engine_of_ones_own_takes_every_place_of_the_teachers(
+def test_a_custom_engine_is_used_by_capture_recheck_and_estimate(
     tiny_teacher: Path, documents: Path, tmp_path: Path
 ) -> None:
     config = CaptureConfig.model_validate(settings(tiny_teacher, documents, tmp_path / "table"))
@@ -76,13 +76,13 @@ def test_an_engine_of_ones_own_takes_every_place_of_the_teachers(
 
 
 @pytest.mark.parametrize("engine", ["nowhere:Engine", "softlabel.pipeline.teachers.teacher:Nothing", "no name"])
-def test_an_engine_that_is_not_there_is_an_error_at_once(engine: str) -> None:
+def test_a_missing_engine_is_an_error_when_the_settings_are_read(engine: str) -> None:
     with pytest.raises(ValidationError, match="engine must be module:Class"):
         TeacherConfig(model="teacher", engine=engine)
 
 
 class Signalling(Bigrams):
-    """Says when it begins a batch."""
+    """Signals the start of each batch."""
 
     batches: tuple[Event, ...] = ()
     begun = 0
@@ -98,7 +98,7 @@ class Signalling(Bigrams):
 def test_a_batch_is_written_while_the_next_one_runs(
     tiny_teacher: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of the first batches is written only once the teacher has begun the next, or it never is."""
+    """Writing each of the first batches waits until the teacher has begun the next one."""
     monkeypatch.setattr("softlabel.pipeline.capturing.capture.VOCABULARY_SAMPLE", 1)
     monkeypatch.setattr(Signalling, "batches", tuple(Event() for _ in range(4)))
     monkeypatch.setattr(Signalling, "begun", 0)

@@ -1,4 +1,4 @@
-"""The teacher says at each captured position what its own forward pass says there, in any batch."""
+"""The teacher's logits are those of its own forward pass at each position, in any batch."""
 
 import hashlib
 import json
@@ -61,21 +61,26 @@ def another(folder: Path, tiny_teacher: Path, config: object) -> Path:
 
 
 def own_logits(folder: Path, sequence: np.ndarray) -> torch.Tensor:
-    """What plain transformers says of one sequence, unpadded."""
+    """Logits of plain transformers for one sequence, unpadded."""
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder)(torch.from_numpy(sequence[None].astype(np.int64))).logits[0]
 
 
-@pytest.mark.parametrize("name", ["llama", *OTHERS])
-def test_logits_are_the_models_own(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
-    folder = tiny_teacher if name == "llama" else another(tmp_path / name, tiny_teacher, OTHERS[name])
-    teacher = TransformersTeacher(settings(folder))
+def assert_logits_are_those_of_transformers(teacher: TransformersTeacher) -> None:
     sequences, positions = texts()
     logits = torch.cat(list(teacher.logits(sequences, positions)))
     assert logits.dtype == torch.float32
-    assert teacher.vocabulary == 500 < teacher.checkpoint.padded_vocabulary == 512
-    own = [own_logits(folder, s)[p.astype(np.int64) - 1, :500] for s, p in zip(sequences, positions, strict=True)]
+    folder, pairs = teacher.checkpoint.folder, zip(sequences, positions, strict=True)
+    own = [own_logits(folder, sequence)[at.astype(np.int64) - 1, :500] for sequence, at in pairs]
     torch.testing.assert_close(logits, torch.cat(own), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", *OTHERS])
+def test_logits_are_those_of_transformers(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = tiny_teacher if name == "llama" else another(tmp_path / name, tiny_teacher, OTHERS[name])
+    teacher = TransformersTeacher(settings(folder))
+    assert teacher.vocabulary == 500 < teacher.checkpoint.padded_vocabulary == 512
+    assert_logits_are_those_of_transformers(teacher)
 
 
 def test_soft_capped_logits_stay_below_the_cap(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_soft_capped_logits_stay_below_the_cap(tiny_teacher: Path, tmp_path: Pat
     assert 4.0 < logits.abs().max() <= 5.0
 
 
-def test_chunks_are_the_same_logits(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_in_chunks_are_the_same(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(TransformersTeacher(settings(tiny_teacher)).logits(*texts()))
     monkeypatch.setattr("softlabel.pipeline.teachers.teacher.CPU_CHUNK_BYTES", 4 * 512 * 10)
     chunks = list(TransformersTeacher(settings(tiny_teacher)).logits(*texts()))
@@ -92,7 +97,7 @@ def test_chunks_are_the_same_logits(tiny_teacher: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(torch.cat(chunks), torch.cat(whole), rtol=1e-5, atol=1e-5)
 
 
-def test_pad_that_is_eos_changes_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_pad_token_equal_to_eos_does_not_change_logits(tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, folder)
     path = folder / "tokenizer_config.json"
@@ -105,7 +110,7 @@ def test_pad_that_is_eos_changes_nothing(tiny_teacher: Path, tmp_path: Path) -> 
 
 
 class Recorder:
-    """A teacher that says nothing but which batches it was given, and has room for so many tokens."""
+    """A teacher that records its batches, and runs out of memory above ``room`` tokens."""
 
     vocabulary = 500
 
@@ -126,25 +131,25 @@ def go_through(teacher: Recorder, batch_tokens: int) -> list[int]:
     return [int(i) for batch, _ in seen for i in batch]
 
 
-def test_batches_keep_to_the_budget_and_hold_each_sequence_once() -> None:
+def test_batches_stay_within_the_budget_and_contain_each_sequence_once() -> None:
     teacher = Recorder()
     assert sorted(go_through(teacher, 600)) == list(range(30))
     assert all(rows * longest <= 600 for rows, longest in teacher.shapes)
     assert teacher.shapes[0][1] == 2 + 9 * 29, "the longest come first, so that lack of memory shows at once"
 
 
-def test_lack_of_memory_halves_the_budget_and_goes_on() -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on() -> None:
     teacher = Recorder(room=700)
     assert sorted(go_through(teacher, 4000)) == list(range(30))
     assert sum(rows * longest > 700 for rows, longest in teacher.shapes) <= 4
 
 
-def test_no_room_for_one_sequence_is_an_error() -> None:
-    with pytest.raises(TeacherError, match="no room for a single sequence"):
+def test_a_sequence_that_does_not_fit_in_memory_is_an_error() -> None:
+    with pytest.raises(TeacherError, match="not have enough memory for a single sequence"):
         go_through(Recorder(room=100), 4000)
 
 
-def test_identity_is_what_is_in_the_files(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_identity_depends_on_the_files_and_the_dtype(tiny_teacher: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_teacher, tmp_path / "elsewhere")
     identity = Checkpoint.find(settings(tiny_teacher)).identity
     assert set(identity.files) == {"config.json", "model.safetensors"}
@@ -155,7 +160,7 @@ def test_identity_is_what_is_in_the_files(tiny_teacher: Path, tmp_path: Path) ->
     assert Checkpoint.find(settings(copy)).identity != identity
 
 
-def test_a_file_is_hashed_once_until_anything_is_done_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_folder, "_HASHES", {})
     read: list[str] = []
     digest = hashlib.file_digest
@@ -169,7 +174,7 @@ def test_a_file_is_hashed_once_until_anything_is_done_to_it(tmp_path: Path, monk
 
     path.write_bytes(b"one")
     assert [is_read(), is_read()] == [True, True], "written a moment ago, it may be written again unseen"
-    monkeypatch.setattr(model_folder, "_SECONDS_TO_SETTLE", -1.0)
+    monkeypatch.setattr(model_folder, "_MIN_AGE_SECONDS", -1.0)
     assert [is_read(), is_read()] == [True, False]
     for content in (b"two", b"six", b"ten"):  # all as long, and as old by their own account
         time.sleep(0.02)
@@ -182,7 +187,7 @@ def test_a_file_is_hashed_once_until_anything_is_done_to_it(tmp_path: Path, monk
 
 
 def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
-    """The tiny teacher with something wrong."""
+    """The tiny teacher, damaged in this way."""
     if how == "missing":
         return folder
     if how in ("empty", "weights of another kind"):
@@ -217,24 +222,26 @@ def damaged(folder: Path, tiny_teacher: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "reason"),
     [
-        ("missing", "there is no such teacher"),
-        ("empty", "this folder holds no model"),
+        ("missing", "can't find the teacher"),
+        ("empty", "this folder does not contain a model"),
         ("weights of another kind", "pytorch_model.bin"),
         ("garbage config", "config.json can't be read"),
         ("garbage weights", "can't be loaded"),
         ("truncated weights", "can't be loaded"),
         ("garbage tokenizer", "tokenizer can't be loaded"),
         ("an encoder", "neither a causal language model nor"),
-        ("a layer too many", "lack weights"),
+        ("a layer too many", "lack some of its weights"),
         ("code of its own", r"teacher\.trust_remote_code"),
-        ("no tokenizer", "its tokenizer too"),
+        ("no tokenizer", "the model and its tokenizer again"),
     ],
 )
-def test_what_is_no_teacher_is_a_one_screen_error(how: str, says: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_an_unusable_teacher_is_an_error_on_one_screen(
+    how: str, reason: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
     folder = damaged(tmp_path / "teacher", tiny_teacher, how)
-    with pytest.raises(TeacherError, match=says) as caught:
+    with pytest.raises(TeacherError, match=reason) as caught:
         TransformersTeacher(settings(folder))
     message = str(caught.value)
     assert all(part in message for part in ("expected:", "found:", "where:", "what to do:", str(folder)))
@@ -245,39 +252,43 @@ BERT = {**SMALL, "num_attention_heads": 2, "initializer_range": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "reason"),
     [
-        (BertConfig(**BERT), "sees the token that it is to predict"),
+        (BertConfig(**BERT), "sees the token that it should predict"),
         (
             XLNetConfig(vocab_size=512, d_model=32, n_layer=2, n_head=2, d_inner=64),
-            "sees the token that it is to predict",
+            "sees the token that it should predict",
         ),
-        (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run apart from its body"),
-        (Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16), "can't be run apart from its body"),
+        (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run separately from its base model"),
+        (
+            Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16),
+            "can't be run separately from its base model",
+        ),
     ],
     ids=["bert", "xlnet", "opt", "llama4"],
 )
-def test_an_architecture_that_can_not_be_a_teacher(
-    config: object, says: str, tiny_teacher: Path, tmp_path: Path
+def test_an_architecture_that_can_not_be_a_teacher_is_refused(
+    config: object, reason: str, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(TeacherError, match=says):
+    with pytest.raises(TeacherError, match=reason):
         TransformersTeacher(settings(another(tmp_path / "teacher", tiny_teacher, config)))
 
 
 def test_bert_that_is_a_decoder_is_a_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
-    TransformersTeacher(settings(another(tmp_path / "bert", tiny_teacher, BertConfig(**BERT, is_decoder=True))))
+    folder = another(tmp_path / "bert", tiny_teacher, BertConfig(**BERT, is_decoder=True))
+    assert_logits_are_those_of_transformers(TransformersTeacher(settings(folder)))
 
 
-def test_an_attention_that_is_not_installed_is_named(tiny_teacher: Path) -> None:
+def test_the_error_for_an_attention_that_is_not_installed_names_the_setting(tiny_teacher: Path) -> None:
     with pytest.raises(TeacherError, match=r"leave out teacher\.attn_implementation"):
         TransformersTeacher(settings(tiny_teacher, attn_implementation="flash_attention_2"))
 
 
-def test_a_device_that_is_not_there(tiny_teacher: Path) -> None:
+def test_a_missing_device_is_an_error(tiny_teacher: Path) -> None:
     with pytest.raises(UsageError, match="no device 'cuda:99'"):
         TransformersTeacher(settings(tiny_teacher, device="cuda:99"))
 
 
-def test_a_folder_has_no_revision(tiny_teacher: Path) -> None:
+def test_a_revision_of_a_folder_is_refused(tiny_teacher: Path) -> None:
     with pytest.raises(SoftlabelError, match="a folder has no revisions"):
         Checkpoint.find(settings(tiny_teacher, revision="main"))
