@@ -52,7 +52,7 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ([], "nothing to do"),
         (["--selection.max-k", "99"], "does not hold what that asks for"),
-        (["--purge", "ids", "--compact"], "purge stands alone"),
+        (["--purge", "ids", "--compact"], "purge can't be combined with other changes"),
         (["--shards.eval-fraction", "2"], "shards.eval_fraction can't be used"),
         (["--where", "label IN (SELECT x FROM read_csv('/etc/passwd'))"], "            ^^^^^^\n"),
         (["--where", "tokens > 4 OR " * 5000 + "true"], "50,000 are allowed"),

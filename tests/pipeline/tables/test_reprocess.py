@@ -173,7 +173,10 @@ def test_the_teacher_stays_known(table: Table, tmp_path: Path) -> None:
     [
         ({}, "nothing to do"),
         ({"purge": "ids", "selection": {"max_k": 4}}, "leave out selection.max_k"),
-        ({"purge": "ids", "compact": True}, "purge stands alone; leave out compact"),
+        (
+            {"purge": "ids", "compact": True},
+            "purge can't be combined with other changes or a destination; leave out compact",
+        ),
         ({"purge": "ids", "destination": "t"}, "leave out the destination"),
     ],
 )
