@@ -231,7 +231,7 @@ def _labelled(
             try:
                 parts.append(select(logits, next_ids[part], seeds[part], selection, teacher.vocabulary))
             except NotADistributionError as error:
-                raise _no_distribution(rows, [start + row for row in error.rows]) from None
+                raise _not_a_distribution(rows, [start + row for row in error.rows]) from None
             start += len(logits)
         return rows, SoftLabels.concatenate(parts)
 
@@ -260,16 +260,16 @@ def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]
             return
 
 
-def _no_distribution(rows: pa.Table, found: Sequence[int]) -> TeacherError:
-    """The error for logits that are no distribution, naming the documents."""
+def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherError:
+    """The error for logits that are not a distribution, with the ids of the documents."""
     ends = np.cumsum(rows.column("positions").to_numpy())
-    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, found, side="right"))))
+    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, positions, side="right"))))
     return TeacherError(
-        "the teacher says what is no distribution; nothing of this shard is kept",
+        "the teacher's logits are not a probability distribution; this shard was not stored",
         expected="finite logits (-inf for an id of probability 0)",
-        found=f"NaN, +inf, or nothing but -inf, at {len(found)} positions",
+        found=f"NaN, +inf, or only -inf, at {len(positions)} positions",
         where=f"document {', '.join(names.to_pylist()[:5])}",
-        do="take teacher.dtype bfloat16 or float32, or leave the document out",
+        do="use teacher.dtype bfloat16 or float32, or leave the document out",
     )
 
 

@@ -82,7 +82,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             "rows can only be added to the newest version of a table",
             expected=f"a folder: {table}",
             found=config.table,
-            do="leave the version or tag out",
+            do="leave out the version or tag",
         )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
@@ -103,7 +103,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
-            raise _unusable("a document can't be used, and strict asks to stop there", rejects.first, config)
+            raise _unusable("a document can't be used, and strict is set", rejects.first, config)
         fates = known.fates(sequences)
         pending.add(sequences.filter(pc.equal(fates, "pending")))
         copies.add(sequences.filter(pc.equal(fates, "copy")))
@@ -112,7 +112,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
     if not found:
         listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
-        taken_down = [f"{known.taken_down} that were taken down"] if known.taken_down else []
+        taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     return Plan(
         shards=pending.close(),
@@ -170,10 +170,10 @@ def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocum
         )
     if checkpoint.labels and config.columns.label is None:
         raise UsageError(
-            "the documents' labels are to be the teacher, and no column holds them",
-            expected="columns.label, beside teacher.labels",
+            "teacher.labels stores the documents' own labels, but no column for them is given",
+            expected="columns.label as well as teacher.labels",
             found=f"teacher.labels: {' '.join(checkpoint.labels)}",
-            do="say with columns.label which column holds the labels",
+            do="set columns.label to the column that holds the labels",
         )
     return WholeDocuments(checkpoint, config.sequences)
 
@@ -246,5 +246,5 @@ def _unusable(summary: str, found: str, config: CaptureConfig) -> DocumentsError
         expected="documents with an id and a text of at least one token to predict",
         found=found,
         where=config.documents,
-        do="mend the documents, or say with columns.* which columns hold what",
+        do="fix the documents, or set columns.* to the columns that hold their ids and texts",
     )

@@ -90,11 +90,11 @@ def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> N
     differences = planned_identity(sequences).differences(identity)
     if differences:
         raise ProvenanceError(
-            "the teacher has changed since this capture was planned; nothing of this shard is kept",
-            expected="the same files, or the same commit of a hub model, from beginning to end",
+            "the teacher has changed since this capture was planned; this shard was not stored",
+            expected="the same files, or the same commit of a hub model, for the whole capture",
             found="\n               ".join(f"{name}: {a} then, {b} now" for name, (a, b) in differences.items()),
             where=teacher,
-            do="run the same command again; teacher.revision pins the commit of a hub model",
+            do="run the same command again; to pin the commit of a hub model, set teacher.revision",
         )
 
 

@@ -100,7 +100,7 @@ class Worker:
                 watch(Progress(**value))
         except ChildDiedError:
             self.deaths += 1
-        raise WorkerError(f"the worker {self.name} died; nothing of its shard is done", found=child.death())
+        raise WorkerError(f"worker {self.name} died; its shard was not captured", found=child.death())
 
     def close(self) -> None:
         """End the process, whatever it is at, and start none again."""
@@ -165,13 +165,13 @@ class Workers:
         for attempt in range(ATTEMPTS):
             alive = [worker for worker in self._workers if worker.deaths < _DEATHS]
             if left and alive:
-                left = self._once(left, alive, do, commits, again=attempt + 1 < ATTEMPTS)
+                left = self._once(left, alive, do, commits, retry=attempt + 1 < ATTEMPTS)
         if left:
             raise WorkerError(
-                f"{len(left)} of {len(paths)} shards are not captured: the workers that tried them died",
+                f"{len(left)} of {len(paths)} shards were not captured, because their workers died",
                 found=self._last,
-                do="mend what they died of, and run the same command again: it captures what is left\n"
-                "               (if memory ran out, set teacher.batch_tokens or teacher.workers lower)",
+                do="fix what the workers died of, then run the same command again: it captures the remaining shards\n"
+                "               (if memory ran out, lower teacher.batch_tokens or teacher.workers)",
             )
         return commits
 
@@ -181,7 +181,7 @@ class Workers:
         alive: Sequence[Worker],
         do: Callable[[Worker, Path], Commit],
         commits: list[Commit],
-        again: bool,
+        retry: bool,
     ) -> list[Path]:
         """Give each shard to one worker; those that were not done are returned."""
         waiting, failed = deque(paths), list[Path]()
@@ -199,7 +199,7 @@ class Workers:
                         return
                     failed.append(path)
                     self._last = error
-                    logger.warning("%s\n  what follows: %s", error, _what_follows(worker, again))
+                    logger.warning("%s\n  next:        %s", error, _next_steps(worker, retry))
 
         with ThreadPoolExecutor(len(alive)) as threads:
             at_work = {threads.submit(copy_context().run, work, worker) for worker in alive}
@@ -219,6 +219,6 @@ class Workers:
             list(threads.map(Worker.close, self._workers))
 
 
-def _what_follows(worker: Worker, again: bool) -> str:
-    shard = "its shard is done again" if again else "its shard is left"
-    return f"{shard}, and this worker is given up" if worker.deaths >= _DEATHS else shard
+def _next_steps(worker: Worker, retry: bool) -> str:
+    shard = "the shard is tried again" if retry else "this run does not try the shard again"
+    return f"{shard}; this worker is not used any more" if worker.deaths >= _DEATHS else shard

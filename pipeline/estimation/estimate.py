@@ -128,7 +128,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         SoftlabelError: if documents, teacher or table can't be used; what stops a capture stops this.
     """
     if config.teacher.labels:
-        raise UsageError("there is nothing to estimate: labels need no teacher to be run", do="run softlabel capture")
+        raise UsageError("there is nothing to estimate: teacher.labels runs no model", do="run softlabel capture")
     with scratch() as folder:
         capture = config.capture(config.table or str(folder / "table"))
         documents = Documents(capture.documents, capture.columns)

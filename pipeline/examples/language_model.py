@@ -74,14 +74,14 @@ def prepare(folder: Path, say: Callable[[str], None] = print) -> Path:
     """All that ``softlabel distill`` needs; returns the path of its YAML."""
     teacher, documents, settings = folder / "teacher", folder / "documents.parquet", folder / "distill.yaml"
     say(
-        f"teacher    {teacher}: SmolLM2-135M-Instruct, " + ("unpacked" if prepare_teacher(teacher) else "there already")
+        f"teacher    {teacher}: SmolLM2-135M-Instruct, " + ("unpacked" if prepare_teacher(teacher) else "already there")
     )
-    say(f"documents  {documents}: " + ("written" if prepare_documents(documents) else "there already"))
+    say(f"documents  {documents}: " + ("written" if prepare_documents(documents) else "already there"))
     if fresh := not settings.exists():
         text = yaml.safe_dump(demo_config(folder).model_dump(mode="json", exclude_unset=True), sort_keys=False)
         text = f"# softlabel distill --config {settings}\n" + text
         atomically(settings, lambda unfinished: unfinished.write_text(text))
-    say(f"settings   {settings}: " + ("written" if fresh else "there already"))
+    say(f"settings   {settings}: " + ("written" if fresh else "already there"))
     return settings
 
 
@@ -107,7 +107,7 @@ def _package_folder(folder: Path) -> Path:
         if (Path(place) / _GGUF).is_file():
             return Path(place)
     raise TeacherError(
-        "the demo's teacher is not here",
+        "the demo's teacher is not installed",
         expected=f"the package {PACKAGE}, which carries {_GGUF}",
         found="no such package" if spec is None else "a package without that file",
         where=folder,

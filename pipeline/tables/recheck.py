@@ -127,7 +127,11 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
         TeacherError: if the teacher can't be loaded, or says what no distribution is.
     """
     if config.labels:
-        raise UsageError("labels are no teacher that could be asked again", do="leave the teacher out")
+        raise UsageError(
+            "a table of the documents' own labels can't be compared with a teacher: there is none",
+            found="teacher.labels",
+            do="leave out all teacher settings",
+        )
     _require_teacher(table, Checkpoint.find(config))
     rows = _sample(table, sequences, seed)
     teacher = load_teacher(config)
@@ -165,18 +169,18 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
 def disagreement(found: Recheck) -> DisagreementError:
     """The error that says what was found, a line each."""
     lines = [
-        f"document {d.document}, chunk {d.chunk}: {d.name} off by {d.mean:.3f} nats on average"
-        f" (allowed {d.allowed:.3f}), most at token {d.position}"
+        f"document {d.document}, chunk {d.chunk}: {d.name} differ by {d.mean:.3f} nats on average"
+        f" (allowed: {d.allowed:.3f}), most at token {d.position}"
         for d in found.disagreements
     ]
     more = [f"... and {len(lines) - _SHOWN} more; --json lists them all"] if len(lines) > _SHOWN else []
     noise = ", ".join(f"{agreement.name} {agreement.noise.mean:.3f}" for agreement in found.agreements)
     return DisagreementError(
-        f"the teacher says something else now of {len(found.disagreements)} of {found.sequences} sequences",
-        expected=f"what it says again in other batches, give or take (nats, on average): {noise}",
+        f"the table disagrees with its teacher on {len(found.disagreements)} of {found.sequences} sequences",
+        expected=f"about the differences between two runs of the teacher (nats, on average): {noise}",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.table}@{found.version}",
-        do="check that this is the teacher as it was, then capture the table anew; do not train on it",
+        do="do not train on this table; check that the teacher runs as it did then, and capture a new table",
         details=found,
     )
 
@@ -200,11 +204,11 @@ def _require_distributions(rows: pa.Table, *asked: dict[int, Account]) -> None:
     if found:
         names = rows.column("document_id").take(pa.array(found)).unique().to_pylist()
         raise TeacherError(
-            "the teacher says what is no distribution: there is nothing to compare the table with",
+            "the teacher's logits are not a probability distribution, so the table can't be compared with them",
             expected="finite logits (-inf for an id of probability 0)",
-            found=f"NaN, +inf, or nothing but -inf, in {len(found)} of {len(rows)} sequences",
+            found=f"NaN, +inf, or only -inf, in {len(found)} of {len(rows)} sequences",
             where=f"document {', '.join(names[:_SHOWN])}",
-            do="see if it can be run here at all: try another teacher.device or teacher.attn_implementation",
+            do="check that the teacher runs on this machine: try another teacher.device or attn_implementation",
         )
 
 
@@ -238,7 +242,7 @@ def _sample(table: Table, sequences: int, seed: int) -> pa.Table:
     ends = np.cumsum([shard.rows for shard in shards])
     if not len(ends) or not ends[-1]:
         raise UsageError(
-            "there is nothing to ask the teacher about", found="a table without rows", where=table.location
+            "the table can't be compared with its teacher", found="a table without rows", where=table.location
         )
     chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(sequences, int(ends[-1])), replace=False))
     parts = []
@@ -272,11 +276,11 @@ def _require_teacher(table: Table, checkpoint: Checkpoint) -> None:
     )
     differences = mine.differences(given)
     if differences:
-        lines = [f"{name}: the table has {a}, this {b}" for name, (a, b) in differences.items()]
+        lines = [f"{name}: the table has {a}, this teacher {b}" for name, (a, b) in differences.items()]
         raise ProvenanceError(
             "this is not the teacher that made the table",
-            expected="its files, to the byte, and its dtype",
+            expected="a teacher with the same files and dtype",
             found="\n               ".join(lines),
             where=checkpoint.folder,
-            do="give that teacher with teacher.model and teacher.dtype; softlabel inspect names it",
+            do="set teacher.model and teacher.dtype to the teacher that softlabel inspect shows",
         )

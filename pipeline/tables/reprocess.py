@@ -138,41 +138,40 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
 def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
     if source.identity.classes is not None:
         raise UsageError(
-            "a table of classes holds every class for every temperature, and can't be narrowed",
+            "a classifier's table can't be narrowed: it stores every class at every temperature",
             expected="no selection",
             found=", ".join(f"selection.{name}: {value}" for name, value in wanted if value is not None),
             where=f"{source.location}@{source.version}",
-            do="give a student a smaller label set with student.labels instead",
+            do="to train a student on fewer labels, set student.labels",
         )
     stored = source.identity.selection
     max_k = stored.max_k if wanted.max_k is None else wanted.max_k
     draws = stored.draws if wanted.draws is None else wanted.draws
     temperatures = source.temperatures if wanted.temperatures is None else wanted.temperatures
     limits = {"max_k": (max_k, stored.max_k), "draws": (draws, stored.draws)}
-    for name, (asked, there) in limits.items():
-        if asked > there:
-            raise _lacking(source, name, f"at most {there}", asked)
+    for name, (requested, stored_limit) in limits.items():
+        if requested > stored_limit:
+            raise _too_much(source, name, f"at most {stored_limit}", requested)
     if max_k == draws == 0:
-        raise _lacking(source, "max_k and draws", "ids or draws to keep", "neither")
+        raise _too_much(source, "max_k and selection.draws", "at least one above 0", "0 for both")
     if (
         temperatures[:1] != (1.0,)
         or len({*temperatures}) < len(temperatures)
         or {*temperatures} - {*source.temperatures}
     ):
         stored_ones = " ".join(f"{T:g}" for T in source.temperatures)
-        raise _lacking(
-            source, "temperatures", f"some of {stored_ones}, 1 first", " ".join(f"{T:g}" for T in temperatures)
-        )
+        requested_ones = " ".join(f"{T:g}" for T in temperatures)
+        raise _too_much(source, "temperatures", f"some of {stored_ones}, 1 first", requested_ones)
     return Narrowing(source.identity, max_k, draws, temperatures)
 
 
-def _lacking(source: Table, name: str, expected: object, found: object) -> UsageError:
+def _too_much(source: Table, name: str, expected: object, found: object) -> UsageError:
     return UsageError(
-        f"the table can't be narrowed to these {name}: it does not hold what that asks for",
-        expected=f"selection.{name}: {expected}",
+        f"selection.{name} can't be used to narrow this table",
+        expected=expected,
         found=found,
         where=f"{source.location}@{source.version}",
-        do="see softlabel inspect for what it holds; more takes a capture",
+        do="run softlabel inspect to see what the table holds; to store more, capture a new table",
     )
 
 
@@ -184,14 +183,14 @@ def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filt
                 "an old version can't be changed in place",
                 expected="a table without a version, or a destination",
                 found=config.source,
-                do="leave the version out, or give a folder for another table",
+                do="leave out the version, or give a destination for a new table",
             )
         return source
     if place_of(config.destination).address == source.place.address:
         raise UsageError(
             "source and destination are the same folder",
             where=config.destination,
-            do="leave the destination out to change the table in place",
+            do="to change the table in place, leave out the destination",
         )
     if Table.exists(config.destination):
         target = Table.open(config.destination)

@@ -32,8 +32,8 @@ _ALLOWED = _INDENT.join(
         "use only columns, 'strings', numbers, TRUE, FALSE, NULL, DATE '2024-12-31';",
         "AND OR NOT = <> < <= > >= IN BETWEEN LIKE ILIKE IS + - * / % ||;",
         "CASE, CAST(... AS STRING), " + ", ".join(sorted({*sql.FUNCTIONS, *sql.CHOICES})) + ".",
-        "Strings go in single quotes, and a column's name in double ones if it is no plain word:",
-        "source = 'web' AND \"number of words\" > 20. For a list of documents, there is --drop FILE.",
+        "Put strings in single quotes, and column names that are not plain words in double quotes:",
+        "source = 'web' AND \"number of words\" > 20. For a list of documents, use --drop FILE.",
     ]
 )
 
@@ -61,7 +61,7 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
         return partial(_true, whole.expr), reader.columns
     raise UsageError(
         "rows can't be filtered by this expression",
-        expected=f"SQL that is true or false for a row, over {printable(', '.join(known.names))}",
+        expected=f"SQL that is true or false for each row, with the columns {printable(', '.join(known.names))}",
         found=found,
         where=f"where: {place[0]}{_INDENT}{' ' * len('where: ')}{place[1]}",
         do=_ALLOWED,
@@ -88,7 +88,7 @@ class _Reader:
         """All of it."""
         value = self._expression()
         if self._next.kind != "end":
-            sql.refuse(f"{self._next}, where an operator or the end was expected", self._next)
+            sql.refuse(f"{self._next} instead of an operator or the end", self._next)
         if value.kind is not Kind.TRUTH:
             sql.refuse(f"{value.kind}, which is neither true nor false", value)
         return value
@@ -112,14 +112,14 @@ class _Reader:
         """The same, if nothing else may come."""
         part = self._next
         if not self._take(*wanted):
-            sql.refuse(f"{part}, where {' or '.join(wanted)} was expected", part)
+            sql.refuse(f"{part} instead of {' or '.join(wanted)}", part)
         return part
 
     def _expression(self, above: int = 0) -> Value:
         """As much as is held together by operators that bind more tightly than ``above``."""
         self._depth += 1
         if self._depth > sql.DEEPEST:
-            sql.refuse(f"more than {sql.DEEPEST} expressions within one another", self._next)
+            sql.refuse(f"more than {sql.DEEPEST} nested expressions", self._next)
         value = self._operand()
         while (sign := self._operator()) and _BINDING[sign] > above:
             value = self._operation(value, sign)
@@ -194,7 +194,7 @@ class _Reader:
             case "word", _ if self._sees("("):
                 return self._call(part)
             case "sign" | "end", _:
-                sql.refuse(f"{part}, where a value was expected", part)
+                sql.refuse(f"{part} instead of a value", part)
         return self._column(part, part.written)
 
     def _enclosed(self) -> Value:
@@ -226,7 +226,7 @@ class _Reader:
         if name.text == "CAST":
             return self._cast()
         if name.text not in {*sql.FUNCTIONS, *sql.CHOICES}:
-            sql.refuse(f"function {name}, which is not allowed, as is all that takes more than one row", name)
+            sql.refuse(f"function {name}, which is not allowed; nor is any that takes more than one row", name)
         return sql.called(name, self._list())
 
     def _cast(self) -> Value:

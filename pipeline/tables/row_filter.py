@@ -74,11 +74,13 @@ def listed(path: str) -> frozenset[str]:
     """
     try:
         lines = frozenset(line.rstrip("\r") for line in Path(path).read_text(encoding="utf-8").split("\n")) - {""}
-        found = "no id" if not lines else ""
+        found = "no ids" if not lines else ""
     except (OSError, UnicodeDecodeError) as error:
         lines, found = frozenset(), str(error)
     if found:
-        raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
+        raise UsageError(
+            "the list of documents can't be used", expected="one document id per line", found=found, where=path
+        )
     return lines
 
 

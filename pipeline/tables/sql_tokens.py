@@ -53,7 +53,7 @@ def tokens(text: str) -> list[Token]:
         RefusedError: if it is too long, or holds a comment, a quote that is not closed or what is no part of SQL.
     """
     if len(text) > LONGEST:
-        raise RefusedError(f"{len(text):,} characters, where {LONGEST:,} are allowed", LONGEST, len(text))
+        raise RefusedError(f"{len(text):,} characters; at most {LONGEST:,} are allowed", LONGEST, len(text))
     found: list[Token] = []
     while not found or found[-1].kind != "end":
         found.append(_token(text, _SPACE.match(text, found[-1].end if found else 0).end()))  # type: ignore[union-attr]
@@ -63,7 +63,9 @@ def tokens(text: str) -> list[Token]:
 def _token(text: str, start: int) -> Token:
     match = _TOKEN.match(text, start)
     if match is None:
-        problem = "a quote that is not closed" if text[start] in "'\"" else f"{printable(text[start])}, which is no SQL"
+        problem = (
+            "a quote that is not closed" if text[start] in "'\"" else f"{printable(text[start])}, which is not SQL"
+        )
         raise RefusedError(problem, start, start + 1)
     kind, written, end = str(match.lastgroup), match[0], match.end()
     if kind == "comment":

@@ -96,7 +96,7 @@ def made(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
     depth = 1 + max(part.depth for part in parts)
     value = Value(expr, kind, parts[0].start, parts[-1].end, depth)
     if depth > DEEPEST:
-        refuse(f"more than {DEEPEST} operations within one another", value)
+        refuse(f"more than {DEEPEST} nested operations", value)
     return value
 
 
@@ -129,7 +129,7 @@ def day(value: Value) -> Value:
     try:
         return literal(date.fromisoformat(str(value.literal)), Kind.DATE, value)
     except ValueError:
-        refuse("no date; one is written as '2024-12-31'", value)
+        refuse("a string that is not a date; dates are written like '2024-12-31'", value)
 
 
 def negative(value: Value) -> Value:
@@ -147,7 +147,7 @@ def negated(value: Value) -> Value:
 def of_kind(kind: Kind, value: Value) -> pl.Expr:
     """The value, which has to be of a kind, or NULL."""
     if value.kind not in (kind, Kind.NULL):
-        refuse(f"{value.kind}, where {kind} was expected", value)
+        refuse(f"{value.kind} instead of {kind}", value)
     return value.expr.cast(_TYPES[kind]) if value.kind is Kind.NULL else value.expr
 
 
@@ -192,7 +192,7 @@ def among(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
     """Whether it is one of some literals."""
     for choice in choices:
         if choice.literal is None:
-            refuse("what is no string, number or date, in a list", choice)
+            refuse("a list item that is not a string, number or date", choice)
     _, (wanted, *found) = alike([value, *choices])
     (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
     literals = [one.literal for one in found]
@@ -211,7 +211,7 @@ def between(value: Value, low: Value, high: Value) -> Value:
 def like(value: Value, pattern: Value, ignore_case: bool) -> Value:
     """Whether it is as a pattern says, in which % stands for any characters and _ for one."""
     if not isinstance(pattern.literal, str):
-        refuse("what is no string, as a pattern", pattern)
+        refuse("a pattern that is not a string", pattern)
     regex = pl.escape_regex(pattern.literal).replace("%", ".*").replace("_", ".")
     matches = of_kind(Kind.TEXT, value).str.contains(f"^(?{'i' * ignore_case}s){regex}$")
     return made(matches, Kind.TRUTH, value, pattern)
@@ -248,5 +248,5 @@ def chosen(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
 def as_text(value: Value) -> Value:
     """CAST(... AS STRING), which no value fails."""
     if value.kind in (Kind.BYTES, Kind.LIST):
-        refuse(f"{value.kind}, which can't be made a string", value)
+        refuse(f"{value.kind}, which can't be cast to a string", value)
     return made(value.expr.cast(pl.String), Kind.TEXT, value)

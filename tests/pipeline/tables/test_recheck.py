@@ -167,7 +167,7 @@ def test_a_teacher_that_says_nan_in_some_batch_excuses_nothing(
             yield chunk * torch.nan if len(sequences) == 3 else chunk
 
     monkeypatch.setattr(TransformersTeacher, "logits", fails_together)
-    with pytest.raises(TeacherError, match="no distribution"):
+    with pytest.raises(TeacherError, match="not a probability distribution"):
         ask(doctored(honest, tmp_path / "t", shifted), honest)
 
 

@@ -65,7 +65,7 @@ def test_filter_by_an_expression(table: Table, where: str, kept: list[str]) -> N
     ],
 )
 def test_an_expression_that_can_not_be_used(table: Table, where: str, said: str) -> None:
-    with pytest.raises(UsageError, match=r"over key, document_id.*source, year") as error:
+    with pytest.raises(UsageError, match=r"with the columns key, document_id.*source, year") as error:
         run(table.location, where=where)
     assert said in str(error.value)
     assert Table.open(table.location).version == 2
@@ -149,7 +149,7 @@ def test_documents_are_dropped_by_their_ids(table: Table, tmp_path: Path) -> Non
     assert (report.rows.dropped, report.unknown, report.operation) == (2, 1, "drop")
     assert names_in(Table.open(table.location)) == sorted({*A, *B} - {"a1", "b2"})
     for path in (listed(tmp_path / "none", []), str(tmp_path / "nowhere")):
-        with pytest.raises(UsageError, match="there is no list of documents"):
+        with pytest.raises(UsageError, match="the list of documents can't be used"):
             run(table.location, drop=path)
 
 
