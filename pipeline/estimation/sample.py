@@ -91,7 +91,7 @@ def draw_sample(
     known = Known(config, identity, documents.carried)
     found = rejects = 0
     sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for batch in known.welcome(documents):
+    for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         found += batch.documents.num_rows
         rejects += len(batch.rejects)
@@ -171,7 +171,7 @@ def _read_pieces(
     tables: list[pa.Table] = []
     origins: dict[bytes, _Origin] = {}
     start = 0
-    for batch in known.welcome(documents):
+    for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         wanted = np.flatnonzero(choice.pieces[start : start + len(changed)])
         rows = changed.take(pa.array(wanted))

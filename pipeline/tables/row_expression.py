@@ -1,6 +1,6 @@
-"""SQL that is true or false for a row, read into a polars expression: columns, literals, operators, a few functions.
+"""Parses SQL that is true or false for a row into a polars expression: columns, literals, operators, a few functions.
 
-What is not read here does not exist: polars' own SQL, which also opens files and addresses, never sees the text.
+Only what is parsed here is supported: polars' own SQL, which can also open files and URLs, never sees the text.
 """
 
 from collections.abc import Callable
@@ -39,14 +39,17 @@ _ALLOWED = _INDENT.join(
 
 
 def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], NDArray[np.bool_]], set[str]]:
-    """What tells (R,) for which of R rows an expression is true, and the names of the columns that it looks at.
+    """Compile an expression.
 
     Args:
         text: SQL over the columns.
         known: names and types of the columns.
 
+    Returns:
+        A function that returns (R,) for which of R rows the expression is true, and the names of the columns it reads.
+
     Raises:
-        UsageError: if it is anything else; shows the place.
+        UsageError: if the text is anything else; points at the place.
     """
     empty = pl.DataFrame(known.empty_table())
     try:
@@ -69,12 +72,12 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
 
 
 def _true(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
-    told = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
-    return np.broadcast_to(told, len(rows))  # what is the same for all rows, polars may tell once
+    values = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
+    return np.broadcast_to(values, len(rows))  # polars returns one value for an expression without columns
 
 
 class _Reader:
-    """Reads an expression's parts one by one, never looking back."""
+    """Recursive-descent parser over an expression's tokens."""
 
     def __init__(self, parts: list[Token], schema: pl.Schema) -> None:
         self._parts = parts
@@ -82,10 +85,10 @@ class _Reader:
         self._at = 0
         self._depth = 0
         self.columns: set[str] = set()
-        """Those that were read."""
+        """Names of the columns that the expression reads."""
 
     def whole(self) -> Value:
-        """All of it."""
+        """Parse the whole expression."""
         value = self._expression()
         if self._next.kind != "end":
             sql.refuse(f"{self._next} instead of an operator or the end", self._next)
@@ -98,25 +101,25 @@ class _Reader:
         return self._parts[self._at]
 
     def _sees(self, *wanted: str, ahead: int = 0) -> str:
-        """Which of some words or signs comes next; nothing if none does."""
+        """The next token, if it is one of these words or signs; else an empty string."""
         part = self._parts[min(self._at + ahead, len(self._parts) - 1)]
         return part.text if part.kind in ("word", "sign") and part.text in wanted else ""
 
     def _take(self, *wanted: str) -> str:
-        """The same, and goes on behind it."""
+        """Like ``_sees``, but also consumes the token."""
         found = self._sees(*wanted)
         self._at += bool(found)
         return found
 
     def _need(self, *wanted: str) -> Token:
-        """The same, if nothing else may come."""
+        """Consume the next token, which must be one of these words or signs."""
         part = self._next
         if not self._take(*wanted):
             sql.refuse(f"{part} instead of {' or '.join(wanted)}", part)
         return part
 
     def _expression(self, above: int = 0) -> Value:
-        """As much as is held together by operators that bind more tightly than ``above``."""
+        """Parse an expression whose operators all bind more tightly than ``above``."""
         self._depth += 1
         if self._depth > sql.DEEPEST:
             sql.refuse(f"more than {sql.DEEPEST} nested expressions", self._next)
@@ -127,7 +130,7 @@ class _Reader:
         return value
 
     def _operator(self) -> str:
-        """The operator that is next, behind its NOT if it has one."""
+        """The next operator, skipping a NOT in front of it."""
         return self._sees(*_NEGATED, ahead=1) if self._sees("NOT") else self._sees(*_BINDING)
 
     def _operation(self, left: Value, sign: str) -> Value:
@@ -157,7 +160,7 @@ class _Reader:
         return (sql.compared if sign in sql.COMPARISONS else sql.computed)(sign, left, right)
 
     def _list(self) -> list[Value]:
-        """At least one value, in parentheses."""
+        """One or more values in parentheses."""
         self._need("(")
         values = [self._expression()]
         while self._need(",", ")").text == ",":
@@ -171,7 +174,7 @@ class _Reader:
         return replace(value, start=part.start, end=self._parts[self._at - 1].end)
 
     def _read(self, part: Token) -> Value:
-        """The operand that this part begins."""
+        """The operand that begins with this token."""
         match part.kind, part.text:
             case "number", _:
                 return sql.number(part)
