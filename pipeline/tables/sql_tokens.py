@@ -63,9 +63,7 @@ def tokens(text: str) -> list[Token]:
 def _token(text: str, start: int) -> Token:
     match = _TOKEN.match(text, start)
     if match is None:
-        problem = (
-            "a quote that is not closed" if text[start] in "'\"" else f"{printable(text[start])}, which is not SQL"
-        )
+        problem = "an unclosed quote" if text[start] in "'\"" else f"{printable(text[start])}, which is not SQL"
         raise RefusedError(problem, start, start + 1)
     kind, written, end = str(match.lastgroup), match[0], match.end()
     if kind == "comment":
