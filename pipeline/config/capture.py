@@ -138,12 +138,11 @@ class SelectionConfig(Settings):
     top_k: int | None = Field(default=None, ge=1, le=32767)
     """Plain top-k: store exactly this many ids and no tail. Short for top_p 1, min_k = max_k = top_k, draws 0."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """The head consists of the most likely ids; it takes as many as are needed to reach this total probability,
-    ..."""
+    """The head takes the most likely ids until their total probability reaches this, within min_k and max_k."""
     min_k: int = Field(default=1, ge=0)
-    """... but at least this many ..."""
+    """Fewest ids in the head."""
     max_k: int = Field(default=16, ge=0, le=32767)
-    """... and at most this many. 0 stores no head: pure sampling."""
+    """Most ids in the head. 0 stores no head: pure sampling."""
     draws: int = Field(default=48, ge=0, le=32767)
     """Samples drawn for the tail, scaled by the probability outside the head: ceil(draws x that probability). 0
     stores no tail."""

@@ -61,7 +61,7 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
     except pl.exceptions.PolarsError as error:  # a pattern is too large once it is compiled
         found, place = printable(str(error).splitlines()[0]), pointed(text, 0, len(text))
     else:
-        return partial(_true, whole.expr), reader.columns
+        return partial(_rows_where, whole.expr), reader.columns
     raise UsageError(
         "rows can't be filtered by this expression",
         expected=f"SQL that is true or false for each row, with the columns {printable(', '.join(known.names))}",
@@ -71,7 +71,7 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
     )
 
 
-def _true(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
+def _rows_where(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
     values = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
     return np.broadcast_to(values, len(rows))  # polars returns one value for an expression without columns
 
@@ -143,9 +143,9 @@ class _Reader:
         self._need(sign)
         if sign == "IS":
             negated = self._take("NOT")
-            value = sql.same(left, self._constant(self._need(*_CONSTANTS)))
+            value = sql.is_constant(left, self._constant(self._need(*_CONSTANTS)))
         elif sign == "IN":
-            value = sql.among(left, self._list(), self._schema)
+            value = sql.in_list(left, self._list(), self._schema)
         else:
             right = self._expression(_BINDING[sign])
             value = self._with(left, sign, right)
@@ -193,7 +193,7 @@ class _Reader:
             case "word", "CASE":
                 return self._case()
             case "word", "DATE" if self._next.kind == "string":
-                return sql.day(self._operand())
+                return sql.date_literal(self._operand())
             case "word", _ if self._sees("("):
                 return self._call(part)
             case "sign" | "end", _:
@@ -223,14 +223,14 @@ class _Reader:
             branches.append((sql.compared("=", of, condition) if of else condition, self._expression()))
         otherwise = self._expression() if self._take("ELSE") else sql.literal(None, Kind.NULL, self._next)
         self._need("END")
-        return sql.chosen(branches, otherwise)
+        return sql.case(branches, otherwise)
 
     def _call(self, name: Token) -> Value:
         if name.text == "CAST":
             return self._cast()
         if name.text not in {*sql.FUNCTIONS, *sql.CHOICES}:
             sql.refuse(f"function {name}, which is not allowed; nor is any that takes more than one row", name)
-        return sql.called(name, self._list())
+        return sql.call(name, self._list())
 
     def _cast(self) -> Value:
         self._need("(")

@@ -90,7 +90,7 @@ def refuse(found: str, at: Value | Token) -> NoReturn:
     raise RefusedError(found, at.start, at.end)
 
 
-def made(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
+def combined(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
     """A value computed from some parts of the expression."""
     depth = 1 + max(part.depth for part in parts)
     value = Value(expr, kind, parts[0].start, parts[-1].end, depth)
@@ -123,7 +123,7 @@ def number(part: Token) -> Value:
     return literal(value, Kind.NUMBER, part)
 
 
-def day(value: Value) -> Value:
+def date_literal(value: Value) -> Value:
     """A string literal as a date."""
     try:
         return literal(date.fromisoformat(str(value.literal)), Kind.DATE, value)
@@ -135,12 +135,12 @@ def negative(value: Value) -> Value:
     """A number with a minus in front."""
     if value.kind is Kind.NUMBER and value.literal is not None:
         return literal(-value.literal, Kind.NUMBER, value)  # type: ignore[operator]
-    return made(-of_kind(Kind.NUMBER, value), Kind.NUMBER, value)
+    return combined(-of_kind(Kind.NUMBER, value), Kind.NUMBER, value)
 
 
 def negated(value: Value) -> Value:
     """The logical NOT."""
-    return made(~of_kind(Kind.TRUTH, value), Kind.TRUTH, value)
+    return combined(~of_kind(Kind.TRUTH, value), Kind.TRUTH, value)
 
 
 def of_kind(kind: Kind, value: Value) -> pl.Expr:
@@ -150,11 +150,11 @@ def of_kind(kind: Kind, value: Value) -> pl.Expr:
     return value.expr.cast(_TYPES[kind]) if value.kind is Kind.NULL else value.expr
 
 
-def alike(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
+def of_one_kind(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
     """The common kind of values that must be of one kind, and the values; strings among dates are read as dates."""
     kinds = {value.kind for value in values} - {Kind.NULL}
     if Kind.DATE in kinds:
-        values = [day(value) if isinstance(value.literal, str) else value for value in values]
+        values = [date_literal(value) if isinstance(value.literal, str) else value for value in values]
         kinds = {value.kind for value in values} - {Kind.NULL}
     kind = min(kinds, default=Kind.TEXT)
     if len(kinds) > 1 or kind is Kind.LIST:
@@ -165,20 +165,20 @@ def alike(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
 
 def compared(sign: str, left: Value, right: Value) -> Value:
     """Comparison by an operator of ``COMPARISONS``."""
-    _, (first, second) = alike([left, right])
-    return made(COMPARISONS[sign](first.expr, second.expr), Kind.TRUTH, left, right)
+    _, (first, second) = of_one_kind([left, right])
+    return combined(COMPARISONS[sign](first.expr, second.expr), Kind.TRUTH, left, right)
 
 
 def computed(sign: str, left: Value, right: Value) -> Value:
     """Arithmetic by an operator of ``ARITHMETIC``, or concatenation of two strings."""
     kind, do = (Kind.TEXT, operator.add) if sign == "||" else (Kind.NUMBER, ARITHMETIC[sign])
-    return made(do(of_kind(kind, left), of_kind(kind, right)), kind, left, right)
+    return combined(do(of_kind(kind, left), of_kind(kind, right)), kind, left, right)
 
 
 def chained(sign: str, terms: Sequence[Value]) -> Value:
     """AND or OR over all terms."""
     exprs = [of_kind(Kind.TRUTH, term) for term in terms]
-    return made(_joined(exprs, operator.and_ if sign == "AND" else operator.or_), Kind.TRUTH, *terms)
+    return combined(_joined(exprs, operator.and_ if sign == "AND" else operator.or_), Kind.TRUTH, *terms)
 
 
 def _joined(exprs: Sequence[pl.Expr], join: _Operation) -> pl.Expr:
@@ -187,24 +187,24 @@ def _joined(exprs: Sequence[pl.Expr], join: _Operation) -> pl.Expr:
     return join(_joined(exprs[:half], join), _joined(exprs[half:], join)) if half else exprs[0]
 
 
-def among(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
+def in_list(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
     """IN: whether the value is one of some literals."""
     for choice in choices:
         if choice.literal is None:
             refuse("a list item that is not a string, number or date", choice)
-    _, (wanted, *found) = alike([value, *choices])
+    _, (wanted, *found) = of_one_kind([value, *choices])
     (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
     literals = [one.literal for one in found]
     if dtype == pl.Int64:  # an integer column can't equal 2.5
         literals = [int(one) for one in literals if one == int(one)]  # type: ignore[arg-type]
     listed = pl.lit(pl.Series(literals, dtype=dtype)).implode()
-    return made(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
+    return combined(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
 
 
 def between(value: Value, low: Value, high: Value) -> Value:
     """BETWEEN, bounds included."""
-    _, (wanted, least, most) = alike([value, low, high])
-    return made((wanted.expr >= least.expr) & (wanted.expr <= most.expr), Kind.TRUTH, value, low, high)
+    _, (wanted, least, most) = of_one_kind([value, low, high])
+    return combined((wanted.expr >= least.expr) & (wanted.expr <= most.expr), Kind.TRUTH, value, low, high)
 
 
 def like(value: Value, pattern: Value, ignore_case: bool) -> Value:
@@ -213,34 +213,34 @@ def like(value: Value, pattern: Value, ignore_case: bool) -> Value:
         refuse("a pattern that is not a string", pattern)
     regex = pl.escape_regex(pattern.literal).replace("%", ".*").replace("_", ".")
     matches = of_kind(Kind.TEXT, value).str.contains(f"^(?{'i' * ignore_case}s){regex}$")
-    return made(matches, Kind.TRUTH, value, pattern)
+    return combined(matches, Kind.TRUTH, value, pattern)
 
 
-def same(value: Value, constant: Value) -> Value:
+def is_constant(value: Value, constant: Value) -> Value:
     """IS TRUE, IS FALSE or IS NULL, which is never null itself."""
     if constant.kind is Kind.NULL:
-        return made(value.expr.is_null(), Kind.TRUTH, value, constant)
-    return made(of_kind(Kind.TRUTH, value).eq_missing(constant.expr), Kind.TRUTH, value, constant)
+        return combined(value.expr.is_null(), Kind.TRUTH, value, constant)
+    return combined(of_kind(Kind.TRUTH, value).eq_missing(constant.expr), Kind.TRUTH, value, constant)
 
 
-def called(name: Token, values: Sequence[Value]) -> Value:
+def call(name: Token, values: Sequence[Value]) -> Value:
     """A call of one of ``FUNCTIONS`` or ``CHOICES``."""
     if name.text in CHOICES:
-        kind, values = alike(values)
-        return made(CHOICES[name.text](*(value.expr for value in values)), kind, *values)
+        kind, values = of_one_kind(values)
+        return combined(CHOICES[name.text](*(value.expr for value in values)), kind, *values)
     takes, gives, do = FUNCTIONS[name.text]
     if len(takes) != len(values):
         refuse(f"{len(values)} values for {name}, which takes {len(takes)}", name)
-    return made(do(*map(of_kind, takes, values)), gives, *values)
+    return combined(do(*map(of_kind, takes, values)), gives, *values)
 
 
-def chosen(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
+def case(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
     """CASE: the result of the first branch whose condition is true."""
-    kind, results = alike([*(result for _, result in branches), otherwise])
+    kind, results = of_one_kind([*(result for _, result in branches), otherwise])
     value = results[-1]
     for (condition, _), result in zip(reversed(branches), reversed(results[:-1]), strict=True):
         expr = pl.when(of_kind(Kind.TRUTH, condition)).then(result.expr).otherwise(value.expr)
-        value = made(expr, kind, condition, result, value)
+        value = combined(expr, kind, condition, result, value)
     return value
 
 
@@ -248,4 +248,4 @@ def as_text(value: Value) -> Value:
     """CAST(... AS STRING)."""
     if value.kind in (Kind.BYTES, Kind.LIST):
         refuse(f"{value.kind}, which can't be cast to a string", value)
-    return made(value.expr.cast(pl.String), Kind.TEXT, value)
+    return combined(value.expr.cast(pl.String), Kind.TEXT, value)
