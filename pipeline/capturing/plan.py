@@ -103,9 +103,9 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
             raise _unusable("a document can't be used, and strict is set", rejects.first, config)
-        fates = known.fates(sequences)
-        pending.add(sequences.filter(pc.equal(fates, "pending")))
-        copies.add(sequences.filter(pc.equal(fates, "copy")))
+        statuses = known.statuses(sequences)
+        pending.add(sequences.filter(pc.equal(statuses, "pending")))
+        copies.add(sequences.filter(pc.equal(statuses, "copy")))
         found += batch.documents.num_rows - len(refused)
         unchanged += batch.documents.num_rows - changed.num_rows
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
@@ -221,7 +221,7 @@ class Known:
         versions = side_by_side(_names(documents), as_digests(documents.column("fingerprint")))
         return documents.filter(pa.array(~self._whole.has(versions)))
 
-    def fates(self, sequences: pa.Table) -> pa.Array:
+    def statuses(self, sequences: pa.Table) -> pa.Array:
         """For each sequence "present", "copy" (its key is already known) or "pending"; remembers the keys."""
         names, chunk, keys, *_ = _compact(sequences)
         present, new = self._rows.has(side_by_side(names, chunk, keys)), self._keys.add(keys)

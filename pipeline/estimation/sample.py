@@ -115,8 +115,8 @@ def draw_sample(
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
     sequences = sequencer(pieces)
     numbers, weights = _weights(sequences, origins, config)
-    fates = known.fates(sequences).to_numpy(zero_copy_only=False)
-    counted, is_copy = (fates != "present") & (weights > 0), (fates == "copy") | repeated[numbers]
+    statuses = known.statuses(sequences).to_numpy(zero_copy_only=False)
+    counted, is_copy = (statuses != "present") & (weights > 0), (statuses == "copy") | repeated[numbers]
     for_teacher, copies = (
         Weighted(sequences.filter(pa.array(part)), weights[part]) for part in (counted & ~is_copy, counted & is_copy)
     )
