@@ -1,4 +1,4 @@
-"""The whole path in one call: capture, train a student and its control, evaluate both."""
+"""The whole pipeline in one call: capture, train a student and its control, and evaluate both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,24 +18,23 @@ from softlabel.pipeline.training.train import TrainReport, train
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What each stage came to."""
+    """The report of each stage."""
 
     capture: CaptureReport
     train: dict[str, TrainReport]
-    """By name: the student, and the control if one was asked for."""
+    """Reports by name: "student" and, if ``config.control`` is set, "control"."""
     evaluate: EvaluationReport | ClassEvaluation
 
 
 def distill(config: DistillConfig, watch: Watch = unwatched) -> DistillReport:
-    """Capture, train and evaluate; what is there already is not made again.
+    """Capture, train and evaluate. Work that is already done is not repeated.
 
     Args:
-        config: of all stages.
-        watch: is told of each stage's progress.
+        config: settings of all stages.
+        watch: called with each stage's progress.
 
     Raises:
-        SoftlabelError: if a stage fails. A student or a loss that could not be trained is refused before the teacher
-            runs.
+        SoftlabelError: if a stage fails. A student or a loss that can't be trained is refused before the teacher runs.
     """
     return distill_in_stages(
         config,
@@ -52,7 +51,7 @@ def distill_in_stages(
     train: Callable[[TrainConfig], TrainReport],
     evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
 ) -> DistillReport:
-    """The same as ``distill``, with each stage run by whoever calls, so that a scheduler can make flows of them."""
+    """Like ``distill``, with functions that run the stages, so that a scheduler can run each as a flow."""
     origin = Origin.of_capture(config)
     require_fitting(config.student, origin)
     for settings in config.train().values():

@@ -1,1 +1,1 @@
-"""Run a teacher over what a table lacks: the plan, the shards, the copies, the worker processes."""
+"""Run a teacher over the sequences that a table lacks: the plan, the shards, the copies, the worker processes."""

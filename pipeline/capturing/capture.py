@@ -1,7 +1,7 @@
-"""Capture: run a teacher once over documents, and keep what it knows in a table.
+"""Capture: run a teacher once over documents, and store its predictions in a table.
 
-``capture`` is the whole job. Its parts are ``capture_shard`` and ``copies.copy_rows``: each commits all that its file
-of the plan asks for, or nothing, in whatever process it runs. ``plan`` finds out what there is to do.
+``capture`` does the whole job in steps: ``plan`` finds out what is missing, ``capture_shard`` and ``copies.copy_rows``
+each process one file of the plan, in any process, and commit all of it or nothing.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter, require_writable
 
 VOCABULARY_SAMPLE = 65_536
-"""Positions whose ids decide how a new table numbers its ids."""
+"""Positions whose ids a new table's numbering of ids is based on."""
 
 Labelled = tuple[pa.Table, SoftLabels]
 ShardStep = Callable[[CaptureConfig, Path, Watch], Commit]
@@ -50,16 +50,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Wrap(Protocol):
-    """Something that runs the steps of a capture in its own way."""
+class StepDecorator(Protocol):
+    """A decorator for the steps of a capture, for example one that runs them as tasks of a scheduler."""
 
     def __call__(self, step: Callable[P, R], /) -> Callable[P, R]:
-        """What to call instead of the step."""
+        """The function to call instead of the step."""
         ...
 
 
-def as_it_is(step: Callable[P, R], /) -> Callable[P, R]:
-    """A step by itself."""
+def undecorated(step: Callable[P, R], /) -> Callable[P, R]:
+    """The decorator that changes nothing."""
     return step
 
 
@@ -69,18 +69,18 @@ class CaptureReport:
 
     table: str
     version: int
-    """The table's newest at the end."""
+    """Newest version of the table at the end."""
     documents: int
     unchanged: int
-    """Documents that the table held whole before."""
+    """Documents that the table already held completely."""
     taken_down: int
-    """Documents that are left out: the table's refuse list has them."""
+    """Documents left out because they are on the table's refuse list."""
     rejects: int
     """Documents that can't be used ..."""
     rejects_file: str | None
-    """... and where their reasons are."""
+    """... and the file with the reasons."""
     truncated: int
-    """Documents that were cut short to what a classifier reads."""
+    """Documents that were truncated to the longest sequence that a classifier reads."""
     sequences: int
     """Sequences that the teacher was run over."""
     copied: int
@@ -88,64 +88,65 @@ class CaptureReport:
     positions: int
     """Captured positions of the teacher's sequences."""
     bytes: int
-    """Of the new shards."""
+    """Size of the new shards."""
     seconds: float
 
 
-def capture(config: CaptureConfig, watch: Watch = unwatched, by: Wrap = as_it_is) -> CaptureReport:
-    """Bring a table up to date with documents: what it lacks is captured, all else stays as it is.
+def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated) -> CaptureReport:
+    """Bring a table up to date with documents: capture what is missing, and leave everything else as it is.
 
-    Run again, it captures nothing; killed and run again, it goes on where it was, with at most one shard done twice.
+    A second run captures nothing. A run that was killed continues when run again; at most one shard is done twice.
 
     Args:
-        config: of the capture.
-        watch: told of each batch.
-        by: wraps ``plan``, ``capture_shard`` and ``copy_rows``, so that a scheduler can make tasks of them.
+        config: settings of the capture.
+        watch: called after each batch.
+        decorate: applied to ``plan``, ``capture_shard`` and ``copy_rows``, so that a scheduler can run them as tasks.
 
     Raises:
-        SoftlabelError: if documents, teacher or table can't be used; what was committed before stays.
+        SoftlabelError: if documents, teacher or table can't be used; shards that are already committed stay.
     """
     started = time.monotonic()
     devices = worker_devices(config.teacher)
     with scratch() as folder:
-        todo = by(plan)(config, folder, watch)
+        todo = decorate(plan)(config, folder, watch)
         if todo.shards:
             require_writable(config.table)
         else:
             watch(Progress("capture", 0, 0, "positions"))
 
-        def done_by(name: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:
-            with stage.piece(name) as piece:
-                return by(step)(config, path, piece)
+        def run_step(worker: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:
+            with stage.piece(worker) as watch_piece:
+                return decorate(step)(config, path, watch_piece)
 
-        asking = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
+        capturing = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
         shards = own_order(cut(todo.shards, len(devices)), config.table)
         if min(len(devices), len(shards)) > 1:
             with Workers(devices[: len(shards)], folder) as workers:
-                commits = workers.each(shards, lambda w, path: done_by(w.name, w.capture_shard, path, asking))
+                commits = workers.each(shards, lambda w, path: run_step(w.name, w.capture_shard, path, capturing))
         else:
-            commits = [done_by("", capture_shard, path, asking) for path in shards]
+            commits = [run_step("", capture_shard, path, capturing) for path in shards]
         to_copy = [*todo.copies, *filter(Path.exists, map(late_copies, shards))]
         sequences = sum(pq.read_metadata(path).num_rows for path in to_copy)
         copying = CombinedProgress(Progress("copy", 0, sequences, "sequences"), watch)
-        copies = [done_by("", copy_rows, path, copying) for path in to_copy]
-    return _summarise(config, todo, commits, copies, time.monotonic() - started)
+        copies = [run_step("", copy_rows, path, copying) for path in to_copy]
+    return _summarize(config, todo, commits, copies, time.monotonic() - started)
 
 
 def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
-    """Run the teacher over what the table lacks of one file of a plan, and commit what it says.
+    """Run the teacher over the sequences of one file of a plan that the table lacks, and commit the soft labels.
 
-    The table is made if it is not there. The teacher stays loaded for the next shard of this process. What another run
-    has committed under other documents is left for ``copy_rows``, in ``pipeline.capturing.copies.late_copies(path)``.
+    The table is created if it does not exist. The teacher stays loaded for the next shard of this process. Sequences
+    that another run has meanwhile committed under other documents are left for ``copy_rows``, in the file
+    ``pipeline.capturing.copies.late_copies(path)``.
 
     Args:
-        config: of the capture.
+        config: settings of the capture.
         path: Parquet file of sequences, from ``Plan.shards``.
-        watch: told of each batch, in positions of this shard; those that another run has committed are done, too.
+        watch: called after each batch, in positions of this shard; those committed by another run count as done.
 
     Raises:
-        ProvenanceError: if the teacher or the table is not the one of the plan any more.
-        TeacherError: if the teacher says what no distribution is, naming the document.
+        ProvenanceError: if the teacher or the table is no longer the one that was planned for.
+        TeacherError: if the teacher's logits are not a distribution; names the document.
         TableError: if the table can't be written.
     """
     sequences, total = still_pending(config, path), _positions(pq.read_table(path, columns=["positions"]))
@@ -160,21 +161,21 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     try:
         require_planned(sequences, identity, teacher.checkpoint.folder)
     except ProvenanceError:
-        load_teacher.cache_clear()  # this process may have loaded it before its files changed
+        load_teacher.cache_clear()  # this process may have loaded the teacher before its files changed
         raise
     details: dict[str, float] = {}
-    batches = _told(_labelled(config, teacher, identity, sequences), done, total, watch, details)
+    batches = _watched(_labelled(config, teacher, identity, sequences), done, total, watch, details)
     if not Table.exists(config.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
         carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # with the plan it goes, whatever happens
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # deleted with the plan in any case
             tokenizer.save(Path(folder))
             Table.create(config.table, identity, carried, sample, Path(folder))
         batches = chain(first, batches)
     table = Table.open(config.table)
-    table.identity.require(identity, config.table)  # another capture may have made it meanwhile
-    # Encoding and writing overlap with the teacher's next batch; both let go of the interpreter's lock.
+    table.identity.require(identity, config.table)  # another capture may have created it meanwhile
+    # Encoding and writing overlap with the teacher's next batch; both release the interpreter's lock.
     with ShardWriter(table, config.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
         written: Future[None] = io.submit(lambda: None)
         for rows, labels in batches:
@@ -183,17 +184,17 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
                 details["bytes a position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
-        return writer.commit({"operation": "capture", **_about(config, teacher)})
+        return writer.commit({"operation": "capture", **_history_entry(config, teacher)})
 
 
 def _positions(sequences: pa.Table) -> int:
     return pc.sum(sequences.column("positions")).as_py() or 0
 
 
-def _summarise(
+def _summarize(
     config: CaptureConfig, todo: Plan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
 ) -> CaptureReport:
-    """What a plan and the commits that carried it out come to."""
+    """The report on a plan and the commits that carried it out."""
     return CaptureReport(
         table=config.table,
         version=Table.open(config.table).version,
@@ -214,16 +215,16 @@ def _summarise(
 def _labelled(
     config: CaptureConfig, teacher: Teacher | LabelTeacher, identity: Identity, sequences: pa.Table
 ) -> Iterator[Labelled]:
-    """The sequences, a batch at a time, with what the teacher says of them."""
+    """The sequences with their soft labels, batch by batch."""
     if isinstance(teacher, LabelTeacher):
         yield from teacher.answers(sequences)
         return
     selection = selection_of(config.selection, identity.classes)
-    asked = Queries(sequences, identity.classes)
+    queries = Queries(sequences, identity.classes)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))
-        next_ids, seeds = asked.next_ids(batch), asked.seeds(batch, selection, identity.teacher)
+        next_ids, seeds = queries.next_ids(batch), queries.seeds(batch, selection, identity.teacher)
         parts: list[SoftLabels] = []
         start = 0
         for logits in chunks:
@@ -231,17 +232,17 @@ def _labelled(
             try:
                 parts.append(select(logits, next_ids[part], seeds[part], selection, teacher.vocabulary))
             except NotADistributionError as error:
-                raise _no_distribution(rows, [start + row for row in error.rows]) from None
+                raise _not_a_distribution(rows, [start + row for row in error.rows]) from None
             start += len(logits)
         return rows, SoftLabels.concatenate(parts)
 
-    yield from each_batch(teacher, asked.tokens, asked.positions, select_batch, config.teacher.batch_tokens)
+    yield from each_batch(teacher, queries.tokens, queries.positions, select_batch, config.teacher.batch_tokens)
 
 
-def _told(
+def _watched(
     batches: Iterator[Labelled], before: int, total: int, watch: Watch, details: Mapping[str, float]
 ) -> Iterator[Labelled]:
-    """The same batches; the watch is told of each, with these details, beside the positions that were done before."""
+    """The same batches; calls the watch for each, with these details. ``before`` positions were already done."""
     done, mass = 0, 0.0
     for rows, labels in batches:
         done += labels.positions
@@ -251,30 +252,30 @@ def _told(
 
 
 def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]:
-    """The first batches, until they have so many positions."""
-    held = 0
+    """The first batches, until they have this many positions."""
+    count = 0
     for rows, labels in batches:
         yield rows, labels
-        held += labels.positions
-        if held >= positions:
+        count += labels.positions
+        if count >= positions:
             return
 
 
-def _no_distribution(rows: pa.Table, found: Sequence[int]) -> TeacherError:
-    """The error for logits that are no distribution, naming the documents."""
+def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherError:
+    """The error for logits that are not a distribution, with the ids of the documents."""
     ends = np.cumsum(rows.column("positions").to_numpy())
-    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, found, side="right"))))
+    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, positions, side="right"))))
     return TeacherError(
-        "the teacher says what is no distribution; nothing of this shard is kept",
+        "the teacher's logits are not a probability distribution; this shard was not stored",
         expected="finite logits (-inf for an id of probability 0)",
-        found=f"NaN, +inf, or nothing but -inf, at {len(found)} positions",
+        found=f"NaN, +inf, or only -inf, at {len(positions)} positions",
         where=f"document {', '.join(names.to_pylist()[:5])}",
-        do="take teacher.dtype bfloat16 or float32, or leave the document out",
+        do="use teacher.dtype bfloat16 or float32, or leave the document out",
     )
 
 
-def _about(config: CaptureConfig, teacher: Teacher | LabelTeacher) -> dict[str, object]:
-    """What the table's history says of a capture."""
+def _history_entry(config: CaptureConfig, teacher: Teacher | LabelTeacher) -> dict[str, object]:
+    """What the table's history records about a capture."""
     folder = Path(config.teacher.model)
     return {
         "teacher": str(folder.absolute()) if folder.is_dir() else config.teacher.model,

@@ -1,7 +1,7 @@
-"""Sequences that need no teacher: the table has them by now, or has their key under another document.
+"""Sequences that need no teacher: the table already has them, or has their key under another document.
 
-A plan is as old as its run. Whatever another run has committed since then is found here, shard by shard, before the
-teacher is asked; and runs that overlap go through their shards in different orders.
+A plan is made once, at the start of a run. What other runs have committed since then is found here, shard by shard,
+before the teacher runs. Runs that overlap go through their shards in different orders.
 """
 
 import random
@@ -20,26 +20,26 @@ from softlabel.storage.writer import Commit, ShardWriter, held
 
 
 def own_order(shards: Sequence[Path], table: str) -> Sequence[Path]:
-    """The shards in an order that no other run has, so that two over the same documents seldom meet at one.
+    """The shards in random order, so that two runs over the same documents seldom work on the same one.
 
-    The first of a new table stays the first: its ids decide how the table numbers them.
+    The first shard of a new table stays first, because its ids decide how the table numbers them.
     """
     first = 0 if Table.exists(table) else 1
     return [*shards[:first], *random.SystemRandom().sample(shards[first:], len(shards[first:]))]
 
 
 def still_pending(config: CaptureConfig, path: Path) -> pa.Table:
-    """The sequences of one file of a plan that the teacher has to be asked about, now.
+    """The sequences of one file of a plan that the teacher still has to run over.
 
-    Those that the table has are left out. Those whose key it has under another document are left in a file of their
-    own, ``late_copies(path)``, for ``copy_rows``.
+    Sequences that the table has are left out. Those whose key it has under another document are written to a file of
+    their own, ``late_copies(path)``, for ``copy_rows``.
 
     Args:
-        config: of the capture.
+        config: settings of the capture.
         path: Parquet file of sequences, from ``Plan.shards``.
 
     Raises:
-        ProvenanceError: if another run has made another table there.
+        ProvenanceError: if another run has meanwhile created a different table.
     """
     sequences = pq.read_table(path)
     if not Table.exists(config.table):
@@ -47,7 +47,7 @@ def still_pending(config: CaptureConfig, path: Path) -> pa.Table:
     table, identity = Table.open(config.table), planned_identity(sequences)
     table.identity.require(identity, config.table)
     rows, keys = held(table, sequences)
-    if identity.classes is not None:  # a document's label is part of what a classifier's row says
+    if identity.classes is not None:  # a classifier's row holds its document's label, so it can't be copied
         keys = rows
     if (keys & ~rows).any():
         pq.write_table(sequences.filter(pa.array(keys & ~rows)), late_copies(path))
@@ -55,20 +55,20 @@ def still_pending(config: CaptureConfig, path: Path) -> pa.Table:
 
 
 def late_copies(path: Path) -> Path:
-    """Where the sequences of a plan's file are whose keys the table has got since the plan; it may not be there."""
+    """File for the sequences of a plan's file whose keys were added to the table since the plan; it may not exist."""
     return path.with_name(f"{path.stem}-copies.parquet")
 
 
 def copy_rows(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
-    """Give the sequences of one file of a plan the soft labels that the table has for the same key; no teacher needed.
+    """Copy to the sequences of one file of a plan the soft labels that the table has for the same keys.
 
     Args:
-        config: of the capture.
-        path: Parquet file of sequences, from ``Plan.copies``; the plan's shards are committed.
-        watch: told before and after, in sequences of this file.
+        config: settings of the capture.
+        path: Parquet file of sequences, from ``Plan.copies``; the plan's shards must be committed.
+        watch: called before and after, in sequences of this file.
 
     Raises:
-        ProvenanceError: if the table is another by now than the one that was planned for.
+        ProvenanceError: if the table is no longer the one that was planned for.
     """
     sequences, table = pq.read_table(path), Table.open(config.table)
     table.identity.require(planned_identity(sequences), config.table)

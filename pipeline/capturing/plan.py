@@ -1,8 +1,8 @@
-"""What a capture has to do: the sequences that the documents have and the table has not.
+"""What a capture has to do: the sequences that the documents have and the table lacks.
 
-Documents that the table holds whole are not tokenized again, and a sequence that it holds under any document is never
-sent to the teacher again. The plan lies in files, one for each shard to come, so that any process can capture any
-shard, and a plan over millions of documents takes little more memory than one over thousands.
+Documents that the table holds completely are not tokenized again, and a sequence that it holds under any document is
+never sent to the teacher again. The plan consists of files, one for each future shard, so that any process can capture
+any shard, and a plan over millions of documents takes little more memory than one over thousands.
 """
 
 from collections.abc import Iterator
@@ -37,44 +37,43 @@ from softlabel.storage.versions import parse
 
 @dataclass(frozen=True)
 class Plan:
-    """What is pending, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
+    """The pending sequences, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
 
     shards: tuple[Path, ...]
-    """Sequences that the teacher has not seen, a file for each shard; no key is in them twice."""
+    """Sequences that the teacher has to run over, one file per shard; no key is in them twice."""
     copies: tuple[Path, ...]
-    """Sequences that another document has too; their soft labels are copied once the shards are there."""
+    """Sequences that another document has too; their soft labels are copied once the shards are committed."""
     sequences: int
-    """In ``shards``."""
+    """Number of sequences in ``shards``."""
     positions: int
     """Captured positions of ``shards``."""
     documents: int
-    """Usable documents that were found."""
+    """Number of usable documents."""
     unchanged: int
-    """Those among them that the table holds whole."""
+    """Usable documents that the table already holds completely."""
     taken_down: int
-    """Documents that are left out: the table's refuse list has them."""
+    """Documents left out because they are on the table's refuse list."""
     rejects: int
     """Documents that can't be used."""
     truncated: int
-    """Documents that were cut short to what a classifier reads; a language model's are never."""
+    """Documents that were truncated to the longest sequence that a classifier reads; always 0 for language models."""
     rejects_file: str | None
-    """JSON lines with the id and the reason of each, in the table's folder; None without rejects."""
+    """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects."""
 
 
 def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
-    """Find out what a capture has to do, and write that into files. No row of the table is touched.
+    """Find out what a capture has to do, and write it to files. The table's rows are not touched.
 
     Args:
-        config: of the capture.
-        folder: where the plan's files go.
-        watch: told of each batch of documents.
+        config: settings of the capture.
+        folder: for the plan's files.
+        watch: called after each batch of documents.
 
     Raises:
-        DocumentsError: if there is no usable document, with their rejects file; or with ``strict`` at the first that
-            is not usable.
-        ProvenanceError: if the table that is there was made otherwise.
+        DocumentsError: if there is no usable document; with ``strict``, at the first one that can't be used.
+        ProvenanceError: if the existing table was made with another teacher or other settings.
         TeacherError: if there is no such teacher.
-        UsageError: if the table is named with a version, or the teacher has no positions for sequences that long.
+        UsageError: if the table is given with a version, or the teacher can't read sequences that long.
     """
     table, version = parse(config.table)
     if version is not None:
@@ -82,7 +81,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             "rows can only be added to the newest version of a table",
             expected=f"a folder: {table}",
             found=config.table,
-            do="leave the version or tag out",
+            do="leave out the version or tag",
         )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
@@ -95,7 +94,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
     copies = PlanFiles(folder / "copies", schema, config.shards.positions, identity)
     rejects = Rejects(folder / "rejects.jsonl")
     found = unchanged = 0
-    for batch in known.welcome(documents):
+    for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         if whole is None:
             sequences, refused = to_sequences(changed, tokenizer, config.sequences, config.shards.eval_fraction)
@@ -103,16 +102,16 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
-            raise _unusable("a document can't be used, and strict asks to stop there", rejects.first, config)
-        fates = known.fates(sequences)
-        pending.add(sequences.filter(pc.equal(fates, "pending")))
-        copies.add(sequences.filter(pc.equal(fates, "copy")))
+            raise _unusable("a document can't be used, and strict is set", rejects.first, config)
+        statuses = known.statuses(sequences)
+        pending.add(sequences.filter(pc.equal(statuses, "pending")))
+        copies.add(sequences.filter(pc.equal(statuses, "copy")))
         found += batch.documents.num_rows - len(refused)
         unchanged += batch.documents.num_rows - changed.num_rows
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
     if not found:
         listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
-        taken_down = [f"{known.taken_down} that were taken down"] if known.taken_down else []
+        taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     return Plan(
         shards=pending.close(),
@@ -129,10 +128,10 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
 
 
 def identify(config: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Identity:
-    """All that the numbers of this capture depend on.
+    """Everything that the soft labels of this capture depend on.
 
     Raises:
-        UsageError: if the teacher has no positions for sequences that long, or can't be asked so.
+        UsageError: if the teacher can't read sequences that long, or does not support the selection.
     """
     classes = checkpoint.classes
     selection = asdict(selection_of(config.selection, classes))
@@ -155,10 +154,10 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentT
 
 
 def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
-    """What makes sequences of the documents for a classifier.
+    """Makes sequences from documents for a classifier.
 
     Raises:
-        UsageError: if the documents are no plain text, or their labels are to be the teacher and are not there.
+        UsageError: if the documents are not plain text, or ``teacher.labels`` is given without ``columns.label``.
     """
     if config.columns.content != "text":
         raise UsageError(
@@ -170,26 +169,26 @@ def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocum
         )
     if checkpoint.labels and config.columns.label is None:
         raise UsageError(
-            "the documents' labels are to be the teacher, and no column holds them",
-            expected="columns.label, beside teacher.labels",
+            "teacher.labels stores the documents' own labels, but no column for them is given",
+            expected="columns.label as well as teacher.labels",
             found=f"teacher.labels: {' '.join(checkpoint.labels)}",
-            do="say with columns.label which column holds the labels",
+            do="set columns.label to the column that holds the labels",
         )
     return WholeDocuments(checkpoint, config.sequences)
 
 
 class Known:
-    """What the table holds, and what this plan has seen: enough to tell the fate of each sequence.
+    """What the table holds, and what this plan has seen so far: tells which sequences are still to be captured.
 
-    About a hundred bytes a row of the table, whatever is in it.
+    Takes about a hundred bytes per row of the table, whatever is in it.
     """
 
     def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
         self._table = config.table
         self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
         self.taken_down = 0
-        """Documents that ``welcome`` has left out."""
-        self._copies = identity.classes is None  # a document's label is part of what a classifier's row says
+        """Documents that ``permitted`` has left out."""
+        self._copies = identity.classes is None  # a classifier's row holds its document's label, so it is not copied
         if not Table.exists(config.table):
             return
         table = Table.open(config.table)
@@ -201,14 +200,14 @@ class Known:
             names, chunk, keys, contents, chunks = (np.concatenate(column) for column in zip(*parts, strict=True))
             self._rows.add(side_by_side(names, chunk, keys))
             self._keys.add(keys)
-            # A run that was killed may have left some chunks of a document in shards that were never committed.
+            # After a run that was killed, the table may hold only some chunks of a document.
             versions = side_by_side(names, contents)
             _, each = np.unique(side_by_side(versions, chunk), return_index=True)
             found, first, present = np.unique(versions[each], return_index=True, return_counts=True)
             self._whole.add(found[present == chunks[each[first]]])
 
-    def welcome(self, documents: Documents) -> Iterator[Batch]:
-        """The documents, but those that were taken down: the refuse list names them by hashes, and nothing else may."""
+    def permitted(self, documents: Documents) -> Iterator[Batch]:
+        """The documents without those on the refuse list, which holds only hashes: their ids are written nowhere."""
         self.taken_down = 0
         is_refused = refusal(self._table)
         for batch in documents.batches():
@@ -218,12 +217,12 @@ class Known:
             yield batch._replace(documents=batch.documents.filter(pa.array(~taken_down)))
 
     def changed(self, documents: pa.Table) -> pa.Table:
-        """The documents that the table does not hold whole, as they are now."""
+        """The documents that the table does not hold completely in their current version."""
         versions = side_by_side(_names(documents), as_digests(documents.column("fingerprint")))
         return documents.filter(pa.array(~self._whole.has(versions)))
 
-    def fates(self, sequences: pa.Table) -> pa.Array:
-        """For each sequence: "present", "copy" (its key is known) or "pending"."""
+    def statuses(self, sequences: pa.Table) -> pa.Array:
+        """For each sequence "present", "copy" (its key is already known) or "pending"; remembers the keys."""
         names, chunk, keys, *_ = _compact(sequences)
         present, new = self._rows.has(side_by_side(names, chunk, keys)), self._keys.add(keys)
         pending = new | (not self._copies)
@@ -246,5 +245,5 @@ def _unusable(summary: str, found: str, config: CaptureConfig) -> DocumentsError
         expected="documents with an id and a text of at least one token to predict",
         found=found,
         where=config.documents,
-        do="mend the documents, or say with columns.* which columns hold what",
+        do="fix the documents, or set columns.* to the columns that hold their ids and texts",
     )

@@ -1,7 +1,7 @@
-"""The files that a plan lies in: sequences, a file for each shard to come, and the documents that can't be used.
+"""The files of a plan: sequences, one file for each future shard, and the documents that can't be used.
 
-They are written as they come, so that memory holds a batch of documents whatever the corpus. Each file of sequences
-says for what identity it was planned. Nothing here decides what is pending.
+Files are written batch by batch, so that memory use does not grow with the corpus. Each file of sequences records the
+table's identity that it was planned for. Nothing here decides what is pending.
 """
 
 import json
@@ -21,17 +21,17 @@ from softlabel.storage.places.place import REJECTS, Place
 
 _IDENTITY = b"softlabel.identity"
 _SHOWN = 5
-"""Rejects that an error names."""
+"""Rejects that an error message lists."""
 
 
 class PlanFiles:
-    """Rows in files of at most so many captured positions (or one sequence).
+    """Writes rows into files with a limited number of captured positions each.
 
     Args:
-        folder: made, for the files.
+        folder: for the files; is created.
         schema: of the rows.
-        limit: captured positions of a file.
-        identity: of the table that they are planned for.
+        limit: most captured positions of a file; only a single longer sequence exceeds it.
+        identity: of the table that the rows are planned for.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, limit: int, identity: Identity) -> None:
@@ -59,7 +59,7 @@ class PlanFiles:
             rows = rows.slice(count)
 
     def close(self) -> tuple[Path, ...]:
-        """Finish the last file, and return all."""
+        """Finish the last file, and return the paths of all files."""
         if self._writer is not None:
             self._writer.close()
         return tuple(self._paths)
@@ -72,17 +72,17 @@ class PlanFiles:
 
 
 def planned_identity(sequences: pa.Table) -> Identity:
-    """What sequences were planned for, as they were read from their file."""
+    """Identity of the table that sequences, as read from a plan's file, were planned for."""
     return Identity.model_validate_json(sequences.schema.metadata[_IDENTITY])
 
 
 def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> None:
-    """Refuse to run another teacher over a plan's sequences than the one that they were made for.
+    """Refuse to run a different teacher over a plan's sequences than the one they were planned for.
 
     Args:
-        sequences: as they were read from their file.
+        sequences: as read from a plan's file.
         identity: of what is about to be captured.
-        teacher: its folder.
+        teacher: the teacher's folder.
 
     Raises:
         ProvenanceError: naming each field that differs.
@@ -90,19 +90,19 @@ def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> N
     differences = planned_identity(sequences).differences(identity)
     if differences:
         raise ProvenanceError(
-            "the teacher has changed since this capture was planned; nothing of this shard is kept",
-            expected="the same files, or the same commit of a hub model, from beginning to end",
+            "the teacher has changed since this capture was planned; this shard was not stored",
+            expected="the same files, or the same commit of a hub model, for the whole capture",
             found="\n               ".join(f"{name}: {a} then, {b} now" for name, (a, b) in differences.items()),
             where=teacher,
-            do="run the same command again; teacher.revision pins the commit of a hub model",
+            do="run the same command again; to pin the commit of a hub model, set teacher.revision",
         )
 
 
 class Rejects:
-    """Documents that can't be used, in the order in which they were found.
+    """Collects documents that can't be used in a file, in order.
 
     Args:
-        path: of a file for them, of JSON lines.
+        path: file of JSON lines to write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,8 +111,8 @@ class Rejects:
         self._shown: list[str] = []
 
     def add(self, rejects: Iterable[Reject]) -> None:
-        """Write them down."""
-        # A file's name may be no UTF-8; what its bytes become then is what JSON calls them, too.
+        """Append rejects to the file."""
+        # The name of a text file may not be valid UTF-8; its bytes are then written as JSON escapes.
         with self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             for reject in rejects:
                 self.count += 1
@@ -122,22 +122,22 @@ class Rejects:
 
     @property
     def first(self) -> str:
-        """The first of them."""
+        """The first reject, with its reason."""
         return self._shown[0]
 
     def __str__(self) -> str:
-        """The first few of them, a line each."""
+        """The first few rejects, one per line."""
         more = [f"and {self.count - _SHOWN} more"] if self.count > _SHOWN else []
         return "\n               ".join(self._shown + more)
 
     def publish(self, place: Place) -> str | None:
-        """Put them beside a table, in the place of those of an earlier run, which are no longer true.
+        """Put the file into the table's folder, in place of the file of an earlier run.
 
         Returns:
-            Where they are; None if there are none.
+            Location of the file; None if there are no rejects.
 
         Raises:
-            TableError: if they can't be written there.
+            TableError: if the file can't be written there.
         """
         with all_or_nothing(place.address):
             if not self.count:

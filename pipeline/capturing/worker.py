@@ -1,6 +1,6 @@
-"""One worker of a capture: a process that is given shards one by one, and keeps the teacher loaded between them.
+"""One worker of a capture: a process that captures shards one by one, and keeps the teacher loaded between them.
 
-``python -m softlabel.pipeline.capturing.worker THREADS`` reads requests and writes answers, a line of JSON each;
+``python -m softlabel.pipeline.capturing.worker THREADS`` reads requests and writes answers, one line of JSON each;
 ``workers`` is at the other end. It ends when its standard input does, so it never outlives the process that started it.
 """
 
@@ -26,24 +26,24 @@ from softlabel.storage.errors import SoftlabelError
 def main() -> None:
     """Answer requests until there are no more."""
     answer = message_sender()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, so that half a shard is thrown away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that a partly written shard is deleted
     watch = partial(answer, "progress")
     requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
-    Thread(target=_listen, args=(requests,), daemon=True).start()
+    Thread(target=_read_requests, args=(requests,), daemon=True).start()
     torch.set_num_threads(int(sys.argv[1]))
     while True:
         settings, path, hashes = requests.get()
-        remember(hashes)  # of the teacher's files, which take minutes to read
+        remember(hashes)  # hashing the teacher's files takes minutes
         try:
             answer("commit", capture_shard(CaptureConfig.model_validate(settings), Path(path), watch))
         except SoftlabelError as error:
             answer("error", serialized(error))
 
 
-def _listen(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:
+def _read_requests(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
-    os._exit(1)  # also in the middle of a shard: nobody is there to hear of it
+    os._exit(1)  # even in the middle of a shard: the process that wants it is gone
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Worker processes side by side on one machine, one for each device: a worker that dies costs its shard, no more.
+"""Worker processes on one machine, one for each device: a worker that dies loses only its current shard.
 
-A shard whose worker died is done again by another, a few times at most; a worker that dies over and over is given up.
-``capture`` says what happens to a shard, and ``worker`` is the process itself.
+A shard whose worker died is tried again, a few times at most; a worker that dies repeatedly is not used any more.
+``capture.capture_shard`` is what a worker does with a shard, and ``worker`` is the process itself.
 """
 
 import logging
@@ -29,11 +29,11 @@ from softlabel.storage.errors import WorkerError
 from softlabel.storage.writer import Commit
 
 ATTEMPTS = 3
-"""How often a shard is tried before it is left: one that kills its workers must not do so for ever."""
+"""How often a shard is tried: one that kills its workers must not do so for ever."""
 SMALLEST_SHARD = 65_536
-"""Positions for which a worker is started at all."""
-_DEATHS = 2
-"""In a row, after which a worker is given up: its device is broken, or there is no room for it."""
+"""Fewest positions that are worth starting a worker for."""
+_MAX_DEATHS = 2
+"""Deaths in a row after which a worker is not used any more: its device is broken, or its memory is too small."""
 _SECONDS_TO_END = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -41,15 +41,15 @@ logger = logging.getLogger("softlabel")
 
 
 def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
-    """A plan's shards, cut further if there are fewer than workers, as far as that is worth a worker's start.
+    """A plan's shards, split further if there are fewer shards than workers and the pieces are large enough.
 
     Args:
-        shards: Parquet files of sequences; those that are cut are replaced.
-        workers: that there are.
+        shards: Parquet files of sequences; files that are split are replaced by their pieces.
+        workers: number of workers.
     """
     if len(shards) >= workers:
         return shards
-    found = []
+    split = []
     for path in shards:
         rows = pq.read_table(path)
         ends = np.cumsum(rows.column("positions").to_numpy())
@@ -57,36 +57,36 @@ def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, pieces) / pieces)
         bounds = np.unique([0, *cuts, len(rows)]).tolist()  # one sequence may be as long as several pieces
         for number, (start, end) in enumerate(pairwise(bounds)):
-            found.append(path.with_stem(f"{path.stem}-{number}"))
-            pq.write_table(rows.slice(start, end - start), found[-1])
+            split.append(path.with_stem(f"{path.stem}-{number}"))
+            pq.write_table(rows.slice(start, end - start), split[-1])
         path.unlink()
-    return found
+    return split
 
 
 class Worker:
-    """A process on one device; it starts with its first shard, and anew with the next one after it has died.
+    """A process on one device; it is started for its first shard, and restarted if it has died.
 
     Args:
-        name: for people.
-        device: that it is pinned to.
-        threads: of its CPU work.
-        log: file for whatever it prints.
+        name: shown to the user.
+        device: that the process is pinned to.
+        threads: number of CPU threads.
+        log: file for the process's output.
     """
 
     def __init__(self, name: str, device: str, threads: int, log: Path) -> None:
         self.name = name
         self.deaths = 0
-        """In a row."""
+        """Number of deaths in a row."""
         self.closed = False
         self._device, self._threads, self._log = device, threads, log
         self._child: Child | None = None
         self._lock = Lock()
 
     def capture_shard(self, config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
-        """See ``pipeline.capturing.capture.capture_shard``, which the process does.
+        """Run ``pipeline.capturing.capture.capture_shard`` in the process.
 
         Raises:
-            WorkerError: if the process dies; nothing of the shard is done then.
+            WorkerError: if the process dies; nothing of the shard is committed then.
         """
         pinned = config.teacher.model_copy(update={"device": self._device, "workers": 1})
         settings = config.model_copy(update={"teacher": pinned}).model_dump(mode="json")
@@ -100,10 +100,10 @@ class Worker:
                 watch(Progress(**value))
         except ChildDiedError:
             self.deaths += 1
-        raise WorkerError(f"the worker {self.name} died; nothing of its shard is done", found=child.death())
+        raise WorkerError(f"worker {self.name} died; its shard was not captured", found=child.death())
 
     def close(self) -> None:
-        """End the process, whatever it is at, and start none again."""
+        """End the process, even in the middle of a shard, and never start it again."""
         with self._lock:
             self.closed = True
             if self._child is None:
@@ -124,16 +124,16 @@ class Worker:
 
 
 class Workers:
-    """All workers of a capture. Use it as a context manager: none of them is there at its end.
+    """All workers of a capture, as a context manager that ends their processes.
 
     Args:
-        devices: one for each worker; workers on the same device are numbered.
-        folder: for what they print.
+        devices: device of each worker; workers on the same device are numbered.
+        folder: for the processes' output.
     """
 
     def __init__(self, devices: Sequence[str], folder: Path) -> None:
         threads = max(1, torch.get_num_threads() // len(devices))
-        self._last: WorkerError | None = None
+        self._last_error: WorkerError | None = None
         several = len(set(devices)) < len(devices)
         names = [f"{device} #{i}" if several else device for i, device in enumerate(devices, 1)]
         self._workers = [
@@ -150,44 +150,44 @@ class Workers:
         self._close()
 
     def each(self, paths: Sequence[Path], do: Callable[[Worker, Path], Commit]) -> list[Commit]:
-        """Do every shard once, in no certain order.
+        """Process every shard once, in any order.
 
         Args:
-            paths: of the shards.
-            do: has a worker do one shard. Called from several threads, in the context of this call.
+            paths: files of the shards.
+            do: makes a worker process one shard. Called from several threads, in the context of this call.
 
         Raises:
-            WorkerError: if shards are left because workers died over them; all others are done.
-            SoftlabelError: what a shard raised otherwise, at once; the shards that were being done are not.
+            WorkerError: if shards remain because their workers died; all others are done.
+            SoftlabelError: any other error of a shard, raised at once; unfinished shards are abandoned.
         """
         commits: list[Commit] = []
         left = list(paths)
         for attempt in range(ATTEMPTS):
-            alive = [worker for worker in self._workers if worker.deaths < _DEATHS]
+            alive = [worker for worker in self._workers if worker.deaths < _MAX_DEATHS]
             if left and alive:
-                left = self._once(left, alive, do, commits, again=attempt + 1 < ATTEMPTS)
+                left = self._try_each(left, alive, do, commits, retry=attempt + 1 < ATTEMPTS)
         if left:
             raise WorkerError(
-                f"{len(left)} of {len(paths)} shards are not captured: the workers that tried them died",
-                found=self._last,
-                do="mend what they died of, and run the same command again: it captures what is left\n"
-                "               (if memory ran out, set teacher.batch_tokens or teacher.workers lower)",
+                f"{len(left)} of {len(paths)} shards were not captured, because their workers died",
+                found=self._last_error,
+                do="fix what the workers died of, then run the same command again: it captures the remaining shards\n"
+                "               (if memory ran out, lower teacher.batch_tokens or teacher.workers)",
             )
         return commits
 
-    def _once(
+    def _try_each(
         self,
         paths: Sequence[Path],
         alive: Sequence[Worker],
         do: Callable[[Worker, Path], Commit],
         commits: list[Commit],
-        again: bool,
+        retry: bool,
     ) -> list[Path]:
-        """Give each shard to one worker; those that were not done are returned."""
+        """Give each shard to one worker, and return the shards that were not done."""
         waiting, failed = deque(paths), list[Path]()
 
         def work(worker: Worker) -> None:
-            while waiting and worker.deaths < _DEATHS:
+            while waiting and worker.deaths < _MAX_DEATHS:
                 try:
                     path = waiting.popleft()
                 except IndexError:  # another worker was faster
@@ -198,13 +198,13 @@ class Workers:
                     if worker.closed:
                         return
                     failed.append(path)
-                    self._last = error
-                    logger.warning("%s\n  what follows: %s", error, _what_follows(worker, again))
+                    self._last_error = error
+                    logger.warning("%s\n  next:        %s", error, _next_steps(worker, retry))
 
         with ThreadPoolExecutor(len(alive)) as threads:
             at_work = {threads.submit(copy_context().run, work, worker) for worker in alive}
             try:
-                while at_work:  # with polars loaded, a wait without end is deaf to Ctrl-C
+                while at_work:  # with polars loaded, a wait without a timeout ignores Ctrl-C
                     done, at_work = wait(at_work, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                     for future in done:
                         future.result()
@@ -219,6 +219,6 @@ class Workers:
             list(threads.map(Worker.close, self._workers))
 
 
-def _what_follows(worker: Worker, again: bool) -> str:
-    shard = "its shard is done again" if again else "its shard is left"
-    return f"{shard}, and this worker is given up" if worker.deaths >= _DEATHS else shard
+def _next_steps(worker: Worker, retry: bool) -> str:
+    shard = "the shard is tried again" if retry else "this run does not try the shard again"
+    return f"{shard}; this worker is not used any more" if worker.deaths >= _MAX_DEATHS else shard

@@ -1,1 +1,1 @@
-"""Every setting, once, as frozen pydantic models, shared by the command line, YAML files, Prefect and Python."""
+"""All settings, each defined once as a frozen pydantic model for the command line, YAML, Prefect and Python."""

@@ -1,7 +1,7 @@
-"""What every group of settings is.
+"""Base class of all settings.
 
-The same frozen models are the Python arguments, the YAML file, the flags of the command line and the Prefect form;
-a field's docstring is its help everywhere.
+The same frozen models define the Python arguments, the YAML file, the command line's flags and the Prefect form; the
+docstring of a field is its help text in all of them.
 """
 
 from typing import Annotated
@@ -14,9 +14,9 @@ from softlabel.storage.location import located
 
 
 class Settings(BaseModel):
-    """A frozen group of settings; a name that it does not know is an error."""
+    """A frozen group of settings; an unknown name is an error."""
 
-    # What is refused may be a location with credentials in it, or stand beside one: pydantic would show it.
+    # Pydantic would show the refused input, which may contain credentials.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
@@ -30,7 +30,6 @@ def _located(location: str) -> str:
 Location = Annotated[
     str,
     AfterValidator(_located),
-    WithJsonSchema({"type": "string", "pattern": WITHOUT_CREDENTIALS}),  # Prefect's server goes by that, before we do
+    WithJsonSchema({"type": "string", "pattern": WITHOUT_CREDENTIALS}),  # Prefect's server checks this before we can
 ]
-"""The type of every setting that names a file, a folder, a bucket or a hub model: ``~`` is expanded, credentials are
-refused."""
+"""Type of every setting that names a file, a folder, a bucket or a hub model: expands ``~`` and refuses credentials."""

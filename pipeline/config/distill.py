@@ -1,4 +1,4 @@
-"""Settings of the job that does all the others one after the other, like those of ``pipeline.config.capture``."""
+"""Settings of ``distill``, which captures, trains and evaluates in one run."""
 
 from typing import Self
 
@@ -11,33 +11,34 @@ from softlabel.pipeline.config.train import LossConfig, OptimizerConfig, StreamC
 
 
 class DistillConfig(CaptureConfig):
-    """Capture, train and evaluate, from one file."""
+    """Capture, train and evaluate in one run."""
 
     output: Location
-    """Folder for the student (student/), its control (control/) and the report (report/)."""
+    """Folder for the student (student/), the control (control/) and the report (report/)."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     control: bool = True
-    """Also train the same student on hard labels alone, with the same optimizer settings, to compare with."""
+    """Also train a control for comparison: the same student with the same optimizer settings, on hard labels
+    only."""
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
-        """Said here too, before the teacher has run for hours."""
+        """Training checks this as well; here it fails before the teacher has run for hours."""
         if len(self.student.given) != 1:
-            found = " and ".join(self.student.given) or "none of them"
+            found = " and ".join(self.student.given) or "none"
             raise ValueError(
-                f"give one of student.model, student.layers, student.depth and student.config, not {found}"
+                f"give exactly one of student.model, student.layers, student.depth and student.config; found {found}"
             )
         return self
 
     def capture(self) -> CaptureConfig:
-        """The first stage's settings."""
+        """Settings of the capture."""
         return CaptureConfig(**{name: getattr(self, name) for name in CaptureConfig.model_fields})
 
     def train(self) -> dict[str, TrainConfig]:
-        """The second stage's settings: the student's and, if asked for, the control's, by name."""
+        """Settings of each training, by name: the student's and, if ``control`` is set, the control's."""
         hard_only = LossConfig(hard_weight=1.0, soft_weight=0.0)
         losses = {"student": self.loss} | ({"control": hard_only} if self.control else {})
         return {
@@ -53,7 +54,7 @@ class DistillConfig(CaptureConfig):
         }
 
     def evaluate(self) -> EvaluateConfig:
-        """The third stage's settings."""
+        """Settings of the evaluation."""
         students = tuple(config.output for config in self.train().values())
         return EvaluateConfig(
             table=self.table, students=students, report=f"{self.output}/report", device=self.optimizer.device

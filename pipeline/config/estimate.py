@@ -1,4 +1,4 @@
-"""Settings of the estimate, and the computing rates of the GPUs that it knows."""
+"""Settings of an estimate, and the computing rates of the GPUs that it can estimate for."""
 
 from typing import Literal
 
@@ -18,32 +18,33 @@ BF16_TERAFLOPS: dict[Gpu, float] = {
     "b200": 2250,  # NVIDIA HGX B200, one of eight: 4,500 with sparsity
     "mi300x": 1307,  # AMD Instinct MI300X: 1,307.4, 2,614.9 with sparsity
 }
-"""Dense bf16 rates of the boards that these data sheets are of; most sheets lead with the rate "with sparsity"."""
+"""Dense bf16 rates from the data sheets of these boards; most sheets lead with the rate "with sparsity"."""
 
 
 class SampleConfig(Settings):
-    """How much is looked at; more is more exact, and takes longer."""
+    """How large the sample is: a larger one is more exact, and takes longer."""
 
     megabytes: PositiveFloat = 4.0
-    """Text that is tokenized, spread over all documents, and as much again of those that repeat another."""
+    """Megabytes of text to tokenize, spread over all documents; up to as much again is tokenized of documents that
+    repeat another."""
     batches: PositiveInt = 4
-    """Batches that the teacher is timed on, of teacher.batch_tokens each, of long sequences and of short ones."""
+    """Batches to time the teacher on, of teacher.batch_tokens each; both long and short sequences are timed."""
 
 
 class EstimateConfig(CaptureConfig):
-    """Say from a small sample what a capture would give, cost and take, before it is run.
+    """Estimate from a small sample what a capture would store, how long it would take and what it would cost.
 
-    Settings are those of the capture, and nothing is written.
+    The settings are those of the capture. Nothing is written.
     """
 
     table: Location | None = None  # type: ignore[assignment]
-    """Folder of a table: what it has already is left out. Without one, everything is new."""
+    """Folder of a table: what it already holds is not counted. Without a table, everything is new."""
     sample: SampleConfig = SampleConfig()
     gpu: Gpu = "h100"
-    """The device whose hours are worked out from the floating-point operations, by arithmetic alone."""
+    """GPU to estimate hours for, calculated from the floating-point operations; it need not be there."""
     gpu_utilization: float = Field(default=0.4, gt=0, le=1)
-    """Share of that device's dense bf16 rate that is taken to be reached."""
+    """Share of that GPU's dense bf16 rate that the capture is assumed to reach."""
 
     def capture(self, table: str) -> CaptureConfig:
-        """The settings of the capture into a table."""
+        """Settings of the capture that is estimated, into this table."""
         return CaptureConfig(**{name: getattr(self, name) for name in CaptureConfig.model_fields} | {"table": table})

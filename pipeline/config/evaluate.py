@@ -9,12 +9,12 @@ class EvaluateConfig(Settings):
     """Compare students with the teacher on the table's eval split, and write a report."""
 
     table: Location
-    """Folder of the table; TABLE@12 pins version 12."""
+    """Folder of the table; TABLE@12 opens version 12."""
     students: tuple[Location, ...]
-    """Folders of students that train wrote."""
+    """Folders of trained students."""
     report: Location = "report"
     """Folder for report.html and report.json."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, ...; auto uses a GPU if there is one."""
     batch_tokens: PositiveInt = 8192
-    """Tokens of one forward pass."""
+    """Tokens per forward pass."""

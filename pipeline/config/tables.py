@@ -1,4 +1,4 @@
-"""Settings of the jobs that look after a table, like those of ``pipeline.config.capture``."""
+"""Settings of the commands that check and change tables: verify, maintain, mix and reprocess."""
 
 from typing import Literal, Self
 
@@ -11,29 +11,29 @@ _NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
 
 
 class VerifyConfig(Settings):
-    """Look at every byte of a table, and name each file that is damaged, missing or foreign; or ask its teacher, too.
+    """Check every byte of a table, and list the files that are damaged, missing or foreign.
 
-    With teacher.model, the teacher is also run again over some of its sequences, twice: the table must not differ from
-    it by more than it differs from itself in other batches.
+    With teacher.model, also compare the table with its teacher, which runs again over some sequences.
     """
 
     table: Location
-    """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
+    """Folder of the table; TABLE@12 or TABLE@tag opens that version instead of the newest."""
     all_versions: bool = False
-    """Look at the shards of every version that can be opened, not of one alone."""
+    """Check the shards of every version that can be opened, instead of only one version."""
     remove_damaged: bool = False
-    """Take damaged shards out of the newest version; a capture of the same documents then brings their rows back."""
+    """Remove damaged shards from the newest version; capturing the same documents again then restores their
+    rows."""
     teacher: TeacherConfig | None = None
-    """The teacher that made the table, if it is to be asked again."""
+    """The teacher that made the table, to run it again."""
     sequences: PositiveInt = 32
-    """Sequences, chosen at random, that the teacher is asked about again. If one in n of all is wrong, 3n find one with
-    a certainty of 95 %: 32 are enough for what is wrong everywhere, 300 for what is wrong in 1 %."""
+    """Random sequences to run through the teacher again. To find an error in 1 of n sequences with 95 % certainty,
+    take 3n: 32 are enough for an error in 1 of 10 sequences, 300 for one in 1 of 100."""
     seed: int = 0
-    """Seed of that choice."""
+    """Seed for choosing these sequences."""
 
 
 class MaintainConfig(Settings):
-    """Delete what no version of a table names and nobody is writing; or name versions, and let go of them.
+    """Delete files that no version of a table uses; or tag, untag and unpin versions.
 
     With tag, untag or unpin, nothing is deleted unless vacuum is given too.
     """
@@ -41,94 +41,98 @@ class MaintainConfig(Settings):
     table: Location
     """Folder of the table."""
     dry_run: bool = False
-    """Say what would be deleted, and delete nothing."""
+    """Show what would be deleted, and delete nothing."""
     grace_hours: NonNegativeFloat = 24.0
-    """Spare files that were written in the last so many hours: on another machine, a writer may be at work on them."""
+    """Keep files that were written less than this many hours ago: another machine may still be writing them."""
     vacuum: bool = False
-    """Also delete the shards that only dropped versions name. The newest, and those with a tag or pin, are kept."""
+    """Also delete the shards that only dropped versions use. The newest version, and versions with a tag or pin,
+    are never dropped."""
     keep_versions: PositiveInt | None = None
-    """With vacuum: drop all but so many of the newest versions; left out, none."""
+    """With vacuum: keep only this many of the newest versions, and drop the others; left out, no version is
+    dropped."""
     tag: str | None = Field(default=None, pattern=rf"^{_NAME}(=\d+)?$")
-    """NAME or NAME=VERSION: name a version (the newest, or that of TABLE@12), to open it as TABLE@NAME. A tag never
-    moves, and keeps its version from being dropped."""
+    """NAME or NAME=VERSION: tag a version (without VERSION the newest, or that of TABLE@12), so that TABLE@NAME
+    opens it. A tag never moves, and its version is never dropped."""
     untag: str | None = None
-    """Free the name of a tag."""
+    """Remove this tag."""
     unpin: Location | None = None
-    """Folder of a student: the version that it was trained on may be dropped."""
+    """Folder of a student: allow the version that it was trained on to be dropped."""
 
     @model_validator(mode="after")
-    def _vacuum_is_named(self) -> Self:
+    def _keep_versions_needs_vacuum(self) -> Self:
         if self.keep_versions is not None and not self.vacuum:
-            raise ValueError("keep_versions drops versions, which only vacuum does; give vacuum too")
+            raise ValueError("keep_versions has an effect only with vacuum; give vacuum too")
         return self
 
 
 class MixConfig(Settings):
-    """Make a view: several tables with one tokenizer that can be trained on, evaluated and inspected like one.
+    """Combine several tables with the same tokenizer into a view, which can be used like one table.
 
-    It is a small file that names them, and pins their versions; no row is copied.
+    A view is a small file that names the tables and pins their versions; no row is copied.
     """
 
     view: Location
     """Folder of the view."""
     tables: tuple[Location, ...] = Field(min_length=2)
-    """Folders of the tables; TABLE@12 or TABLE@tag for another version than the newest."""
+    """Folders of the tables; TABLE@12 or TABLE@tag takes that version instead of the newest."""
     how: Literal["concatenate", "average"] = "concatenate"
-    """The rows of all tables; or, for the sequences that all of them hold, the average of what the teachers say, which
-    is a target of forward KL alone."""
+    """concatenate uses the rows of all tables. average uses only the sequences that every table holds, and averages
+    the teachers' distributions; students can train on it only with forward KL."""
     weights: tuple[PositiveFloat, ...] = ()
-    """For each table, how often its sequences come in an epoch (0.5: in every second one), or its weight in the
-    average; left out, all are alike."""
+    """One weight per table: how often its sequences come up in an epoch (0.5: in every second epoch), or its weight
+    in the average; left out, all tables weigh the same."""
 
     @model_validator(mode="after")
-    def _a_weight_each(self) -> Self:
+    def _one_weight_per_table(self) -> Self:
         if self.weights and len(self.weights) != len(self.tables):
-            raise ValueError(f"there are {len(self.tables)} tables and {len(self.weights)} weights")
+            found = f"{len(self.tables)} tables and {len(self.weights)} weights"
+            raise ValueError(f"give one weight per table; found {found}")
         return self
 
 
 class NarrowingConfig(Settings):
-    """Keep less of each distribution than the table does; what is left out here stays as it is."""
+    """Store less of each distribution than the table does; a setting that is left out changes nothing."""
 
     max_k: int | None = Field(default=None, ge=0, le=32767)
-    """Keep at most so many ids of each head. A sampled tail is drawn again from what is dropped and the old draws."""
+    """Keep at most this many ids of each head. The tail is then sampled again from the removed ids and the old
+    samples."""
     draws: int | None = Field(default=None, ge=0, le=32767)
-    """Keep so many draws, were all mass in the tail; 0 drops the tail."""
+    """Keep this many samples in the tail, in proportion to the probability outside the head; 0 removes the tail."""
     temperatures: tuple[PositiveFloat, ...] | None = None
-    """Keep these of the stored temperatures, 1 first."""
+    """Stored temperatures to keep, 1 first."""
 
 
 class RelayConfig(ShardsConfig):
-    """How rows are laid into new shards."""
+    """How rows are written to new shards."""
 
     eval_fraction: float | None = Field(default=None, ge=0, lt=1)  # type: ignore[assignment]
-    """Split the documents anew, so that this share of them goes to the eval split; left out, all stay in theirs."""
+    """Split the documents again, with this share of them in the eval split; left out, every document stays in its
+    split."""
 
 
 class ReprocessConfig(Settings):
-    """Make a smaller table of a table, or change it in place as one new version; the teacher is not needed.
+    """Make a smaller table from a table, or change it in place as one new version; no teacher is needed.
 
-    Any of the settings can be combined, in one pass; purge stands alone.
+    All settings can be combined in one pass, except purge.
     """
 
     source: Location
-    """Folder of the table; TABLE@12 or TABLE@tag for another version than the newest."""
+    """Folder of the table; TABLE@12 or TABLE@tag opens that version instead of the newest."""
     destination: Location | None = None
-    """Folder or s3:// address of another table, made if it is not there, added to if it is; left out, the source gets a
-    new version; a smaller selection is final then: no capture can be added to it any more."""
+    """Folder or s3:// address of another table, which is created or added to; left out, the source gets a new
+    version. A smaller selection can't be undone in the source: no capture can add to it any more."""
     where: str | None = None
-    """Keep the rows for which this SQL expression is true, over the row's and the carried columns:
-    "source = 'web' AND tokens > 20". Columns, literals, operators and a few functions, nothing else; an error says
-    which."""
+    """Keep only the rows for which this SQL expression is true, for example "source = 'web' AND tokens > 20". It
+    may contain columns (carried ones too), literals, operators and a few functions; an error message lists them."""
     drop: Location | None = None
-    """File with a document's id a line: drop these documents."""
+    """File with one document id per line: drop these documents."""
     stale: Location | None = None
-    """File, folder or glob of documents: drop what a table holds of former versions of them. Others stay."""
+    """File, folder or glob of documents: drop rows of their earlier versions. Rows of other documents stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None
-    """File with a document's id a line: delete these documents from every version, for good. Old versions that held
-    them can no longer be opened, and no capture brings the documents back."""
+    """File with one document id per line: delete these documents from every version, permanently. Old versions that
+    held them can no longer be opened, and no capture adds the documents again."""
     selection: NarrowingConfig = NarrowingConfig()
     columns: ColumnsConfig = ColumnsConfig()
     shards: RelayConfig = RelayConfig()
@@ -140,7 +144,8 @@ class ReprocessConfig(Settings):
         changes += ["where"] if self.where is not None else []
         changes += [name for name in ("drop", "stale", "compact") if getattr(self, name)]
         if self.purge and (changes or self.destination):
-            raise ValueError(f"purge stands alone; leave out {', '.join(changes) or 'the destination'}")
+            others = ", ".join(changes) or "the destination"
+            raise ValueError(f"purge can't be combined with other changes or a destination; leave out {others}")
         if not (changes or self.purge or self.destination):
             raise ValueError(
                 "nothing to do; give a destination, a selection, where, drop, stale, compact, an eval_fraction or purge"

@@ -8,50 +8,52 @@ from softlabel.pipeline.config.base import Location, Settings
 
 
 class StudentConfig(Settings):
-    """The model that is trained: give exactly one of model, layers, depth and config."""
+    """The model to train: give exactly one of model, layers, depth and config."""
 
     model: Location | None = None
-    """Folder or hub name of a model to go on from."""
+    """Folder or hub name of a model to continue training."""
     teacher: Location | None = None
-    """Folder or hub name of the model that layers are taken from; left out, the table's own teacher."""
+    """Folder or hub name of the model to take layers from; left out, the table's own teacher."""
     revision: str | None = None
-    """Commit, tag or branch of a hub name."""
+    """Commit, tag or branch of a hub model."""
     layers: tuple[int, ...] | None = None
-    """Prune the teacher to these of its layers, counted from 0."""
+    """Prune the teacher to these layers, counted from 0."""
     depth: PositiveInt | None = None
-    """Prune the teacher to so many of its layers, evenly spread, the first and the last among them."""
+    """Prune the teacher to this many layers, evenly spaced, including the first and the last."""
     intermediate_size: PositiveInt | None = None
-    """With layers or depth: keep only so many neurons of each feed-forward layer, the most active on the table's
-    text."""
+    """With layers or depth: keep only this many neurons of each feed-forward layer, those most active on the
+    table's text."""
     config: Location | None = None
     """Folder or JSON file with a model configuration; the student starts from random weights."""
     labels: tuple[str, ...] = ()
-    """Labels of a classifier: NAME=CLASS,CLASS,... for several of the teacher's classes together, or a class's name;
-    left out, its classes. What the teacher says of classes without a label is left out, the rest renormalized."""
+    """Labels of a classifier: NAME=CLASS,CLASS,... merges several of the teacher's classes into one label; the name
+    of a class keeps it as it is. Left out, all classes are kept. Classes without a label are ignored, and the
+    remaining probabilities renormalized."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the student's weights."""
     lora_r: PositiveInt | None = None
-    """Train only low-rank adapters (LoRA) of this rank; the student is saved whole, with the adapters merged."""
+    """Train only low-rank adapters (LoRA) of this rank; the student is saved as a whole model, with the adapters
+    merged."""
     lora_alpha: PositiveFloat = 16.0
-    """What an adapter adds is scaled by this, divided by its rank."""
+    """Scaling of the adapters: their output is multiplied by lora_alpha / lora_r."""
     lora_target_modules: tuple[str, ...] = ()
-    """Names of the layers that get adapters, like q_proj; left out, every linear layer but the head."""
+    """Names of the layers that get adapters, such as q_proj; left out, every linear layer except the head."""
 
     @model_validator(mode="after")
-    def _only_a_teacher_is_narrowed(self) -> Self:
+    def _intermediate_size_needs_pruning(self) -> Self:
         if self.intermediate_size is not None and self.layers is None and self.depth is None:
-            raise ValueError("intermediate_size makes a pruned teacher narrower: give layers or depth")
+            raise ValueError("intermediate_size applies only to a pruned teacher; give layers or depth too")
         return self
 
     @model_validator(mode="after")
-    def _a_revision_is_of_something(self) -> Self:
+    def _revision_needs_a_hub_model(self) -> Self:
         if self.revision is not None and not (self.model or self.teacher or self.config):
-            raise ValueError("revision is that of a hub name: give it with model, teacher or config")
+            raise ValueError("revision applies only to a hub model; give model, teacher or config too")
         return self
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Names of the settings that say where the student comes from; one of them, if it is to be built."""
+        """Names of the settings given for where the student comes from; a student needs exactly one."""
         sources = ("model", "layers", "depth", "config")
         return tuple(f"student.{name}" for name in sources if getattr(self, name) is not None)
 
@@ -64,30 +66,31 @@ class LossConfig(Settings):
     )
     """Divergence between teacher and student."""
     target: Literal["auto", "bucket", "sampled", "renormalized", "zero_tail"] = "auto"
-    """The rest of the distribution: one bucket of its mass, or the sampled tail (forward KL at temperature 1, and
-    what auto takes there if the table has one); renormalized and zero_tail drop it, and are biased."""
+    """How to treat the probability outside the head: bucket sums it up as one extra class; sampled uses the sampled
+    tail (only forward KL at temperature 1); auto uses sampled where it can, else bucket. renormalized and zero_tail
+    ignore that probability, and are biased."""
     mix: float = Field(default=0.5, gt=0, lt=1)
-    """The mixture weight of jsd (beta) and of the skew divergences (lambda)."""
+    """Mixture weight of jsd (beta) and of the skew divergences (lambda)."""
     temperature: PositiveFloat = 1.0
-    """Softens teacher and student alike; one of the temperatures stored in the table."""
+    """Temperature that softens both teacher and student; must be stored in the table."""
     hard_weight: float = Field(default=0.0, ge=0)
-    """Weight of the cross-entropy with the token that follows."""
+    """Weight of the cross-entropy with the actual next token (for a classifier, with the document's label)."""
     soft_weight: float = Field(default=1.0, ge=0)
-    """Weight of the divergence; 0 trains on hard labels alone."""
+    """Weight of the divergence; 0 trains on hard labels only."""
     hard_weight_end: float | None = Field(default=None, ge=0)
-    """Weight of the cross-entropy at the last step, reached in equal steps; left out, it stays as it is."""
+    """Weight of the cross-entropy at the last step, reached linearly; left out, the weight stays constant."""
     soft_weight_end: float | None = Field(default=None, ge=0)
-    """Weight of the divergence at the last step, reached in equal steps; left out, it stays as it is."""
+    """Weight of the divergence at the last step, reached linearly; left out, the weight stays constant."""
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
+    def _weights_are_not_both_zero(self) -> Self:
         for moment, loss in (("first", self.at(0.0)), ("last", self.at(1.0))):
             if loss.hard_weight == 0 and loss.soft_weight == 0:
                 raise ValueError(f"both weights are 0 at the {moment} step: nothing would be learned")
         return self
 
     def at(self, share: float) -> "LossConfig":
-        """The loss, its weights constant, when a share (0 to 1) of the run is done."""
+        """The loss with constant weights: those in effect when a share (0 to 1) of the run is done."""
         weights = {
             "hard_weight": _between(self.hard_weight, self.hard_weight_end, share),
             "soft_weight": _between(self.soft_weight, self.soft_weight_end, share),
@@ -95,10 +98,10 @@ class LossConfig(Settings):
         return self.model_copy(update={**weights, "hard_weight_end": None, "soft_weight_end": None})
 
     def in_words(self, target: str | None = None) -> str:
-        """The loss as a reader of a report knows it: ``0.5 × cross-entropy + forward KL (bucket) at temperature 2``.
+        """The loss as a report shows it: ``0.5 × cross-entropy + forward KL (bucket) at temperature 2``.
 
         Args:
-            target: what the student is compared with, if that is in question.
+            target: the target that was used, for a report that shows it.
         """
         divergence = self.divergence.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
         mix = f"mix {self.mix:g}" if self.divergence == "jsd" or self.divergence.startswith("skew") else None
@@ -120,7 +123,7 @@ _TARGETS = {
     "renormalized": "renormalized head",
     "zero_tail": "zero tail",
 }
-"""Names of the targets in a sentence."""
+"""What a report calls each target."""
 
 
 def _between(start: float, end: float | None, share: float) -> float:
@@ -139,46 +142,46 @@ class OptimizerConfig(Settings):
     num_train_epochs: PositiveFloat = 1.0
     """Passes over the train split."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps, instead of epochs."""
+    """Number of optimizer steps; replaces num_train_epochs."""
     learning_rate: PositiveFloat = 5e-4
     """Peak learning rate of AdamW."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after that."""
+    """How the learning rate changes after the warmup."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients longer than this are shortened to it."""
+    """Gradients with a larger norm are clipped to it."""
     bf16: bool = False
-    """Forward and backward in bfloat16, the weights staying in the student's dtype."""
+    """Run the forward and backward passes in bfloat16; the weights stay in the student's dtype."""
     use_liger_kernel: bool = False
-    """Use Liger's kernels in the student's body, on a GPU; the loss is softlabel's all the same."""
+    """Use Liger kernels inside the student, on a GPU; softlabel still computes the loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
     save_steps: PositiveInt = 500
-    """Steps between checkpoints; a killed run goes on from the last one."""
+    """Steps between checkpoints; a killed run continues from the last one."""
     eval_steps: PositiveInt = 100
     """Steps between evaluations on the eval split."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop when so many evaluations in a row have brought no lower eval_kl; left out, all steps are done."""
+    """Stop after this many evaluations in a row without a new lowest eval_kl; left out, training runs to the
+    end."""
     keep: Literal["auto", "last", "best"] = "auto"
-    """The weights that the student is saved with: those of the last step, or of the evaluation with the lowest
-    eval_kl; auto takes the best with patience, else the last."""
+    """Which weights to save: those of the last step, or of the evaluation with the lowest eval_kl (best). auto
+    saves the best with early_stopping_patience, else the last."""
     device: str = "auto"
-    """cpu or cuda; auto takes a GPU if there is one."""
+    """cpu or cuda; auto uses a GPU if there is one."""
     processes: PositiveInt | None = None
-    """Processes that share each step, each with a GPU of its own; left out, one for each GPU that
-    there is. On the CPU one, unless more are asked for."""
+    """Processes that share each step, each with its own GPU; left out, one per GPU, or one on the CPU."""
     sharding: Literal["none", "full"] = "none"
-    """What the processes share beside the work: full divides weights, gradients and the optimizer's moments among them
-    (FSDP), for a student that is too large for each of them to hold; one process holds all of it either way."""
+    """full divides weights, gradients and optimizer state among the processes (FSDP), for a student that does not
+    fit on one GPU. It has no effect with one process."""
     seed: int = 0
     """Seed of the student's random numbers."""
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best weights are kept, and not the last."""
+        """Whether the best weights are saved, rather than the last."""
         return self.keep == "best" or (self.keep == "auto" and self.early_stopping_patience is not None)
 
 
@@ -186,29 +189,29 @@ class StreamConfig(Settings):
     """How rows of the table become batches."""
 
     packing: bool = True
-    """Put as many sequences into a training row as have room there. False gives each a row of its own, padded: slower,
-    and for students in which sequences of one row would see each other (Mamba, Falcon, ...), which are refused else."""
+    """Pack as many sequences into each training row as fit. Without packing, each sequence gets a padded row of its
+    own: that is slower, but required for students that would mix the sequences of one row (Mamba, Falcon, ...)."""
     max_length: PositiveInt = 1024
-    """Length of a training row; sequences are never cut, so it is at least the table's longest. Without packing, a row
-    is as long as the longest of its forward pass."""
+    """Length of a training row, in tokens; sequences are never cut, so it must be at least the table's longest.
+    Without packing, a row is as long as the longest sequence of its forward pass."""
     batch_size: PositiveInt = 8
-    """Training rows of one optimizer step, over all devices."""
+    """Training rows per optimizer step, over all devices."""
     micro_batch_size: PositiveInt = 8
-    """Training rows of one forward pass on one device; changes memory and speed, never the loss."""
+    """Training rows per forward pass on one device; affects memory and speed, never the loss."""
     max_k: PositiveInt | None = None
-    """Use only so many of the stored head ids; left out, all of them. The others' mass goes to the bucket: with fewer
-    ids than the table has, the sampled tail is no target."""
+    """Use only this many of the stored head ids; left out, all of them. The probability of the others goes to the
+    bucket; if the table stores more ids, the sampled tail can't be the target."""
     seed: int = 0
-    """Seed of the order."""
+    """Seed for the order of the sequences."""
 
 
 class TrainConfig(Settings):
     """Train a student from a table."""
 
     table: Location
-    """Folder of the table; TABLE@12 pins version 12."""
+    """Folder of the table; TABLE@12 opens version 12."""
     output: Location
-    """Folder that the student is written to."""
+    """Folder to write the student to."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()

@@ -1,1 +1,1 @@
-"""What a capture would give, cost and take, from a small sample."""
+"""Estimate the size, time and cost of a capture from a small sample."""

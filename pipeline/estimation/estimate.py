@@ -1,7 +1,7 @@
-"""Estimate: what a capture would give, cost and take, from a small sample, before anyone pays for it.
+"""Estimate: the size, time and cost of a capture, from a small sample, before anyone pays for it.
 
-The teacher is run over a few of the batches that the capture would make, and what it says is encoded and written as
-the capture would, by several selections, into a folder that is then deleted. Nothing is added to any table.
+The teacher runs over a few of the batches that the capture would make. Its soft labels are encoded and written as the
+capture would, by several selections, into a folder that is then deleted. Nothing is added to any table.
 """
 
 import time
@@ -17,7 +17,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.documents.documents import Documents
-from softlabel.pipeline.estimation.measure import Layout, Run, Written, bytes_of_copies, run
+from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
 from softlabel.pipeline.estimation.sample import Sample, Sequencer, draw_sample
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.models.checkpoint import Checkpoint
@@ -41,94 +41,95 @@ ALTERNATIVES = {
     "top-64": SelectionConfig(top_k=64),
     "50 draws": SelectionConfig(min_k=0, max_k=0, draws=50),
 }
-"""Selections that are shown beside the one asked for; draws alone are RS-KD's (arXiv 2503.16870)."""
+"""Selections that are shown next to the requested one; "50 draws" is that of RS-KD (arXiv 2503.16870)."""
 
 
 @dataclass(frozen=True)
 class SelectionEstimate:
-    """What one selection would cost and keep, on average over the positions."""
+    """What one selection would cost and preserve, on average over the positions."""
 
     name: str
     ids_per_position: float
     bytes_per_position: float
-    """Of all soft-label columns."""
+    """Bytes of all soft-label columns."""
     bytes: int
-    """Of the whole table."""
+    """Bytes of all new rows."""
     kept_mass: float
-    """Probability that is kept exactly: of the head."""
+    """Probability of the head, which is stored exactly."""
     lost: float
-    """KL in nats from the teacher's distribution to what is kept of it on average: 0 with a sampled tail, which is
-    unbiased; without one, the mass outside the head is thought to be spread evenly over all other ids."""
+    """KL divergence in nats from the teacher's distribution to the mean of what is stored. It is 0 with a sampled
+    tail, which is unbiased; without one, the mass outside the head counts as spread evenly over all other ids."""
     noise: float
-    """Root of the mean squared distance between a position's target and that average: 0 where nothing is drawn."""
+    """Root of the mean squared distance between a position's sampled target and its mean; 0 without samples."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a capture would take here, on all devices that it takes, by what takes it."""
+    """How long each part of a capture would take on this machine, with all devices that it would use."""
 
     plan: float
     """Reading and tokenizing."""
     load: float = 0.0
-    """Of the teacher's files."""
+    """Loading the teacher."""
     teacher: float = 0.0
-    """Running it, the selection included."""
+    """Running the teacher, selection included."""
     copy: float = 0.0
     """Copying soft labels to further documents."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a capture would give, cost and take; all zero if there is nothing to capture."""
+    """Size, time and cost of a capture; all zero if there is nothing to capture."""
 
     documents: int
     pending: int
-    """Documents that the table does not hold whole."""
+    """Documents that the table does not hold completely."""
     rejects: int
     """Documents that can't be used; the tokenizer or the chat template may refuse more."""
     tokenized: float
-    """Share of the pending text that this rests on.
+    """Share of the pending text that the estimate is based on.
 
-    Documents that repeat another are found among all. Parts that documents have in common are seen within this share
-    alone: if there are such, and it is below 1, ``sequences``, ``tokens`` and ``positions`` are upper bounds, and so
-    are the teacher's time and operations; ``copied`` is a lower one. ``bytes`` hold: a copied sequence takes as many.
+    Documents that repeat another are found among all documents, but repeated parts of documents only within this
+    share. So if it is below 1 and documents share parts, ``sequences``, ``tokens``, ``positions`` and the teacher's
+    time and operations are upper bounds, and ``copied`` is a lower bound. ``bytes`` is right in any case, because a
+    copied sequence takes as many bytes.
     """
     seconds: Seconds
     gpu: Gpu
     gpu_utilization: float
     gpu_hours: float = 0.0
-    """By arithmetic: the operations over that share of the device's dense bf16 rate. Nothing was run there."""
+    """Calculated: operations divided by ``gpu_utilization`` times the GPU's dense bf16 rate. Nothing ran there."""
     flops: float = 0.0
     """Floating-point operations of the forward passes, as torch counts them."""
     device: str = ""
     sampled_positions: int = 0
-    """Positions that the teacher was run over for it."""
+    """Positions that the teacher was run over for this estimate."""
     sequences: int = 0
-    """That the teacher would be run over ..."""
+    """Sequences that the teacher would be run over."""
     tokens: int = 0
-    """... with so many tokens ..."""
+    """Tokens of these sequences."""
     positions: int = 0
-    """... of which so many are captured."""
+    """Captured positions of these sequences."""
     copied: int = 0
     """Sequences that another document has too, copied from there."""
     bytes: int = 0
-    """Of both. Copies of the same text that come to lie in one row group are compressed together, and take less."""
+    """Bytes of all new rows. Copies of the same text in one row group are compressed together, and take less."""
     selections: tuple[SelectionEstimate, ...] = ()
-    """The one that was asked for, then others."""
+    """The requested selection first, then the alternatives."""
 
 
 def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
-    """Say what a capture with these settings would give, cost and take; nothing is written.
+    """Estimate the size, time and cost of a capture with these settings. Nothing is written.
 
     Args:
-        config: of the capture, and how much to look at.
-        watch: told of each batch of documents, and of each batch of the teacher.
+        config: settings of the capture, and the size of the sample.
+        watch: called after each batch of documents, and after each batch of the teacher.
 
     Raises:
-        SoftlabelError: if documents, teacher or table can't be used; what stops a capture stops this.
+        SoftlabelError: if documents, teacher or table can't be used, as in a capture.
     """
     if config.teacher.labels:
-        raise UsageError("there is nothing to estimate: labels need no teacher to be run", do="run softlabel capture")
+        raise UsageError("there is nothing to estimate: teacher.labels runs no model", do="run softlabel capture")
     with scratch() as folder:
         capture = config.capture(config.table or str(folder / "table"))
         documents = Documents(capture.documents, capture.columns)
@@ -137,8 +138,8 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         tokenizer = DocumentTokenizer(checkpoint, capture.sequences, capture.columns.content)
         identity = identify(capture, checkpoint, tokenizer)
         load = time.perf_counter() - started
-        cut = _sequencer(capture, checkpoint, tokenizer)
-        sample = draw_sample(capture, documents, cut, identity, config.sample.megabytes * 1e6, watch)
+        sequencer = _sequencer(capture, checkpoint, tokenizer)
+        sample = draw_sample(capture, documents, sequencer, identity, config.sample.megabytes * 1e6, watch)
         found = Estimate(
             documents=sample.documents,
             pending=sample.pending,
@@ -155,29 +156,30 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
         selections = _selections(capture.selection, identity)
-        layout = Layout(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)
-        tried = layout.spread(config.sample.batches)
-        runs = list(_runs(teacher, identity, sample, [layout.batches[i] for i in tried], selections, capture, watch))
-        flops = layout.over_all(tried, [run.flops for run in runs])
-        rows = sample.sequences.rows.take(pa.array(np.concatenate([layout.batches[i] for i in tried])))
-        same = np.concatenate([run.collisions for run in runs])
-        estimates, copying = [], 0.0
+        batches = Batches(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)
+        chosen = batches.spread(config.sample.batches)
+        groups = [batches.batches[i] for i in chosen]
+        timed = list(_time_batches(teacher, identity, sample, groups, selections, capture, watch))
+        flops = batches.estimated_total(chosen, [batch.flops for batch in timed])
+        rows = sample.sequences.rows.take(pa.array(np.concatenate(groups)))
+        collisions = np.concatenate([batch.collisions for batch in timed])
+        estimates, copy_seconds = [], 0.0
         for i, (name, selection) in enumerate(selections.items()):
-            labels = SoftLabels.concatenate([run.labels[i] for run in runs])
-            written = Written.of(folder / f"trial-{i}", capture, identity, rows, labels)
-            size = written.over_all(sample, capture)
-            estimates.append(_selection_estimate(name, selection, labels, same, teacher.vocabulary, written, size))
+            labels = SoftLabels.concatenate([batch.labels[i] for batch in timed])
+            table = SampleTable.write(folder / f"selection-{i}", capture, identity, rows, labels)
+            size = table.estimated_bytes(sample, capture)
+            estimates.append(_selection_estimate(name, selection, labels, collisions, teacher.vocabulary, table, size))
             if not i:
-                copying = written.seconds_of_copies(sample)
-    on = list(dict.fromkeys(worker_devices(capture.teacher)))  # on one device, workers share what it can do
-    seconds = layout.over_all(tried, [run.seconds for run in runs]) / len(on)
+                copy_seconds = table.copy_seconds(sample)
+    devices = list(dict.fromkeys(worker_devices(capture.teacher)))  # workers on the same device share its speed
+    teacher_seconds = batches.estimated_total(chosen, [batch.seconds for batch in timed]) / len(devices)
     return replace(
         found,
-        seconds=Seconds(sample.seconds, load, seconds, copying),
+        seconds=Seconds(sample.seconds, load, teacher_seconds, copy_seconds),
         gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilization) / 3600,
         flops=flops,
-        device=" ".join(on),
-        sampled_positions=len(same),
+        device=" ".join(devices),
+        sampled_positions=len(collisions),
         sequences=sample.sequences.total(),
         tokens=sample.sequences.total("tokens"),
         positions=sample.sequences.total("positions"),
@@ -188,25 +190,25 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
 
 
 def _sequencer(capture: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Sequencer:
-    """What makes sequences of documents, as the plan of this capture would."""
+    """A function that makes sequences of documents, as the plan of this capture would."""
     if checkpoint.classes is None:
         return lambda documents: to_sequences(documents, tokenizer, capture.sequences, eval_fraction=0)[0]
     whole = whole_documents(capture, checkpoint)
     return lambda documents: whole.sequences(documents, eval_fraction=0)[0]
 
 
-def _selections(asked_for: SelectionConfig, identity: Identity) -> dict[str, Selection]:
-    """The selection that was asked for, then the alternatives, at the same temperatures; of classes, all are kept."""
-    first = selection_of(asked_for, identity.classes)
+def _selections(requested: SelectionConfig, identity: Identity) -> dict[str, Selection]:
+    """The requested selection, then the alternatives at the same temperatures; a classifier has only one selection."""
+    first = selection_of(requested, identity.classes)
     if identity.classes is not None:
         return {"all classes": first}
-    like = {"temperatures": asked_for.temperatures, "seed": asked_for.seed}
-    others = {name: Selection.of(other.model_copy(update=like)) for name, other in ALTERNATIVES.items()}
-    name = next((name for name, other in others.items() if other == first), "as asked for")
-    return {name: first} | others
+    shared = {"temperatures": requested.temperatures, "seed": requested.seed}
+    alternatives = {name: Selection.of(each.model_copy(update=shared)) for name, each in ALTERNATIVES.items()}
+    name = next((name for name, each in alternatives.items() if each == first), "requested")
+    return {name: first} | alternatives
 
 
-def _runs(
+def _time_batches(
     teacher: Teacher,
     identity: Identity,
     sample: Sample,
@@ -214,14 +216,15 @@ def _runs(
     selections: Mapping[str, Selection],
     capture: CaptureConfig,
     watch: Watch,
-) -> Iterator[Run]:
-    """Each batch in turn."""
-    asked, done = Queries(sample.sequences.rows, identity.classes), 0
+) -> Iterator[TimedBatch]:
+    """Time the teacher on each batch in turn."""
+    queries, done = Queries(sample.sequences.rows, identity.classes), 0
     tokens = sample.sequences.tokens
     total = int(sum(tokens[batch].sum() for batch in batches))
     watch(Progress("estimate", done, total, "tokens"))
     for batch in batches:
-        yield run(teacher, identity.teacher, asked, batch, list(selections.values()), capture.teacher.batch_tokens)
+        each = list(selections.values())
+        yield time_batch(teacher, identity.teacher, queries, batch, each, capture.teacher.batch_tokens)
         done += int(tokens[batch].sum())
         watch(Progress("estimate", done, total, "tokens"))
 
@@ -232,17 +235,17 @@ def _selection_estimate(
     labels: SoftLabels,
     collisions: Doubles,
     vocabulary: int,
-    written: Written,
+    table: SampleTable,
     size: int,
 ) -> SelectionEstimate:
-    soft = sum(written.columns[column] for column in SOFT_LABELS.names)
-    drawn = selection.draws > 0
+    label_bytes = sum(table.columns[column] for column in SOFT_LABELS.names)
+    has_tail = selection.draws > 0
     return SelectionEstimate(
         name=name,
         ids_per_position=(len(labels.head_ids) + len(labels.tail_ids)) / labels.positions,
-        bytes_per_position=soft / labels.positions,
+        bytes_per_position=label_bytes / labels.positions,
         bytes=size,
         kept_mass=float(kept_mass(labels).mean()),
-        lost=0.0 if drawn else float(bucket_kl(labels, vocabulary).mean()),
-        noise=float(squared_error(labels, collisions, selection.draws).mean() ** 0.5) if drawn else 0.0,
+        lost=0.0 if has_tail else float(bucket_kl(labels, vocabulary).mean()),
+        noise=float(squared_error(labels, collisions, selection.draws).mean() ** 0.5) if has_tail else 0.0,
     )

@@ -1,6 +1,6 @@
-"""What a capture costs, measured on a sample: the teacher's time, each selection's labels, bytes on a disk, copying.
+"""Measures on a sample what a capture costs: the teacher's time, bytes on disk by selection, and the time of copying.
 
-A few rows are written as a capture would, into a table of their own, whose columns are measured and scaled up.
+A few rows are written to a temporary table, as a capture would write them; its columns are measured and scaled up.
 """
 
 import math
@@ -31,21 +31,21 @@ from softlabel.storage.writer import ShardWriter
 
 
 @dataclass(frozen=True)
-class Written:
-    """Rows of a sample, in a table of their own."""
+class SampleTable:
+    """A temporary table with the rows of a sample."""
 
     table: Table
     rows: pa.Table
     columns: dict[str, int]
     """Bytes of each column."""
     bytes: int
-    """Of all, footers included."""
+    """Total size, footers included."""
 
     @classmethod
-    def of(
+    def write(
         cls, folder: Path, capture: CaptureConfig, identity: Identity, rows: pa.Table, labels: SoftLabels
-    ) -> "Written":
-        """Write them."""
+    ) -> "SampleTable":
+        """Write the rows and their soft labels as a capture would."""
         carried = pa.schema([column for column in rows.schema if column.name not in SEQUENCE.names])
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True)
@@ -56,31 +56,34 @@ class Written:
         table = table.newest()
         return cls(table, rows, column_bytes(table), size)
 
-    def over_all(self, sample: Sample, capture: CaptureConfig) -> int:
-        """Bytes of all rows to come: soft labels go with the positions, ids and mask with the tokens, the other
-        columns with the sequences, and the footer with the row groups."""
-        grows = dict.fromkeys(SOFT_LABELS.names, "positions") | dict.fromkeys(("token_ids", "loss_mask"), "tokens")
-        to_come = (sample.sequences, sample.copies)
+    def estimated_bytes(self, sample: Sample, capture: CaptureConfig) -> int:
+        """Bytes of all pending rows.
+
+        The size of soft labels is proportional to the positions, that of ids and masks to the tokens, that of the other
+        columns to the sequences, and that of footers to the row groups.
+        """
+        units = dict.fromkeys(SOFT_LABELS.names, "positions") | dict.fromkeys(("token_ids", "loss_mask"), "tokens")
+        pending = (sample.sequences, sample.copies)
         total = 0.0
         for name, size in self.columns.items():
-            by = grows.get(name)
-            total += size * sum(part.total(by) for part in to_come) / self._total(by)
-        groups = sum(_row_groups(part, capture) for part in to_come)
+            unit = units.get(name)
+            total += size * sum(part.total(unit) for part in pending) / self._total(unit)
+        groups = sum(_row_groups(part, capture) for part in pending)
         footers = self.bytes - sum(self.columns.values())
         return round(total + footers * groups / -(-len(self.rows) // capture.shards.row_group_sequences))
 
-    def seconds_of_copies(self, sample: Sample) -> float:
-        """How long it takes to give the copies to come their soft labels, at the rate of copying these rows.
+    def copy_seconds(self, sample: Sample) -> float:
+        """Seconds to copy soft labels to all pending copies, at the rate measured on these rows.
 
-        The commit is left out: there is one in a shard, and these rows are few.
+        The commit is not timed: there is one per shard, and these rows are few.
         """
         if not sample.copies.total():
             return 0.0
         index = self.rows.schema.get_field_index("document_id")
-        others = pa.array([f"copy of {name}" for name in self.rows.column("document_id").to_pylist()])
+        copy_ids = pa.array([f"copy of {name}" for name in self.rows.column("document_id").to_pylist()])
         with ShardWriter(self.table, len(self.rows)) as writer:
             started = time.perf_counter()
-            writer.append_copies(self.rows.set_column(index, self.rows.schema.field(index), others))
+            writer.append_copies(self.rows.set_column(index, self.rows.schema.field(index), copy_ids))
             seconds = time.perf_counter() - started
         return seconds * sample.copies.total("positions") / self._total("positions")
 
@@ -89,14 +92,14 @@ class Written:
 
 
 def bytes_of_copies(sample: Sample, capture: CaptureConfig) -> int:
-    """Bytes of the copies to come, if the table has all that they are copied from: by what its rows take."""
+    """Bytes of the pending copies, by the mean size of the table's rows; for when all pending sequences are copies."""
     copies = sample.copies.total()
     shards = Table.open(capture.table).shards() if copies and Table.exists(capture.table) else ()
     return round(copies * sum(shard.bytes for shard in shards) / max(1, sum(shard.rows for shard in shards)))
 
 
 def _row_groups(part: Weighted, capture: CaptureConfig) -> int:
-    """Row groups of the files that these sequences come to lie in: a file for each split in each shard."""
+    """Row groups that these sequences will fill: each shard has one file per split."""
     size, held_out = capture.shards.row_group_sequences, capture.shards.eval_fraction
     shards = -(-part.total("positions") // capture.shards.positions)
     return shards * sum(math.ceil(share * part.total() / shards / size) for share in (held_out, 1 - held_out) if shards)
@@ -106,26 +109,26 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Run:
-    """What came of one batch."""
+class TimedBatch:
+    """A batch that the teacher was timed on."""
 
     labels: list[SoftLabels]
-    """By each of the selections."""
+    """Soft labels by each of the selections."""
     collisions: Doubles
     """See ``fidelity.collisions``."""
     seconds: float
-    """Of the forward pass and the first selection."""
+    """Time of the forward pass and the first selection."""
     flops: float
     """Floating-point operations of the forward pass, as torch counts them on the longest sequence."""
 
 
-class Layout:
-    """The sequences of a sample in batches, as ``teacher.each_batch`` would make them.
+class Batches:
+    """The sequences of a sample divided into batches as ``teacher.each_batch`` would, longest sequences first.
 
     Args:
         tokens: (R,) length of each sequence.
         weights: (R,) how many sequences each stands for.
-        batch_tokens: tokens of one forward pass, padding included.
+        batch_tokens: tokens per forward pass, padding included.
     """
 
     def __init__(self, tokens: NDArray[np.int64], weights: Doubles, batch_tokens: int) -> None:
@@ -136,69 +139,69 @@ class Layout:
             self.batches.append(order[:count])
             order = order[count:]
         self.tokens = np.array([int(tokens[batch].sum()) for batch in self.batches])
-        """Of each batch."""
-        self._masses = np.array([float((tokens * weights)[batch].sum()) for batch in self.batches])
-        self._middles = self._masses.cumsum() - self._masses / 2
+        """Tokens of each batch."""
+        self._pending_tokens = np.array([float((tokens * weights)[batch].sum()) for batch in self.batches])
+        self._middles = self._pending_tokens.cumsum() - self._pending_tokens / 2
 
     def spread(self, count: int) -> Indices:
-        """Numbers of at most so many batches, each in the middle of an equal share of all tokens."""
+        """Numbers of at most ``count`` batches, each from the middle of an equal share of all tokens."""
         if count >= len(self.batches):
             return np.arange(len(self.batches))
-        places = (np.arange(count) + 0.5) / count * self._masses.sum()
-        return np.unique(np.searchsorted(self._masses.cumsum(), places))
+        targets = (np.arange(count) + 0.5) / count * self._pending_tokens.sum()
+        return np.unique(np.searchsorted(self._pending_tokens.cumsum(), targets))
 
-    def over_all(self, batches: Indices, costs: Sequence[float]) -> float:
-        """What all pending sequences cost, if some batches cost so much: each token what it costs in the nearest."""
-        rates = np.array(costs) / self.tokens[batches]
-        return float(self._masses @ np.interp(self._middles, self._middles[batches], rates))
+    def estimated_total(self, timed: Indices, costs: Sequence[float]) -> float:
+        """Cost of all pending sequences, given the costs of some batches: the cost per token is interpolated."""
+        rates = np.array(costs) / self.tokens[timed]
+        return float(self._pending_tokens @ np.interp(self._middles, self._middles[timed], rates))
 
 
-def run(
+def time_batch(
     teacher: Teacher,
     identity: TeacherIdentity,
-    asked: Queries,
+    queries: Queries,
     batch: Indices,
     selections: Sequence[Selection],
     batch_tokens: int,
-) -> Run:
-    """Run the teacher over one batch of a layout.
+) -> TimedBatch:
+    """Time the teacher on one batch.
 
-    The first selection is timed with the forward pass; the others are not, nor is whatever a first pass over
-    sequences of this length, or a first selection, has to prepare.
+    The first selection is timed with the forward pass. The others are not, nor are preparations that happen only once
+    for sequences of this length.
 
     Raises:
-        TeacherError: if the teacher says what no distribution is, or the device has no room for a single sequence.
+        TeacherError: if the teacher's logits are not a distribution, or the device is too small for one sequence.
     """
-    tokens, positions = [asked.tokens[i] for i in batch], [asked.positions[i] for i in batch]
-    first = asked.next_ids(batch[:1]), asked.seeds(batch[:1], selections[0], identity)
+    tokens, positions = [queries.tokens[i] for i in batch], [queries.positions[i] for i in batch]
+    first = queries.next_ids(batch[:1]), queries.seeds(batch[:1], selections[0], identity)
     with FlopCounterMode(display=False) as counter:
         for logits in teacher.logits(tokens[:1], positions[:1]):
             select(logits[:1], first[0][:1], first[1][:1], selections[0], teacher.vocabulary)
-    besides = 0.0
+    excluded = 0.0  # seconds
 
     def label(part: Indices, chunks: Iterator[torch.Tensor]) -> tuple[list[SoftLabels], Doubles]:
-        nonlocal besides
-        next_ids = asked.next_ids(batch[part])
-        seeds = [asked.seeds(batch[part], selection, identity) for selection in selections]
-        found: list[list[SoftLabels]] = [[] for _ in selections]
-        same, start = [], 0
+        nonlocal excluded
+        next_ids = queries.next_ids(batch[part])
+        seeds = [queries.seeds(batch[part], selection, identity) for selection in selections]
+        by_selection: list[list[SoftLabels]] = [[] for _ in selections]
+        collision_parts, start = [], 0
         for logits in chunks:
             rows = slice(start, start + len(logits))
             start += len(logits)
             for i, selection in enumerate(selections):
                 since = time.perf_counter()
-                found[i].append(select(logits, next_ids[rows], seeds[i][rows], selection, teacher.vocabulary))
-                besides += time.perf_counter() - since if i else 0.0
+                by_selection[i].append(select(logits, next_ids[rows], seeds[i][rows], selection, teacher.vocabulary))
+                excluded += time.perf_counter() - since if i else 0.0
             since = time.perf_counter()
-            same.append(collisions(logits.float()).double().cpu().numpy())
-            besides += time.perf_counter() - since
-        return [SoftLabels.concatenate(parts) for parts in found], np.concatenate(same)
+            collision_parts.append(collisions(logits.float()).double().cpu().numpy())
+            excluded += time.perf_counter() - since
+        return [SoftLabels.concatenate(parts) for parts in by_selection], np.concatenate(collision_parts)
 
     started = time.perf_counter()
     results = list(each_batch(teacher, tokens, positions, label, batch_tokens))
-    return Run(
+    return TimedBatch(
         labels=[SoftLabels.concatenate(parts) for parts in zip(*(labels for labels, _ in results), strict=True)],
-        collisions=np.concatenate([same for _, same in results]),
-        seconds=time.perf_counter() - started - besides,
+        collisions=np.concatenate([part for _, part in results]),
+        seconds=time.perf_counter() - started - excluded,
         flops=counter.get_total_flops() * sum(map(len, tokens)) / len(tokens[0]),
     )

@@ -1,8 +1,9 @@
-"""A sample of the sequences that a capture would run its teacher over, each with how many it stands for.
+"""Draws a weighted sample of the sequences that a capture would run its teacher over.
 
-All documents are read, which is cheap, and a few of them tokenized, which is not. Each byte of the text has the same
-chance to be looked at, wherever it stands and however long its document is: of long texts only pieces are taken. Texts
-that another document has too are known from their fingerprints, and sampled apart: they are copied, not captured.
+All documents are read, which is cheap, but only a few are tokenized, which is not. Each byte of the text has the same
+chance to be sampled, whatever its position and the length of its document: of long texts only pieces are taken. Texts
+that another document has too are recognized by their fingerprints and sampled separately, because a capture copies
+their soft labels.
 """
 
 import time
@@ -24,74 +25,74 @@ from softlabel.storage.errors import DocumentsError
 from softlabel.storage.identity import Identity
 
 _PIECE = 12
-"""Characters of a piece of a long text, for each token of a sequence: enough for one that is as long as can be."""
+"""Characters per token in a piece of a long text: enough for a sequence of full length."""
 
 Sequencer = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """Sequences that stand for more."""
+    """Sequences, each standing for a number of sequences."""
 
     rows: pa.Table
     """R rows of ``storage.schema.SEQUENCE`` and the carried columns."""
     weights: NDArray[np.float64]
-    """(R,) how many each stands for."""
+    """(R,) how many sequences each one stands for."""
 
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """(R,) of each sequence."""
+        """(R,) length of each sequence."""
         tokens: NDArray[np.int64] = self.rows.column("tokens").to_numpy().astype(np.int64)
         return tokens
 
     def total(self, column: str | None = None) -> int:
-        """How many sequences these stand for, or what a column of theirs sums up to."""
+        """How many sequences these stand for, or the weighted sum of a column."""
         values = self.rows.column(column).to_numpy() if column else np.ones_like(self.weights)
         return round(float(self.weights @ values))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Sequences that stand for all that the table lacks."""
+    """Sequences that stand for all sequences that the table lacks."""
 
     documents: int
-    """Documents that were found and are no obvious rejects ..."""
+    """Documents that can be read and are no obvious rejects."""
     pending: int
-    """... those of them that the table does not hold whole ..."""
+    """Those of them that the table does not hold completely."""
     rejects: int
-    """... and the others."""
+    """Documents that can't be used."""
     sequences: Weighted
-    """For the teacher ..."""
+    """Sequences for the teacher."""
     copies: Weighted
-    """... and those whose soft labels the table then has under another document."""
+    """Sequences whose soft labels will be copied from another document."""
     share: float
-    """Of the pending text, that was tokenized."""
+    """Share of the pending text that was tokenized."""
     seconds: float
-    """That a plan takes: reading all documents, and tokenizing those that are pending."""
+    """Time that a plan takes: reading all documents, and tokenizing the pending ones."""
 
 
 def draw_sample(
-    config: CaptureConfig, documents: Documents, cut: Sequencer, identity: Identity, budget: float, watch: Watch
+    config: CaptureConfig, documents: Documents, sequencer: Sequencer, identity: Identity, budget: float, watch: Watch
 ) -> Sample:
     """Read all documents, twice, and tokenize some of them.
 
     Args:
-        config: of the capture.
-        documents: its documents.
-        cut: makes sequences of some documents.
-        identity: of its table.
-        budget: bytes of text to tokenize, about.
-        watch: told of each batch of documents.
+        config: settings of the capture.
+        documents: to sample from.
+        sequencer: makes sequences of documents.
+        identity: of the table.
+        budget: approximate number of bytes of text to tokenize.
+        watch: called after each batch of documents.
 
     Raises:
         DocumentsError: if there is no usable document.
-        ProvenanceError: if the table that is there was made otherwise.
+        ProvenanceError: if the existing table was made with another teacher or other settings.
     """
     started = time.perf_counter()
     known = Known(config, identity, documents.carried)
     found = rejects = 0
     sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for batch in known.welcome(documents):
+    for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         found += batch.documents.num_rows
         rejects += len(batch.rejects)
@@ -100,10 +101,10 @@ def draw_sample(
         fingerprints.append(np.frombuffer(names, np.uint64))
         watch(Progress("read", found, None, "documents"))
     if not found:
-        raise DocumentsError("no document can be used", found=f"{rejects} that can't", where=config.documents)
+        raise DocumentsError("no document can be used", found=f"{rejects} unusable documents", where=config.documents)
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)
-    if identity.classes is None:  # a classifier is asked about every document, whatever the others say
+    if identity.classes is None:  # a classifier reads every document, repeated or not
         repeated[:] = True
         repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
     is_text = config.columns.content == "text" and identity.classes is None
@@ -112,18 +113,18 @@ def draw_sample(
     choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
     pieces, origins = _read_pieces(known, documents, choice, piece)
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
-    sequences = cut(pieces)
+    sequences = sequencer(pieces)
     numbers, weights = _weights(sequences, origins, config)
-    fates = known.fates(sequences).to_numpy(zero_copy_only=False)
-    counted, is_copy = (fates != "present") & (weights > 0), (fates == "copy") | repeated[numbers]
-    asked, copies = (
+    statuses = known.statuses(sequences).to_numpy(zero_copy_only=False)
+    counted, is_copy = (statuses != "present") & (weights > 0), (statuses == "copy") | repeated[numbers]
+    for_teacher, copies = (
         Weighted(sequences.filter(pa.array(part)), weights[part]) for part in (counted & ~is_copy, counted & is_copy)
     )
     return Sample(
         documents=found,
         pending=len(size),
         rejects=rejects,
-        sequences=asked,
+        sequences=for_teacher,
         copies=copies,
         share=min(1.0, sampled / max(int(size.sum()), 1)),
         seconds=read + (time.perf_counter() - started) * int(size.sum()) / max(sampled, 1),
@@ -131,27 +132,27 @@ def draw_sample(
 
 
 class _Origin(NamedTuple):
-    """Where a piece is from."""
+    """Where a piece of text is from."""
 
     document: int
     """Number of its document."""
     stands_for: float
-    """How many of itself it stands for."""
+    """How many pieces of its size it stands for."""
     is_part: bool
-    """Of a text; otherwise the whole."""
+    """Whether it is only a part of the document's text."""
 
 
 class _Choice(NamedTuple):
-    """What is looked at, document by document."""
+    """What is sampled of each document."""
 
     pieces: NDArray[np.int64]
-    """How many; 0 of most."""
+    """Number of pieces; 0 for most documents."""
     bytes: NDArray[np.floating]
-    """For how many bytes of the whole text they stand."""
+    """How many bytes of the whole text these pieces stand for."""
 
 
 def _choose(sizes: NDArray[np.int64], piece: int, budget: float) -> _Choice:
-    """Pieces at equal distances along the text, its documents laid out by size, so that every size has its share."""
+    """Choose pieces at equal distances along all text, with the documents ordered by size to represent every size."""
     total = int(sizes.sum())
     if total <= budget:
         return _Choice(-(-sizes // piece), sizes.astype(np.float64))
@@ -167,11 +168,11 @@ def _choose(sizes: NDArray[np.int64], piece: int, budget: float) -> _Choice:
 def _read_pieces(
     known: Known, documents: Documents, choice: _Choice, piece: int
 ) -> tuple[pa.Table, dict[bytes, _Origin]]:
-    """The pieces, as documents, each with a fingerprint of its own; and by that, where each is from."""
+    """The pieces as documents, each with a fingerprint of its own, and the origin of each piece by fingerprint."""
     tables: list[pa.Table] = []
     origins: dict[bytes, _Origin] = {}
     start = 0
-    for batch in known.welcome(documents):
+    for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         wanted = np.flatnonzero(choice.pieces[start : start + len(changed)])
         rows = changed.take(pa.array(wanted))
@@ -195,8 +196,7 @@ def _weights(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(R,) number of each sequence's document, and (R,) how many sequences each stands for.
 
-    Where a text was cut, its last sequence is shorter than any in the text is: it counts for nothing, and the others
-    stand for it too.
+    The last sequence of a piece is cut short where the text goes on: it gets weight 0, and the others stand for it too.
     """
     if not len(sequences):
         return np.zeros(0, np.int64), np.zeros(0)
@@ -210,7 +210,7 @@ def _weights(
 
 
 def _cut(text: str, pieces: int, size: int) -> list[str]:
-    """So many pieces at equal distances, or the whole if they would cover it."""
+    """This many pieces of the text at equal distances, or the whole text if they would cover it."""
     if pieces * size >= len(text):
         return [text]
     starts = ((2 * i + 1) * (len(text) - size) // (2 * pieces) for i in range(pieces))
@@ -218,6 +218,6 @@ def _cut(text: str, pieces: int, size: int) -> list[str]:
 
 
 def _with(rows: pa.Table, name: str, values: Sequence[object]) -> pa.Table:
-    """The rows with other values in one column."""
+    """The rows with new values in one column."""
     field = rows.schema.field(name)
     return rows.set_column(rows.schema.get_field_index(name), field, pa.array(values, field.type))

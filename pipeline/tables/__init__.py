@@ -1,1 +1,1 @@
-"""The verbs of those who look after a table: verify, reprocess, maintain, mix, inspect, history."""
+"""The commands that check and change tables: verify, reprocess, maintain, mix, inspect, history."""

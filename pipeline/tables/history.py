@@ -1,4 +1,4 @@
-"""The versions of a table or a view: who made them, when, and who needs them."""
+"""The versions of a table or a view: who made them, when, and which are tagged or pinned."""
 
 from dataclasses import dataclass, field
 
@@ -17,11 +17,11 @@ class HistoryReport:
     versions: list[HistoryEntry]
     tags: list[Tag] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    """Students that need a version."""
+    """Students, with the version that each was trained on."""
     vacuumed: list[int] = field(default_factory=list)
-    """Versions that can no longer be opened, since their files were deleted when nobody needed them."""
+    """Versions that can no longer be opened because a vacuum deleted their files."""
     purged: list[int] = field(default_factory=list)
-    """Versions that can no longer be opened, since a take-down deleted rows of theirs."""
+    """Versions that can no longer be opened because a purge deleted some of their rows."""
 
 
 def history(table: str) -> HistoryReport:
@@ -31,7 +31,7 @@ def history(table: str) -> HistoryReport:
         table: folder or s3://BUCKET/PREFIX.
 
     Raises:
-        TableNotFoundError: if there is no such table.
+        TableNotFoundError: if the table does not exist.
         IntegrityError: if its log is damaged.
     """
     opened = open_table(table)

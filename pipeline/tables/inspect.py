@@ -1,4 +1,4 @@
-"""What a table or a view holds, and what it costs."""
+"""What a table or a view holds, and its size."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ class TableReport:
 
     inspection: Inspection
     teacher: str
-    """Where the newest capture found the teacher; empty if no capture is in the table's history."""
+    """Location of the teacher in the newest capture; empty if the table's history has no capture."""
     identity: Identity
     tags: list[Tag]
-    """Names of this version."""
+    """Tags of this version."""
     pins: list[Pin]
-    """Students that need this version."""
+    """Students that were trained on this version."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class ViewReport:
 
 
 def inspect(table: str) -> TableReport | ViewReport:
-    """Say what a table or a view holds: its rows by split, its teacher, its bytes by column.
+    """Measure what a table or a view holds: its rows by split, its teacher, its bytes by column.
 
     Args:
-        table: folder or s3://BUCKET/PREFIX; ``TABLE@12`` names a version, ``TABLE@name`` the version with that tag.
+        table: folder or s3://BUCKET/PREFIX; ``TABLE@12`` opens version 12, ``TABLE@name`` the version with that tag.
 
     Raises:
-        TableNotFoundError: if there is no such table or version.
-        IntegrityError: if it is damaged.
+        TableNotFoundError: if the table or version does not exist.
+        IntegrityError: if the table is damaged.
     """
     opened = open_table(table)
     if isinstance(opened, View):

@@ -1,4 +1,4 @@
-"""Keep a table tidy: name versions, let go of them, and delete the files that nobody needs."""
+"""Maintain a table: tag, untag and unpin versions, and delete files that no version uses."""
 
 from dataclasses import dataclass
 
@@ -11,32 +11,32 @@ from softlabel.storage.versions import Pin, Tag, parse, pins, tag, tags, unpin, 
 
 @dataclass(frozen=True)
 class MaintainReport:
-    """What was deleted, and who needs which version now."""
+    """What was deleted, and which versions are tagged or pinned now."""
 
     table: str
     deletion: Maintenance | None
-    """None if the settings only name versions, or let go of them."""
+    """None if the settings only tag, untag or unpin versions."""
     tags: list[Tag]
     pins: list[Pin]
 
 
 def maintain(config: MaintainConfig) -> MaintainReport:
-    """Name versions and let go of them; delete what no version names and nobody is writing.
+    """Tag, untag and unpin versions, or delete files that no version uses and nobody is writing.
 
-    If the settings name versions or let go of them, nothing is deleted unless ``vacuum`` asks for it.
+    With tag, untag or unpin, nothing is deleted unless ``vacuum`` is set too.
 
     Raises:
         TableNotFoundError: if there is no such table or version.
         TableError: if the table can't be written.
     """
     table = Table.open(config.table).location
-    named = _change_names(config)
-    deletion = _delete(config) if config.vacuum or not named else None
+    changed = _change_tags_and_pins(config)
+    deletion = _delete(config) if config.vacuum or not changed else None
     return MaintainReport(table, deletion, list(tags(table).values()), pins(table))
 
 
-def _change_names(config: MaintainConfig) -> bool:
-    """Tag, untag and unpin; return whether any of that was asked for."""
+def _change_tags_and_pins(config: MaintainConfig) -> bool:
+    """Tag, untag and unpin as the settings say; return whether they say so."""
     table = parse(config.table)[0]
     if config.untag:
         untag(table, config.untag)

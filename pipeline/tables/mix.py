@@ -1,4 +1,4 @@
-"""Make a view: several tables with one tokenizer that can be trained on, evaluated and inspected like one."""
+"""Combine several tables with the same tokenizer into a view, which can be used like one table."""
 
 from softlabel.pipeline.config.tables import MixConfig
 from softlabel.storage.views.mixing import make_view
@@ -6,12 +6,12 @@ from softlabel.storage.views.view_inspection import ViewInspection, inspect_view
 
 
 def mix(config: MixConfig) -> ViewInspection:
-    """Make the view that the settings describe, and return what it holds.
+    """Make a view, and return what it holds.
 
     Raises:
-        ProvenanceError: if the tables do not fit together.
-        TableError: if another view is there already.
-        TableNotFoundError: if a table is not there.
+        ProvenanceError: if the tables can't be combined.
+        TableError: if the folder already holds a different view.
+        TableNotFoundError: if a table does not exist.
     """
     weights = config.weights or (1.0,) * len(config.tables)
     return inspect_view(make_view(config.view, config.tables, weights, config.how))

@@ -1,7 +1,7 @@
-"""Reprocess: make a smaller table of a table, or change it in place, without the teacher.
+"""Reprocess: make a smaller table from a table, or change it in place, without the teacher.
 
-Says what is to become of each row; ``storage.upkeep.rewrite`` carries it out as one commit,
-and ``storage.upkeep.purge`` takes down.
+Decides which rows stay and how they change; ``storage.upkeep.rewrite`` does it in one commit, and
+``storage.upkeep.purge`` deletes documents permanently.
 """
 
 import time
@@ -37,25 +37,25 @@ class ReprocessReport:
     table: str
     """The table that was made or changed."""
     version: int
-    """Its newest at the end."""
+    """Newest version of the table at the end."""
     operation: str
-    """As the table's history calls it."""
+    """Name of the operation in the table's history."""
     rows: Rewritten
-    """What became of the rows."""
+    """What happened to the rows."""
     unknown: int
-    """Ids to drop that the table does not hold."""
+    """Number of ids to drop that the table does not hold."""
     purged: Purged | None
-    """What a take-down came to."""
+    """Result of ``purge``, if it was set."""
     seconds: float
 
 
 def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessReport:
-    """Make or change a table; it is as it was until all is done. Killed and run again, it goes on where it was.
+    """Make or change a table. It stays unchanged until everything is done; a killed run continues when run again.
 
     Raises:
-        UsageError: if the settings ask for what the table does not have.
-        ProvenanceError: if the destination is a table of another identity.
-        TableError: if a table can't be used, or others have changed it meanwhile.
+        UsageError: if the settings require something that the table does not hold.
+        ProvenanceError: if the destination was made with another teacher or other settings.
+        TableError: if a table can't be used, or was changed by someone else meanwhile.
     """
     started = time.monotonic()
     source = Table.open(config.source)
@@ -63,7 +63,7 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
     row_filter = RowFilter(source, config)
     target = _target(source, config, target_identity, row_filter)
     fraction = config.shards.eval_fraction
-    about = {
+    history_entry = {
         "operation": _operation(config),
         "source": f"{source.location}@{source.version}",
         "settings": config.model_dump(mode="json", exclude_defaults=True),
@@ -72,12 +72,12 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
     layout = config.shards.positions, config.shards.row_group_sequences
     total = sum(shard.rows for shard in source.shards())
 
-    def tell(rows: int) -> None:
+    def report_progress(rows: int) -> None:
         watch(Progress("reprocess", rows, total, "sequences"))
 
     purged: Purged | None = None
     if config.purge:
-        done, purged = purge(source.location, listed(config.purge), about, layout, tell)
+        done, purged = purge(source.location, listed(config.purge), history_entry, layout, report_progress)
     else:
         job = Rewriting(
             source,
@@ -90,7 +90,8 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
             identity=None if config.destination or target_identity == source.identity else target_identity,
             compact=config.compact,
         )
-        done = rewrite(job, about if job.in_place else _made_by(source) | about, tell)
+        entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
+        done = rewrite(job, entry, report_progress)
     return ReprocessReport(
         source=f"{source.location}@{source.version}",
         table=target.location,
@@ -104,8 +105,8 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
 
 
 def _operation(config: ReprocessConfig) -> str:
-    """What the history calls it."""
-    done = {
+    """Name of the operation in the table's history."""
+    parts = {
         "narrow": any(value is not None for _, value in config.selection),
         "filter": config.where,
         "drop": config.drop,
@@ -114,17 +115,17 @@ def _operation(config: ReprocessConfig) -> str:
         "compact": config.compact,
         "purge": config.purge,
     }
-    return " + ".join(name for name, given in done.items() if given) or "copy"
+    return " + ".join(name for name, given in parts.items() if given) or "copy"
 
 
-def _made_by(source: Table) -> dict[str, Any]:
-    """What the source's newest capture says of the teacher: the other table has none of its own."""
+def _teacher_entry(source: Table) -> dict[str, Any]:
+    """What the source's newest capture records about the teacher, for a table that had no capture of its own."""
     capture = last_capture(source)
     return {name: capture[name] for name in ("teacher", "revision", "parameters", "config") if name in capture}
 
 
 def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowing | None]:
-    """What the result is, and what narrows each row to that."""
+    """Identity of the resulting table, and the narrowing to apply to each row."""
     identity, narrowing, fraction = source.identity, None, config.shards.eval_fraction
     if any(value is not None for _, value in config.selection):
         narrowing = _narrowing(source, config.selection)
@@ -138,60 +139,59 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
 def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
     if source.identity.classes is not None:
         raise UsageError(
-            "a table of classes holds every class for every temperature, and can't be narrowed",
+            "a classifier's table can't be narrowed: it stores every class at every temperature",
             expected="no selection",
             found=", ".join(f"selection.{name}: {value}" for name, value in wanted if value is not None),
             where=f"{source.location}@{source.version}",
-            do="give a student a smaller label set with student.labels instead",
+            do="to train a student on fewer labels, set student.labels",
         )
     stored = source.identity.selection
     max_k = stored.max_k if wanted.max_k is None else wanted.max_k
     draws = stored.draws if wanted.draws is None else wanted.draws
     temperatures = source.temperatures if wanted.temperatures is None else wanted.temperatures
     limits = {"max_k": (max_k, stored.max_k), "draws": (draws, stored.draws)}
-    for name, (asked, there) in limits.items():
-        if asked > there:
-            raise _lacking(source, name, f"at most {there}", asked)
+    for name, (requested, stored_limit) in limits.items():
+        if requested > stored_limit:
+            raise _too_much(source, name, f"at most {stored_limit}", requested)
     if max_k == draws == 0:
-        raise _lacking(source, "max_k and draws", "ids or draws to keep", "neither")
+        raise _too_much(source, "max_k and selection.draws", "at least one above 0", "0 for both")
     if (
         temperatures[:1] != (1.0,)
         or len({*temperatures}) < len(temperatures)
         or {*temperatures} - {*source.temperatures}
     ):
         stored_ones = " ".join(f"{T:g}" for T in source.temperatures)
-        raise _lacking(
-            source, "temperatures", f"some of {stored_ones}, 1 first", " ".join(f"{T:g}" for T in temperatures)
-        )
+        requested_ones = " ".join(f"{T:g}" for T in temperatures)
+        raise _too_much(source, "temperatures", f"some of {stored_ones}, 1 first", requested_ones)
     return Narrowing(source.identity, max_k, draws, temperatures)
 
 
-def _lacking(source: Table, name: str, expected: object, found: object) -> UsageError:
+def _too_much(source: Table, name: str, expected: object, found: object) -> UsageError:
     return UsageError(
-        f"the table can't be narrowed to these {name}: it does not hold what that asks for",
-        expected=f"selection.{name}: {expected}",
+        f"selection.{name} can't be used to narrow this table",
+        expected=expected,
         found=found,
         where=f"{source.location}@{source.version}",
-        do="see softlabel inspect for what it holds; more takes a capture",
+        do="run softlabel inspect to see what the table holds; to store more, capture a new table",
     )
 
 
 def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filter: RowFilter) -> Table:
-    """The table that is changed; another one is made if it is not there, empty until all is done."""
+    """The table to write to. A destination that does not exist is created, and stays empty until everything is done."""
     if config.destination is None:
         if parse(config.source)[1] is not None:
             raise UsageError(
                 "an old version can't be changed in place",
                 expected="a table without a version, or a destination",
                 found=config.source,
-                do="leave the version out, or give a folder for another table",
+                do="leave out the version, or give a destination for a new table",
             )
         return source
     if place_of(config.destination).address == source.place.address:
         raise UsageError(
             "source and destination are the same folder",
             where=config.destination,
-            do="leave the destination out to change the table in place",
+            do="to change the table in place, leave out the destination",
         )
     if Table.exists(config.destination):
         target = Table.open(config.destination)
@@ -205,7 +205,7 @@ def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filt
 
 
 def _require_rows(source: Table, row_filter: RowFilter) -> None:
-    """Refuse a filter that leaves nothing, before there is a table for it; mostly the first rows tell."""
+    """Refuse a filter that keeps no row before a table is created; usually the first row group settles it."""
     dropped, columns = 0, sorted({*row_filter.columns} - {PARTITION})
     for shard in source.shards():
         for rows in outline(source, shard, columns):

@@ -1,6 +1,6 @@
-"""SQL that is true or false for a row, read into a polars expression: columns, literals, operators, a few functions.
+"""Parses SQL that is true or false for a row into a polars expression: columns, literals, operators, a few functions.
 
-What is not read here does not exist: polars' own SQL, which also opens files and addresses, never sees the text.
+Only what is parsed here is supported: polars' own SQL, which can also open files and URLs, never sees the text.
 """
 
 from collections.abc import Callable
@@ -32,21 +32,24 @@ _ALLOWED = _INDENT.join(
         "use only columns, 'strings', numbers, TRUE, FALSE, NULL, DATE '2024-12-31';",
         "AND OR NOT = <> < <= > >= IN BETWEEN LIKE ILIKE IS + - * / % ||;",
         "CASE, CAST(... AS STRING), " + ", ".join(sorted({*sql.FUNCTIONS, *sql.CHOICES})) + ".",
-        "Strings go in single quotes, and a column's name in double ones if it is no plain word:",
-        "source = 'web' AND \"number of words\" > 20. For a list of documents, there is --drop FILE.",
+        "Put strings in single quotes, and column names that are not plain words in double quotes:",
+        "source = 'web' AND \"number of words\" > 20. For a list of documents, use --drop FILE.",
     ]
 )
 
 
 def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], NDArray[np.bool_]], set[str]]:
-    """What tells (R,) for which of R rows an expression is true, and the names of the columns that it looks at.
+    """Compile an expression.
 
     Args:
         text: SQL over the columns.
         known: names and types of the columns.
 
+    Returns:
+        A function that returns (R,) for which of R rows the expression is true, and the names of the columns it reads.
+
     Raises:
-        UsageError: if it is anything else; shows the place.
+        UsageError: if the text is anything else; points at the place.
     """
     empty = pl.DataFrame(known.empty_table())
     try:
@@ -58,23 +61,23 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
     except pl.exceptions.PolarsError as error:  # a pattern is too large once it is compiled
         found, place = printable(str(error).splitlines()[0]), pointed(text, 0, len(text))
     else:
-        return partial(_true, whole.expr), reader.columns
+        return partial(_rows_where, whole.expr), reader.columns
     raise UsageError(
         "rows can't be filtered by this expression",
-        expected=f"SQL that is true or false for a row, over {printable(', '.join(known.names))}",
+        expected=f"SQL that is true or false for each row, with the columns {printable(', '.join(known.names))}",
         found=found,
         where=f"where: {place[0]}{_INDENT}{' ' * len('where: ')}{place[1]}",
         do=_ALLOWED,
     )
 
 
-def _true(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
-    told = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
-    return np.broadcast_to(told, len(rows))  # what is the same for all rows, polars may tell once
+def _rows_where(expr: pl.Expr, rows: pa.Table) -> NDArray[np.bool_]:
+    values = pl.DataFrame(rows).select(expr.fill_null(value=False)).to_series().to_numpy()
+    return np.broadcast_to(values, len(rows))  # polars returns one value for an expression without columns
 
 
 class _Reader:
-    """Reads an expression's parts one by one, never looking back."""
+    """Recursive-descent parser over an expression's tokens."""
 
     def __init__(self, parts: list[Token], schema: pl.Schema) -> None:
         self._parts = parts
@@ -82,13 +85,13 @@ class _Reader:
         self._at = 0
         self._depth = 0
         self.columns: set[str] = set()
-        """Those that were read."""
+        """Names of the columns that the expression reads."""
 
     def whole(self) -> Value:
-        """All of it."""
+        """Parse the whole expression."""
         value = self._expression()
         if self._next.kind != "end":
-            sql.refuse(f"{self._next}, where an operator or the end was expected", self._next)
+            sql.refuse(f"{self._next} instead of an operator or the end", self._next)
         if value.kind is not Kind.TRUTH:
             sql.refuse(f"{value.kind}, which is neither true nor false", value)
         return value
@@ -98,28 +101,28 @@ class _Reader:
         return self._parts[self._at]
 
     def _sees(self, *wanted: str, ahead: int = 0) -> str:
-        """Which of some words or signs comes next; nothing if none does."""
+        """The next token, if it is one of these words or signs; else an empty string."""
         part = self._parts[min(self._at + ahead, len(self._parts) - 1)]
         return part.text if part.kind in ("word", "sign") and part.text in wanted else ""
 
     def _take(self, *wanted: str) -> str:
-        """The same, and goes on behind it."""
+        """Like ``_sees``, but also consumes the token."""
         found = self._sees(*wanted)
         self._at += bool(found)
         return found
 
     def _need(self, *wanted: str) -> Token:
-        """The same, if nothing else may come."""
+        """Consume the next token, which must be one of these words or signs."""
         part = self._next
         if not self._take(*wanted):
-            sql.refuse(f"{part}, where {' or '.join(wanted)} was expected", part)
+            sql.refuse(f"{part} instead of {' or '.join(wanted)}", part)
         return part
 
     def _expression(self, above: int = 0) -> Value:
-        """As much as is held together by operators that bind more tightly than ``above``."""
+        """Parse an expression whose operators all bind more tightly than ``above``."""
         self._depth += 1
         if self._depth > sql.DEEPEST:
-            sql.refuse(f"more than {sql.DEEPEST} expressions within one another", self._next)
+            sql.refuse(f"more than {sql.DEEPEST} nested expressions", self._next)
         value = self._operand()
         while (sign := self._operator()) and _BINDING[sign] > above:
             value = self._operation(value, sign)
@@ -127,7 +130,7 @@ class _Reader:
         return value
 
     def _operator(self) -> str:
-        """The operator that is next, behind its NOT if it has one."""
+        """The next operator, skipping a NOT in front of it."""
         return self._sees(*_NEGATED, ahead=1) if self._sees("NOT") else self._sees(*_BINDING)
 
     def _operation(self, left: Value, sign: str) -> Value:
@@ -140,9 +143,9 @@ class _Reader:
         self._need(sign)
         if sign == "IS":
             negated = self._take("NOT")
-            value = sql.same(left, self._constant(self._need(*_CONSTANTS)))
+            value = sql.is_constant(left, self._constant(self._need(*_CONSTANTS)))
         elif sign == "IN":
-            value = sql.among(left, self._list(), self._schema)
+            value = sql.in_list(left, self._list(), self._schema)
         else:
             right = self._expression(_BINDING[sign])
             value = self._with(left, sign, right)
@@ -157,7 +160,7 @@ class _Reader:
         return (sql.compared if sign in sql.COMPARISONS else sql.computed)(sign, left, right)
 
     def _list(self) -> list[Value]:
-        """At least one value, in parentheses."""
+        """One or more values in parentheses."""
         self._need("(")
         values = [self._expression()]
         while self._need(",", ")").text == ",":
@@ -171,7 +174,7 @@ class _Reader:
         return replace(value, start=part.start, end=self._parts[self._at - 1].end)
 
     def _read(self, part: Token) -> Value:
-        """The operand that this part begins."""
+        """The operand that begins with this token."""
         match part.kind, part.text:
             case "number", _:
                 return sql.number(part)
@@ -190,11 +193,11 @@ class _Reader:
             case "word", "CASE":
                 return self._case()
             case "word", "DATE" if self._next.kind == "string":
-                return sql.day(self._operand())
+                return sql.date_literal(self._operand())
             case "word", _ if self._sees("("):
                 return self._call(part)
             case "sign" | "end", _:
-                sql.refuse(f"{part}, where a value was expected", part)
+                sql.refuse(f"{part} instead of a value", part)
         return self._column(part, part.written)
 
     def _enclosed(self) -> Value:
@@ -220,14 +223,14 @@ class _Reader:
             branches.append((sql.compared("=", of, condition) if of else condition, self._expression()))
         otherwise = self._expression() if self._take("ELSE") else sql.literal(None, Kind.NULL, self._next)
         self._need("END")
-        return sql.chosen(branches, otherwise)
+        return sql.case(branches, otherwise)
 
     def _call(self, name: Token) -> Value:
         if name.text == "CAST":
             return self._cast()
         if name.text not in {*sql.FUNCTIONS, *sql.CHOICES}:
-            sql.refuse(f"function {name}, which is not allowed, as is all that takes more than one row", name)
-        return sql.called(name, self._list())
+            sql.refuse(f"function {name}, which is not allowed; nor is any that takes more than one row", name)
+        return sql.call(name, self._list())
 
     def _cast(self) -> Value:
         self._need("(")

@@ -1,6 +1,6 @@
-"""Which rows of a table stay when it is reprocessed: an SQL expression, a list of documents, the documents as they are.
+"""Which rows of a table stay when it is reprocessed: by SQL expression, list of documents, or current documents.
 
-Looks at a row at a time, whatever is beside it; never at soft labels.
+Each row is judged independently of the others; soft labels are never read.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ class RowFilter:
     """True for the rows that stay.
 
     Args:
-        source: the table that the rows are of.
-        config: what is to be dropped.
+        source: table that the rows are from.
+        config: settings that say what to drop.
 
     Raises:
         UsageError: if the expression can't be evaluated, or a file can't be read.
@@ -38,7 +38,7 @@ class RowFilter:
         self._dropped = listed(config.drop) if config.drop else frozenset[str]()
         self._found: set[str] = set()
         self.columns: tuple[str, ...] = ("document_id", "fingerprint")
-        """What is looked at, beside the split."""
+        """Columns that the filter reads, besides the split."""
         if config.drop:
             self._predicates.append(self._not_dropped)
         if config.stale:
@@ -49,7 +49,7 @@ class RowFilter:
             self._predicates.append(predicate)
 
     def __call__(self, rows: pa.Table) -> NDArray[np.bool_]:
-        """(R,) which of R rows stay; they have the columns and the split."""
+        """(R,) which of R rows stay; the rows must have ``columns`` and the split."""
         mask = np.ones(len(rows), bool)
         for holds in self._predicates:
             mask &= holds(rows)
@@ -57,7 +57,7 @@ class RowFilter:
 
     @property
     def unknown(self) -> int:
-        """Documents of the list that no row was of."""
+        """Number of documents in the list that no row belonged to."""
         return len(self._dropped - self._found)
 
     def _not_dropped(self, rows: pa.Table) -> NDArray[np.bool_]:
@@ -67,30 +67,32 @@ class RowFilter:
 
 
 def listed(path: str) -> frozenset[str]:
-    """The documents' ids in a file, one a line.
+    """The document ids in a file with one id per line.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if the file can't be read or holds no id.
     """
     try:
         lines = frozenset(line.rstrip("\r") for line in Path(path).read_text(encoding="utf-8").split("\n")) - {""}
-        found = "no id" if not lines else ""
+        found = "no ids" if not lines else ""
     except (OSError, UnicodeDecodeError) as error:
         lines, found = frozenset(), str(error)
     if found:
-        raise UsageError("there is no list of documents", expected="a document's id a line", found=found, where=path)
+        raise UsageError(
+            "the list of documents can't be used", expected="one document id per line", found=found, where=path
+        )
     return lines
 
 
 def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:
-    """Whether a row is of its document as that is now, or of one that is not among the documents."""
-    now: dict[str, bytes] = {}
+    """Keeps the rows of current versions, and of documents that are not among those at the path."""
+    current: dict[str, bytes] = {}
     for batch in Documents(path, columns).batches():
         pair = (batch.documents.column(name).to_pylist() for name in ("document_id", "fingerprint"))
-        now.update(zip(*pair, strict=True))
+        current.update(zip(*pair, strict=True))
 
     def holds(rows: pa.Table) -> NDArray[np.bool_]:
         pairs = zip(rows.column("document_id").to_pylist(), rows.column("fingerprint").to_pylist(), strict=True)
-        return np.array([now.get(name, fingerprint) == fingerprint for name, fingerprint in pairs], bool)
+        return np.array([current.get(name, fingerprint) == fingerprint for name, fingerprint in pairs], bool)
 
     return holds

@@ -1,10 +1,10 @@
-"""An SQL expression's words, numbers and signs, each with its place: what an error about the expression points at."""
+"""Splits an SQL expression into tokens with their places, which error messages point at."""
 
 import re
 from typing import NamedTuple
 
 LONGEST = 50_000
-"""Characters: room for the ids of a thousand documents, while any expression is still evaluated within a second."""
+"""Most characters: enough for the ids of a thousand documents, and any expression is evaluated within a second."""
 
 _TOKEN = re.compile(
     r"""
@@ -20,14 +20,14 @@ _TOKEN = re.compile(
 )
 _SPACE = re.compile(r"\s*")
 _SHOWN = 18
-"""Characters that an error shows of the place, and on each side of it."""
+"""Characters that an error message shows of the place, and on each side of it."""
 
 
 class Token(NamedTuple):
-    """One of an expression's parts."""
+    """A token of an expression."""
 
     kind: str
-    """The name of its group in the pattern: number, string, name (in double quotes), word, sign or end."""
+    """Name of its group in the pattern: number, string, name (in double quotes), word, sign or end."""
     text: str
     """A word or sign in capitals, a string or name without its quotes."""
     start: int
@@ -39,7 +39,7 @@ class Token(NamedTuple):
 
 
 class RefusedError(Exception):
-    """A part of the expression can't be used: that from ``start`` to before ``end``."""
+    """The part of the expression from ``start`` (inclusive) to ``end`` (exclusive) can't be used."""
 
     def __init__(self, found: str, start: int, end: int) -> None:
         super().__init__(found)
@@ -47,13 +47,13 @@ class RefusedError(Exception):
 
 
 def tokens(text: str) -> list[Token]:
-    """The parts of an expression, and last its end.
+    """The tokens of an expression; the last one is its end.
 
     Raises:
-        RefusedError: if it is too long, or holds a comment, a quote that is not closed or what is no part of SQL.
+        RefusedError: if the expression is too long, or contains a comment, an unclosed quote or anything but SQL.
     """
     if len(text) > LONGEST:
-        raise RefusedError(f"{len(text):,} characters, where {LONGEST:,} are allowed", LONGEST, len(text))
+        raise RefusedError(f"{len(text):,} characters; at most {LONGEST:,} are allowed", LONGEST, len(text))
     found: list[Token] = []
     while not found or found[-1].kind != "end":
         found.append(_token(text, _SPACE.match(text, found[-1].end if found else 0).end()))  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ def tokens(text: str) -> list[Token]:
 def _token(text: str, start: int) -> Token:
     match = _TOKEN.match(text, start)
     if match is None:
-        problem = "a quote that is not closed" if text[start] in "'\"" else f"{printable(text[start])}, which is no SQL"
+        problem = "an unclosed quote" if text[start] in "'\"" else f"{printable(text[start])}, which is not SQL"
         raise RefusedError(problem, start, start + 1)
     kind, written, end = str(match.lastgroup), match[0], match.end()
     if kind == "comment":
@@ -76,7 +76,7 @@ def _token(text: str, start: int) -> Token:
 
 
 def pointed(text: str, start: int, end: int) -> tuple[str, str]:
-    """The expression around a place, and a line that points at the place from below; both fit a terminal."""
+    """The expression around a place, and a line of carets to print below it; both fit a terminal."""
     end = min(end, start + _SHOWN)
     first, last = max(start - _SHOWN, 0), min(end + _SHOWN, len(text))
     before, place = "…" * (first > 0) + printable(text[first:start]), printable(text[start:end])
@@ -85,7 +85,7 @@ def pointed(text: str, start: int, end: int) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    r"""The text, with what a terminal would obey or not show written out, like \x1b."""
+    r"""The text with unprintable characters and terminal controls escaped, like \x1b."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text

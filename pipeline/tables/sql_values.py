@@ -1,7 +1,7 @@
-"""What the parts of an SQL expression are worth: values of a few kinds, and what can be made of them.
+"""Values of an SQL expression, each of one kind, and the operations on them as polars expressions.
 
-Each gives a row the same answer whatever is beside it, and null where SQL does. Kinds that don't go together are
-refused with their place, before polars could guess what was meant.
+Every operation works on one row at a time, and gives null where SQL does. Kinds that don't go together are refused
+with their place, before polars converts them by rules of its own.
 """
 
 import operator
@@ -18,14 +18,13 @@ import polars.selectors as cs
 from softlabel.pipeline.tables.sql_tokens import RefusedError, Token
 
 DEEPEST = 50
-"""Steps from the whole expression to its innermost part, each of which polars takes on its stack. A chain of AND or OR
-is one step, however long it is."""
+"""Most nested operations, because polars recurses over them. A chain of AND or OR counts as one, however long."""
 
 _Operation = Callable[[pl.Expr, pl.Expr], pl.Expr]
 
 
 def _remainder(left: pl.Expr, right: pl.Expr) -> pl.Expr:
-    """Of the left's sign, as in SQL; in Python it is of the right's."""
+    """Remainder with the sign of the left operand, as in SQL; in Python it has the sign of the right one."""
     return left.abs() % right.abs() * left.sign()
 
 
@@ -39,7 +38,7 @@ ARITHMETIC: dict[str, _Operation] = {
 
 
 class Kind(StrEnum):
-    """What a value is; only values of one kind are compared."""
+    """Kind of a value; only values of the same kind can be compared."""
 
     TEXT = "text"
     NUMBER = "a number"
@@ -55,7 +54,7 @@ _TYPES: dict[Kind, pl.DataType] = {
     **{Kind.DATE: pl.Date(), Kind.BYTES: pl.Binary(), Kind.LIST: pl.List(pl.Int64())},
 }
 _KINDS = {type(dtype): kind for kind, dtype in _TYPES.items()} | {pl.Int32: Kind.NUMBER, pl.Float64: Kind.NUMBER}
-"""Of all types that a table's columns have."""
+"""The kind of every type that a table's column can have."""
 
 FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind, Callable[..., pl.Expr]]] = {
     "ABS": ((Kind.NUMBER,), Kind.NUMBER, pl.Expr.abs),
@@ -66,16 +65,16 @@ FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind, Callable[..., pl.Expr]]] = {
     "STARTS_WITH": ((Kind.TEXT, Kind.TEXT), Kind.TRUTH, lambda text, start: text.str.starts_with(start)),
     "UPPER": ((Kind.TEXT,), Kind.TEXT, lambda text: text.str.to_uppercase()),
 }
-"""What each takes, gives and does."""
+"""Argument kinds, result kind and implementation of each function."""
 CHOICES: dict[str, Callable[..., pl.Expr]] = {
     **{"COALESCE": pl.coalesce, "GREATEST": pl.max_horizontal, "LEAST": pl.min_horizontal}
 }
-"""Each gives one of its values, which are of one kind."""
+"""Functions that return one of their arguments, which must all be of one kind."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A part of the expression that has been read."""
+    """A parsed part of the expression."""
 
     expr: pl.Expr
     kind: Kind
@@ -83,28 +82,28 @@ class Value:
     end: int
     depth: int = 1
     literal: str | float | date | bool | None = None
-    """What it is for every row, if it is a literal."""
+    """The value itself, if it is a literal."""
 
 
 def refuse(found: str, at: Value | Token) -> NoReturn:
-    """Name what can't be used, and point at it."""
+    """Raise an error that says what can't be used, and points at it."""
     raise RefusedError(found, at.start, at.end)
 
 
-def made(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
-    """What was made of some parts, from the first to the last of them."""
+def combined(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
+    """A value computed from some parts of the expression."""
     depth = 1 + max(part.depth for part in parts)
     value = Value(expr, kind, parts[0].start, parts[-1].end, depth)
     if depth > DEEPEST:
-        refuse(f"more than {DEEPEST} operations within one another", value)
+        refuse(f"more than {DEEPEST} nested operations", value)
     return value
 
 
 def column(part: Token, name: str, schema: pl.Schema) -> Value:
-    """A column; integers with 64 bits, so that no product of counts is too large."""
+    """A column; integers become 64 bits wide, so that products of counts do not overflow."""
     if name not in schema:
         refuse(f"no column {part}", part)
-    expr = cs.by_name(name).as_expr()  # pl.col would take ^...$ for a pattern of names
+    expr = cs.by_name(name).as_expr()  # pl.col would read ^...$ as a pattern of names
     expr = expr.cast(pl.Int64) if schema[name] == pl.Int32 else expr
     return Value(expr, _KINDS[type(schema[name])], part.start, part.end)
 
@@ -116,7 +115,7 @@ def literal(value: str | float | date | bool | None, kind: Kind, at: Value | Tok
 
 
 def number(part: Token) -> Value:
-    """A number as it is written."""
+    """A number literal."""
     digits = (part.text.lstrip("0") or "0") if part.text.isdecimal() else ""
     value = int(digits) if 0 < len(digits) < 20 else float(part.text)
     if not isfinite(value) or (digits and value >= 2**63):
@@ -124,38 +123,38 @@ def number(part: Token) -> Value:
     return literal(value, Kind.NUMBER, part)
 
 
-def day(value: Value) -> Value:
-    """The date that a string says."""
+def date_literal(value: Value) -> Value:
+    """A string literal as a date."""
     try:
         return literal(date.fromisoformat(str(value.literal)), Kind.DATE, value)
     except ValueError:
-        refuse("no date; one is written as '2024-12-31'", value)
+        refuse("a string that is not a date; dates are written like '2024-12-31'", value)
 
 
 def negative(value: Value) -> Value:
-    """A number with a minus before it."""
+    """A number with a minus in front."""
     if value.kind is Kind.NUMBER and value.literal is not None:
         return literal(-value.literal, Kind.NUMBER, value)  # type: ignore[operator]
-    return made(-of_kind(Kind.NUMBER, value), Kind.NUMBER, value)
+    return combined(-of_kind(Kind.NUMBER, value), Kind.NUMBER, value)
 
 
 def negated(value: Value) -> Value:
-    """True where it is false."""
-    return made(~of_kind(Kind.TRUTH, value), Kind.TRUTH, value)
+    """The logical NOT."""
+    return combined(~of_kind(Kind.TRUTH, value), Kind.TRUTH, value)
 
 
 def of_kind(kind: Kind, value: Value) -> pl.Expr:
-    """The value, which has to be of a kind, or NULL."""
+    """The value's expression; the value must be of this kind, or NULL."""
     if value.kind not in (kind, Kind.NULL):
-        refuse(f"{value.kind}, where {kind} was expected", value)
+        refuse(f"{value.kind} instead of {kind}", value)
     return value.expr.cast(_TYPES[kind]) if value.kind is Kind.NULL else value.expr
 
 
-def alike(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
-    """Values that have to be of one kind, and that kind; strings among dates are read as dates."""
+def of_one_kind(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
+    """The common kind of values that must be of one kind, and the values; strings among dates are read as dates."""
     kinds = {value.kind for value in values} - {Kind.NULL}
     if Kind.DATE in kinds:
-        values = [day(value) if isinstance(value.literal, str) else value for value in values]
+        values = [date_literal(value) if isinstance(value.literal, str) else value for value in values]
         kinds = {value.kind for value in values} - {Kind.NULL}
     kind = min(kinds, default=Kind.TEXT)
     if len(kinds) > 1 or kind is Kind.LIST:
@@ -165,88 +164,88 @@ def alike(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
 
 
 def compared(sign: str, left: Value, right: Value) -> Value:
-    """By an operator of ``COMPARISONS``."""
-    _, (first, second) = alike([left, right])
-    return made(COMPARISONS[sign](first.expr, second.expr), Kind.TRUTH, left, right)
+    """Comparison by an operator of ``COMPARISONS``."""
+    _, (first, second) = of_one_kind([left, right])
+    return combined(COMPARISONS[sign](first.expr, second.expr), Kind.TRUTH, left, right)
 
 
 def computed(sign: str, left: Value, right: Value) -> Value:
-    """By an operator of ``ARITHMETIC``, or two strings one after the other."""
+    """Arithmetic by an operator of ``ARITHMETIC``, or concatenation of two strings."""
     kind, do = (Kind.TEXT, operator.add) if sign == "||" else (Kind.NUMBER, ARITHMETIC[sign])
-    return made(do(of_kind(kind, left), of_kind(kind, right)), kind, left, right)
+    return combined(do(of_kind(kind, left), of_kind(kind, right)), kind, left, right)
 
 
 def chained(sign: str, terms: Sequence[Value]) -> Value:
-    """All of the terms, or any, for AND and OR."""
+    """AND or OR over all terms."""
     exprs = [of_kind(Kind.TRUTH, term) for term in terms]
-    return made(_joined(exprs, operator.and_ if sign == "AND" else operator.or_), Kind.TRUTH, *terms)
+    return combined(_joined(exprs, operator.and_ if sign == "AND" else operator.or_), Kind.TRUTH, *terms)
 
 
 def _joined(exprs: Sequence[pl.Expr], join: _Operation) -> pl.Expr:
-    """As a tree, whose depth is the logarithm of a chain's."""
+    """The expressions joined as a balanced tree, so that a long chain does not nest deeply."""
     half = len(exprs) // 2
     return join(_joined(exprs[:half], join), _joined(exprs[half:], join)) if half else exprs[0]
 
 
-def among(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
-    """Whether it is one of some literals."""
+def in_list(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
+    """IN: whether the value is one of some literals."""
     for choice in choices:
         if choice.literal is None:
-            refuse("what is no string, number or date, in a list", choice)
-    _, (wanted, *found) = alike([value, *choices])
+            refuse("a list item that is not a string, number or date", choice)
+    _, (wanted, *found) = of_one_kind([value, *choices])
     (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
     literals = [one.literal for one in found]
-    if dtype == pl.Int64:  # no integer is 2.5
+    if dtype == pl.Int64:  # an integer column can't equal 2.5
         literals = [int(one) for one in literals if one == int(one)]  # type: ignore[arg-type]
     listed = pl.lit(pl.Series(literals, dtype=dtype)).implode()
-    return made(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
+    return combined(wanted.expr.is_in(listed), Kind.TRUTH, value, *choices)
 
 
 def between(value: Value, low: Value, high: Value) -> Value:
-    """Whether it is one of them or between them."""
-    _, (wanted, least, most) = alike([value, low, high])
-    return made((wanted.expr >= least.expr) & (wanted.expr <= most.expr), Kind.TRUTH, value, low, high)
+    """BETWEEN, bounds included."""
+    _, (wanted, least, most) = of_one_kind([value, low, high])
+    return combined((wanted.expr >= least.expr) & (wanted.expr <= most.expr), Kind.TRUTH, value, low, high)
 
 
 def like(value: Value, pattern: Value, ignore_case: bool) -> Value:
-    """Whether it is as a pattern says, in which % stands for any characters and _ for one."""
+    """LIKE or ILIKE: % stands for any characters, _ for one."""
     if not isinstance(pattern.literal, str):
-        refuse("what is no string, as a pattern", pattern)
+        refuse("a pattern that is not a string", pattern)
     regex = pl.escape_regex(pattern.literal).replace("%", ".*").replace("_", ".")
     matches = of_kind(Kind.TEXT, value).str.contains(f"^(?{'i' * ignore_case}s){regex}$")
-    return made(matches, Kind.TRUTH, value, pattern)
+    return combined(matches, Kind.TRUTH, value, pattern)
 
 
-def same(value: Value, constant: Value) -> Value:
-    """IS: true or false, whatever the value is. The constant is TRUE, FALSE or NULL."""
+def is_constant(value: Value, constant: Value) -> Value:
+    """IS TRUE, IS FALSE or IS NULL, which is never null itself."""
     if constant.kind is Kind.NULL:
-        return made(value.expr.is_null(), Kind.TRUTH, value, constant)
-    return made(of_kind(Kind.TRUTH, value).eq_missing(constant.expr), Kind.TRUTH, value, constant)
+        return combined(value.expr.is_null(), Kind.TRUTH, value, constant)
+    return combined(of_kind(Kind.TRUTH, value).eq_missing(constant.expr), Kind.TRUTH, value, constant)
 
 
-def called(name: Token, values: Sequence[Value]) -> Value:
-    """What one of ``FUNCTIONS`` or ``CHOICES`` gives."""
+def call(name: Token, values: Sequence[Value]) -> Value:
+    """A call of one of ``FUNCTIONS`` or ``CHOICES``."""
     if name.text in CHOICES:
-        kind, values = alike(values)
-        return made(CHOICES[name.text](*(value.expr for value in values)), kind, *values)
+        kind, values = of_one_kind(values)
+        return combined(CHOICES[name.text](*(value.expr for value in values)), kind, *values)
     takes, gives, do = FUNCTIONS[name.text]
     if len(takes) != len(values):
         refuse(f"{len(values)} values for {name}, which takes {len(takes)}", name)
-    return made(do(*map(of_kind, takes, values)), gives, *values)
+    return combined(do(*map(of_kind, takes, values)), gives, *values)
 
 
-def chosen(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
-    """CASE: the second of the first pair whose first is true."""
-    kind, results = alike([*(result for _, result in branches), otherwise])
+def case(branches: Sequence[tuple[Value, Value]], otherwise: Value) -> Value:
+    """CASE: the result of the first branch whose condition is true."""
+    kind, results = of_one_kind([*(result for _, result in branches), otherwise])
     value = results[-1]
     for (condition, _), result in zip(reversed(branches), reversed(results[:-1]), strict=True):
         expr = pl.when(of_kind(Kind.TRUTH, condition)).then(result.expr).otherwise(value.expr)
-        value = made(expr, kind, condition, result, value)
+        value = combined(expr, kind, condition, result, value)
     return value
 
 
 def as_text(value: Value) -> Value:
-    """CAST(... AS STRING), which no value fails."""
+    """CAST(... AS STRING)."""
     if value.kind in (Kind.BYTES, Kind.LIST):
-        refuse(f"{value.kind}, which can't be made a string", value)
-    return made(value.expr.cast(pl.String), Kind.TEXT, value)
+        refuse(f"{value.kind}, which can't be cast to a string", value)
+    return combined(value.expr.cast(pl.String), Kind.TEXT, value)

@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyReport(Verification):
-    """What the check of every byte found, and what the teacher says now."""
+    """Results of the check of every byte, and of the comparison with the teacher."""
 
     recheck: "Recheck | None" = None
-    """None if the teacher was not asked."""
+    """None without a teacher."""
 
 
 def verify(config: VerifyConfig, watch: Watch = unwatched) -> VerifyReport:
-    """Check every byte of a table; with ``config.teacher``, also ask the teacher again about a sample of its rows.
+    """Check every byte of a table; with ``config.teacher``, also compare a sample of its rows with the teacher.
 
     Args:
-        config: which table, and what to do about damaged shards.
-        watch: is told of progress, in kB of the table and then in sequences.
+        config: the table, and whether to remove damaged shards.
+        watch: called with the progress, first in kB of the table, then in tokens.
 
     Raises:
         IntegrityError: if something is damaged and was not removed; ``details`` is the ``Verification``.
-        DisagreementError: if the table differs from its teacher; ``details`` is the ``Recheck``.
-        UsageError: if a view is to be repaired or asked about: only a table can be.
+        DisagreementError: if the table disagrees with its teacher; ``details`` is the ``Recheck``.
+        UsageError: if a view is to be repaired or compared with a teacher; only tables can be.
     """
     found = _check_bytes(config, watch)
     if found.unsolved:
         raise damage(found)
-    return VerifyReport(**vars(found), recheck=_ask_teacher(config, watch))
+    return VerifyReport(**vars(found), recheck=_compare_with_teacher(config, watch))
 
 
 def _check_bytes(config: VerifyConfig, watch: Watch) -> Verification:
-    """Check the table, and remove damaged shards if the settings say so.
+    """Check the table, and remove damaged shards if ``config.remove_damaged`` is set.
 
-    A view's tables are checked one after the other, up to the first in which something is wrong.
+    A view's tables are checked one after the other, up to the first with a finding.
     """
     only_a_table = config.remove_damaged or config.teacher is not None
     opened = Table.open(config.table) if only_a_table else open_table(config.table)
@@ -61,10 +61,10 @@ def _check_bytes(config: VerifyConfig, watch: Watch) -> Verification:
     return whole(opened, sound) if isinstance(opened, View) else found
 
 
-def _ask_teacher(config: VerifyConfig, watch: Watch) -> "Recheck | None":
+def _compare_with_teacher(config: VerifyConfig, watch: Watch) -> "Recheck | None":
     if config.teacher is None:
         return None
-    from softlabel.pipeline.tables.recheck import disagreement, recheck  # torch, which nothing else here needs
+    from softlabel.pipeline.tables.recheck import disagreement, recheck  # imports torch, which nothing else here needs
 
     found = recheck(Table.open(config.table), config.teacher, config.sequences, config.seed, watch)
     if found.disagreements:

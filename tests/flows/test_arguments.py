@@ -45,7 +45,7 @@ def test_every_setting_is_explained(model: type):
         ("tabel: x", ["unknown setting tabel", "did you mean table?", "run.yaml, tabel"]),
         ("selection: {topk: 4}", ["unknown setting selection.topk", "did you mean top_k?"]),
         ("selection: {top-k: 4}", ["did you mean top_k?"]),
-        ("selection: {top_k: 4, draws: 3}", ["top_k says the whole selection", "run.yaml, selection"]),
+        ("selection: {top_k: 4, draws: 3}", ["top_k can't be combined with draws", "run.yaml, selection"]),
         ("teacher: {model: m, dtype: fp8}", ["teacher.dtype can't be used", "'bfloat16'", "found:       'fp8'"]),
         ("teacher: m", ["teacher can't be used", "run.yaml, teacher"]),
     ],

@@ -26,8 +26,8 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 def test_help_explains_settings(capsys: pytest.CaptureFixture[str]):
     run(["capture", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "The model whose distributions are stored" in shown
-    assert "--selection.draws INT Draws from what the head leaves" in shown
+    assert "The model whose predictions are stored" in shown
+    assert "--selection.draws INT Samples drawn for the tail" in shown
     assert "[default: 48]" in shown
 
 

@@ -24,7 +24,7 @@ def test_an_estimate_for_people_and_for_programs(
     assert "read" in err
     assert "estimate" in err
     assert [selection["name"] for selection in found["selections"]] == [
-        "as asked for",
+        "requested",
         "default",
         "top-16",
         "top-64",

@@ -101,7 +101,10 @@ def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
         (["verify", "{folder}/average", "--remove-damaged"], "can only be read"),
         (["mix", "{folder}/new", "{folder}/average", "{folder}/a"], "can only be read"),
         (["mix", "{folder}/new", "{folder}/a"], "tables"),
-        (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"], "2 tables and 1 weights"),
+        (
+            ["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"],
+            "give one weight per table; found 2 tables and 1 weights",
+        ),
         (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1", "0"], "weights"),
         (
             ["train", "{folder}/average", "{folder}/s", "--student.layers", "0", "--loss.divergence", "jsd"],

@@ -51,13 +51,13 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "said"),
     [
         ([], "nothing to do"),
-        (["--selection.max-k", "99"], "does not hold what that asks for"),
-        (["--purge", "ids", "--compact"], "purge stands alone"),
+        (["--selection.max-k", "99"], "can't be used to narrow this table"),
+        (["--purge", "ids", "--compact"], "purge can't be combined with other changes"),
         (["--shards.eval-fraction", "2"], "shards.eval_fraction can't be used"),
         (["--where", "label IN (SELECT x FROM read_csv('/etc/passwd'))"], "            ^^^^^^\n"),
-        (["--where", "tokens > 4 OR " * 5000 + "true"], "50,000 are allowed"),
+        (["--where", "tokens > 4 OR " * 5000 + "true"], "at most 50,000 are allowed"),
         (["--where", "label = \x1b[2J"], "where: label = \\x1b[2J\n"),
-        (["--where", ""], "the end, where a value was expected"),
+        (["--where", ""], "the end instead of a value"),
     ],
 )
 def test_misuse(arguments: list[str], said: str, table: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A capture brings a table up to date: nothing twice, nothing lost, whatever happens to it on the way."""
+"""A capture brings a table up to date: nothing twice and nothing lost, even if it is interrupted."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ from softlabel.storage.upkeep.inspection import history
 from tests.conftest import topics
 
 DENSE = {"top_p": 1.0, "min_k": 500, "max_k": 500, "draws": 0}
-"""Keeps every id, so that the table can be compared with the model."""
+"""Stores every id, so that the table can be compared with the model."""
 
 
 def settings(teacher: Path, documents: Path, table: Path, /, **more: object) -> CaptureConfig:
@@ -57,7 +57,7 @@ def texts(count: int, start: int = 0) -> dict[str, str]:
     }
 
 
-def test_a_table_that_cannot_be_written_costs_no_teacher(tiny_teacher, documents):
+def test_a_table_that_cannot_be_written_is_refused_before_the_teacher_runs(tiny_teacher, documents):
     stages = []
     with pytest.raises(TableError, match="could not be written"):
         capture(settings(tiny_teacher, documents, Path("/proc/table")), lambda progress: stages.append(progress.stage))
@@ -69,8 +69,10 @@ def rows_of(table: Path) -> list[tuple[object, ...]]:
     return [key for shard in opened.shards() for key in row_keys(read(opened, shard, ROW_KEY))]
 
 
-def test_bug_truncation_keeps_the_wrong_end_of_the_log_probabilities(tiny_teacher: Path, tmp_path: Path) -> None:
-    """The table says what the model says, of a document that is cut into chunks, too."""
+def test_stored_log_probabilities_are_those_of_the_model_at_the_same_positions(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Also for a document that is cut into chunks."""
     documents = write(tmp_path / "d.parquet", texts(6) | {"long": "word " * 300})
     capture(settings(tiny_teacher, documents, tmp_path / "t", selection=DENSE))
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
@@ -94,7 +96,7 @@ def test_bug_truncation_keeps_the_wrong_end_of_the_log_probabilities(tiny_teache
     assert seen == sum(entry.positions for entry in history(table))
 
 
-def test_a_second_run_captures_nothing_and_new_documents_alone_are_added(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_second_run_captures_only_new_documents(tiny_teacher: Path, tmp_path: Path) -> None:
     first = capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
     again = capture(settings(tiny_teacher, tmp_path / "a.parquet", tmp_path / "t"))
     assert (again.sequences, again.copied, again.unchanged, again.version) == (0, 0, 20, first.version)
@@ -103,26 +105,26 @@ def test_a_second_run_captures_nothing_and_new_documents_alone_are_added(tiny_te
     assert len(rows_of(tmp_path / "t")) == len(set(rows_of(tmp_path / "t"))) == 30
 
 
-def test_order_and_neighbours_change_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_soft_labels_do_not_depend_on_the_order_of_the_documents(tiny_teacher: Path, tmp_path: Path) -> None:
     mixed = list(texts(20).items())
     random.Random(0).shuffle(mixed)
-    # Each sequence by itself: what another batch does to the teacher's last digits is no part of this.
-    alone = {"teacher": {"model": str(tiny_teacher), "dtype": "float32", "batch_tokens": 1}}
-    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "a", **alone))
-    capture(settings(tiny_teacher, write(tmp_path / "b.parquet", dict(mixed)), tmp_path / "b", **alone))
+    # One sequence per batch: other batches would change the last digits of the logits.
+    one_per_batch = {"teacher": {"model": str(tiny_teacher), "dtype": "float32", "batch_tokens": 1}}
+    capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "a", **one_per_batch))
+    capture(settings(tiny_teacher, write(tmp_path / "b.parquet", dict(mixed)), tmp_path / "b", **one_per_batch))
     one, other = (Table.open(str(tmp_path / name)).scan().sort("document_id").collect() for name in "ab")
-    assert one.equals(other), "the draws, too, are of the sequence, wherever it stood"
+    assert one.equals(other), "the samples of the tail are the same, too"
     assert capture(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "a")).sequences == 0
 
 
-def test_another_composition_of_batches_changes_no_more_than_the_teachers_own_noise(
+def test_other_batches_change_soft_labels_by_no_more_than_the_teachers_noise(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    """In bf16 a sum depends on how it is cut up, and so on the padding. The k-th highest logit moves no further."""
+    """In bf16 a sum depends on the order of its terms, and so on the padding; the k-th highest logit varies no more."""
     texts = {str(i): text[: 60 * i] for i, text in enumerate(topics().values()) if i < 20}
     documents = write(tmp_path / "d.parquet", texts | {"0": "the first"})
     tables = []
-    for name, batch_tokens in (("alone", 1), ("together", 8192)):
+    for name, batch_tokens in (("single", 1), ("together", 8192)):
         teacher = {"model": str(tiny_teacher), "dtype": "bfloat16", "batch_tokens": batch_tokens}
         config = settings(tiny_teacher, documents, tmp_path / name, selection={"top_k": 16})
         capture(config.model_copy(update={"teacher": TeacherConfig.model_validate(teacher)}))
@@ -130,32 +132,32 @@ def test_another_composition_of_batches_changes_no_more_than_the_teachers_own_no
         rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
         rows = rows.sort_by([("document_id", "ascending"), ("chunk", "ascending")])
         tables.append((rows, decode(rows, table.vocabulary)))
-    (alone, one), (together, other) = tables
-    assert alone.column("key").equals(together.column("key"))
-    noise = _noise(tiny_teacher, alone)
+    (single, one), (together, other) = tables
+    assert single.column("key").equals(together.column("key"))
+    noise = _noise(tiny_teacher, single)
     assert noise < 0.5
-    unlike = np.abs(one.head_logprobs - other.head_logprobs)
-    assert unlike.max() <= noise + 1 / 64 + 1e-4
-    # Where neighbours are further apart than that, no noise makes them change places.
+    differences = np.abs(one.head_logprobs - other.head_logprobs)
+    assert differences.max() <= noise + 1 / 64 + 1e-4
+    # Where neighbours differ by more than that, noise can not swap them.
     gaps = np.abs(np.diff(one.head_logprobs.reshape(-1, 16), axis=1))
-    apart = np.pad(gaps, ((0, 0), (1, 1)), constant_values=(np.inf, 0)) > 2 * (noise + 1 / 64)
-    certain = apart[:, :-1] & apart[:, 1:]
+    distinct = np.pad(gaps, ((0, 0), (1, 1)), constant_values=(np.inf, 0)) > 2 * (noise + 1 / 64)
+    certain = distinct[:, :-1] & distinct[:, 1:]
     assert certain.sum() > 1000
     same = (one.head_ids == other.head_ids).reshape(-1, 16)
     assert same[certain].all()
 
 
 def _noise(teacher: Path, rows: pa.Table) -> float:
-    """How far the teacher's log-probabilities in one batch are from those of each sequence alone, at most."""
+    """Largest difference between log-probabilities in one batch and with one sequence per batch."""
     model = TransformersTeacher(TeacherConfig(model=str(teacher)))
     tokens = [row.values.to_numpy() for row in rows.column("token_ids")]
     positions = [np.flatnonzero(row.as_py()).astype(np.int32) for row in rows.column("loss_mask")]
     together = torch.cat(list(model.logits(tokens, positions)))
-    alone = torch.cat([torch.cat(list(model.logits([t], [p]))) for t, p in zip(tokens, positions, strict=True)])
-    return float((together.log_softmax(1) - alone.log_softmax(1)).abs().max())
+    single = torch.cat([torch.cat(list(model.logits([t], [p]))) for t, p in zip(tokens, positions, strict=True)])
+    return float((together.log_softmax(1) - single.log_softmax(1)).abs().max())
 
 
-def test_the_same_text_goes_to_the_teacher_once_and_stays_under_each_document(
+def test_a_repeated_text_goes_to_the_teacher_once_and_is_stored_for_each_document(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
     twins = texts(3) | {"twin-0": texts(1)["d0"], "twin-1": texts(1)["d0"]}
@@ -171,7 +173,7 @@ def test_the_same_text_goes_to_the_teacher_once_and_stays_under_each_document(
         assert len({str(rows.column(name)[i].as_py()) for i in same}) == 1, name
 
 
-def test_a_changed_document_brings_its_new_sequences_and_keeps_the_old(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_changed_document_adds_its_new_sequences_and_keeps_the_old(tiny_teacher: Path, tmp_path: Path) -> None:
     capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(5)), tmp_path / "t"))
     changed = texts(5) | {"d3": "Something else entirely."}
     report = capture(settings(tiny_teacher, write(tmp_path / "b.parquet", changed), tmp_path / "t"))
@@ -179,7 +181,9 @@ def test_a_changed_document_brings_its_new_sequences_and_keeps_the_old(tiny_teac
     assert Counter(row[0] for row in rows_of(tmp_path / "t"))["d3"] == 2
 
 
-def test_carried_columns_travel_along(tiny_teacher: Path, documents: Path, tmp_path: Path) -> None:
+def test_carried_columns_are_stored_and_required_of_later_captures(
+    tiny_teacher: Path, documents: Path, tmp_path: Path
+) -> None:
     config = settings(tiny_teacher, documents, tmp_path / "t", columns={"carry": ["source", "year"]})
     capture(config)
     counts = Table.open(str(tmp_path / "t")).scan().group_by("source").len().collect()
@@ -188,7 +192,7 @@ def test_carried_columns_travel_along(tiny_teacher: Path, documents: Path, tmp_p
         capture(config.model_copy(update={"columns": config.columns.model_copy(update={"carry": ()})}))
 
 
-def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_another_selection_is_refused_and_named_by_field(tiny_teacher: Path, tmp_path: Path) -> None:
     documents = write(tmp_path / "a.parquet", texts(3))
     capture(settings(tiny_teacher, documents, tmp_path / "t"))
     before = rows_of(tmp_path / "t")
@@ -197,7 +201,7 @@ def test_another_teacher_or_selection_is_refused_field_by_field(tiny_teacher: Pa
     assert rows_of(tmp_path / "t") == before
 
 
-def test_a_teacher_that_changes_after_the_plan_is_found_out(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_changes_after_the_plan_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     capture(settings(teacher, write(tmp_path / "a.parquet", texts(3)), tmp_path / "t"))
     config = settings(teacher, write(tmp_path / "b.parquet", texts(6)), tmp_path / "t")
@@ -205,13 +209,13 @@ def test_a_teacher_that_changes_after_the_plan_is_found_out(tiny_teacher: Path, 
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.model.norm.weight.data *= 1.001
     model.save_pretrained(teacher)
-    load_teacher.cache_clear()  # as in a worker that takes the place of one that has died
+    load_teacher.cache_clear()  # as in a worker that replaces a dead one
     with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
         capture_shard(config, shard)
     assert len(rows_of(tmp_path / "t")) == 3
 
 
-def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_only_completions_are_captured_and_the_mask_is_part_of_the_identity(tiny_teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     pairs = [{"id": i, "prompt": f"What is {i} squared?", "completion": f" It is {i * i}."} for i in range(5)]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -233,7 +237,7 @@ def test_a_completion_is_captured_and_the_rule_is_part_of_the_identity(tiny_teac
         capture(settings(tiny_teacher, path, tmp_path / "t", columns=columns, sequences=parse))
 
 
-def test_a_teacher_that_says_nan_is_named_with_the_document(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_nan_logits_are_an_error_that_names_the_document(tiny_teacher: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     model.model.norm.weight.data.fill_(float("nan"))
     broken = tmp_path / "broken"
@@ -251,7 +255,7 @@ def test_progress_reaches_the_total(tiny_teacher: Path, tmp_path: Path) -> None:
     captured = [progress for progress in seen if progress.stage == "capture"]
     assert captured[-1].done == captured[-1].total == report.positions
     assert [p.done for p in captured] == sorted(p.done for p in captured)
-    assert len(Table.open(str(tmp_path / "t")).history()) > 2  # several shards, each committed by itself
+    assert len(Table.open(str(tmp_path / "t")).history()) > 2  # several shards, each with its own commit
 
 
 def _capture_in_child(config: CaptureConfig, done: "multiprocessing.Queue[CaptureReport]") -> None:
@@ -259,7 +263,7 @@ def _capture_in_child(config: CaptureConfig, done: "multiprocessing.Queue[Captur
     done.put(capture(config))
 
 
-def test_two_captures_at_once_leave_every_row_once(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_two_captures_at_once_write_every_row_once(tiny_teacher: Path, tmp_path: Path) -> None:
     config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(150)), tmp_path / "t")
     context = multiprocessing.get_context("spawn")
     done: multiprocessing.Queue[CaptureReport] = context.Queue()
@@ -271,4 +275,4 @@ def test_two_captures_at_once_leave_every_row_once(tiny_teacher: Path, tmp_path:
         child.join()
     rows = rows_of(tmp_path / "t")
     assert len(rows) == len(set(rows)) == 150
-    assert sum(report.sequences for report in reports) == 150  # each counted by the one that committed it
+    assert sum(report.sequences for report in reports) == 150  # each sequence is counted by the run that committed it

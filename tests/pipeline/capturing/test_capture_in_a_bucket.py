@@ -1,4 +1,4 @@
-"""The main job with its table in a bucket: every verb, the same settings, an address in place of a path."""
+"""Every command with its table in a bucket: the same settings, with an address in place of a path."""
 
 import json
 from collections.abc import Iterator
@@ -33,16 +33,16 @@ def server(moto: str) -> Iterator[None]:
         yield
 
 
-def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_every_command_works_on_a_table_in_a_bucket(tiny_teacher: Path, tmp_path: Path) -> None:
     location = f"{buckets.BUCKET}/tables/tiny"
     documents = write(tmp_path / "documents.parquet", texts(60) | {"empty": ""})
-    asked = settings(tiny_teacher, documents, location)  # type: ignore[arg-type]
-    done = capture(asked)
-    done_with = Table.open(location).identity
+    settings_in_bucket = settings(tiny_teacher, documents, location)  # type: ignore[arg-type]
+    done = capture(settings_in_bucket)
+    original_identity = Table.open(location).identity
     assert done.sequences == 60
     assert json.loads(place_of(location).read("_softlabel/rejects.jsonl"))["document_id"] == "empty"
     assert done.rejects_file == f"{location}/_softlabel/rejects.jsonl"
-    assert capture(asked).sequences == 0
+    assert capture(settings_in_bucket).sequences == 0
 
     student = tmp_path / "student"
     config = {
@@ -68,14 +68,14 @@ def test_from_documents_to_a_report(tiny_teacher: Path, tmp_path: Path) -> None:
     assert names_in(Table.open(local)) == names_in(Table.open(fewer))
     with pytest.raises(UsageError, match="same"):
         reprocess(ReprocessConfig(source=fewer, destination=f"{fewer}/"))
-    (tmp_path / "gone").write_text("d8\n")
-    purged = reprocess(ReprocessConfig(source=location, purge=str(tmp_path / "gone"))).purged
+    (tmp_path / "purged-ids").write_text("d8\n")
+    purged = reprocess(ReprocessConfig(source=location, purge=str(tmp_path / "purged-ids"))).purged
     assert purged is not None
     assert any("maintain" in line for line in purged.out_of_reach)
     assert "d8" not in names_in(Table.open(location))
     assert reprocess(ReprocessConfig.model_validate({"source": location, "selection": {"max_k": 2}})).rows.left == 0
     narrow = Table.open(location)
-    assert (narrow.identity.selection.max_k, narrow.identity.derived_from) == (2, done_with.selection)
+    assert (narrow.identity.selection.max_k, narrow.identity.derived_from) == (2, original_identity.selection)
     assert verify(narrow).findings == ()
     assert maintain(location, grace_hours=-1).deleted == ()
 

@@ -1,4 +1,4 @@
-"""Two captures that overlap: what one has committed, the other does not ask the teacher about, though it planned to."""
+"""Two captures that overlap: what one has committed, the other does not run its teacher over, even if planned."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.pipeline.capturing.test_capture import rows_of, settings, texts, writ
 
 
 def capture_overtaken(config: CaptureConfig, by: CaptureConfig, watch: Watch) -> tuple[CaptureReport, CaptureReport]:
-    """A capture that has made its plan when another begins, which is done first."""
+    """A capture during which, right after its plan, another capture runs from beginning to end."""
     first: list[CaptureReport] = []
 
     def overtaken(step: Callable[..., Any], /) -> Callable[..., Any]:
@@ -35,7 +35,7 @@ def capture_overtaken(config: CaptureConfig, by: CaptureConfig, watch: Watch) ->
     return capture(config, watch, overtaken), first[0]
 
 
-def test_who_planned_first_and_comes_last_runs_no_teacher(
+def test_a_capture_overtaken_by_another_runs_no_teacher(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(150)), tmp_path / "t")
@@ -52,7 +52,7 @@ def test_who_planned_first_and_comes_last_runs_no_teacher(
     assert len(rows_of(tmp_path / "t")) == 150
 
 
-def test_texts_that_another_capture_brought_under_other_names_are_copied(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_texts_that_another_capture_added_under_other_ids_are_copied(tiny_teacher: Path, tmp_path: Path) -> None:
     same = {f"same-{name}": text for name, text in texts(40).items()}
     other = settings(tiny_teacher, write(tmp_path / "a.parquet", same), tmp_path / "t")
     config = settings(
@@ -72,7 +72,7 @@ def test_texts_that_another_capture_brought_under_other_names_are_copied(tiny_te
     assert (again.sequences, again.copied, again.unchanged) == (0, 0, 51)
 
 
-def test_nothing_is_copied_into_a_table_that_has_become_another(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_nothing_is_copied_into_a_table_that_was_replaced(tiny_teacher: Path, tmp_path: Path) -> None:
     capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
     twins = {f"twin-{name}": text for name, text in texts(20).items()}
     todo = plan(settings(tiny_teacher, write(tmp_path / "b.parquet", twins), tmp_path / "t"), tmp_path / "plan")
@@ -83,7 +83,7 @@ def test_nothing_is_copied_into_a_table_that_has_become_another(tiny_teacher: Pa
     assert Table.open(str(tmp_path / "t")).version == version
 
 
-def test_each_run_goes_its_own_way_but_for_the_first_shard_of_a_new_table(tmp_path: Path) -> None:
+def test_each_run_has_its_own_order_of_shards_except_for_the_first_of_a_new_table(tmp_path: Path) -> None:
     shards = [tmp_path / str(number) for number in range(30)]
     one, other = (own_order(shards, str(tmp_path / "new")) for _ in range(2))
     assert one[0] == other[0] == shards[0]

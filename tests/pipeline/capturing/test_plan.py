@@ -1,4 +1,4 @@
-"""A nightly run over many documents looks at the new ones, in little memory, and writes down those it can't use."""
+"""A nightly run over many documents reads only the new ones, in little memory, and lists those it can't use."""
 
 import json
 import os
@@ -19,10 +19,12 @@ from tests.benchmarks.planning import load_stub, write_documents
 
 MANY = 20_000
 BYTES_A_DOCUMENT = 150
-"""What is kept of each document of the table; a set of Python's own takes five times as much."""
+"""Memory per document of the table; a Python set takes five times as much."""
 
 
-def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_documents_are_tokenized_and_the_plan_stays_small_in_memory(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["some", "of", "the", "words", "that", "there", "are", "in", "these", "short", "documents"]
     write_documents(tmp_path / "d.parquet", words, MANY)
     config = CaptureConfig(
@@ -59,7 +61,7 @@ def test_ten_new_documents_among_many(tiny_teacher: Path, tmp_path: Path, monkey
     assert peak < 4 * BYTES_A_DOCUMENT * MANY
 
 
-def test_a_file_whose_name_is_no_utf8_costs_that_file(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_file_whose_name_is_not_utf8_is_rejected(tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "documents"
     folder.mkdir()
     (folder / "good.txt").write_text("some words")
@@ -77,7 +79,7 @@ def lines(path: Path, records: list[dict[str, object]]) -> Path:
     return path
 
 
-def test_unusable_documents_are_counted_and_written_down_in_their_order(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_unusable_documents_are_counted_and_listed_in_order(tiny_teacher: Path, tmp_path: Path) -> None:
     good = [{"id": f"d{i}", "text": "some words"} for i in range(3)]
     bad = [{"id": "empty", "text": ""}, {"id": "d1", "text": "x"}, {"id": "null"}, {"id": "number", "text": 5}]
     path, teacher = lines(tmp_path / "a.jsonl", good + bad), TeacherConfig(model=str(tiny_teacher))

@@ -1,4 +1,4 @@
-"""Workers side by side do every shard once, whatever becomes of one of them or of the process that started them."""
+"""Parallel workers do every shard once, whatever happens to a worker or to the process that started them."""
 
 import os
 import shutil
@@ -26,8 +26,8 @@ from softlabel.storage.writer import Commit
 from tests.pipeline.capturing.test_capture import rows_of, settings, texts, write
 
 
-def by_two(config: CaptureConfig, **teacher: object) -> CaptureConfig:
-    """The same capture by two workers on the CPU."""
+def with_two_workers(config: CaptureConfig, **teacher: object) -> CaptureConfig:
+    """The same capture with two workers on the CPU."""
     changed = config.teacher.model_copy(update={"device": "cpu", "workers": 2, **teacher})
     return config.model_copy(update={"teacher": changed})
 
@@ -38,7 +38,7 @@ def workers_of(parent: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status, command = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if int(status.rpartition(")")[2].split()[1]) == parent and b"softlabel.pipeline.capturing.worker" in command:
             found.append(int(folder.name))
@@ -46,23 +46,23 @@ def workers_of(parent: int) -> list[int]:
 
 
 def gone(process: int) -> bool:
-    """Whether a process has ended, as far as the system lets it."""
+    """Whether a process has ended, or is a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
 
 
-def test_a_worker_that_is_killed_costs_its_shard_only(
+def test_after_a_worker_is_killed_every_row_is_still_captured_once(
     tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What this process takes for the hash of the weights, workers do, too: they do not read all of them again.
+    # Workers use the hashes that this process has computed, and do not read the weights again.
     monkeypatch.setattr(model_folder, "_MIN_AGE_SECONDS", -1.0)
     model_folder.sha256(tiny_teacher / "model.safetensors")
     known = {state: "known" for state in model_folder.known_hashes() if "model.safetensors" in state}
     monkeypatch.setattr(model_folder, "_HASHES", known)
     documents = write(tmp_path / "d.parquet", texts(400))
-    config = by_two(settings(tiny_teacher, documents, tmp_path / "t"))
+    config = with_two_workers(settings(tiny_teacher, documents, tmp_path / "t"))
     seen: list[Progress] = []
 
     def watch(progress: Progress) -> None:
@@ -94,7 +94,9 @@ def test_a_worker_that_is_killed_costs_its_shard_only(
 
 def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> None:
     documents = write(tmp_path / "d.parquet", texts(5000))
-    config = by_two(settings(tiny_teacher, documents, tmp_path / "t", shards={"positions": 5_000}), batch_tokens=128)
+    config = with_two_workers(
+        settings(tiny_teacher, documents, tmp_path / "t", shards={"positions": 5_000}), batch_tokens=128
+    )
     workers: list[int] = []
     interrupted = 0.0
 
@@ -110,10 +112,10 @@ def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> No
     assert time.monotonic() - interrupted < 10
     assert len(workers) == 2
     assert all(map(gone, workers))
-    assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "half a shard is thrown away"
+    assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "partly written shards are deleted"
 
 
-def test_what_is_wrong_with_a_document_is_said_by_the_worker_wherever_it_was_started(
+def test_a_workers_error_names_the_document_whatever_the_current_folder(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pipeline.py").write_text("raise RuntimeError('somebody else')")
@@ -133,22 +135,24 @@ class RefusalError(TeacherError):
 
 
 class Refusing:
-    """An engine that takes no teacher."""
+    """An engine that refuses every teacher."""
 
     def __init__(self, *_: object) -> None:
         raise RefusalError("not this one", details={"model": 1})
 
 
-def test_an_error_of_the_users_own_engine_comes_back_from_its_worker(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_an_error_of_a_custom_engine_is_raised_with_its_details(tiny_teacher: Path, tmp_path: Path) -> None:
     documents = write(tmp_path / "d.parquet", texts(300))
-    config = by_two(settings(tiny_teacher, documents, tmp_path / "t"), engine=f"{__name__}:{Refusing.__name__}")
+    config = with_two_workers(
+        settings(tiny_teacher, documents, tmp_path / "t"), engine=f"{__name__}:{Refusing.__name__}"
+    )
     with pytest.raises(TeacherError, match="RefusalError: not this one") as error:
         capture(config)
     assert error.value.details == {"model": 1}
 
 
-class Fates:
-    """Does shards without a process: what becomes of a shard is in its name."""
+class FakeCapture:
+    """Captures shards without a process; the name of a shard says what happens to it."""
 
     def __init__(self) -> None:
         self.tried: Counter[str] = Counter()
@@ -171,36 +175,36 @@ def paths(*names: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def test_shards_go_to_workers_side_by_side(tmp_path: Path) -> None:
+def test_shards_are_captured_by_workers_in_parallel(tmp_path: Path) -> None:
     with Workers(["cuda:0", "cuda:1"], tmp_path) as workers:
-        commits = workers.each(paths("together a", "together b", "c"), Fates())
+        commits = workers.each(paths("together a", "together b", "c"), FakeCapture())
     assert len(commits) == 3
 
 
-def test_a_shard_that_kills_its_workers_is_tried_a_few_times_and_named_at_the_end(tmp_path: Path) -> None:
-    fates = Fates()
+def test_a_shard_that_kills_its_workers_is_tried_a_few_times_and_then_an_error(tmp_path: Path) -> None:
+    fake = FakeCapture()
     names = [f"s{i}" for i in range(20)]
     with Workers(["cpu"] * 3, tmp_path) as workers, pytest.raises(WorkerError, match="1 of 22 shards") as e:
-        workers.each(paths("poison", "once", *names), fates)
+        workers.each(paths("poison", "once", *names), fake)
     assert "run the same command again" in str(e.value)
-    assert fates.tried == {"poison": ATTEMPTS, "once": 2} | dict.fromkeys(names, 1)
+    assert fake.tried == {"poison": ATTEMPTS, "once": 2} | dict.fromkeys(names, 1)
 
 
-def test_workers_that_die_over_and_over_are_given_up(tmp_path: Path) -> None:
-    fates = Fates()
+def test_workers_that_die_repeatedly_are_not_used_any_more(tmp_path: Path) -> None:
+    fake = FakeCapture()
     with Workers(["cpu"] * 2, tmp_path) as workers, pytest.raises(WorkerError, match="50 of 50 shards"):
-        workers.each(paths(*(f"poison {i}" for i in range(50))), fates)
-    assert sum(fates.tried.values()) == 4
+        workers.each(paths(*(f"poison {i}" for i in range(50))), fake)
+    assert sum(fake.tried.values()) == 4
 
 
-def test_an_error_that_is_no_death_ends_all(tmp_path: Path) -> None:
-    fates = Fates()
+def test_an_error_other_than_a_death_ends_the_capture(tmp_path: Path) -> None:
+    fake = FakeCapture()
     with Workers(["cpu"] * 2, tmp_path) as workers, pytest.raises(TeacherError, match="no distribution"):
-        workers.each(paths("broken", *(f"once {i}" for i in range(1000))), fates)
-    assert sum(fates.tried.values()) < 1000
+        workers.each(paths("broken", *(f"once {i}" for i in range(1000))), fake)
+    assert sum(fake.tried.values()) < 1000
 
 
-def test_few_shards_are_cut_so_that_every_worker_has_one(tmp_path: Path) -> None:
+def test_few_shards_are_split_so_that_every_worker_gets_one(tmp_path: Path) -> None:
     shards = []
     for number in range(2):
         shards.append(tmp_path / f"{number}.parquet")

@@ -1,4 +1,4 @@
-"""An estimate says what a capture then gives, and what is lost by a selection is what it says."""
+"""An estimate predicts what a capture then produces, and reports correctly what each selection loses."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def config_of(teacher: Path, documents: Path, /, **more: object) -> EstimateConf
 
 @pytest.fixture(scope="module")
 def skewed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two long documents first, then very many short ones: a sample of the first would say nothing of the others."""
+    """Two long documents, then very many short ones: a sample of only the first ones would mislead."""
     pieces = list(topics().values())
     long = ["\n".join(pieces[i::2])[:25_000] for i in range(2)]
     short = [text[start : start + 90] for text in pieces for start in range(0, min(len(text), 270), 90)]
@@ -38,7 +38,7 @@ def skewed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("skewed") / "d.parquet", named)
 
 
-def test_a_small_sample_says_what_the_capture_gives(tiny_teacher: Path, skewed: Path, tmp_path: Path):
+def test_a_small_sample_predicts_the_size_of_the_capture(tiny_teacher: Path, skewed: Path, tmp_path: Path):
     config = config_of(tiny_teacher, skewed)
     found = estimate(config)
     report = capture(config.capture(str(tmp_path / "t")))
@@ -46,13 +46,13 @@ def test_a_small_sample_says_what_the_capture_gives(tiny_teacher: Path, skewed: 
     assert found.sampled_positions < report.positions / 10
     for name in ("sequences", "positions", "bytes"):
         assert getattr(found, name) == pytest.approx(getattr(report, name), rel=0.15), name
-    asked_for = found.selections[0]
-    assert asked_for.bytes == found.bytes
-    assert asked_for.name == "default"
+    requested = found.selections[0]
+    assert requested.bytes == found.bytes
+    assert requested.name == "default"
 
 
-def test_repeated_documents_are_copied_and_take_their_bytes(tiny_teacher: Path, tmp_path: Path):
-    """Whether the sample has them all or some: each text stands in three documents, and short ones in more."""
+def test_repeated_documents_are_estimated_as_copies(tiny_teacher: Path, tmp_path: Path):
+    """With a sample of all or some of them; each text is in three documents, short ones in more."""
     pieces = [text[:450] for text in topics().values() if len(text) > 450][:40]
     named = {f"{i}-{again}": text for again in range(3) for i, text in enumerate(pieces)}
     named |= {f"short-{i}": "This page was left blank on purpose." for i in range(60)}
@@ -79,7 +79,7 @@ def test_repeated_documents_are_copied_and_take_their_bytes(tiny_teacher: Path, 
     assert (found.copied, found.bytes) == pytest.approx((report.copied, report.bytes), rel=0.15)
 
 
-def test_common_parts_that_the_sample_misses_are_taken_for_new_and_the_bytes_hold(tiny_teacher: Path, tmp_path: Path):
+def test_repeated_parts_outside_the_sample_count_as_new_but_bytes_are_right(tiny_teacher: Path, tmp_path: Path):
     pieces = [(text * 3)[:600] for text in list(topics().values())[:20]]
     named = {f"d{i}": f"Doc {i}. {pieces[i % len(pieces)]}" for i in range(100, 200)}
     more = {"shards": {"row_group_sequences": 8}, "sample": {"megabytes": 0.01, "batches": 2}}
@@ -92,14 +92,14 @@ def test_common_parts_that_the_sample_misses_are_taken_for_new_and_the_bytes_hol
     assert found.bytes == pytest.approx(report.bytes, rel=0.15)
 
 
-def test_what_is_tokenised_whole_is_counted_exactly(tiny_teacher: Path, documents: Path, tmp_path: Path):
+def test_a_sample_of_everything_is_exact(tiny_teacher: Path, documents: Path, tmp_path: Path):
     config = config_of(tiny_teacher, documents, sample={"batches": 1})
     found = estimate(config)
     report = capture(config.capture(str(tmp_path / "t")))
     assert (found.tokenized, found.sequences, found.positions) == (1.0, report.sequences, report.positions)
 
 
-def test_only_what_the_table_lacks_is_estimated(tiny_teacher: Path, tmp_path: Path):
+def test_only_documents_that_the_table_lacks_are_estimated(tiny_teacher: Path, tmp_path: Path):
     config = config_of(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), table=str(tmp_path / "t"))
     capture(config.capture(str(tmp_path / "t")))
     version = sorted(tmp_path.glob("t/_delta_log/*.json"))
@@ -111,8 +111,8 @@ def test_only_what_the_table_lacks_is_estimated(tiny_teacher: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_classifier_and_its_workers(workers: int, tiny_teacher: Path, tmp_path: Path):
-    """Every document is one sequence, cut short or not, repeated or not, and all classes are kept."""
+def test_a_classifiers_estimate_matches_its_capture(workers: int, tiny_teacher: Path, tmp_path: Path):
+    """Every document is one sequence, even if truncated or repeated, and all classes are stored."""
     teacher = {"model": str(save_classifier(tmp_path / "bert", tiny_teacher)), "workers": workers, "device": "cpu"}
     more = {"columns": {"label": "label", "carry": ["source"]}, "shards": {}, "sample": {}}
     once = pq.read_table(save_documents(tmp_path / "d.parquet"))
@@ -127,20 +127,20 @@ def test_a_classifier_and_its_workers(workers: int, tiny_teacher: Path, tmp_path
     assert found.device == "cpu"
 
 
-def test_labels_need_no_estimate(tiny_teacher: Path, tmp_path: Path):
+def test_an_estimate_with_labels_is_refused(tiny_teacher: Path, tmp_path: Path):
     teacher = {"model": str(tiny_teacher), "labels": ["a", "b"]}
-    with pytest.raises(UsageError, match="labels need no teacher"):
+    with pytest.raises(UsageError, match=r"teacher\.labels runs no model"):
         estimate(config_of(tiny_teacher, tmp_path, teacher=teacher, columns={"label": "label"}))
 
 
-def test_operations_and_hours(tiny_teacher: Path, documents: Path):
+def test_operations_and_gpu_hours_follow_from_the_models_size(tiny_teacher: Path, documents: Path):
     found: Estimate = estimate(config_of(tiny_teacher, documents, gpu="a100", gpu_utilization=0.5))
     weights = 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128) + 512 * 64  # two layers, and the output layer
     assert 2 * weights * found.tokens == pytest.approx(found.flops, rel=0.35)  # attention comes on top
     assert found.gpu_hours == pytest.approx(found.flops / 156e12 / 3600)
 
 
-def test_a_selection_loses_what_it_says():
+def test_the_reported_loss_and_noise_of_a_selection_are_right():
     torch.manual_seed(0)
     logits = torch.randn(40, 300) * 3
     p = logits.double().softmax(1).numpy()

@@ -1,4 +1,4 @@
-"""An estimate's numbers, its seconds among them, are within the bounds that its benchmark holds a real teacher to."""
+"""An estimate's numbers, seconds included, are within the bounds that its benchmark sets for a real teacher."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.long
-def test_all_numbers_are_within_their_bounds(tiny_teacher: Path, tmp_path: Path):
-    """Seconds depend on what else this machine does: one try of three has to hold."""
+def test_estimated_numbers_and_seconds_are_within_their_bounds(tiny_teacher: Path, tmp_path: Path):
+    """Seconds depend on the load of the machine: one attempt of three has to be within the bounds."""
     texts = list(topics().values())[::2]
     named = {f"{i}-{again}": text for again in range(2) for i, text in enumerate(texts)}
     settings = {
@@ -22,7 +22,7 @@ def test_all_numbers_are_within_their_bounds(tiny_teacher: Path, tmp_path: Path)
         "sequences": {"max_tokens": 256},
         "sample": {"megabytes": 0.1, "batches": 6},
     }
-    tried = []
-    while len(tried) < 3 and not (tried and all(each.holds for each in tried[-1])):
-        tried.append(compared(settings, tmp_path / f"table-{len(tried)}")[1])
-    assert all(each.holds for each in tried[-1]), tried
+    attempts = []
+    while len(attempts) < 3 and not (attempts and all(each.holds for each in attempts[-1])):
+        attempts.append(compared(settings, tmp_path / f"table-{len(attempts)}")[1])
+    assert all(each.holds for each in attempts[-1]), attempts

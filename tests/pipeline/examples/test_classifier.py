@@ -1,4 +1,4 @@
-"""The classification example: real text with real labels, and its four commands, as README.md has them."""
+"""The classification example: real text with real labels, and the four commands in README.md."""
 
 import json
 import subprocess
@@ -33,18 +33,18 @@ def test_ten_classes_become_five_labels():
     assert -1 not in labels.members
 
 
-def test_the_settings_lead_from_one_step_to_the_next(tmp_path):
+def test_each_steps_settings_use_the_results_of_the_step_before(tmp_path):
     labels, teacher, distill = class_demo.configs(tmp_path).values()
     assert isinstance(labels, CaptureConfig)
     assert isinstance(teacher, TrainConfig)
     assert isinstance(distill, DistillConfig)
     assert teacher.table == labels.table
     assert distill.teacher.model == teacher.output
-    assert labels.shards == distill.shards  # the same documents are held out from teacher and student
+    assert labels.shards == distill.shards  # teacher and student hold out the same documents
 
 
 @pytest.mark.long
-def test_the_commands_of_the_readme(tmp_path):
+def test_the_commands_in_the_readme_work(tmp_path):
     folder = tmp_path / "classes"
     subprocess.run([sys.executable, "-m", "softlabel.pipeline.examples.classifier", str(folder)], check=True)
     softlabel = Path(sys.executable).with_name("softlabel")

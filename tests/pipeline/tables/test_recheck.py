@@ -1,4 +1,4 @@
-"""The teacher, asked again, agrees with an honest table; and with no other."""
+"""A table agrees with its own teacher, run again, and with no other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,15 +37,15 @@ def config_of(teacher: Path, documents: Path, table: Path) -> CaptureConfig:
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, documents: Path) -> CaptureConfig:
-    """The settings of a capture that is done."""
-    config = config_of(tiny_teacher, documents, tmp_path_factory.mktemp("honest") / "t")
+def captured(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, documents: Path) -> CaptureConfig:
+    """Settings of a finished capture."""
+    config = config_of(tiny_teacher, documents, tmp_path_factory.mktemp("captured") / "t")
     capture(config)
     return config
 
 
 def doctored(config: CaptureConfig, location: Path, change: Change, identity: Identity | None = None) -> Table:
-    """A table with the same sequences and, of each, other soft labels; its bytes are as sound as can be."""
+    """A table with the same sequences and changed soft labels; its bytes are intact."""
     table = Table.open(config.table)
     rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
     sequences = rows.select([name for name in SEQUENCE.names if name != "split"])
@@ -60,15 +60,15 @@ def doctored(config: CaptureConfig, location: Path, change: Change, identity: Id
     return new.newest()
 
 
-def ask(table: Table, config: CaptureConfig, sequences: int = 12, seed: int = 0) -> Recheck:
+def check(table: Table, config: CaptureConfig, sequences: int = 12, seed: int = 0) -> Recheck:
     return recheck(table, config.teacher, sequences, seed)
 
 
-def test_an_honest_table_agrees_however_it_is_asked(honest: CaptureConfig):
-    table = Table.open(honest.table)
+def test_an_intact_table_agrees_with_its_teacher_in_any_batches(captured: CaptureConfig):
+    table = Table.open(captured.table)
     for seed, tokens in enumerate((128, 700, 4096)):
-        config = honest.model_copy(update={"teacher": honest.teacher.model_copy(update={"batch_tokens": tokens})})
-        found = ask(table, config, seed=seed)
+        config = captured.model_copy(update={"teacher": captured.teacher.model_copy(update={"batch_tokens": tokens})})
+        found = check(table, config, seed=seed)
         assert found.disagreements == ()
         assert found.sequences == 12
         logprobs = found.agreements[0]
@@ -80,7 +80,7 @@ def test_an_honest_table_agrees_however_it_is_asked(honest: CaptureConfig):
 
 
 def shifted(labels: SoftLabels) -> SoftLabels:
-    """Each position has what was said of the one before it."""
+    """Soft labels in which each position has those of the position before it."""
     head, tail = (np.repeat(np.arange(labels.positions), counts) for counts in (labels.head_counts, labels.tail_counts))
     order = np.roll(np.arange(labels.positions), 1)
     heads, tails = (np.concatenate([np.flatnonzero(rows == i) for i in order]) for rows in (head, tail))
@@ -109,27 +109,27 @@ def shifted(labels: SoftLabels) -> SoftLabels:
     ],
     ids=["shifted", "ids", "temperature", "entropies", "next"],
 )
-def test_what_the_teacher_never_said_is_found(honest: CaptureConfig, tmp_path: Path, change: Change, name: str | None):
-    found = ask(doctored(honest, tmp_path / "t", change), honest)
+def test_false_soft_labels_are_found(captured: CaptureConfig, tmp_path: Path, change: Change, name: str | None):
+    found = check(doctored(captured, tmp_path / "t", change), captured)
     assert len(found.disagreements) >= 10
     worst = found.disagreements[0]
     assert worst.mean > worst.allowed
     assert name in (None, worst.name)
-    said = str(disagreement(found))
-    assert f"document {worst.document}, chunk {worst.chunk}" in said
-    assert f"token {worst.position}" in said
+    message = str(disagreement(found))
+    assert f"document {worst.document}, chunk {worst.chunk}" in message
+    assert f"token {worst.position}" in message
 
 
-def test_one_wrong_sequence_is_named(honest: CaptureConfig, tmp_path: Path):
+def test_one_wrong_sequence_is_named(captured: CaptureConfig, tmp_path: Path):
     numbers = iter(range(1000))
-    table = doctored(honest, tmp_path / "t", lambda labels: shifted(labels) if next(numbers) == 3 else labels)
+    table = doctored(captured, tmp_path / "t", lambda labels: shifted(labels) if next(numbers) == 3 else labels)
     rows = pa.concat_tables([read(table, shard, ["document_id", "chunk"]) for shard in table.shards()]).to_pylist()
-    (found,) = ask(table, honest, sequences=1000).disagreements
+    (found,) = check(table, captured, sequences=1000).disagreements
     assert (found.document, found.chunk) == (rows[3]["document_id"], rows[3]["chunk"])
 
 
-def test_another_teacher_is_refused_and_found_out_if_it_says_it_were_the_same(
-    honest: CaptureConfig, tiny_teacher: Path, documents: Path, tmp_path: Path
+def test_another_teachers_table_is_refused_and_disagrees_if_its_identity_is_forged(
+    captured: CaptureConfig, tiny_teacher: Path, documents: Path, tmp_path: Path
 ):
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     torch.manual_seed(1)
@@ -142,38 +142,38 @@ def test_another_teacher_is_refused_and_found_out_if_it_says_it_were_the_same(
     config = config_of(other, documents, tmp_path / "o")
     capture(config)
     with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
-        ask(Table.open(config.table), honest)
-    liar = doctored(config, tmp_path / "t", lambda labels: labels, Table.open(honest.table).identity)
-    assert len(ask(liar, honest).disagreements) >= 10
+        check(Table.open(config.table), captured)
+    forged = doctored(config, tmp_path / "t", lambda labels: labels, Table.open(captured.table).identity)
+    assert len(check(forged, captured).disagreements) >= 10
 
 
-def test_a_narrowed_table_agrees_within_its_own_tolerance(honest: CaptureConfig, tmp_path: Path):
+def test_a_narrowed_table_agrees_within_its_own_tolerance(captured: CaptureConfig, tmp_path: Path):
     smaller = ReprocessConfig.model_validate(
-        {"source": honest.table, "destination": str(tmp_path / "t"), "selection": {"max_k": 4}}
+        {"source": captured.table, "destination": str(tmp_path / "t"), "selection": {"max_k": 4}}
     )
     reprocess(smaller)
     table = Table.open(str(tmp_path / "t"))
     assert table.identity.derived_from is not None
-    assert ask(table, honest, sequences=30).disagreements == ()
+    assert check(table, captured, sequences=30).disagreements == ()
 
 
-def test_a_teacher_that_says_nan_in_some_batch_excuses_nothing(
-    honest: CaptureConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_nan_logits_in_any_batch_are_an_error(captured: CaptureConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     logits = TransformersTeacher.logits
 
-    def fails_together(self: TransformersTeacher, sequences: Sequence[Any], positions: Any) -> Iterator[torch.Tensor]:
+    def fails_in_groups_of_three(
+        self: TransformersTeacher, sequences: Sequence[Any], positions: Any
+    ) -> Iterator[torch.Tensor]:
         for chunk in logits(self, sequences, positions):
             yield chunk * torch.nan if len(sequences) == 3 else chunk
 
-    monkeypatch.setattr(TransformersTeacher, "logits", fails_together)
-    with pytest.raises(TeacherError, match="no distribution"):
-        ask(doctored(honest, tmp_path / "t", shifted), honest)
+    monkeypatch.setattr(TransformersTeacher, "logits", fails_in_groups_of_three)
+    with pytest.raises(TeacherError, match="not a probability distribution"):
+        check(doctored(captured, tmp_path / "t", shifted), captured)
 
 
 @pytest.mark.long
 def test_a_false_alarm_is_rare(tiny_teacher: Path, documents: Path, tmp_path: Path):
-    """Not one in eighty: tables that were captured in other batches, each asked about in others yet."""
+    """Not one false alarm in eighty checks, of tables captured in various batches and checked in others."""
     for budget in (150, 300, 1024, 4096):
         config = config_of(tiny_teacher, documents, tmp_path / str(budget))
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"batch_tokens": budget})})
@@ -181,5 +181,5 @@ def test_a_false_alarm_is_rare(tiny_teacher: Path, documents: Path, tmp_path: Pa
         table = Table.open(config.table)
         for seed in range(20):
             tokens = (128, 333, 777, 2048)[seed % 4]
-            asked = config.model_copy(update={"teacher": config.teacher.model_copy(update={"batch_tokens": tokens})})
-            assert ask(table, asked, sequences=(4, 12, 32)[seed % 3], seed=seed).disagreements == ()
+            checked = config.model_copy(update={"teacher": config.teacher.model_copy(update={"batch_tokens": tokens})})
+            assert check(table, checked, sequences=(4, 12, 32)[seed % 3], seed=seed).disagreements == ()

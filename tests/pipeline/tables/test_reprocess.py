@@ -1,4 +1,4 @@
-"""A table is made smaller, filtered and laid out anew without its teacher, and stays what a capture would have made."""
+"""A table is narrowed, filtered and split again without its teacher, and equals what a capture would have made."""
 
 import random
 import signal
@@ -57,7 +57,7 @@ def rows_of(table: Table, columns: list[str] | None = None) -> pa.Table:
     return pa.concat_tables(parts).sort_by("document_id")
 
 
-def test_fewer_ids_draws_and_temperatures(table: Table, tmp_path: Path) -> None:
+def test_a_table_is_narrowed_to_fewer_ids_draws_and_temperatures(table: Table, tmp_path: Path) -> None:
     small = tmp_path / "small"
     report = run(table.location, small, selection={"max_k": 4, "draws": 3, "temperatures": [1.0]})
     assert (report.operation, report.version, report.rows.sequences) == ("narrow", 1, 80)
@@ -74,7 +74,7 @@ def test_fewer_ids_draws_and_temperatures(table: Table, tmp_path: Path) -> None:
         assert rows_of(made, ["document_id", name]).equals(rows_of(table, ["document_id", name]))
 
 
-def test_what_is_derived_is_never_mixed_with_captures(table: Table, tmp_path: Path) -> None:
+def test_a_narrowed_table_is_never_mixed_with_captures(table: Table, tmp_path: Path) -> None:
     run(table.location, tmp_path / "small", selection={"max_k": 4})
     small = Table.open(str(tmp_path / "small"))
     captured = identity((1.0, 2.0), selection=small.identity.selection)
@@ -92,7 +92,7 @@ def make_and_fill(path: Path, what: Any) -> str:
     return made.location
 
 
-def test_another_share_is_held_out(table: Table, tmp_path: Path) -> None:
+def test_another_eval_fraction_splits_as_a_capture_would(table: Table, tmp_path: Path) -> None:
     run(table.location, tmp_path / "split", shards={**SMALL, "eval_fraction": 0.5})
     made = Table.open(str(tmp_path / "split"))
     assert made.identity.sequences.eval_fraction == 0.5
@@ -112,7 +112,7 @@ def test_small_shards_are_merged_in_place(table: Table) -> None:
     assert again.version == newest.version
 
 
-def test_all_at_once(table: Table, tmp_path: Path) -> None:
+def test_all_changes_can_be_combined(table: Table, tmp_path: Path) -> None:
     report = run(
         table.location,
         tmp_path / "all",
@@ -129,7 +129,7 @@ def test_all_at_once(table: Table, tmp_path: Path) -> None:
     assert Table.open(table.location).version == 2
 
 
-def test_again_it_adds_what_has_come_since(table: Table, tmp_path: Path) -> None:
+def test_run_again_reprocess_adds_only_new_rows(table: Table, tmp_path: Path) -> None:
     settings = {"where": "source = 'a'", "selection": {"max_k": 4}}
     first = run(table.location, tmp_path / "t", **settings)
     assert run(table.location, tmp_path / "t", **settings).version == first.version
@@ -140,7 +140,7 @@ def test_again_it_adds_what_has_come_since(table: Table, tmp_path: Path) -> None
         run(table.location, tmp_path / "t", selection={"max_k": 3})
 
 
-def test_an_old_version_can_be_taken_out_into_a_table(table: Table, tmp_path: Path) -> None:
+def test_an_old_version_can_be_copied_to_another_table_but_not_changed_in_place(table: Table, tmp_path: Path) -> None:
     run(f"{table.location}@1", tmp_path / "t")
     assert names_in(Table.open(str(tmp_path / "t"))) == sorted(A)
     with pytest.raises(UsageError, match="old version can't be changed in place"):
@@ -149,13 +149,13 @@ def test_an_old_version_can_be_taken_out_into_a_table(table: Table, tmp_path: Pa
         run(table.location, f"{table.location}/../table", where="source = 'a'")
 
 
-def test_no_table_is_made_for_no_rows(table: Table, tmp_path: Path) -> None:
+def test_no_table_is_made_if_no_row_is_left(table: Table, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no row would be left; nothing was changed"):
         run(table.location, tmp_path / "t", where="source = 'nowhere'")
     assert not (tmp_path / "t").exists()
 
 
-def test_the_teacher_stays_known(table: Table, tmp_path: Path) -> None:
+def test_a_copy_records_the_sources_teacher(table: Table, tmp_path: Path) -> None:
     from softlabel.storage.writer import ShardWriter
     from tests.storage.tables import rows
 
@@ -169,16 +169,19 @@ def test_the_teacher_stays_known(table: Table, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({}, "nothing to do"),
         ({"purge": "ids", "selection": {"max_k": 4}}, "leave out selection.max_k"),
-        ({"purge": "ids", "compact": True}, "purge stands alone; leave out compact"),
+        (
+            {"purge": "ids", "compact": True},
+            "purge can't be combined with other changes or a destination; leave out compact",
+        ),
         ({"purge": "ids", "destination": "t"}, "leave out the destination"),
     ],
 )
-def test_settings_that_contradict_one_another(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_settings_that_contradict_one_another_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         ReprocessConfig.model_validate({"source": "t", **settings})
 
 
@@ -186,8 +189,8 @@ def test_settings_that_contradict_one_another(settings: dict[str, Any], said: st
     "selection",
     [{"max_k": 9}, {"draws": 7}, {"max_k": 0, "draws": 0}, {"temperatures": [1.0, 3.0]}, {"temperatures": [2.0, 1.0]}],
 )
-def test_more_than_the_table_holds(table: Table, tmp_path: Path, selection: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="does not hold what that asks for"):
+def test_a_selection_larger_than_the_tables_is_refused(table: Table, tmp_path: Path, selection: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="can't be used to narrow this table"):
         run(table.location, tmp_path / "t", selection=selection)
     assert not (tmp_path / "t").exists()
 
@@ -199,14 +202,14 @@ def test_progress_reaches_the_total(table: Table, tmp_path: Path) -> None:
     assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
 
 
-def test_purge(table: Table, tmp_path: Path) -> None:
+def test_purged_documents_are_gone_and_stay_refused(table: Table, tmp_path: Path) -> None:
     report = run(table.location, purge=listed(tmp_path / "ids", ["a1"]))
     assert report.purged is not None
     assert (report.operation, report.purged.found, report.rows.dropped) == ("purge", 1, 1)
     with pytest.raises(PurgedError):
         Table.open(f"{table.location}@2")
     run(table.location, tmp_path / "t")
-    assert add(Table.open(str(tmp_path / "t")), ["a1"]).sequences == 0, "its offspring refuse it as well"
+    assert add(Table.open(str(tmp_path / "t")), ["a1"]).sequences == 0, "a table made from it refuses the document, too"
 
 
 def in_a_process(settings: dict[str, Any]) -> None:
@@ -214,8 +217,8 @@ def in_a_process(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_killed_and_run_again(in_place: bool, tmp_path: Path) -> None:
-    """Until all is done, the destination is empty or the source as it was; then it is what no kill would have made."""
+def test_a_killed_run_leaves_the_table_usable_and_finishes_when_run_again(in_place: bool, tmp_path: Path) -> None:
+    """Until everything is done, the destination is empty, or the source unchanged; the result is as if never killed."""
     source = make_table(tmp_path / "source", identity())
     for start in range(0, 400, 80):
         add(source.newest(), [f"d{i}" for i in range(start, start + 80)])
@@ -263,7 +266,7 @@ def capture_settings(teacher: Path, documents: Path, table: Path, top_k: int) ->
     )
 
 
-def test_like_a_capture_of_the_same_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_narrowed_table_equals_a_capture_with_fewer_ids(tiny_teacher: Path, tmp_path: Path) -> None:
     from softlabel.pipeline import capture
 
     for k in (64, 16):

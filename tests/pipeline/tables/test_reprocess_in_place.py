@@ -1,4 +1,4 @@
-"""A table that is narrowed or split anew in place: in one version, whoever else is at work, and old ones stay."""
+"""A table is narrowed or split again in place, in one version, even with other writers; old versions stay."""
 
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ SETTINGS_IN_PLACE = (
 
 
 @pytest.mark.parametrize("settings", SETTINGS_IN_PLACE)
-def test_in_place_it_becomes_what_another_table_would(table: Table, tmp_path: Path, settings: dict[str, Any]) -> None:
-    """In one version; who reads an old one finds that as it was."""
+def test_a_table_changed_in_place_equals_one_changed_into_another_table(
+    table: Table, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """It takes one version, and old versions stay readable."""
     before, old = rows_of(table), table.identity
     run(table.location, tmp_path / "other", **settings)
     other = Table.open(str(tmp_path / "other"))
@@ -53,7 +55,7 @@ def test_in_place_it_becomes_what_another_table_would(table: Table, tmp_path: Pa
     assert run(table.location, **settings).version == 3, "there is nothing to do any more"
 
 
-def test_no_shard_is_written_for_another_name_of_the_same(table: Table) -> None:
+def test_no_shard_is_written_if_only_the_identity_changes(table: Table) -> None:
     run(table.location, shards={**SMALL, "eval_fraction": 0.5})
     before = Table.open(table.location)
     report = run(table.location, shards={**SMALL, "eval_fraction": 0.5000001}, selection={"max_k": 8, "draws": 6})
@@ -63,8 +65,8 @@ def test_no_shard_is_written_for_another_name_of_the_same(table: Table) -> None:
     assert (report.rows.left, report.rows.sequences, report.rows.shards) == (80, 0, 0)
 
 
-def test_a_shard_whose_heads_are_small_already_stays(table: Table) -> None:
-    """Narrowed it is what it was, and no commit takes a file away and brings it back."""
+def test_a_shard_that_narrowing_does_not_change_stays(table: Table) -> None:
+    """No commit removes and adds the same file."""
     run(table.location, selection={"draws": 0})
     before = Table.open(table.location)
     largest = int(decode(rows_of(before), before.vocabulary).head_counts.max())
@@ -81,14 +83,14 @@ def test_a_shard_whose_heads_are_small_already_stays(table: Table) -> None:
     assert verify(newest).findings == ()
 
 
-def test_what_others_bring_while_a_table_is_narrowed_is_not_mixed_with_it(table: Table) -> None:
-    def bring(progress: Progress) -> None:
+def test_rows_added_while_a_table_is_narrowed_make_the_narrowing_fail(table: Table) -> None:
+    def add_row(progress: Progress) -> None:
         if Table.open(table.location).version == 2:
             add(table, ["c1"])
 
     config = {"source": table.location, "selection": {"max_k": 4}, "shards": SMALL}
     with pytest.raises(ConflictError, match="meanwhile"):
-        reprocess(ReprocessConfig.model_validate(config), bring)
+        reprocess(ReprocessConfig.model_validate(config), add_row)
     assert Table.open(table.location).identity == table.identity
     reprocess(ReprocessConfig.model_validate(config))
     with pytest.raises(ProvenanceError, match="derived_from"):
@@ -96,7 +98,7 @@ def test_what_others_bring_while_a_table_is_narrowed_is_not_mixed_with_it(table:
     assert names_in(Table.open(table.location)) == sorted([*A, *B, "c1"])
 
 
-def test_what_a_killed_commit_leaves_is_removed_and_a_damaged_one_is_named(table: Table) -> None:
+def test_remains_of_a_killed_commit_are_removed_and_a_damaged_commit_is_named(table: Table) -> None:
     run(table.location, selection={"max_k": 4})
     log = Path(table.location, "_delta_log")
     left = log / f"{4:020}.json.{'0' * 32}.tmp"
@@ -110,7 +112,7 @@ def test_what_a_killed_commit_leaves_is_removed_and_a_damaged_one_is_named(table
         Table.open(table.location)
 
 
-def test_of_two_that_narrow_a_table_at_once_one_does(table: Table) -> None:
+def test_of_several_runs_that_narrow_a_table_at_once_one_succeeds(table: Table) -> None:
     workers = [
         PROCESSES.Process(target=in_a_process, args=({"source": table.location, "selection": {"max_k": k}},))
         for k in (2, 3, 4)

@@ -39,9 +39,9 @@ ROWS = pl.DataFrame(
 
 
 def kept(where: str, rows: pl.DataFrame = ROWS) -> list[bool]:
-    """Which rows an expression is true for."""
-    told, _ = row_expression(where, KNOWN)
-    return told(rows.to_arrow()).tolist()
+    """For which rows an expression is true."""
+    predicate, _ = row_expression(where, KNOWN)
+    return predicate(rows.to_arrow()).tolist()
 
 
 def refused(where: str) -> str:
@@ -50,9 +50,9 @@ def refused(where: str) -> str:
     return str(error.value)
 
 
-def pointed_at(said: str) -> str:
-    """The part of the expression that the marks are below."""
-    shown, marks = said.split("  where:       where: ")[1].split("\n")[:2]
+def pointed_at(message: str) -> str:
+    """The part of the expression above the carets."""
+    shown, marks = message.split("  where:       where: ")[1].split("\n")[:2]
     return shown[len(marks.strip("^")) - 22 :][: marks.count("^")]
 
 
@@ -86,12 +86,12 @@ def pointed_at(said: str) -> str:
         ("UPPER(source) || '!' = 'WEB!' OR STARTS_WITH(source, 'bo')", [True, True, False, False, False]),
     ],
 )
-def test_what_an_expression_means(where: str, wanted: list[bool]) -> None:
+def test_an_expression_keeps_the_expected_rows(where: str, wanted: list[bool]) -> None:
     assert kept(where) == wanted
 
 
 WHOLE = st.sampled_from(["year", "score", "tokens", "1", "0", "length", "ABS(year)"])
-NUMBERS = st.one_of(WHOLE, st.just("2.5"))  # by a decimal, polars' SQL can't divide 0
+NUMBERS = st.one_of(WHOLE, st.just("2.5"))  # polars' SQL can't divide 0 by a decimal
 TEXTS = st.sampled_from(["source", "other", "'web'", "'WEB'", "LOWER(other)", "UPPER(source)", "''"])
 TRUTHS = st.one_of(
     st.sampled_from(["ok", "TRUE", "false", "ok IS NULL", "source IS NOT NULL"]),
@@ -127,39 +127,39 @@ def test_an_expression_keeps_the_rows_that_polars_sql_keeps(where: str) -> None:
 
 @given(EXPRESSIONS)
 @settings(max_examples=100, deadline=None)
-def test_a_row_gets_the_same_answer_alone_and_among_others(where: str) -> None:
+def test_a_rows_result_does_not_depend_on_other_rows(where: str) -> None:
     assert kept(where) == [kept(where, ROWS[i : i + 1])[0] for i in range(len(ROWS))]
     assert kept(where, ROWS.reverse()) == kept(where)[::-1]
 
 
 @pytest.mark.parametrize(
-    ("where", "part", "said"),
+    ("where", "part", "problem"),
     [
         ("ok AND read_csv('/etc/passwd')", "read_csv", "function read_csv"),
         ("source IN (SELECT a FROM b)", "SELECT", "no column SELECT"),
         ("year + 1 > 3 AND source = 3", "source = 3", "a number and text"),
-        ("LOWER(year) = 'a'", "year", "a number, where text was expected"),
-        ("ok = TRUE AND tokens LIKE 'a%'", "tokens", "a number, where text was expected"),
-        ("source LIKE other", "other", "no string"),
-        ("NOT tokens", "tokens", "a number, where true or false was expected"),
-        ("ok OR day > 'today'", "'today'", "no date"),
+        ("LOWER(year) = 'a'", "year", "a number instead of text"),
+        ("ok = TRUE AND tokens LIKE 'a%'", "tokens", "a number instead of text"),
+        ("source LIKE other", "other", "a pattern that is not a string"),
+        ("NOT tokens", "tokens", "a number instead of true or false"),
+        ("ok OR day > 'today'", "'today'", "not a date"),
         ("CAST(source AS INT) > 3", "INT", "STRING"),
         ("year > 1e999", "1e999", "too large"),
         ("ok -- AND year > 3", "--", "a comment"),
-        ("source = 'web", "'", "not closed"),
-        ("ok; ok", ";", "no SQL"),
-        ("year > 3 year", "year", "an operator or the end"),
-        ("year IN (1, year)", "year", "in a list"),
-        ("source = \x1b[31m", "\\x1b", "no SQL"),
-        ("ok \u202eDNA", "\\u202e", "no SQL"),
+        ("source = 'web", "'", "an unclosed quote"),
+        ("ok; ok", ";", "which is not SQL"),
+        ("year > 3 year", "year", "instead of an operator or the end"),
+        ("year IN (1, year)", "year", "a list item that is not a string"),
+        ("source = \x1b[31m", "\\x1b", "which is not SQL"),
+        ("ok \u202eDNA", "\\u202e", "which is not SQL"),
         ("source = '\udcff'", "'\\udcff'", "not UTF-8"),
         ("year + 1", "year + 1", "neither true nor false"),
     ],
 )
-def test_an_error_points_at_its_place(where: str, part: str, said: str) -> None:
+def test_an_error_points_at_its_place(where: str, part: str, problem: str) -> None:
     message = refused(where)
     assert pointed_at(message) == part
-    assert said in message
+    assert problem in message
     assert "\x1b" not in message
 
 
@@ -173,10 +173,10 @@ def test_an_error_points_at_its_place(where: str, part: str, said: str) -> None:
         *("year IN (" * 900, "CASE ok " + "WHEN ok THEN ok " * 3000 + "END", f"source LIKE '{'_' * 49_000}'"),
     ],
 )
-def test_what_is_too_long_or_too_deep_is_refused_on_a_screen(where: str) -> None:
-    said = refused(where)
-    assert len(said) < 2000
-    assert max(map(len, said.splitlines()[2:5])) < 110
+def test_an_expression_that_is_too_long_or_too_deep_is_refused_briefly(where: str) -> None:
+    message = refused(where)
+    assert len(message) < 2000
+    assert max(map(len, message.splitlines()[2:5])) < 110
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def watch(event: str, _: object) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _watched() -> Iterator[None]:
-    global watching  # a hook can't be taken back
+    global watching  # an audit hook can't be removed
     sys.addaudithook(watch)
     yield
     watching = False
@@ -222,7 +222,7 @@ def _watched() -> Iterator[None]:
 
 @given(TEXT)
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_an_expression_or_refused_and_opens_nothing(text: str) -> None:
+def test_any_text_is_evaluated_or_refused_and_never_opens_anything(text: str) -> None:
     global watching
     watching = True
     try:

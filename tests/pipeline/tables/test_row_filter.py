@@ -1,4 +1,4 @@
-"""Which rows a reprocessing keeps: by an expression, by lists of documents, by what the documents hold now."""
+"""Which rows a reprocessing keeps: by expression, by list of documents, by the current documents."""
 
 import re
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def table(tmp_path: Path) -> Table:
         ("CASE WHEN source = 'a' THEN ARRAY_LENGTH(token_ids) > 1 ELSE COALESCE(label, 'y') = 'x' END", A),
     ],
 )
-def test_filter_by_an_expression(table: Table, where: str, kept: list[str]) -> None:
+def test_an_expression_keeps_only_its_rows(table: Table, where: str, kept: list[str]) -> None:
     report = run(table.location, where=where)
     assert names_in(Table.open(table.location)) == sorted(kept)
     assert report.rows.dropped == 80 - len(kept)
@@ -46,7 +46,7 @@ def test_filter_by_an_expression(table: Table, where: str, kept: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "problem"),
     [
         ("sauce = 'a'", "no column sauce"),
         ("tokens + 1", "neither true nor false"),
@@ -64,16 +64,16 @@ def test_filter_by_an_expression(table: Table, where: str, kept: list[str]) -> N
         ("source = 3", "found:"),
     ],
 )
-def test_an_expression_that_can_not_be_used(table: Table, where: str, said: str) -> None:
-    with pytest.raises(UsageError, match=r"over key, document_id.*source, year") as error:
+def test_an_expression_that_can_not_be_used_is_refused(table: Table, where: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=r"with the columns key, document_id.*source, year") as error:
         run(table.location, where=where)
-    assert said in str(error.value)
+    assert problem in str(error.value)
     assert Table.open(table.location).version == 2
 
 
 @pytest.fixture(scope="module")
-def kept_whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Table, Path]]:
-    """A table that no test changes, and a file that no expression shows a word of."""
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Table, Path]]:
+    """A table that no test changes, and files that no expression may read."""
     folder = tmp_path_factory.mktemp("where")
     made = two_sources(folder / "table")
     for name in ("secret.csv", "secret.json", "secret.ndjson"):
@@ -133,10 +133,10 @@ def kept_whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Table
         "source = '" + "a" * 1_000_000 + "'",
     ],
 )
-def test_what_is_no_expression_of_a_row_is_refused_before_anything_is_read(
-    kept_whole: tuple[Table, Path], where: str
+def test_sql_that_reads_files_or_other_rows_is_refused_before_anything_is_read(
+    unchanged: tuple[Table, Path], where: str
 ) -> None:
-    table, folder = kept_whole
+    table, folder = unchanged
     with pytest.raises(UsageError, match=r"SQL that is true or false") as error:
         run(table.location, folder / "new", where=where.replace("{}", str(folder)))
     assert "treasure" not in str(error.value)
@@ -149,11 +149,11 @@ def test_documents_are_dropped_by_their_ids(table: Table, tmp_path: Path) -> Non
     assert (report.rows.dropped, report.unknown, report.operation) == (2, 1, "drop")
     assert names_in(Table.open(table.location)) == sorted({*A, *B} - {"a1", "b2"})
     for path in (listed(tmp_path / "none", []), str(tmp_path / "nowhere")):
-        with pytest.raises(UsageError, match="there is no list of documents"):
+        with pytest.raises(UsageError, match="the list of documents can't be used"):
             run(table.location, drop=path)
 
 
-def test_stale_chunks_go_and_documents_that_are_not_there_stay(tmp_path: Path) -> None:
+def test_stale_rows_are_dropped_and_rows_of_other_documents_stay(tmp_path: Path) -> None:
     documents = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"id": ["a", "b", "c"], "body": ["one", "two", "three"]}), documents)
     columns = ColumnsConfig(text="body")
