@@ -67,7 +67,7 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
     """
     actions = [json.loads(line) for line in content.splitlines()]
     if not actions:
-        raise ValueError("an empty commit, as a power cut may leave it")
+        raise ValueError("the commit is empty, possibly after a power cut")
     return actions
 
 
@@ -90,9 +90,9 @@ def require_whole(place: Place, version: int) -> None:
     with suppress(FileNotFoundError):  # of commits before a checkpoint
         if place.stat(commit_file(version)).bytes == 0:
             raise IntegrityError(
-                "the table's log can't be read: a commit is empty, as a power cut may leave it",
+                "the table's log can't be read: a commit file is empty, possibly after a power cut",
                 where=place.where(commit_file(version)),
-                do="restore this file from a copy of the table; or delete it if it is the newest, and capture again",
+                do="restore this file from a copy of the table; or, if it is the newest, delete it and capture again",
             )
 
 
@@ -106,9 +106,9 @@ def require_no_remains(place: Place) -> None:
     shards = sorted(name for name in files if name.startswith(f"{PARTITION}=") and name.endswith(".parquet"))
     if shards and not any(map(_ANY.fullmatch, files)):
         raise IntegrityError(
-            "there are shards here, but no table that they belong to",
+            "there are shards here, but the log of the table that they belong to is missing",
             expected=f"their log, {LOG}; or a folder without shards",
-            found=f"{len(shards)} shards, such as {shards[0]}",
+            found=f"{len(shards)} shards, for example {shards[0]}",
             where=place.where(""),
             do=f"restore {LOG} from a copy of the table, or make the new table elsewhere",
         )

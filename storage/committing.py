@@ -37,11 +37,11 @@ def all_or_nothing(location: str) -> Iterator[None]:
         yield
     except (OSError, DeltaError) as error:
         raise TableError(
-            "the table could not be written; it is as it was",
-            expected="a folder that can be written, on a disk that has room",
+            "the table could not be written; it is unchanged",
+            expected="write permission for the folder, and free disk space",
             found=cause(error),
             where=location,
-            do="make room or mend the permissions, then run the same command again",
+            do="free disk space or fix the permissions, then run the same command again",
         ) from error
 
 

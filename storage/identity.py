@@ -102,11 +102,11 @@ class Identity(_Part):
         if differences:
             lines = [f"{name}: the table has {a}, this run {b}" for name, (a, b) in differences.items()]
             raise ProvenanceError(
-                "this table was made otherwise, and its numbers would not mix",
-                expected="the teacher, tokenizer, selection and chunking that made the table",
+                "this run can't add to this table: its results would not be comparable with the table's",
+                expected="the same teacher, tokenizer, selection and chunking that made the table",
                 found="\n               ".join(lines),
                 where=where,
-                do="use the settings that made it (softlabel inspect shows them), or another folder for a new table",
+                do="use the table's settings (softlabel inspect shows them), or make a new table in another folder",
             )
 
 

@@ -22,11 +22,11 @@ def located(location: str) -> str:
     """
     if holds_credentials(location):
         raise UsageError(
-            "a location must not hold credentials: it is kept in records, logs and reports",
+            "a location must not contain credentials: it is stored in records, logs and reports",
             expected="a path, or s3://BUCKET/PREFIX",
-            found="a user, key, password or parameter in it, not shown here",
-            do="take it out, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN\n"
-            "               in the environment (version 12 of the table in a whole bucket is s3://BUCKET/@12)",
+            found="a user, key, password or parameter in the location (not shown here)",
+            do="remove it, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN\n"
+            "               in the environment (for version 12 of a table at the top of a bucket, write s3://BUCKET/@12)",
         )
     if not location.startswith("~"):
         return location
@@ -34,10 +34,10 @@ def located(location: str) -> str:
         return str(Path(location).expanduser())
     except RuntimeError:
         raise UsageError(
-            "~ stands for the home folder of a user that this machine does not know",
+            "~ means the home folder of a user, but this machine does not know that user",
             expected="~/PATH, ~USER/PATH, or a path without ~",
             found=location,
-            do="write the folder's whole path; or, if ~ belongs to its name, ./ before it",
+            do="write the full path of the folder; or, if ~ is part of its name, write ./ before it",
         ) from None
 
 
@@ -54,9 +54,9 @@ def require_clean(record: Any, where: object, do: str) -> None:
     """
     if any(map(holds_credentials, _locations(record))):
         raise UsageError(
-            "a location in this file holds credentials, which would be shown to whoever reads on",
+            "a location in this file contains credentials, which other people could then read",
             expected="a path, or s3://BUCKET/PREFIX",
-            found="a user, key, password or parameter in it, not shown here",
+            found="a user, key, password or parameter in the location (not shown here)",
             where=where,
             do=do,
         )

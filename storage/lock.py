@@ -98,7 +98,7 @@ def _held(path: Path) -> int:
 
 def _require_ours(path: Path, descriptor: int) -> None:
     if os.fstat(descriptor).st_nlink > 1:
-        raise _foreign(path, "a file that has another name, too")
+        raise _foreign(path, "a file that also has another name (a hard link)")
     if os.pread(descriptor, len(_MARK), 0) not in (b"", _MARK):
         raise _foreign(path, "a file that softlabel did not write")
 
@@ -120,4 +120,4 @@ def _sign(descriptor: int) -> None:
 
 
 def _foreign(path: Path, found: str) -> ForeignFileError:
-    return ForeignFileError(errno.EEXIST, f"{found} has the name of softlabel's lock", str(path))
+    return ForeignFileError(errno.EEXIST, f"{found} has the name of softlabel's lock file", str(path))

@@ -39,16 +39,16 @@ def unopened(location: str, version: int | None, error: Exception) -> SoftlabelE
     found = cause(error)
     if is_view(path):
         return UsageError(
-            "this is a view over several tables, which can only be read",
+            "this is a view over several tables, and a view can only be read",
             expected="a table",
-            found="a view; softlabel inspect names its tables",
+            found="a view; softlabel inspect lists its tables",
             where=path,
-            do="do this to one of its tables, and make a new view of what comes of it (softlabel mix)",
+            do="run the command on one of its tables, then make a new view with softlabel mix",
         )
     if not exists(path):
         return TableNotFoundError(
             "there is no soft-label table here",
-            expected="a folder that softlabel capture made",
+            expected="a table made by softlabel capture",
             found=found,
             where=location,
             do="check the path, or run softlabel capture",
@@ -58,15 +58,16 @@ def unopened(location: str, version: int | None, error: Exception) -> SoftlabelE
             f"there is no version {version} of this table",
             expected=f"one of {spans(commits(place_of(path)))}",
             where=location,
-            do="see softlabel history for its versions",
+            do="run softlabel history to list its versions",
         )
     if isinstance(error, OSError):  # delta-rs has read nothing yet that could be damaged
         return inaccessible(place_of(path).where(LOG), found)
     return IntegrityError(
         "the table's log can't be read",
+        expected="a Delta log as softlabel wrote it",
         found=found,
         where=place_of(path).where(_damaged(place_of(path)) or LOG),
-        do="restore it from a copy of the table",
+        do="restore this from a copy of the table",
     )
 
 

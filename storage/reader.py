@@ -70,7 +70,7 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
         else:
             if rows == shard.rows:
                 return
-    raise _damaged(table, shard, "a footer that describes other rows")
+    raise _damaged(table, shard, "a footer that does not match the number of rows or the columns")
 
 
 def index(table: Table, columns: Sequence[str]) -> pa.Table:
@@ -110,9 +110,9 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
                 missing.difference_update(found[-len(rows) :])
     if missing:
         raise TableError(
-            f"the table lacks {len(missing)} sequences that were to be copied to further documents",
-            expected="their soft labels under another document",
-            found="they were removed meanwhile",
+            f"the table no longer has {len(missing)} sequences whose soft labels were to be copied",
+            expected="the same sequences in another document of the table",
+            found="they were removed while this capture ran",
             where=table.location,
             do="run the capture again",
         )
@@ -168,9 +168,8 @@ def _content_hash(place: Place, file: File) -> str:
 def _damaged(table: Table, shard: Shard, found: str) -> TableError:
     return tombstone(table.location, shard.path) or IntegrityError(
         "a shard is damaged or missing; nothing was read from it",
-        expected=f"{shard.bytes} bytes that have the hash in the file's name",
+        expected=f"{shard.bytes} bytes that match the hash in the file's name",
         found=found,
         where=table.place.where(shard.path),
-        do="restore this file from a copy of the table; or take what is damaged out of it with"
-        + recapture(table.location),
+        do="restore this file from a copy of the table; or remove the damaged shards with" + recapture(table.location),
     )

@@ -70,11 +70,11 @@ class Records(Generic[R]):
             return None
         except (OSError, ValueError, TypeError) as error:
             raise IntegrityError(
-                f"a record in the table's {self._kind} is damaged",
-                expected="JSON with the hash of what it says",
+                f"a record in the table's {self._kind} folder is damaged",
+                expected="a JSON object that matches the hash in it",
                 found=repr(error),
                 where=place.where(name),
-                do="restore this file from a copy of the table, or delete it and say the same again",
+                do="restore this file from a copy of the table, or delete it and repeat the command that created it",
             ) from error
 
     def write(self, table: str, name: str, record: R, *, replace: bool) -> None:
@@ -116,8 +116,8 @@ def now() -> str:
 def _unwritable(path: str, error: OSError) -> TableError:
     return TableError(
         "the table's records can't be written",
-        expected="a folder that can be written, on a disk that has room",
+        expected="write permission for the folder, and free disk space",
         found=error,
         where=path,
-        do="make room or mend the permissions, then run the same command again",
+        do="free disk space or fix the permissions, then run the same command again",
     )

@@ -68,14 +68,14 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
     for field in carried:
         if field.name in own:
             raise UsageError(
-                f"a document column can't be carried under the name {field.name!r}",
-                expected=f"a name that no row column has ({', '.join(sorted(own))})",
+                f"column {field.name!r} can't be carried: the table has a column of its own with that name",
+                expected=f"a name other than {', '.join(sorted(own))}",
                 found=f"columns.carry: {field.name}",
                 do="rename the column in the documents",
             )
         if field.type not in _CARRIED_TYPES:
             raise UsageError(
-                f"column {field.name!r} can't be carried",
+                f"column {field.name!r} can't be carried: its type is not supported",
                 expected=f"one of the types {', '.join(map(str, _CARRIED_TYPES))}",
                 found=str(field.type),
                 do="cast it in the documents, or leave it out of columns.carry",

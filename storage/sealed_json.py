@@ -23,8 +23,8 @@ def unseal(content: bytes) -> dict[str, Any]:
         if says.pop("hash") == _hash(says):
             return says
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError("no JSON object with a hash") from error
-    raise ValueError("it holds something else than was written")
+        raise ValueError("not a JSON object with a hash") from error
+    raise ValueError("the content does not match its hash")
 
 
 def _hash(says: Mapping[str, Any]) -> str:

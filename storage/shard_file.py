@@ -84,7 +84,9 @@ class ShardFile:
         self._draft.file.flush()
         found = pq.read_metadata(self._draft.file).num_rows
         if found != len(self.keys):
-            raise IntegrityError("a shard was not written whole", expected=f"{len(self.keys)} rows", found=found)
+            raise IntegrityError(
+                "a shard was not written completely", expected=f"{len(self.keys)} rows", found=f"{found} rows"
+            )
         self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._draft.file)}.parquet"
 
     def drop(self, taken: set[RowKey]) -> None:

@@ -12,7 +12,7 @@ from softlabel.storage.codec import Ints, SoftLabels
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of, reading
 
-_RESTORE = "restore it from a copy of the table"
+_RESTORE = "restore this from a copy of the table"
 
 
 def store_vocabulary(place: Place, sample: SoftLabels | Ints, vocabulary: int) -> str:
@@ -51,8 +51,8 @@ def read_vocabulary(place: Place, name: str) -> Ints:
     if _vocabulary_name(content) != name:
         raise IntegrityError(
             "the table's vocabulary is damaged",
-            expected="content that has the hash in the file's name",
-            found=f"content with another hash, {len(content)} bytes",
+            expected="content that matches the hash in the file's name",
+            found=f"{len(content)} bytes with a different hash",
             where=place.where(path),
             do=_RESTORE,
         )
@@ -85,7 +85,7 @@ def read_tokenizer(place: Place, name: str) -> Path:
     if found != name:
         raise IntegrityError(
             "the table's tokenizer is damaged",
-            expected="files that have the hash in the folder's name",
+            expected="files that match the hash in the folder's name",
             found=", ".join(sorted(file.name for file in folder.iterdir())) or "no files",
             where=place.where(path),
             do=_RESTORE,

@@ -73,9 +73,9 @@ class Chain:
         actions = lines_of(content)
         previous = said(actions).get("previous")
         if self._last and previous is None:
-            self.damaged[commit_file(version)] = "no commit of softlabel"
+            self.damaged[commit_file(version)] = "this commit was not made by softlabel"
         elif self._last not in ("", previous):
-            after = f"not the commit that {PurePath(commit_file(version)).name} was made on: one of the two is damaged"
+            after = f"does not match the hash in {PurePath(commit_file(version)).name}: one of the two is damaged"
             self.damaged[commit_file(version - 1)] = after
         self._last = hash_of(content)
         return actions
@@ -92,15 +92,15 @@ def require_state(place: Place, version: int, found: str) -> None:
         return
     if expected is None:
         raise IntegrityError(
-            "the commit of this version does not say what it made: something else than softlabel has made it",
-            expected="a commit of softlabel, with a state",
+            "a program other than softlabel made this version: its commit has no state hash",
+            expected="a commit made by softlabel, with a state hash",
             where=place.where(commit_file(version)),
-            do=f"go on with the version before, {place.address}@{version - 1}" if version else "capture a new table",
+            do=f"use the version before, {place.address}@{version - 1}" if version else "capture a new table",
         )
     raise IntegrityError(
-        "the table's log is damaged: this version has other shards or properties than its commit made",
-        expected=f"the state {expected}",
-        found=f"the state {found}",
+        "the table's log is damaged: this version's shards or properties do not match its commit",
+        expected=f"state hash {expected}",
+        found=f"state hash {found}",
         where=place.where(commit_file(version)),
-        do=f"softlabel verify {place.address} names the file that is damaged; restore it from a copy of the table",
+        do=f"run softlabel verify {place.address} to find the damaged file, and restore it from a copy of the table",
     )

@@ -56,7 +56,7 @@ class Table:
         settings = delta.metadata().configuration
         if settings.get("softlabel.format") != str(FORMAT):
             raise TableError(
-                "this is no soft-label table that this version of softlabel can read",
+                "this is not a soft-label table that this version of softlabel can read",
                 expected=f"softlabel.format {FORMAT} in the Delta table's properties",
                 found=settings.get("softlabel.format", "no such property"),
                 where=location,
@@ -68,7 +68,7 @@ class Table:
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
         except (KeyError, ValueError) as error:
             raise IntegrityError(
-                "the table's log is damaged: it has other properties than softlabel wrote",
+                "the table's log is damaged: the table's properties are not valid",
                 found=" ".join(str(error).split()),
                 where=self.place.where(commit_file(described_by(self.place, delta.version()))),
                 do="restore this file from a copy of the table",
@@ -144,10 +144,11 @@ class Table:
         except (DeltaError, OSError) as error:
             if not cls.exists(location):
                 raise TableError(
-                    "the table can't be made",
+                    "the table can't be created",
+                    expected="write permission for the folder, and free disk space",
                     found=cause(error),
                     where=location,
-                    do="check the folder's permissions and space",
+                    do="free disk space or fix the permissions, then run the same command again",
                 ) from error
         table = cls.open(location)
         table.identity.require(identity, location)
@@ -194,11 +195,11 @@ class Table:
                 ", ".join(f"{f.name} ({f.type})" for f in columns) or "none" for columns in (self.carried, carried)
             ]
             raise ProvenanceError(
-                "the documents carry other columns than the table has",
+                "the carried columns of the documents differ from those of the table",
                 expected=described[0],
                 found=described[1],
                 where=self.location,
-                do="name the same columns with columns.carry, or use another folder for a new table",
+                do="list the same columns in columns.carry, or make a new table in another folder",
             )
 
     @property
@@ -281,7 +282,7 @@ class Table:
         for commit in commits:
             if not {"timestamp", "operation"} <= commit.keys():
                 raise IntegrityError(
-                    "the table's log is damaged: a commit lacks its time or what it did",
+                    "the table's log is damaged: a commit lacks its time or its operation",
                     where=self.place.where(commit_file(commit["version"])),
                     do="restore this file from a copy of the table",
                 )

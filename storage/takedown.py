@@ -89,11 +89,11 @@ def tombstone(table: str, shard: str) -> PurgedError | None:
 def explain(table: str, purge: Purge) -> PurgedError:
     """What to tell who looks for what a take-down took."""
     return PurgedError(
-        f"documents of this version were taken down: {len(purge.documents):,}, on {purge.time}, by {purge.user}",
-        expected=f"version {purge.version} or a newer one, which are without them",
-        found="shards that held them, and are deleted",
+        f"documents in this version were taken down: {len(purge.documents):,}, on {purge.time}, by {purge.user}",
+        expected=f"version {purge.version} or a newer one, which do not contain these documents",
+        found="the shards that contained them are deleted",
         where=table,
-        do=f"use {table}, its newest version; students that were trained on an old one have seen these documents",
+        do=f"use {table}, the newest version; students that were trained on an older one have seen these documents",
     )
 
 

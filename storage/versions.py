@@ -50,7 +50,7 @@ class Pin(Record):
 
     def __post_init__(self) -> None:
         if holds_credentials(self.student):
-            raise ValueError("its location holds credentials, not shown here")
+            raise ValueError("the location contains credentials (not shown here)")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def tag(table: str, version: int, name: str) -> Tag:
         TableNotFoundError: if the version is vacuumed at this moment.
     """
     if not re.fullmatch(TAG, name):
-        raise UsageError("that can't be a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name))
+        raise UsageError(
+            "this is not a valid name for a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name)
+        )
     made = Tag(now(), user(), name, version)
     try:
         _TAGS.write(table, name, made, replace=False)
@@ -119,11 +121,11 @@ def tag(table: str, version: int, name: str) -> Tag:
         if there is not None and there.version == version:
             return there
         raise TableError(
-            f"the tag {name} is taken, and a tag never moves",
-            expected=f"no tag {name}, or one of version {version}",
-            found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "it was just freed",
+            f"the tag {name} is already in use, and a tag never moves to another version",
+            expected=f"no tag {name}, or {name} already on version {version}",
+            found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "just removed",
             where=table,
-            do=f"choose another name, or free this one: softlabel maintain {table} --untag {name}",
+            do=f"choose another name, or remove this tag: softlabel maintain {table} --untag {name}",
         ) from None
     try:
         _require_kept(table, version)
@@ -189,8 +191,8 @@ def unpin(table: str, student: str) -> Pin:
     name = next((name for name in (student, str(Path(student).absolute())) if name in held), None)
     if name is None:
         raise TableNotFoundError(
-            "this student holds no version of the table",
-            expected="\n               ".join(held) or "a student that does; there is none",
+            "this student has no pin on the table",
+            expected="\n               ".join(held) or "a student with a pin; the table has none",
             found=student,
             where=table,
         )
@@ -224,7 +226,8 @@ def retire(table: str, versions: Iterable[int]) -> None:
     if taken := needed(table).intersection(retired):
         _VACUUMED.remove(table, name)
         raise TableError(
-            "versions that were to be vacuumed are needed since a moment ago; nothing was deleted",
+            "versions selected for deletion were tagged or pinned a moment ago; nothing was deleted",
+            expected="versions without a tag or pin",
             found=f"a new tag or pin on {spans(taken)}",
             where=table,
             do="run the same command again",
@@ -246,11 +249,11 @@ def _require_kept(table: str, version: int) -> None:
     for vacuum in _VACUUMED.all(table):
         if version in vacuum.versions:
             raise TableNotFoundError(
-                f"version {version} of this table was vacuumed: shards of it are deleted",
+                f"version {version} of this table was vacuumed: some of its shards are deleted",
                 expected=f"a version that remains: {spans(remaining(table))}",
                 found=f"vacuumed {vacuum.time} by {vacuum.user}",
                 where=table,
-                do="use one of those; a tag, or the pin of a student, keeps a version from being vacuumed",
+                do="use one of those; a tag or a student's pin protects a version from being vacuumed",
             )
 
 
@@ -261,10 +264,10 @@ def _tag(table: str, name: str) -> Tag:
     near = difflib.get_close_matches(name, known, n=1)
     raise TableNotFoundError(
         f"this table has no tag {name}",
-        expected=f"a version's number, or a tag: {', '.join(sorted(known)) or 'there is none yet'}",
+        expected=f"a version number, or a tag: {', '.join(sorted(known)) or 'the table has none yet'}",
         found=name,
         where=table,
-        do=f"did you mean {table}@{near[0]}?" if near else "see softlabel history for versions and tags",
+        do=f"did you mean {table}@{near[0]}?" if near else "run softlabel history to list versions and tags",
     )
 
 

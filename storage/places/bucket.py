@@ -171,14 +171,14 @@ class Bucket:
         try:
             yield
         except AlreadyExistsError:
-            raise FileExistsError(f"there is an object already: {self.where(name)}") from None
+            raise FileExistsError(f"the object exists already: {self.where(name)}") from None
         except (FileNotFoundError, BaseError) as error:
             code = _code(str(error))
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise FileNotFoundError(f"no such object: {self.where(name)}") from None
             raise AccessError(
                 "the bucket can't be used",
-                expected="an S3 endpoint that knows the bucket, and credentials that it accepts",
+                expected="an S3 endpoint that has this bucket, and credentials that it accepts",
                 found=code,
                 where=self.where(name),
                 do="check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL\n"
@@ -259,10 +259,10 @@ def _on_this_machine() -> Iterator[None]:
     except OSError as error:
         raise AccessError(
             "an object can't be copied to this machine",
-            expected="room for a few shards in the folder of temporary files",
+            expected="space for a few shards in the folder for temporary files",
             found=error,
             where=os.environ.get("TMPDIR", "/tmp"),
-            do="make room there, or name another folder with TMPDIR, then run the same command again",
+            do="free space there or set TMPDIR to another folder, then run the same command again",
         ) from error
 
 

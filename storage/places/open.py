@@ -18,7 +18,9 @@ def place_of(location: str) -> Place:
     scheme, separator, rest = location.partition("://")
     if separator and (scheme != "s3" or not rest.partition("/")[0]):
         raise UsageError(
-            "a table can't be there", expected="the path of a folder, or s3://BUCKET/PREFIX", found=location
+            "softlabel can't use a table at this location",
+            expected="the path of a folder, or s3://BUCKET/PREFIX",
+            found=location,
         )
     if separator:
         from softlabel.storage.places.bucket import Bucket  # its library loads only where there is a bucket

@@ -173,11 +173,11 @@ def reading(where: str) -> Iterator[None]:
 def inaccessible(where: str, found: str) -> AccessError:
     """The error that says so."""
     return AccessError(
-        "this can't be read at the moment; whether anything is wrong with it is not known",
-        expected="permission to read it, open files (ulimit -n) and memory to spare, a disk or network that answers",
+        "this can't be read at the moment, so it is not known whether it is damaged",
+        expected="read permission, free memory, fewer open files than the limit (ulimit -n), a working disk or network",
         found=found,
         where=where,
-        do="mend that, then run the same command again",
+        do="fix the cause, then run the same command again",
     )
 
 

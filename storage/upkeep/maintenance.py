@@ -87,7 +87,9 @@ def maintain(
         TableError: if the folder can't be written, or a version that was to be dropped is tagged at this moment.
     """
     if keep_versions is not None and keep_versions < 1:
-        raise UsageError("the newest version always stays", expected="at least 1 version", found=keep_versions)
+        raise UsageError(
+            "the newest version is always kept", expected="keep_versions of at least 1", found=keep_versions
+        )
     location = Table.open(location).location
     place = place_of(location)
     try:
@@ -107,11 +109,11 @@ def maintain(
                 deleted = [leftover for leftover in deleted if _delete(place, leftover, limit)]
     except OSError as error:
         raise TableError(
-            "not all that was to be deleted could be; the table is whole",
-            expected="a folder that can be written",
+            "some files that the table does not need could not be deleted; the table is intact",
+            expected="write permission for the folder",
             found=error,
             where=location,
-            do="mend the folder's permissions, then run the same command again",
+            do="fix the folder's permissions, then run the same command again",
         ) from error
     spared = tuple(leftover for leftover, _ in found if leftover not in deleted)
     return Maintenance(location, log.newest, dry_run, tuple(deleted), spared, tuple(sorted(lost)))
@@ -152,17 +154,17 @@ def _folder_or_file(name: str) -> str:
 def _why(path: str, named: bool, is_needed: Callable[[str], bool]) -> str | None:
     """Why a file is not needed; None if it is, or is none of ours."""
     if named:
-        return None if is_needed(path) else "named by dropped versions alone"
+        return None if is_needed(path) else "only used by dropped versions"
     if _SHARD.fullmatch(path):
-        return "a shard that no commit names"
+        return "a shard that no commit contains"
     if path.startswith(f"{WRITING}/"):
-        return "a shard in the making that its writer has left"
+        return "an unfinished shard whose writer has stopped"
     if path.startswith(f"{REWRITTEN}/"):
-        return "a shard of a rewriting that was not finished"
+        return "a shard of an unfinished rewrite"
     if _HALF.fullmatch(path):
-        return "written by half"
+        return "a partly written file"
     if (beside := _BESIDE.fullmatch(path)) and not is_needed(beside[1]):
-        return "no version uses it"
+        return "not used by any version"
     return None
 
 

@@ -81,10 +81,11 @@ def purge(
             raise
         except TableError as error:
             raise TableError(
-                "the documents are in the table still: it could not be written; but nobody adds them any more",
+                "the documents are still in the table, because it could not be written; nothing can add them again",
+                expected="write permission for the folder, and free disk space",
                 found=error.__cause__ or error,
                 where=location,
-                do="make room or mend the permissions, then run the same command again: it goes on from there",
+                do="free disk space or fix the permissions, then run the same command again: it continues from there",
             ) from error
     with place_of(location).gate(alone=True):
         pass  # whoever was about to give a file its final name has done so, or sees the refuse list
@@ -92,10 +93,11 @@ def purge(
         return rewritten, _delete(Table.open(location), record, rewritten.version)
     except OSError as error:
         raise TableError(
-            "not every file that holds these documents could be deleted; the newest version is without them",
+            "some files with these documents could not be deleted; the newest version no longer contains them",
+            expected="write permission for the folder",
             found=error,
             where=location,
-            do="mend the permissions, then run the same command again",
+            do="fix the permissions, then run the same command again",
         ) from error
 
 
@@ -126,8 +128,8 @@ def _delete(newest: Table, record: Purge, version: int) -> Purged:
         broken=tuple(_broken(newest.location, record)),
         same_text=tuple(sorted(_holders(newest, keys))),
         out_of_reach=(
-            *(f"{name}, which is no shard of softlabel's, and was not looked into" for name in foreign),
-            *(f"{name}, which is damaged: versions that need a deleted shard may be unknown" for name in log.damaged),
+            *(f"{name}, which was not checked, because softlabel did not write it" for name in foreign),
+            *(f"{name}, which is damaged: other versions may need a deleted shard too" for name in log.damaged),
             *_out_of_reach(newest),
         ),
     )
@@ -182,11 +184,11 @@ def _out_of_reach(newest: Table) -> Iterator[str]:
     students = [pin for pin in pins(location) if pin.kind == "student"]
     yield from (f"student {pin.student}, trained on version {pin.version}" for pin in students)
     if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
-        yield f"{place.where(REJECTS)}, which names what the newest capture left out, by id"
-    yield "other students that were trained on older versions, and reports about them"
-    yield f"copies of {location}, and tables that softlabel reprocess made from it: purge them as well"
-    yield "backups, snapshots of the file system, and an object store's own versions of deleted objects"
+        yield f"{place.where(REJECTS)}, which lists the ids of documents that the newest capture rejected"
+    yield "other students that were trained on older versions, and their reports"
+    yield f"copies of {location}, and tables that softlabel reprocess made from it: purge these too"
+    yield "backups, file system snapshots, and versions of deleted objects that an object store keeps"
     if not place.sees_writers or any(place.files(WRITING)):
-        yield "shards that are being written at this moment; their writers leave these documents out when they commit"
+        yield "shards that are being written now; their writers will leave out these documents when they commit"
     if not place.sees_writers:
-        yield f"what they have uploaded in vain: softlabel maintain {location} deletes it after its grace period"
+        yield f"shards uploaded by these writers but not committed: softlabel maintain {location} deletes them later"

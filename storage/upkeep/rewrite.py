@@ -184,9 +184,9 @@ def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) 
     gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
     if gone or (newest.version != job.target.version and exclusive):
         raise ConflictError(
-            "somebody else has changed the table meanwhile; it is as they have left it",
-            expected=f"version {job.target.version}" if not gone else "the shards that were read",
-            found=f"version {newest.version}" + (f", without {len(gone)} of them" if gone else ""),
+            "another process changed the table meanwhile, so this run changed nothing",
+            expected=f"version {job.target.version}" if not gone else "all shards that this run has read",
+            found=f"version {newest.version}" + (f", without {len(gone)} of these shards" if gone else ""),
             where=job.target.location,
             do="run the same command again",
         )
@@ -196,8 +196,8 @@ def nothing_left(source: Table, dropped: int) -> UsageError:
     """The error for a rewriting that would leave no row."""
     return UsageError(
         "no row would be left; nothing was changed",
-        expected="at least one row that stays",
-        found=f"{dropped:,} rows, all of them dropped",
+        expected="at least one row to keep",
+        found=f"{dropped:,} rows, all of which would be dropped",
         where=f"{source.location}@{source.version}",
         do="check the filter and the list of documents",
     )

@@ -77,13 +77,13 @@ class Verification:
 def damage(found: Verification) -> IntegrityError:
     """The error that says what was found, a line each."""
     lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
-    more = [f"... and {len(lines) - _SHOWN} more; --json lists them all"] if len(lines) > _SHOWN else []
+    more = [f"... and {len(lines) - _SHOWN} more (--json lists all)"] if len(lines) > _SHOWN else []
     return IntegrityError(
-        "this table is not as it was written",
-        expected="files that hold what their names and their commits say",
+        "this table is damaged",
+        expected="files that match the hashes in their names and in the commits",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.location}@{found.version}",
-        do="restore them from a copy of the table; or take damaged shards out of its newest version with"
+        do="restore these files from a copy of the table; or remove the damaged shards from its newest version with"
         + recapture(found.location),
         details=found,
     )
@@ -233,7 +233,7 @@ class _Rows:
                 others.update([path for path, theirs in holders[key] if _meet(theirs, versions)][:1])
                 holders[key].append((shard.path, versions))
             for path, count in (+others).items():
-                yield Finding(shard.path, f"{count} of its rows are there twice, also in {path}")
+                yield Finding(shard.path, f"{count} of its rows are duplicates of rows in {path}")
 
     def _suspects(self) -> Hashes:
         """Hashes that come twice in a version: sorted by where they begin, one begins before the last has ended."""

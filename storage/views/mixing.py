@@ -38,7 +38,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
     location = located(location)
     tables = [Table.open(_absolute(name)) for name in names]
     if len({table.location for table in tables}) < len(tables):
-        raise UsageError("a table is named twice", expected="different tables", found=", ".join(names))
+        raise UsageError("the same table is given twice", expected="different tables", found=", ".join(names))
     for table in tables:
         _require_alike(tables[0], table)
     parts = [Part(t.location, t.version, w, t.content) for t, w in zip(tables, weights, strict=True)]
@@ -63,9 +63,10 @@ def _write(location: str, definition: Definition) -> None:
             return _require_free(location, definition)
         raise TableError(
             "the view can't be written",
+            expected="write permission for the folder, and free disk space",
             found=error,
             where=location,
-            do="check the folder's permissions and space",
+            do="free disk space or fix the permissions, then run the same command again",
         ) from error
 
 
@@ -88,16 +89,16 @@ def _require_free(location: str, definition: Definition) -> None:
         there = read_definition(place)
         if (there.how, there.parts) != (definition.how, definition.parts):
             raise UsageError(
-                "there is another view here, and a view never changes",
+                "there is a different view here already, and a view never changes",
                 expected=_described(there),
                 found=_described(definition),
                 where=location,
-                do="choose another folder, or delete this one",
+                do="choose another folder, or delete this view",
             )
     elif any(place.files()):
         raise UsageError(
-            "there is something else where the view is to be",
-            expected="an empty folder, or none",
+            "the folder for the view is not empty",
+            expected="an empty folder, or a folder that does not exist",
             where=location,
             do="choose another folder",
         )
@@ -111,20 +112,20 @@ def _described(definition: Definition) -> str:
 def _require_alike(first: Table, other: Table) -> None:
     if other.identity.classes is not None:
         raise ProvenanceError(
-            "tables of classes can't be mixed",
-            expected="tables of teachers that predict tokens",
-            found=f"a classifier's, of {len(other.identity.classes)} classes",
+            "a classifier's table can't be mixed with other tables",
+            expected="tables of language models",
+            found=f"a table of {len(other.identity.classes)} classes",
             where=other.location,
         )
     differences = first.identity.differences(other.identity)
     found = [f"{name}: {a} against {b}" for name, (a, b) in differences.items() if name in _ALIKE]
     if found:
         raise ProvenanceError(
-            "these tables can't be mixed: a token id does not mean the same in both",
+            "these tables can't be mixed: their token ids have different meanings",
             expected="the same tokenizer and vocabulary",
             found="\n               ".join(found),
             where=f"{first.location} and {other.location}",
-            do="mix tables of teachers that share their tokenizer",
+            do="mix tables whose teachers have the same tokenizer",
         )
 
 
@@ -134,22 +135,22 @@ def _require_average(view: View) -> None:
         if not is_unbiased(table):
             selection = table.identity.selection
             raise ProvenanceError(
-                "this table can't be averaged: of what its heads leave only the mass is known, and with that the "
-                "divergence from the average would be a bound of it, no estimate",
+                "this table can't be averaged: it does not sample the tail, so the loss against the average "
+                "would be a biased estimate",
                 expected="a sampled tail, or heads that hold the whole vocabulary",
                 found=f"heads of at most {selection.max_k} of {table.identity.vocabulary} ids, and no draws",
                 where=f"{table.location}@{table.version}",
-                do="concatenate, or capture with selection.draws",
+                do="use how: concatenate, or capture again with selection.draws above 0",
             )
     if not view.alignment.sequences:
         first, *others = (table.identity for table in view.tables)
         chunking = [line for other in others for line in _chunking(first, other)]
         raise TableError(
-            "these tables have no sequence in common, and there is nothing to average",
-            expected="tables of the same documents, cut into sequences alike",
-            found="\n               ".join(chunking) or "other documents",
+            "these tables have no sequence in common, so there is nothing to average",
+            expected="tables of the same documents, cut into the same sequences",
+            found="\n               ".join(chunking) or "different documents",
             where=", ".join(view.names),
-            do="capture the same documents with each teacher; or concatenate",
+            do="capture the same documents with each teacher and the same chunking; or use how: concatenate",
         )
 
 

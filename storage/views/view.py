@@ -142,18 +142,18 @@ def open_table(location: str) -> AnyTable:
             "a view has no versions",
             expected=path,
             found=location,
-            do="leave the version out; the versions of its tables are pinned",
+            do="leave out the version; a view always reads the same versions of its tables",
         )
     definition = read_definition(place_of(path))
     tables = [Table.open(f"{part.table}@{part.version}") for part in definition.parts]
     for part, table in zip(definition.parts, tables, strict=True):
         if table.content != part.content:
             raise IntegrityError(
-                "a table of this view is not the one that the view was made of",
-                expected=f"shards with the names that version {part.version} had",
-                found="other shards",
+                "a table of this view has changed since the view was made",
+                expected=f"the shards that version {part.version} had when the view was made",
+                found="different shards",
                 where=part.table,
-                do=f"put the table back in its place, or make a new view ({path} names them)",
+                do=f"restore the table from a copy, or make a new view (softlabel inspect {path} lists its tables)",
             )
     return View(path, definition, tables)
 
@@ -182,14 +182,15 @@ def read_definition(place: Place) -> Definition:
             expected="a file that softlabel mix wrote",
             found=" ".join([*map(str, first["loc"]), first["msg"]]) if first else error,
             where=place.where(VIEW_FILE),
-            do="delete it, and make it again with softlabel mix",
+            do="delete this file, and make the view again with softlabel mix",
         ) from error
     if definition.format != FORMAT:
         raise TableError(
-            "this view is of another version of softlabel",
+            "another version of softlabel made this view",
             expected=f"format {FORMAT}",
             found=f"format {definition.format}",
             where=place.where(VIEW_FILE),
+            do="use the version of softlabel that made it, or make the view again with softlabel mix",
         )
     do = "make the view again with softlabel mix, in another folder"
     require_clean({"table": [part.table for part in definition.parts]}, place.where(VIEW_FILE), do)

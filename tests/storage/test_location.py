@@ -127,7 +127,7 @@ def test_a_view_that_names_them_is_refused(location: str, filled: Table, tmp_pat
         lambda: make_view(view.location, [filled.location, other.location], [1, 1], "concatenate"),
     ]
     for door in doors:
-        with pytest.raises(UsageError, match=r"holds credentials(.|\n)*view\.json") as error:
+        with pytest.raises(UsageError, match=r"contains credentials(.|\n)*view\.json") as error:
             door()
         assert SECRET not in str(error.value)
 
@@ -136,7 +136,7 @@ def test_a_pin_that_names_them_is_refused(filled: Table):
     made = pin(filled.location, 1, Path("student"))
     (file,) = Path(filled.location, "_softlabel", "pins").iterdir()
     file.write_bytes(seal(asdict(made) | {"student": HOLDING[0]}))
-    with pytest.raises(IntegrityError, match=rf"holds credentials(.|\n)*{file.name}") as error:
+    with pytest.raises(IntegrityError, match=rf"contains credentials(.|\n)*{file.name}") as error:
         pins(filled.location)
     assert SECRET not in str(error.value)
     assert SECRET in json.loads(file.read_text())["student"]
@@ -185,7 +185,7 @@ def test_a_folder_that_is_called_like_home(home: Path):
 
 @pytest.mark.parametrize("location", ["~nobody-of-this-name/t", "~nobody-of-this-name", "~@12"])
 def test_a_home_that_is_not_known(location: str, home: Path):
-    with pytest.raises(UsageError, match=rf"user that this machine does not know(.|\n)*{location}(.|\n)*\./ before it"):
+    with pytest.raises(UsageError, match=rf"this machine does not know that user(.|\n)*{location}(.|\n)*\./ before it"):
         Table.open(location)
     assert not list(Path().iterdir())
 

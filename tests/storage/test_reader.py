@@ -60,7 +60,7 @@ def test_soft_labels_by_key(filled: Table):
     everything = pa.concat_tables(read(filled, shard) for shard in filled.shards())
     place = everything.column("document_id").to_pylist().index
     assert found.equals(everything.take([place(name) for name in names]).select(SOFT_LABELS.names))
-    with pytest.raises(TableError, match="lacks 1 sequences"):
+    with pytest.raises(TableError, match="no longer has 1 sequences"):
         soft_labels_by_key(filled, [*keys, b"?" * 16])
 
 

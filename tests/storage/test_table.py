@@ -97,7 +97,7 @@ def test_a_table_of_another_kind(tmp_path: Path):
     write_deltalake(tmp_path / "other", pa.table({"x": [1]}))
     with pytest.raises(TableError, match=r"no such property(.|\n)*other"):
         Table.open(str(tmp_path / "other"))
-    with pytest.raises(TableError, match="no soft-label table"):
+    with pytest.raises(TableError, match="not a soft-label table"):
         make_table(tmp_path / "other", identity())
 
 
@@ -149,12 +149,12 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "tokenizer").mkdir()
     for location in (tmp_path / "file" / "table", Path("/proc/table")):
-        with pytest.raises(TableError, match=f"can't be made(.|\n)*{location}"):
+        with pytest.raises(TableError, match=f"can't be created(.|\n)*{location}"):
             Table.create(str(location), identity(), CARRIED, random_labels(5), tmp_path / "tokenizer")
 
 
 def test_a_tokenizer_that_can_not_be_copied_leaves_no_table(tmp_path: Path):
-    with pytest.raises(TableError, match="can't be made"):
+    with pytest.raises(TableError, match="can't be created"):
         Table.create(str(tmp_path / "t"), identity(), CARRIED, random_labels(5), tmp_path / "nothing")
     assert not Table.exists(str(tmp_path / "t"))
 
@@ -238,6 +238,6 @@ def test_no_table_is_made_among_shards_that_have_lost_their_log(filled: Table):
     """They would pass for leftovers of the new one, and be deleted."""
     log = Path(filled.location, "_delta_log")
     log.rename(log.with_name("away"))
-    with pytest.raises(IntegrityError, match=r"no table that they belong to(.|\n)*split="):
+    with pytest.raises(IntegrityError, match=r"the log of the table that they belong to is missing(.|\n)*split="):
         make_table(filled.location, identity())
     assert not log.exists()

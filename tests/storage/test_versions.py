@@ -30,7 +30,7 @@ def test_a_tag_opens_its_version_for_good(filled: Table):
 def test_a_tag_never_moves_silently(filled: Table):
     made = tag(filled.location, 1, "gold")
     assert tag(filled.location, 1, "gold") == made
-    with pytest.raises(TableError, match=r"gold is taken(.|\n)*version 1, tagged(.|\n)*--untag gold"):
+    with pytest.raises(TableError, match=r"gold is already in use(.|\n)*version 1, tagged(.|\n)*--untag gold"):
         tag(filled.location, filled.version, "gold")
     assert untag(filled.location, "gold") == made
     assert tag(filled.location, filled.version, "gold").version == 2
@@ -47,7 +47,7 @@ def test_a_tag_that_is_not_there(filled: Table):
 
 @pytest.mark.parametrize("name", ["", "1st", "a/b", "../x", "a b", "ä", ".hidden", "a@b"])
 def test_what_can_not_be_a_tag(filled: Table, name: str):
-    with pytest.raises(UsageError, match="can't be a tag"):
+    with pytest.raises(UsageError, match="not a valid name for a tag"):
         tag(filled.location, filled.version, name)
     assert tags(filled.location) == {}
 
@@ -120,7 +120,7 @@ def test_a_version_that_is_needed_is_not_retired(filled: Table, tmp_path: Path):
     tag(filled.location, 1, "gold")
     pin(filled.location, filled.version, tmp_path / "a")
     for needed in (1, 2):
-        with pytest.raises(TableError, match="needed since a moment ago"):
+        with pytest.raises(TableError, match="tagged or pinned a moment ago"):
             retire(filled.location, [0, needed])
     assert at(filled, 0).version == 0
 

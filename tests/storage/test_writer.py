@@ -156,7 +156,7 @@ def test_a_commit_that_could_not_read_is_tried_again(filled: Table, monkeypatch:
         writer.append(*rows([*A[35:], "new"]))
         with monkeypatch.context() as patch:
             patch.setattr(softlabel.storage.writer, "outline", fail)
-            with pytest.raises(TableError, match="as it was"):
+            with pytest.raises(TableError, match="it is unchanged"):
                 writer.commit({})
         assert writer.commit({}).sequences == 1
     assert names_in(filled.newest()) == sorted([*A, *B, "new"])

@@ -67,7 +67,7 @@ def kill_writers(table: Table, kills: int) -> None:
 
 def unwritable(table: Table) -> str:
     before = (table.newest().version, names_in(table.newest()))
-    with pytest.raises(TableError, match="as it was") as error:
+    with pytest.raises(TableError, match="it is unchanged") as error:
         add(table, C)
     assert (table.newest().version, names_in(table.newest())) == before
     return str(error.value)
@@ -115,8 +115,8 @@ def test_a_full_disk(filled: Table, room: int):
     writer.start()
     message = said.get()
     writer.join()
-    assert "the table could not be written; it is as it was" in message
-    assert "make room" in message
+    assert "the table could not be written; it is unchanged" in message
+    assert "free disk space" in message
     newest = filled.newest()
     assert (newest.version, names_in(newest)) == before
     assert leftovers(newest) == []

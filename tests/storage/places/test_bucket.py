@@ -206,7 +206,7 @@ def test_a_bucket_that_can_not_be_used(
 @pytest.mark.parametrize("location", ["gs://bucket/table", "s3:///table", "file:///table"])
 def test_where_no_table_can_be(location: str) -> None:
     """A path must never be made of what was meant as an address."""
-    with pytest.raises(UsageError, match=f"can't be there(.|\\n)*{location}"):
+    with pytest.raises(UsageError, match=f"can't use a table at this location(.|\\n)*{location}"):
         Table.open(location)
 
 

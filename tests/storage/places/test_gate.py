@@ -36,9 +36,9 @@ def test_no_lock_is_taken_through_a_link(put: Callable[[Path, Path], None], fill
     os.utime(other, ns=(0, 0))
     lock.unlink()
     put(lock, other)
-    with pytest.raises(TableError, match=r"has the name of softlabel's lock(.|\n)*maintenance\.lock"):
+    with pytest.raises(TableError, match=r"has the name of softlabel's lock file(.|\n)*maintenance\.lock"):
         add(filled, ["c"])
-    with pytest.raises(TableError, match="has the name of softlabel's lock"):
+    with pytest.raises(TableError, match="has the name of softlabel's lock file"):
         maintain(filled.location)
     assert [path.name for path in other.parent.iterdir()] == ["thesis"]
     assert (other.read_text(), other.stat().st_mtime_ns) == ("years of work", 0)

@@ -231,7 +231,7 @@ def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(TableError, match="it is as it was"):
+    with pytest.raises(TableError, match="it is unchanged"):
         rewrite(job(filled, compact=True, positions=1000), {})
     monkeypatch.undo()
     assert names_in(filled.newest()) == sorted(A + B)

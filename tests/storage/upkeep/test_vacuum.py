@@ -56,7 +56,7 @@ def test_what_is_tagged_or_pinned_is_kept_until_it_is_let_go(filled: Table, hold
 
 
 def test_the_newest_version_always_stays(filled: Table):
-    with pytest.raises(UsageError, match="newest version always stays"):
+    with pytest.raises(UsageError, match="newest version is always kept"):
         maintain(filled.location, keep_versions=0)
 
 

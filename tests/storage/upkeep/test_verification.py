@@ -83,7 +83,7 @@ def test_a_missing_and_a_foreign_file_are_named(filled: Table):
     shutil.copy(shard_file(filled, 2), swapped)
     findings = {finding.path: finding.problem for finding in verify(filled).findings}
     assert set(findings) == {relative(filled, missing), relative(filled, swapped)}
-    assert findings[relative(filled, missing)] == "missing"
+    assert findings[relative(filled, missing)] == "the file is missing"
 
 
 def test_files_of_no_version_are_no_damage(filled: Table):
@@ -154,12 +154,18 @@ FORGERIES = {
         replace_column("loss_mask", lambda values: [[True] * len(v) for v in values]),
         "captured tokens in loss_mask of document x0",
     ),
-    "ranks": (replace_column("head_ids", lambda values: [[300] * len(v) for v in values]), "head_ids: from 300 to 300"),
-    "tokens": (replace_column("token_ids", lambda values: [[-1] * len(v) for v in values]), "token_ids: from -1"),
-    "columns": (lambda table: table.drop_columns(["year"]), "column year: none, expected int64"),
+    "ranks": (
+        replace_column("head_ids", lambda values: [[300] * len(v) for v in values]),
+        "head_ids: values from 300 to 300",
+    ),
+    "tokens": (
+        replace_column("token_ids", lambda values: [[-1] * len(v) for v in values]),
+        "token_ids: values from -1",
+    ),
+    "columns": (lambda table: table.drop_columns(["year"]), "column year: found none, expected int64"),
     "types": (
         lambda table: table.drop_columns(["year"]).append_column("year", table.column("year").cast(pa.float64())),
-        "column year: double, expected int64",
+        "column year: found double, expected int64",
     ),
     "order": (lambda table: table.select(table.column_names[::-1]), None),
 }
@@ -182,7 +188,7 @@ def test_rows_that_make_no_sense(filled: Table, name: str):
 def test_a_commit_that_claims_other_rows(filled: Table):
     path = forge(filled, "x", lambda table: table, claimed=7)
     (finding,) = verify(filled.newest()).findings
-    assert (finding.path, finding.problem) == (path, "rows: 5, expected 7")
+    assert (finding.path, finding.problem) == (path, "rows: found 5, expected 7")
 
 
 def test_rows_that_are_there_twice(filled: Table):
@@ -192,7 +198,7 @@ def test_rows_that_are_there_twice(filled: Table):
     inside = forge(filled, "x", again)
     (finding,) = verify(filled.newest()).findings
     assert finding.path == inside
-    assert finding.problem == f"2 of its rows are there twice, also in {inside}"
+    assert finding.problem == f"2 of its rows are duplicates of rows in {inside}"
     between = forge(filled.newest(), "x", lambda table: table, count=4)
     findings = verify(filled.newest()).findings
     assert {finding.path for finding in findings} <= {inside, between}
@@ -218,7 +224,7 @@ def test_rows_that_were_there_twice_in_an_old_version(filled: Table):
     remove_damaged(verify(filled.newest()))
     findings = {finding.path: finding.problem for finding in verify(filled.newest(), all_versions=True).findings}
     assert set(findings) - {again} in ({one}, {other})
-    assert "3 of its rows are there twice, also in" in findings[(set(findings) - {again}).pop()]
+    assert "3 of its rows are duplicates of rows in" in findings[(set(findings) - {again}).pop()]
 
 
 def test_what_is_taken_out_is_pending_and_comes_back(filled: Table):

@@ -116,13 +116,13 @@ def test_made_again_it_stays_and_nothing_else_takes_its_place(tables, tmp_path):
             mixed(other[0], tmp_path, other[1], other[2])
     (tmp_path / "else" / "view" / "split=train").mkdir(parents=True)
     (tmp_path / "else" / "view" / "split=train" / "shard").write_text("")
-    with pytest.raises(UsageError, match="something else where the view is to be"):
+    with pytest.raises(UsageError, match="the folder for the view is not empty"):
         mixed(tables[:2], tmp_path / "else", "average")
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "view").write_text("")
     with pytest.raises(TableError, match="the view can't be written"):
         mixed(tables[:2], tmp_path / "file", "average")
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         mixed([tables[0], tables[0]], tmp_path / "twice", "concatenate")
 
 
@@ -183,7 +183,7 @@ def test_what_is_not_as_it_was_is_an_error(tmp_path):
     with pytest.raises(TableNotFoundError, match="no soft-label table here"):
         open_table(view.location)
     add(make_table(tmp_path / "a", identity()), NAMES[:6])
-    with pytest.raises(IntegrityError, match="not the one that the view was made of"):
+    with pytest.raises(IntegrityError, match="has changed since the view was made"):
         open_table(view.location)
     file = Path(view.location, "view.json")
     content = unseal(file.read_bytes())
@@ -213,7 +213,7 @@ def test_of_two_different_views_in_one_place_one_is_made(tables, tmp_path, monke
         return real(*args)
 
     monkeypatch.setattr(mixing, step, late)
-    with pytest.raises(UsageError, match="another view here"):
+    with pytest.raises(UsageError, match="a different view here already"):
         make_view(location, [a, b], (1, 1), "concatenate")
     assert [table.version for table in open_table(location).tables] == [1, 1]
     held = {name: [pin.version for pin in pins(name) if pin.student == location] for name in (a, b, c)}
