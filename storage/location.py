@@ -1,4 +1,4 @@
-"""Locations as people write them, made into what everything else takes them for; wherever one enters, it comes by here.
+"""Checks and expands locations as users write them; every location from outside passes through here.
 
 A location is the path of a folder or a file, a glob, or a URL: ``s3://BUCKET/PREFIX``.
 """
@@ -11,14 +11,14 @@ from softlabel.storage.credentials import holds_credentials
 from softlabel.storage.errors import UsageError
 
 _LOCATIONS = ("config", "location", "model", "name", "output", "table", "teacher")
-"""Under these names a student's record has locations."""
+"""Keys in a student's record whose values are locations."""
 
 
 def located(location: str) -> str:
-    """The location with ``~`` and ``~USER`` expanded; twice is once.
+    """The location with ``~`` and ``~USER`` expanded; idempotent.
 
     Raises:
-        UsageError: if it holds credentials, which are never shown; or if the home folder is not known.
+        UsageError: if it contains credentials, which are never shown; or if the user's home folder is unknown.
     """
     if holds_credentials(location):
         raise UsageError(
@@ -42,15 +42,15 @@ def located(location: str) -> str:
 
 
 def require_clean(record: Any, where: object, do: str) -> None:
-    """Refuse to go by a record that others have written if one of its locations holds credentials.
+    """Refuse a record from another process if one of its locations contains credentials.
 
     Args:
-        record: as JSON has it.
-        where: its file.
-        do: what to do about it.
+        record: the record, parsed from JSON.
+        where: file of the record.
+        do: what the user should do about it.
 
     Raises:
-        UsageError: if so; they are not shown.
+        UsageError: if a location contains credentials; they are not shown.
     """
     if any(map(holds_credentials, _locations(record))):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What is at a location: a table, a view, or neither; and why a table there can't be opened."""
+"""Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
 from softlabel.storage import commit_files
 from softlabel.storage.commit_files import LOG, commit_file, commits
@@ -9,11 +9,11 @@ from softlabel.storage.state import Chain
 from softlabel.storage.versions import parse, spans
 
 VIEW_FILE = "view.json"
-"""In the folder of a view."""
+"""The file that defines a view, in the view's folder."""
 
 
 def is_view(location: str) -> bool:
-    """Whether there is a view over tables (``storage.views.view``), which is no table itself."""
+    """Whether a location has a view over tables (``storage.views.view``), and not a table."""
     try:
         place_of(location).stat(VIEW_FILE)
     except (FileNotFoundError, NotADirectoryError):
@@ -22,18 +22,18 @@ def is_view(location: str) -> bool:
 
 
 def exists(location: str) -> bool:
-    """Whether there is a table, of softlabel's or another's making, or a view."""
+    """Whether a location has a view or a Delta table, made by softlabel or another program."""
     path = parse(location)[0]
     return commit_files.exists(place_of(path)) or is_view(path)
 
 
-def unopened(location: str, version: int | None, error: Exception) -> SoftlabelError:
-    """What to say of a table that delta-rs could not open.
+def open_error(location: str, version: int | None, error: Exception) -> SoftlabelError:
+    """The error for a table that delta-rs could not open.
 
     Args:
-        location: as it was asked for.
-        version: that is meant; None for the newest.
-        error: what delta-rs said.
+        location: location as the caller gave it.
+        version: requested version; None for the newest.
+        error: error of delta-rs.
     """
     path = parse(location)[0]
     found = cause(error)
@@ -60,19 +60,19 @@ def unopened(location: str, version: int | None, error: Exception) -> SoftlabelE
             where=location,
             do="run softlabel history to list its versions",
         )
-    if isinstance(error, OSError):  # delta-rs has read nothing yet that could be damaged
+    if isinstance(error, OSError):  # the log could not be read at all, so nothing shows that it is damaged
         return inaccessible(place_of(path).where(LOG), found)
     return IntegrityError(
         "the table's log can't be read",
         expected="a Delta log as softlabel wrote it",
         found=found,
-        where=place_of(path).where(_damaged(place_of(path)) or LOG),
+        where=place_of(path).where(_first_damaged_commit(place_of(path)) or LOG),
         do="restore this from a copy of the table",
     )
 
 
-def _damaged(place: Place) -> str | None:
-    """The first commit that is not the one that was written; None if it is the newest, or a checkpoint."""
+def _first_damaged_commit(place: Place) -> str | None:
+    """The first damaged commit; None if only the newest commit or a checkpoint may be damaged."""
     chain = Chain()
     for version in sorted(commits(place)):
         try:

@@ -1,8 +1,8 @@
-"""Small facts about a table that are no part of any version: a JSON file each, there whole or not at all.
+"""Records about a table that belong to no version, such as tags and pins: one JSON file each, written atomically.
 
-TABLE/_softlabel/<kind>/<name>.json
+    TABLE/_softlabel/<kind>/<name>.json
 
-Each holds a hash of what else it says, so that a damaged one is not taken for another tag, or another refuse list.
+Each record contains a hash of its other fields, so that a damaged one is recognized.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from softlabel.storage.sealed_json import seal, unseal
 
 @dataclass(frozen=True)
 class Record:
-    """What every one of them says."""
+    """The fields that every record has."""
 
     time: str
     """UTC, ISO 8601."""
@@ -28,12 +28,12 @@ class Record:
 R = TypeVar("R", bound=Record)
 
 
-class Records(Generic[R]):
-    """The records of one kind.
+class RecordStore(Generic[R]):
+    """All records of one kind.
 
     Args:
         kind: name of their folder.
-        record: their type.
+        record: type of the records.
     """
 
     def __init__(self, kind: str, record: type[R]) -> None:
@@ -50,7 +50,7 @@ class Records(Generic[R]):
         return [record for record in records if record is not None]
 
     def damaged(self, table: str) -> Iterator[str]:
-        """Names of those that can't be read."""
+        """File names of the records that can't be read."""
         place = place_of(table)
         for name in self._names(place):
             try:
@@ -63,7 +63,7 @@ class Records(Generic[R]):
         return sorted(name for name in names if name.endswith(".json"))
 
     def _read(self, place: Place, name: str) -> R | None:
-        """None if it was removed a moment ago."""
+        """None if the record was removed meanwhile."""
         try:
             return self._record(**unseal(place.read(name)))
         except FileNotFoundError:
@@ -78,10 +78,10 @@ class Records(Generic[R]):
             ) from error
 
     def write(self, table: str, name: str, record: R, *, replace: bool) -> None:
-        """Put a record in its place.
+        """Write a record.
 
         Raises:
-            FileExistsError: if there is one and it must not be replaced.
+            FileExistsError: if the record exists and ``replace`` is false.
             TableError: if it can't be written.
         """
         place, path = place_of(table), self._path(name)
@@ -93,7 +93,7 @@ class Records(Generic[R]):
             raise _unwritable(place.where(path), error) from error
 
     def remove(self, table: str, name: str) -> None:
-        """Remove a record, if it is there.
+        """Remove a record, if it exists.
 
         Raises:
             TableError: if it can't be removed.
@@ -109,7 +109,7 @@ class Records(Generic[R]):
 
 
 def now() -> str:
-    """The time that a record is given."""
+    """The current time as records store it: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -1,4 +1,4 @@
-"""Looks at every byte of one shard: that it is what was written, and that what was written makes sense."""
+"""Checks every byte of one shard: that the file is undamaged, and that its rows are valid."""
 
 from pathlib import PurePath
 from typing import Any
@@ -19,18 +19,18 @@ Hashes = NDArray[np.uint64]
 
 
 class WrongShardError(Exception):
-    """What is wrong with a shard, in one line."""
+    """A shard is damaged or invalid; the message is one line."""
 
 
 def examine(table: Table, shard: Shard) -> Hashes:
-    """Read a shard whole, a row group at a time.
+    """Read a whole shard, one row group at a time.
 
     Returns:
-        (rows,) a hash of what makes each row the only one of its table; the same within this process.
+        (rows,) hash of each row's unique key, comparable within this process.
 
     Raises:
-        WrongShardError: if a byte is not the one that was written, or the rows do not make sense.
-        AccessError: if that can't be told, since the shard can't be read.
+        WrongShardError: if the file is missing or damaged, or its rows are invalid.
+        AccessError: if the shard can't be read at the moment.
     """
     try:
         _require("bytes", table.place.stat(shard.path).bytes, shard.bytes)
@@ -64,7 +64,7 @@ def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
 
 
 def _require_sense(table: Table, rows: pa.Table) -> None:
-    """Lists of lengths that fit each other, and ids that there are."""
+    """Require lists with matching lengths, and ids below the size of the vocabulary."""
     tokens, positions = (rows.column(name).to_numpy() for name in ("tokens", "positions"))
     heads, tails = _sums(rows.column("head_counts")), _sums(rows.column("tail_counts"))
     lengths = {

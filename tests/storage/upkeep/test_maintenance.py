@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.places import folder
 from softlabel.storage.shard_file import add_action
@@ -236,7 +236,7 @@ def many_shards(table: Table, commits: int, shards: int) -> None:
     """Shards that are in the log alone."""
     for commit in range(commits):
         paths = [f"split=train/{commit * shards + i:032x}.parquet" for i in range(shards)]
-        assert committed(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
+        assert try_commit(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
 
 
 def test_ten_thousand_shards_open_within_a_second(table: Table):
@@ -255,7 +255,7 @@ def test_ten_thousand_shards_open_within_a_second(table: Table):
 
 def test_a_writer_waits_for_maintenance(filled: Table):
     """Between the moment in which its file gets its name and its commit, nobody may take the file for an orphan."""
-    with filled.place.gate(alone=True):
+    with filled.place.gate(exclusive=True):
         writer = PROCESSES.Process(target=add, args=(filled, ["c"]))
         writer.start()
         writer.join(0.5)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from softlabel.storage.codec import decode
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.reader import read
 from softlabel.storage.table import Table
@@ -219,9 +219,9 @@ def test_a_commit_that_loses_a_race_by_a_hair(filled: Table, monkeypatch: pytest
     def late(newest: Table, *more: object) -> bool:
         if names := next(others, None):
             add(newest, names)
-        return committed(newest, *more)  # type: ignore[arg-type]
+        return try_commit(newest, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "committed", late)
+    monkeypatch.setattr(module, "try_commit", late)
     assert rewrite(job(filled, keep=of_source("a"), columns=("source",)), {}).version == 5
     assert names_in(filled.newest()) == sorted([*A, "c1", "c2"])
 

@@ -13,7 +13,7 @@ import pytest
 from softlabel.storage.errors import PurgedError, TableError, TableNotFoundError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import carry_over, lost, purges, refusal
+from softlabel.storage.takedown import carry_over, purged_versions, purges, refusal
 from softlabel.storage.upkeep import purge as module
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.purge import Purged, purge
@@ -108,14 +108,14 @@ def test_a_writer_about_to_commit_is_thrown_back(filled: Table, monkeypatch: pyt
     """It has looked at the refuse list before the take-down, and gets to its commit after that."""
     from softlabel.storage import writer as writing
 
-    honest, taken = writing.committed, []
+    honest, taken = writing.try_commit, []
 
     def late(*args: object) -> bool:
         if not taken:
             taken.append(rewrite_only(filled.location))
         return honest(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "committed", late)
+    monkeypatch.setattr(writing, "try_commit", late)
     with ShardWriter(filled) as early:
         early.append(*rows(["never-seen", "c1"], "train"))
         assert early.commit({}).sequences == 1
@@ -219,7 +219,7 @@ def test_again_it_finds_nothing(filled: Table) -> None:
     take_down_one = purge(filled.location, ["b3"], ABOUT, LAYOUT)[1]
     assert (take_down_one.found, take_down_one.versions) == (1, (2, 3))
     assert names_in(filled.newest()) == sorted({*A, *B} - {*GONE, "b3"})
-    assert set(lost(filled.location)) == {1, 2, 3}
+    assert set(purged_versions(filled.location)) == {1, 2, 3}
 
 
 def test_verify_finds_nothing_wrong_afterwards(filled: Table) -> None:
@@ -240,7 +240,7 @@ def test_another_table_can_refuse_the_same(filled: Table, tmp_path: Path) -> Non
     other = make_table(tmp_path / "other", identity())
     carry_over(filled.location, other.location)
     assert add(other, ["a1", "c1"]).sequences == 1
-    assert lost(other.location) == {}
+    assert purged_versions(other.location) == {}
 
 
 def test_a_file_that_can_not_be_deleted(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:

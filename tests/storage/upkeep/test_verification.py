@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import content_hash
 from softlabel.storage.reader import read
@@ -126,7 +126,7 @@ def forge(table: Table, name: str, change, count: int = 5, claimed: int | None =
         path = path.rename(path.with_name(f"{content_hash(file)}.parquet"))
     rows = len(forged) if claimed is None else claimed
     made = Shard(relative(table, path), "train", rows, path.stat().st_size)
-    assert committed(table.newest(), [add_action(made)], {})
+    assert try_commit(table.newest(), [add_action(made)], {})
     return made.path
 
 
