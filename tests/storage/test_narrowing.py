@@ -141,8 +141,8 @@ def test_fewer_draws_are_a_subset_of_the_old_draws() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rows = encoded(captured(hostile("plain", 2), 12, 12), 3)
     together = narrow(rows, narrowing(12, 12, 4, 8), b"seed")
-    alone = pa.concat_tables([narrow(rows.slice(i, 1), narrowing(12, 12, 4, 8), b"seed") for i in range(3)])
-    assert together.equals(alone)
+    separately = pa.concat_tables([narrow(rows.slice(i, 1), narrowing(12, 12, 4, 8), b"seed") for i in range(3)])
+    assert together.equals(separately)
     assert not narrow(rows, narrowing(12, 12, 4, 8), b"other").equals(together)
 
 
