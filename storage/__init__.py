@@ -1,7 +1,7 @@
-"""The soft-label table, and every error that a user can cause. Never torch, transformers or Prefect.
+"""The soft-label table, and every error that a user can cause. Never imports torch, transformers or Prefect.
 
-``__init__.pyi`` lists the public names, once. Each is loaded when it is first asked for, so that an error costs no more
-than its own module.
+``__init__.pyi`` lists the public names. Each is loaded on first access, so that importing an error class imports only
+its own module.
 """
 
 import lazy_loader

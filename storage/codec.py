@@ -1,8 +1,8 @@
-"""Soft labels as numbers, and as the integers that a shard holds.
+"""Encodes soft labels into the columns of a shard, and decodes them.
 
-Encoding renumbers ids by how often they occur, turns log-probabilities into whole 1/64 nats and those into gaps from
-the id before, and cuts the noise off the floats: small integers that Parquet's own encodings squeeze close to their
-entropy. Decoding is vectorised and needs nothing but the table's vocabulary. FORMAT.md is the specification.
+Encoding renumbers token ids by frequency, rounds log-probabilities to multiples of 1/64 nat, stores these as
+differences from the previous id, and clears the noisy low bits of floats. The resulting small integers compress close
+to their entropy. Decoding is vectorized and needs only the table's vocabulary. FORMAT.md is the specification.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from softlabel.storage.schema import SOFT_LABELS
 
 CODES_PER_NAT = 64
-"""Resolution of the log-probabilities. A bf16 teacher's own logits are coarser."""
+"""Resolution of the log-probabilities. The logits of a bf16 teacher are coarser."""
 ZERO_CODE = 32767
-"""The code of probability 0, and of everything below exp(-511)."""
+"""The code of probability 0, and of every probability below exp(-511)."""
 ENTROPY_CODES_PER_NAT = 256
 _LARGEST_COUNT = 32767
 _MASS_QUANTUM = 2.0**-17
@@ -30,20 +30,20 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """What a teacher said at P positions. Flat: position after position, each with as many ids as its count says.
+    """A teacher's soft labels at P positions, as flat arrays: position after position, with a count for each.
 
-    Log-probabilities are in nats, at temperature 1, over the teacher's real vocabulary. Ids of a position are in the
-    order (logit descending, id ascending), head before tail.
+    Log-probabilities are in nats, at temperature 1, over the teacher's vocabulary without padding. The ids of a
+    position are ordered by (logit descending, id ascending), head before tail.
     """
 
     head_counts: Ints
-    """(P,) ids that are kept exactly."""
+    """(P,) number of ids in the head, whose probabilities are stored."""
     head_ids: Ints
     """(sum of head_counts,)"""
     head_logprobs: Floats
     """(sum of head_counts,)"""
     tail_counts: Ints
-    """(P,) distinct ids that were drawn from outside the head."""
+    """(P,) number of distinct ids that were drawn from outside the head."""
     tail_ids: Ints
     """(sum of tail_counts,)"""
     tail_draws: Ints
@@ -51,11 +51,11 @@ class SoftLabels:
     tail_logprobs: Floats
     """(sum of tail_counts,)"""
     tail_log_masses: Floats
-    """(T, P) log of the mass outside the head at each stored temperature; -inf if the head is everything."""
+    """(T, P) log of the mass outside the head at each stored temperature; -inf if the head has all of it."""
     entropies: Floats
-    """(P,) of the whole distribution, in nats."""
+    """(P,) entropy of the whole distribution, in nats."""
     next_logprobs: Floats
-    """(P,) of the token that really follows."""
+    """(P,) log-probability of the token that follows in the document."""
 
     @property
     def positions(self) -> int:
@@ -64,7 +64,7 @@ class SoftLabels:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after another; all with the same temperatures, but for those that have no positions."""
+        """Join soft labels. All parts with positions must have the same temperatures."""
         parts = [part for part in parts if part.positions] or parts[:1]
         joined = {
             field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=-1) for field in fields(cls)
@@ -73,10 +73,10 @@ class SoftLabels:
 
 
 def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.Table:
-    """The soft-label columns of R rows.
+    """Encode soft labels into the columns of R rows.
 
     Args:
-        labels: of all rows' positions, in order.
+        labels: soft labels of all rows' positions, in order.
         positions: (R,) captured positions of each row, summing to ``labels.positions``.
         ranks: (V,) rank of each token id, the inverse of the table's vocabulary.
     """
@@ -85,11 +85,11 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
         assert counts.max(initial=0) <= _LARGEST_COUNT, f"an int16 would wrap beyond {_LARGEST_COUNT}"
     head_codes, tail_codes = _codes(labels.head_logprobs), _codes(labels.tail_logprobs)
     head_starts, tail_starts = _starts(labels.head_counts), _starts(labels.tail_counts)
-    # The tail goes on where the head ends, so its first gap is from the head's last code (0 where there is no head).
+    # The tail continues where the head ends: its first gap is from the head's last code (0 if there is no head).
     last = np.zeros(labels.positions, np.int32)
     filled = labels.head_counts > 0
     last[filled] = head_codes[(head_starts + labels.head_counts - 1)[filled]]
-    # What a decoded head was shifted by may have moved it past a tail of the same code.
+    # Normalizing a decoded head may have moved it past a tail id with the same code.
     highest = np.repeat(last, labels.tail_counts)
     assert (tail_codes >= highest - 1).all(), "ids of the tail come after those of the head in the order of logits"
     tail_codes = np.maximum(tail_codes, highest)
@@ -110,7 +110,7 @@ def encode(labels: SoftLabels, positions: NDArray[np.int64], ranks: Ints) -> pa.
 
 
 def assemble(flat: Mapping[str, NDArray[Any]], positions: NDArray[np.int64]) -> pa.Table:
-    """The soft-label columns of R rows, out of their encoded values.
+    """Assemble encoded values into the soft-label columns of R rows.
 
     Args:
         flat: values of each column of ``storage.schema.SOFT_LABELS``, position after position.
@@ -137,20 +137,20 @@ def assemble(flat: Mapping[str, NDArray[Any]], positions: NDArray[np.int64]) -> 
 
 
 def flatten(rows: pa.Table) -> dict[str, NDArray[Any]]:
-    """The encoded values of rows by column, position after position: what ``assemble`` was given."""
+    """The encoded values of rows by column, position after position: the inverse of ``assemble``."""
     return {name: _flatten(rows.column(name)) for name in SOFT_LABELS.names}
 
 
 def decode(rows: pa.Table, vocabulary: Ints) -> SoftLabels:
-    """The soft labels of rows, position after position.
+    """Decode the soft labels of rows, position after position.
 
     Args:
-        rows: at least the soft-label columns.
+        rows: a table with at least the soft-label columns.
         vocabulary: (V,) token id of each rank.
 
     Returns:
-        Soft labels whose log-probabilities are within 1/64 nat of those that were encoded, and whose head and tail
-        mass add up to 1.
+        Soft labels whose log-probabilities are within 1/64 nat of the encoded ones, and whose head and tail masses add
+        up to 1.
     """
     flat = flatten(rows)
     head_counts, tail_counts = flat["head_counts"].astype(np.int32), flat["tail_counts"].astype(np.int32)
@@ -180,7 +180,7 @@ _PROBABILITIES = np.exp(_LOGPROBS.astype(np.float64))
 
 
 def _codes(logprobs: Floats) -> Ints:
-    """Absolute codes: rounding before differencing keeps errors from adding up along a position."""
+    """Absolute codes; rounding before taking differences keeps errors from adding up along a position."""
     codes: Ints = np.rint(np.clip(logprobs * np.float32(-CODES_PER_NAT), 0, ZERO_CODE)).astype(np.int32)
     return codes
 
@@ -194,7 +194,7 @@ def _gaps(codes: Ints, starts: NDArray[np.int64], counts: Ints, origins: Ints) -
 
 
 def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
-    """Gaps to absolute codes: one running sum over everything, less what it was before each position."""
+    """Absolute codes from gaps: one running sum over all values, minus its value before each position."""
     running = np.cumsum(gaps, dtype=np.int64)
     before = np.append(np.int64(0), running)[_starts(counts)] - origins
     codes: Ints = (running - np.repeat(before, counts)).astype(np.int32)
@@ -202,7 +202,7 @@ def _accumulate(gaps: NDArray[np.int16], counts: Ints, origins: Ints) -> Ints:
 
 
 def _normalized(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
-    """Log-probabilities whose mass is exactly what the tail leaves; this moves none of them by more than 1/128."""
+    """Head log-probabilities, normalized to the mass outside the tail; moves each by at most 1/128."""
     if not len(codes):
         return np.zeros(0, np.float32)
     filled = counts > 0
@@ -212,14 +212,15 @@ def _normalized(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
 
 
 def trim_log_masses(log_masses: NDArray[np.floating[Any]]) -> Floats:
-    """Log-masses as they are stored: without the bits that are noise."""
+    """Log-masses as they are stored: without their noisy low bits."""
     return _trim(log_masses, _MASS_QUANTUM, full_above=-(2.0**-4))
 
 
 def _trim(values: NDArray[np.floating[Any]], quantum: float, full_above: float = np.inf) -> Floats:
-    """Values rounded to a multiple of ``quantum``: the low bits of the mantissa become 0 and compress away.
+    """Values rounded to a multiple of ``quantum``, so that the low bits of the mantissa are 0 and compress well.
 
-    Values above ``full_above`` stay whole: where the tail is nearly everything, the head's mass is what is left.
+    Values above ``full_above`` keep full precision: where the tail has nearly all the mass, the head's mass is computed
+    as the difference from 1.
     """
     trimmed = np.rint(values / quantum) * quantum
     return np.where(values > full_above, values, trimmed).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The files of a table's log: which commits there are, what lines they have, and whether any can be missing."""
+"""The files of a table's log: lists commits and checkpoints, reads commits, and detects missing or empty ones."""
 
 import json
 import re
@@ -17,24 +17,24 @@ _ANY = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
 
 
 def exists(place: Place) -> bool:
-    """Whether there is a log."""
+    """Whether the place has a Delta log."""
     return any(_ANY.fullmatch(file.name) for file in place.files(LOG))
 
 
 def commits(place: Place) -> set[int]:
-    """Versions whose commits are there."""
+    """Versions whose commit files exist."""
     names = (_COMMIT.fullmatch(file.name) for file in place.files(LOG))
     return {int(match[1]) for match in names if match}
 
 
 def checkpoints(place: Place) -> dict[int, str]:
-    """Files that say what a version is without the commits before it, by version."""
+    """Checkpoint files by version; a checkpoint describes a version without the commits before it."""
     names = (_CHECKPOINT.fullmatch(file.name) for file in place.files(LOG))
     return {int(match[1]): match[0] for match in names if match}
 
 
 def commit_file(version: int) -> str:
-    """Where the commit that made a version is."""
+    """Name of the commit file of a version."""
     return f"{LOG}/{version:020}.json"
 
 
@@ -42,19 +42,19 @@ def read_commit(place: Place, version: int) -> list[dict[str, Any]]:
     """The lines of a commit.
 
     Raises:
-        IntegrityError: if it is missing, or no commit.
+        IntegrityError: if it is missing or invalid.
     """
     try:
         return lines_of(place.read(commit_file(version)))
     except (OSError, ValueError) as error:
-        raise unreadable(place, version, error) from error
+        raise unreadable_commit(place, version, error) from error
 
 
-def described_by(place: Place, version: int) -> int:
-    """The last commit up to a version that says what table it is, by its properties and columns.
+def last_metadata_commit(place: Place, version: int) -> int:
+    """The last commit up to a version that contains the table's metadata: its properties and columns.
 
     Raises:
-        IntegrityError: if a commit is missing, or no commit.
+        IntegrityError: if a commit is missing or invalid.
     """
     return next(n for n in range(version, -1, -1) if not n or any("metaData" in line for line in read_commit(place, n)))
 
@@ -63,16 +63,16 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
     """The lines of a commit, given its bytes.
 
     Raises:
-        ValueError: if it is no commit.
+        ValueError: if they are not a commit.
     """
     actions = [json.loads(line) for line in content.splitlines()]
     if not actions:
-        raise ValueError("an empty commit, as a power cut may leave it")
+        raise ValueError("the commit is empty, possibly after a power cut")
     return actions
 
 
-def unreadable(place: Place, version: int, found: Exception) -> IntegrityError:
-    """The error that names a commit."""
+def unreadable_commit(place: Place, version: int, found: Exception) -> IntegrityError:
+    """The error for a commit that can't be read."""
     return IntegrityError(
         "the table's log can't be read",
         found=repr(found),
@@ -82,33 +82,33 @@ def unreadable(place: Place, version: int, found: Exception) -> IntegrityError:
 
 
 def require_whole(place: Place, version: int) -> None:
-    """Refuse a version whose commit a power cut has left empty: to delta-rs, that says that nothing has changed.
+    """Refuse a version whose commit file is empty, as after a power cut: delta-rs would read it as "no changes".
 
     Raises:
-        IntegrityError: naming it.
+        IntegrityError: if the file is empty.
     """
-    with suppress(FileNotFoundError):  # of commits before a checkpoint
+    with suppress(FileNotFoundError):  # commits before a checkpoint may be gone
         if place.stat(commit_file(version)).bytes == 0:
             raise IntegrityError(
-                "the table's log can't be read: a commit is empty, as a power cut may leave it",
+                "the table's log can't be read: a commit file is empty, possibly after a power cut",
                 where=place.where(commit_file(version)),
-                do="restore this file from a copy of the table; or delete it if it is the newest, and capture again",
+                do="restore this file from a copy of the table; or, if it is the newest, delete it and capture again",
             )
 
 
 def require_no_remains(place: Place) -> None:
-    """Refuse to make a new table among the shards of an old one, which would pass for leftovers from then on.
+    """Refuse to create a table where an old table's shards are: maintenance would delete them as leftovers.
 
     Raises:
-        IntegrityError: naming one of them.
+        IntegrityError: if there are shards but no log.
     """
     files = {file.name for file in place.files()}
     shards = sorted(name for name in files if name.startswith(f"{PARTITION}=") and name.endswith(".parquet"))
     if shards and not any(map(_ANY.fullmatch, files)):
         raise IntegrityError(
-            "there are shards here, but no table that they belong to",
+            "there are shards here, but the log of the table that they belong to is missing",
             expected=f"their log, {LOG}; or a folder without shards",
-            found=f"{len(shards)} shards, such as {shards[0]}",
+            found=f"{len(shards)} shards, for example {shards[0]}",
             where=place.where(""),
             do=f"restore {LOG} from a copy of the table, or make the new table elsewhere",
         )

@@ -1,7 +1,7 @@
-"""Commits: shards come and go, and the table's identity may change, all at once or not at all.
+"""Commits: add and remove shards, and possibly change the table's identity, in one atomic step.
 
-Shards alone are committed by delta-rs. It has no commit that changes a table's properties together with its shards, so
-that one is written here, as the protocol has it: a file that must not be there yet.
+delta-rs commits changes of shards. It can't change a table's properties and its shards in one commit, so this module
+writes such a commit itself, as the Delta protocol specifies: as a file that must not exist yet.
 """
 
 import json
@@ -28,7 +28,7 @@ Action: TypeAlias = AddAction | RemoveAction
 
 @contextmanager
 def all_or_nothing(location: str) -> Iterator[None]:
-    """Say of whatever stops a change of a table, up to its commit, that nothing has changed.
+    """Turn errors before a commit into one error which says that the table is unchanged.
 
     Raises:
         TableError: if the disk is full or the folder can't be written.
@@ -37,29 +37,29 @@ def all_or_nothing(location: str) -> Iterator[None]:
         yield
     except (OSError, DeltaError) as error:
         raise TableError(
-            "the table could not be written; it is as it was",
-            expected="a folder that can be written, on a disk that has room",
+            "the table could not be written; it is unchanged",
+            expected="write permission for the folder, and free disk space",
             found=cause(error),
             where=location,
-            do="make room or mend the permissions, then run the same command again",
+            do="free disk space or fix the permissions, then run the same command again",
         ) from error
 
 
-def committed(
+def try_commit(
     newest: Table,
     actions: Sequence[Action],
     about: Mapping[str, Any],
     publications: Sequence[Callable[[], None]] = (),
     identity: Identity | None = None,
 ) -> bool:
-    """Try to commit on top of ``newest``; False if another commit came first.
+    """Try to commit on top of ``newest``; returns False if another commit came first.
 
     Args:
-        newest: the newest version of the table as far as the caller has seen it.
-        actions: shards that come and shards that go, all of them or none.
-        about: what the table's history is to say of it.
-        publications: give the new shards their names, or see that they have them still.
-        identity: the table's from now on, if that changes.
+        newest: the newest version of the table that the caller has seen.
+        actions: shards to add and to remove, all of them or none.
+        about: metadata for the table's history.
+        publications: functions that give the new shards their final names, or check that the files still exist.
+        identity: the table's new identity, if it changes.
     """
     for publish in publications:
         publish()
@@ -70,30 +70,32 @@ def committed(
         else:
             after.pop(action.path)
     properties = newest.properties(identity)
-    says = {
+    message = {
         **about,
         "state": newest.state(newest.version + 1, after.values(), properties),
         "previous": hash_of(newest.place.read(commit_file(newest.version))),
     }
     if identity is None:
-        first = _commit_shards(newest, actions, says)
+        first = _commit_shards(newest, actions, message)
     else:
-        first = _commit_properties(newest, actions, says, properties)
+        first = _commit_properties(newest, actions, message, properties)
     if not first:
         return False
-    newest.place.settle(commit_file(newest.version + 1))
-    # Where nothing is locked, maintenance may have taken one for an old leftover with the same name and content.
+    newest.place.sync(commit_file(newest.version + 1))
+    # Where there are no locks, maintenance may have deleted a file as an old leftover with the same name and content.
     for publish in publications:
         publish()
     return True
 
 
-def _commit_shards(newest: Table, actions: Sequence[Action], says: Mapping[str, Any]) -> bool:
+def _commit_shards(newest: Table, actions: Sequence[Action], message: Mapping[str, Any]) -> bool:
     delta = DeltaTable(newest.location, version=newest.version)
-    # No retries inside delta-rs: the caller has to see first what another commit has changed.
-    message = CommitProperties(custom_metadata={COMMIT_MESSAGE: says}, max_commit_retries=0)
+    # No retries inside delta-rs: the caller has to check first what the other commit has changed.
+    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: message}, max_commit_retries=0)
     try:
-        delta.create_write_transaction(list(actions), "append", delta.schema(), [PARTITION], commit_properties=message)
+        delta.create_write_transaction(
+            list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties
+        )
     except CommitFailedError:
         if newest.newest().version == newest.version:
             raise
@@ -102,7 +104,7 @@ def _commit_shards(newest: Table, actions: Sequence[Action], says: Mapping[str, 
 
 
 def _commit_properties(
-    newest: Table, actions: Sequence[Action], says: Mapping[str, Any], properties: Mapping[str, str]
+    newest: Table, actions: Sequence[Action], message: Mapping[str, Any], properties: Mapping[str, str]
 ) -> bool:
     """A commit with other properties, as https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions has it."""
     delta = DeltaTable(newest.location, version=newest.version)
@@ -115,13 +117,13 @@ def _commit_properties(
         "configuration": dict(properties),
         "createdTime": known.created_time,
     }
-    info = {"timestamp": moment, "operation": "SET TBLPROPERTIES", "operationParameters": {}, COMMIT_MESSAGE: says}
+    info = {"timestamp": moment, "operation": "SET TBLPROPERTIES", "operationParameters": {}, COMMIT_MESSAGE: message}
     lines = [{"commitInfo": info}, {"metaData": metadata}, *map(_line, actions)]
     content, name = "\n".join(json.dumps(line) for line in lines).encode(), commit_file(newest.version + 1)
     try:
         newest.place.write(name, content, replace=False)
-    except FileExistsError:  # a store's client may have asked twice, its first answer lost
-        with suppress(FileNotFoundError):  # another is about to put it there
+    except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
+        with suppress(FileNotFoundError):  # another process is about to write it
             return newest.place.read(name) == content
         return False
     return True

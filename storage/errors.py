@@ -1,22 +1,22 @@
-"""Every error that a user can cause, as a tree.
+"""Every error that a user can cause.
 
-The command line exits with 2 for a ``UsageError`` (the request itself is wrong: nothing was tried) and with 1
-for every other ``SoftlabelError``. Whatever is not in this tree is a defect of softlabel.
+The command line exits with 2 for a ``UsageError`` (the request itself is wrong, and nothing was attempted) and with 1
+for every other ``SoftlabelError``. Any other exception is a bug in softlabel.
 
     SoftlabelError
-    ├── UsageError             the request contradicts itself or names what does not exist
-    ├── DocumentsError         documents that can't be read
-    ├── TeacherError           a teacher that can't be loaded, or that says what no distribution is
-    ├── StudentError           a student that can't be built, or does not fit its table
-    ├── TrainingError          training that can't go on
-    ├── WorkerError            worker processes that died over their work
-    └── TableError             a table that can't be used
-        ├── TableNotFoundError     no table, version or tag there
-        │   └── PurgedError        a version that went with documents that were taken down
-        ├── AccessError            a place that can't be read now, of which nothing else is known
-        ├── ProvenanceError        another teacher, tokenizer or selection made it
-        ├── IntegrityError         bytes that are not the ones that were written
-        └── DisagreementError      numbers that its teacher does not say again
+    ├── UsageError             the request contradicts itself or names something that does not exist
+    ├── DocumentsError         documents can't be read
+    ├── TeacherError           a teacher can't be loaded, or its output is not a probability distribution
+    ├── StudentError           a student can't be built, or does not fit its table
+    ├── TrainingError          training can't continue
+    ├── WorkerError            worker processes died while they were working
+    └── TableError             a soft-label table can't be used
+        ├── TableNotFoundError     there is no such table, version or tag
+        │   └── PurgedError        the version was removed because documents in it were taken down
+        ├── AccessError            files can't be read at the moment; they may be undamaged
+        ├── ProvenanceError        another teacher, tokenizer or selection made the table
+        ├── IntegrityError         bytes differ from the ones that were written
+        └── DisagreementError      the teacher does not reproduce the numbers in its table
 """
 
 import re
@@ -27,12 +27,16 @@ _CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
 
 
 def cause(error: Exception) -> str:
-    """What an error says, in one line: of delta-rs, which draws a tree of what led to what, its last branch."""
+    """An error's message in one line. delta-rs prints its causes as a tree; of that, the last two levels."""
     return ": ".join(part.splitlines()[0] for part in _CAUSE.split(str(error) or type(error).__name__)[-2:])
 
 
 class SoftlabelError(Exception):
-    """What was expected, what was found, where, and what to do, in that order and on one screen; never credentials."""
+    """An error that a user can understand and act on.
+
+    Its text fits on one screen: a summary, then what was expected, what was found, where, and what to do. Locations
+    with credentials are masked. ``details`` holds the full result, for programs, where it is too long for the text.
+    """
 
     def __init__(
         self,
@@ -50,64 +54,63 @@ class SoftlabelError(Exception):
                 lines.append(f"  {name + ':':<12} {text}")
         super().__init__(masked("\n".join(lines)))
         self.details = details
-        """What a program may want to read of it, all of what the screen has no room for."""
 
 
 class UsageError(SoftlabelError):
-    """The request contradicts itself, or names what does not exist."""
+    """The request contradicts itself, or names something that does not exist. Nothing was attempted."""
 
 
 class DocumentsError(SoftlabelError):
-    """Documents that can't be read."""
+    """The documents can't be read."""
 
 
 class TeacherError(SoftlabelError):
-    """A teacher that can't be loaded, or that says what no distribution is."""
+    """The teacher can't be loaded, or its output is not a probability distribution."""
 
 
 class StudentError(SoftlabelError):
-    """A student that can't be built, or does not fit its table."""
+    """The student can't be built, or does not fit its table."""
 
 
 class TrainingError(SoftlabelError):
-    """Training that can't go on."""
+    """Training can't continue."""
 
 
 class WorkerError(SoftlabelError):
-    """Worker processes that died over their work."""
+    """Worker processes died while they were working."""
 
 
 class TableError(SoftlabelError):
-    """A soft-label table that can't be used."""
+    """The soft-label table can't be used."""
 
 
 class TableNotFoundError(TableError):
-    """No table there, or no such version or tag of it."""
+    """There is no table at this location, or the table has no such version or tag."""
 
 
 class PurgedError(TableNotFoundError):
-    """Documents were taken down, and this version went with them."""
+    """The version can't be opened any more, because documents in it were taken down."""
 
 
 class AccessError(TableError):
-    """A place that can't be read here and now, whose bytes may be as good as ever: never taken for damage."""
+    """Files can't be read at the moment (permissions, memory, disk, network). This says nothing about damage."""
 
 
 class ProvenanceError(TableError):
-    """Another teacher, tokenizer, selection or chunking made this table."""
+    """The table was made by another teacher, tokenizer, selection or chunking."""
 
 
 class IntegrityError(TableError):
-    """Bytes that are not the ones that were written."""
+    """Bytes differ from the ones that were written: a file is damaged or missing."""
 
 
 class DisagreementError(TableError):
-    """Numbers that the table's teacher does not say again, by more than its own noise."""
+    """The teacher does not reproduce the numbers in its table: they differ by more than its numerical noise."""
 
 
 def recapture(location: str) -> str:
-    """How damaged shards are taken out of a table and their rows brought again: an error's last words."""
+    """The end of an error's ``do``: how to remove damaged shards from a table and restore their rows."""
     return (
-        f"\n               softlabel verify {location} --remove-damaged, then capture the same documents"
-        "\n               again; of a narrowed table, reprocess its source again"
+        f"\n               softlabel verify {location} --remove-damaged, then capture the same"
+        "\n               documents again (or, if the table was narrowed, reprocess its source table again)"
     )

@@ -1,7 +1,7 @@
-"""What made a table: the identity that its numbers depend on, and the circumstances that they should not.
+"""The provenance of a table: its identity, which determines its numbers, and the circumstances, which should not.
 
-An identity must match, field by field, before anything is added to a table. Circumstances are written down with each
-commit and may change: an image that is rebuilt must not end the nightly run.
+An identity must match in every field before anything is added to a table. Circumstances, such as library versions, are
+recorded with each commit and may change: a rebuilt image must not stop a nightly run.
 """
 
 import getpass
@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class TeacherIdentity(_Part):
-    """The model, by what is in its files: the same bytes under another name or revision are the same teacher."""
+    """The model, identified by its files: the same bytes under another name or revision are the same teacher."""
 
     files: dict[str, str]
     """SHA-256 of the configuration and of each weight file, by name."""
@@ -33,7 +33,7 @@ class TeacherIdentity(_Part):
 
 
 class TokenizerIdentity(_Part):
-    """What turns documents into ids."""
+    """The tokenizer and the chat template."""
 
     files: str
     """SHA-256 over the tokenizer's files."""
@@ -43,7 +43,7 @@ class TokenizerIdentity(_Part):
 
 
 class SelectionIdentity(_Part):
-    """What is kept of each distribution."""
+    """Which part of each distribution is stored."""
 
     top_p: float
     min_k: int
@@ -58,33 +58,33 @@ class SequencesIdentity(_Part):
     max_tokens: int
     context: int
     mask: str
-    """Name of the rule that says which tokens are captured."""
+    """Name of the rule that decides which tokens are captured."""
     special_tokens: str = "text"
-    """What the name of a special token inside a document is: "text", or the token itself ("parse")."""
+    """Whether the name of a special token in a document is plain text ("text") or the special token ("parse")."""
     eval_fraction: float
 
 
 class Identity(_Part):
-    """All that a table's numbers depend on."""
+    """Everything that determines a table's numbers."""
 
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
     vocabulary: int
-    """Token ids that the tokenizer knows, or the number of classes: the support of every distribution."""
+    """Number of token ids of the tokenizer, or number of classes: the support of every distribution."""
     padded_vocabulary: int
-    """Rows of the teacher's output layer or, of a classifier, of its embedding: above every token id."""
+    """Rows of the teacher's output layer or, for a classifier, of its embedding; larger than every token id."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes, in the order of their ids: each row is a document, and its distribution is over these.
-    None if the teacher predicts tokens."""
+    """Names of a classifier's classes, in the order of their ids: each row is a document, and its distribution is over
+    these. None if the teacher predicts tokens."""
     selection: SelectionIdentity
     temperatures: tuple[float, ...]
     sequences: SequencesIdentity
     derived_from: SelectionIdentity | None = None
-    """Selection of the capture that this table's smaller one was derived from, without the teacher; None if the
-    teacher was there: its masses are not to the last digit the same."""
+    """Selection of the original capture, if this table was narrowed from it without the teacher: its tail masses then
+    differ slightly from those of a capture. None for a captured table."""
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
-        """Dotted name of each field that differs, with its value here and there."""
+        """Dotted name of each field that differs, with the values of ``self`` and ``other``."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         return {
             name: (mine.get(name), theirs.get(name))
@@ -93,25 +93,25 @@ class Identity(_Part):
         }
 
     def require(self, other: "Identity", where: str) -> None:
-        """Refuse to mix what ``other`` would say into a table of this identity.
+        """Refuse to add rows of another identity to a table of this identity.
 
         Raises:
-            ProvenanceError: naming each field that differs.
+            ProvenanceError: if they differ; it names each field that does.
         """
         differences = self.differences(other)
         if differences:
             lines = [f"{name}: the table has {a}, this run {b}" for name, (a, b) in differences.items()]
             raise ProvenanceError(
-                "this table was made otherwise, and its numbers would not mix",
-                expected="the teacher, tokenizer, selection and chunking that made the table",
+                "this run can't add to this table: its results would not be comparable with the table's",
+                expected="the same teacher, tokenizer, selection and chunking that made the table",
                 found="\n               ".join(lines),
                 where=where,
-                do="use the settings that made it (softlabel inspect shows them), or another folder for a new table",
+                do="use the table's settings (softlabel inspect shows them), or make a new table in another folder",
             )
 
 
 def circumstances(**more: str) -> dict[str, str]:
-    """Who and what is at work: library versions, machine, user, and whatever the caller knows (device, kernel)."""
+    """The circumstances of a run: library versions, machine, user, and what the caller adds (device, kernel)."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
     return {"user": user(), "python": platform.python_version(), "machine": platform.machine(), **versions, **more}
 
@@ -125,10 +125,10 @@ def _installed(name: str) -> bool:
 
 
 def user() -> str:
-    """Who is at work, as the operating system calls them."""
+    """Name of the current user in the operating system."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container may run under a user id that has no name
+    except (OSError, KeyError):  # in a container, the user id may have no name
         return "unknown"
 
 

@@ -1,4 +1,4 @@
-"""Locations as people write them, made into what everything else takes them for; wherever one enters, it comes by here.
+"""Checks and expands locations as users write them; every location from outside passes through here.
 
 A location is the path of a folder or a file, a glob, or a URL: ``s3://BUCKET/PREFIX``.
 """
@@ -11,22 +11,22 @@ from softlabel.storage.credentials import holds_credentials
 from softlabel.storage.errors import UsageError
 
 _LOCATIONS = ("config", "location", "model", "name", "output", "table", "teacher")
-"""Under these names a student's record has locations."""
+"""Keys in a student's record whose values are locations."""
 
 
 def located(location: str) -> str:
-    """The location with ``~`` and ``~USER`` expanded; twice is once.
+    """The location with ``~`` and ``~USER`` expanded; idempotent.
 
     Raises:
-        UsageError: if it holds credentials, which are never shown; or if the home folder is not known.
+        UsageError: if it contains credentials, which are never shown; or if the user's home folder is unknown.
     """
     if holds_credentials(location):
         raise UsageError(
-            "a location must not hold credentials: it is kept in records, logs and reports",
+            "a location must not contain credentials: it is stored in records, logs and reports",
             expected="a path, or s3://BUCKET/PREFIX",
-            found="a user, key, password or parameter in it, not shown here",
-            do="take it out, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN\n"
-            "               in the environment (version 12 of the table in a whole bucket is s3://BUCKET/@12)",
+            found="a user, key, password or parameter in the location (not shown here)",
+            do="remove it, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if there is one, AWS_SESSION_TOKEN\n"
+            "               in the environment (for version 12 of a table at the top of a bucket, write s3://BUCKET/@12)",
         )
     if not location.startswith("~"):
         return location
@@ -34,29 +34,29 @@ def located(location: str) -> str:
         return str(Path(location).expanduser())
     except RuntimeError:
         raise UsageError(
-            "~ stands for the home folder of a user that this machine does not know",
+            "~ means the home folder of a user, but this machine does not know that user",
             expected="~/PATH, ~USER/PATH, or a path without ~",
             found=location,
-            do="write the folder's whole path; or, if ~ belongs to its name, ./ before it",
+            do="write the full path of the folder; or, if ~ is part of its name, write ./ before it",
         ) from None
 
 
 def require_clean(record: Any, where: object, do: str) -> None:
-    """Refuse to go by a record that others have written if one of its locations holds credentials.
+    """Refuse a record from another process if one of its locations contains credentials.
 
     Args:
-        record: as JSON has it.
-        where: its file.
-        do: what to do about it.
+        record: the record, parsed from JSON.
+        where: file of the record.
+        do: what the user should do about it.
 
     Raises:
-        UsageError: if so; they are not shown.
+        UsageError: if a location contains credentials; they are not shown.
     """
     if any(map(holds_credentials, _locations(record))):
         raise UsageError(
-            "a location in this file holds credentials, which would be shown to whoever reads on",
+            "a location in this file contains credentials, which other people could then read",
             expected="a path, or s3://BUCKET/PREFIX",
-            found="a user, key, password or parameter in it, not shown here",
+            found="a user, key, password or parameter in the location (not shown here)",
             where=where,
             do=do,
         )

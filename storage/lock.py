@@ -1,7 +1,7 @@
-"""Locks on files, which end with the process that holds them; the only place that knows how.
+"""File locks that are released when the process that holds them ends.
 
-A lock's name can be guessed, so something else may have it: a link to a file of somebody else's, another name of one,
-a pipe. Nothing is created, written or deleted through any of these.
+The path of a lock file is predictable, so something else may be there: a symbolic or hard link to another file, or a
+pipe. Nothing is created, written or deleted through any of these.
 """
 
 import errno
@@ -19,33 +19,33 @@ from filelock import lock_descriptor
 from softlabel.storage.identity import user
 
 _MARK = b"softlabel: "
-"""What a lock that says its holder begins with."""
+"""The first bytes of a lock file that names its holder."""
 _SECONDS_TO_END = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SPECIAL = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
-"""What the system says of a link, a folder and a socket."""
+"""Error codes for a link, a folder and a socket."""
 
 
 class HeldError(Exception):
-    """Another process holds the lock; the message is who that is, as far as it is known."""
+    """Another process holds the lock; the message describes that process, as far as it is known."""
 
 
 class ForeignFileError(OSError):
-    """Something that is no lock of softlabel's has a lock's name."""
+    """Something other than a softlabel lock file is at the path of a lock."""
 
 
 def opened(path: Path, *, create: bool = True) -> int:
-    """A descriptor of a lock's file, which the caller locks and closes.
+    """Open a lock file; the caller locks and closes the returned descriptor.
 
     Raises:
-        ForeignFileError: if something else than a file is there.
+        ForeignFileError: if something other than a regular file is there.
         OSError: if it can't be opened.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         try:
             descriptor = os.open(path, flags | os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-        except PermissionError:  # of another user, whom it keeps out, and us, all the same
+        except PermissionError:  # another user owns it; a lock on it works without write access
             descriptor = os.open(path, flags | os.O_RDONLY)
     except OSError as error:
         if error.errno in _SPECIAL:
@@ -59,14 +59,14 @@ def opened(path: Path, *, create: bool = True) -> int:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a lock that nobody else holds, and say so in its file, which is deleted in the end.
+    """Hold an exclusive lock for a block; its file names the holder, and is deleted afterwards.
 
     Raises:
         HeldError: if another process, or another block of this one, holds it.
-        ForeignFileError: if its file is none of softlabel's.
+        ForeignFileError: if the file there is not a softlabel lock file.
         OSError: if the file can't be written, or its file system has no locks.
     """
-    descriptor = _held(path)
+    descriptor = _acquire(path)
     try:
         yield
     finally:
@@ -76,8 +76,8 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _held(path: Path) -> int:
-    # A process that was just killed has its locks until the system is done with it: we wait for a moment.
+def _acquire(path: Path) -> int:
+    # A killed process keeps its locks until the system has cleaned up, so we retry for a moment.
     until = time.monotonic() + _SECONDS_TO_END
     while True:
         descriptor = opened(path)
@@ -98,13 +98,13 @@ def _held(path: Path) -> int:
 
 def _require_ours(path: Path, descriptor: int) -> None:
     if os.fstat(descriptor).st_nlink > 1:
-        raise _foreign(path, "a file that has another name, too")
+        raise _foreign(path, "a file that also has another name (a hard link)")
     if os.pread(descriptor, len(_MARK), 0) not in (b"", _MARK):
         raise _foreign(path, "a file that softlabel did not write")
 
 
 def _is_still_there(path: Path, descriptor: int) -> bool:
-    """Whether it has not been deleted, by who held it before, after it was opened here."""
+    """Whether the path still leads to the opened file; the previous holder may have deleted it."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -114,10 +114,10 @@ def _is_still_there(path: Path, descriptor: int) -> bool:
 def _sign(descriptor: int) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     holder = f"process {os.getpid()} of {user()} on {platform.node()}, since {now}"
-    with suppress(OSError):  # a full disk, or another user's file: it is held all the same
+    with suppress(OSError):  # a full disk, or another user's file: the lock is held anyway
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, _MARK + holder.encode(), 0)
 
 
 def _foreign(path: Path, found: str) -> ForeignFileError:
-    return ForeignFileError(errno.EEXIST, f"{found} has the name of softlabel's lock", str(path))
+    return ForeignFileError(errno.EEXIST, f"{found} has the name of softlabel's lock file", str(path))

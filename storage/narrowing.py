@@ -1,7 +1,7 @@
-"""Fewer ids, draws and temperatures out of what a table holds, without the teacher.
+"""Narrows soft labels to fewer ids, draws and temperatures, without the teacher.
 
-Works on codes as they are stored: nothing that is kept is rounded a second time. Only the mass of what is dropped is
-computed, from the decoded probabilities. Reads and writes no file.
+Works on stored codes, so that no kept value is rounded a second time. Only the mass of dropped ids is computed, from
+their decoded probabilities. Reads and writes no files.
 """
 
 import hashlib
@@ -20,12 +20,19 @@ from softlabel.storage.identity import Identity
 Array = NDArray[Any]
 
 _POSITIONS = 4096
-"""Positions, or one row, that are worked on at a time; a few dozen numbers of each id are held meanwhile."""
+"""Positions to process at a time (at least one row); each id takes a few dozen numbers of memory meanwhile."""
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """From one identity to a smaller one of the same teacher."""
+    """What to reduce a table's soft labels to.
+
+    Attributes:
+        source: identity of the rows to narrow.
+        max_k: largest number of head ids to keep.
+        draws: draws from the tail, where it has all the mass.
+        temperatures: temperatures to keep.
+    """
 
     source: Identity
     max_k: int
@@ -34,7 +41,7 @@ class Narrowing:
 
     @property
     def identity(self) -> Identity:
-        """What the narrowed rows are. Fewer temperatures alone are what a capture would have stored."""
+        """Identity of the narrowed rows. If only temperatures are dropped, it is that of an ordinary capture."""
         old = self.source.selection
         new = old.model_copy(update={"max_k": self.max_k, "min_k": min(old.min_k, self.max_k), "draws": self.draws})
         changes: dict[str, Any] = {"selection": new, "temperatures": self.temperatures}
@@ -44,7 +51,7 @@ class Narrowing:
 
     @property
     def seed(self) -> bytes:
-        """What the draws of a row depend on, beside its key; another one for each narrowing of a chain."""
+        """Seed of the draws, in addition to each row's key; different for each step of repeated narrowing."""
         return hashlib.blake2b(self.source.model_dump_json().encode(), digest_size=16).digest()
 
 
@@ -52,17 +59,18 @@ def narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
     """The same rows with fewer ids, draws and temperatures.
 
     The first ``max_k`` ids of each head stay, with their codes. A dropped id's probability goes to the tail, at each
-    temperature: there p = (1 - r) softmax(log p / T) over the head. What is dropped (with its exact probability) and
-    the old draws (each standing for r / M) are what the new draws are made from, ceil(draws x r') of them, so that
-    the expectation of head and tail is what it was. A position that loses nothing keeps its draws.
+    temperature: there p = (1 - r) softmax(log p / T) over the head. The ceil(draws x r') new draws are sampled from the
+    dropped ids (with their exact probabilities) and the M old draws (with r / M each), so that the expectation of head
+    and tail stays the same. A position that loses no ids keeps its draws, unless their number
+    changes.
 
     Args:
-        rows: with the columns of ``storage.schema.SOFT_LABELS`` and the key.
+        rows: rows with the columns of ``storage.schema.SOFT_LABELS`` and the key.
         narrowing: what to keep.
-        seed: of the draws, together with each row's key.
+        seed: seed of the draws, together with each row's key.
 
     Returns:
-        The rows, other columns as they are.
+        The narrowed rows; their other columns are unchanged.
     """
     ends = np.cumsum(rows.column("positions").to_numpy(), dtype=np.int64)
     cuts = np.flatnonzero(np.diff(ends // _POSITIONS, prepend=0)).tolist()
@@ -96,7 +104,7 @@ def _narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
 
 
 def renumber(rows: pa.Table, ranks: Ints) -> pa.Table:
-    """The same rows with other ids: (V,) the new rank of each old one."""
+    """The same rows with other ranks of token ids: ``ranks`` has (V,) the new rank of each old one."""
     flat = flatten(rows)
     return _replaced(rows, flat | {name: ranks[flat[name]] for name in ("head_ids", "tail_ids")})
 
@@ -110,7 +118,7 @@ def _replaced(rows: pa.Table, flat: Mapping[str, Array]) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Ids:
-    """Head and tail of N positions as one list, position after position: one run of ever less probable ids each."""
+    """Head and tail ids of N positions in one list, position after position, each with decreasing probabilities."""
 
     ranks: Array
     codes: Array
@@ -121,9 +129,9 @@ class _Ids:
     counts: Array
     """(N,) ids of each position."""
     positions: Array
-    """Number of each id's position ..."""
+    """Index of the position of each id."""
     places: Array
-    """... and its place there, from 0."""
+    """Index of each id within its position."""
 
     @classmethod
     def of(cls, flat: dict[str, Array]) -> "_Ids":
@@ -146,19 +154,19 @@ class _Ids:
         return total
 
     def count(self, chosen: Array) -> Array:
-        """(N,) how many ids of each position are chosen."""
+        """(N,) number of chosen ids at each position."""
         total: Array = np.bincount(self.positions[chosen], minlength=len(self.counts))
         return total
 
 
 def _weights(ids: _Ids, T: float) -> Array:
-    """Of the head's ids at temperature T, in proportion to their probabilities; 0 for the tail's."""
+    """Unnormalized probabilities of the head's ids at temperature T; 0 for the tail's ids."""
     weights = np.exp(ids.codes / (-CODES_PER_NAT * T))
     return np.where(ids.is_head & (ids.codes < ZERO_CODE), weights, 0.0)
 
 
 def _shares(ids: _Ids, chosen: Array, T: float) -> Array:
-    """(N,) share of the head's mass that the chosen of its ids have."""
+    """(N,) share of the chosen ids in the head's mass."""
     weights = _weights(ids, T)
     total = ids.sum(weights)
     shares: Array = ids.sum(np.where(chosen, weights, 0.0)) / np.where(total > 0, total, 1.0)
@@ -166,7 +174,7 @@ def _shares(ids: _Ids, chosen: Array, T: float) -> Array:
 
 
 def _log_mass(ids: _Ids, kept: Array, log_mass: Array, T: float) -> Array:
-    """(N,) log of what is outside the ids that are kept, given that of what was outside the head."""
+    """(N,) log of the mass outside the kept ids, given the log of the mass outside the old head."""
     with np.errstate(divide="ignore"):
         head = np.log(-np.expm1(log_mass))
         dropped = head + np.log(_shares(ids, ids.is_head & ~kept, T))
@@ -174,17 +182,17 @@ def _log_mass(ids: _Ids, kept: Array, log_mass: Array, T: float) -> Array:
 
 
 def _draws(ids: _Ids, head: Array, log_masses: Array, narrowing: Narrowing) -> tuple[Array, Array]:
-    """(N,) draws of each position before and after."""
+    """(N,) number of draws at each position before and after narrowing."""
     before = ids.sum(ids.draws).astype(np.int64)
     dropped = ids.count(_dropped(ids, head))
     after = np.ceil(narrowing.draws * np.exp(log_masses)).astype(np.int64)
-    after[before + dropped == 0] = 0  # nothing to draw from: what is left has no probability
+    after[before + dropped == 0] = 0  # nothing to draw from: the remaining ids have probability 0
     same = narrowing.draws == narrowing.source.selection.draws
     return before, np.where((dropped == 0) & same, before, after)
 
 
 def _random(keys: Sequence[bytes], row_positions: Array, before: Array, after: Array, seed: bytes) -> list[Array]:
-    """uint64 random bits for the draws after, and for those before, from a counter-based generator for each row."""
+    """uint64 random bits for the new draws and for the old draws, from a counter-based generator for each row."""
     ends = np.append(0, np.cumsum(row_positions))
     olds, news = (np.append(0, np.cumsum(counts))[ends] for counts in (before, after))
     parts = [np.zeros((0,), np.uint64)], [np.zeros((0,), np.uint64)]
@@ -204,15 +212,15 @@ def _draw(
 ) -> Array:
     """How often each id is drawn into the new tail.
 
-    Each draw falls on a dropped id in proportion to its probability, or else on the next of the old draws in a random
-    order: each of them is as likely as any other, and none comes twice before all have come once.
+    Each draw takes a dropped id with its probability, or else the next of the old draws in random order: all are
+    equally likely, and none is taken twice before all were taken once.
 
     Args:
-        ids: of N positions.
-        head: which of them stay in the head.
-        log_masses: (N,) of the old tail.
-        before: (N,) old draws.
-        after: (N,) new draws.
+        ids: ids of N positions.
+        head: which ids stay in the head.
+        log_masses: (N,) log of the old tail's mass.
+        before: (N,) number of old draws.
+        after: (N,) number of new draws.
         choices: (sum of after,) random bits.
         shuffles: (sum of before,) random bits.
     """
@@ -244,13 +252,13 @@ def _draw(
 
 
 def _dropped(ids: _Ids, head: Array) -> Array:
-    """Which ids fall out of the head, but for those of probability 0."""
+    """Which ids are dropped from the head, without those of probability 0."""
     dropped: Array = ids.is_head & ~head & (ids.codes < ZERO_CODE)
     return dropped
 
 
 def _dropped_share(ids: _Ids, dropped: Array, log_masses: Array, before: Array) -> Array:
-    """(N,) share of the dropped ids in the new tail's mass, as far as there is anything to draw from."""
+    """(N,) share of the dropped ids in the mass that the new draws are sampled from."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         log_dropped = np.log(-np.expm1(log_masses)) + np.log(_shares(ids, dropped, 1.0))
         share: Array = 1 / (1 + np.exp(log_masses - log_dropped))

@@ -1,4 +1,4 @@
-"""What is at a location: a table, a view, or neither; and why a table there can't be opened."""
+"""Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
 from softlabel.storage import commit_files
 from softlabel.storage.commit_files import LOG, commit_file, commits
@@ -9,11 +9,11 @@ from softlabel.storage.state import Chain
 from softlabel.storage.versions import parse, spans
 
 VIEW_FILE = "view.json"
-"""In the folder of a view."""
+"""The file that defines a view, in the view's folder."""
 
 
 def is_view(location: str) -> bool:
-    """Whether there is a view over tables (``storage.views.view``), which is no table itself."""
+    """Whether a location has a view over tables (``storage.views.view``), and not a table."""
     try:
         place_of(location).stat(VIEW_FILE)
     except (FileNotFoundError, NotADirectoryError):
@@ -22,33 +22,33 @@ def is_view(location: str) -> bool:
 
 
 def exists(location: str) -> bool:
-    """Whether there is a table, of softlabel's or another's making, or a view."""
+    """Whether a location has a view or a Delta table, made by softlabel or another program."""
     path = parse(location)[0]
     return commit_files.exists(place_of(path)) or is_view(path)
 
 
-def unopened(location: str, version: int | None, error: Exception) -> SoftlabelError:
-    """What to say of a table that delta-rs could not open.
+def open_error(location: str, version: int | None, error: Exception) -> SoftlabelError:
+    """The error for a table that delta-rs could not open.
 
     Args:
-        location: as it was asked for.
-        version: that is meant; None for the newest.
-        error: what delta-rs said.
+        location: location as the caller gave it.
+        version: requested version; None for the newest.
+        error: error of delta-rs.
     """
     path = parse(location)[0]
     found = cause(error)
     if is_view(path):
         return UsageError(
-            "this is a view over several tables, which can only be read",
+            "this is a view over several tables, and a view can only be read",
             expected="a table",
-            found="a view; softlabel inspect names its tables",
+            found="a view; softlabel inspect lists its tables",
             where=path,
-            do="do this to one of its tables, and make a new view of what comes of it (softlabel mix)",
+            do="run the command on one of its tables, then make a new view with softlabel mix",
         )
     if not exists(path):
         return TableNotFoundError(
             "there is no soft-label table here",
-            expected="a folder that softlabel capture made",
+            expected="a table made by softlabel capture",
             found=found,
             where=location,
             do="check the path, or run softlabel capture",
@@ -58,20 +58,21 @@ def unopened(location: str, version: int | None, error: Exception) -> SoftlabelE
             f"there is no version {version} of this table",
             expected=f"one of {spans(commits(place_of(path)))}",
             where=location,
-            do="see softlabel history for its versions",
+            do="run softlabel history to list its versions",
         )
-    if isinstance(error, OSError):  # delta-rs has read nothing yet that could be damaged
+    if isinstance(error, OSError):  # the log could not be read at all, so nothing shows that it is damaged
         return inaccessible(place_of(path).where(LOG), found)
     return IntegrityError(
         "the table's log can't be read",
+        expected="a Delta log as softlabel wrote it",
         found=found,
-        where=place_of(path).where(_damaged(place_of(path)) or LOG),
-        do="restore it from a copy of the table",
+        where=place_of(path).where(_first_damaged_commit(place_of(path)) or LOG),
+        do="restore this from a copy of the table",
     )
 
 
-def _damaged(place: Place) -> str | None:
-    """The first commit that is not the one that was written; None if it is the newest, or a checkpoint."""
+def _first_damaged_commit(place: Place) -> str | None:
+    """The first damaged commit; None if only the newest commit or a checkpoint may be damaged."""
     chain = Chain()
     for version in sorted(commits(place)):
         try:

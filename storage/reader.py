@@ -1,4 +1,4 @@
-"""Reads shards, and stops at the first byte that is not the one that was written."""
+"""Reads shards, and checks them against their hashes and checksums, so that damaged bytes are never returned."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from softlabel.storage.table import Table
 from softlabel.storage.takedown import tombstone
 
 _HASHES: dict[tuple[str, File], str] = {}
-"""Of each state of a file that this process has looked at, by its place."""
+"""Content hash of each file state that this process has checked, by place and file."""
 
 
 def read(
@@ -27,22 +27,22 @@ def read(
     """Rows of a shard, in the order in which they were written.
 
     Args:
-        table: the version that the shard is of.
+        table: the version that has the shard.
         shard: one of ``table.shards()``.
-        columns: names of the columns wanted; all if left out. The split is in the shard's path, not among them.
-        row_groups: numbers of the row groups wanted; all if left out.
+        columns: names of the columns to read; all by default. The split is in the shard's path, not among them.
+        row_groups: numbers of the row groups to read; all by default.
 
     Raises:
-        IntegrityError: if the shard is missing or its bytes are not those that were written.
+        IntegrityError: if the shard is missing or damaged.
     """
     names = list(columns) if columns is not None else None
-    with open_shard(table, shard) as file, _intact(table, shard):
+    with open_shard(table, shard) as file, _reporting_damage(table, shard):
         wanted = range(file.num_row_groups) if row_groups is None else row_groups
         return file.read_row_groups(list(wanted), columns=names, use_threads=False)
 
 
 def batches(table: Table, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
-    """Each row group of each shard, with its shard, in order; memory holds one at a time."""
+    """Each row group of each shard with its shard, in order; one row group is in memory at a time."""
     for shard in table.shards(split):
         with open_shard(table, shard) as file:
             groups = file.num_row_groups
@@ -51,16 +51,16 @@ def batches(table: Table, columns: Sequence[str], split: str | None = None) -> I
 
 
 def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """A few small columns of each row group, in order, without a look at the rest of the shard.
+    """A few small columns of each row group, in order, without reading the rest of the shard.
 
-    Cheap enough to do for every shard of a table up front: the file's size and the checksums of the pages that are
-    read are checked, its whole content only when ``read`` comes for more.
+    Cheap enough for every shard of a table: it checks the file's size and the checksums of the pages that it reads.
+    Only ``read`` checks the hash of the whole content.
 
     Raises:
         IntegrityError: if the shard is missing, truncated, or damaged in these columns.
     """
     rows = 0
-    with _open(table, shard) as file, _intact(table, shard):
+    with _open(table, shard) as file, _reporting_damage(table, shard):
         for group in range(file.num_row_groups):
             part = file.read_row_group(group, columns=list(columns), use_threads=False)
             rows += len(part)
@@ -70,11 +70,11 @@ def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.T
         else:
             if rows == shard.rows:
                 return
-    raise _damaged(table, shard, "a footer that describes other rows")
+    raise _damage_error(table, shard, "a footer that does not match the number of rows or the columns")
 
 
 def index(table: Table, columns: Sequence[str]) -> pa.Table:
-    """A few small columns of all rows, with their split; checked as ``outline`` does.
+    """A few small columns of all rows, with their split; checked as by ``outline``.
 
     Raises:
         IntegrityError: if a shard is missing, truncated, or damaged in these columns.
@@ -87,15 +87,15 @@ def index(table: Table, columns: Sequence[str]) -> pa.Table:
 
 
 def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
-    """A shard's rows with the column that is in its path instead."""
+    """A shard's rows with their split, which is otherwise only in the shard's path."""
     return rows.append_column(SEQUENCE.field(PARTITION), pa.array([shard.split] * len(rows), pa.string()))
 
 
 def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
-    """The encoded soft labels that the table has for each key, in the order of the keys.
+    """The table's encoded soft labels for each key, in the order of the keys.
 
     Raises:
-        TableError: if it has none for a key.
+        TableError: if a key is not in the table.
     """
     missing = set(keys)
     found: list[bytes] = []
@@ -110,9 +110,9 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
                 missing.difference_update(found[-len(rows) :])
     if missing:
         raise TableError(
-            f"the table lacks {len(missing)} sequences that were to be copied to further documents",
-            expected="their soft labels under another document",
-            found="they were removed meanwhile",
+            f"the table no longer has {len(missing)} sequences whose soft labels were to be copied",
+            expected="the same sequences in another document of the table",
+            found="they were removed while this capture ran",
             where=table.location,
             do="run the capture again",
         )
@@ -121,41 +121,42 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
 
 
 def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
-    """The Parquet file of a shard, its content checked the first time that this process opens it.
+    """The Parquet file of a shard. Its content hash is checked the first time that this process opens the file.
 
-    Checking reads the whole file once more: from a disk that costs far less than decoding it; from a bucket it is a
-    download of its own, so a process that reads a whole table moves each byte twice, and later passes once.
+    This check reads the whole file. From a disk, that costs far less than decoding it. From a bucket, it is an extra
+    download, so the first pass over a table transfers each byte twice, and later passes once.
 
     Raises:
-        IntegrityError: if the file is missing, truncated, or not the one that its name says.
+        IntegrityError: if the file is missing, truncated, or does not match the hash in its name.
     """
     return _open(table, shard, PurePath(shard.path).stem)
 
 
 def _open(table: Table, shard: Shard, expected: str | None = None) -> pq.ParquetFile:
-    """Looks at the hash, if one is expected, before anything takes the file for Parquet: its footer has no checksum."""
-    with _intact(table, shard):
+    """Check the hash, if one is expected, before anything parses the file as Parquet: its footer has no checksum."""
+    with _reporting_damage(table, shard):
         source, file = table.place.open(shard.path)
         found = _content_hash(table.place, file) if expected and file.bytes == shard.bytes else expected
         if file.bytes == shard.bytes and found == expected:
-            # Column chunks that lie side by side in one request; on a disk, the threads of it would only cost.
+            # Read adjacent column chunks in one request. On a disk, the threads for that would only cost time.
             remote = table.place.is_remote
             return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
-    raise _damaged(table, shard, f"{file.bytes} bytes" + (f" with the hash {found}" if found != expected else ""))
+    raise _damage_error(table, shard, f"{file.bytes} bytes" + (f" with the hash {found}" if found != expected else ""))
 
 
 @contextmanager
-def _intact(table: Table, shard: Shard) -> Iterator[None]:
-    """Whatever a Parquet reader stumbles over is damage: what it is asked for was written.
+def _reporting_damage(table: Table, shard: Shard) -> Iterator[None]:
+    """Report any error of the Parquet reader as damage, because softlabel wrote every column and row that it reads.
 
     Raises:
-        AccessError: if it does not come to that.
+        IntegrityError: if the shard is damaged or missing.
+        AccessError: if the shard can't be read at the moment.
     """
     try:
         with reading(table.place.where(shard.path)):
             yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise _damaged(table, shard, str(error)) from error
+        raise _damage_error(table, shard, str(error)) from error
 
 
 def _content_hash(place: Place, file: File) -> str:
@@ -165,12 +166,11 @@ def _content_hash(place: Place, file: File) -> str:
     return _HASHES[place.address, file]
 
 
-def _damaged(table: Table, shard: Shard, found: str) -> TableError:
+def _damage_error(table: Table, shard: Shard, found: str) -> TableError:
     return tombstone(table.location, shard.path) or IntegrityError(
         "a shard is damaged or missing; nothing was read from it",
-        expected=f"{shard.bytes} bytes that have the hash in the file's name",
+        expected=f"{shard.bytes} bytes that match the hash in the file's name",
         found=found,
         where=table.place.where(shard.path),
-        do="restore this file from a copy of the table; or take what is damaged out of it with"
-        + recapture(table.location),
+        do="restore this file from a copy of the table; or remove the damaged shards with" + recapture(table.location),
     )

@@ -1,8 +1,8 @@
-"""Small facts about a table that are no part of any version: a JSON file each, there whole or not at all.
+"""Records about a table that belong to no version, such as tags and pins: one JSON file each, written atomically.
 
-TABLE/_softlabel/<kind>/<name>.json
+    TABLE/_softlabel/<kind>/<name>.json
 
-Each holds a hash of what else it says, so that a damaged one is not taken for another tag, or another refuse list.
+Each record contains a hash of its other fields, so that a damaged one is recognized.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from softlabel.storage.sealed_json import seal, unseal
 
 @dataclass(frozen=True)
 class Record:
-    """What every one of them says."""
+    """The fields that every record has."""
 
     time: str
     """UTC, ISO 8601."""
@@ -28,12 +28,12 @@ class Record:
 R = TypeVar("R", bound=Record)
 
 
-class Records(Generic[R]):
-    """The records of one kind.
+class RecordStore(Generic[R]):
+    """All records of one kind.
 
     Args:
         kind: name of their folder.
-        record: their type.
+        record: type of the records.
     """
 
     def __init__(self, kind: str, record: type[R]) -> None:
@@ -50,7 +50,7 @@ class Records(Generic[R]):
         return [record for record in records if record is not None]
 
     def damaged(self, table: str) -> Iterator[str]:
-        """Names of those that can't be read."""
+        """File names of the records that can't be read."""
         place = place_of(table)
         for name in self._names(place):
             try:
@@ -63,25 +63,25 @@ class Records(Generic[R]):
         return sorted(name for name in names if name.endswith(".json"))
 
     def _read(self, place: Place, name: str) -> R | None:
-        """None if it was removed a moment ago."""
+        """None if the record was removed meanwhile."""
         try:
             return self._record(**unseal(place.read(name)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
             raise IntegrityError(
-                f"a record in the table's {self._kind} is damaged",
-                expected="JSON with the hash of what it says",
+                f"a record in the table's {self._kind} folder is damaged",
+                expected="a JSON object that matches the hash in it",
                 found=repr(error),
                 where=place.where(name),
-                do="restore this file from a copy of the table, or delete it and say the same again",
+                do="restore this file from a copy of the table, or delete it and repeat the command that created it",
             ) from error
 
     def write(self, table: str, name: str, record: R, *, replace: bool) -> None:
-        """Put a record in its place.
+        """Write a record.
 
         Raises:
-            FileExistsError: if there is one and it must not be replaced.
+            FileExistsError: if the record exists and ``replace`` is false.
             TableError: if it can't be written.
         """
         place, path = place_of(table), self._path(name)
@@ -93,7 +93,7 @@ class Records(Generic[R]):
             raise _unwritable(place.where(path), error) from error
 
     def remove(self, table: str, name: str) -> None:
-        """Remove a record, if it is there.
+        """Remove a record, if it exists.
 
         Raises:
             TableError: if it can't be removed.
@@ -109,15 +109,15 @@ class Records(Generic[R]):
 
 
 def now() -> str:
-    """The time that a record is given."""
+    """The current time as records store it: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _unwritable(path: str, error: OSError) -> TableError:
     return TableError(
         "the table's records can't be written",
-        expected="a folder that can be written, on a disk that has room",
+        expected="write permission for the folder, and free disk space",
         found=error,
         where=path,
-        do="make room or mend the permissions, then run the same command again",
+        do="free disk space or fix the permissions, then run the same command again",
     )

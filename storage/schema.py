@@ -1,7 +1,7 @@
-"""The row: one sequence of one document, and what the teacher said at its captured positions.
+"""The schema of a row: one sequence of one document, with the teacher's soft labels at its captured positions.
 
-Types are the ones that Delta maps exactly, so that any Delta reader sees the same values. The soft labels are flat
-lists, position after position, with a count a position; FORMAT.md says what each value means.
+All types have an exact equivalent in Delta, so that every Delta reader sees the same values. Soft labels are flat
+lists, position after position, with a count for each position; FORMAT.md describes each value.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ FORMAT = 1
 """Version of the layout that FORMAT.md specifies."""
 
 PARTITION = "split"
-"""The table's partition: its value is in the path of a shard, not in the shard."""
+"""The table's partition column: its value is in the path of a shard, not in the file."""
 
 SEQUENCE = pa.schema(
     [
@@ -31,7 +31,7 @@ SEQUENCE = pa.schema(
         pa.field("positions", pa.int32(), nullable=False),
     ]
 )
-"""What is known of a sequence before the teacher has seen it."""
+"""The columns that do not depend on the teacher's output."""
 
 SOFT_LABELS = pa.schema(
     [
@@ -47,10 +47,10 @@ SOFT_LABELS = pa.schema(
         pa.field("next_logprobs", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""What the teacher said, encoded (see ``storage.codec``)."""
+"""The encoded soft labels (see ``storage.codec``)."""
 
 ROW_KEY = ("document_id", "chunk", "key")
-"""A table holds each combination of these at most once."""
+"""Columns whose values together are unique in a table."""
 
 _CARRIED_TYPES = (pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.date32())
 
@@ -62,20 +62,20 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
         carried: names and types of the carried columns: string, int64, float64, bool or date32.
 
     Raises:
-        UsageError: if a carried column has the name of a row's own, or another type.
+        UsageError: if a carried column has the name of another column, or an unsupported type.
     """
     own = {*SEQUENCE.names, *SOFT_LABELS.names}
     for field in carried:
         if field.name in own:
             raise UsageError(
-                f"a document column can't be carried under the name {field.name!r}",
-                expected=f"a name that no row column has ({', '.join(sorted(own))})",
+                f"column {field.name!r} can't be carried: the table has a column of its own with that name",
+                expected=f"a name other than {', '.join(sorted(own))}",
                 found=f"columns.carry: {field.name}",
                 do="rename the column in the documents",
             )
         if field.type not in _CARRIED_TYPES:
             raise UsageError(
-                f"column {field.name!r} can't be carried",
+                f"column {field.name!r} can't be carried: its type is not supported",
                 expected=f"one of the types {', '.join(map(str, _CARRIED_TYPES))}",
                 found=str(field.type),
                 do="cast it in the documents, or leave it out of columns.carry",
@@ -84,17 +84,17 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
 
 
 def carried_schema(row: pa.Schema) -> pa.Schema:
-    """The carried columns of a row's schema: those that are not the row's own."""
+    """The carried columns in the schema of a row."""
     own = {*SEQUENCE.names, *SOFT_LABELS.names}
     return pa.schema([field for field in row if field.name not in own])
 
 
 def without(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
-    """The schema less the named fields."""
+    """The schema without the named fields."""
     dropped = set(names)
     return pa.schema([field for field in schema if field.name not in dropped])
 
 
 def row_keys(rows: pa.Table) -> list[tuple[object, ...]]:
-    """What a table holds at most once, row by row."""
+    """The unique key of each row (see ``ROW_KEY``)."""
     return list(zip(*(rows.column(name).to_pylist() for name in ROW_KEY), strict=True))

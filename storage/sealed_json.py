@@ -1,4 +1,4 @@
-"""JSON objects that hold a hash of what else they say, so that a damaged one is not taken for another."""
+"""JSON objects with a hash of their other fields, so that a damaged one is recognized."""
 
 import json
 from collections.abc import Mapping
@@ -7,25 +7,25 @@ from typing import Any
 from softlabel.storage.places.place import hash_of
 
 
-def seal(says: Mapping[str, Any]) -> bytes:
-    """A file's content that says this."""
-    return json.dumps({**says, "hash": _hash(says)}, indent=2).encode()
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """The content of a file with these fields and their hash."""
+    return json.dumps({**fields, "hash": _hash(fields)}, indent=2).encode()
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """What a file's content says.
+    """The fields of a file's content, without the hash.
 
     Raises:
-        ValueError: if it is not what was sealed.
+        ValueError: if the fields do not match the hash.
     """
     try:
-        says: dict[str, Any] = json.loads(content)
-        if says.pop("hash") == _hash(says):
-            return says
+        fields: dict[str, Any] = json.loads(content)
+        if fields.pop("hash") == _hash(fields):
+            return fields
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError("no JSON object with a hash") from error
-    raise ValueError("it holds something else than was written")
+        raise ValueError("not a JSON object with a hash") from error
+    raise ValueError("the content does not match its hash")
 
 
-def _hash(says: Mapping[str, Any]) -> str:
-    return hash_of(json.dumps(says, sort_keys=True).encode())
+def _hash(fields: Mapping[str, Any]) -> str:
+    return hash_of(json.dumps(fields, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""One Parquet file of a table, from its first row to its final name."""
+"""Writes one shard: collects rows in a temporary Parquet file, and gives it its final name."""
 
 import json
 import os
@@ -22,20 +22,20 @@ RowKey = tuple[object, ...]
 
 
 def add_action(shard: Shard) -> AddAction:
-    """What makes a file that has its final name part of the table, in a commit."""
-    # Only the number of rows: wrong minima and maxima would silently hide rows from queries.
+    """The commit action that adds a shard to the table."""
+    # Only the number of rows: wrong minimum or maximum values would silently hide rows from queries.
     stats = json.dumps({"numRecords": shard.rows})
     return AddAction(shard.path, shard.bytes, {PARTITION: shard.split}, int(time.time() * 1000), True, stats)
 
 
 def shard_of(action: AddAction) -> Shard:
-    """What ``add_action`` was given."""
+    """The shard of an add action: the inverse of ``add_action``."""
     split, rows = action.partition_values[PARTITION], json.loads(action.stats)["numRecords"]
     return Shard(action.path, str(split), rows, action.size)
 
 
 class ShardFile:
-    """A shard in the making: rows collect to whole row groups, in a temporary file until they are published."""
+    """A shard that is being written: buffers rows into whole row groups, in a temporary file until it is published."""
 
     def __init__(self, table: Table, split: str, row_group: int) -> None:
         self._place = table.place
@@ -56,7 +56,7 @@ class ShardFile:
         self.positions = self.written_positions = self.written_bytes = 0
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows of the table's schema; one that the file has already is left out."""
+        """Add rows of the table's schema; rows that the file has already are skipped."""
         new = []
         for key in row_keys(rows):
             new.append(key not in self.keys)
@@ -77,18 +77,20 @@ class ShardFile:
         self._buffer = [rows.slice(count)] if len(rows) > count else []
 
     def finish(self) -> None:
-        """Close the file, read its footer back, and name it by its content."""
+        """Close the file, check the number of rows in its footer, and compute its name from its content."""
         if self._buffer:
             self._write_row_group(sum(map(len, self._buffer)))
         self._writer.close()
         self._draft.file.flush()
         found = pq.read_metadata(self._draft.file).num_rows
         if found != len(self.keys):
-            raise IntegrityError("a shard was not written whole", expected=f"{len(self.keys)} rows", found=found)
+            raise IntegrityError(
+                "a shard was not written completely", expected=f"{len(self.keys)} rows", found=f"{found} rows"
+            )
         self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._draft.file)}.parquet"
 
     def drop(self, taken: set[RowKey]) -> None:
-        """Leave out rows that the table has from another; the file that held them is nobody's from then on."""
+        """Rewrite the file without rows that the table has already; the old file is discarded."""
         kept = [key not in taken for key in self.keys]
         if all(kept):
             return
@@ -101,31 +103,31 @@ class ShardFile:
 
     @property
     def shard(self) -> Shard:
-        """What the finished file is to a table."""
+        """The finished file as a shard of the table."""
         return Shard(self.shard_path, self._split, len(self.keys), os.fstat(self._draft.file.fileno()).st_size)
 
     def publish(self, name: str | None = None) -> None:
-        """Give the file its final name, where a reader of a version that has it looks; or another one meanwhile.
+        """Give the file its final name, or a temporary ``name``.
 
-        Another writer with the very same rows makes the very same file: the name is then there already, and whoever
-        commits first has it.
+        Another writer with the same rows makes an identical file with the same name. Then the file exists already, and
+        the first to commit adds it to the table.
         """
         self._draft.publish(name or self.shard_path)
 
     def discard(self) -> None:
-        """Let go of the file; what was published stays, since another writer may be about to commit its twin."""
-        with suppress(OSError):  # a full disk has no room for the footer either
+        """Close the file, and delete it unless it is published: another writer may be about to commit the same file."""
+        with suppress(OSError):  # on a full disk, writing the footer fails too
             self._writer.close()
         self._draft.discard()
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a shard's columns are encoded: what was smallest within the time that a capture can spare.
+    """Options of the Parquet writer, chosen for the smallest files at a speed that does not slow a capture down.
 
-    Bytes of one significance have a distribution of their own, so lists of numbers are split by it and left to zstd's
-    entropy coder; a dictionary only gets in its way. Ids hold nothing but that, which the lowest level sees as well
-    as the highest; codes repeat from position to position, which takes a higher one to find. A ``tests.benchmarks``
-    command shows the bytes by column.
+    Bytes of equal significance are distributed alike, so lists of numbers are split by byte and compressed by zstd's
+    entropy coder; a dictionary would make them larger. Ids compress as well at zstd's lowest level as at its highest.
+    Codes repeat from position to position, which only a higher level finds. A ``tests.benchmarks`` command shows the
+    bytes by column.
     """
     numbers = [field.name for field in schema if pa.types.is_list(field.type) and field.name != "loss_mask"]
     levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}

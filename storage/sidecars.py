@@ -1,4 +1,4 @@
-"""What lies beside the shards: the vocabulary and the tokenizer's files, named by their content and never changed."""
+"""Files next to the shards: the vocabulary and the tokenizer. Named by a hash of their content, and never changed."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from softlabel.storage.codec import Ints, SoftLabels
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of, reading
 
-_RESTORE = "restore it from a copy of the table"
+_RESTORE = "restore this from a copy of the table"
 
 
 def store_vocabulary(place: Place, sample: SoftLabels | Ints, vocabulary: int) -> str:
-    """Number the token ids by how often they occur in a sample, and keep that as a file.
+    """Rank the token ids by their frequency in a sample, and store the ranking as a file.
 
     Args:
-        place: of the table.
-        sample: soft labels with teacher's ids, or another table's vocabulary, to number them as it does.
-        vocabulary: how many ids there are; those that do not occur follow in their own order.
+        place: place of the table.
+        sample: soft labels with the teacher's ids; or another table's vocabulary, to use the same ranking.
+        vocabulary: number of token ids; ids that do not occur come last, in ascending order.
 
     Returns:
         The file's name.
@@ -39,7 +39,7 @@ def read_vocabulary(place: Place, name: str) -> Ints:
     """(V,) int32 token id of each rank.
 
     Raises:
-        IntegrityError: if the file is not the one that was written.
+        IntegrityError: if the file is missing or damaged.
     """
     path = f"{SIDE_FOLDER}/{name}"
     try:
@@ -51,8 +51,8 @@ def read_vocabulary(place: Place, name: str) -> Ints:
     if _vocabulary_name(content) != name:
         raise IntegrityError(
             "the table's vocabulary is damaged",
-            expected="content that has the hash in the file's name",
-            found=f"content with another hash, {len(content)} bytes",
+            expected="content that matches the hash in the file's name",
+            found=f"{len(content)} bytes with a different hash",
             where=place.where(path),
             do=_RESTORE,
         )
@@ -61,17 +61,17 @@ def read_vocabulary(place: Place, name: str) -> Ints:
 
 
 def store_tokenizer(place: Place, source: Path) -> str:
-    """Copy the tokenizer's files; returns the name of the folder that they are in."""
+    """Copy the tokenizer's files into the table; returns the name of their folder."""
     name = _tokenizer_name(source)
     place.write_folder(source, f"{SIDE_FOLDER}/{name}")
     return name
 
 
 def read_tokenizer(place: Place, name: str) -> Path:
-    """A folder of this machine with the tokenizer's files.
+    """A local folder with the tokenizer's files.
 
     Raises:
-        IntegrityError: if they are not those that were copied.
+        IntegrityError: if they are missing or damaged.
     """
     path = f"{SIDE_FOLDER}/{name}"
     try:
@@ -85,7 +85,7 @@ def read_tokenizer(place: Place, name: str) -> Path:
     if found != name:
         raise IntegrityError(
             "the table's tokenizer is damaged",
-            expected="files that have the hash in the folder's name",
+            expected="files that match the hash in the folder's name",
             found=", ".join(sorted(file.name for file in folder.iterdir())) or "no files",
             where=place.where(path),
             do=_RESTORE,

@@ -1,7 +1,7 @@
-"""What a version is, as one hash that its commit says: a log that was damaged is never taken for other rows.
+"""The state of a version as one hash, which its commit contains, so that a damaged log is always recognized.
 
-Delta's log has no checksums of its own, and a shard's hash tells nothing of the log that names it, or fails to.
-``previous`` ties each commit to the bytes of the one before it, so that ``verify`` can name the file that is damaged.
+A Delta log has no checksums, and the hashes of shards do not protect the log that lists them. In addition, ``previous``
+in each commit is a hash of the commit file before it, so that ``verify`` can name the damaged file.
 """
 
 import json
@@ -15,7 +15,7 @@ from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import Place, hash_of
 
 COMMIT_MESSAGE = "softlabel"
-"""The part of a commit's metadata that says what softlabel did."""
+"""Key of softlabel's own part of a commit's metadata."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Shard:
 
 
 def state(version: int, properties: Mapping[str, str], schema: str, shards: Iterable[Shard]) -> str:
-    """BLAKE2b-128, as 32 hexadecimal digits, of all that a version tells its readers; FORMAT.md has the lines.
+    """BLAKE2b-128, as 32 hexadecimal digits, of everything that defines a version; FORMAT.md specifies the input.
 
     Args:
-        version: its number.
-        properties: of the Delta table.
-        schema: of the Delta table, as JSON.
-        shards: in any order.
+        version: version number.
+        properties: properties of the Delta table.
+        schema: schema of the Delta table, as JSON.
+        shards: shards of the version, in any order.
     """
     lines = [f"version {version}"]
     lines += [f"property {name} {properties[name]}" for name in sorted(properties)]
@@ -47,17 +47,17 @@ def state(version: int, properties: Mapping[str, str], schema: str, shards: Iter
     return hash_of("\n".join(lines).encode())
 
 
-def said(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What softlabel says of a commit, given its lines; empty if something else made it."""
+def softlabel_metadata(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """softlabel's metadata in the lines of a commit; empty if another program made the commit."""
     infos = (action["commitInfo"] for action in actions if "commitInfo" in action)
     return next((dict(info[COMMIT_MESSAGE]) for info in infos if COMMIT_MESSAGE in info), {})
 
 
 class Chain:
-    """Commits in their order, each made on the bytes of the one before.
+    """Checks commits in order: each contains the hash of the commit before it.
 
     Attributes:
-        damaged: files of commits that are not the ones that were written, and how that is known.
+        damaged: files of damaged or foreign commits, each with its problem.
     """
 
     def __init__(self) -> None:
@@ -65,42 +65,42 @@ class Chain:
         self._last = ""
 
     def add(self, version: int, content: bytes) -> list[dict[str, Any]]:
-        """The lines of the next commit.
+        """Check the next commit; returns its lines.
 
         Raises:
-            ValueError: if it has none.
+            ValueError: if it is not a commit.
         """
         actions = lines_of(content)
-        previous = said(actions).get("previous")
+        previous = softlabel_metadata(actions).get("previous")
         if self._last and previous is None:
-            self.damaged[commit_file(version)] = "no commit of softlabel"
+            self.damaged[commit_file(version)] = "this commit was not made by softlabel"
         elif self._last not in ("", previous):
-            after = f"not the commit that {PurePath(commit_file(version)).name} was made on: one of the two is damaged"
+            after = f"does not match the hash in {PurePath(commit_file(version)).name}: one of the two is damaged"
             self.damaged[commit_file(version - 1)] = after
         self._last = hash_of(content)
         return actions
 
 
 def require_state(place: Place, version: int, found: str) -> None:
-    """Refuse a version that is not what its commit says that it is.
+    """Refuse a version whose state differs from the state hash in its commit.
 
     Raises:
-        IntegrityError: naming the commit.
+        IntegrityError: if they differ, or if the commit has no state hash.
     """
-    expected = said(read_commit(place, version)).get("state")
+    expected = softlabel_metadata(read_commit(place, version)).get("state")
     if found == expected:
         return
     if expected is None:
         raise IntegrityError(
-            "the commit of this version does not say what it made: something else than softlabel has made it",
-            expected="a commit of softlabel, with a state",
+            "a program other than softlabel made this version: its commit has no state hash",
+            expected="a commit made by softlabel, with a state hash",
             where=place.where(commit_file(version)),
-            do=f"go on with the version before, {place.address}@{version - 1}" if version else "capture a new table",
+            do=f"use the version before, {place.address}@{version - 1}" if version else "capture a new table",
         )
     raise IntegrityError(
-        "the table's log is damaged: this version has other shards or properties than its commit made",
-        expected=f"the state {expected}",
-        found=f"the state {found}",
+        "the table's log is damaged: this version's shards or properties do not match its commit",
+        expected=f"state hash {expected}",
+        found=f"state hash {found}",
         where=place.where(commit_file(version)),
-        do=f"softlabel verify {place.address} names the file that is damaged; restore it from a copy of the table",
+        do=f"run softlabel verify {place.address} to find the damaged file, and restore it from a copy of the table",
     )

@@ -1,9 +1,9 @@
-"""The soft-label table: a Delta Lake table of Parquet shards, with its vocabulary and tokenizer beside them.
+"""The soft-label table: a Delta Lake table of Parquet shards, with a vocabulary and a tokenizer next to them.
 
-Opens, creates and describes; never reads a shard (``storage.reader``) or writes one (``storage.writer``).
+Opens, creates and describes tables; never reads a shard (``storage.reader``) or writes one (``storage.writer``).
 
-    TABLE/_delta_log/                      the commits; a shard exists when its commit does
-    TABLE/split=train/<hash>.parquet       the shards, named by their content
+    TABLE/_delta_log/                      the commits; a shard belongs to the table once it is in a commit
+    TABLE/split=train/<hash>.parquet       the shards, named by a hash of their content
     TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/     (``storage.sidecars``)
     TABLE/_softlabel/tags/, pins/, vacuumed/                          (``storage.versions``)
 """
@@ -24,11 +24,11 @@ from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
 from softlabel.storage.codec import Ints, SoftLabels
-from softlabel.storage.commit_files import commit_file, described_by, require_no_remains, require_whole
+from softlabel.storage.commit_files import commit_file, last_metadata_commit, require_no_remains, require_whole
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
-from softlabel.storage.opening import exists, unopened
+from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
@@ -39,14 +39,14 @@ _IDENTITY = "softlabel.identity"
 
 
 class Table:
-    """One version of a table; the version does not move when others commit.
+    """One version of a table; it stays the same when others commit.
 
     Attributes:
         location: the table's folder, or its URL.
-        place: where its files are.
-        identity: all that its numbers depend on.
-        vocabulary_name: of the file that numbers the token ids; see ``vocabulary``.
-        tokenizer_name: of the folder with the teacher's tokenizer; see ``tokenizer``.
+        place: folder or bucket that its files are in.
+        identity: everything that determines its numbers.
+        vocabulary_name: name of the file that ranks the token ids; see ``vocabulary``.
+        tokenizer_name: name of the folder with the teacher's tokenizer; see ``tokenizer``.
     """
 
     def __init__(self, location: str, delta: DeltaTable) -> None:
@@ -56,7 +56,7 @@ class Table:
         settings = delta.metadata().configuration
         if settings.get("softlabel.format") != str(FORMAT):
             raise TableError(
-                "this is no soft-label table that this version of softlabel can read",
+                "this is not a soft-label table that this version of softlabel can read",
                 expected=f"softlabel.format {FORMAT} in the Delta table's properties",
                 found=settings.get("softlabel.format", "no such property"),
                 where=location,
@@ -68,19 +68,19 @@ class Table:
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
         except (KeyError, ValueError) as error:
             raise IntegrityError(
-                "the table's log is damaged: it has other properties than softlabel wrote",
+                "the table's log is damaged: the table's properties are not valid",
                 found=" ".join(str(error).split()),
-                where=self.place.where(commit_file(described_by(self.place, delta.version()))),
+                where=self.place.where(commit_file(last_metadata_commit(self.place, delta.version()))),
                 do="restore this file from a copy of the table",
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process, such as a loader's worker, opens the same version for itself."""
+        """Pickle as a location, so that another process, such as a data loader's worker, opens the same version."""
         return type(self).open, (f"{self.location}@{self.version}",)
 
     @staticmethod
     def exists(location: str) -> bool:
-        """Whether there is a table, of softlabel's or another's making, or a view."""
+        """Whether a location has a view or a Delta table, made by softlabel or another program."""
         return exists(location)
 
     @classmethod
@@ -88,11 +88,11 @@ class Table:
         """The newest version of a table, or the one that ``PATH@12`` or ``PATH@tag`` names.
 
         Raises:
-            UsageError: if it is a view: ``storage.views.view.open_table`` opens either, to be read.
+            UsageError: if it is a view; ``storage.views.view.open_table`` opens both tables and views.
             TableNotFoundError: if there is no table, no such version or tag, or the version was vacuumed.
             IntegrityError: if its log is damaged.
             AccessError: if it can't be read at the moment.
-            TableError: if it is a table of another kind.
+            TableError: if it is not a soft-label table, or has an unsupported format.
         """
         path, wanted = parse(location)
         version = resolve(path, wanted) if cls.exists(path) else None
@@ -101,25 +101,25 @@ class Table:
             require_whole(table.place, table.version)
             return table
         except (DeltaNotFoundError, DeltaError, OSError) as error:
-            raise unopened(location, version, error) from error
+            raise open_error(location, version, error) from error
 
     @classmethod
     def create(
         cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels | Ints, tokenizer: Path
     ) -> Self:
-        """Make a table, or adopt the one that another process has made meanwhile.
+        """Create a table, or open the one that another process has created meanwhile.
 
         Args:
-            location: a folder, made if it is not there; or s3://BUCKET/PREFIX.
-            identity: of what will be added.
-            carried: columns that the documents bring.
-            sample: soft labels that show how often each id occurs; the ids are numbered by that, once for all. Or
-                another table's vocabulary, to number them as it does.
+            location: a folder, which is created if necessary; or s3://BUCKET/PREFIX.
+            identity: identity of the rows that will be added.
+            carried: carried columns of the documents.
+            sample: soft labels that show how often each token id occurs; they determine the table's ranking of the ids,
+                which never changes. Or another table's vocabulary, to use the same ranking.
             tokenizer: folder with the teacher's tokenizer, copied into the table.
 
         Raises:
-            ProvenanceError: if another process made a table of another identity first.
-            IntegrityError: if there are shards of a table that has lost its log.
+            ProvenanceError: if there is a table with a different identity already.
+            IntegrityError: if there are shards of a table whose log is missing.
         """
         location = located(location)
         schema, place = row_schema(carried), place_of(location)
@@ -144,10 +144,11 @@ class Table:
         except (DeltaError, OSError) as error:
             if not cls.exists(location):
                 raise TableError(
-                    "the table can't be made",
+                    "the table can't be created",
+                    expected="write permission for the folder, and free disk space",
                     found=cause(error),
                     where=location,
-                    do="check the folder's permissions and space",
+                    do="free disk space or fix the permissions, then run the same command again",
                 ) from error
         table = cls.open(location)
         table.identity.require(identity, location)
@@ -155,22 +156,22 @@ class Table:
 
     @property
     def version(self) -> int:
-        """The version that this object shows."""
+        """Number of this version."""
         return int(self._delta.version())
 
     @property
     def tables(self) -> tuple[Self, ...]:
-        """The table itself: a view has several."""
+        """The table itself; a view has several."""
         return (self,)
 
     @property
     def content(self) -> str:
-        """A hash of what is in this version: of the names that its shards have by their content."""
+        """A hash of this version's content: of the names of its shards, which are hashes of their content."""
         return hashlib.sha256("\n".join(shard.path for shard in self.shards()).encode()).hexdigest()
 
     @property
     def draws(self) -> bool:
-        """Whether tails are sampled."""
+        """Whether the tail is sampled."""
         return self.identity.selection.draws > 0
 
     @property
@@ -180,30 +181,30 @@ class Table:
 
     @cached_property
     def carried(self) -> pa.Schema:
-        """Names and types of the columns that documents brought along."""
+        """Names and types of the carried columns."""
         return carried_schema(pa.schema(self._delta.schema()))
 
     def require_carried(self, carried: pa.Schema) -> None:
-        """Refuse documents that bring other columns along than those that are here.
+        """Refuse documents whose carried columns differ from the table's.
 
         Raises:
-            ProvenanceError: naming both.
+            ProvenanceError: if they differ.
         """
         if not carried.equals(self.carried):
             described = [
                 ", ".join(f"{f.name} ({f.type})" for f in columns) or "none" for columns in (self.carried, carried)
             ]
             raise ProvenanceError(
-                "the documents carry other columns than the table has",
+                "the carried columns of the documents differ from those of the table",
                 expected=described[0],
                 found=described[1],
                 where=self.location,
-                do="name the same columns with columns.carry, or use another folder for a new table",
+                do="list the same columns in columns.carry, or make a new table in another folder",
             )
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures whose tail mass is stored, in the order in which it is."""
+        """Temperatures whose tail masses are stored, in order."""
         return self.identity.temperatures
 
     @cached_property
@@ -211,16 +212,16 @@ class Table:
         """(V,) int32 token id of each rank.
 
         Raises:
-            IntegrityError: if the file is not the one that was written.
+            IntegrityError: if the file is missing or damaged.
         """
         return read_vocabulary(self.place, self.vocabulary_name)
 
     @cached_property
     def tokenizer(self) -> Path:
-        """Folder of this machine with the teacher's tokenizer.
+        """Local folder with the teacher's tokenizer.
 
         Raises:
-            IntegrityError: if its files are not those that were copied.
+            IntegrityError: if its files are missing or damaged.
         """
         return read_tokenizer(self.place, self.tokenizer_name)
 
@@ -235,7 +236,7 @@ class Table:
         """The version's shards, in the order of their names.
 
         Raises:
-            IntegrityError: if the log is not as it was written; seen the first time.
+            IntegrityError: if the log is damaged; checked on the first call.
         """
         return [shard for shard in self._shards if split in (None, shard.split)]
 
@@ -250,38 +251,38 @@ class Table:
         return {**self._delta.metadata().configuration, **changed}
 
     def state(self, version: int, shards: Iterable[Shard], properties: Mapping[str, str]) -> str:
-        """What a commit says of the version that it makes, if that has these shards (see ``storage.state``)."""
+        """The state hash of a version with these shards and properties (see ``storage.state``)."""
         return state(version, properties, self._delta.schema().to_json(), shards)
 
     @cached_property
     def listed(self) -> list[Shard]:
-        """What the log lists as shards, in the order of their names, be it damaged or not."""
+        """The shards in the log, in the order of their names, without checking the log."""
         adds = pa.table(self._delta.get_add_actions(flatten=True)).select(
             ["path", "partition.split", "num_records", "size_bytes"]
         )
         return sorted((Shard(*row.values()) for row in adds.to_pylist()), key=lambda shard: shard.path)
 
     def scan(self) -> pl.LazyFrame:
-        """Rows of this version, lazily, as polars sees them.
+        """Rows of this version as a polars LazyFrame.
 
         Raises:
-            IntegrityError: if the log is not as it was written.
+            IntegrityError: if the log is damaged.
         """
         self.shards()
         return pl.scan_delta(self.location, version=self.version)
 
     def history(self) -> list[dict[str, Any]]:
-        """What each commit up to this version says of itself, newest first.
+        """Metadata of each commit up to this version, newest first.
 
         Raises:
-            IntegrityError: if one does not say it.
+            IntegrityError: if a commit lacks its time or operation.
         """
-        # Asked of an old version, delta-rs lists every commit there is and numbers them from the old version down.
+        # For an old version, delta-rs lists all commits and numbers them from that version down, so we open the newest.
         commits = [commit for commit in DeltaTable(self.location).history() if commit["version"] <= self.version]
         for commit in commits:
             if not {"timestamp", "operation"} <= commit.keys():
                 raise IntegrityError(
-                    "the table's log is damaged: a commit lacks its time or what it did",
+                    "the table's log is damaged: a commit lacks its time or its operation",
                     where=self.place.where(commit_file(commit["version"])),
                     do="restore this file from a copy of the table",
                 )

@@ -1,10 +1,10 @@
-"""Documents that were taken down: which, so that nothing brings them back; and what went with them.
+"""Records of documents that were taken down, so that they are never added again, and of what was deleted with them.
 
     TABLE/_softlabel/purged/<hash>.json
 
-Such a record is first a refuse list: whoever adds rows leaves its documents out. When their rows are gone from the
-newest version it becomes a tombstone too, for the shards of old versions that are deleted then. Documents are named by
-hashes. ``storage.upkeep.purge`` is what takes them down.
+A record is first a refuse list: every writer leaves out its documents. Once the newest version no longer contains
+them, the record also lists the shards of old versions that are then deleted, and the versions that need these shards.
+Documents are named only by hashes of their ids. ``storage.upkeep.purge`` performs the take-down.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from softlabel.storage.errors import PurgedError
 from softlabel.storage.identity import user
 from softlabel.storage.places.place import hash_of
-from softlabel.storage.records import Record, Records, now
+from softlabel.storage.records import Record, RecordStore, now
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,29 @@ class Purge(Record):
     documents: list[str]
     """Hash of each document's id."""
     version: int | None
-    """The first that is without them; None as long as there is none."""
+    """The first version without these documents; None until there is one."""
     shards: list[str]
-    """Files that were deleted."""
+    """Shards that were deleted."""
     versions: list[int]
-    """Those that need such a file, and can no longer be opened."""
+    """Versions that need a deleted shard, and so can no longer be opened."""
 
 
-PURGES = Records("purged", Purge)
+PURGES = RecordStore("purged", Purge)
 
 
 def purges(table: str) -> list[Purge]:
-    """All take-downs, the oldest first."""
+    """All take-downs, oldest first."""
     return sorted(PURGES.all(table), key=lambda purge: (purge.time, purge.version or 0))
 
 
 def refusal(table: str) -> Callable[[str], bool]:
-    """A function that says of a document's id whether it was taken down."""
+    """A function that tells whether the document with a given id was taken down."""
     refused = {name for purge in PURGES.all(table) for name in purge.documents}
     return (lambda document: _hash(document) in refused) if refused else (lambda document: False)
 
 
 def refuse(table: str, documents: Iterable[str]) -> Purge:
-    """Write down that documents are taken down; from now on nobody adds a row of them. Twice the same is once."""
+    """Record that documents are taken down; from now on no writer adds their rows. Repeating this changes nothing."""
     hashes = sorted(map(_hash, documents))
     name = _name(hashes)
     with suppress(FileExistsError):
@@ -55,8 +55,8 @@ def refuse(table: str, documents: Iterable[str]) -> Purge:
     return next(purge for purge in PURGES.all(table) if _name(purge.documents) == name)
 
 
-def bury(table: str, purge: Purge, version: int, shards: Iterable[str], versions: Iterable[int]) -> Purge:
-    """Write down what goes with documents, before it goes; what went before with the same ones stays written down."""
+def record_deletion(table: str, purge: Purge, version: int, shards: Iterable[str], versions: Iterable[int]) -> Purge:
+    """Add the shards and versions that a take-down is about to delete to its record."""
     buried = replace(
         purge,
         version=purge.version if purge.version is not None else version,
@@ -68,32 +68,32 @@ def bury(table: str, purge: Purge, version: int, shards: Iterable[str], versions
 
 
 def carry_over(source: str, target: str) -> None:
-    """Let a table refuse what another one does."""
+    """Copy the refuse lists of one table to another."""
     for purge in PURGES.all(source):
         with suppress(FileExistsError):
             copy = replace(purge, version=0, shards=[], versions=[])
             PURGES.write(target, _name(purge.documents), copy, replace=False)
 
 
-def lost(table: str) -> dict[int, Purge]:
-    """Versions that can no longer be opened, and why."""
+def purged_versions(table: str) -> dict[int, Purge]:
+    """Versions that can no longer be opened, each with the take-down that removed it."""
     return {version: purge for purge in purges(table) for version in purge.versions}
 
 
 def tombstone(table: str, shard: str) -> PurgedError | None:
-    """What to tell who looks for a shard that is not there; None if no take-down took it."""
+    """The error for a missing shard; None if no take-down deleted it."""
     found = [purge for purge in purges(table) if shard in purge.shards]
-    return explain(table, found[0]) if found else None
+    return purged_error(table, found[0]) if found else None
 
 
-def explain(table: str, purge: Purge) -> PurgedError:
-    """What to tell who looks for what a take-down took."""
+def purged_error(table: str, purge: Purge) -> PurgedError:
+    """The error for a version that a take-down removed."""
     return PurgedError(
-        f"documents of this version were taken down: {len(purge.documents):,}, on {purge.time}, by {purge.user}",
-        expected=f"version {purge.version} or a newer one, which are without them",
-        found="shards that held them, and are deleted",
+        f"documents in this version were taken down: {len(purge.documents):,}, on {purge.time}, by {purge.user}",
+        expected=f"version {purge.version} or a newer one, which do not contain these documents",
+        found="the shards that contained them are deleted",
         where=table,
-        do=f"use {table}, its newest version; students that were trained on an old one have seen these documents",
+        do=f"use {table}, the newest version; students that were trained on an older one have seen these documents",
     )
 
 

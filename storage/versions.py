@@ -1,11 +1,12 @@
-"""Names for a table's versions, and who needs them: tags, the pins of students, and what a vacuum has taken away.
+"""A table's tags, the pins that protect versions for students and views, and the versions that a vacuum removed.
 
-    TABLE/_softlabel/tags/NAME.json           a name that stands for one version, and never moves
-    TABLE/_softlabel/pins/<hash>.json         a student that holds a version; the hash is of its path
+    TABLE/_softlabel/tags/NAME.json           a name for one version, which never moves
+    TABLE/_softlabel/pins/<hash>.json         a student or view that needs a version; the hash is of its location
     TABLE/_softlabel/vacuumed/<random>.json   versions that can no longer be opened
 
-A tag or pin is written first and looks for a vacuum then; a vacuum is written first and looks for tags and pins then.
-So at least one of two that run at once sees the other, and gives way. Never opens a shard, or the log.
+To set a tag or pin, the record is written first, and then checked against vacuums; a vacuum also writes its record
+first, and then checks for tags and pins. So of two that run at the same time, at least one sees the other and stops.
+Never opens a shard or the log.
 """
 
 import difflib
@@ -24,16 +25,16 @@ from softlabel.storage.identity import user
 from softlabel.storage.location import located
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import hash_of
-from softlabel.storage.records import Record, Records, now
-from softlabel.storage.takedown import PURGES, explain, lost
+from softlabel.storage.records import Record, RecordStore, now
+from softlabel.storage.takedown import PURGES, purged_error, purged_versions
 
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
-"""What a tag may be called."""
+"""Pattern of a valid tag name."""
 
 
 @dataclass(frozen=True)
 class Tag(Record):
-    """A name that stands for one version."""
+    """A name for one version."""
 
     name: str
     version: int
@@ -41,37 +42,37 @@ class Tag(Record):
 
 @dataclass(frozen=True)
 class Pin(Record):
-    """A student that was, or is being, trained on one version, or a view over it."""
+    """Protects one version for a student that is trained on it, or for a view that contains it."""
 
     student: str
-    """Its folder, or the view's."""
+    """Folder of the student, or address of the view."""
     version: int
     kind: Literal["student", "view"] = "student"
 
     def __post_init__(self) -> None:
         if holds_credentials(self.student):
-            raise ValueError("its location holds credentials, not shown here")
+            raise ValueError("the location contains credentials (not shown here)")
 
 
 @dataclass(frozen=True)
 class Vacuumed(Record):
-    """Versions that lack shards since a vacuum."""
+    """Versions whose shards a vacuum deleted."""
 
     versions: list[int]
 
 
-_TAGS, _PINS, _VACUUMED = Records("tags", Tag), Records("pins", Pin), Records("vacuumed", Vacuumed)
+_TAGS, _PINS, _VACUUMED = RecordStore("tags", Tag), RecordStore("pins", Pin), RecordStore("vacuumed", Vacuumed)
 
 
 def damaged_records(table: str) -> list[str]:
-    """Files of records, those of take-downs among them, that are not as they were written."""
+    """Files of damaged records, including those of take-downs."""
     return [name for records in (_TAGS, _PINS, _VACUUMED, PURGES) for name in records.damaged(table)]
 
 
 def parse(location: str) -> tuple[str, int | str | None]:
-    """``PATH@12`` to path and version, ``PATH@name`` to path and tag; without either, the newest version is meant.
+    """Split ``PATH@12`` into path and version, and ``PATH@name`` into path and tag; with neither, the second is None.
 
-    A folder that has an @ in its own name is taken for what it is; so is a prefix of a bucket.
+    If a folder or bucket prefix with an @ in its name exists, the whole location is the path.
 
     Raises:
         UsageError: if the location holds credentials.
@@ -84,15 +85,15 @@ def parse(location: str) -> tuple[str, int | str | None]:
 
 
 def resolve(table: str, wanted: int | str | None) -> int | None:
-    """The version that is meant by a number or a tag.
+    """The version number of a version or tag; None stays None, for the newest.
 
     Raises:
-        TableNotFoundError: if there is no such tag, or the version was vacuumed.
+        TableNotFoundError: if there is no such tag, or the version was vacuumed or purged.
     """
     if isinstance(wanted, str):
         wanted = _tag(table, wanted).version
     if wanted is not None:
-        _require_kept(table, wanted)
+        _require_available(table, wanted)
     return wanted
 
 
@@ -102,15 +103,17 @@ def tags(table: str) -> dict[str, Tag]:
 
 
 def tag(table: str, version: int, name: str) -> Tag:
-    """Name a table's version. To name it twice the same is no error; of two processes that differ, one wins.
+    """Give a table's version a tag. Setting the same tag again is no error; of two processes that conflict, one wins.
 
     Raises:
-        UsageError: if that is no name for a tag.
-        TableError: if the name stands for another version already, or can't be written.
-        TableNotFoundError: if the version is vacuumed at this moment.
+        UsageError: if the name is not valid for a tag.
+        TableError: if another version has this tag already, or the tag can't be written.
+        TableNotFoundError: if the version is being vacuumed.
     """
     if not re.fullmatch(TAG, name):
-        raise UsageError("that can't be a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name))
+        raise UsageError(
+            "this is not a valid name for a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name)
+        )
     made = Tag(now(), user(), name, version)
     try:
         _TAGS.write(table, name, made, replace=False)
@@ -119,14 +122,14 @@ def tag(table: str, version: int, name: str) -> Tag:
         if there is not None and there.version == version:
             return there
         raise TableError(
-            f"the tag {name} is taken, and a tag never moves",
-            expected=f"no tag {name}, or one of version {version}",
-            found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "it was just freed",
+            f"the tag {name} is already in use, and a tag never moves to another version",
+            expected=f"no tag {name}, or {name} already on version {version}",
+            found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "just removed",
             where=table,
-            do=f"choose another name, or free this one: softlabel maintain {table} --untag {name}",
+            do=f"choose another name, or remove this tag: softlabel maintain {table} --untag {name}",
         ) from None
     try:
-        _require_kept(table, version)
+        _require_available(table, version)
     except TableNotFoundError:
         _TAGS.remove(table, name)
         raise
@@ -134,7 +137,7 @@ def tag(table: str, version: int, name: str) -> Tag:
 
 
 def untag(table: str, name: str) -> Tag:
-    """Free a tag's name; returns what it stood for.
+    """Remove a tag, and return it.
 
     Raises:
         TableNotFoundError: if there is no such tag.
@@ -145,29 +148,29 @@ def untag(table: str, name: str) -> Tag:
 
 
 def pins(table: str) -> list[Pin]:
-    """The students that hold versions of a table, in the order of these."""
+    """The pins of a table, ordered by version."""
     return sorted(_PINS.all(table), key=lambda pin: (pin.version, pin.student))
 
 
 def pin(table: str, version: int, student: Path | str, kind: Literal["student", "view"] = "student") -> Pin:
-    """Keep a version for a student or a view, instead of the one that the same folder held before.
+    """Protect a version for a student or a view; replaces an earlier pin of the same student or view.
 
     Args:
-        table: its location.
-        version: of it.
+        table: location of the table.
+        version: version to protect.
         student: folder of a student, or address of a view.
-        kind: which of them.
+        kind: whether ``student`` is a student or a view.
 
     Raises:
-        TableError: if that can't be written.
-        TableNotFoundError: if the version is vacuumed at this moment.
+        TableError: if the pin can't be written.
+        TableNotFoundError: if the version is being vacuumed.
     """
     holder = located(str(student))
     holder = str(Path(holder).absolute()) if isinstance(student, Path) else holder
     made = Pin(now(), user(), holder, version, kind)
     _PINS.write(table, _pin_name(made.student), made, replace=True)
     try:
-        _require_kept(table, version)
+        _require_available(table, version)
     except TableNotFoundError:
         _PINS.remove(table, _pin_name(made.student))
         raise
@@ -175,22 +178,22 @@ def pin(table: str, version: int, student: Path | str, kind: Literal["student", 
 
 
 def unpin(table: str, student: str) -> Pin:
-    """Release what a student holds; returns it.
+    """Remove the pin of a student or view, and return it.
 
     Args:
-        table: its folder.
-        student: its folder, which need not be there any more.
+        table: location of the table.
+        student: folder of the student, which need not exist any more; or address of the view.
 
     Raises:
-        TableNotFoundError: if it holds nothing.
+        TableNotFoundError: if there is no such pin.
     """
     student = located(student)
     held = {pin.student: pin for pin in pins(table)}
     name = next((name for name in (student, str(Path(student).absolute())) if name in held), None)
     if name is None:
         raise TableNotFoundError(
-            "this student holds no version of the table",
-            expected="\n               ".join(held) or "a student that does; there is none",
+            "this student has no pin on the table",
+            expected="\n               ".join(held) or "a student with a pin; the table has none",
             found=student,
             where=table,
         )
@@ -204,8 +207,8 @@ def needed(table: str) -> set[int]:
 
 
 def vacuumed(table: str) -> set[int]:
-    """Versions that can no longer be opened, since a vacuum or since documents were taken down."""
-    return {version for vacuum in _VACUUMED.all(table) for version in vacuum.versions} | set(lost(table))
+    """Versions that can no longer be opened, because of a vacuum or because documents were taken down."""
+    return {version for vacuum in _VACUUMED.all(table) for version in vacuum.versions} | set(purged_versions(table))
 
 
 def remaining(table: str) -> set[int]:
@@ -214,17 +217,18 @@ def remaining(table: str) -> set[int]:
 
 
 def retire(table: str, versions: Iterable[int]) -> None:
-    """Make versions impossible to open, before their shards are deleted.
+    """Record that versions can no longer be opened, before their shards are deleted.
 
     Raises:
-        TableError: if one of them has just been tagged or pinned; then all of them stay.
+        TableError: if one of them has just been tagged or pinned; then none of them is retired.
     """
     name, retired = uuid.uuid4().hex, sorted(versions)
     _VACUUMED.write(table, name, Vacuumed(now(), user(), retired), replace=True)
     if taken := needed(table).intersection(retired):
         _VACUUMED.remove(table, name)
         raise TableError(
-            "versions that were to be vacuumed are needed since a moment ago; nothing was deleted",
+            "versions selected for deletion were tagged or pinned a moment ago; nothing was deleted",
+            expected="versions without a tag or pin",
             found=f"a new tag or pin on {spans(taken)}",
             where=table,
             do="run the same command again",
@@ -232,7 +236,7 @@ def retire(table: str, versions: Iterable[int]) -> None:
 
 
 def spans(versions: Iterable[int]) -> str:
-    """Version numbers as people write them: ``0-3, 7``."""
+    """Version numbers as ranges: ``0-3, 7``."""
     ordered = sorted(versions)
     gaps = [(a, b) for a, b in pairwise(ordered) if b > a + 1]
     starts = ordered[:1] + [b for _, b in gaps]
@@ -240,17 +244,17 @@ def spans(versions: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _require_kept(table: str, version: int) -> None:
-    if purge := lost(table).get(version):
-        raise explain(table, purge)
+def _require_available(table: str, version: int) -> None:
+    if purge := purged_versions(table).get(version):
+        raise purged_error(table, purge)
     for vacuum in _VACUUMED.all(table):
         if version in vacuum.versions:
             raise TableNotFoundError(
-                f"version {version} of this table was vacuumed: shards of it are deleted",
+                f"version {version} of this table was vacuumed: some of its shards are deleted",
                 expected=f"a version that remains: {spans(remaining(table))}",
                 found=f"vacuumed {vacuum.time} by {vacuum.user}",
                 where=table,
-                do="use one of those; a tag, or the pin of a student, keeps a version from being vacuumed",
+                do="use one of those; a tag or a student's pin protects a version from being vacuumed",
             )
 
 
@@ -261,10 +265,10 @@ def _tag(table: str, name: str) -> Tag:
     near = difflib.get_close_matches(name, known, n=1)
     raise TableNotFoundError(
         f"this table has no tag {name}",
-        expected=f"a version's number, or a tag: {', '.join(sorted(known)) or 'there is none yet'}",
+        expected=f"a version number, or a tag: {', '.join(sorted(known)) or 'the table has none yet'}",
         found=name,
         where=table,
-        do=f"did you mean {table}@{near[0]}?" if near else "see softlabel history for versions and tags",
+        do=f"did you mean {table}@{near[0]}?" if near else "run softlabel history to list versions and tags",
     )
 
 

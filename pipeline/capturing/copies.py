@@ -16,7 +16,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.identity import circumstances
 from softlabel.storage.table import Table
-from softlabel.storage.writer import Commit, ShardWriter, held
+from softlabel.storage.writer import Commit, ShardWriter, present_rows
 
 
 def own_order(shards: Sequence[Path], table: str) -> Sequence[Path]:
@@ -46,7 +46,7 @@ def still_pending(config: CaptureConfig, path: Path) -> pa.Table:
         return sequences
     table, identity = Table.open(config.table), planned_identity(sequences)
     table.identity.require(identity, config.table)
-    rows, keys = held(table, sequences)
+    rows, keys = present_rows(table, sequences)
     if identity.classes is not None:  # a classifier's row holds its document's label, so it can't be copied
         keys = rows
     if (keys & ~rows).any():

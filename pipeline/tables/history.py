@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from softlabel.storage.takedown import lost
+from softlabel.storage.takedown import purged_versions
 from softlabel.storage.upkeep import inspection
 from softlabel.storage.upkeep.inspection import HistoryEntry
 from softlabel.storage.versions import Pin, Tag, pins, tags, vacuumed
@@ -37,7 +37,7 @@ def history(table: str) -> HistoryReport:
     opened = open_table(table)
     if isinstance(opened, View):
         return HistoryReport(view_history(opened))
-    purged = set(lost(opened.location))
+    purged = set(purged_versions(opened.location))
     return HistoryReport(
         versions=inspection.history(opened),
         tags=list(tags(opened.location).values()),

@@ -1,1 +1,1 @@
-"""Where a table's files lie: a folder of this machine, or a bucket."""
+"""Where a table's files are: in a local folder or in a bucket."""

@@ -1,10 +1,9 @@
-"""A table's place in a bucket of S3, or of any store that speaks its language; configured as deltalake's own access is.
+"""A place in a bucket of S3 or an S3-compatible store, configured by the same environment variables as deltalake.
 
-AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ALLOW_HTTP and what else object_store reads
-from the environment. An object is there whole or not at all; one that must not be replaced is put on the condition
-that there is none. Shards are made in unnamed files of this machine, which are gone with their process. There are no
-locks: whoever publishes a file makes it young, looks for it after the commit, and puts it there again if maintenance
-has deleted its older twin meanwhile.
+These are AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ALLOW_HTTP and the others that
+object_store reads. Objects are written atomically; one that must not be replaced is written with a conditional put.
+Shards are written to unnamed local files, which vanish with their process. There are no locks: a writer uploads a file
+again to make it young, checks after its commit that the file exists, and restores it if maintenance has deleted it.
 """
 
 import io
@@ -22,20 +21,20 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from softlabel.storage.errors import AccessError
-from softlabel.storage.places.place import SIDE_FOLDER, Draft, File, Unnamed
+from softlabel.storage.places.place import SIDE_FOLDER, Draft, File, PendingFile
 
 _TAIL = 1 << 16
-"""Bytes that are fetched when an object is opened: as many as pyarrow asks for first, to find the footer."""
+"""Bytes to fetch from the end of an object when it is opened: pyarrow reads as many first, to find the footer."""
 _TIMEOUT = "10 minutes"
-"""Of one request: long enough for a shard in a slow network."""
+"""Timeout of one request: long enough for a shard over a slow network."""
 _COPIES: dict[tuple[str, frozenset[File]], "tempfile.TemporaryDirectory[str]"] = {}
-"""Folders that were fetched, by address and by what was in them."""
+"""Temporary copies of fetched folders, by address and content."""
 
 
 class Bucket:
     """``storage.places.place.Place`` in a bucket, below a prefix.
 
-    Objects are put in one request, so they may be 5 GB long.
+    Each object is uploaded in one request, which limits it to 5 GB.
     """
 
     sees_writers = False
@@ -46,7 +45,7 @@ class Bucket:
         self._store = _store(self.address, tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_"))))
 
     def where(self, name: str) -> str:
-        """Its URL."""
+        """URL of the object."""
         return f"{self.address}/{name}"
 
     def exists(self) -> bool:
@@ -54,34 +53,34 @@ class Bucket:
         return any(True for _ in self.files())
 
     def files(self, folder: str = "") -> Iterator[File]:
-        """A request for each thousand."""
-        with self._explained(folder):
+        """One request for each thousand objects."""
+        with self._translating_errors(folder):
             for page in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
                 for meta in page:
                     yield _file(meta["path"], meta)
 
     def stat(self, name: str) -> File:
         """One request."""
-        with self._explained(name):
+        with self._translating_errors(name):
             return _file(name, obstore.head(self._store, name))
 
     def read(self, name: str) -> bytes:
         """One request."""
-        with self._explained(name):
+        with self._translating_errors(name):
             return bytes(obstore.get(self._store, name).bytes())
 
     def open(self, name: str) -> tuple[Any, File]:
-        """One request, that brings the object's end and its size."""
+        """One request, which fetches the end of the object and its size."""
         try:
             found = obstore.get(self._store, name, options={"range": {"suffix": _TAIL}})
             file, tail = _file(name, found.meta), bytes(found.bytes())
-        except (FileNotFoundError, BaseError):  # an empty object has no end
+        except (FileNotFoundError, BaseError):  # an empty object has no last bytes
             file, tail = self.stat(name), b""
         return _Object(self, file, tail), file
 
     def range(self, name: str, start: int, end: int) -> bytes:
         """Bytes of an object from ``start`` up to, not including, ``end``; one request."""
-        with self._explained(name):
+        with self._translating_errors(name):
             return bytes(obstore.get_range(self._store, name, start=start, end=end))
 
     @contextmanager
@@ -90,7 +89,7 @@ class Bucket:
         with _on_this_machine():
             copy = tempfile.TemporaryFile()  # noqa: SIM115, it is closed below
         with copy:
-            with self._explained(name):
+            with self._translating_errors(name):
                 for chunk in obstore.get(self._store, name).stream():
                     with _on_this_machine():
                         copy.write(chunk)
@@ -99,7 +98,7 @@ class Bucket:
             yield copy
 
     def fetch_folder(self, name: str) -> Path:
-        """A copy in a temporary folder; made once, and gone with the process."""
+        """A copy in a temporary folder, made once and deleted when the process ends."""
         files = frozenset(self.files(name))
         if (self.address, files) not in _COPIES:
             with _on_this_machine():
@@ -112,32 +111,32 @@ class Bucket:
         return Path(_COPIES[self.address, files].name)
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
-        """Without ``replace``, a conditional put."""
+        """A conditional put, unless ``replace``."""
         self._put(name, content, "overwrite" if replace else "create")
 
     def write_folder(self, source: Path, name: str) -> None:
-        """File by file; what a killed process has begun, the next one writes again."""
+        """File by file; if the process is killed, the next one writes all files again."""
         for path in sorted(source.iterdir()):
             self.write(f"{name}/{path.name}", path.read_bytes())
 
-    def settle(self, name: str) -> None:
-        """What a store has confirmed, it keeps."""
+    def sync(self, name: str) -> None:
+        """Nothing to do: a confirmed write is durable."""
 
     def draft(self) -> Draft:
-        """On this machine."""
+        """A local temporary file."""
         return _Draft(self)
 
-    def waiting(self, name: str) -> Unnamed:
-        """An object, to be copied by the store itself."""
-        return _Waiting(self, name)
+    def pending(self, name: str) -> PendingFile:
+        """An object that the store copies to its final name."""
+        return _PendingObject(self, name)
 
     def copy(self, source: str, target: str) -> None:
-        """Give an object a second name."""
-        with self._explained(source):
+        """Copy an object within the store."""
+        with self._translating_errors(source):
             obstore.copy(self._store, source, target)
 
     def upload(self, file: BinaryIO, name: str) -> None:
-        """Put a whole file."""
+        """Upload a whole file."""
         file.flush()
         file.seek(0)
         self._put(name, file, "overwrite")
@@ -145,49 +144,49 @@ class Bucket:
     def delete(self, name: str) -> None:
         """One request for each thousand objects."""
         paths = [name, *(file.name for file in self.files(name))]
-        with self._explained(name):
+        with self._translating_errors(name):
             obstore.delete(self._store, paths)
 
     @contextmanager
-    def gate(self, *, alone: bool = False) -> Iterator[int]:
-        """Open to all; maintenance leaves a mark, which the store stamps with its own time."""
+    def gate(self, *, exclusive: bool = False) -> Iterator[int]:
+        """No lock; maintenance writes an object to learn the time by the store's clock."""
         now = 0
-        if alone:
+        if exclusive:
             self.write(f"{SIDE_FOLDER}/maintenance.lock", b"")
             now = self.stat(f"{SIDE_FOLDER}/maintenance.lock").changed
         yield now
 
     def is_written(self, name: str) -> bool | None:
-        """No shard is made in a bucket, and nothing tells of those that are made elsewhere."""
+        """Always None: shards are written to local files of their writers, and a bucket has no locks."""
         return None
 
     def _put(self, name: str, content: bytes | BinaryIO, mode: Any) -> None:
-        with self._explained(name):
+        with self._translating_errors(name):
             obstore.put(self._store, name, content, mode=mode, use_multipart=False)
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """A store that can't be reached is no missing file, and no damage either."""
+    def _translating_errors(self, name: str) -> Iterator[None]:
+        """Distinguish a missing or existing object from a store that can't be used."""
         try:
             yield
         except AlreadyExistsError:
-            raise FileExistsError(f"there is an object already: {self.where(name)}") from None
+            raise FileExistsError(f"the object exists already: {self.where(name)}") from None
         except (FileNotFoundError, BaseError) as error:
             code = _code(str(error))
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise FileNotFoundError(f"no such object: {self.where(name)}") from None
             raise AccessError(
                 "the bucket can't be used",
-                expected="an S3 endpoint that knows the bucket, and credentials that it accepts",
+                expected="an S3 endpoint that has this bucket, and credentials that it accepts",
                 found=code,
                 where=self.where(name),
                 do="check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL\n"
                 "               (if it is http://, with AWS_ALLOW_HTTP=true), then run the same command again",
-            ) from None  # the store's own words may repeat what it was given
+            ) from None  # the store's message may repeat the credentials
 
 
 class _Object(io.RawIOBase):
-    """An object as a file: each read is one request, but for the object's end, which is there already."""
+    """An object as a file: each read is one request, except at the object's end, which is fetched already."""
 
     def __init__(self, bucket: Bucket, file: File, tail: bytes) -> None:
         self._bucket, self._file, self._tail = bucket, file, tail
@@ -221,14 +220,14 @@ class _Object(io.RawIOBase):
 
 
 class _Draft:
-    """A file of this machine that is uploaded when it is published."""
+    """A local file that is uploaded when it is published."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket, self._name = bucket, ""
         self.file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115, it is closed by discard
 
     def publish(self, name: str) -> None:
-        if name != self._name or not _is_there(self._bucket, name):
+        if name != self._name or not _exists(self._bucket, name):
             self._bucket.upload(self.file, name)
             self._name = name
 
@@ -236,37 +235,37 @@ class _Draft:
         self.file.close()
 
 
-class _Waiting:
+class _PendingObject:
     """An object that is copied when it is published."""
 
     def __init__(self, bucket: Bucket, name: str) -> None:
-        self._bucket, self._waits, self._name = bucket, name, ""
+        self._bucket, self._temporary, self._name = bucket, name, ""
 
     def publish(self, name: str) -> None:
-        if name != self._name or not _is_there(self._bucket, name):
-            self._bucket.copy(self._waits, name)
+        if name != self._name or not _exists(self._bucket, name):
+            self._bucket.copy(self._temporary, name)
             self._name = name
 
     def discard(self) -> None:
-        self._bucket.delete(self._waits)
+        self._bucket.delete(self._temporary)
 
 
 @contextmanager
 def _on_this_machine() -> Iterator[None]:
-    """What fails for want of room for a copy is no damage to what was to be copied."""
+    """Report a local failure, such as a full disk, as such, and not as damage to the object."""
     try:
         yield
     except OSError as error:
         raise AccessError(
             "an object can't be copied to this machine",
-            expected="room for a few shards in the folder of temporary files",
+            expected="space for a few shards in the folder for temporary files",
             found=error,
             where=os.environ.get("TMPDIR", "/tmp"),
-            do="make room there, or name another folder with TMPDIR, then run the same command again",
+            do="free space there or set TMPDIR to another folder, then run the same command again",
         ) from error
 
 
-def _is_there(bucket: Bucket, name: str) -> bool:
+def _exists(bucket: Bucket, name: str) -> bool:
     try:
         bucket.stat(name)
     except FileNotFoundError:
@@ -276,8 +275,8 @@ def _is_there(bucket: Bucket, name: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _store(url: str, environment: tuple[tuple[str, str], ...]) -> S3Store:
-    """One for each place and configuration, whose connections are used again."""
-    # Options that are given here take the place of those in the environment; the one that matters is passed on.
+    """One store for each place and configuration, so that its connections are reused."""
+    # Options given here override those in the environment, so we pass on the one that matters.
     http = dict(environment).get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
     return S3Store.from_url(url, client_options={"timeout": _TIMEOUT, "allow_http": http})
 
@@ -287,8 +286,8 @@ def _file(name: str, meta: Any) -> File:
 
 
 def _code(error: str) -> str:
-    """What S3 calls it, or what the client says in its first line."""
-    if "/latest/api/token" in error:  # of a cloud machine's own credentials, where the client looks last
+    """The error code of S3, or else the first line of the client's message."""
+    if "/latest/api/token" in error:  # the credentials of a cloud machine, which the client tries last
         return "no credentials"
     code = re.search(r"<Code>(\w+)</Code>", error) or re.search(r"status code: (\d+ [\w ]+)", error)
     return code[1] if code else error.splitlines()[0].rpartition(" - ")[2]

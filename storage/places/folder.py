@@ -1,7 +1,7 @@
-"""A table's place in a folder of this machine, or of a file system that several share.
+"""A place in a local folder, or in a file system that several machines share.
 
-Files are synced before they get their final names, by a rename or, where nothing may be replaced, by a hard link.
-Who is writing is told by locks, which are gone with the process that held them.
+Files are synced before they get their final names, by a rename or, if nothing may be replaced, by a hard link. File
+locks show which writers are alive; they are released when their process ends.
 """
 
 import errno
@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from softlabel.storage.lock import ForeignFileError, opened
-from softlabel.storage.places.place import SIDE_FOLDER, WRITING, Draft, File, Unnamed, reading
+from softlabel.storage.places.place import SIDE_FOLDER, WRITING, Draft, File, PendingFile, reading
 
 
 class Folder:
-    """``storage.places.place.Place`` in a local folder, made when the first file comes."""
+    """``storage.places.place.Place`` in a local folder, which is created with its first file."""
 
     sees_writers = True
     is_remote = False
@@ -38,21 +38,21 @@ class Folder:
         return str(self._path / name)
 
     def exists(self) -> bool:
-        """Whether it is there, and a folder."""
+        """Whether the path is a folder."""
         with reading(str(self._path)):
             return self._path.is_dir()
 
     def files(self, folder: str = "") -> Iterator[File]:
-        """Those that vanish meanwhile are left out."""
+        """Files that are deleted during the listing are left out."""
         for root, folders, names in os.walk(self._path / folder, onerror=_unless_missing):
             with suppress(ValueError):
-                folders.remove("lost+found")  # of a volume's root, which nobody may look into
+                folders.remove("lost+found")  # in the root of a volume; only root can read it
             for name in names:
                 with suppress(FileNotFoundError):
                     yield self.stat(str(Path(root, name).relative_to(self._path)))
 
     def stat(self, name: str) -> File:
-        """A file's age is that of its content or of its name, whichever is younger."""
+        """The time of change is that of the content or of the name, whichever is later."""
         with reading(self.where(name)):
             return _file(name, (self._path / name).stat())
 
@@ -78,11 +78,11 @@ class Folder:
         return self._path / name
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
-        """It survives a power cut whole."""
+        """Atomic and durable."""
         publish(content, self._path / name, replace=replace)
 
     def write_folder(self, source: Path, name: str) -> None:
-        """All at once, by a rename."""
+        """Atomic, by a rename."""
         target = self._path / name
         copy = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         if not target.exists():
@@ -94,16 +94,16 @@ class Folder:
                 _sync(target.parent)
             except OSError:
                 shutil.rmtree(copy, ignore_errors=True)
-                if not target.exists():  # else another process was first, with the same files
+                if not target.exists():  # otherwise another process was first, with the same files
                     raise
 
-    def settle(self, name: str) -> None:
-        """Synced, with its name."""
+    def sync(self, name: str) -> None:
+        """Sync the file and its folder."""
         _sync(self._path / name)
         _sync((self._path / name).parent)
 
     def draft(self) -> Draft:
-        """In the writing folder, and locked."""
+        """A locked file in the writing folder."""
         folder = self._path / WRITING
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{_machine()}-{uuid.uuid4().hex}.parquet"
@@ -113,9 +113,9 @@ class Folder:
                 fcntl.flock(file, fcntl.LOCK_SH)
         return _Draft(self._path, path, file)
 
-    def waiting(self, name: str) -> Unnamed:
+    def pending(self, name: str) -> PendingFile:
         """The file itself."""
-        return _Unnamed(self._path, self._path / name)
+        return _PendingFile(self._path, self._path / name)
 
     def delete(self, name: str) -> None:
         """A file at once, a folder file by file."""
@@ -126,25 +126,25 @@ class Folder:
             path.unlink(missing_ok=True)
 
     @contextmanager
-    def gate(self, *, alone: bool = False) -> Iterator[int]:
-        """A lock of the file system's; where it has none, or hides it from other machines, all walk through."""
+    def gate(self, *, exclusive: bool = False) -> Iterator[int]:
+        """A file lock; no protection if the file system has no locks, or does not share them between machines."""
         folder = self._path / SIDE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = opened(folder / "maintenance.lock")
         try:
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            yield _now(folder) if alone else 0
+                fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield _now(folder) if exclusive else 0
         finally:
             os.close(descriptor)
 
     def is_written(self, name: str) -> bool | None:
-        """Whether its lock is held; if not, it was left by a dead writer if that was one of this machine."""
+        """Whether its lock is held. If not, the writer is dead, provided that it ran on this machine."""
         path = self._path / name
         try:
             descriptor = opened(path, create=False)
         except FileNotFoundError:
-            return True  # it has just got its final name
+            return True  # it has just been published
         except ForeignFileError:
             return None
         except OSError as error:
@@ -162,44 +162,44 @@ class Folder:
         return False if path.name.startswith(f"{_machine()}-") else None
 
 
-class _Unnamed:
+class _PendingFile:
     """A file that is renamed when it is published."""
 
     def __init__(self, folder: Path, path: Path) -> None:
         self._folder, self._path, self._named = folder, path, False
 
     def publish(self, name: str) -> None:
-        """Another file with the very same content may have the name already."""
+        """An identical file may have the name already; it is replaced."""
         target = self._folder / name
         if self._path != target:
             rename(self._path, target)
             self._path, self._named = target, True
 
     def discard(self) -> None:
-        """What has its final name stays: another writer may be about to commit its twin."""
+        """A published file stays: another writer may be about to commit the same file."""
         if not self._named:
             self._path.unlink(missing_ok=True)
 
 
-class _Draft(_Unnamed):
-    """A file that is locked as long as it is open."""
+class _Draft(_PendingFile):
+    """A file that is locked while it is open."""
 
     def __init__(self, folder: Path, path: Path, file: BinaryIO) -> None:
         super().__init__(folder, path)
         self.file = file
 
     def discard(self) -> None:
-        """Unlocked at last."""
+        """Closing the file releases its lock."""
         super().discard()
-        with suppress(OSError):  # a full disk has no room for what is still to be written
+        with suppress(OSError):  # on a full disk, flushing fails
             self.file.close()
 
 
 def publish(content: bytes, path: Path, *, replace: bool = True) -> None:
-    """Write a file under its final name at once, so that it survives a power cut whole.
+    """Write a file atomically and durably: after a power cut it has either its old or its new content.
 
     Raises:
-        FileExistsError: if it must not be replaced and is there; of several at once, one succeeds.
+        FileExistsError: if it exists and ``replace`` is false; of several writers at once, one succeeds.
         OSError: if it can't be written; then nothing is left behind.
     """
     try:
@@ -236,13 +236,13 @@ def _sync(path: Path) -> None:
 
 
 def _unless_missing(error: OSError) -> None:
-    """A folder that can't be listed is not an empty one: what is in it may be what keeps others from being deleted."""
+    """Raise unless the folder is missing: an unreadable one may hold records that protect files from deletion."""
     with suppress(FileNotFoundError, NotADirectoryError), reading(str(error.filename)):
         raise error
 
 
 def _now(folder: Path) -> int:
-    """The time that the file system gives a new file, in nanoseconds; on a network it has a clock of its own."""
+    """The file system's time in nanoseconds; a network file system has its own clock."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
@@ -253,7 +253,7 @@ def _file(name: str, stat: os.stat_result) -> File:
 
 @cache
 def _machine() -> str:
-    """The running kernel: what sees one another's locks, in whichever container."""
+    """Identifies the running kernel; processes under one kernel see each other's locks, even across containers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

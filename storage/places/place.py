@@ -1,7 +1,7 @@
-"""Where a table's files lie: a folder of this machine, or a bucket; all that the rest of storage knows of either.
+"""The interface to the place of a table's files, a local folder or a bucket; the rest of storage uses only this.
 
-Files have names relative to the table, with slashes. Whatever the place, a file is there whole or not at all, and one
-that is written with ``replace=False`` has one writer of several at once. Never knows what a table is.
+Names of files are relative to the table, with slashes. In every place, files are written atomically, and of several
+processes that write a file with ``replace=False`` at the same time, one succeeds. Knows nothing about tables.
 """
 
 import hashlib
@@ -14,30 +14,30 @@ from typing import Any, BinaryIO, Protocol
 from softlabel.storage.errors import AccessError
 
 SIDE_FOLDER = "_softlabel"
-"""Beside the shards; Delta's vacuum spares folders whose name starts with an underscore."""
+"""Folder next to the shards; Delta's own vacuum skips folders whose name starts with an underscore."""
 
 REJECTS = f"{SIDE_FOLDER}/rejects.jsonl"
-"""What the newest capture could not use, by document."""
+"""List of the documents that the newest capture rejected."""
 WRITING = f"{SIDE_FOLDER}/writing"
-"""Folder of shards in the making, where they are made in the table's own place."""
+"""Folder of unfinished shards, if they are written in the table's own folder."""
 
 
 @dataclass(frozen=True)
 class File:
-    """What a place says of a file without a look into it."""
+    """Properties of a file, without its content."""
 
     name: str
     """Relative to the table."""
     bytes: int
     changed: int
-    """When it got there or was last changed, in nanoseconds, by the clock of its place."""
+    """Time of the last change of content or name, in nanoseconds, by the clock of its place."""
 
 
-class Unnamed(Protocol):
-    """A finished file that lacks its final name."""
+class PendingFile(Protocol):
+    """A finished file without its final name."""
 
     def publish(self, name: str) -> None:
-        """Give it that name, durably; if it has been given already, see that the file is there still.
+        """Give the file its final name, durably; if it has the name already, make sure that the file still exists.
 
         Raises:
             OSError: if it can't be written.
@@ -45,45 +45,45 @@ class Unnamed(Protocol):
         ...
 
     def discard(self) -> None:
-        """Let go of it; if it has no final name by now, it is deleted."""
+        """Release the file, and delete it if it has no final name yet."""
         ...
 
 
-class Draft(Unnamed, Protocol):
-    """A file in the making; marked, where its place has marks, as being written by a living process."""
+class Draft(PendingFile, Protocol):
+    """A file that is being written; locked, if its place has locks, while its writer is alive."""
 
     file: BinaryIO
-    """To be written, and to be read again at any time."""
+    """Open for writing and reading."""
 
 
 class Place(Protocol):
     """A folder of files.
 
-    Methods raise ``FileNotFoundError`` for a file that is not there, an ``AccessError`` if the place can't be read, and
-    that or an ``OSError`` if it can't be written.
+    Methods raise ``FileNotFoundError`` for a missing file, ``AccessError`` if the place can't be read, and either
+    ``AccessError`` or ``OSError`` if it can't be written.
     """
 
     address: str
-    """Absolute, and the same for the same place however it was written."""
+    """Absolute path or URL; the same for the same place, however its location is written."""
     sees_writers: bool
-    """Whether ``gate`` and ``is_written`` tell of others that are at work."""
+    """Whether ``gate`` and ``is_written`` can detect other processes that write."""
     is_remote: bool
-    """Whether each read is a request, so that fewer and larger ones are better."""
+    """Whether each read is a network request, so that few large reads are better."""
 
     def where(self, name: str) -> str:
-        """What to call a file in front of people."""
+        """Path or URL of a file, for messages."""
         ...
 
     def exists(self) -> bool:
-        """Whether the folder is there."""
+        """Whether the folder exists."""
         ...
 
     def files(self, folder: str = "") -> Iterator[File]:
-        """Every file in a folder and below it, in no order; none if there is no such folder."""
+        """Every file in a folder and its subfolders, in no particular order; none if there is no such folder."""
         ...
 
     def stat(self, name: str) -> File:
-        """What is known of one file."""
+        """Properties of a file."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -91,74 +91,75 @@ class Place(Protocol):
         ...
 
     def open(self, name: str) -> tuple[Any, File]:
-        """A file for pyarrow, to be read here and there, in requests no smaller than pyarrow's; and what it is."""
+        """A file for random access by pyarrow, and its properties."""
         ...
 
     def fetch(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A file to be read from its beginning to its end, and then again where need be."""
+        """A file to read from beginning to end, and then again if necessary."""
         ...
 
     def fetch_folder(self, name: str) -> Path:
-        """A folder of small files, on this machine for as long as this process lives."""
+        """A local folder with the small files of a folder; it exists at least as long as this process."""
         ...
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
         """Write a small file.
 
         Raises:
-            FileExistsError: if it must not be replaced and is there; of several at once, one succeeds.
+            FileExistsError: if it exists and ``replace`` is false; of several writers at once, one succeeds.
             OSError: if it can't be written; then nothing is left behind.
         """
         ...
 
     def write_folder(self, source: Path, name: str) -> None:
-        """Copy a folder of small files from this machine. Others may do the same at once, with the same files."""
+        """Copy a local folder of small files. Other processes may copy the same files at the same time."""
         ...
 
-    def settle(self, name: str) -> None:
-        """See that a file which others have written survives a power cut."""
+    def sync(self, name: str) -> None:
+        """Make sure that a file written by another library survives a power cut."""
         ...
 
     def draft(self) -> Draft:
-        """A new file, empty, for a shard to be made in."""
+        """A new, empty file to write a shard to."""
         ...
 
-    def waiting(self, name: str) -> Unnamed:
-        """A file that has a name for the time being."""
+    def pending(self, name: str) -> PendingFile:
+        """A finished file that has only a temporary name."""
         ...
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that is in it; nothing happens if it is not there."""
+        """Delete a file, or a folder and everything in it; does nothing if it is missing."""
         ...
 
-    def gate(self, *, alone: bool = False) -> AbstractContextManager[int]:
-        """Writers hold this together while their files are neither theirs alone nor the table's; maintenance, alone.
+    def gate(self, *, exclusive: bool = False) -> AbstractContextManager[int]:
+        """A lock between writers and maintenance.
 
-        Where a place has no locks everybody walks through, and a grace period is what protects a writer.
+        Writers share it while they publish and commit files; maintenance holds it exclusively while it deletes files.
+        In a place without locks it does nothing, and writers are protected by a grace period.
 
         Returns:
-            The time by the clock of the place, in nanoseconds, if ``alone``; else 0.
+            The time by the clock of the place, in nanoseconds, if ``exclusive``; else 0.
         """
         ...
 
     def is_written(self, name: str) -> bool | None:
-        """Whether whoever makes a file in the writing folder is alive; None if that can't be told from here."""
+        """Whether the writer of a file in the writing folder is alive; None if that is unknown."""
         ...
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Tell what can't be read here and now from what is missing or damaged.
+    """Distinguish what can't be read at the moment from what is missing or damaged.
 
-    What the system itself refuses has a number: no permission, too many open files, a disk or a network that fails.
-    What a Parquet reader has to say about bytes has none, and is for others to judge; so is a file that is missing,
-    or has a folder in its place.
+    Errors of the operating system have an error number: no permission, too many open files, a failing disk or network.
+    These become an ``AccessError``. A Parquet reader's errors about content have none; they pass through, as does the
+    error for a missing file or a folder in its place.
 
     Args:
-        where: what is read, as people call it.
+        where: path or URL of what is read, for the message.
 
     Raises:
-        AccessError: naming it.
+        AccessError: if the operating system refuses, or memory runs out.
     """
     try:
         yield
@@ -171,13 +172,13 @@ def reading(where: str) -> Iterator[None]:
 
 
 def inaccessible(where: str, found: str) -> AccessError:
-    """The error that says so."""
+    """The error for something that can't be read at the moment."""
     return AccessError(
-        "this can't be read at the moment; whether anything is wrong with it is not known",
-        expected="permission to read it, open files (ulimit -n) and memory to spare, a disk or network that answers",
+        "this can't be read at the moment, so it is not known whether it is damaged",
+        expected="read permission, free memory, fewer open files than the limit (ulimit -n), a working disk or network",
         found=found,
         where=where,
-        do="mend that, then run the same command again",
+        do="fix the cause, then run the same command again",
     )
 
 

@@ -1,1 +1,1 @@
-"""What keeps a table sound for years: log replay, verification, rewriting, take-downs, deletion, inspection."""
+"""Maintenance of tables: log replay, verification, rewriting, take-downs, deletion of unused files, inspection."""

@@ -1,4 +1,4 @@
-"""Looks at every byte of one shard: that it is what was written, and that what was written makes sense."""
+"""Checks every byte of one shard: that the file is undamaged, and that its rows are valid."""
 
 from pathlib import PurePath
 from typing import Any
@@ -19,23 +19,23 @@ Hashes = NDArray[np.uint64]
 
 
 class WrongShardError(Exception):
-    """What is wrong with a shard, in one line."""
+    """A shard is damaged or invalid; the message is one line."""
 
 
 def examine(table: Table, shard: Shard) -> Hashes:
-    """Read a shard whole, a row group at a time.
+    """Read a whole shard, one row group at a time.
 
     Returns:
-        (rows,) a hash of what makes each row the only one of its table; the same within this process.
+        (rows,) hash of each row's unique key, comparable within this process.
 
     Raises:
-        WrongShardError: if a byte is not the one that was written, or the rows do not make sense.
-        AccessError: if that can't be told, since the shard can't be read.
+        WrongShardError: if the file is missing or damaged, or its rows are invalid.
+        AccessError: if the shard can't be read at the moment.
     """
     try:
         _require("bytes", table.place.stat(shard.path).bytes, shard.bytes)
         with reading(table.place.where(shard.path)), table.place.fetch(shard.path) as content:
-            _require("content with the hash", content_hash(content), PurePath(shard.path).stem)
+            _require("content hash", content_hash(content), PurePath(shard.path).stem)
             file = pq.ParquetFile(content, page_checksum_verification=True)
             _require("rows", file.metadata.num_rows, shard.rows)
             _require_columns(file.schema_arrow, without(table.schema, [PARTITION]))
@@ -45,7 +45,7 @@ def examine(table: Table, shard: Shard) -> Hashes:
                 _require_sense(table, rows)
                 groups.append(_hash(rows))
     except (FileNotFoundError, NotADirectoryError):
-        raise WrongShardError("missing") from None
+        raise WrongShardError("the file is missing") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise WrongShardError(f"can't be read: {' '.join(str(error).split())}") from error
     return np.concatenate(groups)
@@ -53,7 +53,7 @@ def examine(table: Table, shard: Shard) -> Hashes:
 
 def _require(what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise WrongShardError(f"{what}: {found}, expected {expected}")
+        raise WrongShardError(f"{what}: found {found}, expected {expected}")
 
 
 def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
@@ -64,7 +64,7 @@ def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
 
 
 def _require_sense(table: Table, rows: pa.Table) -> None:
-    """Lists of lengths that fit each other, and ids that there are."""
+    """Require lists with matching lengths, and ids below the size of the vocabulary."""
     tokens, positions = (rows.column(name).to_numpy() for name in ("tokens", "positions"))
     heads, tails = _sums(rows.column("head_counts")), _sums(rows.column("tail_counts"))
     lengths = {
@@ -82,7 +82,7 @@ def _require_sense(table: Table, rows: pa.Table) -> None:
     for name, end in ranges.items():
         low, high = pc.min_max(pc.list_flatten(rows.column(name))).as_py().values()
         if low is not None and not 0 <= low <= high < end:
-            raise WrongShardError(f"{name}: from {low} to {high}, expected from 0 to {end - 1}")
+            raise WrongShardError(f"{name}: values from {low} to {high}, expected from 0 to {end - 1}")
 
 
 def _require_each(rows: pa.Table, what: str, found: NDArray[Any], expected: NDArray[Any]) -> None:
@@ -90,7 +90,7 @@ def _require_each(rows: pa.Table, what: str, found: NDArray[Any], expected: NDAr
     if len(wrong):
         row = int(wrong[0])
         name = rows.column("document_id")[row].as_py()
-        raise WrongShardError(f"{what} of document {name}: {found[row]}, expected {expected[row]}")
+        raise WrongShardError(f"{what} of document {name}: found {found[row]}, expected {expected[row]}")
 
 
 def _lengths(lists: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""What a table holds and what it costs, for people to look at: sizes by split and by column, and its history."""
+"""Describes a table for users: its size by split and by column, and its history."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +16,12 @@ from softlabel.storage.state import COMMIT_MESSAGE, Shard
 from softlabel.storage.table import Table
 
 _SAMPLED_SHARDS = 4
-"""Row groups, of as many shards, that the entropies are estimated from."""
+"""Number of shards from which the entropies are estimated, with one row group of each."""
 
 
 @dataclass(frozen=True)
 class SplitSize:
-    """What one split holds."""
+    """Size of one split."""
 
     shards: int
     documents: int
@@ -33,13 +33,13 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class ColumnSize:
-    """What one column costs, over the whole version."""
+    """Size of one column over all shards."""
 
     bytes: int
     bytes_per_position: float
     entropy_per_position: float | None
-    """Bytes that a perfect code for single values would take, estimated from a sample; None of what is no soft
-    label."""
+    """Bytes with a perfect code for single values, estimated from a sample; None for columns other than soft
+    labels."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Inspection:
     splits: dict[str, SplitSize]
     columns: dict[str, ColumnSize]
     soft_label_bytes_per_position: float
-    """All soft-label columns together."""
+    """Bytes of all soft-label columns together."""
     soft_label_entropy_per_position: float
-    """The same of their entropies."""
+    """Entropies of all soft-label columns together, in bytes."""
 
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """What one commit did."""
+    """Summary of one commit."""
 
     version: int
     time: str
@@ -71,12 +71,13 @@ class HistoryEntry:
 
 
 def inspect(table: Table) -> Inspection:
-    """Measure a table; its shards' content is checked before any of it is believed.
+    """Measure a table; checks the content of its shards first.
 
     Raises:
-        IntegrityError: if a shard that is looked at is damaged.
+        IntegrityError: if a shard is damaged or missing.
     """
-    sizes = column_bytes(table)  # first: a damaged footer, which has no checksum, can stop a reader of pages
+    # First, because it checks the hash: a damaged footer, which has no checksum, could stop a reader of pages.
+    sizes = column_bytes(table)
     splits, entropies = _splits(table), _entropies(table)
     positions = sum(split.positions for split in splits.values())
     columns = {
@@ -106,7 +107,7 @@ def column_bytes(table: Table) -> dict[str, int]:
 
 
 def history(table: Table) -> list[HistoryEntry]:
-    """Who did what when, newest first."""
+    """Summaries of a table's commits, newest first."""
     entries = []
     for commit in table.history():
         about = commit.get(COMMIT_MESSAGE, {})
@@ -125,10 +126,10 @@ def history(table: Table) -> list[HistoryEntry]:
 
 
 def last_capture(table: Table) -> dict[str, Any]:
-    """What the newest capture says of itself: teacher, parameters, circumstances; empty if there was none."""
+    """Metadata of the newest capture: teacher, parameters, circumstances; empty if there was none."""
     commits = (commit.get(COMMIT_MESSAGE, {}) for commit in table.history())
-    said = next((dict(commit) for commit in commits if "teacher" in commit), {})
-    return said | {"teacher": masked(said["teacher"])} if said else {}
+    message = next((dict(commit) for commit in commits if "teacher" in commit), {})
+    return message | {"teacher": masked(message["teacher"])} if message else {}
 
 
 def _splits(table: Table) -> dict[str, SplitSize]:
@@ -149,7 +150,7 @@ def _splits(table: Table) -> dict[str, SplitSize]:
 
 
 def _entropies(table: Table) -> dict[str, float]:
-    """Bytes a position of a perfect code for the single values of each soft-label column."""
+    """Bytes per position with a perfect code for single values, for each soft-label column."""
     sample = sorted(table.shards(), key=lambda shard: -shard.rows)[:_SAMPLED_SHARDS]
     if not sample:
         return {}
@@ -168,7 +169,7 @@ def _middle(table: Table, shard: Shard) -> int:
 
 
 def _entropy(values: NDArray[np.generic]) -> float:
-    """Bits a value, of the values' own frequencies."""
+    """Entropy of the values' frequencies, in bits per value."""
     if not len(values):
         return 0.0
     shares = np.unique(values, return_counts=True)[1] / len(values)

@@ -1,6 +1,6 @@
-"""Which files each version of a table names: the table's whole log, read once however many versions there are.
+"""Finds the files that each version of a table uses, by replaying the table's whole log once.
 
-Delta opens one version at a time; what no version names, and what only old ones do, takes all of them to tell.
+Delta opens one version at a time; to find files that no version uses, or only old versions, all versions are needed.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from softlabel.storage.commit_files import checkpoints, commit_file, commits, unreadable
+from softlabel.storage.commit_files import checkpoints, commit_file, commits, unreadable_commit
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
@@ -19,34 +19,34 @@ from softlabel.storage.state import Chain, Shard
 from softlabel.storage.table import Table
 from softlabel.storage.versions import remaining
 
-_BESIDE = ("softlabel.vocabulary", "softlabel.tokenizer")
-"""Properties of a version that name files in the side folder."""
+_SIDECAR_PROPERTIES = ("softlabel.vocabulary", "softlabel.tokenizer")
+"""Properties of a version whose values are files in the side folder."""
 _THREADS = 8
-"""Commits that are read side by side: in a bucket, each is a request."""
+"""Commits that are read in parallel: in a bucket, each is a request."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A file, and one run of the versions that name it."""
+    """A file, and one range of versions that use it."""
 
     path: str
-    """Relative to the table; for what lies beside the shards, its name in the side folder."""
+    """Relative to the table; for the vocabulary and the tokenizer, relative to the side folder."""
     versions: range
     shard: Shard | None
-    """None for what lies beside the shards."""
+    """None for the vocabulary and the tokenizer."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """What all versions of a table name."""
+    """The files that the versions of a table use."""
 
     first: int
-    """The oldest version that the log still has."""
+    """The oldest version in the log."""
     newest: int
     named: list[Named]
-    """A path that was removed and came back is here once for each time."""
+    """A file that was removed and added again has one entry for each range of versions."""
     damaged: dict[str, str]
-    """Commits that are not the ones that were written, and how that is known."""
+    """Damaged or foreign commits, each with its problem."""
 
     @property
     def versions(self) -> range:
@@ -72,7 +72,7 @@ def read_log(table: Table) -> Log:
 
 
 def replay(table: Table) -> Log:
-    """What a log says, whether or not it is the one that was written.
+    """Replay a log without checking that it is undamaged.
 
     Raises:
         IntegrityError: if a file of it can't be read.
@@ -82,7 +82,7 @@ def replay(table: Table) -> Log:
     while first - 1 in there:
         first -= 1
     replay = _Replay(table.place)
-    if first:  # somebody has cleaned the log; its rest begins with a checkpoint
+    if first:  # another program has removed old commits; the log begins with a checkpoint
         replay.begin(Table.open(f"{table.location}@{first}"))
     versions = range(first, newest + 1)
     with ThreadPoolExecutor(_THREADS, "softlabel-log") as pool:
@@ -96,25 +96,25 @@ def _content(place: Place, version: int) -> bytes:
     try:
         return place.read(commit_file(version))
     except OSError as error:
-        raise unreadable(place, version, error) from error
+        raise unreadable_commit(place, version, error) from error
 
 
 def problems(table: Table, log: Log) -> dict[str, str]:
-    """What is wrong with a log, by file: a commit; or a checkpoint; or else what the newest commits say.
+    """Problems of a log by file: of commits; or else of checkpoints; or else of the newest commits.
 
     Raises:
-        AccessError: if that can't be told at the moment.
+        AccessError: if the log can't be read at the moment.
     """
     if log.damaged:
         return log.damaged
     kept, files = sorted(remaining(table.location)), checkpoints(table.place)
     after = {kept[i]: name for version, name in files.items() if (i := bisect_left(kept, version)) < len(kept)}
     last = {version: commit_file(version) for version in (table.version, log.newest) if version in kept}
-    return _unlike_commits(table, after) or _unlike_commits(table, last)
+    return _mismatches(table, after) or _mismatches(table, last)
 
 
-def _unlike_commits(table: Table, blamed: Mapping[int, str]) -> dict[str, str]:
-    """Versions that Delta reads otherwise than their commits say, by the file that is to blame for each."""
+def _mismatches(table: Table, blamed: Mapping[int, str]) -> dict[str, str]:
+    """Files that are to blame for versions which Delta does not read as their commits describe, with the problem."""
     found = {}
     for version, name in blamed.items():
         try:
@@ -125,34 +125,34 @@ def _unlike_commits(table: Table, blamed: Mapping[int, str]) -> dict[str, str]:
 
 
 class _Replay:
-    """What the version that was reached names, and what earlier ones did."""
+    """Replays commits in order, and records which versions use each file."""
 
     def __init__(self, place: Place) -> None:
         self.chain = Chain()
         self._place = place
-        self._begun: int | None = None
+        self._start_version: int | None = None
         self._since: dict[str, tuple[int, Shard | None]] = {}
-        self._beside: list[str] = []
+        self._sidecars: list[str] = []
         self._past: list[Named] = []
 
     def begin(self, table: Table) -> None:
-        """Start from a version instead of from nothing."""
-        self._begun = table.version
+        """Start from a version instead of from an empty table."""
+        self._start_version = table.version
         for shard in table.shards():
             self._add(table.version, shard.path, shard)
-        self._name_beside(table.version, [table.vocabulary_name, table.tokenizer_name])
+        self._name_sidecars(table.version, [table.vocabulary_name, table.tokenizer_name])
 
     def commit(self, version: int, content: bytes) -> None:
-        """Take a commit into account."""
+        """Replay a commit."""
         try:
             actions = self.chain.add(version, content)
-            for action in actions if version != self._begun else ():
+            for action in actions if version != self._start_version else ():
                 self._step(version, action)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise unreadable(self._place, version, error) from error
+            raise unreadable_commit(self._place, version, error) from error
 
     def _step(self, version: int, action: dict[str, Any]) -> None:
-        """Take one line of a commit into account."""
+        """Replay one line of a commit."""
         if "add" in action:
             add = action["add"]
             path = unquote(add["path"])
@@ -162,10 +162,10 @@ class _Replay:
             self._remove(version, unquote(action["remove"]["path"]))
         elif "metaData" in action:
             properties = action["metaData"]["configuration"]
-            self._name_beside(version, [properties[name] for name in _BESIDE])
+            self._name_sidecars(version, [properties[name] for name in _SIDECAR_PROPERTIES])
 
     def end(self, newest: int) -> list[Named]:
-        """Everything that was ever named."""
+        """All files that any version uses."""
         for path in list(self._since):
             self._remove(newest + 1, path)
         return self._past
@@ -180,9 +180,9 @@ class _Replay:
             if since < version:
                 self._past.append(Named(path, range(since, version), shard))
 
-    def _name_beside(self, version: int, names: list[str]) -> None:
-        for name in self._beside:
+    def _name_sidecars(self, version: int, names: list[str]) -> None:
+        for name in self._sidecars:
             self._remove(version, name)
         for name in names:
             self._add(version, name, None)
-        self._beside = names
+        self._sidecars = names

@@ -1,7 +1,8 @@
-"""Takes documents down: out of the newest version by a commit, out of the old ones by deleting their shards.
+"""Takes documents down: removes them from the newest version by a commit, and from old ones by deleting shards.
 
-The order makes it safe to be killed anywhere and run again: the refuse list is first, so that nothing brings the
-documents back; then the commit; then the tombstone; and the bytes go last. See ``storage.takedown`` for the records.
+It can be killed at any point and run again, because of its order: first the refuse list, so that no writer adds the
+documents again; then the commit; then the record of the shards to delete; and last the deletion of these files. See
+``storage.takedown`` for the records.
 """
 
 import re
@@ -20,7 +21,7 @@ from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place,
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import Purge, bury, refusal, refuse
+from softlabel.storage.takedown import Purge, record_deletion, refusal, refuse
 from softlabel.storage.upkeep.log import replay
 from softlabel.storage.upkeep.rewrite import REWRITTEN, ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten
@@ -29,22 +30,22 @@ from softlabel.storage.versions import pins, tags
 
 @dataclass(frozen=True)
 class Purged:
-    """What a take-down came to."""
+    """The result of a take-down."""
 
     documents: int
-    """That nothing will bring back."""
+    """Number of documents that were taken down."""
     found: int
-    """Those among them that the table held, in whichever version."""
+    """Number of these documents that any version of the table contained."""
     files: tuple[str, ...]
-    """What was deleted, relative to the table: shards of these documents, and damaged ones, which may be."""
+    """Deleted files, relative to the table: shards with these documents, and damaged ones, which may contain them."""
     versions: tuple[int, ...]
-    """That can no longer be opened because of this."""
+    """Versions that can no longer be opened because of this."""
     broken: tuple[str, ...]
-    """Tags, and students with their pins, that stand for such a version."""
+    """Tags, and pins of students and views, on such a version."""
     same_text: tuple[str, ...]
-    """Other documents that hold a sequence of a purged one, and stay."""
+    """Other documents with a sequence of a document that was taken down; these stay."""
     out_of_reach: tuple[str, ...]
-    """What may still know the documents, and can't be changed from here."""
+    """What may still contain traces of the documents, and can't be changed from here."""
 
 
 def purge(
@@ -57,21 +58,21 @@ def purge(
     """Remove documents from every version of a table, for good.
 
     Args:
-        location: the table's folder.
-        documents: their ids; those that the table never held are refused from now on as well.
-        about: what the table's history is to say of it.
-        layout: captured positions of a shard and sequences of a row group, for shards that are rewritten.
-        watch: told how many rows of the newest version are done.
+        location: location of the table.
+        documents: ids of the documents; ids that the table never had are refused from now on too.
+        about: metadata for the table's history.
+        layout: captured positions in a shard and sequences in a row group, for rewritten shards.
+        watch: called with the number of rows of the newest version that are done.
 
     Raises:
         IntegrityError: if a shard of the newest version is damaged.
-        TableError: if the folder can't be written. Run again, it goes on where it was.
+        TableError: if the folder can't be written; run again, it continues.
     """
     record = refuse(location, documents)
     while True:
         newest = Table.open(location)
         try:
-            # Always a commit: a writer that has not seen the refuse list is thrown back by it, and sees it then.
+            # Always commit: a writer that has not seen the refuse list then has to try again, and sees it.
             job = Rewriting(newest, newest, *layout, exclusive=True)
             rewritten = rewrite(job, about, watch, always=record.version is None)
             break
@@ -81,60 +82,62 @@ def purge(
             raise
         except TableError as error:
             raise TableError(
-                "the documents are in the table still: it could not be written; but nobody adds them any more",
+                "the documents are still in the table, because it could not be written; nothing can add them again",
+                expected="write permission for the folder, and free disk space",
                 found=error.__cause__ or error,
                 where=location,
-                do="make room or mend the permissions, then run the same command again: it goes on from there",
+                do="free disk space or fix the permissions, then run the same command again: it continues from there",
             ) from error
-    with place_of(location).gate(alone=True):
-        pass  # whoever was about to give a file its final name has done so, or sees the refuse list
+    with place_of(location).gate(exclusive=True):
+        pass  # after this, each writer has either published and committed its files, or will see the refuse list
     try:
         return rewritten, _delete(Table.open(location), record, rewritten.version)
     except OSError as error:
         raise TableError(
-            "not every file that holds these documents could be deleted; the newest version is without them",
+            "some files with these documents could not be deleted; the newest version no longer contains them",
+            expected="write permission for the folder",
             found=error,
             where=location,
-            do="mend the permissions, then run the same command again",
+            do="fix the permissions, then run the same command again",
         ) from error
 
 
 def _delete(newest: Table, record: Purge, version: int) -> Purged:
     place, refused = newest.place, refusal(newest.location)
-    doomed: list[str] = []
+    to_delete: list[str] = []
     found: set[str] = set()
     keys: set[bytes] = set()
     ours, foreign = _candidates(newest)
     for name in ours:
         rows = _rows(place, name)
         hits = [row for row in rows or () if refused(row[0])]
-        doomed += [name] if hits or rows is None else []
+        to_delete += [name] if hits or rows is None else []
         found.update(document for document, _ in hits)
         keys.update(key for _, key in hits)
-    deserted = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
-    log = replay(newest)  # a damaged one is no reason to leave the bytes where they are
+    abandoned = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
+    log = replay(newest)  # unchecked: a damaged log must not keep files with these documents from being deleted
     named = {shard.path: shard.versions for shard in log.named}
-    lost = {version for path in doomed for version in named.get(path, ())}
-    record = bury(newest.location, record, version, [name for name in doomed if name in named], lost)
-    for name in [*doomed, *deserted]:
+    lost = {version for path in to_delete for version in named.get(path, ())}
+    record = record_deletion(newest.location, record, version, [name for name in to_delete if name in named], lost)
+    for name in [*to_delete, *abandoned]:
         place.delete(name)
     return Purged(
         documents=len(record.documents),
         found=len(found),
-        files=tuple(sorted([*doomed, *deserted])),
+        files=tuple(sorted([*to_delete, *abandoned])),
         versions=tuple(record.versions),
         broken=tuple(_broken(newest.location, record)),
-        same_text=tuple(sorted(_holders(newest, keys))),
+        same_text=tuple(sorted(_documents_sharing(newest, keys))),
         out_of_reach=(
-            *(f"{name}, which is no shard of softlabel's, and was not looked into" for name in foreign),
-            *(f"{name}, which is damaged: versions that need a deleted shard may be unknown" for name in log.damaged),
+            *(f"{name}, which was not checked, because softlabel did not write it" for name in foreign),
+            *(f"{name}, which is damaged: other versions may need a deleted shard too" for name in log.damaged),
             *_out_of_reach(newest),
         ),
     )
 
 
 def _candidates(newest: Table) -> tuple[list[str], list[str]]:
-    """Every file of rows but those of the newest version, which were looked at; and files that are not ours."""
+    """Every file with rows that is not in the newest version; and Parquet files that softlabel did not write."""
     present = {shard.path for shard in newest.shards()}
     names = {file.name for file in newest.place.files() if file.name.endswith(".parquet")}
     among = sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
@@ -147,7 +150,7 @@ def _hash_in(name: str) -> str:
 
 
 def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
-    """Document and key of each row of a file; None if it is damaged, and may hold any document.
+    """Document and key of each row of a file; None if it is damaged, and so may contain any document.
 
     Raises:
         AccessError: if it can't be read at the moment.
@@ -162,8 +165,8 @@ def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
     return list(zip(*(rows.column(name).to_pylist() for name in ("document_id", "key")), strict=True))
 
 
-def _holders(newest: Table, keys: Collection[bytes]) -> set[str]:
-    """Documents of the newest version that have one of these sequences."""
+def _documents_sharing(newest: Table, keys: Collection[bytes]) -> set[str]:
+    """Documents in the newest version with one of these sequences."""
     wanted = pa.array(list(keys), pa.binary())
     parts = (part for shard in newest.shards() for part in outline(newest, shard, ["document_id", "key"]) if keys)
     return {
@@ -182,11 +185,11 @@ def _out_of_reach(newest: Table) -> Iterator[str]:
     students = [pin for pin in pins(location) if pin.kind == "student"]
     yield from (f"student {pin.student}, trained on version {pin.version}" for pin in students)
     if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
-        yield f"{place.where(REJECTS)}, which names what the newest capture left out, by id"
-    yield "other students that were trained on older versions, and reports about them"
-    yield f"copies of {location}, and tables that softlabel reprocess made from it: purge them as well"
-    yield "backups, snapshots of the file system, and an object store's own versions of deleted objects"
+        yield f"{place.where(REJECTS)}, which lists the ids of documents that the newest capture rejected"
+    yield "other students that were trained on older versions, and their reports"
+    yield f"copies of {location}, and tables that softlabel reprocess made from it: purge these too"
+    yield "backups, file system snapshots, and versions of deleted objects that an object store keeps"
     if not place.sees_writers or any(place.files(WRITING)):
-        yield "shards that are being written at this moment; their writers leave these documents out when they commit"
+        yield "shards that are being written now; their writers will leave out these documents when they commit"
     if not place.sees_writers:
-        yield f"what they have uploaded in vain: softlabel maintain {location} deletes it after its grace period"
+        yield f"shards uploaded by these writers but not committed: softlabel maintain {location} deletes them later"

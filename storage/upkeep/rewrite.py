@@ -1,10 +1,10 @@
-"""Lays rows of a table into new shards, of the same table or of another, and puts these in its place by one commit.
+"""Rewrites rows of a table into new shards, of the same table or another, and commits all of them at once.
 
-Streams: what is decided about a row group is a few numbers a row, and soft labels are read when their new shard is
-written. New shards wait in the side folder, named by what they are made from, until all are there: a run that was
-killed goes on with them. Knows no documents and no settings; what to do with a row is decided by what it is given.
+Works as a stream: deciding about a row group takes a few numbers for each row, and soft labels are read only when their
+new shard is written. Finished shards stay in the side folder until all are finished, named by what they are made from,
+so that a run that was killed can continue with them. The caller's ``Rewriting`` decides what happens to each row.
 
-    TABLE/_softlabel/rewritten/<hash of what it is made from>-<hash of its content>.parquet
+    TABLE/_softlabel/rewritten/<hash of the sources>-<hash of the content>.parquet
 """
 
 import hashlib
@@ -20,10 +20,10 @@ import pyarrow as pa
 from deltalake.transaction import AddAction, RemoveAction
 
 from softlabel.storage.codec import Ints
-from softlabel.storage.committing import all_or_nothing, committed
+from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.narrowing import narrow, renumber
-from softlabel.storage.places.place import SIDE_FOLDER, File, Unnamed
+from softlabel.storage.places.place import SIDE_FOLDER, File, PendingFile
 from softlabel.storage.reader import read
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.shard_file import ShardFile, add_action
@@ -32,16 +32,16 @@ from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, outputs
 
 REWRITTEN = f"{SIDE_FOLDER}/rewritten"
-"""Folder of shards that wait for the commit."""
+"""Folder of finished shards that are not committed yet."""
 
 
 class ConflictError(TableError):
-    """Somebody else has changed what was being rewritten."""
+    """Another process has changed the table that was being rewritten."""
 
 
 @dataclass(frozen=True)
 class _Finished:
-    file: Unnamed
+    file: PendingFile
     shard: Shard
     positions: int
 
@@ -49,38 +49,38 @@ class _Finished:
 def rewrite(
     job: Rewriting, about: Mapping[str, Any], watch: Callable[[int], None] = lambda rows: None, *, always: bool = False
 ) -> Rewritten:
-    """Rewrite a table; it is as it was until all is done, and then all is.
+    """Rewrite a table in one atomic commit.
 
     Args:
         job: what to do.
-        about: what the table's history is to say of it.
-        watch: told how many of the source's rows are done.
-        always: commit even if nothing changes, or nothing is left.
+        about: metadata for the table's history.
+        watch: called with the number of source rows that are done.
+        always: commit even if nothing changes, or no row is left.
 
     Raises:
-        ConflictError: if shards that were read are gone meanwhile; the table is as the others have left it.
+        ConflictError: if another process has removed shards that were read; this run then changes nothing.
         IntegrityError: if a shard is damaged.
         UsageError: if no row would be left.
-        TableError: if the disk is full or the folder can't be written; the table is as it was.
+        TableError: if the disk is full or the folder can't be written; the table is then unchanged.
     """
     done, removed, finished = Rewritten(), list[Shard](), list[_Finished]()
 
-    def tell() -> None:
+    def report() -> None:
         watch(done.sequences + done.left + done.dropped)
 
     with all_or_nothing(job.target.location):
-        waiting = list(job.target.place.files(REWRITTEN))
-        for output in outputs(job, done, removed, tell):
+        pending = list(job.target.place.files(REWRITTEN))
+        for output in outputs(job, done, removed, report):
             whole = output.pieces[0][0]
             if job.in_place and not job.narrowing and output.is_just(whole):
                 removed.remove(whole)
                 done.left += whole.rows
             else:
-                finished.append(_write(job, output, waiting))
+                finished.append(_write(job, output, pending))
                 done.sequences += output.rows
                 done.positions += output.positions
-            tell()
-        _keep_the_same(finished, removed, done)
+            report()
+        _keep_unchanged(finished, removed, done)
         done.shards, done.replaced = len(finished), len(removed)
         done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
         if done.dropped and not always and not done.sequences and not done.left:
@@ -90,8 +90,8 @@ def rewrite(
     return done
 
 
-def _keep_the_same(finished: list[_Finished], removed: list[Shard], done: Rewritten) -> None:
-    """Leave shards that were narrowed to what they were already: no commit may take a file away and bring it back."""
+def _keep_unchanged(finished: list[_Finished], removed: list[Shard], done: Rewritten) -> None:
+    """Keep shards that narrowing does not change: a commit must not remove and add the same file."""
     same = {new.shard.path for new in finished} & {old.path for old in removed}
     for new in finished:
         if new.shard.path in same:
@@ -103,10 +103,10 @@ def _keep_the_same(finished: list[_Finished], removed: list[Shard], done: Rewrit
     removed[:] = [old for old in removed if old.path not in same]
 
 
-def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished:
-    """Make a shard, or find the one that a run before this one has made."""
+def _write(job: Rewriting, output: Output, pending: Sequence[File]) -> _Finished:
+    """Write a shard, or reuse the one that an earlier run has written."""
     prefix = f"{REWRITTEN}/{_name(job, output)}-"
-    name = next((file.name for file in waiting if file.name.startswith(prefix)), None)
+    name = next((file.name for file in pending if file.name.startswith(prefix)), None)
     numbering = _numbering(job)
     if name is None:
         file = ShardFile(job.target, output.split, job.row_group)
@@ -123,11 +123,11 @@ def _write(job: Rewriting, output: Output, waiting: Sequence[File]) -> _Finished
     place = job.target.place
     path = f"{PARTITION}={output.split}/{name.removeprefix(prefix)}"
     shard = Shard(path, output.split, output.rows, place.stat(name).bytes)
-    return _Finished(place.waiting(name), shard, output.positions)
+    return _Finished(place.pending(name), shard, output.positions)
 
 
 def _numbering(job: Rewriting) -> Ints | None:
-    """The target's rank for each of the source's; None if they are the same."""
+    """The target's rank for each rank of the source; None if the rankings are equal."""
     if np.array_equal(job.source.vocabulary, job.target.vocabulary):
         return None
     ranks: Ints = job.target.ranks[job.source.vocabulary]
@@ -135,7 +135,7 @@ def _numbering(job: Rewriting) -> Ints | None:
 
 
 def _name(job: Rewriting, output: Output) -> str:
-    """All that a shard is made from, as a hash: the same name, the same rows."""
+    """A hash of everything that a shard is made from: shards with the same hash have the same rows."""
     digest = hashlib.blake2b(digest_size=16)
     identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity or job.target.identity))
     for text in (*identities, output.split, str(job.row_group)):
@@ -148,7 +148,7 @@ def _name(job: Rewriting, output: Output) -> str:
 def _commit(
     job: Rewriting, finished: Sequence[_Finished], removed: Sequence[Shard], about: Mapping[str, Any], done: Rewritten
 ) -> int:
-    """Give the new shards their names and put them into the table, in the place of those that they stand for."""
+    """Publish the new shards, and commit them in place of the shards that they replace."""
     moment = int(time.time() * 1000)
     actions: list[AddAction | RemoveAction] = [add_action(new.shard) for new in finished]
     actions += [RemoveAction(old.path, True, moment, old.bytes, {PARTITION: old.split}) for old in removed]
@@ -163,7 +163,7 @@ def _commit(
             while True:
                 newest = job.target.newest()
                 _require_unchanged(job, newest, removed)
-                if committed(newest, actions, {**about, **counts}, publications, job.identity):
+                if try_commit(newest, actions, {**about, **counts}, publications, job.identity):
                     break
     except ConflictError:
         _discard(finished)
@@ -173,31 +173,31 @@ def _commit(
 
 
 def _discard(finished: Sequence[_Finished]) -> None:
-    """They are in the table by now, or have come too late."""
+    """Delete the temporary files of new shards, after they are committed or if they can't be."""
     for new in finished:
         new.file.discard()
 
 
 def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) -> None:
-    """New shards of others may have come, and stay as they are; those that were read must be there still."""
-    exclusive = job.exclusive or not job.in_place or job.identity is not None  # others' shards would be of the old one
+    """Require that the shards that were read still exist. New shards of other writers are fine, and stay unchanged."""
+    exclusive = job.exclusive or not job.in_place or job.identity is not None  # new shards would have the old identity
     gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
     if gone or (newest.version != job.target.version and exclusive):
         raise ConflictError(
-            "somebody else has changed the table meanwhile; it is as they have left it",
-            expected=f"version {job.target.version}" if not gone else "the shards that were read",
-            found=f"version {newest.version}" + (f", without {len(gone)} of them" if gone else ""),
+            "another process changed the table meanwhile, so this run changed nothing",
+            expected=f"version {job.target.version}" if not gone else "all shards that this run has read",
+            found=f"version {newest.version}" + (f", without {len(gone)} of these shards" if gone else ""),
             where=job.target.location,
             do="run the same command again",
         )
 
 
 def nothing_left(source: Table, dropped: int) -> UsageError:
-    """The error for a rewriting that would leave no row."""
+    """The error for a rewrite that would leave no row."""
     return UsageError(
         "no row would be left; nothing was changed",
-        expected="at least one row that stays",
-        found=f"{dropped:,} rows, all of them dropped",
+        expected="at least one row to keep",
+        found=f"{dropped:,} rows, all of which would be dropped",
         where=f"{source.location}@{source.version}",
         do="check the filter and the list of documents",
     )

@@ -1,4 +1,4 @@
-"""Decides which rows of a table go into which new shard, from a few small columns; reads and writes no soft labels."""
+"""Plans which rows of a table go into which new shard, from a few small columns; reads and writes no soft labels."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,27 +18,27 @@ from softlabel.storage.takedown import refusal
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What becomes of the rows of one version."""
+    """What to do with the rows of one version."""
 
     source: Table
     target: Table
-    """At the version that is changed: the source itself, or another table, which lacks the rows or has them already."""
+    """The version to change: the source itself, or another table, which may have some of the rows already."""
     positions: int
-    """Captured positions of a new shard."""
+    """Largest number of captured positions in a new shard."""
     row_group: int
-    """Sequences of a row group."""
+    """Sequences in a row group."""
     keep: Callable[[pa.Table], NDArray[np.bool_]] | None = None
-    """Which rows stay, by the columns below and the split; all if left out. Documents that were taken down go."""
+    """Which rows to keep, given ``columns`` and the split; all by default. Rows of refused documents always go."""
     columns: tuple[str, ...] = ()
     split: Callable[[str], str] | None = None
-    """Split of a document's rows, if that changes."""
+    """New split of a document, if splits change."""
     narrowing: Narrowing | None = None
     identity: Identity | None = None
-    """What the table is from now on, if it changes in place."""
+    """New identity of the table, if it changes in place."""
     compact: bool = False
     """Also merge shards that are less than half full."""
     exclusive: bool = False
-    """Refuse to commit if anything at all was committed meanwhile, and not only if a shard that was read is gone."""
+    """Refuse to commit after any other commit, and not only if a shard that was read is gone."""
 
     @property
     def in_place(self) -> bool:
@@ -48,31 +48,31 @@ class Rewriting:
 
 @dataclass
 class Rewritten:
-    """What a rewriting came to."""
+    """The result of a rewrite."""
 
     version: int = 0
     sequences: int = 0
-    """Rows that went into new shards ..."""
+    """Rows that were written to new shards."""
     left: int = 0
-    """... and that stayed where they are."""
+    """Rows that stayed in their shards."""
     dropped: int = 0
     dropped_positions: int = 0
     positions: int = 0
     shards: int = 0
-    """New shards ..."""
+    """Number of new shards."""
     replaced: int = 0
-    """... and those that they stand for."""
+    """Number of shards that they replace."""
     bytes: int = 0
-    """Of new shards, less those that they stand for in the same table."""
+    """Size of the new shards, minus that of the shards that they replace in the same table."""
 
 
 _Piece = tuple[Shard, int, NDArray[np.int64]]
-"""Shard, row group, and rows of it."""
+"""Shard, row group, and rows of the row group."""
 
 
 @dataclass
 class Output:
-    """A shard to come."""
+    """A planned shard."""
 
     split: str
     positions: int = 0
@@ -80,22 +80,22 @@ class Output:
 
     @property
     def rows(self) -> int:
-        """How many it will have."""
+        """Number of rows that it will have."""
         return sum(len(rows) for _, _, rows in self.pieces)
 
     def is_just(self, shard: Shard) -> bool:
-        """Whether this is a shard that is there already."""
+        """Whether this has exactly the rows of an existing shard."""
         return self.split == shard.split and self.rows == shard.rows and {s for s, _, _ in self.pieces} == {shard}
 
 
-def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], tell: Callable[[], None]) -> Iterator[Output]:
-    """The shards to come, each as soon as it is full.
+def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], report: Callable[[], None]) -> Iterator[Output]:
+    """The planned shards, each as soon as it is full.
 
     Args:
         job: what to do.
-        done: here it is counted what is dropped or left.
-        removed: here the shards are noted that are replaced.
-        tell: called when a shard of the source has been looked at.
+        done: counts of dropped and unchanged rows are added here.
+        removed: shards that are replaced are added here.
+        report: called after each shard of the source.
     """
     present, refused = _present(job), refusal(job.target.location)
     filling: dict[str, Output] = {}
@@ -105,7 +105,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], tell: Callabl
         small = job.compact and positions < job.positions / 2
         if job.in_place and not small and not job.narrowing and not any(group.changes(shard) for group in groups):
             done.left += shard.rows
-            tell()
+            report()
             continue
         removed += [shard] if job.in_place else []
         for number, group in enumerate(groups):
@@ -115,14 +115,14 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], tell: Callabl
             for split in dict.fromkeys(group.splits[group.kept].tolist()):
                 rows = np.flatnonzero(group.kept & (group.splits == split))
                 yield from _fill(filling, split, (shard, number, rows), group.positions[rows], job.positions)
-        tell()
+        report()
     yield from filling.values()
 
 
 def _fill(
     filling: dict[str, Output], split: str, piece: _Piece, positions: NDArray[np.int64], limit: int
 ) -> Iterator[Output]:
-    """Put rows into the split's shard to come; whenever it is full, it is done and another begins."""
+    """Add rows to the split's planned shard; yield it when it is full, and begin another."""
     shard, group, rows = piece
     while len(rows):
         output = filling.setdefault(split, Output(split))
@@ -130,7 +130,7 @@ def _fill(
         if not count and output.pieces:
             yield filling.pop(split)
             continue
-        count = max(count, 1)  # a sequence alone may be longer than a shard
+        count = max(count, 1)  # a single sequence may be longer than a shard
         output.pieces.append((shard, group, rows[:count]))
         output.positions += int(positions[:count].sum())
         rows, positions = rows[count:], positions[count:]
@@ -138,17 +138,17 @@ def _fill(
 
 @dataclass(frozen=True)
 class _Decision:
-    """What becomes of R rows of a row group."""
+    """What to do with R rows of a row group."""
 
     kept: NDArray[np.bool_]
-    """(R,) which rows go into new shards."""
+    """(R,) rows that are written to new shards."""
     present: NDArray[np.bool_]
-    """(R,) which rows the target has already."""
+    """(R,) rows that the target has already."""
     splits: NDArray[np.object_]
     positions: NDArray[np.int64]
 
     def changes(self, shard: Shard) -> bool:
-        """Whether a row goes or moves."""
+        """Whether any row is dropped or changes its split."""
         return bool((~self.kept).any() or (self.splits != shard.split).any())
 
 
@@ -171,7 +171,7 @@ def _decide(
 
 
 def _present(job: Rewriting) -> set[tuple[object, ...]]:
-    """Rows that another table has already."""
+    """Rows that the target has already, if it is another table."""
     if job.in_place:
         return set()
     shards = job.target.shards()

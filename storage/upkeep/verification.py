@@ -1,7 +1,7 @@
-"""Looks at every byte of a table, without its teacher, and names each file that is damaged, missing or foreign.
+"""Checks every byte of a table, without its teacher, and lists each file that is damaged, missing or unknown.
 
-Reads a few shards at once, each a row group at a time; of each row it keeps 8 bytes, to find those that are there
-twice. ``remove_damaged`` takes shards out of the newest version, after which their rows are pending again.
+Reads a few shards in parallel, one row group at a time, and keeps 8 bytes of each row to find duplicates.
+``remove_damaged`` removes shards from the newest version, so that a new capture brings their rows back.
 """
 
 import re
@@ -16,7 +16,7 @@ import pyarrow as pa
 from deltalake.transaction import RemoveAction
 
 from softlabel.storage.commit_files import LOG
-from softlabel.storage.committing import all_or_nothing, committed
+from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
 from softlabel.storage.identity import circumstances
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
@@ -30,60 +30,60 @@ from softlabel.storage.upkeep.examination import Hashes, WrongShardError, examin
 from softlabel.storage.upkeep.log import Log, problems, replay
 from softlabel.storage.versions import damaged_records, vacuumed
 
-_EXPLAINED = re.compile(
+_KNOWN_FILES = re.compile(
     rf"{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
     rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged)/.*\.json|maintenance\.lock)"
 )
-"""Files of a table that no version names."""
+"""Files that belong to a table although no version uses them."""
 _THREADS = 4
-"""Shards that are looked at side by side, each with one row group in memory."""
+"""Shards that are checked in parallel, each with one row group in memory."""
 _SHOWN = 20
-"""Findings that fit one screen."""
+"""Number of findings that fit on one screen."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem of a table."""
 
     path: str
-    """Of the file, relative to the table."""
+    """File, relative to the table."""
     problem: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a look at every byte has found."""
+    """The result of checking a table."""
 
     location: str
     version: int
     shards: int
-    """Shards that were looked at."""
+    """Number of shards that were checked."""
     rows: int
     bytes: int
     findings: tuple[Finding, ...]
     orphans: tuple[str, ...]
-    """Files that nothing explains: of no version, of a writer that was stopped, or of a commit that is gone."""
+    """Unknown files: foreign ones, leftovers of a stopped writer, or shards whose commit is missing."""
     removed: tuple[str, ...] = ()
-    """Shards that were taken out of the newest version."""
+    """Shards that were removed from the newest version."""
     removed_rows: int = 0
-    """Their rows, which are pending again."""
+    """Number of rows in the removed shards; a capture brings them back."""
 
     @property
     def unsolved(self) -> tuple[Finding, ...]:
-        """What is wrong still."""
+        """Findings other than those about removed shards."""
         return tuple(finding for finding in self.findings if finding.path not in self.removed)
 
 
 def damage(found: Verification) -> IntegrityError:
-    """The error that says what was found, a line each."""
+    """The error that lists the unsolved findings, one per line."""
     lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
-    more = [f"... and {len(lines) - _SHOWN} more; --json lists them all"] if len(lines) > _SHOWN else []
+    more = [f"... and {len(lines) - _SHOWN} more (--json lists all)"] if len(lines) > _SHOWN else []
     return IntegrityError(
-        "this table is not as it was written",
-        expected="files that hold what their names and their commits say",
+        "this table is damaged",
+        expected="files that match the hashes in their names and in the commits",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.location}@{found.version}",
-        do="restore them from a copy of the table; or take damaged shards out of its newest version with"
+        do="restore these files from a copy of the table; or remove the damaged shards from its newest version with"
         + recapture(found.location),
         details=found,
     )
@@ -92,33 +92,35 @@ def damage(found: Verification) -> IntegrityError:
 def verify(
     table: Table, *, all_versions: bool = False, watch: Callable[[int, int], None] | None = None
 ) -> Verification:
-    """Look at every byte of a version: its shards, its vocabulary, its tokenizer; and of the table's log and records.
+    """Check every byte of a version (its shards, vocabulary and tokenizer) and of the table's log and records.
 
-    A shard's content must have the hash in its name; its rows the number that its commit says, the table's columns,
-    lists of lengths that fit each other, and ids that there are; and each row must be in a version only once.
+    A shard must match the hash in its name, and have the number of rows in its commit, the table's columns, lists with
+    matching lengths, and valid token ids. Each row must be in a version only once.
 
     Args:
-        table: the version.
-        all_versions: look at the shards of every version that can be opened, too.
-        watch: told of each shard: bytes that were looked at, and bytes to look at in all.
+        table: version to check.
+        all_versions: also check the shards of every other version that can be opened.
+        watch: called after each shard with the bytes checked so far and the total.
 
     Raises:
-        IntegrityError: if the table's log can't be read; whatever else is wrong is in what is returned.
-        AccessError: if something can't be read at the moment, so that nothing can be said of it.
+        IntegrityError: if the table's log can't be read; other problems are returned as findings.
+        AccessError: if something can't be read at the moment.
     """
-    log, kept = replay(table), _Opened(table)
+    log, versions = replay(table), _Versions(table)
     findings = [Finding(*problem) for problem in problems(table, log).items()]
     shards = dict.fromkeys(table.listed, table.version)
     if all_versions and not findings:
-        shards |= {shard: version for shard, version in _ever(log, vacuumed(table.location)) if shard not in shards}
+        shards |= {
+            shard: version for shard, version in _shards_in_log(log, vacuumed(table.location)) if shard not in shards
+        }
     for version in sorted(set(shards.values()) | {table.version}):
-        findings += kept.beside(version)
-    findings += [Finding(name, "a damaged record") for name in damaged_records(table.location)]
+        findings += versions.sidecar_findings(version)
+    findings += [Finding(name, "the record is damaged") for name in damaged_records(table.location)]
     spans: dict[str, list[range]] = defaultdict(list)
     for named in log.named:
         spans[named.path].append(named.versions)
     rows, done, total = _Rows(table), 0, sum(shard.bytes for shard in shards)
-    for shard, found in _examined([(kept[version], shard) for shard, version in shards.items()]):
+    for shard, found in _examined([(versions[version], shard) for shard, version in shards.items()]):
         if isinstance(found, WrongShardError):
             findings.append(Finding(shard.path, str(found)))
         else:
@@ -126,7 +128,7 @@ def verify(
         done += shard.bytes
         if watch:
             watch(done, total)
-    findings += rows.twice()
+    findings += rows.duplicates()
     return Verification(
         location=table.location,
         version=table.version,
@@ -139,10 +141,10 @@ def verify(
 
 
 def remove_damaged(found: Verification) -> Verification:
-    """Take every shard that something is wrong with out of the newest version, in one commit.
+    """Remove every shard with a finding from the newest version, in one commit.
 
-    Its rows are pending from then on: a capture of the same documents brings exactly them back. The files stay where
-    they are, for the versions that name them, until ``maintain`` vacuums these.
+    A capture of the same documents then brings exactly the missing rows back. The files stay, for old versions that use
+    them, until ``maintain`` vacuums these versions.
 
     Raises:
         TableError: if the commit can't be written.
@@ -162,14 +164,14 @@ def remove_damaged(found: Verification) -> Verification:
             "bytes": -sum(shard.bytes for shard in going),
         }
         with all_or_nothing(found.location):
-            done = committed(newest, actions, about)
+            done = try_commit(newest, actions, about)
         if done:
             removed = tuple(shard.path for shard in going)
             return replace(found, removed=removed, removed_rows=sum(shard.rows for shard in going))
 
 
 def _examined(jobs: Sequence[tuple[Table, Shard]]) -> Iterator[tuple[Shard, Hashes | WrongShardError]]:
-    """Each shard with what came of looking at it, in order."""
+    """Each shard with the hashes of its rows, or with the error that was found, in order."""
 
     def look(job: tuple[Table, Shard]) -> Hashes | WrongShardError:
         try:
@@ -184,8 +186,8 @@ def _examined(jobs: Sequence[tuple[Table, Shard]]) -> Iterator[tuple[Shard, Hash
         pool.shutdown(cancel_futures=True)
 
 
-class _Opened:
-    """The versions that shards are looked at in."""
+class _Versions:
+    """Opens versions of a table, each once."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -196,8 +198,8 @@ class _Opened:
             self._versions[version] = Table.open(f"{self._table.location}@{version}")
         return self._versions[version]
 
-    def beside(self, version: int) -> Iterator[Finding]:
-        """What is wrong with a version's vocabulary and tokenizer."""
+    def sidecar_findings(self, version: int) -> Iterator[Finding]:
+        """Problems of a version's vocabulary and tokenizer."""
         table = self[version]
         for check, name in ((read_vocabulary, table.vocabulary_name), (read_tokenizer, table.tokenizer_name)):
             try:
@@ -207,7 +209,7 @@ class _Opened:
 
 
 class _Rows:
-    """All rows of the versions that are looked at, by a hash of what makes each the only one of its version."""
+    """Finds duplicate rows in the checked versions, by hashes of the rows' unique keys."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -215,12 +217,12 @@ class _Rows:
         self.count = 0
 
     def add(self, shard: Shard, versions: list[range], hashes: Hashes) -> None:
-        """Remember a shard's rows, and the versions that have them."""
+        """Add the rows of a shard, with the ranges of versions that have it."""
         self.count += len(hashes)
         self._parts.append((shard, versions, hashes))
 
-    def twice(self) -> Iterator[Finding]:
-        """Shards with rows that another shard of the same version has too."""
+    def duplicates(self) -> Iterator[Finding]:
+        """Findings for shards with rows that are also elsewhere in the same version."""
         suspects = self._suspects()
         holders: dict[RowKey, list[tuple[str, list[range]]]] = defaultdict(list)
         for shard, versions, hashes in self._parts if len(suspects) else ():
@@ -230,13 +232,13 @@ class _Rows:
             keys = row_keys(pa.concat_tables(outline(self._table, shard, ROW_KEY)).take(pa.array(rows)))
             others = Counter({shard.path: len(keys) - len(set(keys))})
             for key in set(keys):
-                others.update([path for path, theirs in holders[key] if _meet(theirs, versions)][:1])
+                others.update([path for path, theirs in holders[key] if _overlap(theirs, versions)][:1])
                 holders[key].append((shard.path, versions))
             for path, count in (+others).items():
-                yield Finding(shard.path, f"{count} of its rows are there twice, also in {path}")
+                yield Finding(shard.path, f"{count} of its rows are duplicates of rows in {path}")
 
     def _suspects(self) -> Hashes:
-        """Hashes that come twice in a version: sorted by where they begin, one begins before the last has ended."""
+        """Hashes that occur twice in a version: in order of start, one range starts before the previous one ends."""
         spans = [(hashes, span) for _, versions, hashes in self._parts for span in versions]
         hashes = np.concatenate([np.zeros(0, np.uint64), *(part for part, _ in spans)])
         starts = np.repeat([span.start for _, span in spans], [len(part) for part, _ in spans])
@@ -246,12 +248,12 @@ class _Rows:
         return np.unique(hashes[1:][(hashes[1:] == hashes[:-1]) & (starts[1:] < stops[:-1])])
 
 
-def _meet(some: list[range], others: list[range]) -> bool:
+def _overlap(some: list[range], others: list[range]) -> bool:
     return any(a.start < b.stop and b.start < a.stop for a in some for b in others)
 
 
-def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
-    """Every shard that a version names which can be opened, and the newest such version."""
+def _shards_in_log(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
+    """Every shard of the versions that can be opened, each with the newest such version."""
     for named in log.named:
         version = next((version for version in reversed(named.versions) if version not in gone), None)
         if named.shard is not None and version is not None:
@@ -260,6 +262,6 @@ def _ever(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
 
 def _orphans(table: Table, log: Log) -> tuple[str, ...]:
     shards = {named.path for named in log.named if named.shard}
-    beside = tuple(f"{SIDE_FOLDER}/{named.path}" for named in log.named if not named.shard)
-    paths = (file.name for file in table.place.files() if not _EXPLAINED.fullmatch(file.name))
-    return tuple(sorted(path for path in paths if path not in shards and not path.startswith(beside)))
+    sidecars = tuple(f"{SIDE_FOLDER}/{named.path}" for named in log.named if not named.shard)
+    paths = (file.name for file in table.place.files() if not _KNOWN_FILES.fullmatch(file.name))
+    return tuple(sorted(path for path in paths if path not in shards and not path.startswith(sidecars)))

@@ -1,6 +1,6 @@
-"""Which rows of several tables are about the same sequence, by their keys.
+"""Finds rows of several tables that belong to the same sequence, by their keys.
 
-Made once for a view, from the keys alone; of each row it keeps 8 bytes a table. Reads no soft labels.
+Computed once for a view, from the keys only; keeps 8 bytes for each row and table. Reads no soft labels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ Rows = NDArray[np.int64]
 
 
 class Alignment:
-    """For each row of the first of several tables, where its sequence is in the others.
+    """Maps each row of the first of several tables to the rows of the others with the same sequence.
 
-    What a table holds under several documents is found under one of them: its teacher said the same of each.
+    If a table has a sequence in several documents, one of its rows is used: their soft labels are the same.
 
     Attributes:
-        sequences: rows of the first table whose sequence all others have, too.
-        left_out: different sequences that some of the tables have and others lack.
+        sequences: number of rows of the first table whose sequence is in all other tables.
+        left_out: number of distinct sequences that are in some of the tables but not in all.
     """
 
     def __init__(self, tables: Sequence[Table]) -> None:
@@ -32,26 +32,26 @@ class Alignment:
         all_keys = [keys for _, keys in read]
         keys, *others = all_keys
         self._places = [_find(keys, other) for other in others]
-        """Of each row of the first table, its number in each other one; -1 if that lacks it."""
+        """For each other table: the row number there of each row of the first table, or -1 if it is missing."""
         self._common = np.logical_and.reduce([places >= 0 for places in self._places])
         self.sequences = int(self._common.sum())
         counts = pl.concat([one.unique() for one in all_keys]).value_counts(name="tables")
         self.left_out = counts.filter(pl.col("tables") < len(tables)).height
 
     def rows(self, shard: Shard, number: int) -> Rows:
-        """Rows of a row group of the first table that all others have."""
+        """Rows of a row group of the first table that are in all other tables."""
         return np.flatnonzero(self._common[self._groups[0].span(shard, number)])
 
     def counterparts(self, table: int, shard: Shard, number: int) -> Iterator[tuple[Shard, int, Rows, Rows]]:
-        """Where a table holds those rows.
+        """Where another table has the rows of ``rows``.
 
         Args:
-            table: which of the tables, from 1.
-            shard: of the first table.
-            number: of the row group.
+            table: index of the other table, from 1.
+            shard: shard of the first table.
+            number: number of the row group in that shard.
 
         Returns:
-            Shard and number of each row group that is needed, which of its rows, and which of ``rows`` these are.
+            For each row group that is needed: its shard, its number, its rows, and their indices in ``rows``.
         """
         places = self._places[table - 1][self._groups[0].span(shard, number)][self.rows(shard, number)]
         return self._groups[table].groups_of(places)
@@ -69,14 +69,14 @@ def _read(table: Table) -> tuple["_Groups", pl.Series]:
 
 
 def _find(keys: pl.Series, there: pl.Series) -> Rows:
-    """(rows,) for each key, the number of the first that is equal to it there, or -1."""
+    """(rows,) for each key, the index of the first equal key in ``there``, or -1."""
     numbered = there.to_frame().with_row_index("row").unique("key", keep="first")
     joined = keys.to_frame().join(numbered, on="key", how="left", maintain_order="left")
     return joined.get_column("row").cast(pl.Int64).fill_null(-1).to_numpy()
 
 
 class _Groups:
-    """A table's row groups, and where each begins; the last entry of ``starts`` is where all end."""
+    """A table's row groups and the row number at which each begins; ``starts`` ends with the number of rows."""
 
     def __init__(self, groups: list[tuple[Shard, int]], starts: Rows) -> None:
         self._groups, self._starts = groups, starts

@@ -1,4 +1,4 @@
-"""Makes a view over several tables, or says why they do not go together. Reads no soft labels."""
+"""Makes a view over several tables, or explains why they can't be combined. Reads no soft labels."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,32 +15,32 @@ from softlabel.storage.table import Table
 from softlabel.storage.versions import parse, pin, unpin
 from softlabel.storage.views.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
 
-_ALIKE = ("tokenizer.files", "vocabulary")
-"""Fields of the identity that give a token id its meaning."""
+_TOKEN_FIELDS = ("tokenizer.files", "vocabulary")
+"""Fields of the identity that determine the meaning of a token id."""
 
 
 def make_view(location: str, names: Sequence[str], weights: Sequence[float], how: How) -> View:
-    """Make a view, and pin its tables' versions so that they are not vacuumed. Made again the same, it stays.
+    """Make a view, and pin the versions of its tables so that they are not vacuumed. Repeating it changes nothing.
 
-    Of several processes that make different ones in the same place, one succeeds, and its pins alone stay.
+    If several processes make different views at the same location, one succeeds, and only its pins remain.
 
     Args:
-        location: its folder.
-        names: its tables; without a version or tag, the newest one is meant.
-        weights: above 0, for each of them.
+        location: folder of the view.
+        names: locations of the tables; without a version or tag, the newest version is used.
+        weights: weight of each table, above 0.
         how: concatenate or average.
 
     Raises:
-        UsageError: if a table is named twice, or there is something else in the folder.
-        ProvenanceError: if the tables can't be mixed like that; says what differs.
+        UsageError: if a table is given twice, or the folder is not empty.
+        ProvenanceError: if the tables can't be combined in this way; it names what differs.
         TableError: if a table has no sequence in common with the others, or something can't be written.
     """
     location = located(location)
     tables = [Table.open(_absolute(name)) for name in names]
     if len({table.location for table in tables}) < len(tables):
-        raise UsageError("a table is named twice", expected="different tables", found=", ".join(names))
+        raise UsageError("the same table is given twice", expected="different tables", found=", ".join(names))
     for table in tables:
-        _require_alike(tables[0], table)
+        _require_same_tokens(tables[0], table)
     parts = [Part(t.location, t.version, w, t.content) for t, w in zip(tables, weights, strict=True)]
     view = View(location, Definition(FORMAT, how, tuple(parts), now(), user()), tables)
     if how == "average":
@@ -51,7 +51,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
             pin(table.location, table.version, view.place.address, "view")
         _write(location, view.definition)
     finally:
-        _settle(view)
+        _update_pins(view)
     return view
 
 
@@ -59,18 +59,19 @@ def _write(location: str, definition: Definition) -> None:
     try:
         place_of(location).write(VIEW_FILE, seal(asdict(definition)), replace=False)
     except OSError as error:
-        if is_view(location):  # another process was first, perhaps with the same
+        if is_view(location):  # another process was first, perhaps with the same view
             return _require_free(location, definition)
         raise TableError(
             "the view can't be written",
+            expected="write permission for the folder, and free disk space",
             found=error,
             where=location,
-            do="check the folder's permissions and space",
+            do="free disk space or fix the permissions, then run the same command again",
         ) from error
 
 
-def _settle(view: View) -> None:
-    """Let each table keep what the view needs that is there by now: another's, if that was first, or none."""
+def _update_pins(view: View) -> None:
+    """Pin what the view now at the location needs, if any: another process may have made a different one."""
     address = view.place.address
     held = {part.table: part.version for part in read_definition(view.place).parts} if is_view(view.location) else {}
     for table in view.tables:
@@ -82,74 +83,74 @@ def _settle(view: View) -> None:
 
 
 def _require_free(location: str, definition: Definition) -> None:
-    """Refuse to put a view where there is anything but the same view."""
+    """Refuse a location with anything other than the same view."""
     place = place_of(location)
     if is_view(location):
-        there = read_definition(place)
-        if (there.how, there.parts) != (definition.how, definition.parts):
+        existing = read_definition(place)
+        if (existing.how, existing.parts) != (definition.how, definition.parts):
             raise UsageError(
-                "there is another view here, and a view never changes",
-                expected=_described(there),
-                found=_described(definition),
+                "there is a different view here already, and a view never changes",
+                expected=_describe(existing),
+                found=_describe(definition),
                 where=location,
-                do="choose another folder, or delete this one",
+                do="choose another folder, or delete this view",
             )
     elif any(place.files()):
         raise UsageError(
-            "there is something else where the view is to be",
-            expected="an empty folder, or none",
+            "the folder for the view is not empty",
+            expected="an empty folder, or a folder that does not exist",
             where=location,
             do="choose another folder",
         )
 
 
-def _described(definition: Definition) -> str:
+def _describe(definition: Definition) -> str:
     parts = (f"{part.weight:g} x {part.table}@{part.version}" for part in definition.parts)
     return f"{definition.how}: {', '.join(parts)}"
 
 
-def _require_alike(first: Table, other: Table) -> None:
+def _require_same_tokens(first: Table, other: Table) -> None:
     if other.identity.classes is not None:
         raise ProvenanceError(
-            "tables of classes can't be mixed",
-            expected="tables of teachers that predict tokens",
-            found=f"a classifier's, of {len(other.identity.classes)} classes",
+            "a classifier's table can't be mixed with other tables",
+            expected="tables of language models",
+            found=f"a table of {len(other.identity.classes)} classes",
             where=other.location,
         )
     differences = first.identity.differences(other.identity)
-    found = [f"{name}: {a} against {b}" for name, (a, b) in differences.items() if name in _ALIKE]
+    found = [f"{name}: {a} against {b}" for name, (a, b) in differences.items() if name in _TOKEN_FIELDS]
     if found:
         raise ProvenanceError(
-            "these tables can't be mixed: a token id does not mean the same in both",
+            "these tables can't be mixed: their token ids have different meanings",
             expected="the same tokenizer and vocabulary",
             found="\n               ".join(found),
             where=f"{first.location} and {other.location}",
-            do="mix tables of teachers that share their tokenizer",
+            do="mix tables whose teachers have the same tokenizer",
         )
 
 
 def _require_average(view: View) -> None:
-    """Refuse an average that would be none."""
+    """Refuse to average tables that sample no tail, or that have no sequence in common."""
     for table in view.tables:
         if not is_unbiased(table):
             selection = table.identity.selection
             raise ProvenanceError(
-                "this table can't be averaged: of what its heads leave only the mass is known, and with that the "
-                "divergence from the average would be a bound of it, no estimate",
+                "this table can't be averaged: it does not sample the tail, so the loss against the average "
+                "would be a biased estimate",
                 expected="a sampled tail, or heads that hold the whole vocabulary",
                 found=f"heads of at most {selection.max_k} of {table.identity.vocabulary} ids, and no draws",
                 where=f"{table.location}@{table.version}",
-                do="concatenate, or capture with selection.draws",
+                do="use how: concatenate, or capture again with selection.draws above 0",
             )
     if not view.alignment.sequences:
         first, *others = (table.identity for table in view.tables)
         chunking = [line for other in others for line in _chunking(first, other)]
         raise TableError(
-            "these tables have no sequence in common, and there is nothing to average",
-            expected="tables of the same documents, cut into sequences alike",
-            found="\n               ".join(chunking) or "other documents",
+            "these tables have no sequence in common, so there is nothing to average",
+            expected="tables of the same documents, cut into the same sequences",
+            found="\n               ".join(chunking) or "different documents",
             where=", ".join(view.names),
-            do="capture the same documents with each teacher; or concatenate",
+            do="capture the same documents with each teacher and the same chunking; or use how: concatenate",
         )
 
 

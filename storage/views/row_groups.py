@@ -1,8 +1,8 @@
-"""The rows of a table or a view, row group by row group, as a student sees them.
+"""Reads the rows of a table or a view, row group by row group, as students are trained on them.
 
-A table's rows come as they are stored. Those of a view hold token ids instead of ranks and the tail's mass at the
-temperatures that all its tables have; those of an average have the soft-label columns once for each table
-(``column_of``). Which rows are wanted, and in which order, is the caller's business.
+Rows of a table are returned as they are stored. Rows of a view have token ids instead of ranks, and tail masses at the
+temperatures that all its tables have. Rows of an average have the soft-label columns once for each table
+(``column_of``). The caller decides which rows to read, and in which order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,16 @@ from softlabel.storage.views.view import AnyTable, View
 
 @dataclass(frozen=True)
 class Group:
-    """A row group: the unit that is read."""
+    """A row group, the smallest unit that is read."""
 
     table: int
-    """Which of ``source.tables``; of an average, always the first."""
+    """Index in ``source.tables``; 0 for an average."""
     shard: Shard
     number: int
 
 
 def outlines(source: AnyTable, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Group, pa.Table]]:
-    """Each row group with a few small columns of its rows, in order; ``storage.reader.outline`` says what is checked.
+    """Each row group with a few small columns of its rows, in order; checked as by ``storage.reader.outline``.
 
     Raises:
         IntegrityError: if a shard is missing, truncated, or damaged in these columns.
@@ -44,15 +44,15 @@ def outlines(source: AnyTable, columns: Sequence[str], split: str | None = None)
 
 
 def load(source: AnyTable, group: Group, columns: Sequence[str]) -> pa.Table:
-    """The rows of a group that ``outlines`` gave, in the same order.
+    """The rows of a group from ``outlines``, in the same order.
 
     Args:
-        source: what the group is of.
-        group: one of ``outlines``.
-        columns: names of the columns wanted.
+        source: table or view that has the group.
+        group: a group from ``outlines``.
+        columns: names of the columns to read.
 
     Raises:
-        IntegrityError: if a shard is missing or its bytes are not those that were written.
+        IntegrityError: if a shard is missing or damaged.
     """
     table = source.tables[group.table]
     rows = read(table, group.shard, columns, [group.number])
@@ -68,26 +68,26 @@ def load(source: AnyTable, group: Group, columns: Sequence[str]) -> pa.Table:
 
 
 def column_of(name: str, table: int) -> str:
-    """The column in which an average's rows have a soft-label column of one of its tables, by its number."""
+    """Name of a soft-label column of one of an average's tables, by the index of the table."""
     return f"{name}:{table}" if table else name
 
 
 def flat(rows: pa.Table, name: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Values of a column of lists, and where in them each row begins and the last one ends."""
+    """Flat values of a column of lists, and the offsets at which each row begins and the last one ends."""
     lists = rows.column(name).combine_chunks()
     offsets = lists.offsets.to_numpy()
     return lists.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
 
 
 def _common(source: AnyTable, shard: Shard, number: int, rows: pa.Table) -> pa.Table:
-    """Those rows of an average's first table that all others have, too."""
+    """For an average, the rows of its first table that are in all others; otherwise all rows."""
     if not (isinstance(source, View) and source.average):
         return rows
     return rows.take(pa.array(source.alignment.rows(shard, number)))
 
 
 def _counterparts(view: View, number: int, group: Group, columns: Sequence[str]) -> pa.Table:
-    """What another table of an average holds of the same sequences."""
+    """The soft labels of the same sequences in another table of an average."""
     table, places = view.tables[number], [np.zeros(0, np.int64)]
     parts = [pa.schema([SOFT_LABELS.field(name) for name in columns]).empty_table()]
     for shard, there, rows, which in view.alignment.counterparts(number, group.shard, group.number):
@@ -98,7 +98,7 @@ def _counterparts(view: View, number: int, group: Group, columns: Sequence[str])
 
 
 def _in_common_terms(view: View, table: Table, rows: pa.Table) -> pa.Table:
-    """The same rows with token ids, and the temperatures of the view."""
+    """The same rows with token ids instead of ranks, and with the temperatures of the view."""
     for name in {"head_ids", "tail_ids"}.intersection(rows.column_names):
         values, offsets = flat(rows, name)
         rows = _with(rows, name, table.vocabulary[values], offsets)

@@ -1,9 +1,10 @@
-"""A view: several tables with one tokenizer, each at a pinned version, that whoever reads takes for one table.
+"""A view: several tables with the same tokenizer, each at a pinned version, that are read like one table.
 
-    VIEW/view.json      the tables, their weights and how they are mixed; written once, never changed
+    VIEW/view.json      the tables, their weights and how they are combined; written once, never changed
 
-Concatenated, a view has the rows of all its tables. Averaged, it has the sequences that all of them hold, and what the
-teachers say of one is averaged. Opened here, made by ``mixing``; its rows come from ``row_groups``.
+A concatenated view has the rows of all its tables. An averaged view has the sequences that are in all of them, with the
+average of the teachers' distributions. ``mixing`` makes views, this module opens them, and ``row_groups`` reads their
+rows.
 """
 
 import json
@@ -45,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Definition:
-    """What view.json holds, beside a hash of it."""
+    """The content of view.json, in addition to its hash."""
 
     format: int
     how: How
@@ -56,18 +57,18 @@ class Definition:
 
 
 class View:
-    """Several tables as one, to be read.
+    """Several tables that are read like one.
 
     Attributes:
         location: the view's folder, or its URL.
-        place: where its file is.
-        definition: how it was made.
-        tables: each at its version.
-        weights: of each table: how often its sequences come in an epoch; or its share of the average, 1 in all.
+        place: folder or bucket of its file.
+        definition: the content of its file.
+        tables: its tables, each at its version.
+        weights: for each table, how often its sequences occur in an epoch; or its share of the average (sum 1).
     """
 
     version = 0
-    """A view never changes; students name it like a table that has this version alone."""
+    """A view never changes; students refer to it like to a table that has only this version."""
 
     def __init__(self, location: str, definition: Definition, tables: Sequence[Table]) -> None:
         self.location = location
@@ -78,12 +79,12 @@ class View:
         self.weights = tuple(weight / sum(weights) if self.average else weight for weight in weights)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the same view for itself."""
+        """Pickle as a location, so that another process opens the same view."""
         return open_table, (self.location,)
 
     @property
     def average(self) -> bool:
-        """Whether the tables' distributions are averaged, instead of their rows put side by side."""
+        """Whether the tables' distributions are averaged, instead of their rows concatenated."""
         return self.definition.how == "average"
 
     @property
@@ -93,34 +94,34 @@ class View:
 
     @property
     def content(self) -> str:
-        """A hash of all that a student of this view depends on."""
+        """A hash of everything in this view that a student depends on."""
         parts = [[part.content, part.weight] for part in self.definition.parts]
         return sha256(json.dumps([self.definition.how, parts]).encode()).hexdigest()
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures that all tables store; of an average, 1 alone."""
+        """Temperatures that all tables store; only 1 for an average."""
         common = set.intersection(*(set(table.temperatures) for table in self.tables))
         return (1.0,) if self.average else tuple(T for T in self.tables[0].temperatures if T in common)
 
     @property
     def draws(self) -> bool:
-        """Whether head and draws estimate the whole distribution without bias, in each of the tables."""
+        """Whether head and draws are an unbiased estimate of the whole distribution in each of the tables."""
         return all(map(is_unbiased, self.tables))
 
     @cached_property
     def vocabulary(self) -> Ints:
-        """(V,) int32: a view's rows hold token ids, whatever each table's own numbers for them are."""
+        """(V,) int32 identity: rows of a view have token ids instead of the tables' ranks."""
         return np.arange(self.tables[0].identity.vocabulary, dtype=np.int32)
 
     @property
     def tokenizer(self) -> Path:
-        """Folder with the tokenizer that all tables have."""
+        """Local folder with the tokenizer that all tables share."""
         return self.tables[0].tokenizer
 
     @cached_property
     def alignment(self) -> Alignment:
-        """Which rows of an average's tables are about the same sequence."""
+        """Which rows of an average's tables belong to the same sequence."""
         return Alignment(self.tables)
 
 
@@ -128,11 +129,11 @@ AnyTable = Table | View
 
 
 def open_table(location: str) -> AnyTable:
-    """What can be read under a name: a version of a table, or a view.
+    """Open a version of a table, or a view.
 
     Raises:
-        TableNotFoundError: if there is neither, or a version that it needs is gone.
-        IntegrityError: if the view is damaged, or a table is not the one that it was made of.
+        TableNotFoundError: if there is neither, or a version that it needs can no longer be opened.
+        IntegrityError: if the view is damaged, or one of its tables has changed.
     """
     path, version = parse(location)
     if not is_view(path):
@@ -142,36 +143,36 @@ def open_table(location: str) -> AnyTable:
             "a view has no versions",
             expected=path,
             found=location,
-            do="leave the version out; the versions of its tables are pinned",
+            do="leave out the version; a view always reads the same versions of its tables",
         )
     definition = read_definition(place_of(path))
     tables = [Table.open(f"{part.table}@{part.version}") for part in definition.parts]
     for part, table in zip(definition.parts, tables, strict=True):
         if table.content != part.content:
             raise IntegrityError(
-                "a table of this view is not the one that the view was made of",
-                expected=f"shards with the names that version {part.version} had",
-                found="other shards",
+                "a table of this view has changed since the view was made",
+                expected=f"the shards that version {part.version} had when the view was made",
+                found="different shards",
                 where=part.table,
-                do=f"put the table back in its place, or make a new view ({path} names them)",
+                do=f"restore the table from a copy, or make a new view (softlabel inspect {path} lists its tables)",
             )
     return View(path, definition, tables)
 
 
 def is_unbiased(table: Table) -> bool:
-    """Whether a table's heads and draws estimate the whole distribution: it has draws, or its heads are everything."""
+    """Whether head and draws are an unbiased estimate: the table has draws, or its heads hold the whole vocabulary."""
     selection = table.identity.selection
     certain = selection.max_k if selection.top_p == 1 else selection.min_k
     return table.draws or certain >= table.identity.vocabulary
 
 
 def read_definition(place: Place) -> Definition:
-    """What a view's file holds.
+    """Read the file of a view.
 
     Raises:
         IntegrityError: if it can't be read.
         TableError: if another version of softlabel made it.
-        UsageError: if it names a table by a location that holds credentials.
+        UsageError: if the location of a table contains credentials.
     """
     try:
         definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE)))
@@ -182,14 +183,15 @@ def read_definition(place: Place) -> Definition:
             expected="a file that softlabel mix wrote",
             found=" ".join([*map(str, first["loc"]), first["msg"]]) if first else error,
             where=place.where(VIEW_FILE),
-            do="delete it, and make it again with softlabel mix",
+            do="delete this file, and make the view again with softlabel mix",
         ) from error
     if definition.format != FORMAT:
         raise TableError(
-            "this view is of another version of softlabel",
+            "another version of softlabel made this view",
             expected=f"format {FORMAT}",
             found=f"format {definition.format}",
             where=place.where(VIEW_FILE),
+            do="use the version of softlabel that made it, or make the view again with softlabel mix",
         )
     do = "make the view again with softlabel mix, in another folder"
     require_clean({"table": [part.table for part in definition.parts]}, place.where(VIEW_FILE), do)

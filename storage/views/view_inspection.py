@@ -1,4 +1,4 @@
-"""What a view holds, for people to look at: its tables, their weights, and what they have in common."""
+"""Describes a view for users: its tables, their weights and the sequences that they have in common."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class ViewPart:
     table: str
     """TABLE@version."""
     weight: float
-    """How often its sequences come in an epoch, or its share of the average."""
+    """How often its sequences occur in an epoch, or its share of the average."""
     teacher: str
     selection: SelectionIdentity
     bytes: int
@@ -29,7 +29,7 @@ class ViewPart:
 
 @dataclass(frozen=True)
 class ViewSplit:
-    """What one split of a view holds; sequences that come more than once in an epoch are counted once."""
+    """Size of one split of a view; sequences that occur several times in an epoch are counted once."""
 
     sequences: int
     tokens: int
@@ -48,14 +48,14 @@ class ViewInspection:
     parts: tuple[ViewPart, ...]
     splits: dict[str, ViewSplit]
     left_out: int
-    """Sequences of an average that some of its tables have and others lack."""
+    """Sequences of an average that are in some of its tables but not in all."""
 
 
 def inspect_view(view: View) -> ViewInspection:
-    """Measure a view; reads the small columns of its tables.
+    """Measure a view; reads only small columns of its tables.
 
     Raises:
-        IntegrityError: if a shard that is looked at is damaged.
+        IntegrityError: if a shard is missing, or damaged in these columns.
     """
     sizes: dict[str, Counter[str]] = {}
     for group, rows in outlines(view, ["tokens", "positions"]):
@@ -85,7 +85,7 @@ def inspect_view(view: View) -> ViewInspection:
 
 
 def whole(view: View, found: Sequence[Verification]) -> Verification:
-    """What was seen of a view's tables when nothing was wrong in any of them, as one."""
+    """The verifications of a view's tables as one, if nothing is wrong in any of them."""
     return Verification(
         location=view.location,
         version=View.version,
@@ -98,7 +98,7 @@ def whole(view: View, found: Sequence[Verification]) -> Verification:
 
 
 def view_history(view: View) -> list[HistoryEntry]:
-    """How a view was made: a single entry, since it never changes."""
+    """The history of a view: a single entry, because a view never changes."""
     found = inspect_view(view)
     made = f"{found.how} {', '.join(view.names)}"
     sequences, positions = (sum(getattr(s, n) for s in found.splits.values()) for n in ("sequences", "positions"))

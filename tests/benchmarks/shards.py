@@ -20,7 +20,7 @@ import pyarrow as pa
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
 from softlabel.storage.codec import encode
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.shard_file import ShardFile, add_action
 from softlabel.storage.table import Table
@@ -72,7 +72,7 @@ def make(folder: Path, shards: int) -> Table:
             added.append(add_action(file.shard))
             file.publish()
             file.discard()
-        committed(table.newest(), added, {})
+        try_commit(table.newest(), added, {})
         print(f"\rshard {first + len(added):,} of {shards:,}", end="", file=sys.stderr, flush=True)
     print("\r" + " " * 40, end="\r", file=sys.stderr)
     return table.newest()

@@ -1,4 +1,4 @@
-"""Small tables, and soft labels made the slow and obvious way: from whole distributions in float64."""
+"""Small tables, and soft labels computed in a slow but simple way from whole distributions in float64."""
 
 import multiprocessing
 import os
@@ -28,12 +28,12 @@ from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter
 
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Real processes, that start in a moment because what they import is there already."""
+"""Real processes, which start quickly because their imports are preloaded."""
 PROCESSES.set_forkserver_preload(["tests.storage.tables"])
 
 
 def process(target: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:
-    """One that starts with this one's way to the buckets."""
+    """A process with the current environment variables for buckets."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return PROCESSES.Process(target=_run, args=(environment, target, *args))
 
@@ -63,7 +63,7 @@ def soft_labels(
     temperatures: Sequence[float],
     rng: np.random.Generator,
 ) -> SoftLabels:
-    """What a selection that keeps so many ids and draws so often from the rest makes of (P, V) float64 logits."""
+    """Soft labels of (P, V) float64 logits, with the given head counts and number of draws from the tail."""
     P, V = logits.shape
     heads, tails, masses = [], [], np.zeros((len(temperatures), P))
     logprobs = log_softmax(logits)
@@ -128,7 +128,7 @@ def sequences(names: Sequence[str], positions: Sequence[int], split: str | None 
 
 
 def rows(names: Sequence[str], split: str | None = None, temperatures: int = 1) -> tuple[pa.Table, SoftLabels]:
-    """Sequences and their soft labels, the same for the same name whatever is beside it."""
+    """Sequences and their soft labels; those of a name do not depend on the other names."""
     seeds = [int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") for name in names]
     counts = [3 + seed % 10 for seed in seeds]
     labels = [random_labels(n, seed, temperatures=temperatures) for n, seed in zip(counts, seeds, strict=True)]
@@ -149,7 +149,7 @@ def identity(temperatures: tuple[float, ...] = (1.0,), **changes: Any) -> Identi
 
 
 def make_table(location: Path | str, identity: Identity, seed: int = 0) -> Table:
-    """A table that is empty yet; the seed is of the labels that its vocabulary is numbered by."""
+    """An empty table; the seed is for the labels that determine its ranking of token ids."""
     with tempfile.TemporaryDirectory() as tokenizer:
         Path(tokenizer, "tokenizer.json").write_text("{}")
         Path(tokenizer, "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
@@ -164,11 +164,11 @@ def add(table: Table, names: Sequence[str], split: str | None = None) -> Commit:
 
 
 def names_in(table: Table) -> list[str]:
-    """Document ids of a version, read through our own reader, which checks every byte."""
+    """Document ids of a version, read by ``storage.reader``, which checks every byte."""
     found = [read(table, shard, ["document_id"]).column("document_id").to_pylist() for shard in table.shards()]
     return sorted(name for names in found for name in names)
 
 
 def leftovers(table: Table) -> list[str]:
-    """Files of shards in the making."""
+    """Files of unfinished shards."""
     return sorted(file.name for file in table.place.files(WRITING))

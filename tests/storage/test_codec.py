@@ -1,4 +1,4 @@
-"""What is decoded, against what was encoded, over distributions that no teacher should have but some do."""
+"""Decoded against encoded soft labels, including extreme distributions."""
 
 import dataclasses
 import io
@@ -58,16 +58,16 @@ def assert_same(a: SoftLabels, b: SoftLabels) -> None:
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
 
 
-def assert_close(found: NDArray[np.float32], said: NDArray[np.float32]) -> None:
+def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
     """Within 1/64 nat; what is below the lowest code is -inf or next to it."""
-    low = said < LOWEST
-    np.testing.assert_array_less(np.abs(found[~low] - said[~low]), NAT)
+    low = expected < LOWEST
+    np.testing.assert_array_less(np.abs(found[~low] - expected[~low]), NAT)
     assert (found[low] < LOWEST + NAT).all()
 
 
 @settings(max_examples=150)
 @given(case=distributions(), seed=st.integers(0, 2**32 - 1))
-def test_decodes_to_what_was_encoded(case, seed):
+def test_decoding_returns_what_was_encoded(case, seed):
     logits, _, labels = case
     rng = np.random.default_rng(seed)
     vocabulary = rng.permutation(logits.shape[1]).astype(np.int32)
@@ -104,7 +104,7 @@ def test_mass_adds_up_and_order_is_kept(case):
 
 @settings(max_examples=100)
 @given(case=distributions())
-def test_tail_mass_is_that_of_float64(case):
+def test_the_tail_mass_agrees_with_float64(case):
     logits, head_counts, labels = case
     identity = np.arange(logits.shape[1], dtype=np.int32)
     found = decode(encode(labels, np.array([labels.positions]), identity), identity)
@@ -117,7 +117,7 @@ def test_tail_mass_is_that_of_float64(case):
 
 
 @pytest.mark.parametrize("exponent", range(1, 13))
-def test_tail_mass_from_all_to_almost_nothing(exponent):
+def test_tail_masses_near_0_and_near_1_keep_their_precision(exponent):
     """The tail has mass 10^-n, or 1 - 10^-n: that stays within 1e-5, and what it leaves the head within 1e-4."""
     r = 10.0**-exponent
     masses = np.array([[np.log(r), np.log1p(-r)]], np.float32)
@@ -132,7 +132,7 @@ def test_tail_mass_from_all_to_almost_nothing(exponent):
     np.testing.assert_allclose(np.exp(found.head_logprobs.astype(np.float64)), [1 - r, r], rtol=1e-4)
 
 
-def test_positions_without_ids_and_rows_without_positions():
+def test_positions_without_ids_and_rows_without_positions_are_decoded():
     logits = np.zeros((3, 5))
     labels = soft_labels(logits, [0, 0, 0], 0, (1.0, 2.0), np.random.default_rng(0))
     identity = np.arange(5, dtype=np.int32)
@@ -142,7 +142,7 @@ def test_positions_without_ids_and_rows_without_positions():
     assert (found.tail_log_masses == 0).all()
 
 
-def test_no_positions_at_all():
+def test_rows_without_any_position_are_decoded_and_joined():
     """Rows whose mask captures nothing decode to no positions, and join with rows that have some."""
     labels = random_labels(4, vocabulary=30, temperatures=2)
     identity = np.arange(30, dtype=np.int32)
@@ -178,7 +178,7 @@ def test_chunks_slices_and_row_groups_decode_alike(seed):
 
 @settings(max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_encoding_again_changes_next_to_nothing(seed):
+def test_encoding_again_moves_log_probabilities_by_at_most_one_code(seed):
     """Decoded soft labels that are encoded again move by a code at most, so that copies of copies do not drift."""
     labels = random_labels(20, seed, vocabulary=50)
     identity = np.arange(50, dtype=np.int32)
@@ -212,21 +212,21 @@ def test_a_tail_that_a_decoded_head_has_moved_past_can_be_encoded_again():
     assert np.abs(twice.tail_logprobs - once.tail_logprobs).max() <= NAT
 
 
-def test_encoded_types_are_the_schema():
+def test_encoded_columns_have_the_types_of_the_schema():
     encoded = encode(random_labels(7, vocabulary=50), np.array([3, 0, 4]), np.arange(50, dtype=np.int32))
     assert encoded.schema.equals(SOFT_LABELS)
     assert encoded.column("head_counts").to_pylist()[1] == []
     encoded.validate(full=True)
 
 
-def test_more_ids_than_a_count_can_say_are_refused():
+def test_more_ids_than_fit_the_count_are_refused():
     """A count that would wrap around must never reach a table."""
     labels = soft_labels(np.zeros((1, 40_000)), [40_000], 0, (1.0,), np.random.default_rng(0))
     with pytest.raises(AssertionError, match="32767"):
         encode(labels, np.array([1]), np.arange(40_000, dtype=np.int32))
 
 
-def test_order_is_asserted():
+def test_unordered_ids_are_refused():
     labels = random_labels(5, vocabulary=50)
     wrong = dataclasses.replace(labels, head_logprobs=labels.head_logprobs[::-1].copy())
     with pytest.raises(AssertionError, match="order"):

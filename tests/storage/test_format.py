@@ -1,4 +1,4 @@
-"""FORMAT.md, run as it stands: its reader, its example and its recipes, against the codec."""
+"""The code in FORMAT.md (reference reader, example and recipes) is run, and agrees with the codec."""
 
 import hashlib
 import json
@@ -83,13 +83,13 @@ def test_the_reference_reader_agrees_with_ours(table: Table):
         np.testing.assert_array_equal(following, labels.next_logprobs)
 
 
-def test_the_example_is_decoded_as_it_says():
-    for found, said in zip(run("reference")["decode"](ROW, VOCABULARY, 2), DECODED, strict=True):
-        for part, expected in zip(found, said, strict=True):
+def test_the_example_decodes_to_the_documented_values():
+    for found, documented in zip(run("reference")["decode"](ROW, VOCABULARY, 2), DECODED, strict=True):
+        for part, expected in zip(found, documented, strict=True):
             np.testing.assert_allclose(np.array(part, float), np.array(expected, float), atol=5e-8)
 
 
-def test_the_example_is_encoded_as_it_says():
+def test_the_example_encodes_to_the_documented_values():
     f32 = np.float32
     labels = SoftLabels(
         head_counts=np.array([2, 1], np.int32),
@@ -107,7 +107,7 @@ def test_the_example_is_encoded_as_it_says():
     assert rows.to_pylist() == [{name: ROW[name] for name in SOFT_LABELS.names}]
 
 
-def test_key_and_split_of_the_example():
+def test_key_and_split_of_the_example_are_as_documented():
     content = b"".join(n.to_bytes(4, "little") for n in (3, 5, 2)) + bytes([0, 1, 1])
     for part in (content[:12].hex(), content[12:].hex(), hashlib.blake2b(content, digest_size=16).hexdigest()):
         assert f"`{part}`" in PAGE
@@ -123,7 +123,7 @@ def test_every_column_is_described():
         assert f"| `{field.name}` | list of {kind} |" in PAGE
 
 
-def test_properties_are_those_of_a_table(table: Table):
+def test_the_documented_properties_are_those_of_a_table(table: Table):
     found = run("setup", TABLE=table.location)["properties"]
     assert set(found) == set(re.findall(r"^\| `((?:softlabel|delta)\.\w+)`", PAGE, re.MULTILINE))
     assert found["softlabel.format"] == "1"
@@ -132,7 +132,7 @@ def test_properties_are_those_of_a_table(table: Table):
         assert path.stem.removeprefix("vocabulary-") == hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def test_hashes_of_the_log_and_of_records(table: Table):
+def test_hashes_of_the_log_and_of_records_are_as_documented(table: Table):
     last = ""
     for version in range(table.version + 1):
         content = Path(table.location, "_delta_log", f"{version:020}.json").read_bytes()
@@ -149,7 +149,7 @@ def test_hashes_of_the_log_and_of_records(table: Table):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("position", [0, 2])
-def test_top_ids(table: Table, engine: str, position: int):
+def test_the_top_ids_recipe_agrees_with_the_decoder(table: Table, engine: str, position: int):
     for document in ("a7", "b3"):
         found = recipe(table, engine, "top_ids", DOCUMENT=document, POSITION=position)
         labels = decoded_rows(table)[document]
@@ -160,7 +160,7 @@ def test_top_ids(table: Table, engine: str, position: int):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_mass_by_document(table: Table, engine: str):
+def test_the_mass_recipe_agrees_with_the_decoder(table: Table, engine: str):
     found = recipe(table, engine, "mass")
     expected = {
         name: -np.expm1(labels.tail_log_masses[0].astype(np.float64)).mean()
@@ -171,7 +171,7 @@ def test_mass_by_document(table: Table, engine: str):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_entropy_histogram(table: Table, engine: str):
+def test_the_entropy_recipe_agrees_with_the_decoder(table: Table, engine: str):
     found = recipe(table, engine, "histogram")
     counts = Counter(int(value) for labels in decoded_rows(table).values() for value in labels.entropies)
     assert list(zip(*found.values(), strict=True)) == sorted(counts.items())

@@ -1,4 +1,4 @@
-"""Identities are compared field by field; circumstances tell what they should, and no secret."""
+"""Identities are compared field by field; circumstances contain what they should, and no secret."""
 
 import getpass
 import json
@@ -40,7 +40,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_field_counts_and_is_named(name: str):
+def test_each_differing_field_is_refused_and_named(name: str):
     mine = identity()
     theirs = mine.model_copy(update=CHANGES[name](mine))
     assert list(mine.differences(theirs)) == [name]
@@ -52,7 +52,7 @@ def test_each_field_counts_and_is_named(name: str):
     assert "some/table" in str(error.value)
 
 
-def test_every_field_is_tried_above():
+def test_every_field_is_among_the_tested_changes():
     def leaves(tree: dict, prefix: str = "") -> set[str]:
         return {
             leaf
@@ -64,7 +64,7 @@ def test_every_field_is_tried_above():
     assert named == {*CHANGES, "derived_from"}
 
 
-def test_what_is_derived_is_not_what_was_captured():
+def test_a_derived_identity_differs_from_a_captured_one():
     mine = identity()
     derived = mine.model_copy(update={"derived_from": mine.selection})
     assert set(mine.differences(derived)) == {f"derived_from.{name}" for name in type(mine.selection).model_fields}
@@ -72,7 +72,7 @@ def test_what_is_derived_is_not_what_was_captured():
         mine.require(derived, "here")
 
 
-def test_equal_identities_pass():
+def test_equal_identities_have_no_differences():
     assert identity().differences(identity()) == {}
     identity().require(Identity.model_validate_json(identity().model_dump_json()), "here")
 
@@ -89,7 +89,7 @@ def test_circumstances_hold_no_secret(monkeypatch: pytest.MonkeyPatch):
     assert all(isinstance(value, str) for value in found.values())
 
 
-def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch):
+def test_a_user_without_a_name_is_called_unknown(monkeypatch: pytest.MonkeyPatch):
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 

@@ -1,4 +1,4 @@
-"""Locations: no credentials are taken, kept or shown, whoever wrote them down; and ``~`` is the home folder."""
+"""Locations: credentials are never accepted, stored or shown, wherever they come from; ``~`` is the home folder."""
 
 import json
 import re
@@ -62,7 +62,7 @@ CLEAN = [
 @pytest.mark.parametrize("location", HOLDING)
 def test_credentials_are_refused_and_never_shown(location: str, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    doors: list[Callable[[], object]] = [
+    entries: list[Callable[[], object]] = [
         lambda: located(location),
         lambda: place_of(location),
         lambda: exists(location),
@@ -78,35 +78,35 @@ def test_credentials_are_refused_and_never_shown(location: str, monkeypatch, tmp
         lambda: pin("table", 0, Path(location)),
         lambda: unpin("table", location),
     ]
-    for door in doors:
+    for entry in entries:
         with pytest.raises(UsageError, match="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY") as error:
-            door()
+            entry()
         assert SECRET not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("location", CLEAN)
-def test_other_locations_are_taken_as_they_are(location: str):
+def test_locations_without_credentials_are_accepted_unchanged(location: str):
     assert located(location) == location
     assert not holds_credentials(location)
     assert re.search(WITHOUT_CREDENTIALS, location)
 
 
 @pytest.mark.parametrize("location", HOLDING)
-def test_a_schema_refuses_them_too(location: str):
+def test_the_schema_pattern_refuses_credentials_too(location: str):
     assert not re.search(WITHOUT_CREDENTIALS, location)
 
 
 @pytest.mark.parametrize("location", HOLDING)
-@pytest.mark.parametrize("said", ["{}", "can't open '{}'", '{{"a": ["{}"]}}', "not {}, but s3://bucket/table@12"])
-def test_what_others_say_of_a_location_is_shown_without_credentials(location: str, said: str):
-    error = SoftlabelError("it failed", found=said.format(location), where="http://localhost:9000/bucket/a@b")
+@pytest.mark.parametrize("text", ["{}", "can't open '{}'", '{{"a": ["{}"]}}', "not {}, but s3://bucket/table@12"])
+def test_credentials_in_messages_of_other_libraries_are_masked(location: str, text: str):
+    error = SoftlabelError("it failed", found=text.format(location), where="http://localhost:9000/bucket/a@b")
     assert SECRET not in str(error)
     assert "http://localhost:9000/bucket/a@b" in str(error)
     assert masked("s3://bucket/table@12 and /home/a@b") == "s3://bucket/table@12 and /home/a@b"
 
 
-def test_a_key_with_an_at_sign_is_a_key(moto: str):
+def test_an_at_sign_in_a_bucket_prefix_belongs_to_the_prefix(moto: str):
     with buckets.environment(moto):
         table = make_table(f"{buckets.BUCKET}/location/a@b/table", identity())
         add(table, ["a"])
@@ -115,35 +115,35 @@ def test_a_key_with_an_at_sign_is_a_key(moto: str):
 
 
 @pytest.mark.parametrize("location", HOLDING[:8])
-def test_a_view_that_names_them_is_refused(location: str, filled: Table, tmp_path: Path):
+def test_a_view_file_with_credentials_is_refused(location: str, filled: Table, tmp_path: Path):
     other = make_table(tmp_path / "other", identity())
     view = make_view(str(tmp_path / "view"), [filled.location, other.location], [1, 1], "concatenate")
     file = tmp_path / "view" / "view.json"
     says = unseal(file.read_bytes())
     says["parts"][1]["table"] = location
     file.write_bytes(seal(says))
-    doors: list[Callable[[], object]] = [
+    entries: list[Callable[[], object]] = [
         lambda: open_table(view.location),
         lambda: make_view(view.location, [filled.location, other.location], [1, 1], "concatenate"),
     ]
-    for door in doors:
-        with pytest.raises(UsageError, match=r"holds credentials(.|\n)*view\.json") as error:
-            door()
+    for entry in entries:
+        with pytest.raises(UsageError, match=r"contains credentials(.|\n)*view\.json") as error:
+            entry()
         assert SECRET not in str(error.value)
 
 
-def test_a_pin_that_names_them_is_refused(filled: Table):
+def test_a_pin_with_credentials_is_refused(filled: Table):
     made = pin(filled.location, 1, Path("student"))
     (file,) = Path(filled.location, "_softlabel", "pins").iterdir()
     file.write_bytes(seal(asdict(made) | {"student": HOLDING[0]}))
-    with pytest.raises(IntegrityError, match=rf"holds credentials(.|\n)*{file.name}") as error:
+    with pytest.raises(IntegrityError, match=rf"contains credentials(.|\n)*{file.name}") as error:
         pins(filled.location)
     assert SECRET not in str(error.value)
     assert SECRET in json.loads(file.read_text())["student"]
     assert Table.open(filled.location).shards() == filled.shards()
 
 
-def test_a_teacher_that_an_earlier_version_named_with_them_is_shown_without(table: Table):
+def test_credentials_in_the_name_of_an_old_captures_teacher_are_masked(table: Table):
     with ShardWriter(table, row_group=8) as writer:
         writer.append(*rows(["a"]))
         writer.commit({"operation": "capture", "teacher": HOLDING[0], "parameters": 1})
@@ -151,7 +151,7 @@ def test_a_teacher_that_an_earlier_version_named_with_them_is_shown_without(tabl
     assert last_capture(table) == {}
 
 
-def test_a_table_at_home_is_one_table(home: Path):
+def test_a_table_in_the_home_folder_is_the_same_by_tilde_and_by_path(home: Path):
     table = make_table("~/t", identity())
     add(table, ["a"])
     assert table.location == str(home / "t")
@@ -164,7 +164,7 @@ def test_a_table_at_home_is_one_table(home: Path):
     assert not list(Path().iterdir())
 
 
-def test_a_view_at_home_over_tables_at_home(home: Path):
+def test_a_view_in_the_home_folder_stores_expanded_locations(home: Path):
     for name in ("a", "b"):
         make_table(f"~/{name}", identity())
     make_view("~/view", ["~/a@0", "~/b"], [1, 1], "concatenate")
@@ -174,7 +174,7 @@ def test_a_view_at_home_over_tables_at_home(home: Path):
     assert not list(Path().iterdir())
 
 
-def test_a_folder_that_is_called_like_home(home: Path):
+def test_a_folder_named_tilde_can_be_reached_by_a_relative_path(home: Path):
     table = make_table("./~/t", identity())
     assert Path("~", "t", "_softlabel").is_dir()
     assert Table.open("./~/t").place.address == table.place.address
@@ -184,11 +184,11 @@ def test_a_folder_that_is_called_like_home(home: Path):
 
 
 @pytest.mark.parametrize("location", ["~nobody-of-this-name/t", "~nobody-of-this-name", "~@12"])
-def test_a_home_that_is_not_known(location: str, home: Path):
-    with pytest.raises(UsageError, match=rf"user that this machine does not know(.|\n)*{location}(.|\n)*\./ before it"):
+def test_an_unknown_home_folder_is_refused(location: str, home: Path):
+    with pytest.raises(UsageError, match=rf"this machine does not know that user(.|\n)*{location}(.|\n)*\./ before it"):
         Table.open(location)
     assert not list(Path().iterdir())
 
 
-def test_another_users_home(home: Path):
+def test_the_home_folder_of_another_user_is_expanded(home: Path):
     assert located("~root/t") == str(Path("~root/t").expanduser())

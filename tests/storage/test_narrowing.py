@@ -1,4 +1,4 @@
-"""Fewer ids, draws and temperatures: exact where the numbers are known, unbiased where they are drawn again."""
+"""Narrowing is exact where the numbers are known, and unbiased where ids are drawn again."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ kinds = st.sampled_from(["plain", "flat", "one-hot", "steep", "impossible"])
 
 @settings(max_examples=60)
 @given(kinds, st.integers(0, 1000), st.integers(1, 64))
-def test_a_smaller_top_k_is_what_a_capture_would_have_kept(kind: str, seed: int, k: int) -> None:
+def test_narrowing_to_a_smaller_k_equals_a_capture_with_that_k(kind: str, seed: int, k: int) -> None:
     logits = hostile(kind, seed)
     large, small = captured(logits, 64, 0), captured(logits, k, 0)
     found, wanted = narrow(encoded(large), narrowing(64, 0, k, 0), b""), encoded(small)
@@ -78,7 +78,7 @@ def test_a_smaller_top_k_is_what_a_capture_would_have_kept(kind: str, seed: int,
     assert (got <= 0).all()
 
 
-def test_no_head_leaves_all_mass() -> None:
+def test_without_a_head_the_tail_has_all_the_mass() -> None:
     logits = hostile("plain", 0)
     rows = narrow(encoded(captured(logits, 8, 6)), narrowing(8, 6, 0, 6), b"")
     labels = decode(rows, VOCAB)
@@ -89,7 +89,7 @@ def test_no_head_leaves_all_mass() -> None:
 
 @settings(max_examples=60)
 @given(kinds, st.integers(0, 1000), st.integers(0, 12), st.integers(0, 12))
-def test_draws_are_as_many_as_the_mass_asks_for(kind: str, seed: int, k: int, draws: int) -> None:
+def test_the_number_of_draws_is_proportional_to_the_tail_mass(kind: str, seed: int, k: int, draws: int) -> None:
     if k == 0 == draws:
         return
     rows = encoded(captured(hostile(kind, seed), 12, 12), 3)
@@ -110,7 +110,7 @@ def test_draws_are_as_many_as_the_mass_asks_for(kind: str, seed: int, k: int, dr
     assert set(ids.tolist()) <= set(known.tolist())
 
 
-def test_a_position_that_loses_nothing_stays_as_it_is() -> None:
+def test_positions_that_lose_nothing_stay_unchanged() -> None:
     rows = encoded(captured(hostile("plain", 1), 12, 12), 3)
     same = narrow(rows, narrowing(12, 12, 12, 12), b"")
     assert same.equals(rows.select(same.column_names))
@@ -121,7 +121,7 @@ def test_a_position_that_loses_nothing_stays_as_it_is() -> None:
     assert (colder.column("tail_log_masses").combine_chunks().flatten().to_numpy() == masses).all()
 
 
-def test_fewer_draws_are_some_of_those_that_were_made() -> None:
+def test_fewer_draws_are_a_subset_of_the_old_draws() -> None:
     rows = encoded(captured(hostile("plain", 1), 12, 12))
     before, after = decode(rows, VOCAB), decode(narrow(rows, narrowing(12, 12, 12, 5), b""), VOCAB)
     times = dict(
@@ -141,12 +141,12 @@ def test_fewer_draws_are_some_of_those_that_were_made() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rows = encoded(captured(hostile("plain", 2), 12, 12), 3)
     together = narrow(rows, narrowing(12, 12, 4, 8), b"seed")
-    alone = pa.concat_tables([narrow(rows.slice(i, 1), narrowing(12, 12, 4, 8), b"seed") for i in range(3)])
-    assert together.equals(alone)
+    separately = pa.concat_tables([narrow(rows.slice(i, 1), narrowing(12, 12, 4, 8), b"seed") for i in range(3)])
+    assert together.equals(separately)
     assert not narrow(rows, narrowing(12, 12, 4, 8), b"other").equals(together)
 
 
-def test_rows_without_a_position() -> None:
+def test_an_empty_table_is_narrowed_to_itself() -> None:
     rows = encoded(captured(hostile("plain", 2), 12, 12), 3).slice(0, 0)
     assert narrow(rows, narrowing(12, 12, 4, 8), b"").equals(rows)
 
@@ -175,20 +175,20 @@ def tail(labels: SoftLabels) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize(("k", "draws"), [(4, 20), (0, 20), (12, 7), (4, 6)])
-def test_drawn_again_the_expectation_stays(k: int, draws: int) -> None:
+def test_drawing_again_keeps_the_expectation(k: int, draws: int) -> None:
     found = np.abs(deviations(k, draws))
     assert found.max() < 5, "the largest of some hundred"
     assert (found[found > 1e-3] ** 2).mean() < 1.3
 
 
 @pytest.mark.parametrize("bias", [0.8, 1.2])
-def test_the_test_of_the_expectation_sees_a_bias(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_of_the_expectation_detects_a_bias(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = module._dropped_share
     monkeypatch.setattr(module, "_dropped_share", lambda *args: np.minimum(honest(*args) * bias, 1))
     assert np.abs(deviations(4, 20)).max() > 5
 
 
-def test_what_it_is_called() -> None:
+def test_the_narrowed_identity_names_the_selection_it_was_derived_from() -> None:
     fewer = narrowing(64, 0, 16, 0).identity
     assert (fewer.selection.max_k, fewer.selection.min_k) == (16, 1)
     assert fewer.derived_from == narrowing(64, 0, 16, 0).source.selection

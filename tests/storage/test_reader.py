@@ -1,4 +1,4 @@
-"""What is read is what was written, or an error that names the file; never a wrong number."""
+"""Reading returns what was written, or raises an error that names the file; never a wrong number."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def shard(table: Table) -> tuple[Table, Shard, Path]:
     return newest, shard, Path(newest.location) / shard.path
 
 
-def test_columns_and_row_groups(shard):
+def test_columns_and_row_groups_can_be_selected(shard):
     table, file, _ = shard
     whole = read(table, file)
     assert whole.num_rows == 60
@@ -53,14 +53,14 @@ def test_batches_and_outline_go_row_group_by_row_group(filled: Table):
         assert all(a.equals(b) and a.equals(c) for a, b, c in zip(found, outlined, expected, strict=True))
 
 
-def test_soft_labels_by_key(filled: Table):
+def test_soft_labels_are_found_by_key(filled: Table):
     names = ["b3", "a7", "b3", "a0"]
     keys = rows(names)[0].column("key").to_pylist()
     found = soft_labels_by_key(filled, keys)
     everything = pa.concat_tables(read(filled, shard) for shard in filled.shards())
     place = everything.column("document_id").to_pylist().index
     assert found.equals(everything.take([place(name) for name in names]).select(SOFT_LABELS.names))
-    with pytest.raises(TableError, match="lacks 1 sequences"):
+    with pytest.raises(TableError, match="no longer has 1 sequences"):
         soft_labels_by_key(filled, [*keys, b"?" * 16])
 
 
@@ -70,7 +70,7 @@ def assert_damaged(work: Callable[[], object], path: Path) -> None:
 
 
 def test_every_flipped_byte_is_found(shard):
-    """In data, page headers and footer alike: every 97th byte, and every one of the footer's last 400."""
+    """In data, page headers and footer: every 97th byte, and each of the last 400 bytes."""
     table, file, path = shard
     good = path.read_bytes()
     for offset in [*range(0, len(good), 97), *range(len(good) - 400, len(good))]:
@@ -83,8 +83,8 @@ def test_every_flipped_byte_is_found(shard):
     assert read(table, file).num_rows == 60
 
 
-def test_a_byte_that_flips_after_the_first_look_is_found(shard):
-    """Where neither size nor time tells, the checksum of the page does: it is damaged, or not among what is read."""
+def test_a_byte_that_flips_after_the_first_check_is_found_or_was_not_read(shard):
+    """If size and time are unchanged, page checksums find the damage, unless the byte is not read."""
     table, file, path = shard
     good, stat = path.read_bytes(), path.stat()
     expected = read(table, file)
@@ -109,7 +109,7 @@ def small_columns(table: Table, shard: Shard) -> Callable[[], pa.Table]:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 500, -1, -8])
-def test_a_truncated_shard(shard, keep: int):
+def test_a_truncated_shard_is_reported_as_damaged(shard, keep: int):
     table, file, path = shard
     path.write_bytes(path.read_bytes()[:keep])
     for work in (lambda: read(table, file), small_columns(table, file)):
@@ -117,7 +117,7 @@ def test_a_truncated_shard(shard, keep: int):
     assert_damaged(lambda: inspect(table), path)
 
 
-def test_a_missing_shard(shard):
+def test_a_missing_shard_is_reported_as_damaged(shard):
     table, file, path = shard
     path.unlink()
     for work in (lambda: read(table, file), small_columns(table, file)):
@@ -126,7 +126,7 @@ def test_a_missing_shard(shard):
     assert_damaged(lambda: list(batches(table, SMALL)), path)
 
 
-def test_a_foreign_shard(filled: Table):
+def test_another_shard_under_the_same_name_is_reported_as_damaged(filled: Table):
     """Another shard of the same table, whole and well-formed, under this one's name."""
     one, other = filled.shards("train")
     path = Path(filled.location) / one.path
@@ -135,14 +135,14 @@ def test_a_foreign_shard(filled: Table):
     assert_damaged(lambda: list(outline(filled, one, SMALL)), path)
 
 
-def test_a_folder_for_a_shard(shard):
+def test_a_folder_in_place_of_a_shard_is_reported_as_damaged(shard):
     table, file, path = shard
     path.unlink()
     path.mkdir()
     assert_damaged(lambda: read(table, file), path)
 
 
-def test_a_restored_shard_is_read_again(shard):
+def test_a_restored_shard_can_be_read_again(shard):
     table, file, path = shard
     good = path.read_bytes()
     path.write_bytes(b"x" + good[1:])

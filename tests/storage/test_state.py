@@ -1,4 +1,4 @@
-"""A log, a checkpoint or a record that was damaged is named, or changes nothing that anyone is told."""
+"""A damaged log, checkpoint or record is named, or the damage changes nothing that a reader sees."""
 
 import random
 import shutil
@@ -27,7 +27,7 @@ EVERYTHING = (
     "_softlabel/pins/*",
     "_softlabel/purged/*",
 )
-"""What is small, and damaged here byte by byte."""
+"""Small files, which the tests damage byte by byte."""
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def log(table: Table, version: int) -> Path:
     return Path(table.location, "_delta_log", f"{version:020}.json")
 
 
-def told(location: str) -> list[Any]:
-    """What a reader is told."""
+def contents(location: str) -> list[Any]:
+    """Everything that a reader sees."""
     table = Table.open(location)
     files = [table.vocabulary_name, table.tokenizer_name]
     records = [tags(location), pins(location), purges(location)]
     return [table.version, table.identity, table.carried, table.shards(), *files, *records]
 
 
-def named(location: str) -> str:
-    """What a look at the table says is wrong with it."""
+def problems_of(location: str) -> str:
+    """The files that verify names, or its error."""
     try:
         return " ".join(finding.path for finding in verify(Table.open(location)).findings)
     except SoftlabelError as error:
@@ -73,14 +73,14 @@ def flips(path: Path, count: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("pattern", EVERYTHING)
 def test_any_flipped_byte_is_named_or_changes_nothing(known: Table, pattern: str) -> None:
-    before = told(known.location)
+    before = contents(known.location)
     for path in sorted(Path(known.location).glob(pattern)):
         for at in flips(path, 12):
-            found = named(known.location)
+            found = problems_of(known.location)
             if path.suffix == ".json" and path != log(known, known.version):
                 assert path.name in found or "softlabel.format" in found, f"byte {at} of {path}: {found}"
-            assert found or told(known.location) == before, f"byte {at} of {path}"
-    assert named(known.location) == ""
+            assert found or contents(known.location) == before, f"byte {at} of {path}"
+    assert problems_of(known.location) == ""
 
 
 def replaced(old: str, new: str, version: int = 1) -> Callable[[Table], Path]:
@@ -120,26 +120,29 @@ def test_a_damaged_log_stops_every_reader(filled: Table, damage: Callable[[Table
     assert path.name in finding.path + finding.problem
 
 
-def test_properties_that_are_not_there_any_more(filled: Table) -> None:
+def test_missing_properties_are_reported_with_their_commit(filled: Table) -> None:
     path = replaced("softlabel.identity", "softlabel.identitx", 0)(filled)
     with pytest.raises(IntegrityError, match=f"softlabel.identity(.|\n)*{path.name}"):
         Table.open(filled.location)
 
 
-def test_a_commit_of_another_program(filled: Table) -> None:
-    """It does not say what it made, so nobody can tell whether it is whole."""
+def test_a_commit_of_another_program_is_refused(filled: Table) -> None:
+    """It has no state hash, so damage to it could not be detected."""
     delta, shard = DeltaTable(filled.location), filled.shards()[0]
     action = AddAction("split=train/x.parquet", shard.bytes, {"split": "train"}, 0, True, '{"numRecords": 1}')
     delta.create_write_transaction([action], "append", delta.schema(), ["split"])
-    with pytest.raises(IntegrityError, match=r"does not say what it made(.|\n)*3\.json(.|\n)*version before, .*@2"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"a program other than softlabel made this version(.|\n)*3\.json(.|\n)*version before, .*@2",
+    ):
         filled.newest().shards()
-    with pytest.raises(IntegrityError, match="no commit of softlabel"):
+    with pytest.raises(IntegrityError, match="this commit was not made by softlabel"):
         read_log(filled)
     assert names_in(Table.open(f"{filled.location}@2")) == names_in(filled)
 
 
-def test_a_checkpoint_of_other_shards(filled: Table) -> None:
-    """It stands for the commits before it, so what they say is of no use to Delta."""
+def test_a_checkpoint_with_wrong_shards_is_named(filled: Table) -> None:
+    """Delta reads it instead of the commits before it."""
     path, content = log(filled, 1), log(filled, 1).read_text()
     path.write_text(content.replace('"split":"train"', '"split":"trahn"'))
     DeltaTable(filled.location).create_checkpoint()
@@ -148,14 +151,14 @@ def test_a_checkpoint_of_other_shards(filled: Table) -> None:
     assert finding.path == f"_delta_log/{2:020}.checkpoint.parquet"
 
 
-def test_shards_of_a_commit_that_is_gone_are_named(filled: Table) -> None:
+def test_shards_of_a_deleted_commit_are_listed_as_orphans(filled: Table) -> None:
     gone = {shard.path for shard in filled.shards()} - {s.path for s in Table.open(f"{filled.location}@1").shards()}
     log(filled, 2).unlink()
     found = verify(Table.open(filled.location))
     assert (found.findings, {*found.orphans}) == ((), gone)
 
 
-def test_files_that_nothing_explains_are_named(known: Table) -> None:
+def test_unknown_files_are_listed_as_orphans(known: Table) -> None:
     assert verify(known).orphans == ()
     names = ("evil.parquet", "_softlabel/junk.bin", "_softlabel/tags/x.txt", "_delta_log/x")
     for name in names:

@@ -29,7 +29,7 @@ from tests.storage.tables import (
 )
 
 
-def test_a_new_table(table: Table):
+def test_a_new_table_has_no_rows_and_the_given_identity(table: Table):
     assert table.version == 0
     assert table.shards() == []
     assert table.identity == identity()
@@ -40,7 +40,7 @@ def test_a_new_table(table: Table):
     assert Table.exists(table.location)
 
 
-def test_ids_are_numbered_by_how_often_they_occur(table: Table):
+def test_token_ids_are_ranked_by_frequency(table: Table):
     labels = random_labels(50, seed=0)
     counts = np.bincount(np.concatenate([labels.head_ids, labels.tail_ids]), minlength=VOCABULARY)
     assert table.vocabulary.dtype == table.ranks.dtype == np.int32
@@ -49,7 +49,7 @@ def test_ids_are_numbered_by_how_often_they_occur(table: Table):
     np.testing.assert_array_equal(np.sort(table.vocabulary), np.arange(VOCABULARY))
 
 
-def test_a_version_stays_what_it_was(filled: Table):
+def test_old_versions_stay_unchanged(filled: Table):
     assert [Table.open(f"{filled.location}@{n}").version for n in range(3)] == [0, 1, 2]
     assert Table.open(filled.location).version == filled.newest().version == 2
     first = Table.open(f"{filled.location}@1")
@@ -77,11 +77,11 @@ def test_history_of_an_old_version_ends_with_it(filled: Table):
         ("a@b/c", ("a@b/c", None)),
     ],
 )
-def test_parse(location, parsed):
+def test_parse_separates_path_and_version(location, parsed):
     assert parse(location) == parsed
 
 
-def test_what_is_not_there(filled: Table, tmp_path: Path):
+def test_a_missing_table_or_version_is_reported(filled: Table, tmp_path: Path):
     with pytest.raises(TableNotFoundError, match="no version 7"):
         Table.open(f"{filled.location}@7")
     for path in (tmp_path / "nothing", tmp_path / "empty", tmp_path / "file"):
@@ -90,18 +90,18 @@ def test_what_is_not_there(filled: Table, tmp_path: Path):
         with pytest.raises(TableNotFoundError, match="no soft-label table here"):
             Table.open(str(path))
         assert not Table.exists(str(path))
-    assert not (tmp_path / "nothing").exists(), "looking makes nothing"
+    assert not (tmp_path / "nothing").exists(), "opening creates nothing"
 
 
-def test_a_table_of_another_kind(tmp_path: Path):
+def test_another_kind_of_delta_table_is_refused(tmp_path: Path):
     write_deltalake(tmp_path / "other", pa.table({"x": [1]}))
     with pytest.raises(TableError, match=r"no such property(.|\n)*other"):
         Table.open(str(tmp_path / "other"))
-    with pytest.raises(TableError, match="no soft-label table"):
+    with pytest.raises(TableError, match="not a soft-label table"):
         make_table(tmp_path / "other", identity())
 
 
-def test_a_damaged_log_is_no_missing_table(filled: Table):
+def test_a_damaged_log_is_not_reported_as_a_missing_table(filled: Table):
     log = Path(filled.location) / "_delta_log" / f"{1:020}.json"
     log.write_text(log.read_text()[:100])
     for location in (filled.location, f"{filled.location}@1"):
@@ -110,7 +110,7 @@ def test_a_damaged_log_is_no_missing_table(filled: Table):
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "foreign"])
-def test_a_damaged_vocabulary(filled: Table, damage: str):
+def test_a_damaged_vocabulary_is_named(filled: Table, damage: str):
     (path,) = Path(filled.location).glob("_softlabel/vocabulary-*")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -124,7 +124,7 @@ def test_a_damaged_vocabulary(filled: Table, damage: str):
         _ = Table.open(filled.location).vocabulary
 
 
-def test_create_again_adopts_or_refuses(filled: Table):
+def test_creating_again_opens_the_table_or_refuses_another_identity(filled: Table):
     again = make_table(Path(filled.location), identity(), seed=1)
     assert again.version == 2
     np.testing.assert_array_equal(again.vocabulary, filled.vocabulary)
@@ -138,29 +138,29 @@ def test_create_again_adopts_or_refuses(filled: Table):
     "field",
     [pa.field("positions", pa.int64()), pa.field("when", pa.timestamp("us")), pa.field("xs", pa.list_(pa.int64()))],
 )
-def test_columns_that_can_not_be_carried(tmp_path: Path, field: pa.Field):
+def test_columns_that_cannot_be_carried_are_refused(tmp_path: Path, field: pa.Field):
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(UsageError, match=field.name):
         Table.create(str(tmp_path / "t"), identity(), pa.schema([field]), random_labels(5), tmp_path / "tokenizer")
     assert not (tmp_path / "t").exists()
 
 
-def test_a_folder_that_can_not_be_made(tmp_path: Path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "tokenizer").mkdir()
     for location in (tmp_path / "file" / "table", Path("/proc/table")):
-        with pytest.raises(TableError, match=f"can't be made(.|\n)*{location}"):
+        with pytest.raises(TableError, match=f"can't be created(.|\n)*{location}"):
             Table.create(str(location), identity(), CARRIED, random_labels(5), tmp_path / "tokenizer")
 
 
-def test_a_tokenizer_that_can_not_be_copied_leaves_no_table(tmp_path: Path):
-    with pytest.raises(TableError, match="can't be made"):
+def test_a_tokenizer_that_cannot_be_copied_leaves_no_table(tmp_path: Path):
+    with pytest.raises(TableError, match="can't be created"):
         Table.create(str(tmp_path / "t"), identity(), CARRIED, random_labels(5), tmp_path / "nothing")
     assert not Table.exists(str(tmp_path / "t"))
 
 
 def create_often(folder: Path | str, identity: Identity, seed: int, start: Barrier, made: Queue) -> None:
-    """Create 15 tables, each at the same moment as another process; the vocabulary or the error that comes of each."""
+    """Create 15 tables, each at the same moment as another process; put each vocabulary or error into ``made``."""
     found = []
     for n in range(15):
         start.wait(30)
@@ -185,8 +185,8 @@ def race(folder: Path | str, identities: list[Identity]) -> list[list[list[int] 
     return found
 
 
-def test_two_processes_create_the_same_table(tmp_path: Path):
-    """Both come away with one table, numbered by the labels of whoever was first."""
+def test_two_processes_that_create_the_same_table_share_it(tmp_path: Path):
+    """Both get the same table, whose ranking comes from the labels of the first."""
     first, second = race(tmp_path, [identity(), identity()])
     assert first == second
     by_seed = [make_table(tmp_path / f"alone{n}" / "table", identity(), n).vocabulary.tolist() for n in range(2)]
@@ -197,8 +197,8 @@ def test_two_processes_create_the_same_table(tmp_path: Path):
         assert add(table, ["a"]).sequences == 1
 
 
-def test_two_processes_create_different_tables_at_one_place(tmp_path: Path):
-    """One has it; the other is told what differs."""
+def test_of_two_processes_that_create_different_tables_one_is_refused(tmp_path: Path):
+    """One creates it; the other gets an error that names the difference."""
     other = identity(selection=identity().selection.model_copy(update={"seed": 1}))
     for a, b in zip(*race(tmp_path, [identity(), other]), strict=True):
         (error,) = [part for part in (a, b) if isinstance(part, str)]
@@ -206,8 +206,8 @@ def test_two_processes_create_different_tables_at_one_place(tmp_path: Path):
         assert "temperatures" not in error
 
 
-def test_a_commit_that_a_power_cut_has_emptied(filled: Table):
-    """To delta-rs it says that nothing has changed: the shards would pass for leftovers, and be deleted."""
+def test_an_emptied_commit_file_is_named_and_nothing_is_deleted(filled: Table):
+    """delta-rs reads it as a commit without changes: the shards would then be deleted as leftovers."""
     newest = Path(filled.location, "_delta_log", f"{filled.version:020}.json")
     newest.write_bytes(b"")
     for look in (lambda: Table.open(filled.location), lambda: maintain(filled.location, grace_hours=0)):
@@ -234,10 +234,10 @@ def test_a_commit_survives_a_power_cut(table: Table, monkeypatch: pytest.MonkeyP
     assert {(log / f"{1:020}.json").stat().st_ino, log.stat().st_ino} <= set(synced)
 
 
-def test_no_table_is_made_among_shards_that_have_lost_their_log(filled: Table):
-    """They would pass for leftovers of the new one, and be deleted."""
+def test_no_table_is_created_where_shards_have_lost_their_log(filled: Table):
+    """They would be deleted as leftovers of the new table."""
     log = Path(filled.location, "_delta_log")
     log.rename(log.with_name("away"))
-    with pytest.raises(IntegrityError, match=r"no table that they belong to(.|\n)*split="):
+    with pytest.raises(IntegrityError, match=r"the log of the table that they belong to is missing(.|\n)*split="):
         make_table(filled.location, identity())
     assert not log.exists()

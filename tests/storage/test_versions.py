@@ -1,4 +1,4 @@
-"""Versions have names that never move, students hold theirs, and a vacuum is not forgotten."""
+"""Tags never move, pins protect versions, and vacuumed versions stay recorded."""
 
 import json
 from multiprocessing.queues import SimpleQueue as Queue
@@ -30,14 +30,14 @@ def test_a_tag_opens_its_version_for_good(filled: Table):
 def test_a_tag_never_moves_silently(filled: Table):
     made = tag(filled.location, 1, "gold")
     assert tag(filled.location, 1, "gold") == made
-    with pytest.raises(TableError, match=r"gold is taken(.|\n)*version 1, tagged(.|\n)*--untag gold"):
+    with pytest.raises(TableError, match=r"gold is already in use(.|\n)*version 1, tagged(.|\n)*--untag gold"):
         tag(filled.location, filled.version, "gold")
     assert untag(filled.location, "gold") == made
     assert tag(filled.location, filled.version, "gold").version == 2
     assert Table.open(f"{filled.location}@gold").version == 2
 
 
-def test_a_tag_that_is_not_there(filled: Table):
+def test_an_unknown_tag_is_reported_with_the_closest_one(filled: Table):
     tag(filled.location, filled.version, "gold")
     with pytest.raises(TableNotFoundError, match=r"no tag golf(.|\n)*did you mean .*@gold\?"):
         Table.open(f"{filled.location}@golf")
@@ -46,8 +46,8 @@ def test_a_tag_that_is_not_there(filled: Table):
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a/b", "../x", "a b", "ä", ".hidden", "a@b"])
-def test_what_can_not_be_a_tag(filled: Table, name: str):
-    with pytest.raises(UsageError, match="can't be a tag"):
+def test_invalid_tag_names_are_refused(filled: Table, name: str):
+    with pytest.raises(UsageError, match="not a valid name for a tag"):
         tag(filled.location, filled.version, name)
     assert tags(filled.location) == {}
 
@@ -59,7 +59,7 @@ def test_a_folder_with_an_at_in_its_name_is_a_folder(tmp_path: Path):
     assert parse(f"{tmp_path}/a@c") == (f"{tmp_path}/a", "c")
 
 
-def tag_often(location: str, version: int, start: Barrier, said: Queue) -> None:
+def tag_often(location: str, version: int, start: Barrier, results: Queue) -> None:
     """Give ten names to a version, each at the moment at which another process gives it to another version."""
     table, won, lost = Table.open(f"{location}@{version}"), [], []
     for n in range(10):
@@ -69,22 +69,22 @@ def tag_often(location: str, version: int, start: Barrier, said: Queue) -> None:
             won.append(n)
         except TableError as error:
             lost.append("a tag never moves" in str(error))
-    said.put((won, lost))
+    results.put((won, lost))
 
 
-def test_two_processes_that_want_one_name(filled: Table):
-    """One has it, the other is told; nobody's tag is half written or moved."""
-    start, said = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in range(2)]
-    for version, queue in enumerate(said, 1):
+def test_of_two_processes_that_want_one_tag_one_gets_it(filled: Table):
+    """One gets the tag, the other an error; no tag is partly written or moved."""
+    start, results = PROCESSES.Barrier(2), [PROCESSES.SimpleQueue() for _ in range(2)]
+    for version, queue in enumerate(results, 1):
         process(tag_often, filled.location, version, start, queue).start()
-    won, lost = zip(*(queue.get() for queue in said), strict=True)
+    won, lost = zip(*(queue.get() for queue in results), strict=True)
     assert sorted(won[0] + won[1]) == list(range(10))
     assert lost[0] + lost[1] == [True] * 10
     for version, names in enumerate(won, 1):
         assert all(tags(filled.location)[f"tag{n}"].version == version for n in names)
 
 
-def test_a_student_holds_the_version_that_it_read_last(filled: Table, tmp_path: Path):
+def test_a_student_pins_the_version_that_it_read_last(filled: Table, tmp_path: Path):
     pin(filled.location, 1, tmp_path / "a")
     pin(filled.location, filled.version, tmp_path / "b")
     assert [(held.student, held.version) for held in pins(filled.location)] == [
@@ -116,11 +116,11 @@ def test_a_vacuumed_version_says_when_and_which_remain(filled: Table):
     assert filled.newest().version == 3
 
 
-def test_a_version_that_is_needed_is_not_retired(filled: Table, tmp_path: Path):
+def test_a_version_with_a_tag_or_pin_is_not_retired(filled: Table, tmp_path: Path):
     tag(filled.location, 1, "gold")
     pin(filled.location, filled.version, tmp_path / "a")
     for needed in (1, 2):
-        with pytest.raises(TableError, match="needed since a moment ago"):
+        with pytest.raises(TableError, match="tagged or pinned a moment ago"):
             retire(filled.location, [0, needed])
     assert at(filled, 0).version == 0
 
@@ -132,7 +132,7 @@ def test_a_version_that_is_needed_is_not_retired(filled: Table, tmp_path: Path):
         lambda table: pin(table.location, table.version, Path("a")),
     ],
 )
-def test_who_comes_a_moment_after_the_vacuum_is_told_and_holds_nothing(filled: Table, hold):
+def test_a_tag_or_pin_just_after_a_vacuum_is_refused_and_removed(filled: Table, hold):
     opened = at(filled, 1)
     retire(filled.location, [1])
     with pytest.raises(TableNotFoundError, match="vacuumed"):
@@ -140,7 +140,7 @@ def test_who_comes_a_moment_after_the_vacuum_is_told_and_holds_nothing(filled: T
     assert versions.needed(filled.location) == set()
 
 
-def hold_and_tell(location: str, start: Barrier, said: Queue) -> None:
+def tag_each_version(location: str, start: Barrier, results: Queue) -> None:
     """Try to tag each of ten versions at the moment at which another process retires it."""
     held = []
     for version in range(10):
@@ -150,14 +150,14 @@ def hold_and_tell(location: str, start: Barrier, said: Queue) -> None:
             held.append(tag(table.location, table.version, f"tag{version}"))
         except TableNotFoundError:
             held.append(None)
-    said.put(held)
+    results.put(held)
 
 
-def test_never_both_held_and_vacuumed(table: Table):
+def test_no_version_is_both_tagged_and_vacuumed(table: Table):
     for n in range(10):
         add(table, [f"a{n}"])
-    start, said = PROCESSES.Barrier(2), PROCESSES.SimpleQueue()
-    PROCESSES.Process(target=hold_and_tell, args=(table.location, start, said)).start()
+    start, results = PROCESSES.Barrier(2), PROCESSES.SimpleQueue()
+    PROCESSES.Process(target=tag_each_version, args=(table.location, start, results)).start()
     retired = []
     for version in range(10):
         start.wait(30)
@@ -166,7 +166,7 @@ def test_never_both_held_and_vacuumed(table: Table):
             retired.append(version)
         except TableError:
             continue
-    held: list[Tag | None] = said.get()
+    held: list[Tag | None] = results.get()
     for version in range(10):
         assert held[version] is None or version not in retired
         assert (f"tag{version}" in tags(table.location)) == (held[version] is not None)
@@ -181,7 +181,7 @@ def test_a_damaged_record_is_named(filled: Table):
             Table.open(f"{filled.location}@gold")
 
 
-def test_a_folder_that_can_not_be_written(filled: Table, tmp_path: Path):
+def test_unwritable_records_are_reported(filled: Table, tmp_path: Path):
     for kind in ("tags", "pins"):
         Path(filled.location, "_softlabel", kind).write_text("a file where the folder should be")
     for hold in (
@@ -195,5 +195,5 @@ def test_a_folder_that_can_not_be_written(filled: Table, tmp_path: Path):
 @pytest.mark.parametrize(
     ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2, 5"), ([5, 1, 2, 9, 8], "1-2, 5, 8-9")]
 )
-def test_spans(numbers, text):
+def test_versions_are_written_as_ranges(numbers, text):
     assert spans(numbers) == text

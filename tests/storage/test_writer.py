@@ -1,4 +1,4 @@
-"""Rows come into a table whole, once, or not at all: over repeats, races, kills and full disks."""
+"""Rows are added once or not at all, despite repetition, races and failures."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ B = [f"b{i}" for i in range(40)]
 C = [f"c{i}" for i in range(40)]
 
 
-def test_what_is_committed_is_there(table: Table):
+def test_committed_rows_are_in_the_newest_version(table: Table):
     commit = add(table, A)
     newest = table.newest()
     assert names_in(newest) == sorted(A)
@@ -40,7 +40,7 @@ def test_what_is_committed_is_there(table: Table):
         assert shard.path.startswith(f"split={shard.split}/")
 
 
-def test_rows_come_back_as_they_went_in(table: Table):
+def test_rows_are_read_back_as_they_were_written(table: Table):
     sequences, labels = rows(A, split="train")
     add(table, A, split="train")
     newest = table.newest()
@@ -57,7 +57,7 @@ def test_rows_come_back_as_they_went_in(table: Table):
     assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [16, 16, 8]
 
 
-def test_what_is_not_committed_leaves_nothing(table: Table):
+def test_uncommitted_rows_leave_no_files(table: Table):
     with ShardWriter(table) as writer:
         writer.append(*rows(A))
         assert len(leftovers(table)) == 2 * table.place.sees_writers
@@ -71,20 +71,20 @@ def test_what_is_not_committed_leaves_nothing(table: Table):
     assert not [file for file in table.place.files() if file.name.startswith("split=")]
 
 
-def test_nothing_to_commit_is_no_commit(table: Table):
+def test_an_empty_commit_makes_no_version(table: Table):
     with ShardWriter(table) as writer:
         assert writer.commit({}).version == 0
     assert table.newest().version == 0
 
 
-def test_the_same_rows_twice_are_there_once(table: Table):
+def test_rows_that_are_added_twice_are_stored_once(table: Table):
     assert add(table, A).sequences == 40
     again = add(table, A)
     assert (again.version, again.sequences, again.bytes) == (1, 0, 0)
     assert names_in(table.newest()) == sorted(A)
 
 
-def test_the_same_rows_twice_in_one_shard_are_there_once(table: Table):
+def test_rows_that_are_added_twice_to_one_writer_are_stored_once(table: Table):
     with ShardWriter(table, row_group=7) as writer:
         writer.append(*rows(A[:30]))
         writer.append(*rows(A[20:]))
@@ -93,15 +93,15 @@ def test_the_same_rows_twice_in_one_shard_are_there_once(table: Table):
     assert names_in(table.newest()) == sorted([*A, "c"])
 
 
-def test_rows_that_the_table_has_already(filled: Table):
-    """Whatever version a writer was given, and however the rows are cut into shards."""
+def test_rows_that_the_table_has_already_are_left_out(filled: Table):
+    """For a writer of any version, and any division of the rows into shards."""
     for version in range(3):
         table = Table.open(f"{filled.location}@{version}")
         assert add(table, [*A[35:], *B[:7], f"new{version}"]).sequences == 1
     assert names_in(filled.newest()) == sorted([*A, *B, "new0", "new1", "new2"])
 
 
-def test_the_same_text_in_another_document(table: Table):
+def test_the_same_text_in_another_document_is_another_row(table: Table):
     """The same key under another document is another row."""
     add(table, A)
     sequences, labels = rows(A)
@@ -114,8 +114,8 @@ def test_the_same_text_in_another_document(table: Table):
     assert len(names_in(table.newest())) == 80
 
 
-def test_overlapping_writers(table: Table):
-    """Each is told what it added; together every row is there once."""
+def test_overlapping_writers_store_each_row_once(table: Table):
+    """Each commit returns what it added; each row is stored once."""
     with ShardWriter(table, row_group=16) as first, ShardWriter(table, row_group=16) as second:
         first.append(*rows(A + B[:20]))
         second.append(*rows(A[30:] + B))
@@ -127,7 +127,7 @@ def test_overlapping_writers(table: Table):
     assert leftovers(table) == []
 
 
-def test_a_race_lost_at_the_last_moment(table: Table, monkeypatch: pytest.MonkeyPatch):
+def test_a_writer_that_loses_races_adds_only_missing_rows(table: Table, monkeypatch: pytest.MonkeyPatch):
     """Others commit the same rows between a writer's look at the table and its commit, again and again."""
     real, losses = DeltaTable.create_write_transaction, [A[:10], A[5:25], A[20:30]]
 
@@ -144,8 +144,8 @@ def test_a_race_lost_at_the_last_moment(table: Table, monkeypatch: pytest.Monkey
     assert names_in(table.newest()) == sorted(A)
 
 
-def test_a_commit_that_could_not_read_is_tried_again(filled: Table, monkeypatch: pytest.MonkeyPatch):
-    """A shard whose rows could not be compared has to be compared then."""
+def test_a_commit_that_failed_to_read_compares_the_rows_again(filled: Table, monkeypatch: pytest.MonkeyPatch):
+    """A shard whose rows could not be compared must be compared by the next attempt."""
 
     def fail(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
         if "document_id" in columns:
@@ -156,14 +156,14 @@ def test_a_commit_that_could_not_read_is_tried_again(filled: Table, monkeypatch:
         writer.append(*rows([*A[35:], "new"]))
         with monkeypatch.context() as patch:
             patch.setattr(softlabel.storage.writer, "outline", fail)
-            with pytest.raises(TableError, match="as it was"):
+            with pytest.raises(TableError, match="it is unchanged"):
                 writer.commit({})
         assert writer.commit({}).sequences == 1
     assert names_in(filled.newest()) == sorted([*A, *B, "new"])
 
 
-def test_equal_shards_at_once(table: Table):
-    """The very same rows make the very same file; whoever commits second finds it there."""
+def test_identical_shards_of_two_writers_are_stored_once(table: Table):
+    """The same rows make the same file; the second writer to commit finds it in the table."""
     with ShardWriter(table) as first, ShardWriter(table) as second:
         first.append(*rows(A))
         second.append(*rows(A))
@@ -172,8 +172,8 @@ def test_equal_shards_at_once(table: Table):
     assert names_in(table.newest()) == sorted(A)
 
 
-def test_commits_claim_nothing_but_the_number_of_rows(filled: Table):
-    """Minima and maxima that are wrong would hide rows from queries."""
+def test_commits_contain_no_statistics_but_the_number_of_rows(filled: Table):
+    """Wrong minimum or maximum values would hide rows from queries."""
     for log in (Path(filled.location) / "_delta_log").glob("*.json"):
         actions = [json.loads(line) for line in log.read_text().splitlines()]
         for add_action in [action["add"] for action in actions if "add" in action]:

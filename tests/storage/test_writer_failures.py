@@ -1,4 +1,4 @@
-"""Whatever stops a writer (a kill, a full disk, missing rights), the table is as it was, and each row is there once."""
+"""Whatever stops a writer (a kill, a full disk, missing rights), the table is unchanged and each row is stored once."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from tests.storage.test_writer import A, B, C
 
 
 def capture(location: str, names: list[str], seed: int) -> None:
-    """What a capture does: whatever the table lacks, in some order, a shard of 25 rows at a time."""
+    """Like a capture, add the rows that the table lacks, in random order, in shards of 25 rows."""
     table = Table.open(location)
     present = set(names_in(table))
     pending = [name for name in names if name not in present]
@@ -29,7 +29,7 @@ def capture(location: str, names: list[str], seed: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.long)])
-def test_killed_writers(table: Table, kills: int):
+def test_after_every_kill_of_a_writer_each_row_is_there_once(table: Table, kills: int):
     kill_writers(table, kills)
 
 
@@ -67,15 +67,15 @@ def kill_writers(table: Table, kills: int) -> None:
 
 def unwritable(table: Table) -> str:
     before = (table.newest().version, names_in(table.newest()))
-    with pytest.raises(TableError, match="as it was") as error:
+    with pytest.raises(TableError, match="it is unchanged") as error:
         add(table, C)
     assert (table.newest().version, names_in(table.newest())) == before
     return str(error.value)
 
 
 @pytest.mark.parametrize("folder", ["_softlabel/writing", "split=train", "_delta_log"])
-def test_a_folder_that_can_not_be_written(filled: Table, folder: str, monkeypatch: pytest.MonkeyPatch):
-    """A file where a folder should be refuses to be written under, to root as well."""
+def test_an_unwritable_folder_leaves_the_table_unchanged(filled: Table, folder: str, monkeypatch: pytest.MonkeyPatch):
+    """A file in place of a folder makes writing fail, even for root."""
     path = Path(filled.location) / folder
     add(filled, ["z"])
     aside = path.with_name("aside")
@@ -95,42 +95,42 @@ def refuse(self: Path, target: Path) -> None:
     raise PermissionError(13, "Permission denied", str(target))
 
 
-def write_with(room: int, location: str, said: Queue) -> None:
-    """Commit 300 rows where no file may be longer than so many bytes."""
+def write_with(room: int, location: str, results: Queue) -> None:
+    """Commit 300 rows while no file may be larger than ``room`` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     table = Table.open(location)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     try:
-        said.put(str(add(table, [f"f{i}" for i in range(300)], "train")))
+        results.put(str(add(table, [f"f{i}" for i in range(300)], "train")))
     except TableError as error:
-        said.put(str(error))
+        results.put(str(error))
 
 
 @pytest.mark.parametrize("room", [0, 4, 5_000, 60_000])
-def test_a_full_disk(filled: Table, room: int):
+def test_a_full_disk_leaves_the_table_unchanged(filled: Table, room: int):
     """A limit on the size of files stops a write in the middle, as a full disk does."""
     before = (filled.version, names_in(filled))
-    said = PROCESSES.SimpleQueue()
-    writer = PROCESSES.Process(target=write_with, args=(room, filled.location, said))
+    results = PROCESSES.SimpleQueue()
+    writer = PROCESSES.Process(target=write_with, args=(room, filled.location, results))
     writer.start()
-    message = said.get()
+    message = results.get()
     writer.join()
-    assert "the table could not be written; it is as it was" in message
-    assert "make room" in message
+    assert "the table could not be written; it is unchanged" in message
+    assert "free disk space" in message
     newest = filled.newest()
     assert (newest.version, names_in(newest)) == before
     assert leftovers(newest) == []
     assert add(newest, ["c"]).sequences == 1
 
 
-def test_a_disk_with_room(filled: Table):
-    """The control of the test above: what stopped its writers was the limit."""
-    said = PROCESSES.SimpleQueue()
-    PROCESSES.Process(target=write_with, args=(10_000_000, filled.location, said)).start()
-    assert "sequences=300" in said.get()
+def test_the_same_writer_succeeds_on_a_disk_with_space(filled: Table):
+    """Control for the test above: its writers were stopped by the limit."""
+    results = PROCESSES.SimpleQueue()
+    PROCESSES.Process(target=write_with, args=(10_000_000, filled.location, results)).start()
+    assert "sequences=300" in results.get()
 
 
-def test_a_clock_that_jumps_back(filled: Table):
+def test_a_clock_that_jumps_back_does_not_change_the_order_of_commits(filled: Table):
     """Commits are ordered by number: log files from the future change nothing."""
     future = time.time() + 10 * 365 * 86400
     for path in (Path(filled.location) / "_delta_log").glob("*.json"):

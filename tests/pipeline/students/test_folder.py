@@ -38,7 +38,7 @@ def test_a_record_that_names_credentials_is_refused(tmp_path: Path, location: st
     for name in reversed(at):
         record = {name: record}
     (tmp_path / "softlabel.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=r"holds credentials(.|\n)*softlabel\.json") as error:
+    with pytest.raises(UsageError, match=r"contains credentials(.|\n)*softlabel\.json") as error:
         StudentFolder(tmp_path).finished()
     assert SECRET not in str(error.value)
 
@@ -46,7 +46,7 @@ def test_a_record_that_names_credentials_is_refused(tmp_path: Path, location: st
 def test_an_evaluation_refuses_such_a_record(tmp_path: Path, tiny_teacher: Path):
     table = make_table(tmp_path / "table", tiny_teacher, train=0)
     (tmp_path / "softlabel.json").write_text(json.dumps({"table": {"tables": [{"location": HOLDING[0]}]}}))
-    with pytest.raises(UsageError, match="holds credentials") as error:
+    with pytest.raises(UsageError, match="contains credentials") as error:
         evaluate(EvaluateConfig(table=table.location, students=(str(tmp_path),), report=str(tmp_path / "report")))
     assert SECRET not in str(error.value)
 

@@ -8,7 +8,7 @@ import pytest
 from softlabel.pipeline import ReprocessConfig, reprocess
 from softlabel.pipeline.progress import Progress
 from softlabel.storage.codec import decode
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError, ProvenanceError
 from softlabel.storage.reader import index
 from softlabel.storage.table import Table
@@ -72,7 +72,7 @@ def test_a_shard_that_narrowing_does_not_change_stays(table: Table) -> None:
     largest = int(decode(rows_of(before), before.vocabulary).head_counts.max())
     selection = before.identity.selection.model_copy(update={"max_k": 99})
     wider = before.identity.model_copy(update={"selection": selection})
-    assert committed(before, [], {"operation": "test"}, identity=wider)
+    assert try_commit(before, [], {"operation": "test"}, identity=wider)
     rows = run(table.location, selection={"max_k": largest}).rows
     assert rows.left > 0
     assert rows.left + rows.sequences == 80

@@ -1,5 +1,5 @@
-"""What can't be read at the moment is no damage, and nothing is deleted for it: no permission, no open files, a store
-that is down."""
+"""What can't be read at the moment (no permission, too many open files, a failing store) is not reported as damaged,
+and nothing is deleted because of it."""
 
 import os
 import resource
@@ -37,8 +37,8 @@ from tests.storage.tables import add, identity, make_table
 REFUSED = "a0"
 
 
-def works(table: Table) -> dict[str, Callable[[], object]]:
-    """All that reads a table, and what might take something out of it or put something in."""
+def operations(table: Table) -> dict[str, Callable[[], object]]:
+    """Every operation that reads a table, or might remove something from it or add something."""
     shard = table.shards()[0]
     return {
         "verify": lambda: remove_damaged(verify(table, all_versions=True)),
@@ -74,8 +74,8 @@ def without_open_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def said(work: Callable[[], object]) -> str:
-    """What is wrong, on one screen."""
+def message_of(work: Callable[[], object]) -> str:
+    """The message of the error, which must fit on one screen."""
     with pytest.raises(TableError) as error:
         work()
     assert type(error.value) in (AccessError, TableError), "neither missing nor damaged"
@@ -95,7 +95,7 @@ PROTECTED = {
     "_softlabel/tokenizer-*": ("verify", "tokenizer"),
     "_softlabel/tokenizer-*/tokenizer.json": ("verify", "tokenizer"),
 }
-"""What may not be read, and what then stops."""
+"""Unreadable files, and the operations that must then fail."""
 
 
 def try_without_permission(location: str) -> None:
@@ -105,36 +105,38 @@ def try_without_permission(location: str) -> None:
         shard = next((s for s in table.shards() if s.path.startswith(str(path.relative_to(location)))), None)
         for name in names:
             with without_permission(path):
-                work = (lambda s=shard: read(table, s)) if shard and name == "read" else works(table)[name]
-                found = said(work)
+                work = (lambda s=shard: read(table, s)) if shard and name == "read" else operations(table)[name]
+                found = message_of(work)
             assert str(path) in found, f"{name} without {pattern}: {found}"
             assert "ermission denied" in found
     shard, log = Path(location, table.shards()[0].path), Path(location, "_delta_log")
     content = shard.read_bytes()
     shard.write_bytes(b"")
     log.chmod(0o555)
-    assert "it is as it was" in said(works(table)["verify"]), "damaged indeed, and can't be taken out"
+    assert "it is unchanged" in message_of(operations(table)["verify"]), "a shard is damaged, and can't be removed"
     log.chmod(0o755)
     shard.write_bytes(content)
 
 
 def try_without_open_files(location: str) -> None:
     table = Table.open(location)
-    verify(table)  # all that has to be imported is there
-    for name, work in works(table).items():
+    verify(table)  # so that everything is imported already
+    for name, work in operations(table).items():
         with without_open_files():
-            found = said(work)
+            found = message_of(work)
         assert "oo many open files" in found, f"{name}: {found}"
 
 
 @pytest.mark.parametrize("attempt", [try_without_permission, try_without_open_files])
-def test_nothing_is_taken_for_damaged_or_deleted(filled: Table, tmp_path: Path, attempt: Callable[[str], None]) -> None:
-    """In a process without the rights of an administrator, since nothing is hidden from one."""
+def test_what_cannot_be_read_is_not_damaged_and_not_deleted(
+    filled: Table, tmp_path: Path, attempt: Callable[[str], None]
+) -> None:
+    """In a process without administrator rights, because an administrator can read everything."""
     pin(filled.location, 1, tmp_path / "student")
     refuse(filled.location, [REFUSED])
     shutil.copytree(filled.location, tmp_path / "before")
     rights = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    code = f"from tests.storage.places.test_access import {attempt.__name__} as attempt; attempt({filled.location!r})"
+    code = f"from {__name__} import {attempt.__name__} as attempt; attempt({filled.location!r})"
     done = subprocess.run([*rights, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = {path.relative_to(filled.location) for path in Path(filled.location).rglob("*")}
@@ -143,18 +145,18 @@ def test_nothing_is_taken_for_damaged_or_deleted(filled: Table, tmp_path: Path, 
     assert verify(filled, all_versions=True).findings == ()
 
 
-def test_no_memory(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_reported_as_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise pa.ArrowMemoryError("malloc of size 64 failed")
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", fail)
     for name in ("verify", "read", "outline"):
-        assert filled.shards()[0].path in said(works(filled)[name])
+        assert filled.shards()[0].path in message_of(operations(filled)[name])
 
 
 class Failing(BaseHTTPRequestHandler):
-    """A store that answers with an error, or whose line goes dead in the middle of an object."""
+    """A store that answers with an error, or closes the connection in the middle of an object."""
 
     status, size = 200, 0
 
@@ -168,12 +170,12 @@ class Failing(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
-        """No word of it."""
+        """Log nothing."""
 
 
 @pytest.mark.parametrize("status", [200, 503])
-def test_a_store_that_fails(moto: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the table is open: each shard is asked for, and not given."""
+def test_a_failing_store_is_not_reported_as_damage(moto: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is open already; reading a shard fails."""
     real, pause = S3Store.from_url, timedelta(milliseconds=10)
     once = {"max_retries": 1, "backoff": {"init_backoff": pause, "max_backoff": 2 * pause, "base": 2}}
     monkeypatch.setattr(S3Store, "from_url", lambda url, **more: real(url, retry_config=once, **more))
@@ -188,6 +190,6 @@ def test_a_store_that_fails(moto: str, status: int, monkeypatch: pytest.MonkeyPa
         with buckets.environment(f"http://127.0.0.1:{server.server_port}"):
             table.place = place_of(table.location)
             monkeypatch.setattr(Failing, "size", shard.bytes)
-            for work in (lambda: examine(table, shard), works(table)["read"], works(table)["outline"]):
-                assert shard.path in said(work)
+            for work in (lambda: examine(table, shard), operations(table)["read"], operations(table)["outline"]):
+                assert shard.path in message_of(work)
         server.shutdown()

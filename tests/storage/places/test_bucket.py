@@ -1,4 +1,4 @@
-"""A table in a bucket does what one in a folder does: the same tests, and what can only go wrong in a bucket."""
+"""A table in a bucket behaves like one in a folder: the same tests, and those for a bucket only."""
 
 import tempfile
 import uuid
@@ -33,24 +33,26 @@ def server(moto: str) -> Iterator[None]:
 
 @pytest.fixture
 def table() -> Table:
-    """A table without rows; also what the tests below are given that were written for a folder."""
+    """A table without rows; the shared tests below, written for a folder, use it too."""
     return make_table(f"{buckets.BUCKET}/{uuid.uuid4().hex}/table", identity())
 
 
-test_what_is_committed_is_there = test_writer.test_what_is_committed_is_there
-test_rows_come_back_as_they_went_in = test_writer.test_rows_come_back_as_they_went_in
-test_what_is_not_committed_leaves_nothing = test_writer.test_what_is_not_committed_leaves_nothing
-test_overlapping_writers = test_writer.test_overlapping_writers
-test_a_race_lost_at_the_last_moment = test_writer.test_a_race_lost_at_the_last_moment
-test_equal_shards_at_once = test_writer.test_equal_shards_at_once
-test_a_new_table = test_table.test_a_new_table
-test_a_version_stays_what_it_was = test_table.test_a_version_stays_what_it_was
-test_a_student_holds_the_version_that_it_read_last = test_versions.test_a_student_holds_the_version_that_it_read_last
-test_a_tidy_table_is_left_alone = test_maintenance.test_a_tidy_table_is_left_alone
-test_vacuum_drops_old_versions = test_vacuum.test_vacuum_drops_old_versions_and_says_so
-test_a_shard_that_came_back_is_not_vacuumed = test_vacuum.test_a_shard_that_came_back_is_not_vacuumed
+test_committed_rows_are_in_the_newest_version = test_writer.test_committed_rows_are_in_the_newest_version
+test_rows_are_read_back_as_they_were_written = test_writer.test_rows_are_read_back_as_they_were_written
+test_uncommitted_rows_leave_no_files = test_writer.test_uncommitted_rows_leave_no_files
+test_overlapping_writers_store_each_row_once = test_writer.test_overlapping_writers_store_each_row_once
+test_a_writer_that_loses_races_adds_only_missing_rows = (
+    test_writer.test_a_writer_that_loses_races_adds_only_missing_rows
+)
+test_identical_shards_of_two_writers_are_stored_once = test_writer.test_identical_shards_of_two_writers_are_stored_once
+test_a_new_table_has_no_rows_and_the_given_identity = test_table.test_a_new_table_has_no_rows_and_the_given_identity
+test_old_versions_stay_unchanged = test_table.test_old_versions_stay_unchanged
+test_a_student_pins_the_version_that_it_read_last = test_versions.test_a_student_pins_the_version_that_it_read_last
+test_a_table_without_leftovers_stays_unchanged = test_maintenance.test_a_table_without_leftovers_stays_unchanged
+test_vacuum_drops_old_versions_and_lists_them = test_vacuum.test_vacuum_drops_old_versions_and_lists_them
+test_a_shard_that_was_captured_again_is_not_vacuumed = test_vacuum.test_a_shard_that_was_captured_again_is_not_vacuumed
 test_rows_are_dropped_in_one_new_version = test_rewrite.test_rows_are_dropped_in_one_new_version
-test_gone_from_every_version = test_takedown.test_gone_from_every_version
+test_documents_are_gone_from_every_version = test_takedown.test_documents_are_gone_from_every_version
 
 
 def test_an_address_is_the_same_however_it_is_written(table: Table) -> None:
@@ -60,7 +62,7 @@ def test_an_address_is_the_same_however_it_is_written(table: Table) -> None:
     assert Table.open(f"{table.location}@empty").version == 0
 
 
-def test_a_damaged_and_a_missing_object_are_named_and_come_back(filled: Table) -> None:
+def test_damaged_and_missing_objects_are_named_and_can_be_captured_again(filled: Table) -> None:
     damaged, missing = filled.shards()[:2]
     content = bytearray(filled.place.read(damaged.path))
     content[len(content) // 2] ^= 1
@@ -78,7 +80,7 @@ def test_a_damaged_and_a_missing_object_are_named_and_come_back(filled: Table) -
 
 
 @pytest.mark.parametrize("size", [0, 3])
-def test_a_truncated_object(filled: Table, size: int) -> None:
+def test_a_truncated_object_is_reported_as_damaged(filled: Table, size: int) -> None:
     filled.place.write(filled.shards()[0].path, b"PAR"[:size])
     with pytest.raises(IntegrityError, match=f"{size} bytes"):
         read(filled, filled.shards()[0])
@@ -98,8 +100,10 @@ def test_leftovers_are_found_and_removed(filled: Table) -> None:
     assert names_in(filled) == names_in(filled.newest())
 
 
-def test_a_twin_that_maintenance_deletes_before_the_commit(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without locks, it may take what is about to be committed for a leftover of the same name."""
+def test_a_file_that_maintenance_deletes_before_the_commit_is_restored(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without locks, maintenance may mistake a file that is about to be committed for a leftover."""
     from deltalake import DeltaTable
 
     real = DeltaTable.create_write_transaction
@@ -113,7 +117,9 @@ def test_a_twin_that_maintenance_deletes_before_the_commit(table: Table, monkeyp
     assert names_in(table.newest()) == sorted(A)
 
 
-def test_a_twin_that_becomes_young_before_it_is_deleted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_uploaded_again_since_the_listing_is_spared(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ShardWriter(table) as writer:
         writer.append(*rows(A, "train"))
         for file in writer._files.values():
@@ -123,7 +129,7 @@ def test_a_twin_that_becomes_young_before_it_is_deleted(table: Table, monkeypatc
     aged = obstore.list
 
     def old(*args: object, **kwargs: object) -> object:
-        """What the listing says is of an hour ago; somebody has put the object again since."""
+        """The listing shows an old time; the object was uploaded again since."""
         for page in aged(*args, **kwargs):  # type: ignore[call-overload]
             yield [{**meta, "last_modified": meta["last_modified"].replace(year=2020)} for meta in page]
 
@@ -135,7 +141,7 @@ def test_a_twin_that_becomes_young_before_it_is_deleted(table: Table, monkeypatc
 
 
 def test_a_row_group_is_read_in_few_requests(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole column chunks, side by side: never page by page."""
+    """Adjacent column chunks in one request, and not page by page."""
     add(table, [f"a{i}" for i in range(600)], "train")
     newest = table.newest()
     (shard,) = newest.shards()
@@ -153,7 +159,7 @@ def test_a_row_group_is_read_in_few_requests(table: Table, monkeypatch: pytest.M
     assert len(ranges) <= 2
 
 
-def test_a_network_that_fails_in_the_middle_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_network_is_not_reported_as_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> object:
         raise obstore.exceptions.GenericError("Generic S3 error: HTTP error: connection reset")
 
@@ -169,8 +175,8 @@ def test_a_network_that_fails_in_the_middle_is_no_damage(filled: Table, monkeypa
         verify(filled)
 
 
-def test_a_machine_without_room_for_a_copy_is_no_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``verify --remove-damaged`` would take good shards out of the table."""
+def test_a_full_local_disk_is_not_reported_as_damage(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise ``verify --remove-damaged`` would remove good shards."""
 
     def full() -> object:
         raise FileNotFoundError("No usable temporary directory found")
@@ -189,10 +195,10 @@ def test_a_machine_without_room_for_a_copy_is_no_damage(filled: Table, monkeypat
         ("location", "s3://nobody/table", "NoSuchBucket"),
     ],
 )
-def test_a_bucket_that_can_not_be_used(
+def test_an_unusable_bucket_is_reported_neither_as_empty_nor_as_damaged(
     filled: Table, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, found: str
 ) -> None:
-    """Neither an empty table, nor damage: verify must not take shards for lost because a network is."""
+    """Otherwise verify would report shards as lost when the network is down."""
     location = value if variable == "location" else filled.location
     if variable != "location":
         monkeypatch.setenv(variable, value)
@@ -204,12 +210,12 @@ def test_a_bucket_that_can_not_be_used(
 
 
 @pytest.mark.parametrize("location", ["gs://bucket/table", "s3:///table", "file:///table"])
-def test_where_no_table_can_be(location: str) -> None:
-    """A path must never be made of what was meant as an address."""
-    with pytest.raises(UsageError, match=f"can't be there(.|\\n)*{location}"):
+def test_other_kinds_of_urls_are_refused(location: str) -> None:
+    """A URL must never become the path of a local folder."""
+    with pytest.raises(UsageError, match=f"can't use a table at this location(.|\\n)*{location}"):
         Table.open(location)
 
 
-def test_a_bucket_without_a_table() -> None:
+def test_a_bucket_without_a_table_is_reported() -> None:
     with pytest.raises(TableNotFoundError, match="no soft-label table here"):
         Table.open(f"{buckets.BUCKET}/nothing")

@@ -1,4 +1,4 @@
-"""The lock of a table's folder: nothing is created, changed or deleted through what has its name and is none."""
+"""The lock file of a table's folder: if something else is at its path, that is not created, changed or deleted."""
 
 import os
 from collections.abc import Callable
@@ -36,15 +36,15 @@ def test_no_lock_is_taken_through_a_link(put: Callable[[Path, Path], None], fill
     os.utime(other, ns=(0, 0))
     lock.unlink()
     put(lock, other)
-    with pytest.raises(TableError, match=r"has the name of softlabel's lock(.|\n)*maintenance\.lock"):
+    with pytest.raises(TableError, match=r"has the name of softlabel's lock file(.|\n)*maintenance\.lock"):
         add(filled, ["c"])
-    with pytest.raises(TableError, match="has the name of softlabel's lock"):
+    with pytest.raises(TableError, match="has the name of softlabel's lock file"):
         maintain(filled.location)
     assert [path.name for path in other.parent.iterdir()] == ["thesis"]
     assert (other.read_text(), other.stat().st_mtime_ns) == ("years of work", 0)
 
 
-def test_a_file_that_shares_the_locks_bytes_stays_as_it_is(filled: Table, tmp_path: Path):
+def test_a_hard_link_of_the_lock_file_stays_unchanged(filled: Table, tmp_path: Path):
     """As in a copy of the table by hard links."""
     lock, other = Path(filled.location, "_softlabel", "maintenance.lock"), tmp_path / "thesis"
     other.write_text("years of work")
@@ -56,7 +56,7 @@ def test_a_file_that_shares_the_locks_bytes_stays_as_it_is(filled: Table, tmp_pa
     assert (other.read_text(), other.stat().st_mtime_ns, other.stat().st_nlink) == ("years of work", 0, 2)
 
 
-def test_maintenance_follows_no_link_among_the_shards_in_the_making(filled: Table, tmp_path: Path):
+def test_maintenance_follows_no_link_among_unfinished_shards(filled: Table, tmp_path: Path):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis").write_text("years of work")
     writing = Path(filled.location, "_softlabel", "writing")

@@ -51,7 +51,7 @@ def test_of_many_conditional_puts_one_succeeds(location: str) -> None:
             assert place.read(f"race{race}").decode() in map(str, range(RACERS))
 
 
-def race(location: str, racer: int, start: Barrier, said: Queue) -> None:
+def race(location: str, racer: int, start: Barrier, results: Queue) -> None:
     """Create a table, add to it and tag it, at the moment at which others do the same."""
     won = []
     for turn in range(5):
@@ -64,15 +64,15 @@ def race(location: str, racer: int, start: Barrier, said: Queue) -> None:
             won.append((turn, racer % 2))
         except TableError:
             continue
-    said.put(won)
+    results.put(won)
 
 
 def test_many_processes_create_add_and_tag_at_once(location: str) -> None:
-    start, said = PROCESSES.Barrier(RACERS), PROCESSES.SimpleQueue()
-    racers = [process(race, location, racer, start, said) for racer in range(RACERS)]
+    start, results = PROCESSES.Barrier(RACERS), PROCESSES.SimpleQueue()
+    racers = [process(race, location, racer, start, results) for racer in range(RACERS)]
     for racer in racers:
         racer.start()
-    won = [pair for _ in racers for pair in said.get()]
+    won = [pair for _ in racers for pair in results.get()]
     for turn in range(5):
         table = Table.open(f"{location}/{turn}")
         assert names_in(table) == sorted(["shared", *(f"own{racer}" for racer in range(RACERS))])
@@ -80,7 +80,7 @@ def test_many_processes_create_add_and_tag_at_once(location: str) -> None:
         assert verify(table).findings == ()
 
 
-def test_killed_writers(location: str) -> None:
+def test_leftovers_of_killed_writers_are_found_and_removed(location: str) -> None:
     """50 kills: every row once, every committed shard readable, and what the dead have left is found and removed."""
     table = make_table(location, identity())
     kill_writers(table, 50)
@@ -94,7 +94,9 @@ def test_killed_writers(location: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials(location: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_wrong_credentials_are_reported_and_not_shown(
+    location: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     make_table(location, identity())
     monkeypatch.setenv(variable, "somebody-else")
     with pytest.raises(TableError, match="can't be used") as error:

@@ -1,4 +1,4 @@
-"""Sizes that add up, entropies that are below them, and a history that says who did what."""
+"""Sizes add up, entropies are close to them, and the history shows each commit."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.storage.tables import random_labels, sequences
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """6,000 positions: enough for sizes to be about numbers, not about footers."""
+    """A table of 6,000 positions, so that the values take more bytes than the footers."""
     from tests.storage.tables import identity, make_table
 
     table = make_table(tmp_path_factory.mktemp("inspection") / "table", identity())
@@ -25,7 +25,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return table.newest()
 
 
-def test_sizes_add_up(large: Table):
+def test_sizes_add_up_to_the_files(large: Table):
     found = inspect(large)
     files = [Path(large.location) / shard.path for shard in large.shards()]
     total = sum(file.stat().st_size for file in files)
@@ -43,7 +43,7 @@ def test_sizes_add_up(large: Table):
     )
 
 
-def test_counts_are_those_of_the_rows(large: Table):
+def test_counts_equal_those_of_the_rows(large: Table):
     found = inspect(large)
     assert (found.location, found.version) == (large.location, 1)
     assert set(found.splits) == {"train", "eval"}
@@ -55,8 +55,8 @@ def test_counts_are_those_of_the_rows(large: Table):
     assert sum(split.positions for split in found.splits.values()) == 6000
 
 
-def test_entropies_are_below_what_is_paid(large: Table):
-    """Numbers that are independent of their neighbours, as these are, cost their entropy and a little more."""
+def test_entropies_are_close_to_the_sizes(large: Table):
+    """Values that are independent of their neighbors take little more than their entropy."""
     columns = inspect(large).columns
     for name in ("head_ids", "head_codes", "tail_ids", "tail_codes", "entropies"):
         entropy, paid = columns[name].entropy_per_position, columns[name].bytes_per_position
@@ -65,7 +65,7 @@ def test_entropies_are_below_what_is_paid(large: Table):
     assert columns["document_id"].entropy_per_position is None
 
 
-def test_an_empty_table(table: Table):
+def test_an_empty_table_has_size_0(table: Table):
     found = inspect(table)
     assert (found.splits, found.columns, found.soft_label_bytes_per_position) == ({}, {}, 0)
 
@@ -83,7 +83,7 @@ def test_documents_are_counted_once(table: Table):
     assert (split.shards, split.documents, split.sequences) == (2, 1, 2)
 
 
-def test_history(large: Table):
+def test_history_lists_commits_newest_first(large: Table):
     added, created = history(large)
     assert (created.version, created.operation, created.sequences) == (0, "create table", 0)
     assert (added.version, added.operation, added.user) == (1, "capture", "ada")

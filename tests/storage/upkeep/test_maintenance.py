@@ -1,4 +1,4 @@
-"""Maintenance deletes what nobody needs, and nothing else: over kills, clocks, writers in flight and pins."""
+"""Maintenance deletes only what is not needed, despite killed and active writers and wrong clocks."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.places import folder
 from softlabel.storage.shard_file import add_action
@@ -23,12 +23,12 @@ from tests.storage.test_writer_failures import capture
 
 
 def everything(table: Table) -> dict[str, int]:
-    """Bytes of each file, but for the lock that maintenance itself takes."""
+    """Size of each file, except the lock file of maintenance."""
     return {file.name: file.bytes for file in table.place.files() if not file.name.endswith("maintenance.lock")}
 
 
 def replaced(table: Table) -> Table:
-    """A further version, that one of the shards of the newest is not in."""
+    """A new version without one of the shards of the newest."""
     shard = table.shards("train")[0]
     found = Verification(table.location, 0, 0, 0, 0, (Finding(shard.path, "for once, nothing"),), ())
     remove_damaged(found)
@@ -40,7 +40,7 @@ def paths(leftovers) -> set[str]:
 
 
 def orphan(table: Table) -> Path:
-    """A file like a shard that was published, and not committed."""
+    """A file like a shard that was published but not committed."""
     path = Path(table.location, "split=train", f"{random.randbytes(16).hex()}.parquet")
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"never committed")
@@ -57,7 +57,7 @@ def write_slowly(location: str, names: list[str], halfway: Event, go_on: Event) 
 
 
 def kill_halfway(table: Table, names: list[str]) -> None:
-    """A writer dies with a shard of each split in the making."""
+    """Kill a writer that has an unfinished shard of each split."""
     halfway, go_on = PROCESSES.Event(), PROCESSES.Event()
     writer = PROCESSES.Process(target=write_slowly, args=(table.location, names, halfway, go_on))
     writer.start()
@@ -66,7 +66,7 @@ def kill_halfway(table: Table, names: list[str]) -> None:
     writer.join()
 
 
-def test_a_tidy_table_is_left_alone(filled: Table):
+def test_a_table_without_leftovers_stays_unchanged(filled: Table):
     before = everything(filled)
     done = maintain(filled.location, keep_versions=1, grace_hours=0)
     assert (done.deleted, done.spared, done.vacuumed) == ((), (), ())
@@ -74,7 +74,7 @@ def test_a_tidy_table_is_left_alone(filled: Table):
     assert Table.open(f"{filled.location}@1").version == 1, "it lost nothing, so it stays"
 
 
-def test_what_killed_writers_left_is_found_and_removed(table: Table):
+def test_leftovers_of_killed_writers_are_found_and_removed(table: Table):
     chance, names = random.Random(3), [f"d{i}" for i in range(200)]
     for seed in range(8):
         writers = [PROCESSES.Process(target=capture, args=(table.location, names, seed + n)) for n in (0, 100)]
@@ -102,8 +102,8 @@ def test_what_killed_writers_left_is_found_and_removed(table: Table):
     assert names_in(newest) == sorted(names)
 
 
-def test_maintenance_among_writers_that_are_killed(table: Table):
-    """Without any grace: what is committed is never deleted, whatever two writers and their deaths are up to."""
+def test_maintenance_deletes_no_committed_file_while_writers_are_killed(table: Table):
+    """Even without a grace period, no committed file is deleted while two writers work and are killed."""
     chance, names = random.Random(5), [f"d{i}" for i in range(300)]
     rounds = 0
     for seed in range(6):
@@ -124,7 +124,7 @@ def test_maintenance_among_writers_that_are_killed(table: Table):
     assert names_in(table.newest()) == sorted(names)
 
 
-def test_a_writer_in_flight_is_spared_however_old_its_file(table: Table):
+def test_files_of_an_active_writer_are_spared_however_old(table: Table):
     names = [f"a{i}" for i in range(40)]
     halfway, go_on = PROCESSES.Event(), PROCESSES.Event()
     writer = PROCESSES.Process(target=write_slowly, args=(table.location, names, halfway, go_on))
@@ -140,14 +140,16 @@ def test_a_writer_in_flight_is_spared_however_old_its_file(table: Table):
     assert names_in(table.newest()) == sorted(names)
 
 
-def test_a_dead_writer_of_this_machine_need_not_be_waited_for(table: Table):
+def test_files_of_a_dead_writer_on_this_machine_are_deleted_at_once(table: Table):
     kill_halfway(table, [f"a{i}" for i in range(40)])
     assert len(maintain(table.location).deleted) == 2
     assert leftovers(table) == []
 
 
-def test_a_writer_of_another_machine_has_the_grace_period(table: Table, monkeypatch: pytest.MonkeyPatch):
-    """Its locks may not be seen from here, so only time tells."""
+def test_files_of_writers_on_other_machines_are_spared_for_the_grace_period(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+):
+    """Locks of other machines may be invisible, so only the age counts."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(folder, "_machine", lambda: "elsewhere")
         draft = table.place.draft()
@@ -159,14 +161,14 @@ def test_a_writer_of_another_machine_has_the_grace_period(table: Table, monkeypa
     assert not path.exists()
 
 
-def test_what_was_published_may_be_committed_any_moment(table: Table):
+def test_published_files_are_spared_for_the_grace_period(table: Table):
     path = orphan(table)
     assert paths(maintain(table.location).spared) == {f"split=train/{path.name}"}
     time.sleep(1.1)
     assert len(maintain(table.location, grace_hours=1 / 3600).deleted) == 1
 
 
-def test_a_clock_that_jumped_back_spares(filled: Table):
+def test_files_from_the_future_are_spared(filled: Table):
     path = orphan(filled)
     future = time.time() + 10 * 365 * 86400
     os.utime(path, (future, future))
@@ -174,8 +176,8 @@ def test_a_clock_that_jumped_back_spares(filled: Table):
     assert path.exists()
 
 
-def test_copies_beside_the_shards_that_no_version_uses(filled: Table):
-    """A lost race to create the table leaves a vocabulary; a kill leaves half a tokenizer."""
+def test_unused_vocabularies_and_tokenizers_are_deleted(filled: Table):
+    """A lost race to create the table leaves a vocabulary; a kill leaves part of a tokenizer."""
     Table.create(filled.location, identity(), CARRIED, random_labels(50, seed=9), filled.tokenizer)
     side = Path(filled.location, "_softlabel")
     half = side / "tokenizer-0.1.tmp"
@@ -200,25 +202,27 @@ def test_copies_beside_the_shards_that_no_version_uses(filled: Table):
     assert verify(filled).findings == ()
 
 
-def test_other_peoples_files_are_left_alone(filled: Table):
+def test_files_that_softlabel_did_not_write_are_kept(filled: Table):
     for name in ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet"):
         Path(filled.location, name).write_text("mine")
     assert maintain(filled.location, grace_hours=0).deleted == ()
     assert verify(filled).orphans == ("notes.txt", "split=train/notes.txt", "split=train/part-0.parquet")
 
 
-def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_cannot_be_deleted_is_reported(filled: Table, monkeypatch: pytest.MonkeyPatch):
     path = orphan(filled)
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(TableError, match=r"not all(.|\n)*" + path.name):
+    with pytest.raises(
+        TableError, match=r"some files that the table does not need could not be deleted(.|\n)*" + path.name
+    ):
         maintain(filled.location, grace_hours=0)
 
 
-def test_a_look_needs_no_permission_to_write(filled: Table, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_needs_no_write_permission(filled: Table, monkeypatch: pytest.MonkeyPatch):
     path = orphan(filled)
 
     def refuse(*args: object, **more: object) -> None:
@@ -231,10 +235,10 @@ def test_a_look_needs_no_permission_to_write(filled: Table, monkeypatch: pytest.
 
 
 def many_shards(table: Table, commits: int, shards: int) -> None:
-    """Shards that are in the log alone."""
+    """Commit shards whose files do not exist."""
     for commit in range(commits):
         paths = [f"split=train/{commit * shards + i:032x}.parquet" for i in range(shards)]
-        assert committed(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
+        assert try_commit(table.newest(), [add_action(Shard(path, "train", 10, 1000)) for path in paths], {})
 
 
 def test_ten_thousand_shards_open_within_a_second(table: Table):
@@ -252,8 +256,8 @@ def test_ten_thousand_shards_open_within_a_second(table: Table):
 
 
 def test_a_writer_waits_for_maintenance(filled: Table):
-    """Between the moment in which its file gets its name and its commit, nobody may take the file for an orphan."""
-    with filled.place.gate(alone=True):
+    """Otherwise a published file could be deleted as an orphan before its commit."""
+    with filled.place.gate(exclusive=True):
         writer = PROCESSES.Process(target=add, args=(filled, ["c"]))
         writer.start()
         writer.join(0.5)

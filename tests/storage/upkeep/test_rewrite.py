@@ -1,4 +1,4 @@
-"""Rows are laid into new shards by one commit: all of them, none twice, whoever else commits and whatever is killed."""
+"""A rewrite is one commit with each row once, whatever other writers commit and whenever it is killed."""
 
 import random
 import signal
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from softlabel.storage.codec import decode
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.reader import read
 from softlabel.storage.table import Table
@@ -28,7 +28,7 @@ B = [f"b{i}" for i in range(40)]
 
 
 def named(*names: str) -> Callable[[pa.Table], NDArray[np.bool_]]:
-    """Keeps the documents of these names."""
+    """Keep the documents with these ids."""
     return lambda rows: np.isin(rows.column("document_id").to_numpy(zero_copy_only=False).astype(str), names)
 
 
@@ -55,7 +55,7 @@ def contents(table: Table) -> list[dict[str, object]]:
 
 
 def waiting(table: Table) -> list[str]:
-    """New shards that wait for a commit."""
+    """Finished shards that are not committed yet."""
     return sorted(file.name for file in table.place.files("_softlabel/rewritten"))
 
 
@@ -69,7 +69,7 @@ def test_rows_are_dropped_in_one_new_version(filled: Table) -> None:
     newest = filled.newest()
     assert (done.version, newest.version) == (3, 3)
     assert contents(newest) == [row for row in before if row["document_id"] in {*A, *B[:30]}]
-    assert contents(Table.open(f"{filled.location}@2")) == before, "who has pinned the old version notices nothing"
+    assert contents(Table.open(f"{filled.location}@2")) == before, "the old version is unchanged"
     assert (done.dropped, done.left + done.sequences) == (10, 70)
     assert waiting(filled) == []
     about = newest.history()[0]["softlabel"]
@@ -78,14 +78,14 @@ def test_rows_are_dropped_in_one_new_version(filled: Table) -> None:
     assert about["bytes"] == sum(s.bytes for s in newest.shards()) - sum(s.bytes for s in filled.shards())
 
 
-def test_shards_that_need_no_change_are_not_touched(filled: Table) -> None:
+def test_shards_that_need_no_change_are_kept(filled: Table) -> None:
     of_a = {shard.path for shard in Table.open(f"{filled.location}@1").shards()}
     done = rewrite(job(filled, keep=named(*A, *B[:30]), columns=("document_id",)), {})
     assert of_a < {shard.path for shard in filled.newest().shards()}
     assert (done.left, done.replaced) == (40, 2)
 
 
-def test_nothing_to_do_is_no_commit(filled: Table) -> None:
+def test_a_rewrite_without_changes_makes_no_version(filled: Table) -> None:
     assert rewrite(job(filled, keep=named(*A, *B), columns=("document_id",)), {}).version == 2
     assert rewrite(job(filled), {}).left == 80
     assert filled.newest().version == 2
@@ -112,7 +112,7 @@ def test_small_shards_are_merged_once(table: Table) -> None:
     assert rewrite(job(newest, compact=True), {}).version == newest.version, "and so they stay"
 
 
-def test_documents_change_their_split(filled: Table) -> None:
+def test_documents_move_to_their_new_split(filled: Table) -> None:
     done = rewrite(job(filled, split=lambda name: "eval" if name.endswith("1") else "train"), {})
     newest = filled.newest()
     assert {row["document_id"] for row in contents(newest) if row["split"] == "eval"} == {
@@ -122,7 +122,7 @@ def test_documents_change_their_split(filled: Table) -> None:
     assert done.dropped == 0
 
 
-def test_another_table_numbers_its_ids_in_its_own_way(filled: Table, tmp_path: Path) -> None:
+def test_rows_are_stored_with_the_ranks_of_the_target_table(filled: Table, tmp_path: Path) -> None:
     other = make_table(tmp_path / "other", identity(), seed=9)
     assert not np.array_equal(other.vocabulary, filled.vocabulary)
     done = rewrite(job(filled, target=other, keep=of_source("a"), columns=("source",)), {})
@@ -131,7 +131,7 @@ def test_another_table_numbers_its_ids_in_its_own_way(filled: Table, tmp_path: P
     assert filled.newest().version == 2
 
 
-def test_another_table_gets_what_it_lacks(filled: Table, tmp_path: Path) -> None:
+def test_only_missing_rows_are_added_to_another_table(filled: Table, tmp_path: Path) -> None:
     other = make_table(tmp_path / "other", identity())
     rewrite(job(filled, target=other), {})
     again = rewrite(job(filled, target=other.newest()), {})
@@ -149,7 +149,7 @@ def test_another_table_gets_what_it_lacks(filled: Table, tmp_path: Path) -> None
     limit=st.integers(1, 300),
     compact=st.booleans(),
 )
-def test_whatever_is_asked_for_each_row_is_there_once(
+def test_each_kept_row_is_stored_once_whatever_the_settings(
     filled: Table, kept: set[str], held_out: set[str] | None, limit: int, compact: bool
 ) -> None:
     first = Table.open(f"{filled.location}@2")
@@ -177,7 +177,7 @@ def test_whatever_is_asked_for_each_row_is_there_once(
             assert {name in held_out for name in rows.column("document_id").to_pylist()} == {shard.split == "eval"}
 
 
-def test_shards_that_others_bring_meanwhile_stay(filled: Table) -> None:
+def test_shards_that_others_add_meanwhile_are_kept(filled: Table) -> None:
     brought = []
 
     def bring(rows: int) -> None:
@@ -189,7 +189,7 @@ def test_shards_that_others_bring_meanwhile_stay(filled: Table) -> None:
     assert names_in(filled.newest()) == sorted([*A, "c1", "c2"])
 
 
-def test_shards_that_others_take_away_meanwhile_stop_it(filled: Table) -> None:
+def test_shards_that_others_remove_meanwhile_stop_the_rewrite(filled: Table) -> None:
     def take(rows: int) -> None:
         if filled.newest().version == 2:
             rewrite(job(filled.newest(), keep=of_source("b"), columns=("source",)), {})
@@ -200,7 +200,7 @@ def test_shards_that_others_take_away_meanwhile_stop_it(filled: Table) -> None:
     assert waiting(filled) == []
 
 
-def test_two_into_one_table_at_once(filled: Table, tmp_path: Path) -> None:
+def test_of_two_rewrites_into_one_table_at_once_one_is_refused(filled: Table, tmp_path: Path) -> None:
     other = make_table(tmp_path / "other", identity())
 
     def bring(rows: int) -> None:
@@ -212,26 +212,28 @@ def test_two_into_one_table_at_once(filled: Table, tmp_path: Path) -> None:
     assert names_in(other.newest()) == sorted(A + B)
 
 
-def test_a_commit_that_loses_a_race_by_a_hair(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the last look at the table and the commit, somebody else commits."""
+def test_a_rewrite_that_loses_a_race_commits_on_top_of_the_others(
+    filled: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer commits between the last check of the table and the commit."""
     others = iter([["c1"], ["c2"]])
 
     def late(newest: Table, *more: object) -> bool:
         if names := next(others, None):
             add(newest, names)
-        return committed(newest, *more)  # type: ignore[arg-type]
+        return try_commit(newest, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "committed", late)
+    monkeypatch.setattr(module, "try_commit", late)
     assert rewrite(job(filled, keep=of_source("a"), columns=("source",)), {}).version == 5
     assert names_in(filled.newest()) == sorted([*A, "c1", "c2"])
 
 
-def test_a_folder_that_can_not_be_written(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_leaves_the_table_unchanged(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(TableError, match="it is as it was"):
+    with pytest.raises(TableError, match="it is unchanged"):
         rewrite(job(filled, compact=True, positions=1000), {})
     monkeypatch.undo()
     assert names_in(filled.newest()) == sorted(A + B)
@@ -243,8 +245,8 @@ def compact(location: str) -> None:
     rewrite(job(table, keep=of_source("a"), columns=("source",), compact=True), {"operation": "test"})
 
 
-def test_killed_and_run_again(table: Table) -> None:
-    """12 times, at a random moment: the table is as it was, until all is done; what was finished is not done again."""
+def test_a_rewrite_that_is_killed_can_be_repeated(table: Table) -> None:
+    """12 times, at random moments: the table is unchanged until the commit, and finished shards are kept."""
     names = [f"{'ab'[i % 2]}{i}" for i in range(400)]
     for start in range(0, 400, 40):
         add(table.newest(), names[start : start + 40])
@@ -272,7 +274,7 @@ def test_killed_and_run_again(table: Table) -> None:
     assert waiting(newest) == []
 
 
-def test_what_was_finished_is_used_again(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_of_an_interrupted_rewrite_are_reused(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     made, everything = [], {"split": lambda name: "train"}
 
     class Counted(module.ShardFile):

@@ -1,4 +1,4 @@
-"""Documents that are taken down are gone: from every version, for every reader, and nothing brings them back."""
+"""Documents that are taken down are gone from every version, and no writer adds them again."""
 
 import random
 import signal
@@ -13,7 +13,7 @@ import pytest
 from softlabel.storage.errors import PurgedError, TableError, TableNotFoundError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import carry_over, lost, purges, refusal
+from softlabel.storage.takedown import carry_over, purged_versions, purges, refusal
 from softlabel.storage.upkeep import purge as module
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.purge import Purged, purge
@@ -36,7 +36,7 @@ def take_down(location: str) -> Purged:
 
 
 def on_disk(location: str) -> set[str]:
-    """Documents in any file of rows below the table's folder, whoever names it."""
+    """Documents in all Parquet files with rows in the table's folder, used or unused."""
     found = set()
     place = place_of(location)
     for name in [file.name for file in place.files() if file.name.endswith(".parquet")]:
@@ -46,7 +46,7 @@ def on_disk(location: str) -> set[str]:
     return found
 
 
-def test_gone_from_every_version(filled: Table) -> None:
+def test_documents_are_gone_from_every_version(filled: Table) -> None:
     compacted = rewrite(Rewriting(filled, filled, 1000, 16, compact=True), {})
     done = take_down(filled.location)
     newest = filled.newest()
@@ -60,14 +60,14 @@ def test_gone_from_every_version(filled: Table) -> None:
     assert newest.history()[0]["softlabel"]["sequences"] == -3
 
 
-def test_shards_without_them_stay_as_they_are(filled: Table) -> None:
+def test_shards_without_the_documents_stay_unchanged(filled: Table) -> None:
     purge(filled.location, ["a1"], ABOUT, LAYOUT)
     of_b = {shard.path for shard in filled.shards()} - {s.path for s in Table.open(f"{filled.location}@0").shards()}
     kept = {shard.path for shard in filled.newest().shards()} & of_b
     assert len(kept) == 3
 
 
-def test_a_reader_of_an_old_version_is_told(filled: Table) -> None:
+def test_opening_a_removed_version_explains_the_take_down(filled: Table) -> None:
     held = Table.open(filled.location)
     when = purges(filled.location)
     assert when == []
@@ -75,7 +75,7 @@ def test_a_reader_of_an_old_version_is_told(filled: Table) -> None:
     for version in (1, 2):
         with pytest.raises(PurgedError, match=r"taken down: 4, on 20.*\n.*version 3 or a newer one") as error:
             Table.open(f"{filled.location}@{version}")
-        assert "use its newest version" in str(error.value).replace(f"{filled.location}, ", "")
+        assert "use the newest version" in str(error.value).replace(f"{filled.location}, ", "")
         assert isinstance(error.value, TableNotFoundError)
     with pytest.raises(PurgedError, match="version 3 or a newer one"):
         names_in(held)
@@ -83,7 +83,7 @@ def test_a_reader_of_an_old_version_is_told(filled: Table) -> None:
     assert remaining(filled.location) == {0, 3}
 
 
-def test_their_ids_are_nowhere_in_clear(filled: Table) -> None:
+def test_ids_of_the_documents_are_stored_only_as_hashes(filled: Table) -> None:
     purge(filled.location, ["a-very-telling-name"], ABOUT, LAYOUT)
     for path in Path(filled.location).rglob("*"):
         assert path.is_dir() or b"telling" not in path.read_bytes()
@@ -91,7 +91,7 @@ def test_their_ids_are_nowhere_in_clear(filled: Table) -> None:
     assert not refusal(filled.location)("a-very-telling-nam")
 
 
-def test_nothing_brings_them_back(filled: Table) -> None:
+def test_no_writer_can_add_the_documents_again(filled: Table) -> None:
     with ShardWriter(filled) as early, ShardWriter(filled) as only_theirs:
         early.append(*rows(["a1", "c1"]))
         only_theirs.append(*rows(["b2"]))
@@ -104,18 +104,18 @@ def test_nothing_brings_them_back(filled: Table) -> None:
     assert not on_disk(filled.location) & {*GONE}
 
 
-def test_a_writer_about_to_commit_is_thrown_back(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has looked at the refuse list before the take-down, and gets to its commit after that."""
+def test_a_writer_about_to_commit_leaves_out_the_documents(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has read the refuse list before the take-down, and commits afterwards."""
     from softlabel.storage import writer as writing
 
-    honest, taken = writing.committed, []
+    honest, taken = writing.try_commit, []
 
     def late(*args: object) -> bool:
         if not taken:
             taken.append(rewrite_only(filled.location))
         return honest(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "committed", late)
+    monkeypatch.setattr(writing, "try_commit", late)
     with ShardWriter(filled) as early:
         early.append(*rows(["never-seen", "c1"], "train"))
         assert early.commit({}).sequences == 1
@@ -125,7 +125,7 @@ def test_a_writer_about_to_commit_is_thrown_back(filled: Table, monkeypatch: pyt
 
 
 def rewrite_only(location: str) -> None:
-    """A take-down as far as its commit; the rest would wait for the writer."""
+    """A take-down up to its commit; the rest would wait for the writer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "place_of", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -136,7 +136,7 @@ def stop(*args: object, **more: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_was_committed_meanwhile_is_looked_at_too(filled: Table) -> None:
+def test_rows_that_are_committed_meanwhile_are_taken_down_too(filled: Table) -> None:
     brought = []
 
     def bring(done: int) -> None:
@@ -150,8 +150,8 @@ def test_what_was_committed_meanwhile_is_looked_at_too(filled: Table) -> None:
     assert not on_disk(filled.location) & {*GONE}
 
 
-def test_files_that_no_version_names_go_too(filled: Table) -> None:
-    """Those of other names, too, and what is damaged: nobody can tell that it does not hold the documents."""
+def test_unused_files_with_the_documents_are_deleted_too(filled: Table) -> None:
+    """Including files with temporary names, and damaged files, which may contain the documents."""
     shard, folder = filled.shards()[0], Path(filled.location)
     waiting = folder / "_softlabel" / "rewritten" / f"0-{Path(shard.path).name}"
     waiting.parent.mkdir()
@@ -162,15 +162,15 @@ def test_files_that_no_version_names_go_too(filled: Table) -> None:
     foreign.write_bytes(b"mine")
     documents = set(pq.read_table(folder / shard.path).column("document_id").to_pylist())
     done = purge(filled.location, documents, ABOUT, LAYOUT)[1]
-    assert any(line.startswith("split=train/part-0.parquet, which is no shard") for line in done.out_of_reach)
+    assert any(line.startswith("split=train/part-0.parquet, which was not checked") for line in done.out_of_reach)
     foreign.unlink()
     assert not on_disk(filled.location) & documents
     deleted = {str(waiting.relative_to(folder)), *(f"split=train/{digit * 32}.parquet" for digit in "01")}
     assert deleted < {*done.files}
 
 
-def test_an_old_shard_that_is_damaged_goes_too(table: Table) -> None:
-    """A flipped byte in a document's name hides it: the shard can't be trusted, and its version goes with it."""
+def test_a_damaged_old_shard_is_deleted_too(table: Table) -> None:
+    """A flipped byte can hide a document's id, so a damaged shard is deleted, and its version is lost."""
     add(table, ["secret", *A], "train")
     damaged = Path(table.location, table.newest().shards()[0].path)
     remove_damaged(replace(verify(table.newest()), findings=(Finding(f"split=train/{damaged.name}", "?"),)))
@@ -186,7 +186,7 @@ def test_an_old_shard_that_is_damaged_goes_too(table: Table) -> None:
     assert not damaged.exists()
 
 
-def test_it_says_what_it_breaks_and_what_it_can_not_reach(filled: Table, tmp_path: Path) -> None:
+def test_broken_tags_and_pins_and_unreachable_copies_are_listed(filled: Table, tmp_path: Path) -> None:
     pin(filled.location, filled.version, tmp_path / "student")
     tag(filled.location, filled.version, "paper")
     tag(filled.location, 0, "empty")
@@ -201,7 +201,7 @@ def test_it_says_what_it_breaks_and_what_it_can_not_reach(filled: Table, tmp_pat
         Table.open(f"{filled.location}@paper")
 
 
-def test_the_same_text_under_another_name_is_named(table: Table) -> None:
+def test_other_documents_with_the_same_text_are_listed(table: Table) -> None:
     sequences, labels = rows(["a1", "a2"])
     for name in ("a1", "twin"):
         column = sequences.schema.get_field_index("document_id")
@@ -212,70 +212,70 @@ def test_the_same_text_under_another_name_is_named(table: Table) -> None:
     assert purge(table.location, ["a1"], ABOUT, LAYOUT)[1].same_text == ("twin",)
 
 
-def test_again_it_finds_nothing(filled: Table) -> None:
+def test_a_repeated_take_down_finds_nothing(filled: Table) -> None:
     first, again = take_down(filled.location), take_down(filled.location)
     assert (again.documents, again.found, again.files, again.versions) == (4, 0, (), first.versions)
     assert filled.newest().version == 3, "no second commit"
     take_down_one = purge(filled.location, ["b3"], ABOUT, LAYOUT)[1]
     assert (take_down_one.found, take_down_one.versions) == (1, (2, 3))
     assert names_in(filled.newest()) == sorted({*A, *B} - {*GONE, "b3"})
-    assert set(lost(filled.location)) == {1, 2, 3}
+    assert set(purged_versions(filled.location)) == {1, 2, 3}
 
 
-def test_verify_finds_nothing_wrong_afterwards(filled: Table) -> None:
+def test_verify_has_no_findings_after_a_take_down(filled: Table) -> None:
     take_down(filled.location)
     found = verify(filled.newest(), all_versions=True)
     assert (found.findings, found.orphans) == ((), ())
     assert maintain(filled.location, grace_hours=0).deleted == ()
 
 
-def test_a_table_may_lose_every_document(filled: Table) -> None:
+def test_every_document_of_a_table_can_be_taken_down(filled: Table) -> None:
     purge(filled.location, [*A, *B], ABOUT, LAYOUT)
     assert names_in(filled.newest()) == []
     assert on_disk(filled.location) == set()
 
 
-def test_another_table_can_refuse_the_same(filled: Table, tmp_path: Path) -> None:
+def test_the_refuse_list_can_be_copied_to_another_table(filled: Table, tmp_path: Path) -> None:
     take_down(filled.location)
     other = make_table(tmp_path / "other", identity())
     carry_over(filled.location, other.location)
     assert add(other, ["a1", "c1"]).sequences == 1
-    assert lost(other.location) == {}
+    assert purged_versions(other.location) == {}
 
 
-def test_a_file_that_can_not_be_deleted(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_deletion_the_take_down_can_be_repeated(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda self, **more: refuse(self) if "split=" in str(self) else None)
-        with pytest.raises(TableError, match="not every file"):
+        with pytest.raises(TableError, match="some files with these documents could not be deleted"):
             take_down(filled.location)
     assert on_disk(filled.location) & {*GONE}
     take_down(filled.location)
     assert not on_disk(filled.location) & {*GONE}
 
 
-def test_a_full_disk_after_the_refuse_list(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_full_disk_the_take_down_can_be_repeated(filled: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("softlabel.storage.upkeep.rewrite.ShardFile", full)
-        with pytest.raises(TableError, match=r"in the table still(.|\n)*No space left(.|\n)*it goes on"):
+        with pytest.raises(TableError, match=r"still in the table(.|\n)*No space left(.|\n)*it continues"):
             take_down(filled.location)
     assert add(filled, ["never-seen"]).sequences == 0, "it is refused by now"
     assert take_down(filled.location).found == 3
 
 
 def write_on(location: str) -> None:
-    """A capture that goes on and on, of the documents as well that are taken down."""
+    """Add rows forever, including those of the documents that are taken down."""
     for i in range(10**6):
         add(Table.open(location), [f"c{i}", GONE[i % 4], f"d{i}"])
 
 
-def test_killed_at_any_moment_and_run_again(table: Table) -> None:
-    """10 times, beside a writer: whatever is left over, the next run ends in a table without the documents."""
+def test_a_take_down_that_is_killed_at_any_moment_can_be_repeated(table: Table) -> None:
+    """10 times, while a writer is active: the next run always ends with a table without the documents."""
     chance, died = random.Random(1), 0
     for turn in range(10):
         tmp = make_table(Path(table.location).parent / f"turn{turn}" / "table", identity())

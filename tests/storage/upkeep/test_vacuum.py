@@ -1,4 +1,4 @@
-"""A vacuum drops old versions that nobody needs, and none of the files that another version names."""
+"""A vacuum drops old versions without tags or pins, and deletes no file that another version uses."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.storage.tables import PROCESSES, names_in, rows
 from tests.storage.upkeep.test_maintenance import paths, replaced
 
 
-def test_vacuum_drops_old_versions_and_says_so(filled: Table):
+def test_vacuum_drops_old_versions_and_lists_them(filled: Table):
     old = {shard.path for shard in filled.shards()}
     newest = replaced(filled)
     assert maintain(filled.location, grace_hours=0).deleted == (), "nothing is dropped unless asked"
@@ -46,7 +46,7 @@ def hold_pin(table: Table) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("hold", [hold_tag, hold_pin])
-def test_what_is_tagged_or_pinned_is_kept_until_it_is_let_go(filled: Table, hold):
+def test_tagged_and_pinned_versions_are_kept_until_they_are_released(filled: Table, hold):
     let_go = hold(filled)
     replaced(filled)
     assert maintain(filled.location, keep_versions=1, grace_hours=0).deleted == ()
@@ -55,13 +55,13 @@ def test_what_is_tagged_or_pinned_is_kept_until_it_is_let_go(filled: Table, hold
     assert maintain(filled.location, keep_versions=1, grace_hours=0).vacuumed == (1, 2)
 
 
-def test_the_newest_version_always_stays(filled: Table):
-    with pytest.raises(UsageError, match="newest version always stays"):
+def test_keeping_no_version_is_refused(filled: Table):
+    with pytest.raises(UsageError, match="newest version is always kept"):
         maintain(filled.location, keep_versions=0)
 
 
 def vacuum(location: str, deletions: int, dying: Queue) -> None:
-    """Die without a word after so many deletions."""
+    """Kill this process after so many deletions."""
     real = maintenance._delete
 
     def delete(*args: object) -> bool:
@@ -91,8 +91,8 @@ def test_a_killed_vacuum_leaves_a_valid_table_and_can_be_run_again(filled: Table
     assert len(maintain(filled.location, grace_hours=0).deleted) == 2 - deletions
 
 
-def test_a_shard_that_came_back_is_not_vacuumed(filled: Table):
-    """Removed, and captured again: the same rows make the same file, which the newest version names."""
+def test_a_shard_that_was_captured_again_is_not_vacuumed(filled: Table):
+    """Removed and captured again, the same rows make the same file, which the newest version uses."""
     names = names_in(filled)
     replaced(filled)
     missing = sorted(set(names) - set(names_in(filled.newest())))

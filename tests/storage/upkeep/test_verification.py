@@ -1,4 +1,4 @@
-"""Whatever happens to a table's files, verify names the file; and what it takes out can be captured again."""
+"""verify names every damaged file of a table, and rows that it removes can be captured again."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from softlabel.storage.committing import committed
+from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import content_hash
 from softlabel.storage.reader import read
@@ -36,21 +36,21 @@ def relative(table: Table, path: Path) -> str:
 
 
 def flip(path: Path, at: int) -> None:
-    """Another byte there, and the same time of change as before."""
+    """Change a byte, but keep the time of change."""
     stat, content = path.stat(), bytearray(path.read_bytes())
     content[at] ^= 1 << random.Random(at).randrange(8)
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_whole_table_has_nothing_wrong(filled: Table):
+def test_an_undamaged_table_has_no_findings(filled: Table):
     found = verify(filled, all_versions=True)
     assert (found.findings, found.orphans, found.unsolved) == ((), (), ())
     assert (found.version, found.shards, found.rows) == (2, len(filled.shards()), 80)
     assert found.bytes == sum(shard.bytes for shard in filled.shards())
 
 
-def test_progress_counts_bytes_up_to_all(filled: Table):
+def test_progress_counts_bytes_up_to_the_total(filled: Table):
     seen: list[tuple[int, int]] = []
     found = verify(filled, watch=lambda *progress: seen.append(progress))
     assert seen[-1] == (found.bytes, found.bytes)
@@ -77,16 +77,16 @@ def test_a_truncated_file_is_named(filled: Table, kept: int):
     assert "bytes" in finding.problem
 
 
-def test_a_missing_and_a_foreign_file_are_named(filled: Table):
+def test_missing_and_swapped_files_are_named(filled: Table):
     missing, swapped = shard_file(filled, 0), shard_file(filled, 1)
     missing.unlink()
     shutil.copy(shard_file(filled, 2), swapped)
     findings = {finding.path: finding.problem for finding in verify(filled).findings}
     assert set(findings) == {relative(filled, missing), relative(filled, swapped)}
-    assert findings[relative(filled, missing)] == "missing"
+    assert findings[relative(filled, missing)] == "the file is missing"
 
 
-def test_files_of_no_version_are_no_damage(filled: Table):
+def test_unused_files_are_orphans_and_not_damage(filled: Table):
     path = shard_file(filled).with_name("0" * 32 + ".parquet")
     path.write_bytes(b"?")
     found = verify(filled)
@@ -95,7 +95,7 @@ def test_files_of_no_version_are_no_damage(filled: Table):
 
 @pytest.mark.parametrize("pattern", ["_softlabel/vocabulary-*.parquet", "_softlabel/tokenizer-*/tokenizer.json"])
 @pytest.mark.parametrize("how", [lambda path: flip(path, 1), Path.unlink])
-def test_vocabulary_and_tokenizer(filled: Table, pattern: str, how):
+def test_a_damaged_vocabulary_or_tokenizer_is_named(filled: Table, pattern: str, how):
     (path,) = Path(filled.location).glob(pattern)
     how(path)
     (finding,) = verify(filled).findings
@@ -103,7 +103,7 @@ def test_vocabulary_and_tokenizer(filled: Table, pattern: str, how):
     assert remove_damaged(verify(filled)).removed == (), "no shard is to blame"
 
 
-def test_an_older_version_by_name_and_every_version_on_demand(filled: Table):
+def test_old_versions_are_verified_by_number_or_with_all_versions(filled: Table):
     path = shard_file(filled)
     flip(path, 50)
     assert relative(filled, path) in remove_damaged(verify(filled)).removed
@@ -115,7 +115,7 @@ def test_an_older_version_by_name_and_every_version_on_demand(filled: Table):
 
 
 def forge(table: Table, name: str, change, count: int = 5, claimed: int | None = None) -> str:
-    """Commit a shard whose name and checksums are right, and whose rows were changed before."""
+    """Commit a shard with changed rows, but with the right name and checksums."""
     (shard,) = [shard for shard in table.shards("train") if shard.rows >= count][:1]
     original = read(table, shard).slice(0, count)
     ids = pa.array([f"{name}{i}" for i in range(count)], pa.string())
@@ -126,7 +126,7 @@ def forge(table: Table, name: str, change, count: int = 5, claimed: int | None =
         path = path.rename(path.with_name(f"{content_hash(file)}.parquet"))
     rows = len(forged) if claimed is None else claimed
     made = Shard(relative(table, path), "train", rows, path.stat().st_size)
-    assert committed(table.newest(), [add_action(made)], {})
+    assert try_commit(table.newest(), [add_action(made)], {})
     return made.path
 
 
@@ -154,45 +154,51 @@ FORGERIES = {
         replace_column("loss_mask", lambda values: [[True] * len(v) for v in values]),
         "captured tokens in loss_mask of document x0",
     ),
-    "ranks": (replace_column("head_ids", lambda values: [[300] * len(v) for v in values]), "head_ids: from 300 to 300"),
-    "tokens": (replace_column("token_ids", lambda values: [[-1] * len(v) for v in values]), "token_ids: from -1"),
-    "columns": (lambda table: table.drop_columns(["year"]), "column year: none, expected int64"),
+    "ranks": (
+        replace_column("head_ids", lambda values: [[300] * len(v) for v in values]),
+        "head_ids: values from 300 to 300",
+    ),
+    "tokens": (
+        replace_column("token_ids", lambda values: [[-1] * len(v) for v in values]),
+        "token_ids: values from -1",
+    ),
+    "columns": (lambda table: table.drop_columns(["year"]), "column year: found none, expected int64"),
     "types": (
         lambda table: table.drop_columns(["year"]).append_column("year", table.column("year").cast(pa.float64())),
-        "column year: double, expected int64",
+        "column year: found double, expected int64",
     ),
     "order": (lambda table: table.select(table.column_names[::-1]), None),
 }
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_rows_that_make_no_sense(filled: Table, name: str):
-    """Whole files that another program may have written: nothing but their content is wrong."""
+def test_invalid_rows_are_named(filled: Table, name: str):
+    """Undamaged files with invalid content, as another program may write them."""
     change, problem = FORGERIES[name]
     path = forge(filled, "x", change)
     findings = verify(filled.newest()).findings
     if problem is None:
-        assert findings == (), "who changes nothing that matters does no harm"
+        assert findings == (), "a change without effect is no problem"
     else:
         (finding,) = findings
         assert finding.path == path
         assert problem in finding.problem
 
 
-def test_a_commit_that_claims_other_rows(filled: Table):
+def test_a_wrong_number_of_rows_in_a_commit_is_named(filled: Table):
     path = forge(filled, "x", lambda table: table, claimed=7)
     (finding,) = verify(filled.newest()).findings
-    assert (finding.path, finding.problem) == (path, "rows: 5, expected 7")
+    assert (finding.path, finding.problem) == (path, "rows: found 5, expected 7")
 
 
-def test_rows_that_are_there_twice(filled: Table):
+def test_duplicate_rows_are_named_and_removed(filled: Table):
     def again(table: pa.Table) -> pa.Table:
         return pa.concat_tables([table, table.slice(0, 2)])
 
     inside = forge(filled, "x", again)
     (finding,) = verify(filled.newest()).findings
     assert finding.path == inside
-    assert finding.problem == f"2 of its rows are there twice, also in {inside}"
+    assert finding.problem == f"2 of its rows are duplicates of rows in {inside}"
     between = forge(filled.newest(), "x", lambda table: table, count=4)
     findings = verify(filled.newest()).findings
     assert {finding.path for finding in findings} <= {inside, between}
@@ -202,8 +208,8 @@ def test_rows_that_are_there_twice(filled: Table):
     assert verify(filled.newest()).findings == ()
 
 
-def test_rows_that_were_there_twice_in_an_old_version(filled: Table):
-    """Each version by itself: that a rewriting has laid the same rows into another shard is no harm."""
+def test_duplicate_rows_are_found_within_each_version_only(filled: Table):
+    """The same rows in another shard of another version, as after a rewrite, are not duplicates."""
     assert rewrite(Rewriting(filled, filled, 1000, 16, compact=True), {}).replaced
     assert verify(filled.newest(), all_versions=True).findings == ()
     again = forge(filled.newest(), "x", lambda table: pa.concat_tables([table, table.slice(0, 2)]))
@@ -218,10 +224,10 @@ def test_rows_that_were_there_twice_in_an_old_version(filled: Table):
     remove_damaged(verify(filled.newest()))
     findings = {finding.path: finding.problem for finding in verify(filled.newest(), all_versions=True).findings}
     assert set(findings) - {again} in ({one}, {other})
-    assert "3 of its rows are there twice, also in" in findings[(set(findings) - {again}).pop()]
+    assert "3 of its rows are duplicates of rows in" in findings[(set(findings) - {again}).pop()]
 
 
-def test_what_is_taken_out_is_pending_and_comes_back(filled: Table):
+def test_removed_rows_can_be_captured_again(filled: Table):
     names = names_in(filled)
     flip(shard_file(filled, 0), 100)
     shard_file(filled, 1).unlink()
@@ -236,13 +242,13 @@ def test_what_is_taken_out_is_pending_and_comes_back(filled: Table):
         assert writer.commit({}).sequences == taken.removed_rows
     assert names_in(newest.newest()) == names
     assert verify(newest.newest()).findings == ()
-    said = newest.history()[0]["softlabel"]
-    assert said["operation"] == "remove 2 damaged shards"
-    assert said["sequences"] == -taken.removed_rows
+    about = newest.history()[0]["softlabel"]
+    assert about["operation"] == "remove 2 damaged shards"
+    assert about["sequences"] == -taken.removed_rows
 
 
-def test_a_writer_that_had_opened_the_table_before(filled: Table):
-    """Its commit comes on top of the removal, and brings what it holds of the rows that are gone."""
+def test_a_writer_can_commit_after_damaged_shards_were_removed(filled: Table):
+    """Its commit is made on top of the removal, and may add removed rows again."""
     flip(shard_file(filled), 100)
     with ShardWriter(filled) as writer:
         writer.append(*rows(["z"]))
@@ -251,7 +257,7 @@ def test_a_writer_that_had_opened_the_table_before(filled: Table):
     assert "z" in names_in(filled.newest())
 
 
-def test_the_error_has_a_line_for_each_and_fits_a_screen(table: Table):
+def test_the_error_has_a_line_for_each_finding_and_fits_on_a_screen(table: Table):
     for n in range(40):
         add(table, [f"{n}"])
     newest = table.newest()
@@ -266,7 +272,7 @@ def test_the_error_has_a_line_for_each_and_fits_a_screen(table: Table):
     assert error.details == found
 
 
-def test_a_reader_stops_and_names_the_way_out(filled: Table):
+def test_a_reader_of_a_damaged_shard_names_the_repair_command(filled: Table):
     flip(shard_file(filled), 100)
     with pytest.raises(IntegrityError, match=r"verify .*table --remove-damaged") as error:
         read(filled, filled.shards()[0])
@@ -282,8 +288,8 @@ def test_a_damaged_log_is_named(filled: Table):
         verify(opened)
 
 
-def test_keys_survive_being_hashed(filled: Table):
-    """What uniqueness is told by: a hash of what makes a row the only one, the same for the same row alone."""
+def test_different_rows_have_different_hashes(filled: Table):
+    """verify finds duplicates by these hashes."""
     seen = np.concatenate([examine(filled, shard) for shard in filled.shards()])
     keys = [key for shard in filled.shards() for key in row_keys(read(filled, shard, ROW_KEY))]
     assert len(set(seen.tolist())) == len(set(keys)) == len(seen)

@@ -1,4 +1,4 @@
-"""Views: what they hold of their tables, what may be mixed, and that a view is what it was made of or an error."""
+"""Views: the rows they have, which tables can be combined, and that a changed table or damaged view is an error."""
 
 import pickle
 from pathlib import Path
@@ -28,7 +28,7 @@ NAMES = [f"d{i}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Table]:
-    """Three that number their ids differently, in different orders; the last has neither draws nor a second T."""
+    """Three tables with different rankings and orders of rows; the last has no draws and only one temperature."""
     folder = tmp_path_factory.mktemp("tables")
     plain = SelectionIdentity(top_p=1.0, min_k=8, max_k=8, draws=0, seed=0)
     made = [
@@ -83,7 +83,7 @@ def test_a_concatenation_has_every_row_of_every_table(tables, tmp_path):
     assert not any(found.values())
 
 
-def test_an_average_has_what_all_tables_say_of_the_sequences_that_they_share(tables, tmp_path):
+def test_an_average_has_the_soft_labels_of_all_tables_for_their_common_sequences(tables, tmp_path):
     view = open_table(mixed(tables[:2], tmp_path, "average", (3, 1)).location)
     assert (view.weights, view.temperatures, view.draws) == ((0.75, 0.25), (1.0,), True)
     assert (view.alignment.sequences, view.alignment.left_out) == (30, 32)
@@ -96,7 +96,7 @@ def test_an_average_has_what_all_tables_say_of_the_sequences_that_they_share(tab
             assert_same_labels(pa.table(columns, SOFT_LABELS.names), view, sources[number][name], table)
 
 
-def test_a_split_of_a_view_is_that_of_its_tables(tables, tmp_path):
+def test_a_split_of_a_view_has_the_rows_of_that_split_of_its_tables(tables, tmp_path):
     for how, sources in (("concatenate", tables[:2]), ("average", tables[:1])):
         view = mixed(tables[:2], tmp_path / how, how)
         held = sum(len(rows) for _, rows in outlines(view, ["key"], "eval"))
@@ -106,7 +106,7 @@ def test_a_split_of_a_view_is_that_of_its_tables(tables, tmp_path):
         assert {group.shard.split for group, _ in outlines(view, ["key"], "eval")} == {"eval"}
 
 
-def test_made_again_it_stays_and_nothing_else_takes_its_place(tables, tmp_path):
+def test_making_a_view_again_changes_nothing_and_a_different_one_is_refused(tables, tmp_path):
     view = mixed(tables[:2], tmp_path, "average")
     before = Path(view.location, "view.json").read_bytes()
     mixed(tables[:2], tmp_path, "average")
@@ -116,17 +116,17 @@ def test_made_again_it_stays_and_nothing_else_takes_its_place(tables, tmp_path):
             mixed(other[0], tmp_path, other[1], other[2])
     (tmp_path / "else" / "view" / "split=train").mkdir(parents=True)
     (tmp_path / "else" / "view" / "split=train" / "shard").write_text("")
-    with pytest.raises(UsageError, match="something else where the view is to be"):
+    with pytest.raises(UsageError, match="the folder for the view is not empty"):
         mixed(tables[:2], tmp_path / "else", "average")
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "view").write_text("")
     with pytest.raises(TableError, match="the view can't be written"):
         mixed(tables[:2], tmp_path / "file", "average")
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         mixed([tables[0], tables[0]], tmp_path / "twice", "concatenate")
 
 
-def test_it_pins_its_tables_and_reads_these_versions_whatever_is_added(tmp_path):
+def test_a_view_pins_the_versions_of_its_tables_and_reads_only_these(tmp_path):
     made = [make_table(tmp_path / name, identity()) for name in "ab"]
     for table in made:
         add(table, NAMES[:5])
@@ -138,20 +138,20 @@ def test_it_pins_its_tables_and_reads_these_versions_whatever_is_added(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["vocabulary", "tokenizer.files"])
-def test_a_table_of_another_meaning_is_refused_with_what_differs(tables, tmp_path, field):
+def test_tables_whose_token_ids_differ_in_meaning_are_refused(tables, tmp_path, field):
     tokenizer = identity().tokenizer.model_copy(update={"files": "x1"})
-    changes, said = {
+    changes, message = {
         "vocabulary": ({"vocabulary": 299}, "vocabulary: 300 against 299"),
         "tokenizer.files": ({"tokenizer": tokenizer}, "tokenizer.files: f3 against x1"),
     }[field]
     other = make_table(tmp_path / "other", identity(**changes))
-    with pytest.raises(ProvenanceError, match=said):
+    with pytest.raises(ProvenanceError, match=message):
         mixed([tables[0], other], tmp_path, "concatenate")
     assert not (tmp_path / "view").exists()
     assert not pins(other.location)
 
 
-def test_an_average_that_would_be_a_bound_or_empty_is_refused(tables, tmp_path):
+def test_a_biased_or_empty_average_is_refused(tables, tmp_path):
     with pytest.raises(ProvenanceError, match=r"heads of at most 8 of 300 ids, and no draws"):
         mixed([tables[0], tables[2]], tmp_path, "average")
     chunked = identity().sequences.model_copy(update={"max_tokens": 7})
@@ -174,7 +174,7 @@ def test_a_view_can_only_be_read(tables, tmp_path):
         open_table(f"{view.location}@3")
 
 
-def test_what_is_not_as_it_was_is_an_error(tmp_path):
+def test_a_changed_table_or_a_damaged_view_is_an_error(tmp_path):
     made = [make_table(tmp_path / name, identity()) for name in "ab"]
     for table in made:
         add(table, NAMES[:5])
@@ -183,7 +183,7 @@ def test_what_is_not_as_it_was_is_an_error(tmp_path):
     with pytest.raises(TableNotFoundError, match="no soft-label table here"):
         open_table(view.location)
     add(make_table(tmp_path / "a", identity()), NAMES[:6])
-    with pytest.raises(IntegrityError, match="not the one that the view was made of"):
+    with pytest.raises(IntegrityError, match="has changed since the view was made"):
         open_table(view.location)
     file = Path(view.location, "view.json")
     content = unseal(file.read_bytes())
@@ -201,8 +201,8 @@ def test_what_is_not_as_it_was_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("quicker", ["before the pins", "before the file"])
-def test_of_two_different_views_in_one_place_one_is_made(tables, tmp_path, monkeypatch, quicker: str):
-    """Whoever loses says so, and leaves each table the pin that the winner needs, or none."""
+def test_of_two_different_views_at_one_location_one_is_made(tables, tmp_path, monkeypatch, quicker: str):
+    """The other gets an error, and each table keeps the pin that the view needs, or none."""
     a, b, c = (table.location for table in tables)
     location, step = str(tmp_path / "view"), {"before the pins": "pin", "before the file": "_write"}[quicker]
     real = getattr(mixing, step)
@@ -213,14 +213,14 @@ def test_of_two_different_views_in_one_place_one_is_made(tables, tmp_path, monke
         return real(*args)
 
     monkeypatch.setattr(mixing, step, late)
-    with pytest.raises(UsageError, match="another view here"):
+    with pytest.raises(UsageError, match="a different view here already"):
         make_view(location, [a, b], (1, 1), "concatenate")
     assert [table.version for table in open_table(location).tables] == [1, 1]
     held = {name: [pin.version for pin in pins(name) if pin.student == location] for name in (a, b, c)}
     assert held == {a: [], b: [1], c: [1]}
 
 
-def test_a_view_that_can_not_be_made_leaves_no_pin(tables, tmp_path):
+def test_a_view_that_cannot_be_made_leaves_no_pin(tables, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TableError, match="can't be written"):
         make_view(str(tmp_path / "file" / "view"), [table.location for table in tables[:2]], (1, 1), "concatenate")
