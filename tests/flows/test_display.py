@@ -23,7 +23,7 @@ def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
     show_distill(DistillReport(captured, {"student": trained}, evaluated))
     shown = capsys.readouterr().out
     for said in (
-        "2 documents are longer",
+        "2 documents are longer than the classifier's input",
         "1 documents were taken down",
         "50.0%",
         "20.0%",

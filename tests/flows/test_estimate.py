@@ -63,6 +63,6 @@ def test_documents_that_give_nothing_are_not_said_to_be_there(capsys: pytest.Cap
     show_estimate(found)
     assert "3 documents are not in the table" in capsys.readouterr().out
     show_estimate(replace(found, copied=4, bytes=5000))
-    assert "would copy about 4 sequences, 5.0 kB" in capsys.readouterr().out
+    assert "would only copy about 4 sequences, 5.0 kB" in capsys.readouterr().out
     show_estimate(replace(found, pending=0))
-    assert "all 9 documents are in the table already" in capsys.readouterr().out
+    assert "the table already holds all 9 documents" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert "teacher, head of 1 to " in text
     assert "20 sequences are left out" in text
     assert "average" in shown(capsys, "history", folder / "average")
-    assert "(version 0) is as it was written" in shown(capsys, "verify", folder / "average")
+    assert "(version 0) is intact: " in shown(capsys, "verify", folder / "average")
     assert f"view {folder / 'average'}" in shown(capsys, "history", folder / "a")
 
 

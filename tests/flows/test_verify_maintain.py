@@ -36,7 +36,7 @@ def test_a_whole_table(table: Path, capsys: pytest.CaptureFixture[str]):
     code, found, err = softlabel(capsys, "verify", table)
     assert (code, found["findings"], found["rows"]) == (0, [], 150)
     assert "verify" in err
-    assert "is as it was written" in shown(capsys, "verify", table, "--all-versions")
+    assert "is intact: " in shown(capsys, "verify", table, "--all-versions")
 
 
 def test_damage_is_found_taken_out_and_captured_again(
