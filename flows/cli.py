@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
             print(to_json({"error": kind, "message": message} | more).decode())
         return 2 if wrong_usage else 1
     except KeyboardInterrupt:
-        print("softlabel: interrupted; run the same command again to continue from the last commit", file=sys.stderr)
+        print("softlabel: interrupted; run the same command again to continue, finished work is kept", file=sys.stderr)
         return 130
     return 0
 
