@@ -68,8 +68,9 @@ def show_estimate(report: "Estimate") -> None:
     )
     if report.tokenized < 1:
         console.print(
-            "repeated documents are taken into account, but passages that several documents share are seen only within"
-            " the\nsample: if there are many, sequences, positions and the teacher's time are upper bounds; the bytes hold"
+            "repeated documents are taken into account, but passages that several documents share are seen only in"
+            " the\nsample. If there are many, sequences, positions and the teacher's time are upper bounds; the bytes"
+            " hold"
         )
     table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
     for i, s in enumerate(report.selections):

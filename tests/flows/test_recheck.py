@@ -1,4 +1,4 @@
-"""``softlabel verify TABLE --teacher.model ...`` as a person runs it."""
+"""``softlabel verify TABLE --teacher.model ...`` on the command line."""
 
 import json
 from pathlib import Path

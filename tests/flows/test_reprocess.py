@@ -1,4 +1,4 @@
-"""``softlabel reprocess`` as a person runs it: what it says when it works, when it is misused, and in the history."""
+"""``softlabel reprocess`` on the command line: its output, its errors, and its entries in the history."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def table(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("prefect")
-def test_a_smaller_table(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smaller_table_is_made_and_reported(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report, err = softlabel(
         capsys, "reprocess", table, tmp_path / "small", "--selection.max-k", 4, "--where", "tokens > 4"
     )
@@ -31,7 +31,9 @@ def test_a_smaller_table(table: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("prefect")
-def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_take_down_removes_documents_and_lists_what_remains(
+    table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pin(table, Table.open(table).version, tmp_path / "student")
     (tmp_path / "ids").write_text("a1\na2\n")
     assert run(["reprocess", table, "--purge", str(tmp_path / "ids")]) == 0
@@ -42,13 +44,13 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not {"a1", "a2"} & {*names_in(Table.open(table))}
     assert run(["history", table]) == 0
     assert "purge" in capsys.readouterr().out
-    code, said, _ = softlabel(capsys, "inspect", f"{table}@1")
-    assert (code, said["error"]) == (1, "PurgedError")
+    code, error, _ = softlabel(capsys, "inspect", f"{table}@1")
+    assert (code, error["error"]) == (1, "PurgedError")
 
 
 @pytest.mark.usefixtures("prefect")
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "nothing to do"),
         (["--selection.max-k", "99"], "does not hold what that asks for"),
@@ -60,7 +62,9 @@ def test_a_take_down(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--where", ""], "the end, where a value was expected"),
     ],
 )
-def test_misuse(arguments: list[str], said: str, table: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_refused_and_changes_nothing(
+    arguments: list[str], message: str, table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["reprocess", table, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert Table.open(table).version == 1
