@@ -156,7 +156,7 @@ def resolve(
     try:
         return model.model_validate(values)
     except ValidationError as invalid:
-        errors = invalid.errors()
+        errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")  # typos first
         shown = [str(_explain(model, error, flags, file, positional)) for error in errors[:_SHOWN_ERRORS]]
         if len(errors) > _SHOWN_ERRORS:
             shown.append(f"... and {len(errors) - _SHOWN_ERRORS} more")
@@ -205,10 +205,13 @@ def _explain(
             required = _first_required(model, path)
             argument = f"give it as an argument ({' '.join(positional).upper()}), " if required[0] in positional else ""
             advice = f"{argument}pass {_flag(required)}, or set it in a --config file"
-            return UsageError(f"{'.'.join(required)} is missing", where=file, do=advice)
+            return UsageError(f"the setting {'.'.join(required)} is missing", where=file, do=advice)
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return UsageError(f"invalid {name or 'settings'}: {message}", where=where)
+        case "too_short":
+            expected = f"at least {error['ctx']['min_length']} values"
+            return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)
         case _:
             expected = error["msg"].removeprefix("Input should be ")
             return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)

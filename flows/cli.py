@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
             print(to_json({"error": kind, "message": message} | more).decode())
         return 2 if wrong_usage else 1
     except KeyboardInterrupt:
-        print("softlabel: interrupted; run the same command again to continue, finished work is kept", file=sys.stderr)
+        print("softlabel: interrupted; finished work is kept, run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -131,7 +131,7 @@ def table_of(table: str | None, file: Path | None) -> str:
     """The table from the command line or, failing that, the setting ``table`` of a configuration file."""
     location = table or (read_file(file).get("table") if file else None)
     if not isinstance(location, str):
-        raise UsageError("table is missing", where=file, do="give it as an argument (TABLE), or in a --config file")
+        raise UsageError("no table was given", where=file, do="give it as an argument (TABLE), or in a --config file")
     return location
 
 
@@ -153,7 +153,7 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
 
 @app.command(name="history")
 def show_versions(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
-    """Show the versions of a table: when, what and who made each, what it added, and which tags and students need it.
+    """Show the versions of a table: when, how and by whom each was made, what it added, and what needs it.
 
     Args:
         table: Folder or s3:// location of a table or a view.

@@ -48,7 +48,7 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     columns.add_row("all soft labels", "", *(f"{number:.2f}" for number in soft_labels))
     console.print(columns)
     console.print(
-        "entropy: bytes a position that an ideal code would take for the column's values, each by itself; from a sample"
+        "entropy: bytes a position of an ideal code for the column's values, coded one by one; estimated from a sample"
     )
 
 

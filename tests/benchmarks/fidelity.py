@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from softlabel.pipeline.config.capture import LossConfig, SelectionConfig, TeacherConfig
+from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
+from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import CompactTargets, Target, decode

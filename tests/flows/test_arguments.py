@@ -86,6 +86,13 @@ def test_a_setting_that_is_set_twice_is_refused_with_its_lines(tmp_path: Path, n
         read_file(write(tmp_path, f"{text}{name}: b\n"))
 
 
+def test_a_misspelt_setting_is_shown_before_the_settings_that_are_missing(tmp_path: Path):
+    with pytest.raises(UsageError) as error:
+        resolve(CaptureConfig, {}, write(tmp_path, "documents: d\ntabel: t\n"))
+    assert str(error.value).startswith("unknown setting tabel\n")
+    assert "the setting table is missing" in str(error.value)
+
+
 def test_an_invalid_value_is_named_with_its_flag():
     with pytest.raises(UsageError, match=r"--selection\.draws") as error:
         resolve(CaptureConfig, {**NEEDED, ("selection", "draws"): -1}, None)

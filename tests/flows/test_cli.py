@@ -43,12 +43,12 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
         (["capture", "d", "t", "--selection.topk", "64"], "Did you mean --selection.top-k?"),
         (["capture", "d", "t", "--techer.model", "m"], "Did you mean --teacher.model?"),
         (["capture", "d", "t", "--teacher.model", "m", "--teacher.dtype", "fp8"], "bfloat16"),
-        (["capture", "d", "t"], "teacher.model is missing"),
+        (["capture", "d", "t"], "the setting teacher.model is missing"),
         (["train", "t", "s", "--loss.temperature", "0"], "invalid value for loss.temperature"),
         (["capture", "d", "t", "x", "--teacher.model", "m"], "too many arguments: x\n"),
-        (["evaluate", "t"], "students is missing"),
+        (["evaluate", "t"], "the setting students is missing"),
         (["distill", "--config", "nowhere.yaml"], "the configuration file does not exist"),
-        (["inspect"], "table is missing"),
+        (["inspect"], "no table was given"),
     ],
 )
 def test_misuse_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):

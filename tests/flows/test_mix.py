@@ -100,7 +100,7 @@ def test_a_view_shows_its_tables_splits_and_dependents(folder: Path, capsys: pyt
         (["reprocess", "{folder}/average", "{folder}/new", "--selection.max-k", "4"], "can only be read"),
         (["verify", "{folder}/average", "--remove-damaged"], "can only be read"),
         (["mix", "{folder}/new", "{folder}/average", "{folder}/a"], "can only be read"),
-        (["mix", "{folder}/new", "{folder}/a"], "tables"),
+        (["mix", "{folder}/new", "{folder}/a"], "tables\n  expected:    at least 2 values\n"),
         (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"], "2 tables and 1 weights"),
         (["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1", "0"], "weights"),
         (
