@@ -63,7 +63,7 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	mkdir -p .venv/src/softlabel
-	ln -sfn ../../../storage ../../../pipeline ../../../flows .venv/src/softlabel/
+	ln -sfn ../../../storage ../../../pipeline ../../../flows ../../../flows/softlabel/__init__.py .venv/src/softlabel/
 	$(PIP) install --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps $(CARRIERS)

@@ -26,6 +26,9 @@ settings.load_profile("repeated")
 
 ROOT = Path(__file__).parents[1]
 
+# Processes that the tests start find the tests' own modules, and run nothing else that lies in the working folder.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first, so that parallel processes finish at about the same time."""

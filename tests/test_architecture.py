@@ -94,8 +94,10 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_every_folder_is_listed_as_a_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders_with_code = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
-    assert set(project["tool"]["setuptools"]["packages"]) == folders_with_code
+    packages = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages - {"softlabel.flows.softlabel"} | {"softlabel"}
+    package_dir = {"softlabel": "flows/softlabel", **{f"softlabel.{name}": name for name in FOLDERS}}
+    assert project["tool"]["setuptools"]["package-dir"] == package_dir
     folders = [ROOT / name.replace(".", "/") for name in DEPENDS_ON]
     assert all(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 

@@ -44,10 +44,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: if it can't be read.
-        ValueError: if it is no JSON.
+        ValueError: if it is not the JSON of a record.
         UsageError: if one of its locations holds credentials.
     """
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
+        raise ValueError(f"{path.name} holds no settings")
     require_clean(record, path, "take them out of that location in the file")
     return record | {"config": _under_todays_names(record.get("config", {}))}
 

@@ -269,7 +269,7 @@ def test_bert_that_is_a_decoder_is_a_teacher(tiny_teacher: Path, tmp_path: Path)
 
 
 def test_an_attention_that_is_not_installed_is_named(tiny_teacher: Path) -> None:
-    with pytest.raises(TeacherError, match=r"leave out teacher\.attention"):
+    with pytest.raises(TeacherError, match=r"leave out teacher\.attn_implementation"):
         TransformersTeacher(settings(tiny_teacher, attn_implementation="flash_attention_2"))
 
 

@@ -52,15 +52,15 @@ def test_layers_that_can_not_be_adapted(name, table, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_liger_without_a_gpu(table, tmp_path):
-    with pytest.raises(UsageError, match=r"optimizer\.liger"):
-        train(settings(table, tmp_path / "student", optimizer={"liger": True}))
+    with pytest.raises(UsageError, match=r"optimizer\.use_liger_kernel"):
+        train(settings(table, tmp_path / "student", optimizer={"use_liger_kernel": True}))
 
 
 @pytest.mark.gpu
 def test_liger_changes_no_more_than_rounding(table, tmp_path):
     pytest.importorskip("liger_kernel")
     plain, fast = (
-        train(settings(table, tmp_path / name, optimizer={"device": "cuda", "processes": 1, "liger": liger}))
+        train(settings(table, tmp_path / name, optimizer={"device": "cuda", "processes": 1, "use_liger_kernel": liger}))
         for name, liger in (("plain", False), ("fast", True))
     )
     assert fast.metrics["eval_kl"] == pytest.approx(plain.metrics["eval_kl"], rel=1e-2)

@@ -134,7 +134,7 @@ def test_nothing_is_taken_for_damaged_or_deleted(filled: Table, tmp_path: Path, 
     refuse(filled.location, [REFUSED])
     shutil.copytree(filled.location, tmp_path / "before")
     rights = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    code = f"from tests.storage.test_access import {attempt.__name__} as attempt; attempt({filled.location!r})"
+    code = f"from tests.storage.places.test_access import {attempt.__name__} as attempt; attempt({filled.location!r})"
     done = subprocess.run([*rights, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = {path.relative_to(filled.location) for path in Path(filled.location).rglob("*")}
