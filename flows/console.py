@@ -1,4 +1,4 @@
-"""What every answer on a terminal is made of: one console, tables, facts, what to try next, and sizes in few digits."""
+"""Building blocks of the terminal output: the console, tables, labelled lines, suggested commands, short numbers."""
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -10,21 +10,21 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def facts(facts: Mapping[str, str]) -> None:
-    """Names and what is to be said of each, a line each."""
+    """Print one line for each label and its text, aligned."""
     width = max(map(len, facts))
     for name, text in facts.items():
         console.print(f"[dim]{name:<{width}}[/]  {text}")
 
 
 def try_next(commands: Iterable[str]) -> None:
-    """Commands that may be of use now."""
+    """Print commands that may be useful next."""
     console.print("[dim]try next[/]")
     for command in commands:
         console.print(f"  {command}")
 
 
 def table_of(*names: str, words: int = 1) -> Table:
-    """An empty table with these columns, the first of them words, the others numbers."""
+    """An empty table with these columns: the first ``words`` of them are aligned left, the numbers after them right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(names):
         table.add_column(name, justify="left" if index < words else "right", no_wrap=True)
@@ -32,12 +32,12 @@ def table_of(*names: str, words: int = 1) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Seconds as H:MM:SS."""
     return f"{timedelta(seconds=round(seconds))}"
 
 
 def bytes_of(count: int) -> str:
-    """A number of bytes in the unit that fits it."""
+    """A number of bytes in a fitting unit, such as 1.9 MB."""
     if count < 0:
         return f"-{bytes_of(-count)}"
     size = float(count)
@@ -49,7 +49,7 @@ def bytes_of(count: int) -> str:
 
 
 def short(count: int) -> str:
-    """A number in three digits."""
+    """A count in three significant digits, such as 135M."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= factor:
             return f"{count / factor:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""What each verb shows a person when it is done: short tables on stdout, and where the rest is."""
+"""What each verb prints for people when it is done: short tables, and the paths of fuller reports."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,79 +24,82 @@ if TYPE_CHECKING:
 
 
 def show_capture(report: "CaptureReport") -> None:
-    """What was captured, what was there already, what could not be used, and what to do next."""
+    """What was captured, what was already there, what could not be used, and what to do next."""
     _capture_line(report)
     try_next([f"softlabel inspect {report.table}", f"softlabel train {report.table} STUDENT --student.depth 2"])
 
 
-def show_estimate(found: "Estimate") -> None:
-    """What a capture would give and take, and what other selections would cost and keep."""
-    if not found.pending:
-        console.print(f"all {found.documents:,} documents are in the table already: a capture would do nothing")
+def show_estimate(report: "Estimate") -> None:
+    """The size and time of a capture, and what other selections would cost and keep."""
+    if not report.pending:
+        console.print(f"the table already holds all {report.documents:,} documents: a capture would add nothing")
         return
-    if not found.sequences and found.copied:
+    if not report.sequences and report.copied:
         console.print(
-            "nothing that was looked at needs the teacher: a capture would copy about"
-            f" [bold]{found.copied:,} sequences, {bytes_of(found.bytes)}[/], from other documents"
+            "no document in the sample needs the teacher: a capture would only copy about"
+            f" [bold]{report.copied:,} sequences, {bytes_of(report.bytes)}[/], from other documents"
         )
         return
-    if not found.sequences:
+    if not report.sequences:
         console.print(
-            f"{found.pending:,} documents are not in the table, but none that was looked at has a sequence for the"
-            " teacher: it has them all, or their text can't be used"
+            f"{report.pending:,} documents are not in the table, but no document in the sample has a new sequence for"
+            " the teacher: the table already holds all their sequences, or their text can't be used"
         )
         return
     console.print(
-        f"a capture would add about [bold]{found.sequences:,} sequences, {found.positions:,} positions,"
-        f" {bytes_of(found.bytes)}[/]{_copied(found.copied)}"
+        f"a capture would add about [bold]{report.sequences:,} sequences, {report.positions:,} positions,"
+        f" {bytes_of(report.bytes)}[/]{_copied(report.copied)}"
     )
-    took = found.seconds
+    took = report.seconds
     parts = {"reading and tokenizing": took.plan, "loading": took.load, "the teacher": took.teacher}
-    parts |= {"copying": took.copy} if found.copied else {}
-    rate = BF16_TERAFLOPS[found.gpu]
+    parts |= {"copying": took.copy} if report.copied else {}
+    rate = BF16_TERAFLOPS[report.gpu]
     facts(
         {
-            "documents": f"{found.pending:,} of {found.documents:,}, {found.rejects:,} more can't be used",
-            "here": f"about {duration(sum(parts.values()))} on {found.device}: "
+            "documents": f"{report.pending:,} of {report.documents:,} are not in the table yet;"
+            f" {report.rejects:,} more can't be used",
+            "time here": f"about {duration(sum(parts.values()))} on {report.device}: "
             + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()),
-            "elsewhere": f"{found.flops:.2g} operations of the teacher; by arithmetic {found.gpu_hours:,.2g} hours on"
-            f" one {found.gpu}, if {found.gpu_utilization:.0%} of its {rate:,.0f} teraflops were reached",
-            "from": f"{found.tokenized:.1%} of the text, and {found.sampled_positions:,} positions by the teacher",
+            "time on a GPU": f"{report.gpu_hours:,.2g} hours on one {report.gpu}: not measured, but calculated from"
+            f" {report.flops:.2g} operations of the teacher at {report.gpu_utilization:.0%} of {rate:,.0f} teraflops",
+            "sample": f"tokenized {report.tokenized:.1%} of the text, and ran the teacher on"
+            f" {report.sampled_positions:,} positions",
         }
     )
-    if found.tokenized < 1:
+    if report.tokenized < 1:
         console.print(
-            "documents that repeat are counted; parts that several have in common are seen within that text alone: if"
-            " there are\nsuch, sequences, positions and what the teacher takes are upper bounds, and the bytes hold"
+            "repeated documents are taken into account, but passages that several documents share are seen only in"
+            " the\nsample. If there are many, sequences, positions and the teacher's time are upper bounds; the bytes"
+            " hold"
         )
     table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
-    for i, s in enumerate(found.selections):
+    for i, s in enumerate(report.selections):
         sizes = (f"{s.ids_per_position:.1f}", f"{s.bytes_per_position:.1f}", bytes_of(s.bytes))
         table.add_row(
             s.name, *sizes, f"{s.kept_mass:.1%}", f"{s.lost:.3f}", f"{s.noise:.3f}", style="" if i else "bold"
         )
     console.print(table)
     console.print(
-        "lost: nats from the teacher's distribution to what is kept of it on average; none with a sampled tail, which"
-        "\nis unbiased; else the rest is thought to be spread evenly. noise: root mean square distance of a sampled"
-        " target\nfrom that average, as probabilities"
+        "lost: KL in nats from the teacher's distribution to the mean of the stored targets; zero with a sampled tail,"
+        "\nwhich is unbiased; without one, the remaining mass counts as spread evenly. noise: root mean square distance"
+        "\nof a stored target from that mean, in probability"
     )
 
 
 def show_train(report: "TrainReport") -> None:
-    """One line, and what to do next."""
+    """One line on the training, and what to do next."""
     _train_line(report)
     try_next([f"softlabel evaluate {report.table} {report.output}"])
 
 
 def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
-    """The teacher and its students side by side."""
+    """The scores of the teacher and its students."""
     _scores(report)
     facts({"report": report.html, "numbers": report.json})
 
 
 def show_distill(report: "DistillReport") -> None:
-    """What each stage did, the teacher and its students side by side, and what to try next."""
+    """What each stage did, the scores of teacher and students, and what to do next."""
     from softlabel.pipeline.evaluation.classifier import ClassEvaluation
 
     _capture_line(report.capture)
@@ -106,12 +109,14 @@ def show_distill(report: "DistillReport") -> None:
     table = report.evaluate.table
     facts({"table": f"{table} (version {report.evaluate.version})", "report": report.evaluate.html})
     student = report.train["student"].output
-    other = f"{student}-reverse"
+    next_student = f"{student}-reverse"
     commands = [f"softlabel inspect {table}"]
-    if not isinstance(report.evaluate, ClassEvaluation):  # to go on from a classifier takes its labels, not known here
+    if not isinstance(
+        report.evaluate, ClassEvaluation
+    ):  # for a classifier, train would need its labels, which are not known here
         commands += [
-            f"softlabel train {table} {other} --student.model {student} --loss.divergence reverse_kl",
-            f"softlabel evaluate {table} {student} {other}",
+            f"softlabel train {table} {next_student} --student.model {student} --loss.divergence reverse_kl",
+            f"softlabel evaluate {table} {student} {next_student}",
         ]
     try_next(commands)
 
@@ -119,16 +124,18 @@ def show_distill(report: "DistillReport") -> None:
 def _capture_line(report: "CaptureReport") -> None:
     where = f"[bold]{report.table}[/] (version {report.version})"
     if not report.sequences and not report.copied:
-        console.print(f"{where} holds all {report.documents:,} documents already: nothing was captured")
+        console.print(f"{where} already holds all {report.documents:,} documents: nothing was captured")
     else:
         console.print(
             f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
             f" {duration(report.seconds)}, {bytes_of(report.bytes)}{_copied(report.copied)}"
         )
     if report.truncated:
-        console.print(f"[yellow]{report.truncated:,} documents are longer[/] than what the classifier reads: cut short")
+        console.print(
+            f"[yellow]{report.truncated:,} documents are longer[/] than the classifier's input, and were cut short"
+        )
     if report.taken_down:
-        console.print(f"[yellow]{report.taken_down:,} documents were taken down[/]: left out")
+        console.print(f"[yellow]{report.taken_down:,} documents were taken down[/] earlier, and were left out")
     if report.rejects:
         console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
 
@@ -139,9 +146,11 @@ def _copied(sequences: int) -> str:
 
 def _train_line(report: "TrainReport") -> None:
     if not report.steps_trained:
-        console.print(f"[bold]{report.output}[/] was trained already: {report.steps:,} steps on {report.table}")
+        console.print(
+            f"[bold]{report.output}[/] was trained already: {report.steps:,} steps on {report.table}; nothing was done"
+        )
         return
-    resumed = "" if report.resumed_from is None else f", on from step {report.resumed_from:,}"
+    resumed = "" if report.resumed_from is None else f", resumed at step {report.resumed_from:,}"
     best = "" if report.steps == report.stopped_at else f" (the best of {report.stopped_at:,})"
     took = duration(report.seconds)
     console.print(
@@ -165,7 +174,9 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
     left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
     console.print(f"{report.positions:,} positions of {report.sequences:,} held-out sequences{left_out}")
     if report.kl_kind == "mean over teachers":
-        console.print("the KL is the mean over the teachers: the KL to their average, and how far they are from that")
+        console.print(
+            "the KL is the mean over the teachers: the KL to their average, plus the distance of the teachers from it"
+        )
 
 
 def _class_scores(report: "ClassEvaluation") -> None:
@@ -180,7 +191,7 @@ def _class_scores(report: "ClassEvaluation") -> None:
     left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
     console.print(f"{report.documents:,} held-out documents{left_out}")
     if report.unmapped > 0.0005:
-        console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and left out")
+        console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and is left out")
 
 
 SHOW: Mapping[str, Callable[[Any], None]] = {
@@ -196,4 +207,4 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "inspect": show_inspect,
     "history": show_history,
 }
-"""By verb."""
+"""Function that prints the result of each verb."""

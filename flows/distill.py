@@ -1,4 +1,4 @@
-"""The flow of flows: capture, train the student and its control, evaluate both."""
+"""The flow that runs the others: capture, train the student and its control, evaluate both."""
 
 from prefect import flow
 
@@ -11,5 +11,5 @@ from softlabel.pipeline.distillation import DistillReport, distill_in_stages
 
 @flow(name="distill", flow_run_name="distill {config.table}", persist_result=False)
 def distill_flow(config: DistillConfig) -> DistillReport:
-    """Capture, train and evaluate; what is there already is not made again."""
+    """Capture, train and evaluate; skip what is already there."""
     return distill_in_stages(config, capture=capture_flow, train=train_flow, evaluate=evaluate_flow)

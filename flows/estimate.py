@@ -1,4 +1,4 @@
-"""The flow that says from a small sample what a capture would give, cost and take."""
+"""The flow that estimates the size, cost and time of a capture from a small sample."""
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -10,13 +10,13 @@ from softlabel.pipeline.estimation.estimate import Estimate, estimate
 
 @flow(name="estimate", flow_run_name="estimate {config.documents}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
-    """Say from a small sample what a capture would give, cost and take; nothing is captured."""
+    """Estimate the size, cost and time of a capture from a small sample; nothing is captured."""
     with watching() as watch:
-        found = estimate(config, watch)
-    if found.selections:
+        report = estimate(config, watch)
+    if report.selections:
         create_table_artifact(
-            [vars(selection) for selection in found.selections],
+            [vars(selection) for selection in report.selections],
             key="selections",
-            description=f"{found.positions:,} positions of {config.documents}, by selection; an estimate",
+            description=f"Estimate for {report.positions:,} positions of {config.documents}, by selection",
         )
-    return found
+    return report

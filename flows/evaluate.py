@@ -1,4 +1,4 @@
-"""The flow that compares students with their teacher, and leaves the numbers and the report as artifacts."""
+"""The flow that compares students with their teacher, and creates artifacts for the scores and the report."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +18,13 @@ def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     with watching() as watch:
         report = evaluate(config, watch)
     if isinstance(report, ClassEvaluation):
-        held = f"{report.documents:,} documents"
+        size = f"{report.documents:,} documents"
     else:
-        held = f"{report.positions:,} positions"
+        size = f"{report.positions:,} positions"
     create_table_artifact(
         [asdict(score) for score in (report.teacher, *report.students)],
         key="students",
-        description=f"{held}, held out, of {report.table}@{report.version}",
+        description=f"Scores on {size}, held out, of {report.table}@{report.version}",
     )
     create_link_artifact(Path(report.html).absolute().as_uri(), link_text="report", key="report")
     return report

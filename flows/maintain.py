@@ -1,4 +1,4 @@
-"""The flow that keeps a table tidy: names versions, lets go of them, and deletes what nobody needs."""
+"""The flow that maintains a table: tags versions, drops old ones, and deletes files that nothing needs."""
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -9,7 +9,7 @@ from softlabel.pipeline.tables.maintain import MaintainReport, maintain
 
 @flow(name="maintain", flow_run_name="maintain {config.table}", persist_result=False)
 def maintain_flow(config: MaintainConfig) -> MaintainReport:
-    """Delete what no version of a table names and nobody is writing; or name versions, and let go of them."""
+    """Delete the files that no version of a table refers to and no writer is writing; or tag and drop versions."""
     report = maintain(config)
     if report.deletion and report.deletion.deleted and not report.deletion.dry_run:
         rows = [vars(leftover) for leftover in report.deletion.deleted]

@@ -9,5 +9,5 @@ from softlabel.storage.views.view_inspection import ViewInspection
 
 @flow(name="mix", flow_run_name="mix {config.view}", persist_result=False)
 def mix_flow(config: MixConfig) -> ViewInspection:
-    """Make a view: several tables with one tokenizer that can be read like one."""
+    """Make a view, through which several tables with one tokenizer are read like one table."""
     return mix(config)

@@ -1,6 +1,7 @@
-"""What a person sees of long work: bars on a terminal, a line in the log every few seconds, and a Prefect artifact.
+"""Progress of long work: bars on a terminal, otherwise a log line every few seconds, and a Prefect artifact.
 
-Every one of them says how far a stage is, at which rate it goes and how long it still takes. Measures nothing but time.
+Each of them shows how much of a stage is done, its rate and the time left. This module measures only time; the
+counts come from the pipeline.
 """
 
 import logging
@@ -33,10 +34,10 @@ _lines = logger.getChild("progress")
 
 @contextmanager
 def watching(artifact: str | None = None) -> Iterator[Watch]:
-    """Log progress for as long as the block runs; if stderr is a terminal, show bars there instead of the lines.
+    """Report progress while the block runs: in bars if stderr is a terminal, otherwise in log lines.
 
     Args:
-        artifact: key under which a Prefect progress artifact is kept too, if a flow is running.
+        artifact: key of a Prefect progress artifact to update as well, if a flow is running.
     """
     shown = [_throttled(_log)]
     if artifact and FlowRunContext.get():
@@ -60,16 +61,19 @@ def watching(artifact: str | None = None) -> Iterator[Watch]:
 
 
 class Pace:
-    """The rate of a stage over the last minute, or since it was first heard of or fell back."""
+    """The rate of a stage over the last minute, or since it started if that was later.
+
+    A count that falls starts the measurement again.
+    """
 
     def __init__(self) -> None:
         self._last = 0
         self._seen: deque[tuple[float, int]] = deque()
 
     def rate(self, done: int) -> float | None:
-        """Units a second; None as long as nothing is known."""
+        """Units per second; None until there are two counts to compare."""
         now = monotonic()
-        if done < self._last:  # a worker died, and what it did is to be done again
+        if done < self._last:  # a worker died, and its work has to be repeated
             self._seen.clear()
         self._last = done
         if not self._seen or now - self._seen[-1][0] >= 1:
@@ -81,7 +85,7 @@ class Pace:
 
 
 def describe(progress: Progress, rate: float | None) -> str:
-    """One line: done of total, rate, time left, and what else the stage tells."""
+    """One line: done of total, rate, time left, and further details of the stage."""
     total = "" if progress.total is None else f"/{progress.total:,}"
     parts = [f"{progress.done:,}{total} {progress.unit}"]
     if rate:
@@ -95,7 +99,7 @@ def describe(progress: Progress, rate: float | None) -> str:
 
 
 def _throttled(show: Show) -> Show:
-    """The first and the last word of each stage, and one every few seconds between."""
+    """Show the first and the last report of each stage, and one every few seconds in between."""
     shown: dict[str, float] = {}
 
     def throttled(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
@@ -122,7 +126,7 @@ def _bars() -> Iterator[Show]:
 
         def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
             if progress.stage not in tasks:
-                for before in bars.tasks:  # a stage that did not know its total is over when the next one begins
+                for before in bars.tasks:  # a stage without a known total is over when the next one begins
                     bars.update(before.id, total=before.completed if before.total is None else before.total)
                 tasks[progress.stage] = bars.add_task(progress.stage, text="")
             bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, text=text)
@@ -137,38 +141,40 @@ def _bars() -> Iterator[Show]:
 
 @contextmanager
 def _no_lines_on_terminals() -> Iterator[None]:
-    """Lines of progress would tear the bars apart; files and Prefect's server get them all the same."""
+    """Keep progress lines off the terminal, where they would break the bars; files and Prefect still get them."""
     handlers = [handler for each in (logger, logging.getLogger()) for handler in each.handlers]
     terminals = [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream and h.stream.isatty()]
     for terminal in terminals:
-        terminal.addFilter(_is_no_line)
+        terminal.addFilter(_is_not_progress)
     try:
         yield
     finally:
         for terminal in terminals:
-            terminal.removeFilter(_is_no_line)
+            terminal.removeFilter(_is_not_progress)
 
 
-def _is_no_line(record: logging.LogRecord) -> bool:
+def _is_not_progress(record: logging.LogRecord) -> bool:
     return record.name != _lines.name
 
 
 def _artifact(key: str) -> Show:
-    made = create_progress_artifact(0.0, key=key)
-    assert isinstance(made, UUID)  # and no coroutine: flows are synchronous here
+    artifact = create_progress_artifact(0.0, key=key)
+    assert isinstance(artifact, UUID)  # not a coroutine: our flows are synchronous
 
     reachable = True
 
     def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
         nonlocal reachable
         total = progress.total
-        share = 0.0 if total is None else 100.0 * progress.done / total if total else 100.0  # all of nothing is done
+        share = (
+            0.0 if total is None else 100.0 * progress.done / total if total else 100.0
+        )  # nothing to do counts as done
         try:
             if reachable:
                 lines = [f"{progress.stage}: {text}", *(f"{name}: {part}" for name, part in parts.items())]
-                update_progress_artifact(made, share, description="  \n".join(lines))
-        except Exception as error:  # hours of work must not end because nobody could be told of them
+                update_progress_artifact(artifact, share, description="  \n".join(lines))
+        except Exception as error:  # an unreachable server must not end hours of work
             reachable = False
-            logger.warning("the progress artifact is no longer kept: %s", error)
+            logger.warning("Prefect's progress artifact can't be updated, and will not be tried again: %s", error)
 
     return show

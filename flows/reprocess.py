@@ -1,4 +1,4 @@
-"""The flow that makes a smaller table of a table, or changes it in place, without the teacher."""
+"""The flow that makes a smaller table from a table, or changes it in place, without the teacher."""
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -10,9 +10,9 @@ from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 
 @flow(name="reprocess", flow_run_name="reprocess {config.source}", persist_result=False)
 def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
-    """Make a smaller table of a table, or change it in place as one new version; the teacher is not needed."""
+    """Make a smaller table from a table, or change it in place as one new version; no teacher is needed."""
     with watching("reprocess-progress") as watch:
         report = reprocess(config, watch)
-    rows = [{"what": report.operation, **vars(report.rows)}]
+    rows = [{"operation": report.operation, **vars(report.rows)}]
     create_table_artifact(rows, key="reprocess", description=f"{report.source} reprocessed into {report.table}")
     return report

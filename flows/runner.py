@@ -1,7 +1,7 @@
-"""Runs one flow for the command line, in this process, on the Prefect server that is configured or on the embedded one.
+"""Runs one flow for the command line, in this process, with the configured Prefect server or a temporary one.
 
-Keeps Prefect's own words off the terminal; its server gets them all the same. Prefect is configured by its profile and
-the environment alone: it would take settings, which can name code to be run, from files in the working folder, too.
+Prefect's own log lines go to its server, not to the terminal. Prefect takes its settings only from its profile and the
+environment: by default it would also read files in the working folder, which can name code to run.
 """
 
 import logging
@@ -23,31 +23,31 @@ with chdir(NEUTRAL):
 
     from softlabel.flows import server
 
-# Read by huggingface_hub, and so by transformers: their bars would break ours, and litter a log.
+# Progress bars of huggingface_hub and transformers would break ours and clutter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def run(name: str, config: Settings) -> Any:
-    """Run the flow of that name and return what it returns.
+    """Run the flow of that name and return its result.
 
     Raises:
-        SoftlabelError: what the flow raised.
+        SoftlabelError: if the flow fails with one.
     """
     embedded = None if get_current_settings().api.url else server.start()
-    with ExitStack() as around:
+    with ExitStack() as stack:
         with chdir(NEUTRAL):
-            # Importing the flow takes seconds, and so does the server's start: they go on side by side.
+            # Importing the flow takes seconds, and so does starting the server: both go on at the same time.
             flow = getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")
             if embedded:
                 server.wait(embedded)
-                around.enter_context(temporary_settings({PREFECT_API_URL: embedded}))
-        around.enter_context(_quiet())
+                stack.enter_context(temporary_settings({PREFECT_API_URL: embedded}))
+        stack.enter_context(_quiet())
         return flow(config)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Prefect's records go to its server alone, and ours to stderr as plain lines."""
+    """Send Prefect's log records only to its server, and ours to stderr as plain lines."""
     terminal, ours = logging.getLogger().handlers, logging.getLogger("softlabel")
     lines = logging.StreamHandler(sys.stderr)
     for handler in terminal:

@@ -1,7 +1,8 @@
-"""Prefect's embedded server for runs that have none configured: it ends when the process that started it does.
+"""Prefect's server for runs that have none configured; it ends when the process that started it ends.
 
-Prefect would start one by itself. That one dies of the Ctrl-C that was meant for the run, which then waits two minutes
-for an answer; and it outlives a run that is killed. Run as a module, this file is the server's own process.
+Prefect can start such a server too. But a Ctrl-C that is meant for the run stops that server as well, after which the
+run waits two minutes for an answer; and that server outlives a run that is killed. Run as a module, this file is the
+server process.
 """
 
 import os
@@ -17,17 +18,17 @@ import httpx
 from softlabel.pipeline import processes
 from softlabel.storage.errors import SoftlabelError
 
-# The first start makes the server's database; on a busy machine that takes far longer than the usual few seconds.
+# The first start creates the server's database. On a busy machine, that takes far longer than the usual few seconds.
 _SECONDS_TO_START = 120.0
 
 
 @cache
 def start() -> str:
-    """Start this process's server, or find it started, and return its API's address before it answers there."""
+    """Start the server once per process, and return the address of its API without waiting for an answer."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         file, port = listening.fileno(), listening.getsockname()[1]
-        # Away from the working folder: alembic puts the folder that it is run in first on the path, and Prefect takes
-        # settings, which can name code to be run, from files there.
+        # Not in the working folder: alembic puts the current folder first on the import path, and Prefect reads
+        # settings from files there, which can name code to run.
         server = processes.start(
             "softlabel.flows.server", str(file), stdout=sys.stderr.fileno(), pass_fds=[file], cwd=processes.NEUTRAL
         )
@@ -36,24 +37,24 @@ def start() -> str:
 
 
 def wait(url: str) -> None:
-    """Wait for the server's first answer.
+    """Wait until the server answers.
 
     Raises:
-        SoftlabelError: if there is none.
+        SoftlabelError: if it does not answer in time.
     """
     try:
         httpx.get(f"{url}/health", timeout=_SECONDS_TO_START).raise_for_status()
     except httpx.HTTPError as error:
         raise SoftlabelError(
-            "Prefect's embedded server did not start",
+            "Prefect's built-in server did not start",
             found=f"{type(error).__name__}: {error}",
             where=os.environ.get("PREFECT_HOME", Path.home() / ".prefect"),
-            do="check that this folder can be written to, or set PREFECT_API_URL to a server of yours",
+            do="make sure that this folder is writable, or set PREFECT_API_URL to a running Prefect server",
         ) from error
 
 
 _started: list[subprocess.Popen[bytes]] = []
-"""Keeps the pipe open for as long as this process lives."""
+"""Holds the server's stdin open: the server stops when this process ends and the pipe closes."""
 
 
 def _serve(file: int) -> None:

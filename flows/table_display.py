@@ -1,4 +1,4 @@
-"""What each verb that looks after a table shows a person when it is done."""
+"""What the verbs that inspect, check and maintain a table print for people when they are done."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ _SHOWN_CLASSES = 12
 
 
 def show_inspect(report: "TableReport | ViewReport") -> None:
-    """What made a table, its rows by split, and its bytes a position by column."""
+    """What made the table, the size of each split, and the cost of each column."""
     from softlabel.pipeline.tables.inspect import ViewReport
 
     if isinstance(report, ViewReport):
@@ -44,29 +44,31 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
         entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
         columns.add_row(name, bytes_of(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
     columns.add_section()
-    together = (inspection.soft_label_bytes_per_position, inspection.soft_label_entropy_per_position)
-    columns.add_row("soft labels together", "", *(f"{number:.2f}" for number in together))
+    soft_labels = (inspection.soft_label_bytes_per_position, inspection.soft_label_entropy_per_position)
+    columns.add_row("all soft labels", "", *(f"{number:.2f}" for number in soft_labels))
     console.print(columns)
-    console.print("entropy: bytes a position of a perfect code for the column's single values, from a sample")
+    console.print(
+        "entropy: bytes a position of an ideal code for the column's values, coded one by one; estimated from a sample"
+    )
 
 
-def show_mix(found: "ViewInspection") -> None:
-    """A view's tables with their weights, and what it holds by split."""
-    temperatures = " ".join(f"{temperature:g}" for temperature in found.temperatures)
-    facts({"view": f"{found.location} ({found.how})", "temperatures": temperatures})
-    for part in found.parts:
+def show_mix(report: "ViewInspection") -> None:
+    """The tables of a view with their weights, and the size of each split."""
+    temperatures = " ".join(f"{temperature:g}" for temperature in report.temperatures)
+    facts({"view": f"{report.location} ({report.how})", "temperatures": temperatures})
+    for part in report.parts:
         about = f"{part.teacher}, {_selection(part.selection)}, {bytes_of(part.bytes)}"
         console.print(f"  {part.weight:g} x {part.table}  [dim]{about}[/]")
     splits = table_of("split", "sequences", "tokens", "positions")
-    for name, size in found.splits.items():
+    for name, size in report.splits.items():
         splits.add_row(name, *(f"{count:,}" for count in (size.sequences, size.tokens, size.positions)))
     console.print(splits)
-    if found.left_out:
-        console.print(f"[yellow]{found.left_out:,} sequences are left out[/]: not all of the tables hold them")
+    if report.left_out:
+        console.print(f"[yellow]{report.left_out:,} sequences are left out[/]: they are not in every table")
 
 
 def show_history(report: "HistoryReport") -> None:
-    """A table's versions, newest first, and who needs them."""
+    """The versions of a table, newest first, and the tags and students that need them."""
     table = table_of("version", "when (UTC)", "what", "who", "sequences", "positions", "bytes", words=4)
     for entry in report.versions:
         when = entry.time.removesuffix("+00:00").replace("T", " ")
@@ -76,112 +78,116 @@ def show_history(report: "HistoryReport") -> None:
         )
     console.print(table)
     _names(report.tags, report.pins)
-    for fate, versions in (("vacuumed", report.vacuumed), ("purged", report.purged)):
+    for cause, versions in (("vacuumed", report.vacuumed), ("purged", report.purged)):
         if versions:
-            console.print(f"{fate}, and can no longer be opened: {spans(versions)}")
+            console.print(f"{cause}, and can no longer be opened: {spans(versions)}")
 
 
-def show_verify(found: "VerifyReport") -> None:
-    """What was looked at, and what was taken out."""
-    if found.removed:
-        removed = f"{len(found.removed):,} damaged shards, whose {found.removed_rows:,} sequences are pending again"
-        console.print(f"[bold]{found.location}[/]: taken out of the newest version are {removed}")
-        for finding in found.findings:
-            console.print(f"  {finding.path}  [dim]{finding.problem}[/]")
-        try_next([f"softlabel capture DOCUMENTS {found.location}, as before: it brings back exactly what is missing"])
-    else:
-        counts = f"{found.shards:,} shards, {found.rows:,} sequences, {bytes_of(found.bytes)}"
-        console.print(f"[bold]{found.location}[/] (version {found.version}) is as it was written: {counts}")
-    if found.recheck:
-        _recheck(found.recheck, of=found.rows)
-    if found.orphans:
+def show_verify(report: "VerifyReport") -> None:
+    """What was checked, and what was removed."""
+    if report.removed:
         console.print(
-            f"{len(found.orphans):,} files belong to no version: a writer that was stopped has left them, or the newest"
-            " commits are gone from the log (then restore that first):"
+            f"[bold]{report.location}[/]: removed {len(report.removed):,} damaged shards from the newest version; their"
+            f" {report.removed_rows:,} sequences have to be captured again"
         )
-        for path in found.orphans:
+        for finding in report.findings:
+            console.print(f"  {finding.path}  [dim]{finding.problem}[/]")
+        try_next([f"softlabel capture DOCUMENTS {report.location}    (as before; it captures only what is missing)"])
+    else:
+        counts = f"{report.shards:,} shards, {report.rows:,} sequences, {bytes_of(report.bytes)}"
+        console.print(f"[bold]{report.location}[/] (version {report.version}) is intact: {counts}")
+    if report.recheck:
+        _recheck(report.recheck, table_rows=report.rows)
+    if report.orphans:
+        console.print(
+            f"{len(report.orphans):,} files belong to no version. An interrupted writer left them, or the log has lost"
+            " its newest commits (if so, restore the log before you delete anything):"
+        )
+        for path in report.orphans:
             console.print(f"  {path}")
-        try_next([f"softlabel maintain {found.location}"])
+        try_next([f"softlabel maintain {report.location}"])
 
 
-def _recheck(asked: "Recheck", of: int) -> None:
-    """How far the table is from its teacher, beside how far the teacher is from itself."""
+def _recheck(recheck: "Recheck", table_rows: int) -> None:
+    """The distance of the table from its teacher, next to the distance of the teacher from itself."""
     console.print(
-        f"its teacher says the same again of {asked.sequences:,} sequences, {asked.positions:,} positions,"
+        f"the teacher agrees with the table on {recheck.sequences:,} sequences, {recheck.positions:,} positions,"
         " within its own noise (in nats):"
     )
     table = table_of("", "table: mean", "99.9%", "max", "noise: mean", "99.9%", "max")
-    for agreement in asked.agreements:
+    for agreement in recheck.agreements:
         pairs = (agreement.table, agreement.noise)
         cells = [f"{value:.4f}" for pair in pairs for value in (pair.mean, pair.most, pair.maximum)]
         table.add_row(agreement.name, *cells)
     console.print(table)
     console.print(
-        f"noise: the teacher against itself in other batches, where {asked.top_changes:.2%} of its likeliest ids"
-        f" change\ntruncation: {asked.outside:.2%} of the mass is outside the head, and with it {asked.lost:.3f} nats"
-        " (KL) where no tail is sampled"
+        f"noise: the teacher against itself in other batches, where its top-1 id changes at {recheck.top_changes:.2%}"
+        f" of positions\ntruncation: {recheck.outside:.2%} of the mass is outside the head; without a sampled tail,"
+        f" this loses {recheck.lost:.3f} nats (KL)"
     )
-    if asked.sequences < of:  # n that agree leave room, at 95 %, for a share w that is wrong with (1 - w)^n = 5 %
+    if recheck.sequences < table_rows:  # n agreeing sequences bound the wrong share w at 95 %: (1 - w)^n = 5 %
         console.print(
-            f"sample: with a certainty of 95 %, less than {1 - 0.05 ** (1 / asked.sequences):.1%} of all sequences are"
-            " wrong; --sequences asks about more"
+            f"sample: with 95 % confidence, less than {1 - 0.05 ** (1 / recheck.sequences):.1%} of all sequences are"
+            " wrong; a larger --sequences narrows this down"
         )
 
 
 def show_maintain(report: "MaintainReport") -> None:
-    """What was deleted with its bytes, what was spared, and who needs which version."""
+    """What was deleted, what was spared, and which tags and students need which version."""
     if report.deletion:
         _deletion(report.deletion)
     _names(report.tags, report.pins)
 
 
 def show_reprocess(report: "ReprocessReport") -> None:
-    """What became of the rows, what was taken down and what is out of reach, and what to do next."""
+    """What changed, what was taken down, what softlabel could not delete, and what to do next."""
     rows, where = report.rows, f"[bold]{report.table}[/] (version {report.version})"
     counts = [f"{rows.dropped:,} sequences dropped", f"{rows.sequences:,} in {rows.shards:,} new shards"]
     counts += [f"{rows.left:,} left as they are"] if rows.left else []
     console.print(f"{where} {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
     if report.unknown:
-        console.print(f"[yellow]{report.unknown:,} documents of the list[/] are not in the table")
+        console.print(f"[yellow]{report.unknown:,} documents in the list[/] are not in the table")
     if report.purged:
         _purged(report.purged)
     try_next([f"softlabel inspect {report.table}", f"softlabel history {report.table}"])
 
 
-def _purged(done: "Purged") -> None:
-    found = f"{done.found:,} of them found now" if done.found else "none of them found"
-    console.print(f"{done.documents:,} documents taken down ({found}), {len(done.files):,} files deleted")
-    if done.versions:
-        console.print(f"versions that can no longer be opened: {spans(done.versions)}")
+def _purged(report: "Purged") -> None:
+    held = f"{report.found:,} of them were in the table" if report.found else "none of them was in the table"
+    console.print(f"{report.documents:,} documents taken down ({held}), {len(report.files):,} files deleted")
+    if report.versions:
+        console.print(f"versions that can no longer be opened: {spans(report.versions)}")
     lists = {
-        "[yellow]these lose their version[/]": done.broken,
-        "[yellow]other documents with a text of theirs stay[/]": done.same_text,
-        "[yellow]out of reach[/]": done.out_of_reach,
+        "these lose the version that they refer to": report.broken,
+        "these documents share text with them, and stay": report.same_text,
+        "these may still hold the documents or traces of them, and softlabel can't change them": report.out_of_reach,
     }
     for title, lines in lists.items():
         if lines:
-            console.print(f"{title}:")
+            console.print(f"[yellow]{title}[/]:")
         for line in lines:
             console.print(f"  {line}")
 
 
-def _deletion(done: "Maintenance") -> None:
-    verb = "would be deleted" if done.dry_run else "deleted"
-    for leftover in done.deleted:
+def _deletion(report: "Maintenance") -> None:
+    verb = "would be deleted" if report.dry_run else "deleted"
+    for leftover in report.deleted:
         console.print(f"  {bytes_of(leftover.bytes):>8}  {leftover.path}  [dim]{leftover.why}[/]")
-    total = bytes_of(sum(leftover.bytes for leftover in done.deleted))
-    what = f"{len(done.deleted):,} files, {total}, {verb}" if done.deleted else "nothing to delete"
-    console.print(f"[bold]{done.location}[/]: {what}")
-    if done.vacuumed:
-        verb = "could no longer be opened" if done.dry_run else "can no longer be opened"
-        console.print(f"versions that {verb}: {spans(done.vacuumed)}")
-    if done.spared:
-        size = bytes_of(sum(leftover.bytes for leftover in done.spared))
-        console.print(f"{len(done.spared):,} files, {size}, spared: written lately (grace_hours), or being written")
+    total = bytes_of(sum(leftover.bytes for leftover in report.deleted))
+    what = f"{len(report.deleted):,} files, {total}, {verb}" if report.deleted else "nothing to delete"
+    console.print(f"[bold]{report.location}[/]: {what}")
+    if report.vacuumed:
+        verb = "could no longer be opened" if report.dry_run else "can no longer be opened"
+        console.print(f"versions that {verb}: {spans(report.vacuumed)}")
+    if report.spared:
+        size = bytes_of(sum(leftover.bytes for leftover in report.spared))
+        console.print(
+            f"{len(report.spared):,} files, {size}, spared: written recently (--grace-hours), or still being written"
+        )
 
 
 def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:
-    """Tags and pins, a line a version."""
+    """One line for each version that a tag or a student needs."""
     for version in sorted({tag.version for tag in tags} | {pin.version for pin in pins}):
         console.print(f"version {version} is needed by {', '.join(_needed_by(version, tags, pins))}")
 
@@ -204,6 +210,6 @@ def _made_by(teacher: str, identity: "Identity") -> dict[str, str]:
 
 
 def _selection(selection: "SelectionIdentity") -> str:
-    head = f"head of {selection.min_k} to {selection.max_k} ids, to mass {selection.top_p:g}"
-    tail = f"tail of up to {selection.draws} draws" if selection.draws else "no tail"
+    head = f"head of {selection.min_k} to {selection.max_k} ids, up to a mass of {selection.top_p:g}"
+    tail = f"sampled tail of up to {selection.draws} draws" if selection.draws else "no tail"
     return f"{head}; {tail}"

@@ -1,4 +1,4 @@
-"""The flow that checks every byte of a table and, if its teacher is given, asks the teacher again."""
+"""The flow that checks every byte of a table and, if its teacher is given, compares a sample with the teacher."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
 
 @flow(name="verify", flow_run_name="verify {config.table}", persist_result=False)
 def verify_flow(config: VerifyConfig) -> VerifyReport:
-    """Check every byte of a table, and ask its teacher again if that is given; any difference fails."""
+    """Check every byte of a table and, if its teacher is given, compare a sample with it; any difference fails."""
     try:
         with watching() as watch:
             report = verify(config, watch)
     except IntegrityError as error:
         if isinstance(error.details, Verification):
-            _keep_findings(error.details)
+            _publish_findings(error.details)
         raise
     except DisagreementError as error:
-        _keep_disagreements(cast("Recheck", error.details))
+        _publish_disagreements(cast("Recheck", error.details))
         raise
     if report.findings:
-        _keep_findings(report)
+        _publish_findings(report)
     return report
 
 
-def _keep_findings(found: Verification) -> None:
-    rows = [{"file": finding.path, "problem": finding.problem} for finding in found.findings]
-    create_table_artifact(rows, key="damage", description=f"Damage in {found.location}@{found.version}")
+def _publish_findings(report: Verification) -> None:
+    rows = [{"file": finding.path, "problem": finding.problem} for finding in report.findings]
+    create_table_artifact(rows, key="damage", description=f"Damage in {report.location}@{report.version}")
 
 
-def _keep_disagreements(found: "Recheck") -> None:
-    rows = [vars(sequence) for sequence in found.disagreements]
-    create_table_artifact(rows, key="disagreement", description=f"{found.table}@{found.version} and its teacher")
+def _publish_disagreements(recheck: "Recheck") -> None:
+    rows = [vars(sequence) for sequence in recheck.disagreements]
+    description = f"Sequences on which {recheck.table}@{recheck.version} and its teacher differ"
+    create_table_artifact(rows, key="disagreement", description=description)

@@ -1,4 +1,4 @@
-"""Servers that speak S3, each a process of its own with a bucket in it, and the environment that leads there."""
+"""S3 servers, each in its own process with one bucket, and the environment variables for them."""
 
 import socket
 import subprocess
@@ -23,7 +23,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "softlabel", "AWS_SECRET_ACCESS_KEY": "a-secret", "
 
 @contextmanager
 def moto() -> Iterator[str]:
-    """A server that knows S3's answers, but is no judge of races."""
+    """Run moto, which answers like S3 but does not reproduce races; yields its URL."""
     [port] = free_ports(1)
     with _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url:
         put(url, "", b"")
@@ -31,15 +31,15 @@ def moto() -> Iterator[str]:
 
 
 def put(url: str, key: str, content: bytes) -> None:
-    """Put an object as nobody in particular, under a key that may end with a slash; without a key, the bucket."""
+    """Put an object without credentials, under a key that may end with a slash; an empty key creates the bucket."""
     address = f"{url}/{BUCKET.removeprefix('s3://')}" + (f"/{urllib.parse.quote(key)}" if key else "")
-    headers = {"Content-Type": "application/octet-stream"}  # a form of no bytes is waited for
+    headers = {"Content-Type": "application/octet-stream"}  # moto would wait for the content of an empty form
     urllib.request.urlopen(urllib.request.Request(address, content, headers, method="PUT"), timeout=30).close()
 
 
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
-    """A server that teams run; it keeps conditional puts apart by locks."""
+    """Run SeaweedFS, a server for production use, which guards conditional puts with locks; yields its URL."""
     names, free = ("s3", "master", "volume", "filer"), free_ports(8)
     ports, inner = dict(zip(names, free[:4], strict=True)), dict(zip(names, free[4:], strict=True))
     keys = f'[{{"accessKey": "{KEYS["AWS_ACCESS_KEY_ID"]}", "secretKey": "{KEYS["AWS_SECRET_ACCESS_KEY"]}"}}]'
@@ -53,7 +53,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         with _server(command, ports["s3"]) as url, environment(url):
             _until(lambda: obstore.put(S3Store.from_url(BUCKET), "made", b""))
             yield url
-    finally:  # a server that is killed leaves its sockets
+    finally:  # a killed server leaves its sockets behind
         for port in (*ports.values(), *inner.values()):
             for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 path.unlink()
@@ -61,7 +61,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def environment(url: str) -> Iterator[None]:
-    """The usual variables."""
+    """Set the environment variables for the server at this URL."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}.items():
             patch.setenv(name, value)
@@ -69,7 +69,7 @@ def environment(url: str) -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at, each another."""
+    """Different ports on which nothing listens."""
     with ExitStack() as open_:
         probes = [open_.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]

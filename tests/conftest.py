@@ -1,4 +1,4 @@
-"""What every test may lean on: a small real teacher, real documents, and a shell with no way to the internet."""
+"""Fixtures for all tests: a tiny teacher, real documents, and an environment without internet access."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 
-# The same examples in every run, so that what fails fails by the change at hand; `make test-long` draws new ones.
+# Same examples in every run, so that a failure is due to the current change; `make test-long` draws new ones.
 settings.register_profile("repeated", derandomize=True, deadline=None)
 settings.register_profile("drawn", deadline=None)
 settings.load_profile("repeated")
@@ -31,14 +31,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with the longest tests first: of several processes, none has then to wait for another at the end."""
+    """Run the files with the longest tests first, so that parallel processes finish at about the same time."""
     long = ["end_to_end", "training_sharded", "training_ranks", "mix", "workers", "capturing", "flows", "bucket"]
     files = [f"test_{name}.py" for name in long]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 
 
 def pytest_collection_finish() -> None:
-    """What the test files have imported stays: each training would look through all of it for garbage, for a second."""
+    """Exclude imported modules from garbage collection, which would cost each training a second."""
     gc.collect()
     gc.freeze()
 
@@ -50,7 +50,7 @@ CHATML = (
 
 
 def topics() -> dict[str, str]:
-    """Real English text that comes with Python, by name."""
+    """Real English text that is part of Python, by topic name."""
     from pydoc_data.topics import topics
 
     return dict(sorted(topics.items()))
@@ -75,7 +75,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.2,  # a distribution with something in it, not a flat one
+        initializer_range=0.2,  # otherwise the distribution would be nearly flat
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -98,7 +98,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home folder; the current one is another, and empty."""
+    """A home folder; the current folder is a different, empty one."""
     for name in ("home", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -108,7 +108,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
-    """The URL of a server that speaks S3, with an empty bucket; ``tests.buckets.environment`` leads there."""
+    """URL of an S3 server with an empty bucket, for ``tests.buckets.environment``."""
     from tests import buckets
 
     with buckets.moto() as url:
@@ -117,7 +117,7 @@ def moto() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct as bf16 safetensors; made once, kept in .demo between runs."""
+    """Folder of SmolLM2-135M-Instruct as bf16 safetensors; created once, and kept in .demo between runs."""
     from softlabel.pipeline.examples.language_model import prepare_teacher
 
     folder = ROOT / ".demo" / "teacher"

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: a clock that a busy machine does not change, and limits beside figures."""
+"""Shared by the training benchmarks: a clock that other load does not change, and figures with their limits."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def seconds(device: str) -> float:
-    """The time: on a CPU what this process has used of it, all threads added up; on a GPU when its work is done."""
+    """The time: on a CPU, the CPU time of all threads of this process; on a GPU, wall time after its work is done."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -14,7 +14,7 @@ def seconds(device: str) -> float:
 
 
 def verdict(what: str, found: float, unit: str, *, at_most: float | None = None, at_least: float | None = None) -> str:
-    """A figure, its one limit, and whether it holds."""
+    """Describe a figure, its single limit, and whether the limit holds."""
     if at_most is not None:
         limit, holds = f"at most {at_most:,g}", found <= at_most
     else:

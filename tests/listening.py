@@ -1,4 +1,4 @@
-"""What a process and all that it has started listen on, and a folder in which everything that is run is noted."""
+"""Finds the addresses that processes listen on, and sets a trap that records code run from a folder."""
 
 import ipaddress
 import struct
@@ -8,7 +8,7 @@ NAMES = (
     *("json", "logging", "torch", "uvicorn", "prefect", "sitecustomize", "usercustomize", "numpy", "accelerate"),
     *("uvloop", "httptools", "websockets", "triton", "mako", "aiosqlite", "pipeline", "storage", "flows", "tests"),
 )
-"""Of Python itself, of libraries, some that libraries only look for, and ours."""
+"""Module names: of Python, of libraries, of modules that libraries look for, and ours."""
 _LISTENING = "0A"
 
 
@@ -18,7 +18,7 @@ def family(process: int) -> set[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
     found = {process}
     while more := {child for child, parent in parents.items() if parent in found} - found:
@@ -27,7 +27,7 @@ def family(process: int) -> set[int]:
 
 
 def listening(processes: set[int]) -> set[str]:
-    """Addresses on which they wait for connections."""
+    """Addresses on which the processes accept connections."""
     ours = {link for process in processes for link in _links(process)}
     found = set()
     for kind in ("tcp", "tcp6"):
@@ -39,7 +39,7 @@ def listening(processes: set[int]) -> set[str]:
 
 
 def only_here(addresses: set[str]) -> bool:
-    """Whether nobody beyond this machine could connect to any of them."""
+    """Whether all addresses are reachable only from this machine."""
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
@@ -61,10 +61,10 @@ def _address(digits: str) -> str:
 
 
 def trap(folder: Path) -> Path:
-    """Put into a folder what would be run if anything looked for its modules or settings there.
+    """Fill a folder with modules and settings that leave a trace if anything loads them from there.
 
     Returns:
-        File that has a line for each that was.
+        File with one line for each of them that was run.
     """
     folder.mkdir(exist_ok=True)
     caught = folder.with_name(f"{folder.name}-was-run")

@@ -1,23 +1,23 @@
-"""What this process holds in memory. Not from getrusage: a process inherits its peak from the one that started it."""
+"""Memory of this process. Not from getrusage, where a process inherits the peak of the one that started it."""
 
 import ctypes
 from pathlib import Path
 
 
 def resident() -> int:
-    """Bytes now."""
+    """Resident bytes now."""
     return _bytes("VmRSS")
 
 
 def peak() -> int:
-    """Bytes at the highest, since the process began or ``reset_peak``."""
+    """Highest resident bytes since the process started, or since ``reset_peak``."""
     return _bytes("VmHWM")
 
 
 def reset_peak() -> None:
-    """From here on, ``peak`` is of what comes.
+    """Let ``peak`` start again from here.
 
-    What was freed goes back to the system first: memory that the process keeps and takes again would not be seen.
+    Freed memory is returned to the system first, because memory that the process reuses would not show in the peak.
     """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Teachers of real shapes with random weights, which are on no disk, and documents for them.
+"""Teachers of real shapes with random weights, which exist only in memory, and documents for them.
 
 The shapes are Llama 3.2 1B's, Qwen2.5-1.5B's (but for the biases of its attention) and Qwen3-8B's.
 """
@@ -25,7 +25,7 @@ SHAPES: dict[str, Any] = {
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
     ),
-    "1.5B": LlamaConfig(  # transformers gives no Qwen2 a tokenizer of words
+    "1.5B": LlamaConfig(  # transformers can't give a Qwen2 a word-level tokenizer
         vocab_size=151_936,
         hidden_size=1536,
         intermediate_size=8960,
@@ -49,7 +49,7 @@ SHAPES: dict[str, Any] = {
 
 
 class RandomWeights(Checkpoint):
-    """A teacher of some shape whose weights are on no disk."""
+    """A teacher of a given shape with random weights in memory."""
 
     def load(self, device_map: Any, attention: str) -> Any:
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ class RandomWeights(Checkpoint):
 
 
 def random_teacher(folder: Path, shape: str) -> None:
-    """A folder with the shape's configuration and a tokenizer that knows every id."""
+    """Write a folder with the shape's configuration and a tokenizer that can produce every id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +73,7 @@ def random_teacher(folder: Path, shape: str) -> None:
 
 
 def documents(path: Path, teacher: str, first: int, count: int, tokens: int) -> str:
-    """Documents of at least so many tokens, from a number on; each number is another."""
+    """Write ``count`` documents of at least ``tokens`` tokens, numbered from ``first``; each has its own text."""
     if teacher in SHAPES:
         rng = np.random.default_rng(first)
         texts = [" ".join(f"t{i}" for i in rng.integers(2, SHAPES[teacher].vocab_size, tokens)) for _ in range(count)]

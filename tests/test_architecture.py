@@ -1,4 +1,4 @@
-"""The shape of the whole: imports run one way, and every public name is listed once and can be imported."""
+"""The structure of the code: imports run one way, and every public name can be imported."""
 
 import ast
 import re
@@ -20,9 +20,9 @@ FOREIGN = {
     "pipeline": {"prefect", "cyclopts", "rich"},
     "flows": {"torch", "transformers", "accelerate", "numpy", "pyarrow", "polars", "deltalake", "safetensors"},
 }
-"""Libraries that a folder never imports."""
+"""Libraries that each folder never imports."""
 
-RESTS_ON = {
+DEPENDS_ON = {
     "storage.credentials": [],
     "storage.errors": ["storage.credentials"],
     "storage.location": ["storage.errors"],
@@ -32,20 +32,20 @@ RESTS_ON = {
     "storage": ["storage.places"],
     "storage.upkeep": ["storage"],
     "storage.views": ["storage.upkeep"],
-    # The pipeline's ground ...
+    # The base of the pipeline ...
     "pipeline": ["storage.views"],
     "pipeline.config": ["pipeline"],
     "pipeline.devices": ["pipeline.config"],
     "pipeline.documents": ["pipeline.config"],
     "pipeline.models": ["pipeline.config"],
     "pipeline.selection": ["pipeline.config"],
-    # ... the tower of those who make and keep tables ...
+    # ... the packages that make and maintain tables ...
     "pipeline.sequences": ["pipeline.documents", "pipeline.models", "pipeline.selection"],
     "pipeline.teachers": ["pipeline.sequences", "pipeline.devices"],
     "pipeline.capturing": ["pipeline.teachers"],
     "pipeline.tables": ["pipeline.teachers"],
     "pipeline.estimation": ["pipeline.capturing"],
-    # ... and the tower of those who train students.
+    # ... and the packages that train students.
     "pipeline.loss": ["pipeline.config"],
     "pipeline.students": ["pipeline.loss", "pipeline.models", "pipeline.selection"],
     "pipeline.stream": ["pipeline.students"],
@@ -55,28 +55,28 @@ RESTS_ON = {
     "pipeline.examples": ["pipeline.models"],
     "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.tables"],
 }
-"""Each package, and single modules that stand apart from theirs, with what it rests on: it may import that, and all
-that rests below. The plain modules of ``storage`` and ``pipeline`` count as one package each."""
+"""Each package (and some single modules) with the packages that it depends on: it may import these, and everything
+that they may import. The plain modules of ``storage`` and ``pipeline`` count as one package each."""
 
-STAND_ALONE = (
+STANDALONE = (
     "loss.fused",
     "loss.divergence",
     "loss.targets",
     "selection.select",
     "teachers.teacher",
 )
-"""Modules of the pipeline that work where prefect, polars and deltalake are absent."""
+"""Modules of the pipeline that work without prefect, polars and deltalake."""
 
 
 def below(package: str) -> set[str]:
-    """What a package may import, itself included."""
-    return {package}.union(*map(below, RESTS_ON[package]))
+    """Packages that a package may import, itself included."""
+    return {package}.union(*map(below, DEPENDS_ON[package]))
 
 
 def package_of(module: str) -> str:
-    """The package in ``RESTS_ON`` that a module belongs to, without the leading ``softlabel``."""
+    """The package in ``DEPENDS_ON`` that a module belongs to, without the leading ``softlabel``."""
     parts = module.split(".")
-    return next(name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in RESTS_ON)
+    return next(name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in DEPENDS_ON)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -92,13 +92,13 @@ def imports(path: Path) -> Iterator[str]:
                 yield f"{module}.{alias.name}" if below.is_dir() or below.with_suffix(".py").is_file() else module
 
 
-def test_the_packages_are_those_that_the_folders_have():
+def test_every_folder_is_listed_as_a_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = project["tool"]["setuptools"]["package-dir"]
-    there = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
-    assert set(project["tool"]["setuptools"]["packages"]) == there - {"softlabel.flows.softlabel"} | {"softlabel"}
-    assert folders == {"softlabel": "flows/softlabel", **{f"softlabel.{name}": name for name in FOLDERS}}
-    folders = [ROOT / name.replace(".", "/") for name in RESTS_ON]
+    packages = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages - {"softlabel.flows.softlabel"} | {"softlabel"}
+    package_dir = {"softlabel": "flows/softlabel", **{f"softlabel.{name}": name for name in FOLDERS}}
+    assert project["tool"]["setuptools"]["package-dir"] == package_dir
+    folders = [ROOT / name.replace(".", "/") for name in DEPENDS_ON]
     assert all(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 
 
@@ -120,19 +120,19 @@ def test_no_text_is_run_as_code_or_as_a_query(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_that_may_bring_code_come_in_through_one_door(path: Path):
+def test_files_that_may_contain_code_are_loaded_in_one_module(path: Path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     named |= {part for name in imports(path) for part in name.split(".")}
-    door = path == ROOT / "pipeline" / "models" / "pretrained.py"
-    assert door or not named & {"from_pretrained", "from_config", "_from_config", "dynamic_module_utils"}
+    is_loader = path == ROOT / "pipeline" / "models" / "pretrained.py"
+    assert is_loader or not named & {"from_pretrained", "from_config", "_from_config", "dynamic_module_utils"}
     assert not named & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "allow_pickle"}
     for node in nodes:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_url"):
             assert "weights_only=True" in ast.unparse(node)
 
 
-def test_make_bench_prints_every_benchmark():
+def test_make_bench_runs_every_benchmark():
     text = (ROOT / "Makefile").read_text()
     named = re.findall(r"^(?:TEACHER|STORAGE|STUDENT) := \$\(addprefix bench-,(.*)\)$", text, re.MULTILINE)
     files = sorted(path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py"))
@@ -140,7 +140,7 @@ def test_make_bench_prints_every_benchmark():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_says_what_it_is_for(path: Path):
+def test_every_file_has_a_docstring(path: Path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
@@ -173,13 +173,13 @@ def test_every_verb_of_the_command_is_a_function(verb: str):
     assert callable(getattr(module, verb))
 
 
-def test_the_loss_the_selection_and_the_teacher_stand_alone():
+def test_loss_selection_and_teacher_work_without_prefect_polars_and_deltalake():
     absent = "import sys; sys.modules.update(dict.fromkeys(['prefect', 'polars', 'deltalake', 'cyclopts']))"
-    modules = ", ".join(f"softlabel.pipeline.{module}" for module in STAND_ALONE)
+    modules = ", ".join(f"softlabel.pipeline.{module}" for module in STANDALONE)
     subprocess.run([sys.executable, "-c", f"{absent}; import {modules}"], cwd=ROOT, check=True)
 
 
-def test_asking_for_settings_loads_no_heavy_library():
+def test_the_command_line_and_the_settings_load_no_heavy_library():
     heavy = {"torch", "transformers", "prefect", "polars", "pyarrow", "deltalake", "matplotlib"}
     code = f"import sys, softlabel.flows.cli, softlabel.pipeline; print(*({heavy!r} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks say, not what they measure."""
+"""What the benchmarks print, not what they measure."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ from tests.benchmarks import stream
 from tests.figures import verdict
 
 
-def test_a_limit_is_said_to_hold_or_not():
+def test_a_verdict_states_whether_a_limit_holds():
     assert verdict("a step", 1.04, "of another", at_most=1.05) == "a step: 1.040 of another, at most 1.05: holds"
     assert verdict("a step", 1.06, "of another", at_most=1.05).endswith("at most 1.05: DOES NOT HOLD")
     assert verdict("the stream", 4e5, "a second", at_least=500_000) == (
@@ -16,8 +16,8 @@ def test_a_limit_is_said_to_hold_or_not():
     )
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_is_not_installed_is_left_out_before_anything_is_measured(there, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
-    assert (stream.HUGGING_FACE in stream.compared(None, None, None)) == there
-    assert ("pip install -e '.[bench]'" in capsys.readouterr().out) != there
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_missing_package_is_left_out_before_anything_is_measured(installed, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert (stream.HUGGING_FACE in stream.compared(None, None, None)) == installed
+    assert ("pip install -e '.[bench]'" in capsys.readouterr().out) != installed

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: from documents to a report, on a real teacher; and killed on the way."""
+"""The whole pipeline as a user runs it: from documents to a report with a real teacher, and after a kill."""
 
 import json
 import os
@@ -31,17 +31,17 @@ connect, resolve = socket.socket.connect, socket.getaddrinfo
 socket.socket.connect = lambda self, at: (record(at[0] if isinstance(at, tuple) else at), connect(self, at))[1]
 socket.getaddrinfo = lambda host, *rest, **more: (record(host), resolve(host, *rest, **more))[1]
 """
-"""A sitecustomize that notes every address that is not this machine's own."""
+"""A sitecustomize module that records every connection to another machine."""
 
 
 def softlabel(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("softlabel")), *arguments]
 
 
-def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2 and a few pages of Python's manual: with its soft labels a student comes closer to it than without.
+def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 on a few pages of Python's manual.
 
-    As a person runs it, with no server configured: stdout is one object, and nothing calls home.
+    Runs as a user would, without a configured server: stdout is one object, and nothing contacts another machine.
     """
     demo.prepare_documents(tmp_path / "all.parquet")
     documents = pq.read_table(tmp_path / "all.parquet")
@@ -74,7 +74,7 @@ def test_a_real_teacher_teaches_more_than_its_text(smollm2: Path, tmp_path: Path
     assert all(name in page for name in ("student", "control", "<svg"))
 
 
-def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_capture_that_runs_again_completes_the_table(tiny_teacher: Path, tmp_path: Path) -> None:
     count = 600
     texts = {f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(count)}
     pq.write_table(pa.table({"id": list(texts), "text": list(texts.values())}), tmp_path / "documents.parquet")
@@ -98,8 +98,8 @@ def test_killed_in_the_middle_and_run_again_the_table_is_complete(tiny_teacher: 
     assert json.loads(done.stdout)["sequences"] == count - len(committed)
 
 
-def test_nothing_that_lies_beside_the_documents_is_run(tiny_teacher: Path, tmp_path: Path) -> None:
-    """By neither the command, nor its workers, nor the server that it starts."""
+def test_no_code_in_the_folder_of_the_documents_is_run(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Not by the command, its workers, or the server that it starts."""
     folder = tmp_path / "downloaded"
     caught = trap(folder)
     texts = [f"Document number {i} says that {i * i} is the square of {i}." for i in range(40)]

@@ -1,4 +1,4 @@
-"""What an installation holds: a built wheel is whole, and its modules, verbs and settings work wherever it is put."""
+"""A built wheel is complete, and its modules, verbs and settings work wherever it is installed."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ FOLDERS = ("storage", "pipeline", "flows")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a wheel brings, and nothing of the working copy."""
+    """Folder with the unpacked wheel, without access to the working copy."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: what setuptools leaves behind would be in the next wheel
+    source = folder / "source"  # a copy, because setuptools leaves files that would end up in the next wheel
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -29,15 +29,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_a_wheel_holds_every_file_of_the_three_folders(installed: Path):
+def test_a_wheel_contains_every_file_of_the_three_folders(installed: Path):
     paths = [path.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).glob("**/*.*")]
-    there = {path.relative_to(installed / "softlabel") for path in installed.glob("softlabel/**/*.*")}
+    packed = {path.relative_to(installed / "softlabel") for path in installed.glob("softlabel/**/*.*")}
     top = Path("flows", "softlabel", "__init__.py")
-    assert {path for path in paths if "__pycache__" not in path.parts} == there - {Path(top.name)} | {top}
+    assert {path for path in paths if "__pycache__" not in path.parts} == packed - {Path(top.name)} | {top}
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"softlabel"}
 
 
-def test_an_installed_wheel_runs_beside_folders_of_the_same_names(installed: Path, tmp_path: Path):
+def test_an_installed_wheel_runs_next_to_folders_of_the_same_names(installed: Path, tmp_path: Path):
     for name in (*FOLDERS, "softlabel"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")

@@ -1,4 +1,4 @@
-"""README's Python section is run as it stands, on a small teacher and real text."""
+"""The Python code in README runs as it is written, with a tiny teacher and real text."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from tests.conftest import ROOT, topics
 
 
-def test_the_python_section_goes_from_documents_to_an_evaluated_student(tiny_teacher: Path, tmp_path: Path):
+def test_the_python_code_runs_from_documents_to_an_evaluated_student(tiny_teacher: Path, tmp_path: Path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code
     texts = [text[:400] for text in topics().values()]

@@ -1,5 +1,5 @@
-"""The package that ``storage``, ``pipeline`` and ``flows`` are installed in, as ``softlabel.storage`` and so on.
+"""The package that contains ``storage``, ``pipeline`` and ``flows`` when they are installed.
 
-It holds nothing. It is a package of its own, and not a namespace that any folder could add to, so that a folder named
-``softlabel`` in the working folder or elsewhere on the path can't put its modules in the place of ours.
+It has no code of its own. It is a regular package, not a namespace package, so that another folder named ``softlabel``
+on the import path can't replace our modules with its own.
 """

@@ -1,24 +1,24 @@
-"""What a capture costs over the teacher's bare forward pass of the same batches.
+"""Measures the overhead of a capture over the teacher's bare forward pass of the same batches.
 
-``python -m tests.benchmarks.capture`` prints a table. Its teachers are SmolLM2-135M on Python's own manual, if the
-package that carries it is there, and models with random weights and ids: of Llama 3.2 1B's shape on a CPU, of
-Qwen2.5-1.5B's and Qwen3-8B's on a GPU. Every round runs over the same batches:
+``python -m tests.benchmarks.capture`` prints a table. The teachers are SmolLM2-135M on Python's own manual, if the
+package that contains it is installed, and models with random weights and ids: with the shape of Llama 3.2 1B on a CPU,
+of Qwen2.5-1.5B and Qwen3-8B on a GPU. Every round runs over the same batches:
 
-    model      model(input_ids).logits, as anybody would call it
-    forward    the body, then the output layer over the captured positions, in chunks that are thrown away
+    model      model(input_ids).logits, called in the usual way
+    forward    the body, then the output layer over the captured positions, in chunks that are discarded
     k=64       a capture of plain top-k: forward, selection, encoding, writing, commit
     default    the same with the default selection
 
-A capture counts from its first batch to the end of its commit, into a table that is there; what comes before, once a
-shard of a million positions, is printed beside it. Every batch is followed by the forward pass of the same batch, whose
-time is no part of the capture's but what it is compared with: a machine that changes its pace changes it for both.
-Shown are the median and range of the rounds' ratios, with the limit that is set for them in brackets. Tokens a second
-are the best round's and, on a card whose data sheet is known, beside them is the share of its bf16 rate, at two
-operations for each parameter and token.
+A capture is timed from its first batch to the end of its commit, into an existing table. The time before that, which is
+spent once for each shard of a million positions, is printed in a column of its own. Each batch is followed by a bare
+forward pass of the same batch, which is timed separately as the reference: if the machine slows down, it slows down
+both. The table shows the median and range of the rounds' ratios, with their limit in brackets. Tokens/s are those of
+the best round. On a GPU with a known data sheet, the share of its bf16 rate is shown as well, at two operations for
+each parameter and token.
 
-The last columns are of a capture with a clock in it: the selection over the bare forward, then the shares of the
-capture that go to the selection, to encoding and writing (beside the next batch), and to the commit, which writes the
-last sequences too.
+The last columns come from a separate capture with timers inside: the selection relative to the bare forward pass, then
+the shares of the capture that are spent on the selection, on encoding and writing (in parallel with the next batch),
+and on the commit, which also writes the last sequences.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-import softlabel.flows  # noqa: F401, its environment is what a capture runs in
+import softlabel.flows  # noqa: F401, sets the environment variables of a capture
 from softlabel.pipeline.capturing import capture as capturing
 from softlabel.pipeline.capturing.capture import capture_shard
 from softlabel.pipeline.capturing.plan import plan
@@ -57,16 +57,16 @@ from tests.shapes import SHAPES, RandomWeights, documents, random_teacher
 
 SELECTIONS = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
 LIMITS = {("cpu", "SmolLM2"): 12, ("cpu", "1B"): 5, ("cuda", "8B"): 10}
-"""Percent of the bare forward that a capture may cost beside it."""
+"""Highest overhead of a capture, in percent of the bare forward pass."""
 SELECTION_LIMITS = {("cuda", "8B"): 10}
-"""Percent of the bare forward that the selection may take."""
+"""Highest time of the selection, in percent of the bare forward pass."""
 
 ROUND = 16
-"""Seconds of a bare forward pass; a shard's take minutes, beside which what it costs to open and commit is little."""
+"""Seconds of forward passes in a round. Those of a real shard take minutes, so opening and commit weigh less there."""
 
 
 class WholeModel:
-    """The teacher called the plain way: logits of every position at once, in its own dtype."""
+    """The teacher called in the usual way: logits of every position at once, in its own dtype."""
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher, self.vocabulary = teacher, teacher.vocabulary
@@ -81,15 +81,15 @@ class WholeModel:
 
 
 class Bench:
-    """One teacher with everything to run it over the same batches in each way.
+    """Runs one teacher over the same batches in each of the ways that are compared.
 
     Args:
-        name: a shape, or SmolLM2.
-        folder: for its tables.
-        device: to run it on.
-        sequences: of each round at most.
-        tokens: of each sequence.
-        batch: sequences of a batch.
+        name: name of a shape, or SmolLM2.
+        folder: folder for the tables.
+        device: device that the teacher runs on.
+        sequences: most sequences in a round.
+        tokens: tokens of each sequence.
+        batch: sequences in a batch.
     """
 
     def __init__(self, name: str, folder: Path, device: str, sequences: int, tokens: int, batch: int) -> None:
@@ -128,12 +128,12 @@ class Bench:
         self.tokens = sum(map(len, self._ids))
 
     def _take(self, rows: pa.Table) -> None:
-        """Let these be the sequences of a round."""
+        """Use these rows as the sequences of a round."""
         self._ids = [row.values.to_numpy() for row in rows["token_ids"]]
         self._positions = [np.arange(1, len(ids), dtype=np.int32) for ids in self._ids]
 
     def forward(self, teacher: Any) -> float:
-        """Seconds of all batches without a capture."""
+        """Seconds for all batches without a capture."""
         started = time.perf_counter()
         for _ in each_batch(
             teacher, self._ids, self._positions, lambda _, logits: deque(logits, 0), self._batch_tokens
@@ -146,13 +146,13 @@ class Bench:
             torch.cuda.synchronize()
 
     @contextmanager
-    def beside(self, teacher: Any) -> Iterator[list[float]]:
-        """Run the bare forward pass after each batch of a teacher; its seconds are in the list, batch by batch."""
-        asked, bare = teacher.logits, self.teacher.logits
+    def with_reference(self, teacher: Any) -> Iterator[list[float]]:
+        """Follow each batch of a teacher with a bare forward pass; yields the list of its seconds, batch by batch."""
+        original, bare = teacher.logits, self.teacher.logits
         spent: list[float] = []
 
         def both(*arguments: Any) -> Iterator[torch.Tensor]:
-            yield from asked(*arguments)
+            yield from original(*arguments)
             self._wait()
             started = time.perf_counter()
             deque(bare(*arguments), 0)
@@ -161,10 +161,10 @@ class Bench:
 
         teacher.logits = both
         yield spent
-        teacher.logits = asked
+        teacher.logits = original
 
     def capture(self, selection: str, about: dict[str, float]) -> float:
-        """Seconds of a capture of all batches; ``about`` is told what came before, and its bytes a position."""
+        """Seconds to capture all batches; fills ``about`` with seconds before the first and bytes a position."""
         config, table = self._configs[selection], self._folder / "table"
         shutil.copytree(config.table, table)
         began: list[float] = []
@@ -178,34 +178,34 @@ class Bench:
         started = time.perf_counter()
         commit: Commit = capture_shard(config.model_copy(update={"table": str(table)}), self._plans[selection])
         ended = time.perf_counter()
-        assert commit.positions == sum(map(len, self._positions)), "the table has none of them before"
+        assert commit.positions == sum(map(len, self._positions)), "some sequences were already in the table"
         self.teacher.logits = logits  # type: ignore[method-assign]
         shutil.rmtree(table)
         about |= {"before": began[0] - started, "bytes": commit.bytes / commit.positions}
         return ended - began[0]
 
     def clocked(self, selection: str) -> dict[str, float]:
-        """Seconds of a capture, and within it of the selection, of encoding and writing, and of the commit."""
+        """Seconds of a capture as a whole, and of its selection, encoding and writing, and commit."""
         spent = dict.fromkeys(("selection", "writing", "commit"), 0.0)
 
         def clocked(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-            if name == "selection":  # what the device is still at is no part of it
+            if name == "selection":  # pending work of the device is not part of the selection
                 self._wait()
             started = time.perf_counter()
             result = work(*arguments)
             spent[name] += time.perf_counter() - started
             return result
 
-        kept = capturing.select, ShardWriter.append, ShardWriter.commit
-        capturing.select = partial(clocked, "selection", kept[0])
-        ShardWriter.append = lambda *a: clocked("writing", kept[1], *a)  # type: ignore[method-assign]
-        ShardWriter.commit = lambda *a: clocked("commit", kept[2], *a)  # type: ignore[method-assign]
+        originals = capturing.select, ShardWriter.append, ShardWriter.commit
+        capturing.select = partial(clocked, "selection", originals[0])
+        ShardWriter.append = lambda *a: clocked("writing", originals[1], *a)  # type: ignore[method-assign]
+        ShardWriter.commit = lambda *a: clocked("commit", originals[2], *a)  # type: ignore[method-assign]
         spent["whole"] = self.capture(selection, {})
-        capturing.select, ShardWriter.append, ShardWriter.commit = kept  # type: ignore[method-assign]
+        capturing.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
         return spent
 
     def peak(self, work: Callable[[], object]) -> float:
-        """Highest memory during some work, in GB: the device's or, on a CPU, the process's."""
+        """Peak memory during some work, in GB: of the GPU or, on a CPU, of the process."""
         if self.teacher.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             work()
@@ -216,13 +216,13 @@ class Bench:
 
 
 def percent(ratios: list[float], limit: int | None) -> str:
-    """Median and range, and the limit."""
+    """Median, range and limit, as text."""
     low, middle, high = (f"{100 * f(ratios):+.1f}" for f in (min, statistics.median, max))
     return f"{middle} % ({low} to {high})" + (f" [at most {limit} %]" if limit else "")
 
 
 def card_rate() -> float | None:
-    """Dense bf16 operations a second by the data sheet of this card, if that is known."""
+    """Dense bf16 operations per second in the data sheet of this GPU, if it is known."""
     words = re.split("[ -]", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else []
     hopper = {"h100", "h200"} & {*words} and {"pcie", "nvl"} & {*words}  # slower boards of the same name
     rates = [rate * 1e12 for gpu, rate in BF16_TERAFLOPS.items() if gpu in words and not hopper]
@@ -230,7 +230,7 @@ def card_rate() -> float | None:
 
 
 def measure(name: str, bench: Bench, rounds: int) -> None:
-    """Print a teacher's lines."""
+    """Measure one teacher, and print its lines."""
     place, rate = (bench.teacher.device.type, name), card_rate()
     about: dict[str, dict[str, float]] = {name: {} for name in SELECTIONS}
     whole = WholeModel(bench.teacher)
@@ -245,7 +245,7 @@ def measure(name: str, bench: Bench, rounds: int) -> None:
     over: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm in ("model", *SELECTIONS):
-            with bench.beside(whole if arm == "model" else bench.teacher) as forward:
+            with bench.with_reference(whole if arm == "model" else bench.teacher) as forward:
                 seconds = arms[arm]() - sum(forward)
             over[arm].append(seconds / sum(forward) - 1)
             fastest |= {arm: min(fastest[arm], seconds), "forward": min(fastest["forward"], sum(forward))}
@@ -284,7 +284,7 @@ def main() -> None:
             try:
                 bench = Bench(name, Path(folder), device, *size)
             except TeacherError as error:
-                print(f"{name} is left out: {error}", flush=True)
+                print(f"{name} is skipped: {error}", flush=True)
                 continue
             threads = "" if cuda else f", {torch.get_num_threads()} threads"
             parameters = f"{bench.teacher.parameters / 1e6:,.0f}M parameters"

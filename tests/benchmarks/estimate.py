@@ -1,9 +1,9 @@
-"""What ``softlabel estimate`` says, beside what the capture then gives: SmolLM2 over some of the demo's documents.
+"""Compares ``softlabel estimate`` with the capture that follows: SmolLM2 over some of the demo's documents.
 
-``python -m tests.benchmarks.estimate`` prints one table. The estimate tokenizes some of the text and runs the teacher
-over a few of the batches; the capture is a real one, from reading the documents to the last commit, with the teacher
-loaded anew. Both are on whatever this machine has, one after the other: seconds can be compared if nothing else is
-at work. It ends with an error if a number is further off than ``BOUNDS`` allows.
+``python -m tests.benchmarks.estimate`` prints one table. The estimate tokenizes part of the text and runs the teacher
+over a few of the batches. The capture is a real one, from reading the documents to the last commit, and loads the
+teacher again. Both run one after the other on the same machine, so seconds are comparable only if nothing else runs.
+The exit code is 1 if an estimate is further off than ``BOUNDS`` allows.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from softlabel.pipeline.teachers.load import load_teacher
 
 TEACHER = Path(".demo/teacher")
 BOUNDS = {"sequences": 0.15, "positions": 0.15, "bytes": 0.15, "seconds": 0.3}
-"""How far an estimate may be from what the capture gives, as a share of that."""
+"""Largest allowed error of an estimate, as a share of the captured value."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One number, before and after."""
+    """One number, as estimated and as captured."""
 
     name: str
     estimate: float
@@ -43,11 +43,11 @@ class Compared:
 
 
 def main() -> None:
-    """Estimate, capture, and print both, and whether they agree."""
+    """Estimate, capture, print both, and check that they agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=24, help="of the demo's")
-    parser.add_argument("--batches", type=int, default=3, help="that the estimate runs the teacher over")
-    parser.add_argument("--megabytes", type=float, default=0.03, help="of text that the estimate tokenizes")
+    parser.add_argument("--documents", type=int, default=24, help="number of the demo's documents")
+    parser.add_argument("--batches", type=int, default=3, help="batches that the estimate runs the teacher over")
+    parser.add_argument("--megabytes", type=float, default=0.03, help="megabytes of text that the estimate tokenizes")
     given = parser.parse_args()
     prepare_teacher(TEACHER)
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +64,7 @@ def main() -> None:
             },
             folder / "table",
         )
-    print(f"{found.tokenized:.0%} of the text tokenized, {found.sampled_positions:,} positions by the teacher", end="")
+    print(f"{found.tokenized:.0%} of the text tokenized, teacher run on {found.sampled_positions:,} positions", end="")
     print(f" on {found.device}; seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in vars(found.seconds).items()))
     print(f"\n{'':<12}{'estimate':>12}{'capture':>12}{'error':>9}{'bound':>8}")
     for each in numbers:
@@ -74,9 +74,9 @@ def main() -> None:
 
 
 def compared(settings: dict[str, object], table: Path) -> tuple[Estimate, list[Compared]]:
-    """The estimate of a capture, and each of its numbers beside what the capture into a new table then gives."""
+    """The estimate of a capture, and its numbers next to those of the capture into a new table."""
     config = EstimateConfig.model_validate(settings)
-    load_teacher(config.teacher)  # neither pays for the imports
+    load_teacher(config.teacher)  # so that the imports count for neither
     load_teacher.cache_clear()
     found = estimate(config)
     load_teacher.cache_clear()

@@ -1,18 +1,18 @@
-"""How close each selection brings a student's gradient to that of the teacher's whole distribution, and at what size.
+"""Measures how close each selection's gradient is to that of the teacher's full distribution, and what it costs.
 
-``python -m tests.benchmarks.fidelity`` prints one table, by size; the default's sizes are chosen from it. The teacher
-is SmolLM2-135M (unpacked to .demo/teacher), the text Python's own manual, the student the teacher pruned to 7 of its
-30 layers and trained for a minute on other pages of it; ``--student`` takes one from a folder instead. Each selection
-goes through the real codec. Its bytes a position are those of all soft-label columns of a real table. The gradient is
-of forward KL, with respect to every weight of the student's layers, against the gradient of the dense KL of the same
-positions, in percent of that one's length:
+``python -m tests.benchmarks.fidelity`` prints one table, sorted by size; the default selection was chosen from it. The
+teacher is SmolLM2-135M (unpacked to .demo/teacher), and the text is Python's own manual. The student is the teacher
+pruned to 7 of its 30 layers and trained for a minute on other pages; ``--student`` takes one from a folder instead.
+Each selection goes through the real codec. Bytes a position are those of all soft-label columns of a real table. The
+gradient of forward KL, with respect to every weight of the student's layers, is compared with the gradient of the dense
+KL at the same positions. The differences are in percent of the length of the dense gradient:
 
-- bias: how far the mean over the seeds is off, less what so few seeds would be off by chance;
-- spread: root mean square distance of one seed's gradient from their mean. Over n times as many positions it shrinks
-  by the root of n; the bias stays;
-- error: both together, root of the sum of squares. A star marks those that no smaller one beats.
+- bias: distance of the mean over the seeds, corrected for the distance that so few seeds have by chance;
+- spread: root mean square distance of one seed's gradient from the mean. Over n times as many positions, it shrinks by
+  the root of n; the bias does not;
+- error: both together, as the root of the sum of squares. A star marks selections that no smaller one beats.
 
-A loss that is off by a constant does no harm; it is shown because curves of biased targets can't be compared.
+A constant offset of the loss is harmless. It is shown because the loss curves of biased targets can't be compared.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from softlabel.pipeline.config.capture import LossConfig, SelectionConfig, TeacherConfig
+from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
+from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import CompactTargets, Target, decode
@@ -46,10 +47,10 @@ from tests.benchmarks.table import Captured, make_table, sequences_of
 
 LENGTH, LAYERS = 512, (0, 1, 7, 14, 21, 28, 29)
 STORED, TRAINED = 8, 24
-"""Sequences whose soft labels are stored, and others that the student is trained on."""
+"""Number of sequences whose soft labels are stored, and of others for training the student."""
 DEFAULT = SelectionConfig()
 SIZES = ((0.95, 24, 24), (0.95, 32, 32), (0.95, 12, 24), (0.95, 12, 56), (0.95, 8, 64), (0.9, 16, 48))
-"""Mass of the head, its most ids, and draws, beside the default's."""
+"""Top-p mass, max k and draws of further selections with a head and a sampled tail."""
 SELECTIONS: tuple[SelectionConfig, ...] = (
     DEFAULT,
     *(SelectionConfig(top_p=top_p, max_k=max_k, draws=draws) for top_p, max_k, draws in SIZES),
@@ -60,12 +61,12 @@ SELECTIONS: tuple[SelectionConfig, ...] = (
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of one length, and the teacher's logits at all their positions but the first."""
+    """Sequences of equal length, and the teacher's logits at all positions except the first."""
 
     sequences: NDArray[np.int32]
     """(S, L)"""
     logits: Tensor
-    """(S x (L - 1), V) bfloat16, as the teacher makes them."""
+    """(S x (L - 1), V) bfloat16, as the teacher computes them."""
 
     @property
     def next_ids(self) -> Tensor:
@@ -80,7 +81,7 @@ class Text:
 
 
 def read_text(folder: Path, counts: Sequence[int]) -> list[Text]:
-    """So many sequences of the manual for each count, one part after the other."""
+    """Consecutive parts of the manual, one for each count of sequences."""
     teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
     text = "\n".join(text for _, text in sorted(topics.items()))
     ids = np.array(AutoTokenizer.from_pretrained(folder)(text[: 8 * LENGTH * sum(counts)])["input_ids"], np.int32)
@@ -89,18 +90,18 @@ def read_text(folder: Path, counts: Sequence[int]) -> list[Text]:
     for part in np.split(ids[: LENGTH * sum(counts)].reshape(-1, LENGTH), np.cumsum(counts)[:-1]):
         logits = [torch.zeros(0, teacher.vocabulary, dtype=torch.bfloat16)]
         for number, row in enumerate(part, 1):
-            say(f"the teacher reads sequence {number} of {len(part)}")
+            show_progress(f"teacher: sequence {number} of {len(part)}")
             logits += [chunk.bfloat16() for chunk in teacher.logits([row], [places])]
         parts.append(Text(part, torch.cat(logits)))
     return parts
 
 
-def say(what: str) -> None:
-    print(f"\r{what:<80}", end="", file=sys.stderr, flush=True)
+def show_progress(text: str) -> None:
+    print(f"\r{text:<80}", end="", file=sys.stderr, flush=True)
 
 
 def states(student: PreTrainedModel, text: Text) -> Tensor:
-    """(N, H) hidden states that predict the text's positions."""
+    """(N, H) hidden states from which the positions of the text are predicted."""
     ids = torch.from_numpy(text.sequences).long()
     hidden = hidden_states(student, ids, torch.arange(ids.shape[1]).expand_as(ids))
     return hidden[:, :-1].reshape(-1, hidden.shape[2])
@@ -113,7 +114,7 @@ def dense_kl(hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def train(student: PreTrainedModel, text: Text) -> None:
-    """One pass, a sequence a step, on the dense KL, so that no selection has shaped the student."""
+    """One pass with one sequence per step, on the dense KL, so that the student is not biased towards any selection."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.0)
     for step, one in enumerate(text.one_by_one(), 1):
         loss = dense_kl(states(student, one), output_head(student).weight, one.logits) / len(one.next_ids)
@@ -121,11 +122,11 @@ def train(student: PreTrainedModel, text: Text) -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        say(f"the student is trained: step {step} of {TRAINED}, KL {loss:.2f}")
+        show_progress(f"training the student: step {step} of {TRAINED}, KL {loss:.2f}")
 
 
 class Student:
-    """Gradients of the layers of a student whose embedding and head stand still."""
+    """Gradients of a student's layers, with its embedding and head frozen."""
 
     def __init__(self, model: PreTrainedModel, text: Text) -> None:
         self.head = output_head(model)
@@ -135,7 +136,7 @@ class Student:
         self.hidden = states(model, text)
 
     def dense(self) -> tuple[Tensor, float]:
-        """Gradient of the mean dense KL, and the mean."""
+        """Gradient of the mean dense KL, and that mean."""
         hidden = self.hidden.detach().requires_grad_()
         total = 0.0
         for part, logits in zip(hidden.split(256), self.text.logits.split(256), strict=True):
@@ -145,7 +146,7 @@ class Student:
         return self._flat(self.hidden, hidden.grad), total
 
     def sparse(self, compact: CompactTargets, vocabulary: Tensor, target: Target) -> tuple[Tensor, float]:
-        """The same of stored soft labels."""
+        """Gradient and mean of the loss on stored soft labels."""
         config = LossConfig(target=target)
         targets = decode(compact, vocabulary, (1.0,), config)
         loss = distillation_loss(self.hidden, self.head.weight, self.text.next_ids, targets, config)
@@ -158,7 +159,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Closeness:
-    """Of a selection's gradient to the dense one, and of its loss."""
+    """Closeness of a selection's gradient and loss to the dense ones."""
 
     cosine: float
     bias: float
@@ -171,15 +172,15 @@ class Closeness:
 
 
 def square(vector: Tensor) -> float:
-    """Squared length. Over so many numbers, float32 would be off in the third digit."""
+    """Squared length, summed in float64: in float32, the third digit would be wrong for so many numbers."""
     return vector.square().sum(dtype=torch.float64).item()
 
 
 def closeness(gradients: Iterator[tuple[Tensor, float]], dense: Tensor, dense_loss: float) -> Closeness:
-    """Over one gradient and loss for each seed.
+    """Compare one gradient and loss for each seed with the dense ones.
 
-    With d the differences from the dense gradient, the mean of d·d' over pairs of different seeds estimates the
-    squared bias without bias; the square of the mean difference would count the seeds' noise as well.
+    Let d be the difference of a seed's gradient from the dense gradient. The mean of d·d' over pairs of different seeds
+    is an unbiased estimate of the squared bias; the square of the mean difference would include the seeds' noise.
     """
     length = math.sqrt(square(dense))
     total, squares, cosines, losses = torch.zeros_like(dense), 0.0, [], []
@@ -197,7 +198,7 @@ def closeness(gradients: Iterator[tuple[Tensor, float]], dense: Tensor, dense_lo
 
 
 def labels_of(text: Text, config: SelectionConfig) -> SoftLabels:
-    """What a capture would keep of the text."""
+    """The soft labels that a capture of the text would store."""
     selection, parts = Selection.of(config), []
     places = torch.arange(1, text.sequences.shape[1])
     for one in text.one_by_one():
@@ -207,19 +208,19 @@ def labels_of(text: Text, config: SelectionConfig) -> SoftLabels:
 
 
 def stored(labels: SoftLabels, text: Text) -> tuple[float, Table]:
-    """Bytes a position of all soft-label columns, and the table's settings; its files are gone."""
+    """Bytes a position of all soft-label columns, and the table; its files are deleted."""
     captured = Captured(labels, _lengths(text), text.logits.shape[1])
     with tempfile.TemporaryDirectory() as scratch:
         table = make_table(Path(scratch), captured)
         with ShardWriter(table) as writer:
             writer.append(sequences_of(captured, 0), labels)
             writer.commit({})
-        table.ranks  # noqa: B018  (read while its file is there)
+        table.ranks  # noqa: B018  (loaded while its file exists)
         return inspect(table.newest()).soft_label_bytes_per_position, table
 
 
 def compact(labels: SoftLabels, text: Text, table: Table) -> CompactTargets:
-    """Soft labels as a shard would give them back."""
+    """Soft labels as they are read back from a shard."""
     flat = flatten(encode(labels, _lengths(text), table.ranks))
     flat["tail_log_masses"] = flat["tail_log_masses"][None]
     return CompactTargets(**{name: torch.from_numpy(values.copy()) for name, values in flat.items()})
@@ -240,7 +241,7 @@ def name_of(config: SelectionConfig) -> str:
 def measure(
     config: SelectionConfig, student: Student, text: Text, seeds: int, dense: tuple[Tensor, float]
 ) -> Iterator[tuple[str, float, str, Closeness]]:
-    """Name, bytes a position, ids and mass, and closeness, for each target that the selection allows."""
+    """For each target that the selection allows: name, bytes a position, ids and mass, and closeness."""
     labels = labels_of(text, config)
     size, table = stored(labels, text)
     vocabulary = torch.tensor(table.vocabulary)
@@ -279,7 +280,7 @@ def main() -> None:
 
     rows = []
     for number, config in enumerate(SELECTIONS, 1):
-        say(f"selection {number} of {len(SELECTIONS)}: {name_of(config)}")
+        show_progress(f"selection {number} of {len(SELECTIONS)}: {name_of(config)}")
         rows += measure(config, student, text, arguments.seeds, dense)
     print(f"\r{len(student.hidden):,} positions, KL to the teacher {dense[1]:.3f}, {arguments.seeds} seeds")
     print(f"{'':<36}{'bytes':>7}{'head':>6}{'tail':>6}{'mass':>8}{'loss':>8}{'cosine':>8}", end="")

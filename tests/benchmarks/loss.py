@@ -1,11 +1,11 @@
-"""Memory and time of the loss, forward and backward with the head's matrix products, beside the alternatives.
+"""Compares memory and time of the loss (forward and backward, with the head's matrix products) with alternatives.
 
-``python -m tests.benchmarks.loss`` prints one table, and the limits that are to hold. Every round runs all methods, in
-turn forwards and backwards, and a ratio is the median over the rounds of that round's own ratio, so that a busy machine
-slows both sides; on a CPU times are of CPU time, of one thread unless more are asked for, whose waiting for each other
-counts. On a CPU the peak is measured in a process for each (resident memory above what was there before the forward
-pass), on a GPU by torch. The dense teacher's probabilities, twice the size of all else that dense KL reads, are not
-counted against it.
+``python -m tests.benchmarks.loss`` prints one table, and checks the limits. Every round runs all methods, in
+alternating order. A ratio is the median of the ratios within each round, so that a busy machine slows down both sides.
+On a CPU, times are CPU times, on one thread by default; with more threads, their waiting for each other counts. Peak
+memory is measured by torch on a GPU, and on a CPU in a separate process for each method, as the rise of resident memory
+during the forward and backward pass. The dense teacher's probabilities, which are twice as large as everything else
+that dense KL reads, do not count.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CUDA = Shape(8192, 4096, 128_256, "cuda", torch.bfloat16)
 
 
 class Problem:
-    """A student's hidden states and head, and a teacher's distribution, random."""
+    """Random hidden states and head of a student, and a random distribution of a teacher."""
 
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ class Problem:
         self.next_ids = torch.randint(shape.vocabulary, (shape.positions,), device=shape.device)
 
     def targets(self) -> SparseTargets:
-        """k ids of 0.9 of the mass, and a bucket."""
+        """k ids with 0.9 of the mass, and a bucket for the rest."""
         shape, device = self.shape, self.shape.device
         stride = shape.vocabulary // shape.k
         first = torch.randint(stride, (shape.positions, shape.k), device=device)
@@ -66,7 +66,7 @@ class Problem:
         return SparseTargets(ids, logprobs, log_rest, torch.zeros_like(log_rest), "bucket")
 
     def probabilities(self) -> Tensor:
-        """A teacher's dense distribution, made in place."""
+        """A teacher's dense distribution, normalized in place."""
         p = torch.rand(self.shape.positions, self.shape.vocabulary, device=self.shape.device, dtype=self.shape.dtype)
         return p.div_(p.sum(1, keepdim=True))
 
@@ -114,7 +114,7 @@ def dense_kl(problem: Problem) -> Step:
 
 
 def liger_jsd(problem: Problem) -> Step:
-    """Liger's chunked JSD needs the teacher's head at hand; here it is as large as the student's."""
+    """Liger's chunked JSD needs the teacher's head; here it is as large as the student's."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5)
@@ -143,7 +143,7 @@ def run(problem: Problem, step: Step) -> float:
 
 
 def peak(name: str, shape: Shape) -> int:
-    """Bytes above what is there before the forward pass."""
+    """Peak bytes during forward and backward, above those before."""
     if shape.device == "cuda":
         problem = Problem(shape)
         step = METHODS[name](problem)
@@ -156,7 +156,7 @@ def peak(name: str, shape: Shape) -> int:
 
 
 def resident_peak(name: str) -> int:
-    """The same, for a process of its own: the resident set's high-water mark less its size at the start."""
+    """Peak of this process's resident memory during forward and backward, above its size before."""
     small = Problem(Shape(16, 16, 128, "cpu", torch.float32, k=8))
     run(small, METHODS[name](small))
     problem = Problem(CPU)
@@ -167,7 +167,7 @@ def resident_peak(name: str) -> int:
 
 
 def limits(peaks: dict[str, int], times: dict[str, float], ratio: float, shape: Shape) -> list[str]:
-    """What is to hold, of one H200 or any CPU; ``ratio`` is forward KL's time beside plain cross-entropy's."""
+    """The limits for one H200 or any CPU; ``ratio`` is forward KL's time relative to plain cross-entropy's."""
     if shape.device == "cuda":
         return [
             verdict(f"{FORWARD_KL}, time", 1000 * times[FORWARD_KL], "ms", at_most=42),
@@ -198,7 +198,7 @@ def main() -> None:
         import liger_kernel  # noqa: F401
     except ImportError:
         names.remove("Liger, JSD")
-        print("(liger-kernel is not installed: its loss is left out)")
+        print("(liger-kernel is not installed: its loss is skipped)")
     peaks = {name: peak(name, shape) for name in names}
     problem = Problem(shape)
     steps = {name: METHODS[name](problem) for name in names}

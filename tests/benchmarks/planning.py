@@ -1,14 +1,14 @@
-"""How long a capture takes beside its teacher, and in how much memory, by the number of documents.
+"""Measures the time and memory of a capture without its teacher, by the number of documents.
 
-``python -m tests.benchmarks.planning`` makes 10^3 to 10^6 small documents and runs over them, with SmolLM2's tokenizer
-(unpacked to .demo/teacher):
+``python -m tests.benchmarks.planning`` creates 10^3 to 10^6 small documents, and runs over them with SmolLM2's
+tokenizer (unpacked to .demo/teacher):
 
-    plan       find out what there is to do: read, tokenize, cut, compare
-    capture    the whole of it, from the plan to the last commit, by a teacher that takes no time: it says one id a
-               position, the same everywhere (what a real one takes, ``tests.benchmarks.capture`` shows)
-    nightly    the same again with ten documents more
+    plan       only the plan: read, tokenize, cut into sequences, compare with the table
+    capture    a whole capture, from the plan to the last commit, with a stub as the teacher that returns the same
+               single id at each position in no time (see ``tests.benchmarks.capture`` for the cost of a real teacher)
+    nightly    the same capture again with ten more documents
 
-Each runs in a process of its own, whose peak memory is shown; how much was tokenized is counted in the tokenizer.
+Each runs in its own process, whose peak memory is shown. The tokenizer counts what was tokenized.
 """
 
 import argparse
@@ -38,16 +38,16 @@ WORDS = 15
 """Words of a document, from a list of a thousand."""
 SIZES = (10**3, 10**4, 10**5, 10**6)
 NEW = 10
-"""Documents that a nightly run finds beside the old."""
+"""New documents in the nightly run."""
 ROWS = 4096
-"""Sequences that the stub answers at a time."""
+"""Sequences that the stub returns at a time."""
 
 
 class Stub(LabelTeacher):
-    """A teacher that takes no time."""
+    """A teacher that needs no time."""
 
     def answers(self, sequences: pa.Table) -> Iterator[tuple[pa.Table, SoftLabels]]:
-        """The sequences, some at a time, with one id a position."""
+        """The sequences in batches, with one id at each position."""
         for start in range(0, len(sequences), ROWS):
             rows = sequences.slice(start, ROWS)
             yield rows, made_up(sum(rows.column("positions").to_pylist()))
@@ -55,7 +55,7 @@ class Stub(LabelTeacher):
 
 @lru_cache(maxsize=1)
 def load_stub(config: TeacherConfig) -> Stub:
-    """In the place of ``pipeline.teachers.load.load_teacher``."""
+    """Replaces ``pipeline.teachers.load.load_teacher``."""
     return Stub(Checkpoint.find(config))
 
 
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measure(size: int, teacher: Path, folder: Path) -> None:
-    """All runs over so many documents."""
+    """Run everything over a number of documents."""
     words = [f"word{i}" if i % 3 else "and" for i in range(1000)]
     write_documents(folder / "documents.parquet", words, size)
     config = CaptureConfig(
@@ -90,7 +90,7 @@ def measure(size: int, teacher: Path, folder: Path) -> None:
 
 
 def write_documents(path: Path, words: list[str], count: int) -> None:
-    """Documents of random words, the same for the same number."""
+    """Write documents of random words; a document's text depends only on its number."""
     with pq.ParquetWriter(path, pa.schema([("id", pa.string()), ("text", pa.string())])) as writer:
         for start in range(0, count, 10_000):
             numbers = range(start, min(start + 10_000, count))
@@ -100,7 +100,7 @@ def write_documents(path: Path, words: list[str], count: int) -> None:
 
 
 def show(size: int, run: str, work: Callable[[CaptureConfig], None], config: CaptureConfig) -> None:
-    """Work in a fresh process, and print what that took."""
+    """Run in a new process, and print its time and memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         documents, tokens, seconds, peak = process.submit(measured, work, config).result()
     rates = f"{size / seconds:>13,.0f}{tokens / seconds:>11,.0f}"
@@ -108,13 +108,13 @@ def show(size: int, run: str, work: Callable[[CaptureConfig], None], config: Cap
 
 
 def planned(config: CaptureConfig) -> None:
-    """The plan alone."""
+    """Only the plan."""
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
         plan(config, Path(folder))
 
 
 def captured(config: CaptureConfig) -> None:
-    """All of a capture."""
+    """A whole capture."""
     capturing.load_teacher = load_stub  # type: ignore[assignment]
     capturing.capture(config)
 
@@ -138,7 +138,7 @@ def measured(work: Callable[[CaptureConfig], None], config: CaptureConfig) -> tu
 
 
 def made_up(positions: int) -> SoftLabels:
-    """Soft labels that say the same everywhere."""
+    """The same soft labels at every position."""
     ones, none = np.ones(positions, np.int32), np.zeros(0, np.int32)
     half = np.full(positions, -np.log(2), np.float32)
     return SoftLabels(

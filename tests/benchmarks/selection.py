@@ -1,10 +1,10 @@
-"""What the selection costs a position, beside plain torch.
+"""Measures the time of the selection per position, in comparison with plain torch.
 
-``python -m tests.benchmarks.selection`` prints one table. The logits are random and bf16, with an entropy of about 4
-nats and likelier low ids, as a tokenizer's are. The peer keeps the 64 highest log-probabilities the plain way, in
-chunks of rows that suit it: no order among ties, no exact tail, no entropy. Every round runs all of them, one after
-another; the time is the best round's, and the share is the median over the rounds of that round's own ratio, so that
-a busy machine slows both sides.
+``python -m tests.benchmarks.selection`` prints one table. The logits are random bf16 numbers with an entropy of about 4
+nats, in which low ids are more likely, as in a tokenizer. The baseline takes the 64 highest log-probabilities with
+plain torch, in chunks of rows that suit it: it has no order among ties, no exact tail and no entropy. Every round runs
+all selections one after another. The time is that of the best round. The share is the median of the ratios within each
+round, so that a busy machine slows down both sides.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def language(positions: int, vocabulary: int, device: str) -> Tensor:
 
 
 def plain(logits: Tensor) -> None:
-    """The peer: its results end in main memory, as ours do."""
+    """The baseline; its results end in main memory, as ours do."""
     for rows in logits.split(32 if logits.device.type == "cpu" else 1024):
         logprobs = rows.float().log_softmax(1)
         for found in logprobs.topk(64, dim=1):
@@ -55,7 +55,7 @@ def contestants(logits: Tensor, vocabulary: int) -> dict[str, Callable[[], objec
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Until its results are in main memory."""
+    """Seconds until the results are in main memory."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     places = [("cpu", 1), ("cpu", 2)] + ([("cuda", 1)] if torch.cuda.is_available() else [])
-    print(f"{'selection':<26} {'vocabulary':>10} {'device':>7} {'threads':>7} {'us/position':>11} {'of the peer':>11}")
+    print(f"{'selection':<26} {'vocabulary':>10} {'device':>7} {'threads':>7} {'us/position':>11} {'of baseline':>11}")
     for vocabulary in (49_152, 151_936):
         for device, threads in places:
             torch.set_num_threads(threads)

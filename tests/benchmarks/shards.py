@@ -1,9 +1,9 @@
-"""What a table of very many shards costs before the first row is read or written.
+"""Measures the cost of a table with very many shards, before its first row is read or written.
 
-``python -m tests.benchmarks.shards`` makes a table of 10,000 small shards and prints a line for each thing that looks
-at all of them. Each runs in a process of its own. Seconds are of CPU time, all threads added up, so that a busy
-machine does not change them; they and the peak, by which resident memory rose, are of the work alone, without imports.
-The files are on a local disk and in the system's cache.
+``python -m tests.benchmarks.shards`` creates a table of 10,000 small shards, and prints one line for each operation
+that handles all of them. Each operation runs in its own process. Seconds are CPU time over all threads, so that a busy
+machine does not change them. They, and the rise of resident memory, cover only the operation, without imports. The
+files are on a local disk and in the system's cache.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from tests.benchmarks.stream import random_labels
 from tests.benchmarks.table import Captured, make_table
 
 SEQUENCES, POSITIONS = 16, 8
-"""Of a shard, and of a sequence."""
+"""Sequences in a shard, and positions in a sequence."""
 LABELS = random_labels(np.random.default_rng(0), SEQUENCES * POSITIONS)
-A_COMMIT = 100
-"""Shards of one commit."""
+SHARDS_PER_COMMIT = 100
+"""Shards in one commit."""
 
 
 def rows(table: Table, number: int) -> pa.Table:
-    """Rows that no other shard has, but for their soft labels."""
+    """Rows of one shard; only their soft labels are the same in every shard."""
     names = [f"{number}-{i}" for i in range(SEQUENCES)]
     keys = [number.to_bytes(8, "big") + i.to_bytes(8, "big") for i in range(SEQUENCES)]
     lengths = np.full(SEQUENCES, POSITIONS)
@@ -61,11 +61,11 @@ def rows(table: Table, number: int) -> pa.Table:
 
 
 def make(folder: Path, shards: int) -> Table:
-    """A table of so many shards, many of them in each commit."""
+    """Create a table with this number of shards."""
     table = make_table(folder, Captured(LABELS, np.full(SEQUENCES, POSITIONS), 49_152))
-    for first in range(0, shards, A_COMMIT):
+    for first in range(0, shards, SHARDS_PER_COMMIT):
         added = []
-        for number in range(first, min(first + A_COMMIT, shards)):
+        for number in range(first, min(first + SHARDS_PER_COMMIT, shards)):
             file = ShardFile(table, "train", SEQUENCES)
             file.append(rows(table, number))
             file.finish()
@@ -79,7 +79,7 @@ def make(folder: Path, shards: int) -> Table:
 
 
 def opening(location: str) -> Callable[[], object]:
-    Table.open(location).shards()  # what this imports when it is called first
+    Table.open(location).shards()  # the first call imports modules
     return lambda: Table.open(location).shards()
 
 
@@ -111,17 +111,17 @@ def committing_again(location: str) -> Callable[[], object]:
 
 
 WORK: dict[str, Callable[[str], Callable[[], object]]] = {
-    "open, list its shards": opening,
+    "open, list shards": opening,
     "plan an epoch": planning,
     "inspect": inspecting,
     "verify": verifying,
-    "a process's first commit": committing,
-    "its second": committing_again,
+    "first commit of a process": committing,
+    "second commit of a process": committing_again,
 }
 
 
 def measure(name: str, location: str) -> None:
-    """In a process of its own: print the seconds, and the bytes that resident memory rose by at its highest."""
+    """Print the seconds of an operation, and the peak rise of resident memory in bytes; runs in its own process."""
     work = WORK[name](location)
     before = memory.resident()
     start = time.process_time()

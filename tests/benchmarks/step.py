@@ -1,11 +1,10 @@
-"""What soft labels add to a training step: one beside a step on hard labels alone, of the same model and tokens.
+"""Measures what soft labels add to a training step, relative to a step with the same model and tokens on hard labels.
 
-``python -m tests.benchmarks.step`` prints one table, and on a GPU the limit that is to hold. Each method has a copy of
-the same random Llama and takes the same batches, as a table gives them: forward, backward and AdamW. Every round runs
-all of them, one after another, and a ratio is the median over the rounds of that round's own ratio, so that a busy
-machine slows both sides; on a CPU times are of CPU time, of one thread unless more are asked for. The plain step is the
-model's own loss in transformers, whose logits are whole; Liger's, where it is installed and there is a GPU, is its
-fused cross-entropy with its kernels in the body.
+``python -m tests.benchmarks.step`` prints one table and, on a GPU, checks the limit. Each method has a copy of the same
+random Llama and trains on the same batches from a table: forward, backward and AdamW. Every round runs all methods one
+after another. A ratio is the median of the ratios within each round, so that a busy machine slows down both sides. On a
+CPU, times are CPU times, on one thread by default. The plain step uses the model's own loss in transformers, with full
+logits. Liger's step, if it is installed and there is a GPU, uses its fused cross-entropy and its kernels in the body.
 """
 
 import argparse
@@ -32,7 +31,7 @@ REFERENCE, FORWARD_KL = "softlabel, hard labels", "softlabel, forward KL"
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the student, and of a step."""
+    """Size of the student and of a step."""
 
     hidden: int
     layers: int
@@ -48,7 +47,7 @@ Loss = Callable[[Batch], Tensor]
 
 
 def student(shape: Shape) -> PreTrainedModel:
-    """A Llama of random weights; the same each time."""
+    """A Llama with random weights, the same at each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -102,7 +101,7 @@ class Stepper:
 
 
 def steppers(shape: Shape, table: Table) -> dict[str, Stepper]:
-    """Every method that runs here, by name."""
+    """Every method that can run on this machine, by name."""
     losses = {
         REFERENCE: LossConfig(hard_weight=1.0, soft_weight=0.0),
         FORWARD_KL: LossConfig(),
@@ -117,14 +116,14 @@ def steppers(shape: Shape, table: Table) -> dict[str, Stepper]:
         try:
             import liger_kernel  # noqa: F401
         except ImportError:
-            print("(liger-kernel is not installed: its step is left out)")
+            print("(liger-kernel is not installed: its step is skipped)")
         else:
             methods["Liger, hard labels"] = liger
-    made = {}
+    result = {}
     for name, method in methods.items():
         model = student(shape)
-        made[name] = Stepper(model, method(model))
-    return made
+        result[name] = Stepper(model, method(model))
+    return result
 
 
 def main() -> None:

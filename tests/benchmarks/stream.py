@@ -1,12 +1,13 @@
-"""How many captured positions one core makes ready to train on, beside the plain ways to do it.
+"""Measures how many captured positions per second one core prepares for training, compared with simple alternatives.
 
-``python -m tests.benchmarks.stream`` prints one table, and the limits that are to hold. The soft labels are random,
-with the counts of the default selection on a real teacher (13 head ids and 9 tail ids a position) and ids as frequent
-as words are. The plain ways read what most projects store, lists of lists of int32 ids and float32 log-probabilities,
-as many ids at each position, so that they make whole tensors; theirs are decoded with that, ours on the device that
-trains. All begin with compressed Parquet on a disk. Every round runs all of them; rates are of CPU time, all threads
-added up, so that a busy machine does not change them. A sequence costs something by itself, so that a position costs
-more in a short one: both lengths are shown. Hugging Face's ``datasets`` comes with the ``bench`` extra.
+``python -m tests.benchmarks.stream`` prints one table, and checks the limits. The soft labels are random, with the
+counts of the default selection on a real teacher (13 head ids and 9 tail ids a position) and ids as frequent as words.
+The alternatives read what most projects store: lists of lists of int32 ids and float32 log-probabilities, with the same
+number of ids at each position, so that they form rectangular tensors. Their soft labels are then decoded; ours are
+decoded on the training device. All start from compressed Parquet on a disk. Every round runs all of them. Rates are per
+second of CPU time over all threads, so that a busy machine does not change them. Each sequence has a fixed cost, which
+weighs more on the positions of a short one, so both lengths are shown. Hugging Face's ``datasets`` comes with the
+``bench`` extra.
 """
 
 import argparse
@@ -49,7 +50,7 @@ ROWS_A_BATCH = 8
 
 
 def random_labels(generator: np.random.Generator, positions: int) -> SoftLabels:
-    """Soft labels of the default selection's sizes: most heads are full, most tails short."""
+    """Soft labels with the sizes of the default selection: most heads are full, most tails short."""
     head_counts = np.where(generator.random(positions) < 0.6, 16, generator.integers(1, 16, positions))
     tail_counts = np.where(generator.random(positions) < 0.9, generator.integers(1, 20, positions), 0)
     counts = head_counts + tail_counts
@@ -74,7 +75,7 @@ def random_labels(generator: np.random.Generator, positions: int) -> SoftLabels:
 
 
 def make_table(folder: Path, sequences: int, tokens: int = TOKENS) -> Table:
-    """A table of softlabel's, in row groups of 256 sequences; most have so many tokens, no other under half."""
+    """A softlabel table in row groups of 256 sequences; most have ``tokens`` tokens, the rest at least half as many."""
     generator = np.random.default_rng(0)
     (folder / "tokenizer").mkdir()
     identity = Identity(
@@ -116,7 +117,7 @@ def _row(number: int, tokens: int, generator: np.random.Generator) -> dict[str, 
 
 
 def make_naive(path: Path, sequences: int) -> None:
-    """What most projects store: for each sequence a list of lists of ids, and one of log-probabilities."""
+    """Write what most projects store: a list of lists of ids, and one of log-probabilities, for each sequence."""
     generator = np.random.default_rng(0)
     ids = np.minimum(generator.zipf(1.2, (sequences, TOKENS, IDS)), VOCABULARY).astype(np.int32)
     logprobs = -np.cumsum(generator.exponential(0.3, ids.shape), 2, dtype=np.float32)
@@ -131,20 +132,20 @@ def make_naive(path: Path, sequences: int) -> None:
 
 
 def ours(table: Table) -> Iterator[int]:
-    """Shuffled, packed, collated, ready for the device."""
+    """Positions that are shuffled, packed, collated and ready for the device."""
     stream = StreamConfig(max_length=TOKENS, batch_size=ROWS_A_BATCH, micro_batch_size=ROWS_A_BATCH)
     for batch in SoftLabelDataset(table, stream):
         yield len(batch.positions)
 
 
 def reading(table: Table) -> Iterator[int]:
-    """What of that is reading and decompressing."""
+    """Positions that are only read and decompressed."""
     for _, rows in batches(table, COLUMNS):
         yield len(rows.column("entropies").combine_chunks().values)
 
 
 def plain_pyarrow(path: Path) -> Iterator[int]:
-    """Python lists, made tensors batch by batch."""
+    """Python lists that become tensors, batch by batch."""
     for rows in pq.ParquetFile(path).iter_batches(ROWS_A_BATCH):
         columns = rows.to_pydict()
         tensors = {name: torch.tensor(values) for name, values in columns.items()}
@@ -152,7 +153,7 @@ def plain_pyarrow(path: Path) -> Iterator[int]:
 
 
 def hugging_face(path: Path) -> Iterator[int]:
-    """``datasets`` with its torch formatting, from the Arrow file that it makes of the Parquet (not timed)."""
+    """``datasets`` with its torch format, from the Arrow file into which it converts the Parquet file (not timed)."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -164,12 +165,12 @@ def hugging_face(path: Path) -> Iterator[int]:
 
 
 def mean_tokens(table: Table) -> int:
-    """Tokens of a sequence, on average."""
+    """Mean number of tokens in a sequence."""
     return round(np.mean([count for _, rows in batches(table, ["tokens"]) for count in rows["tokens"].to_pylist()]))
 
 
 def rate(stream: Iterator[int], prepared: bool = False) -> float:
-    """Positions a second of CPU time."""
+    """Positions per second of CPU time."""
     if prepared:
         next(stream)
     start = time.process_time()
@@ -178,7 +179,7 @@ def rate(stream: Iterator[int], prepared: bool = False) -> float:
 
 
 def compared(usual: Table, short: Table, naive: Path) -> dict[str, Callable[[], float]]:
-    """Every way that runs here, by name: positions a second."""
+    """Every method that can run on this machine, by name; each returns positions per second."""
     ways = {
         OURS: lambda: rate(ours(usual)),
         "  of which reading Parquet": lambda: rate(reading(usual)),
@@ -186,7 +187,7 @@ def compared(usual: Table, short: Table, naive: Path) -> dict[str, Callable[[], 
         "pyarrow to lists to tensors": lambda: rate(plain_pyarrow(naive)),
     }
     if importlib.util.find_spec("datasets") is None:
-        print("(datasets is not installed: Hugging Face is left out; pip install -e '.[bench]' brings it)")
+        print("(datasets is not installed: Hugging Face is skipped; install it with pip install -e '.[bench]')")
     else:
         ways[HUGGING_FACE] = lambda: rate(hugging_face(naive), prepared=True)
     return ways

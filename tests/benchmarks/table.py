@@ -1,11 +1,12 @@
-"""What soft labels of a real teacher take in a table, column by column, and how fast one core writes and reads them.
+"""Measures the size of a real teacher's soft labels in a table, by column, and how fast one core writes and reads them.
 
-``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual and writes
-real tables of k=64 and of the default selection, each also with its ids renumbered at random over the 151,669 of a
-large vocabulary. What is measured comes after the text by which the table numbers its ids, as in all tables but small
-ones. Beside it: what a naive layout takes, measured, and what DistillKit's formats take by the arithmetic of their
-layouts. ``--npz FILE`` keeps the logits' selections in a file and takes them from there the next time. Speeds are of
-CPU time, the best of some runs: a shard is encoded, written, hashed and committed; hashed, read and decoded.
+``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual, and writes
+real tables of k=64 and of the default selection, each also with its ids renumbered at random over the 151,669 ids of a
+large vocabulary. The measured text comes after the text by which the table numbers its ids, as in all but small tables.
+For comparison, it measures a naive layout, and calculates the size of DistillKit's formats from their layouts.
+``--npz FILE`` saves the teacher's soft labels in a file, and loads them from there the next time. Speeds are per second
+of CPU time in the best of several runs: a shard is encoded, written, hashed and committed, then hashed, read and
+decoded.
 """
 
 import argparse
@@ -41,9 +42,9 @@ from softlabel.storage.writer import ShardWriter
 LENGTH = 1024
 """Tokens of a sequence."""
 LARGE = 151_669
-"""Ids of a large vocabulary, Qwen3's."""
+"""Number of ids in a large vocabulary, that of Qwen3."""
 GOALS = {"k=64": (126, 100_000, 300_000), "default": (60, 200_000, 600_000)}
-"""Bytes a position, positions/s written, positions/s read."""
+"""Bytes a position, positions/s written, and positions/s read, for each selection."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Captured:
     """Captured positions of each sequence."""
     vocabulary: int
     sample: SoftLabels | None = None
-    """Of other sequences, by which a table numbers its ids; left out, these themselves."""
+    """Soft labels of other sequences, by which a table numbers its ids; ``labels`` if None."""
 
 
 def capture_demo(npz: Path | None, wanted: int) -> dict[str, Captured]:
@@ -107,7 +108,7 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     sequences = ids[: LENGTH * (sampled + measured)].reshape(sampled + measured, LENGTH)
     parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
     for number, sequence in enumerate(sequences):
-        print(f"\rthe teacher reads sequence {number + 1} of {len(sequences)}", end="", file=sys.stderr)
+        print(f"\rteacher: sequence {number + 1} of {len(sequences)}", end="", file=sys.stderr)
         start = 1
         for logits in teacher.logits([sequence], [np.arange(1, LENGTH, dtype=np.int32)]):
             at = torch.arange(start, start + len(logits))
@@ -131,7 +132,7 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
 
 
 def renumbered(captured: Captured) -> Captured:
-    """The same with each id's number drawn at random from those of a large vocabulary."""
+    """The same soft labels with ids that are drawn at random from a large vocabulary."""
     numbers = np.random.default_rng(0).permutation(LARGE).astype(np.int32)
 
     def changed(labels: SoftLabels) -> SoftLabels:
@@ -163,7 +164,7 @@ def sequences_of(captured: Captured, copy: int) -> pa.Table:
 
 
 def make_table(folder: Path, captured: Captured) -> Table:
-    """A table of the format's own, its ids numbered by how often they occur in the sample."""
+    """A softlabel table that numbers its ids by their frequency in the sample."""
     identity = Identity(
         teacher=TeacherIdentity(files={}, dtype="bfloat16"),
         tokenizer=TokenizerIdentity(files="", chat_template=None, chat_template_date=date(2026, 1, 1)),
@@ -179,7 +180,7 @@ def make_table(folder: Path, captured: Captured) -> Table:
 
 
 def naive_bytes(labels: SoftLabels) -> float:
-    """Bytes a position of int32 ids and float32 log-probabilities as lists of lists, zstd, everything else left out."""
+    """Bytes a position of int32 ids and float32 log-probabilities as lists of lists with zstd, and nothing else."""
     counts = labels.head_counts + labels.tail_counts
     heads = np.repeat(np.arange(labels.positions), labels.head_counts)
     tails = np.repeat(np.arange(labels.positions), labels.tail_counts)
@@ -196,18 +197,18 @@ def naive_bytes(labels: SoftLabels) -> float:
 
 
 def distillkit_bytes(k: int, vocabulary: int) -> dict[str, float]:
-    """Bytes a position by the arithmetic of DistillKit's layout; its code is not run here.
+    """Bytes a position, calculated from DistillKit's layout; its code is not run here.
 
     Ids are packed to as many bits as the vocabulary needs (``DistributionQuantizationConfig.total_bits`` in
-    distillkit/compression/config.py). The exact setting keeps all k log-probabilities as bfloat16; the one that its
-    README recommends keeps 16, and 6 float32 terms of a polynomial for the others.
+    distillkit/compression/config.py). The exact setting stores all k log-probabilities as bfloat16. The setting that
+    its README recommends stores 16 of them, and 6 float32 terms of a polynomial for the rest.
     """
     ids = (k * (vocabulary - 1).bit_length() + 7) // 8
     return {"bf16 exact": ids + 2 * k, "polynomial": ids + 2 * 16 + 4 * 6}
 
 
 def best(work: Callable[[int], object], positions: int, runs: int) -> float:
-    """Positions a second of CPU time, of the best of some runs: what one core does when it does nothing else."""
+    """Positions per second of CPU time in the best run: what one core can do if it does nothing else."""
     seconds = []
     for run in range(runs):
         started = time.process_time()
@@ -217,7 +218,7 @@ def best(work: Callable[[int], object], positions: int, runs: int) -> float:
 
 
 def measure(name: str, captured: Captured, runs: int) -> None:
-    """Print a selection's sizes and speeds."""
+    """Print the sizes and speeds of a selection."""
     P = captured.labels.positions
     sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -236,7 +237,7 @@ def measure(name: str, captured: Captured, runs: int) -> None:
                 writer.commit({})
 
         def load(run: int) -> None:
-            reader._HASHES.clear()  # each run checks the shard's bytes, as each process does once
+            reader._HASHES.clear()  # so that each run checks the shard's bytes, as every process does once
             for shard in one_shard.shards():
                 decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.vocabulary)
 
@@ -255,20 +256,20 @@ def measure(name: str, captured: Captured, runs: int) -> None:
     print(
         f"  {'together':<20}{ours:8.2f}{entropy:9.2f}{worst:15.2f}   goals {goal_bytes}, +10%: {worst / ours - 1:+.1%}"
     )
-    print(
-        f"  {'naive layout':<20}{naive_bytes(captured.labels):8.2f}   int32 ids + float32, zstd; ids and values alone"
-    )
+    print(f"  {'naive layout':<20}{naive_bytes(captured.labels):8.2f}   int32 ids + float32, zstd; only ids and values")
     if name == "k=64":
         sizes_here, sizes_large = (distillkit_bytes(64, V) for V in (captured.vocabulary, LARGE))
         for setting, size in sizes_here.items():
-            print(f"  {'DistillKit':<20}{size:8.2f}{sizes_large[setting]:24.2f}   {setting}, by arithmetic")
+            print(f"  {'DistillKit':<20}{size:8.2f}{sizes_large[setting]:24.2f}   {setting}, calculated")
     print(f"  encode and write  {written:10,.0f} positions/s   goal {goal_write:,}")
     print(f"  read and decode   {loaded:10,.0f} positions/s   goal {goal_read:,}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--npz", type=Path, help="keep the teacher's soft labels here, and take them from here")
+    parser.add_argument(
+        "--npz", type=Path, help="file to save the teacher's soft labels in, or to load them from if it exists"
+    )
     parser.add_argument("--positions", type=int, default=16_384)
     parser.add_argument("--runs", type=int, default=7)
     settings = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The command line within this process: what a program gets of it, and what a person sees."""
+"""The command line, run in this process: its output for programs and for people."""
 
 import json
 from typing import Any
@@ -9,13 +9,13 @@ from softlabel.flows.cli import run
 
 
 def softlabel(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
-    """Exit code, the JSON on stdout, and stderr."""
+    """Run with ``--json``; returns the exit code, the JSON on stdout, and stderr."""
     code = run([*map(str, arguments), "--json"])
     out, err = capsys.readouterr()
     return code, json.loads(out), err
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a person sees on stdout."""
+    """Run without ``--json``; returns stdout with all white space collapsed."""
     assert run([*map(str, arguments)]) == 0
     return " ".join(capsys.readouterr().out.split())

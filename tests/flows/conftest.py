@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def prefect() -> Iterator[None]:
-    """A server of its own with an empty database, for as long as the tests run."""
+    """A Prefect server with an empty database, which runs as long as the tests."""
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):
@@ -17,5 +17,5 @@ def prefect() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where embedded servers keep their database, which takes its time to be made."""
+    """Folder for the database of embedded servers; shared, because creating it takes a while."""
     return tmp_path_factory.mktemp("prefect")

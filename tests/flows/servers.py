@@ -1,4 +1,4 @@
-"""Servers of the tests' own, as processes, and waiting for what they do."""
+"""Servers that tests start as processes, and waiting for them."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ SERVICES = (
     *("SCHEDULER", "LATE_RUNS", "PAUSE_EXPIRATIONS", "FOREMAN", "REPOSSESSOR"),
     *("CANCELLATION_CLEANUP", "CLEANUP_RECONCILER", "DB_VACUUM"),
 )
-"""What Prefect's server does again and again beside answering."""
+"""Background services of Prefect's server."""
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-"""Folders with the programs of PostgreSQL, if there are any."""
+"""Folders with PostgreSQL's programs, if it is installed."""
 
 
 def wait_until(holds: Callable[[], object], seconds: float) -> None:
@@ -33,7 +33,7 @@ def wait_until(holds: Callable[[], object], seconds: float) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether a Prefect server answers at its API's address."""
+    """Whether a Prefect server answers at this API address."""
     try:
         return httpx.get(f"{url}/health").is_success
     except httpx.HTTPError:
@@ -42,7 +42,7 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def prefect_server(home: Path, **environment: str) -> Iterator[Path]:
-    """A server whose services look for work every second; gives its log, and leads this process to it."""
+    """Run a server whose services look for work every second; yields its log file, and sets its URL in this process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     quick = {f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": "1" for service in SERVICES}
@@ -67,10 +67,10 @@ def prefect_server(home: Path, **environment: str) -> Iterator[Path]:
 
 @contextmanager
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL of this test's own; gives its URL."""
+    """Run a PostgreSQL server for one test; yields its URL."""
     programs, root = POSTGRES[-1], os.geteuid() == 0
-    owner = {"user": "nobody", "group": "nogroup", "extra_groups": []} if root else {}  # it refuses to be root's
-    folder = Path(tempfile.mkdtemp())  # a short path, as a socket's has to be, that its owner may enter
+    owner = {"user": "nobody", "group": "nogroup", "extra_groups": []} if root else {}  # it refuses to run as root
+    folder = Path(tempfile.mkdtemp())  # a short path, as sockets need, which its owner may enter
     if root:
         shutil.chown(folder, "nobody", "nogroup")
 

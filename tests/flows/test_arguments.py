@@ -1,4 +1,4 @@
-"""Settings from flags and files: who wins, and what is said of those that can't be used."""
+"""Settings from flags and files: which one wins, and how errors explain what is wrong."""
 
 from pathlib import Path
 
@@ -30,98 +30,111 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
     assert (config.selection.seed, config.selection.draws, config.selection.max_k) == (3, 5, 16)
 
 
-def test_flags_alone_are_enough():
+def test_flags_are_enough_without_a_file():
     assert resolve(CaptureConfig, NEEDED, None).teacher.model == "m"
 
 
 @pytest.mark.parametrize("model", [CaptureConfig, TrainConfig, EvaluateConfig, DistillConfig])
-def test_every_setting_is_explained(model: type):
+def test_every_setting_has_a_description(model: type):
     assert all(setting.field.description for setting in settings(model))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "messages"),
     [
         ("tabel: x", ["unknown setting tabel", "did you mean table?", "run.yaml, tabel"]),
         ("selection: {topk: 4}", ["unknown setting selection.topk", "did you mean top_k?"]),
         ("selection: {top-k: 4}", ["did you mean top_k?"]),
         ("selection: {top_k: 4, draws: 3}", ["top_k can't be combined with draws", "run.yaml, selection"]),
-        ("teacher: {model: m, dtype: fp8}", ["teacher.dtype can't be used", "'bfloat16'", "found:       'fp8'"]),
-        ("teacher: m", ["teacher can't be used", "run.yaml, teacher"]),
+        ("teacher: {model: m, dtype: fp8}", ["invalid value for teacher.dtype", "'bfloat16'", "found:       'fp8'"]),
+        ("teacher: m", ["invalid value for teacher\n", "run.yaml, teacher"]),
     ],
 )
-def test_a_wrong_file_is_explained(tmp_path: Path, text: str, said: list[str]):
+def test_an_error_in_a_file_names_the_setting_and_the_place(tmp_path: Path, text: str, messages: list[str]):
     flags = {path: value for path, value in NEEDED.items() if not text.startswith("teacher")}
     with pytest.raises(UsageError) as error:
         resolve(CaptureConfig, flags, write(tmp_path, text))
-    assert all(words in str(error.value) for words in said), error.value
+    assert all(message in str(error.value) for message in messages), error.value
 
 
-def test_what_is_missing_is_named_by_its_flag(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"teacher\.model is needed") as error:
+def test_a_missing_setting_is_named_with_its_flag(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"teacher\.model is missing") as error:
         resolve(CaptureConfig, {("documents",): "d", ("table",): "t"}, write(tmp_path, ""))
-    assert "--teacher.model" in str(error.value)
+    assert "pass --teacher.model, or set it in a --config file" in str(error.value)
 
 
-def test_what_may_be_given_by_its_place_is_named_so():
-    with pytest.raises(UsageError, match=r"give it by its place \(DOCUMENTS TABLE\), or --table, or set it in a file"):
+def test_a_missing_positional_setting_is_named_as_an_argument():
+    with pytest.raises(
+        UsageError, match=r"as an argument \(DOCUMENTS TABLE\), pass --table, or set it in a --config file"
+    ):
         resolve(CaptureConfig, {("documents",): "d", ("teacher", "model"): "m"}, None, ("documents", "table"))
 
 
-def test_a_section_without_settings_is_as_if_it_were_left_out(tmp_path: Path):
+def test_an_empty_section_counts_as_absent(tmp_path: Path):
     file = write(tmp_path, "documents: d\ntable: t\nteacher: {model: m}\nselection:\nsequences:\nshards: {}\n")
     assert resolve(CaptureConfig, {}, file) == resolve(CaptureConfig, NEEDED, None)
     assert resolve(CaptureConfig, {("sequences", "max_tokens"): 99}, file).sequences.max_tokens == 99
-    with pytest.raises(UsageError, match=r"teacher\.model is needed"):
+    with pytest.raises(UsageError, match=r"teacher\.model is missing"):
         resolve(CaptureConfig, {("documents",): "d", ("table",): "t"}, write(tmp_path, "teacher:"))
 
 
 @pytest.mark.parametrize("name", ["documents", "selection"])
-def test_a_setting_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path, name: str):
+def test_a_setting_that_is_set_twice_is_refused_with_its_lines(tmp_path: Path, name: str):
     text = "base: &base {seed: 1}\ndocuments: a\nselection:\n  <<: *base\n  seed: 3\n"
     assert read_file(write(tmp_path, text))["selection"] == {"seed": 3}
-    with pytest.raises(UsageError, match=f"(?s){name} is given twice.*lines [23] and 6.*run.yaml"):
+    with pytest.raises(UsageError, match=f"(?s){name} is set twice.*lines [23] and 6.*run.yaml"):
         read_file(write(tmp_path, f"{text}{name}: b\n"))
 
 
-def test_a_wrong_flag_is_named():
+def test_a_misspelt_setting_is_shown_before_the_settings_that_are_missing(tmp_path: Path):
+    with pytest.raises(UsageError) as error:
+        resolve(CaptureConfig, {}, write(tmp_path, "documents: d\ntabel: t\n"))
+    assert str(error.value).startswith("unknown setting tabel\n")
+    assert "the setting table is missing" in str(error.value)
+
+
+def test_an_invalid_value_is_named_with_its_flag():
     with pytest.raises(UsageError, match=r"--selection\.draws") as error:
         resolve(CaptureConfig, {**NEEDED, ("selection", "draws"): -1}, None)
     assert "greater than or equal to 0" in str(error.value)
 
 
-def test_many_mistakes_fit_on_a_screen(tmp_path: Path):
+def test_many_mistakes_fit_on_one_screen(tmp_path: Path):
     with pytest.raises(UsageError, match=r"and \d+ more") as error:
         resolve(CaptureConfig, {}, write(tmp_path, "\n".join(f"wrong{i}: 1" for i in range(40))))
     assert len(str(error.value).splitlines()) < 24
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"a: [", "is not YAML"), (b"- a", "holds no settings"), (b"\xff\xfe\x00a", "can't be read|is not YAML")],
+    ("content", "problem"),
+    [
+        (b"a: [", "is not valid YAML"),
+        (b"- a", "contains no settings"),
+        (b"\xff\xfe\x00a", "can't be read|is not valid YAML"),
+    ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, said: str):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path, content: bytes, problem: str):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=problem):
         read_file(path)
 
 
-def test_a_missing_file_suggests_its_neighbour(tmp_path: Path):
+def test_a_missing_file_suggests_a_similar_name(tmp_path: Path):
     file = write(tmp_path, "")
     with pytest.raises(UsageError, match=f"did you mean {file}"):
         read_file(tmp_path / "run.yml")
 
 
-def test_what_a_run_saved_can_be_read_back():
+def test_saved_settings_can_be_read_back():
     config = resolve(CaptureConfig, {**NEEDED, ("selection", "top_k"): 64}, None)
     assert CaptureConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_what_a_group_needs_that_may_be_left_out_is_no_need_of_the_job():
+def test_a_setting_of_an_optional_section_is_required_only_with_that_section():
     [capture], [verify] = (
         [str(s.parameter(False).annotation) for s in settings(model) if s.path == ("teacher", "model")]
         for model in (CaptureConfig, VerifyConfig)
     )
-    assert "(needed, here or in the file)" in capture
-    assert "(needed with any --teacher.*)" in verify
+    assert "(required, here or in the --config file)" in capture
+    assert "(required with any --teacher.* flag)" in verify

@@ -1,4 +1,4 @@
-"""What a person is shown of classifiers; the flows' tests read what is shown of language models."""
+"""What the command prints for classifiers; the tests of the flows cover language models."""
 
 import re
 
@@ -12,7 +12,7 @@ from softlabel.pipeline.models.pruning import spread
 from softlabel.pipeline.training.train import TrainReport
 
 
-def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
+def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixture[str]):
     captured = CaptureReport("table", 3, 20, 20, 1, 0, None, 2, 0, 0, 0, 0, 0.1)
     trained = TrainReport("runs/student", "table@3", 8, 8, 8, None, 1000, 160, 1.0, {})
     scores = (
@@ -22,21 +22,21 @@ def test_classifiers_side_by_side(capsys: pytest.CaptureFixture[str]):
     evaluated = ClassEvaluation("report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:])
     show_distill(DistillReport(captured, {"student": trained}, evaluated))
     shown = capsys.readouterr().out
-    for said in (
-        "2 documents are longer",
+    for text in (
+        "2 documents are longer than the classifier's input",
         "1 documents were taken down",
         "50.0%",
         "20.0%",
         "0.125",
         "4 held-out documents, 1 that also occur in train",
     ):
-        assert said in shown
+        assert text in shown
     assert "25.0% of the teacher's mass is on classes without a label" in shown
-    # Another student of this one would need its labels, which are not known here.
+    # No suggestion to train another student from this one: that would need its labels, which are not known here.
     assert shown.count("  softlabel ") == 1
 
 
-def test_what_follows_a_capture_can_be_done_with_a_teacher_of_two_layers(capsys: pytest.CaptureFixture[str]):
+def test_the_command_suggested_after_a_capture_works_with_a_teacher_of_two_layers(capsys: pytest.CaptureFixture[str]):
     show_capture(CaptureReport("table", 3, 20, 20, 0, 0, None, 2, 0, 0, 0, 0, 0.1))
     [depth] = re.findall(r"softlabel train table STUDENT --student\.depth (\d+)\n", capsys.readouterr().out)
     assert spread(int(depth), 2) == (0, 1)

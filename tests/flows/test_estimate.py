@@ -1,4 +1,4 @@
-"""``softlabel estimate`` as a person runs it."""
+"""``softlabel estimate`` on the command line."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from softlabel.pipeline.estimation.estimate import Estimate, Seconds
 pytestmark = pytest.mark.usefixtures("prefect")
 
 
-def test_an_estimate_for_people_and_for_programs(
+def test_people_and_programs_get_the_same_estimate(
     tiny_teacher: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     command = ["estimate", str(documents), "--teacher.model", str(tiny_teacher), "--selection.top-k", "5"]
@@ -32,21 +32,21 @@ def test_an_estimate_for_people_and_for_programs(
     ]
     assert run(command) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for said in (
+    for text in (
         f"{found['sequences']:,} sequences, {found['positions']:,} positions",
         "on cpu",
         "one l4",
         "lost (KL)",
     ):
-        assert said in shown
+        assert text in shown
 
 
-def test_a_device_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_gpu_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]):
     assert run(["estimate", "d", "--teacher.model", "t", "--gpu", "abacus"]) == 2
     assert "h100" in capsys.readouterr().err
 
 
-def test_what_a_sample_cannot_see_is_said(capsys: pytest.CaptureFixture[str]):
+def test_a_partial_sample_is_reported_as_upper_bounds(capsys: pytest.CaptureFixture[str]):
     seconds = Seconds(0.0, copy=61.0)
     found = Estimate(9, pending=9, rejects=0, tokenized=1.0, seconds=seconds, gpu="h100", gpu_utilization=0.4)
     show_estimate(replace(found, sequences=5, copied=4))
@@ -58,11 +58,11 @@ def test_what_a_sample_cannot_see_is_said(capsys: pytest.CaptureFixture[str]):
     assert "upper bounds" in capsys.readouterr().out
 
 
-def test_documents_that_give_nothing_are_not_said_to_be_there(capsys: pytest.CaptureFixture[str]):
+def test_documents_without_new_sequences_are_not_reported_as_captured(capsys: pytest.CaptureFixture[str]):
     found = Estimate(9, pending=3, rejects=0, tokenized=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilization=0.4)
     show_estimate(found)
     assert "3 documents are not in the table" in capsys.readouterr().out
     show_estimate(replace(found, copied=4, bytes=5000))
-    assert "would copy about 4 sequences, 5.0 kB" in capsys.readouterr().out
+    assert "would only copy about 4 sequences, 5.0 kB" in capsys.readouterr().out
     show_estimate(replace(found, pending=0))
-    assert "all 9 documents are in the table already" in capsys.readouterr().out
+    assert "the table already holds all 9 documents" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The flows on a real Prefect server and a tiny teacher, as the command line runs them."""
+"""The flows on a real Prefect server with a tiny teacher, as the command line runs them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maint
 
 @pytest.fixture
 def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
-    """A YAML that distils the tiny teacher in seconds."""
+    """A YAML file that distils the tiny teacher in seconds."""
     settings = {
         "documents": str(documents),
         "table": str(tmp_path / "table"),
@@ -38,7 +38,7 @@ def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_forms_are_friendly(name: str):
+def test_every_parameter_in_prefects_forms_has_a_description(name: str):
     from importlib import import_module
 
     from prefect.utilities.callables import parameter_schema
@@ -50,7 +50,7 @@ def test_forms_are_friendly(name: str):
     assert not [name for name, field in fields if field.get("additionalProperties")]
 
 
-def test_deployments_name_the_flows():
+def test_every_flow_has_a_deployment():
     from prefect.flows import load_flow_from_entrypoint
 
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
@@ -69,7 +69,7 @@ def test_flows_that_run_a_model_have_a_queue_of_their_own():
 
 
 @pytest.mark.usefixtures("prefect")
-def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixture[str]):
+def test_distilling_again_from_the_same_file_does_nothing(small: Path, capsys: pytest.CaptureFixture[str]):
     code, result, err = softlabel(capsys, "distill", "--config", str(small))
     assert code == 0
     assert result["capture"]["positions"] > 10_000
@@ -93,15 +93,15 @@ def test_distil_from_one_file_and_again(small: Path, capsys: pytest.CaptureFixtu
     assert shown.count("  softlabel ") == 3
 
     for verb in ("inspect", "history"):
-        code, told, _ = softlabel(capsys, verb, "--config", str(small))
+        code, report, _ = softlabel(capsys, verb, "--config", str(small))
         assert code == 0
-        assert isinstance(told, dict)
+        assert isinstance(report, dict)
         assert run([verb, "--config", str(small)]) == 0
         assert "positions" in capsys.readouterr().out
 
 
 def names_of_runs() -> set[str]:
-    """Of all flows and tasks."""
+    """Names of all flow runs and task runs."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -109,7 +109,7 @@ def names_of_runs() -> set[str]:
 
 
 def share_done(key: str) -> float:
-    """What the newest progress artifact of that key says."""
+    """Percentage in the newest progress artifact with that key."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -139,7 +139,7 @@ def artifacts() -> dict[str, str]:
         (["--loss.temperature", "7"], 2, "UsageError"),
     ],
 )
-def test_bad_input_is_one_screen(
+def test_an_error_of_the_input_fits_on_one_screen(
     small: Path,
     arguments: list[str],
     code: int,
@@ -160,7 +160,9 @@ def test_bad_input_is_one_screen(
 
 
 @pytest.mark.usefixtures("prefect")
-def test_empty_documents(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_empty_documents_are_an_error_and_leave_no_table(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     code, error, _ = softlabel(capsys, "distill", "--config", str(small), "--documents", str(empty))
@@ -170,7 +172,7 @@ def test_empty_documents(small: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("prefect")
 def test_a_yes_on_standard_input_runs_no_code(tiny_teacher: Path, tmp_path: Path):
-    """A script's, which answers whatever asks."""
+    """Scripts may answer yes to any question."""
     table = make_table(tmp_path / "table", tiny_teacher, 4, 0)
     student = hostile(tmp_path / "from", tiny_teacher, "tokenizer", tmp_path / "ran")
     command = [Path(sys.executable).with_name("softlabel"), "train", table.location, tmp_path / "student"]

@@ -1,4 +1,4 @@
-"""Locations in settings, on the command line and at Prefect's server: credentials are refused, ``~`` is expanded."""
+"""Locations in settings, on the command line and on Prefect's server: no credentials, and ``~`` is expanded."""
 
 import json
 import os
@@ -56,23 +56,23 @@ def with_location(given: dict[str, Any], name: str, location: str) -> dict[str, 
 
 
 @pytest.mark.parametrize(("model", "given", "name"), EACH)
-def test_no_setting_takes_credentials(model: type[Settings], given: dict[str, Any], name: str, tmp_path: Path):
+def test_no_setting_accepts_credentials(model: type[Settings], given: dict[str, Any], name: str, tmp_path: Path):
     for location in HOLDING:
-        said = with_location(given, name, location)
+        values = with_location(given, name, location)
         with pytest.raises(ValidationError, match="AWS_ACCESS_KEY_ID") as invalid:
-            model.model_validate(said)
+            model.model_validate(values)
         file = tmp_path / "run.yaml"
-        file.write_text(yaml.safe_dump(said))
+        file.write_text(yaml.safe_dump(values))
         with pytest.raises(UsageError, match="AWS_ACCESS_KEY_ID") as from_a_file:
             resolve(model, {}, file)
         with pytest.raises(UsageError, match="AWS_ACCESS_KEY_ID") as from_a_flag:
-            resolve(model, {(key,): value for key, value in said.items()}, None)
+            resolve(model, {(key,): value for key, value in values.items()}, None)
         for error in (invalid, from_a_file, from_a_flag):
             assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize(("model", "given", "name"), EACH)
-def test_every_setting_expands_home(model: type[Settings], given: dict[str, Any], name: str, monkeypatch):
+def test_every_location_expands_home(model: type[Settings], given: dict[str, Any], name: str, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     for written, meant in {"~/x/*.txt": "/home/somebody/x/*.txt", "~/t@3": "/home/somebody/t@3"}.items():
         found = getattr(model.model_validate(with_location(given, name, written)), name)
@@ -98,7 +98,7 @@ def test_every_setting_expands_home(model: type[Settings], given: dict[str, Any]
     ],
 )
 @pytest.mark.parametrize("location", [HOLDING[0], HOLDING[7], HOLDING[19]])
-def test_a_wrong_file_is_explained_without_them(text: str, location: str, tmp_path: Path):
+def test_an_error_in_a_file_does_not_show_credentials(text: str, location: str, tmp_path: Path):
     (tmp_path / "run.yaml").write_text(text.replace("LOCATION", location))
     with pytest.raises(UsageError) as error:
         resolve(CaptureConfig, {}, tmp_path / "run.yaml")
@@ -120,7 +120,7 @@ def test_a_wrong_file_is_explained_without_them(text: str, location: str, tmp_pa
         ["LOCATION"],
     ],
 )
-def test_the_command_line_never_shows_them(
+def test_the_command_line_never_shows_credentials(
     arguments: list[str], location: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
 ):
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_the_command_line_never_shows_them(
 
 
 @pytest.mark.parametrize("verb", ["capture", "train", "evaluate", "distill", "estimate", "verify", "maintain", "mix"])
-def test_every_flow_tells_prefect_what_a_location_may_not_be(verb: str):
+def test_every_flows_schema_excludes_credentials_in_locations(verb: str):
     from prefect.utilities.callables import parameter_schema
 
     schema = parameter_schema(getattr(import_module(f"flows.{verb}"), f"{verb}_flow")).model_dump_json()
@@ -140,7 +140,7 @@ def test_every_flow_tells_prefect_what_a_location_may_not_be(verb: str):
 
 
 @pytest.mark.usefixtures("prefect")
-def test_prefects_server_keeps_no_run_with_credentials():
+def test_prefects_server_stores_no_run_with_credentials():
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.utilities.callables import parameter_schema
@@ -162,7 +162,7 @@ def test_prefects_server_keeps_no_run_with_credentials():
         assert not any(SECRET in run.model_dump_json() for run in client.read_flow_runs(limit=200))
 
 
-def test_a_capture_at_home_lies_in_one_place(home: Path, tiny_teacher: Path):
+def test_a_capture_with_home_paths_writes_only_into_home(home: Path, tiny_teacher: Path):
     (home / "docs").mkdir()
     (home / "teacher").symlink_to(tiny_teacher)
     write(home / "docs" / "a.parquet", texts(8))
@@ -174,7 +174,7 @@ def test_a_capture_at_home_lies_in_one_place(home: Path, tiny_teacher: Path):
     assert not list(Path().iterdir())
 
 
-def test_a_table_at_home_is_shown_under_every_name(home: Path, tiny_teacher: Path, capsys):
+def test_a_table_in_home_is_found_by_argument_version_and_file(home: Path, tiny_teacher: Path, capsys):
     make_table(home / "t", tiny_teacher, train=8, held_out=0)
     (home / "run.yaml").write_text("table: ~/t@0")
     for arguments, version in {("~/t",): 1, ("~/t@0",): 0, ("--config", "~/run.yaml"): 0}.items():
@@ -184,7 +184,7 @@ def test_a_table_at_home_is_shown_under_every_name(home: Path, tiny_teacher: Pat
     assert not list(Path().iterdir())
 
 
-def test_a_student_at_home(home: Path, tiny_teacher: Path):
+def test_a_student_in_home_is_trained_and_found_again(home: Path, tiny_teacher: Path):
     make_table(home / "t", tiny_teacher, train=8, held_out=0)
     (home / "teacher").symlink_to(tiny_teacher)
     optimizer = {"device": "cpu", "max_steps": 1}
@@ -195,7 +195,7 @@ def test_a_student_at_home(home: Path, tiny_teacher: Path):
     assert not list(Path().iterdir())
 
 
-def test_a_script_is_told_of_them_before_anything_starts(tmp_path: Path):
+def test_credentials_are_refused_before_anything_starts(tmp_path: Path):
     command = [sys.executable, "-m", "softlabel.flows.cli", "maintain", HOLDING[0], "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""``softlabel mix`` and what every other verb makes of a view, as a person runs them, over tables of two teachers."""
+"""``softlabel mix``, and every other verb on a view over tables of two teachers."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ TRAIN = ("--stream.max-length", 128, "--optimizer.max-steps", 2, "--optimizer.de
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """Tables a, of 40 documents, and b, by another teacher, of 40 of which 30 are the same; and two views of them."""
+    """Table a of 40 documents, table b of 40 documents by another teacher (30 in common), and two views over them."""
     folder = tmp_path_factory.mktemp("mix")
     other = folder / "other"
     shutil.copytree(tiny_teacher, other)
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path
     return folder
 
 
-def test_a_student_of_an_average(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_student_of_averaged_teachers_is_trained_and_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]):
     view, student = folder / "average", folder / "student"
     train = ("train", view, student, "--student.model", folder / "other", *TRAIN)
     code, report, _ = softlabel(capsys, *train)
@@ -54,17 +54,17 @@ def test_a_student_of_an_average(folder: Path, capsys: pytest.CaptureFixture[str
     assert "the KL is the mean over the teachers" in text
     assert "mean of the KL from each teacher" in (folder / "report" / "report.html").read_text()
     code, evaluated, _ = softlabel(capsys, "evaluate", folder / "a", student, "--report", folder / "report-a")
-    assert (code, evaluated["kl_kind"]) == (0, "unbiased"), "one of its teachers alone"
+    assert (code, evaluated["kl_kind"]) == (0, "unbiased"), "a table of one of its teachers"
     assert json.loads((folder / "report-a" / "report.json").read_text())["students"][0]["warnings"] == []
 
-    alone = softlabel(capsys, "train", folder / "a", folder / "alone", "--student.layers", 0, *TRAIN)
-    assert alone[0] == 0
-    code, error, _ = softlabel(capsys, "evaluate", view, folder / "alone", "--report", folder / "none")
+    of_one = softlabel(capsys, "train", folder / "a", folder / "of-one", "--student.layers", 0, *TRAIN)
+    assert of_one[0] == 0
+    code, error, _ = softlabel(capsys, "evaluate", view, folder / "of-one", "--report", folder / "none")
     assert (code, error["error"]) == (1, "StudentError")
     assert "another teacher" in error["message"]
 
 
-def test_a_student_of_a_concatenation(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_student_of_concatenated_tables_is_trained_and_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]):
     view = folder / "concatenate"
     code, error, _ = softlabel(capsys, "train", view, folder / "pruned", "--student.layers", 0, *TRAIN)
     assert (code, error["error"]) == (2, "UsageError")
@@ -77,7 +77,7 @@ def test_a_student_of_a_concatenation(folder: Path, capsys: pytest.CaptureFixtur
     assert report["sequences"] == held_out["sequences"]
 
 
-def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_view_shows_its_tables_splits_and_dependents(folder: Path, capsys: pytest.CaptureFixture[str]):
     both = softlabel(capsys, "inspect", folder / "concatenate")[1]["view"]["splits"]
     assert sum(split["sequences"] for split in both.values()) == 80
     found = softlabel(capsys, "inspect", folder / "average")[1]["view"]
@@ -88,19 +88,19 @@ def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert "teacher, head of 1 to " in text
     assert "20 sequences are left out" in text
     assert "average" in shown(capsys, "history", folder / "average")
-    assert "(version 0) is as it was written" in shown(capsys, "verify", folder / "average")
+    assert "(version 0) is intact: " in shown(capsys, "verify", folder / "average")
     assert f"view {folder / 'average'}" in shown(capsys, "history", folder / "a")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["capture", "{folder}/a.parquet", "{folder}/average", "--teacher.model", "{teacher}"], "can only be read"),
         (["maintain", "{folder}/average"], "can only be read"),
         (["reprocess", "{folder}/average", "{folder}/new", "--selection.max-k", "4"], "can only be read"),
         (["verify", "{folder}/average", "--remove-damaged"], "can only be read"),
         (["mix", "{folder}/new", "{folder}/average", "{folder}/a"], "can only be read"),
-        (["mix", "{folder}/new", "{folder}/a"], "tables"),
+        (["mix", "{folder}/new", "{folder}/a"], "tables\n  expected:    at least 2 values\n"),
         (
             ["mix", "{folder}/new", "{folder}/a", "{folder}/b", "--weights", "1"],
             "give one weight per table; found 2 tables and 1 weights",
@@ -112,15 +112,17 @@ def test_what_a_view_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
         ),
     ],
 )
-def test_misuse(folder: Path, tiny_teacher: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage_of_a_view_is_refused_and_creates_nothing(
+    folder: Path, tiny_teacher: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
     before = sorted(folder.glob("*"))
     assert run([part.format(folder=folder, teacher=tiny_teacher) for part in arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(folder.glob("*")) == before
 
 
-def test_a_vacuum_spares_what_a_view_needs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The newest version of a table loses a shard; the view's own keeps it, as long as the view holds it."""
+def test_a_vacuum_keeps_the_shards_that_a_view_needs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The newest version of a table loses a shard, but the view's version keeps it as long as the view is pinned."""
     for name in ("a", "b"):
         shutil.copytree(folder / name, tmp_path / name)
     view, table = tmp_path / "view", str(tmp_path / "a")

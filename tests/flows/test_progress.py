@@ -1,4 +1,4 @@
-"""Progress lines: rates, time left, and how often they come."""
+"""Progress lines: rates, time left, and how often they appear."""
 
 import io
 import logging
@@ -11,36 +11,36 @@ from softlabel.flows.progress import Pace, describe, watching
 from softlabel.pipeline.progress import Progress
 
 
-def test_a_line_says_how_far_how_fast_and_how_long():
+def test_a_line_shows_count_rate_and_time_left():
     text = describe(Progress("capture", 3_000, 12_000, "positions", {"bytes a position": 58.214}), 1_500.0)
     assert text == "3,000/12,000 positions  1,500/s  0:00:06 left  bytes a position 58.21"
 
 
-def test_no_rate_before_anything_is_known():
+def test_no_rate_is_shown_before_it_is_known():
     assert describe(Progress("train", 0, 10, "steps"), None) == "0/10 steps"
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, to be moved by hand."""
+    """The clock, which the test sets."""
     now = [100.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_total_may_be_unknown():
+def test_no_time_left_is_shown_without_a_total():
     text = describe(Progress("plan", 60, None, "documents", {"pending positions": 15_769.0}), 30.0)
     assert text == "60 documents  30/s  pending positions 15,769"
 
 
-def test_pace_counts_from_where_a_stage_was_first_heard_of(now: list[float]):
+def test_the_rate_counts_from_the_first_report_of_a_stage(now: list[float]):
     pace = Pace()
     assert pace.rate(50) is None
     now[0] = 110.0
     assert pace.rate(90) == 4.0
 
 
-def test_pace_is_that_of_the_last_minute(now: list[float]):
+def test_the_rate_is_that_of_the_last_minute(now: list[float]):
     pace, done, rates = Pace(), 0, []
     for second in range(400):
         now[0] += 1
@@ -48,17 +48,19 @@ def test_pace_is_that_of_the_last_minute(now: list[float]):
         rates.append(pace.rate(done))
     assert (rates[199], rates[-1]) == (1.0, 10.0)
     now[0] += 1000
-    assert pace.rate(done + 500) == pytest.approx(0.5, rel=0.01), "what takes longer than a minute has a rate, too"
+    assert pace.rate(done + 500) == pytest.approx(0.5, rel=0.01), (
+        "a step that takes longer than a minute has a rate, too"
+    )
 
 
-def test_pace_begins_anew_after_work_was_lost(now: list[float]):
+def test_the_rate_starts_again_after_work_was_lost(now: list[float]):
     pace = Pace()
     for done, rate in ((0, None), (100, 10.0), (60, None), (80, 2.0)):
         assert pace.rate(done) == rate
         now[0] += 10
 
 
-def test_lines_are_few_and_the_first_and_last_are_among_them(caplog: pytest.LogCaptureFixture, now: list[float]):
+def test_few_lines_are_logged_but_always_the_first_and_the_last(caplog: pytest.LogCaptureFixture, now: list[float]):
     with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
         for done in range(101):
             watch(Progress("capture", done, 100, "positions"))
@@ -69,7 +71,7 @@ def test_lines_are_few_and_the_first_and_last_are_among_them(caplog: pytest.LogC
     assert len(lines) == 3
 
 
-def test_each_worker_has_a_line_of_its_own(caplog: pytest.LogCaptureFixture, now: list[float]):
+def test_each_worker_has_its_own_line(caplog: pytest.LogCaptureFixture, now: list[float]):
     with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
         for done in (0, 100):
             parts = {
@@ -92,7 +94,9 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.usefixtures("now")
-def test_bars_on_a_terminal_and_lines_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_a_terminal_shows_bars_while_the_log_gets_lines(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     handler, ours = logging.StreamHandler(terminal), logging.getLogger("softlabel")
@@ -110,5 +114,5 @@ def test_bars_on_a_terminal_and_lines_in_the_log(caplog: pytest.LogCaptureFixtur
     ]
     shown = terminal.getvalue()
     assert "100/100 positions" in shown
-    assert "capture  " not in shown, "a line of the log among the bars"
+    assert "capture  " not in shown, "a log line between the bars"
     assert "a worker died" in shown

@@ -1,4 +1,4 @@
-"""``softlabel verify TABLE --teacher.model ...`` as a person runs it."""
+"""``softlabel verify TABLE --teacher.model ...`` on the command line."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.pipeline.capturing.test_capture import settings, texts, write
 pytestmark = pytest.mark.usefixtures("prefect")
 
 
-def test_the_teacher_is_asked_again(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_teacher_is_compared_with_a_sample(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = tmp_path / "t"
     capture(settings(tiny_teacher, write(tmp_path / "d.parquet", texts(40)), table))
     command = ["verify", str(table), "--teacher.model", str(tiny_teacher), "--sequences", "5"]
@@ -23,12 +23,12 @@ def test_the_teacher_is_asked_again(tiny_teacher: Path, tmp_path: Path, capsys: 
     assert "recheck" in err
     assert run([*command, "--teacher.dtype", "float32"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "is as it was written" in shown
-    assert "says the same again of 5 sequences" in shown
+    assert "is intact: " in shown
+    assert "the teacher agrees with the table on 5 sequences" in shown
     assert run(command) == 1
     assert "teacher.dtype: the table has float32, this bfloat16" in capsys.readouterr().err
 
 
-def test_a_teacher_without_a_model_is_no_teacher(capsys: pytest.CaptureFixture[str]):
+def test_teacher_settings_without_a_model_are_refused(capsys: pytest.CaptureFixture[str]):
     assert run(["verify", "t", "--teacher.dtype", "float32"]) == 2
     assert "--teacher.model" in capsys.readouterr().err

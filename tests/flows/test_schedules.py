@@ -1,4 +1,4 @@
-"""Schedules fire by themselves, on a server as README starts one, with either database."""
+"""Schedules fire on a Prefect server, with either database."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -18,20 +18,20 @@ SCHEDULES = {
 }
 
 
-def test_every_kind_of_schedule_makes_runs(tmp_path: Path):
+def test_every_kind_of_schedule_creates_runs(tmp_path: Path):
     with prefect_server(tmp_path) as log:
-        assert_schedules_make_runs(log)
+        assert_schedules_create_runs(log)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not POSTGRES, reason="PostgreSQL's programs are not here")
-def test_every_kind_of_schedule_makes_runs_on_postgresql(tmp_path: Path):
+@pytest.mark.skipif(not POSTGRES, reason="PostgreSQL is not installed")
+def test_every_kind_of_schedule_creates_runs_on_postgresql(tmp_path: Path):
     with postgresql() as url, prefect_server(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as log:
-        assert_schedules_make_runs(log)
+        assert_schedules_create_runs(log)
 
 
-def assert_schedules_make_runs(log: Path) -> None:
-    """Deploy a flow with each kind of schedule: the server makes runs of all of them, and none of its services dies."""
+def assert_schedules_create_runs(log: Path) -> None:
+    """Deploy a flow with each kind of schedule; the server creates runs for all of them, and no service fails."""
     with get_client(sync_client=True) as client:
         flow = client.create_flow(maintain_flow)
         deployed = {
@@ -42,11 +42,11 @@ def assert_schedules_make_runs(log: Path) -> None:
         def scheduled() -> bool:
             return deployed == {run.deployment_id for run in client.read_flow_runs() if run.auto_scheduled}
 
-        wait_until(lambda: scheduled() or complaints(log), seconds=15)
-        assert complaints(log) == []
+        wait_until(lambda: scheduled() or failures(log), seconds=15)
+        assert failures(log) == []
         assert scheduled()
 
 
-def complaints(log: Path) -> list[str]:
-    """What a server's log says of a service that failed: the server goes on answering without it."""
+def failures(log: Path) -> list[str]:
+    """Lines about failed services in a server's log; the server itself continues to answer without them."""
     return [line for line in log.read_text().splitlines() if "Traceback" in line or "Error" in line or "ERROR" in line]

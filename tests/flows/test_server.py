@@ -1,4 +1,4 @@
-"""The embedded server: a Ctrl-C that is meant for the run spares it, and it ends when its process is killed."""
+"""The embedded server survives a Ctrl-C that is meant for the run, and ends when the process of the run is killed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ time.sleep(60)
 """
 
 
-def test_outlives_an_interrupt_and_not_its_process(prefect_home: Path):
+def test_the_server_survives_an_interrupt_but_ends_with_its_process(prefect_home: Path):
     environment = {**os.environ, "PREFECT_HOME": str(prefect_home)}
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -1,4 +1,4 @@
-"""``softlabel verify`` and ``softlabel maintain`` as a person runs them, on a table that a teacher made."""
+"""``softlabel verify`` and ``softlabel maintain`` on the command line, with a captured table."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("prefect")
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """A table of 150 documents in several shards, and the documents beside it."""
+    """A folder with 150 documents and a table of them in several shards."""
     folder = tmp_path_factory.mktemp("captured")
     capture(settings(tiny_teacher, write(folder / "d.parquet", texts(150)), folder / "table"))
     return folder
@@ -27,22 +27,22 @@ def captured(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Pa
 
 @pytest.fixture
 def table(captured: Path, tmp_path: Path) -> Path:
-    """A copy of it to break."""
+    """A copy of the table that a test may damage."""
     shutil.copytree(captured, tmp_path, dirs_exist_ok=True)
     return tmp_path / "table"
 
 
-def test_a_whole_table(table: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_undamaged_table_is_reported_as_intact(table: Path, capsys: pytest.CaptureFixture[str]):
     code, found, err = softlabel(capsys, "verify", table)
     assert (code, found["findings"], found["rows"]) == (0, [], 150)
     assert "verify" in err
-    assert "is as it was written" in shown(capsys, "verify", table, "--all-versions")
+    assert "is intact: " in shown(capsys, "verify", table, "--all-versions")
 
 
-def test_damage_is_found_taken_out_and_captured_again(
+def test_damaged_shards_are_found_removed_and_captured_again(
     table: Path, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """The whole of it: a flipped byte, the error, the removal, and a teacher that is asked for those rows alone."""
+    """A flipped byte and a missing file: the error, the removal, and a capture of only the lost rows."""
     before = sorted(rows_of(table), key=str)
     shards = Table.open(str(table)).shards()
     flipped, missing = (table / shard.path for shard in shards[-2:])
@@ -59,9 +59,9 @@ def test_damage_is_found_taken_out_and_captured_again(
     assert f"softlabel verify {table} --remove-damaged" in err
     assert "Traceback" not in err
 
-    code, taken, _ = softlabel(capsys, "verify", table, "--remove-damaged")
+    code, report, _ = softlabel(capsys, "verify", table, "--remove-damaged")
     lost = sum(shard.rows for shard in shards[-2:])
-    assert (code, taken["removed_rows"]) == (0, lost)
+    assert (code, report["removed_rows"]) == (0, lost)
     assert len(rows_of(table)) == 150 - lost
 
     report = capture(settings(tiny_teacher, table.parent / "d.parquet", table))
@@ -70,7 +70,7 @@ def test_damage_is_found_taken_out_and_captured_again(
     assert verify(Table.open(str(table))).findings == ()
 
 
-def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
+def test_versions_are_tagged_opened_and_shown_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     newest = Table.open(str(table)).version
     code, report, _ = softlabel(capsys, "maintain", table, "--tag", "gold")
     assert (code, report["deletion"]) == (0, None)
@@ -79,8 +79,8 @@ def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     assert softlabel(capsys, "maintain", f"{table}@1", "--tag", "also")[1]["tags"][0]["version"] == 1
     assert softlabel(capsys, "inspect", f"{table}@first")[1]["inspection"]["version"] == 1
     assert "needed by gold" in shown(capsys, "inspect", f"{table}@gold")
-    told = softlabel(capsys, "history", table)[1]
-    assert {made["name"] for made in told["tags"]} == {"gold", "first", "also"}
+    history = softlabel(capsys, "history", table)[1]
+    assert {made["name"] for made in history["tags"]} == {"gold", "first", "also"}
     assert "version 1 is needed by also, first" in shown(capsys, "history", table)
 
     code, error, _ = softlabel(capsys, "maintain", table, "--tag", "first")
@@ -99,14 +99,14 @@ def test_tags_and_pins_by_name(table: Path, capsys: pytest.CaptureFixture[str]):
     assert f"did you mean {table}@gold?" in error["message"]
 
 
-def test_nothing_is_captured_into_an_old_version(table: Path, tiny_teacher: Path):
+def test_a_capture_into_an_old_version_is_refused(table: Path, tiny_teacher: Path):
     for name in ("1", "gold"):
         with pytest.raises(UsageError, match="leave the version or tag out"):
             capture(settings(tiny_teacher, table.parent / "d.parquet", Path(f"{table}@{name}")))
     assert sorted(path.name for path in table.parent.glob("table*")) == ["table"]
 
 
-def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.CaptureFixture[str]):
+def test_deleted_files_are_listed_with_their_bytes(table: Path, capsys: pytest.CaptureFixture[str]):
     orphan = table / "split=train" / f"{'0' * 32}.parquet"
     orphan.write_bytes(b"x" * 1234)
     assert f"softlabel maintain {table}" in shown(capsys, "verify", table)
@@ -122,7 +122,7 @@ def test_what_is_deleted_is_listed_with_its_bytes(table: Path, capsys: pytest.Ca
     assert "nothing to delete" in shown(capsys, "maintain", table, "--grace-hours", "0")
 
 
-def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_vacuum_deletes_shards_of_old_versions_unless_tagged(table: Path, capsys: pytest.CaptureFixture[str]):
     damaged = Table.open(f"{table}@1").shards()[0]
     (table / damaged.path).write_bytes(b"x" * damaged.bytes)
     remove_damaged(verify(Table.open(str(table))))
@@ -142,7 +142,7 @@ def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--keep-versions", "2"], "vacuum"),
         (["--vacuum", "--keep-versions", "0"], "--keep-versions"),
@@ -151,15 +151,15 @@ def test_vacuum(table: Path, capsys: pytest.CaptureFixture[str]):
         (["--grace-hours", "-1"], "grace_hours"),
     ],
 )
-def test_misuse(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage_is_refused_on_few_lines(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert run(["maintain", "t", *arguments]) == 2
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert len(err.splitlines()) < 10
 
 
 @pytest.mark.parametrize("verb", ["verify", "maintain"])
-def test_no_table(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_table_is_an_error_and_is_not_created(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, error, _ = softlabel(capsys, verb, tmp_path / "nowhere")
     assert (code, error["error"]) == (1, "TableNotFoundError")
     assert not (tmp_path / "nowhere").exists()

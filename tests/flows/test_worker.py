@@ -1,4 +1,4 @@
-"""A real process worker at the shipped deployments: what it had started goes with it, however it ends."""
+"""A real Prefect process worker on the shipped deployments: no training process survives a killed flow."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_p
 
 
 def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
-    """A worker that takes one run of the train deployment."""
+    """Start a worker that executes one run of the train deployment."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.settings import get_current_settings
