@@ -132,10 +132,10 @@ def _labels(config: EvaluateConfig, table: Table, trained: Sequence[Mapping[str,
     different = next((number for number, labels in enumerate(maps) if labels != maps[0]), None)
     if different is not None:
         raise UsageError(
-            "these students have different labels",
+            "these students have different labels and can't be compared with each other",
             expected=f"{config.students[0]}: {', '.join(maps[0].names)}",
             found=f"{config.students[different]}: {', '.join(maps[different].names)}",
-            do="evaluate them apart, each beside the students that it can be compared with",
+            do="evaluate students with different labels in separate reports",
         )
     return maps[0]
 

@@ -93,7 +93,10 @@ def verdict(students: Sequence[ClassStudent]) -> str | None:
     scored = [(s.metrics.quality.accuracy, s.name) for s in students if s.metrics.quality is not None]
     if len(scored) < 2:
         return None
-    (best, name), (second, other) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
+    (best, name), (second, runner_up) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
     if not best.tells_from(second):
-        return f"So few documents don't tell {name} ({best.mean:.1%} right) and {other} ({second.mean:.1%}) apart."
-    return f"{name} is right most often: {best.mean:.1%} of the documents, {other} {second.mean:.1%}."
+        return (
+            f"There are too few documents to tell which is more accurate: {name} ({best.mean:.1%}) "
+            f"or {runner_up} ({second.mean:.1%})."
+        )
+    return f"{name} is the most accurate: {best.mean:.1%} of the documents; {runner_up} is next with {second.mean:.1%}."

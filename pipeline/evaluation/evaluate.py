@@ -88,7 +88,9 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
         UsageError: if the report can't be written.
     """
     if not config.students:
-        raise UsageError("no student is named", expected="at least one folder that train wrote", found="students: []")
+        raise UsageError(
+            "there is no student to evaluate", expected="students: at least one folder", found="students: []"
+        )
     table = open_table(config.table)
     names = _names(config.students)
     trained = [_read(Path(folder), table) for folder in config.students]
@@ -135,16 +137,16 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
         _ = [provenance[name] for name in ("config", "objective", "parameters", "history")]  # the report needs them
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudentError(
-            "this is no student that softlabel trained",
-            expected=f"a folder with {PROVENANCE}, as softlabel train writes it",
+            "this folder is not a student that softlabel trained",
+            expected=f"a folder with the {PROVENANCE} that softlabel train writes",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             where=folder / PROVENANCE,
-            do="check the path; a model trained elsewhere can be trained on with student.model",
+            do="check the path; to evaluate a model trained elsewhere, first train it here with student.model",
         ) from error
     warnings = [warning for part in table.tables for warning in _differences(made_from, folder, part)]
     if not all(any(_same_documents(record, part) for record in records) for part in table.tables):
         place = f"{trained_on['location']}@{trained_on['version']}"
-        warnings.append(f"trained on {place}; whether it has seen what it is measured on is not known.")
+        warnings.append(f"trained on {place}, which may include the sequences that it is evaluated on here.")
     return {**provenance, "warnings": tuple(dict.fromkeys(warnings))}
 
 
@@ -158,7 +160,7 @@ def _differences(made_from: Sequence[Identity], folder: Path, table: Table) -> l
     differences = min(every, key=lambda found: (any(name.startswith(_TEACHER) for name in found), len(found)))
     _require_same(differences, ("tokenizer.files", "vocabulary"), "tokenizer", folder, table)
     _require_same(differences, _TEACHER, "teacher", folder, table)
-    return [f"trained on a table with another {name}: {a}, not {b}." for name, (a, b) in differences.items()]
+    return [f"trained on a table with a different {name}: {a}, not {b}." for name, (a, b) in differences.items()]
 
 
 def _same_documents(record: Mapping[str, Any], table: Table) -> bool:
@@ -175,11 +177,11 @@ def _require_same(
     for name, (student, ours) in differences.items():
         if name.startswith(fields):
             raise StudentError(
-                f"this student learned from another {what} than the table's",
+                f"this student was trained with another {what} than the table's",
                 expected=f"{name}: {ours}",
                 found=f"{name}: {student}",
-                where=f"{folder}, against {table.location}",
-                do=f"evaluate it on a table of its own {what}",
+                where=f"{folder}, evaluated on {table.location}",
+                do=f"evaluate it on a table made with the same {what}",
             )
 
 

@@ -156,7 +156,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(
             "the report can't be written",
-            expected="a folder that can be written, on a disk that has room",
+            expected="a writable folder, on a disk with free space",
             found=error,
             where=folder.absolute(),
             do="choose another folder for the report",
@@ -239,15 +239,15 @@ def _verdict(students: Sequence[StudentSummary]) -> str | None:
     if len(students) < 2:
         return None
     best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
-    kl, other = best.metrics.kl.mean, second.metrics.kl.mean
+    kl, runner_up = best.metrics.kl.mean, second.metrics.kl.mean
     if not best.metrics.kl.tells_from(second.metrics.kl):
         return (
-            f"So few sequences don't tell {best.name} ({kl:.3f} nats of KL a position) and "
-            f"{second.name} ({other:.3f}) apart."
+            f"There are too few sequences to tell which is closer to the teacher: {best.name} "
+            f"({kl:.3f} nats of KL per position) or {second.name} ({runner_up:.3f})."
         )
     return (
-        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL a position, "
-        f"{1 - kl / other:.0%} below {second.name} ({other:.3f})."
+        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL per position, "
+        f"{1 - kl / runner_up:.0%} below {second.name} ({runner_up:.3f})."
     )
 
 

@@ -61,17 +61,17 @@ def require_average(loss: LossConfig, max_k: int | None) -> None:
     Raises:
         UsageError: naming what asks for it.
     """
-    asked = {
+    conflicts = {
         f"loss.divergence: {loss.divergence}": loss.divergence != "forward_kl",
         f"loss.temperature: {loss.temperature:g}": loss.temperature != 1,
         f"loss.target: {loss.target}": loss.target not in ("auto", "sampled"),
         f"stream.max_k: {max_k}": max_k is not None,
     }
-    found = [name for name, holds in asked.items() if holds]
+    found = [setting for setting, conflict in conflicts.items() if conflict]
     if found:
         raise UsageError(
-            "an average of teachers is a target of forward KL at temperature 1 alone",
-            expected="loss.divergence: forward_kl, at temperature 1, with all that the tables hold",
+            "an average of teachers can only be trained on with forward KL at temperature 1",
+            expected="loss.divergence: forward_kl, loss.temperature: 1, loss.target: auto, and no stream.max_k",
             found="; ".join(found),
             do="leave these settings out, or train on one of the tables, or on a concatenation of them",
         )

@@ -80,13 +80,13 @@ def distillation_loss(
     rows = weight.shape[0]
     if vocabulary_size is not None and vocabulary_size > rows:
         raise StudentError(
-            "the student's head is too small for the teacher's vocabulary",
+            "the student's output layer is smaller than the teacher's vocabulary",
             expected=f"at least {vocabulary_size} rows",
             found=f"{rows} rows",
-            do="take a student with the teacher's tokenizer",
+            do="choose a student with the teacher's tokenizer",
         )
     if targets is None and config.soft_weight > 0:
-        raise UsageError("a soft loss needs targets", found="none", do="give them, or set loss.soft_weight to 0")
+        raise UsageError("a soft loss needs targets", found="none", do="pass targets, or set loss.soft_weight to 0")
     problem = _Problem(
         next_ids=next_ids,
         targets=targets if config.soft_weight > 0 else None,
@@ -144,11 +144,13 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *parts: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("the fused loss has no second derivative: go backward without create_graph")
+            raise RuntimeError("the fused loss has no second derivative: call backward without create_graph")
         if ctx.along:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                raise RuntimeError("gradients were handed over by an earlier backward pass; use recompute=True")
+                raise RuntimeError(
+                    "the gradients were used up by an earlier backward pass; pass recompute=True to repeat it"
+                )
         else:
             hidden, weight, bias = ctx.saved_tensors
             _, _, gradients = _sweep(hidden, weight, bias, ctx.problem, ctx.needs_input_grad[:3])

@@ -106,34 +106,34 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
     """
     if loss.temperature not in temperatures:
         raise UsageError(
-            f"the table stores no tail mass for temperature {loss.temperature:g}",
+            f"the table has no tail mass for temperature {loss.temperature:g}",
             expected=f"loss.temperature: one of {', '.join(f'{t:g}' for t in temperatures)}",
             found=f"loss.temperature: {loss.temperature:g}",
-            do="take one of these, or capture again with it among selection.temperatures",
+            do="choose one of these, or capture again with this temperature in selection.temperatures",
         )
-    reasons = {
-        f"loss.divergence {loss.divergence} (the draws are unbiased for forward_kl alone)": loss.divergence
+    obstacles = {
+        f"loss.divergence: {loss.divergence} (the sampled tail is only unbiased for forward_kl)": loss.divergence
         != "forward_kl",
-        f"loss.temperature {loss.temperature:g} (the draws are of temperature 1)": loss.temperature != 1,
-        f"stream.max_k {max_k} (no draw stands for the head ids that it drops)": max_k is not None,
-        "a table without draws": not draws,
+        f"loss.temperature: {loss.temperature:g} (the tail was sampled at temperature 1)": loss.temperature != 1,
+        f"stream.max_k: {max_k} (the sampled tail does not cover the head ids that it drops)": max_k is not None,
+        "a table without a sampled tail": not draws,
     }
-    found = [reason for reason, holds in reasons.items() if holds]
+    found = [obstacle for obstacle, present in obstacles.items() if present]
     if loss.target == "auto":
         return "bucket" if found else "sampled"
     if loss.target == "sampled" and found:
         raise UsageError(
-            "the sampled tail can't be the target here",
-            expected="forward_kl at temperature 1, with the whole head, from a table with draws",
+            "loss.target: sampled does not work with these settings or this table",
+            expected="forward_kl at temperature 1, without stream.max_k, and a table with a sampled tail",
             found="; ".join(found),
-            do="set loss.target to bucket, or change what was found",
+            do="set loss.target to bucket, or change the settings found",
         )
     if loss.target in ("renormalized", "zero_tail") and loss.divergence == "reverse_kl":
         raise UsageError(
-            f"reverse_kl to a {loss.target} target is infinite: the target is 0 outside of its head",
+            f"reverse_kl is infinite with a {loss.target} target, whose probability is 0 outside the head",
             expected="loss.target: auto or bucket",
             found=f"loss.target: {loss.target}",
-            do="set loss.target to bucket, or take another divergence",
+            do="set loss.target to bucket, or choose another loss.divergence",
         )
     return loss.target
 

@@ -67,12 +67,12 @@ class Documents:
             unmapped.append(rest)
         if not tokens:
             raise TableError(
-                f"the table holds no documents of the split {split}"
-                + (" that do not also occur in train" if left_out else ""),
-                expected="at least one",
-                found=f"version {table.version}, {left_out} left out",
+                f"the table has no documents in its {split} split"
+                + (" that are not also in its train split" if left_out else ""),
+                expected="at least one document",
+                found=f"none in version {table.version}" + (f" ({left_out} also in train)" if left_out else ""),
                 where=table.location,
-                do="capture more documents; shards.eval_fraction says how many of them go to eval",
+                do="capture more documents; shards.eval_fraction sets the share of them that goes to eval",
             )
         return cls(tokens, labels.ids(names), np.concatenate(logprobs), np.concatenate(unmapped), left_out)
 

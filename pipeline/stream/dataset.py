@@ -176,15 +176,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
         if not self._index.positions.any():
             raise UsageError(
                 f"the table has no {split} sequences",
-                expected=f"at least one sequence with captured positions in the split {split}",
-                found=f"{len(self._index.positions)} without any in version {self._table.version}",
+                expected=f"at least one sequence with captured positions in the {split} split",
+                found=f"{len(self._index.positions)} sequences, none with captured positions, in version "
+                f"{self._table.version}",
                 where=self._table.location,
-                do="capture more documents; shards.eval_fraction says how many of them go to eval",
+                do="capture more documents; shards.eval_fraction sets the share of them that goes to eval",
             )
         longest = int(self._index.tokens.max())
         if longest > self._stream.max_length:
             raise UsageError(
-                "sequences of the table are longer than a training row, and they are never cut",
+                "some of the table's sequences are longer than a training row, and training never cuts them",
                 expected=f"stream.max_length: at least {longest}",
                 found=f"stream.max_length: {self._stream.max_length}",
                 where=self._table.location,
@@ -194,11 +195,11 @@ class SoftLabelDataset(IterableDataset[Batch]):
     def _require_steps(self, epochs: float) -> None:
         if self.total_steps == 0:
             raise UsageError(
-                "there is nothing to train on in so few passes: of a view, tables of a small weight come in some alone",
+                "there is nothing to train on: so few epochs of this view include none of its sequences",
                 expected="at least one optimizer step",
-                found=f"none in optimizer.num_train_epochs: {epochs:g}",
+                found=f"no step in optimizer.num_train_epochs: {epochs:g}, with the small weights of the view's tables",
                 where=self._table.location,
-                do="set optimizer.num_train_epochs higher, or give the view's tables larger weights",
+                do="raise optimizer.num_train_epochs, or give the view's tables larger weights",
             )
 
 

@@ -43,7 +43,7 @@ class Holdout:
         """
         parts = [rows for _, rows in outlines(table, ["key", "tokens", "positions"], "eval")]
         if not sum(map(len, parts)):
-            raise _nothing(table, "no sequence in the eval split")
+            raise _nothing(table, "no sequences in the eval split")
         held = pl.LazyFrame(pa.concat_tables(parts))
         rows = pl.LazyFrame(pa.concat_tables(index(part, ["key"]) for part in table.tables))
         trained = rows.filter(pl.col("split") != "eval").select("key")
@@ -97,9 +97,9 @@ class Holdout:
 
 def _nothing(table: AnyTable, found: str) -> TableError:
     return TableError(
-        "the table holds nothing to measure students on",
+        "the table has no sequences to evaluate students on",
         expected="sequences in the eval split that do not also occur in the train split",
-        found=f"{found}, version {table.version}",
+        found=f"{found}, in version {table.version}",
         where=table.location,
-        do="capture more documents, or into a new table with a larger shards.eval_fraction",
+        do="capture more documents, or capture into a new table with a larger shards.eval_fraction",
     )

@@ -152,11 +152,11 @@ def _require_head(student: PreTrainedModel) -> None:
     difference = float((ours - logits).abs().max())
     if not difference <= tolerance:
         raise StudentError(
-            f"{type(student).__name__} makes its logits in a way that the loss does not know",
-            expected="scale x (W h + bias), soft-capped, as its configuration says",
-            found=f"logits that differ by up to {difference:.3g}",
+            f"{type(student).__name__} computes its logits in a way that the loss does not support",
+            expected="logits = scale x (W h + bias), with the scale and soft cap of its configuration",
+            found=f"logits that differ from these by up to {difference:.3g}",
             where=student.config.name_or_path or "student.config",
-            do="take a student of another architecture",
+            do="choose a student of another architecture",
         )
 
 
@@ -165,13 +165,13 @@ def _require_sight(student: PreTrainedModel, packing: bool) -> None:
     ahead = _sees(student, torch.arange(2 * _PROBED), slice(_PROBED), slice(_PROBED, None))
     if ahead or (packing and not separates(student)):
         raise StudentError(
-            f"{type(student).__name__} sees {'what it has to predict' if ahead else 'the other sequences of its row'}",
-            expected="a causal model" if ahead else "attention, or whatever is in its place, within each sequence",
-            found=f"states that depend on {'later tokens' if ahead else 'the tokens of the sequence before'}",
+            f"{type(student).__name__} sees {'the tokens it has to predict' if ahead else 'other sequences in a row'}",
+            expected="a causal model" if ahead else "a model that keeps sequences that share a row separate",
+            found=f"hidden states that depend on {'later tokens' if ahead else 'the sequence before'}",
             where=student.config.name_or_path or "student.config",
-            do="take a model that predicts the next token (of one like BERT, is_decoder says whether it does)"
+            do="choose a model that predicts the next token (a model like BERT does if its is_decoder is true)"
             if ahead
-            else "set stream.packing false: each sequence gets a row of its own, padded",
+            else "set stream.packing false, so that each sequence gets its own padded row",
         )
 
 

@@ -79,30 +79,30 @@ def _require_labels(config: StudentConfig, origin: Origin) -> None:
         LabelMap.of(config.labels, origin.classes)
     elif config.labels:
         raise UsageError(
-            "labels are a classifier's, and this table's teacher predicts tokens",
-            expected="no student.labels, or a table that a classifier made",
+            "student.labels is only for classifiers, and this table's teacher is a language model",
+            expected="no student.labels, or a table captured from a classifier",
             found=f"student.labels: {' '.join(config.labels)}",
             where=origin.location,
-            do="leave them out",
+            do="leave student.labels out",
         )
 
 
 def _require_class_settings(config: TrainConfig) -> None:
     if config.student.lora_r is not None:
         raise UsageError(
-            "adapters are for language models",
-            expected="no student.lora_r: a classifier's head is new, and has to be trained whole",
+            "adapters are only for language models, and this table's teacher is a classifier",
+            expected="no student.lora_r (a classifier's new head has to be trained in full)",
             found=f"student.lora_r: {config.student.lora_r}",
-            do="leave it out",
+            do="leave student.lora_r out",
         )
     found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
     found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
     if found:
         raise UsageError(
-            "the whole of a classifier's distribution is the target",
+            "a classifier is always trained on the teacher's whole distribution",
             expected="neither stream.max_k nor loss.target",
             found=", ".join(found),
-            do="leave it out; student.labels says which classes a student learns",
+            do="leave these settings out; student.labels chooses the classes that a student learns",
         )
 
 
@@ -112,19 +112,19 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
     ours = origin.tokenizer()
     found, expected = theirs.get_vocab(), ours.get_vocab()
     if found != expected:
-        other = {token for token, _ in found.items() ^ expected.items()}
-        detail = f"{len(found)} tokens; {len(other)} differ, the first is {min(other)!r}"
+        different = {token for token, _ in found.items() ^ expected.items()}
+        detail = f"{len(found)} tokens; {len(different)} differ, the first is {min(different)!r}"
     elif _rules(theirs) != _rules(ours):
-        detail = "the same tokens, but other rules that split text into them"
+        detail = "the same tokens, but different rules for splitting text into them"
     else:
         return
     raise StudentError(
-        "the student's tokenizer is not the teacher's: its ids would mean other tokens",
+        "the student's tokenizer differs from the teacher's, so its token ids would mean something else",
         expected=f"the teacher's tokenizer, {len(expected)} tokens ({origin.location})",
         found=detail,
         where=source,
-        do="take a student of the teacher's family, prune the teacher (student.layers), or capture with a teacher "
-        "that has this tokenizer",
+        do="choose a student of the teacher's family, prune the teacher (student.layers), or capture from a teacher "
+        "with this tokenizer",
     )
 
 
@@ -143,9 +143,9 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
         ids = max(origin.tokenizer().get_vocab().values()) + 1
     if rows < ids:
         raise StudentError(
-            "the student has no room for the table's vocabulary",
-            expected=f"at least {ids} rows in its embedding and output layer (more are padding)",
-            found=rows,
+            "the student's vocabulary is smaller than the table's",
+            expected=f"at least {ids} rows in its embedding and output layer (any further rows are padding)",
+            found=f"{rows} rows",
             where=settings.name_or_path or "student.config",
             do=f"set vocab_size to {origin.padded_vocabulary} in its configuration",
         )
@@ -160,10 +160,10 @@ def _require_positions(settings: Any, origin: Origin) -> None:
     needed = origin.longest()
     if limit < needed:
         raise StudentError(
-            "the student can't read the table's sequences",
+            "the table's sequences are longer than the student can read",
             expected=f"at least {needed} positions (max_position_embeddings)",
-            found=limit,
+            found=f"{limit} positions",
             where=settings.name_or_path or "student.config",
-            do="set max_position_embeddings in its configuration, take another model, or capture with a smaller "
-            "sequences.max_tokens",
+            do="raise max_position_embeddings in its configuration, choose another model, or capture again with a "
+            "smaller sequences.max_tokens",
         )

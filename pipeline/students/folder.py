@@ -87,10 +87,11 @@ class StudentFolder:
         """
         if self.run.is_symlink():
             raise UsageError(
-                "a link has the name of the folder that this student is made in, and nothing is written through it",
-                expected="softlabel's own folder, or nothing",
+                "the folder for this student's checkpoints is a link, and softlabel does not write through links",
+                expected="a folder that softlabel made, or nothing",
+                found="a link",
                 where=self.run,
-                do="move it away, or choose another output",
+                do="remove the link, or choose another output",
             )
         finished, unfinished = self.finished(), self._unfinished()
         location = config.table
@@ -102,8 +103,8 @@ class StudentFolder:
             self._require_same(recorded, config, table)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(
-                "the output folder holds something else",
-                expected="an empty folder, none, or a student that was trained with these settings",
+                "the output folder already holds other files",
+                expected="an empty or new folder, or a student trained with these settings",
                 found=", ".join(sorted(path.name for path in self.path.iterdir())[:5]),
                 where=self.path,
                 do="choose another output",
@@ -119,8 +120,8 @@ class StudentFolder:
         recorded = self.finished() or self._unfinished()
         if recorded is not None:
             then, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
-            others = [name for name, hash in source.files.items() if then.get(name) != hash]
-            self._refuse([f"{folder / name}: its content is not what it was" for name in others])
+            changed = [name for name, hash in source.files.items() if then.get(name) != hash]
+            self._refuse([f"{folder / name}: its content has changed" for name in changed])
 
     def clear(self) -> None:
         """Drop what a killed run left half-written or, beside a finished student, all that it left."""
@@ -149,11 +150,11 @@ class StudentFolder:
             if not known and getattr(error, "errno", None) is None:
                 raise
             raise TrainingError(
-                "the student can't be written; its last checkpoint, if there is one, is whole",
-                expected="a folder that can be written, on a disk that has room",
+                "the student can't be written; its last checkpoint, if there is one, is complete",
+                expected="a writable folder, on a disk with free space",
                 found=str(error).splitlines()[0],
                 where=self.path,
-                do="make room or mend the permissions, then run the same command again",
+                do="free some space or fix the permissions, then run the same command again",
             ) from error
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
@@ -181,7 +182,7 @@ class StudentFolder:
         names = [name for name in now if name not in _FREE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
         if "source" not in recorded:
-            differences.append("an earlier version of softlabel made it, which did not say from which files")
+            differences.append("an earlier version of softlabel made it, and did not record from which files")
         then = recorded["table"]
         if then["content"] != table.content:
             differences.append(
@@ -193,11 +194,11 @@ class StudentFolder:
         if differences:
             finished = self.finished() is not None
             raise UsageError(
-                f"there is {'a' if finished else 'an unfinished'} student here, with other settings",
-                expected="the same settings, files and version of the table, or an empty place",
+                f"the output already holds {'a' if finished else 'an unfinished'} student that was made differently",
+                expected="the same settings, files and table version, or a new folder",
                 found="\n               ".join(differences),
                 where=self.path if finished else self.run,
-                do="choose another output, or delete that folder; TABLE@VERSION pins a version of the table",
+                do="choose another output, or delete that folder; to keep a table version, name it as TABLE@VERSION",
             )
 
 

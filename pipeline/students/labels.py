@@ -49,21 +49,21 @@ class LabelMap:
                     raise _wrong(
                         f"{label}: the teacher has no class {member!r}",
                         classes,
-                        f"did you mean {near[0]!r}?" if near else "NAME=CLASS,CLASS,... names classes of the teacher",
+                        f"did you mean {near[0]!r}?" if near else "name only the teacher's classes after the =",
                     )
                 if members[member] >= 0:
-                    raise _wrong(f"{member} belongs to two labels", classes, "give each class to one label")
+                    raise _wrong(f"{member} belongs to two labels", classes, "put each class into at most one label")
                 members[member] = number
-        strangers = [name for number, name in enumerate(names) if members.get(name, number) != number]
-        if strangers:
+        ambiguous = [name for number, name in enumerate(names) if members.get(name, number) != number]
+        if ambiguous:
             raise _wrong(
-                f"{strangers[0]} is a class of the teacher's, and not of that label",
+                f"{ambiguous[0]} is the name of a class that is not part of the label {ambiguous[0]}",
                 classes,
-                "call the label otherwise: a document's label would be ambiguous",
+                "give the label another name: what documents labelled so mean would be ambiguous",
             )
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or len(names) < 2:
-            raise _wrong(" ".join(names), classes, "give at least two labels, each with a name of its own")
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated or len(names) < 2:
+            raise _wrong(" ".join(names), classes, "give at least two labels, each with a different name")
         return cls(tuple(classes), tuple(names), tuple(members.values()))
 
     def ids(self, labels: Sequence[str | None]) -> NDArray[np.int64]:
@@ -73,13 +73,13 @@ class LabelMap:
             UsageError: if a document's label is neither a label of the student's nor a class of the teacher's.
         """
         known = dict(zip(self.classes, self.members, strict=True)) | {name: i for i, name in enumerate(self.names)}
-        strangers = sorted({label for label in labels if label is not None and label not in known})
-        if strangers:
+        unknown = sorted({label for label in labels if label is not None and label not in known})
+        if unknown:
             raise UsageError(
-                "documents have labels that neither teacher nor student knows",
+                "some documents have labels that are neither the student's labels nor the teacher's classes",
                 expected=f"{', '.join(self.names)}; or {', '.join(self.classes)}",
-                found=", ".join(map(repr, strangers[:8])),
-                do="mend the labels of the documents and capture again, or leave these rows out with reprocess --where",
+                found=", ".join(map(repr, unknown[:8])),
+                do="correct the documents' labels and capture again, or leave these rows out with reprocess --where",
             )
         return np.array([-1 if label is None else known[label] for label in labels], np.int64)
 
@@ -104,8 +104,8 @@ class LabelMap:
 
 def _wrong(found: str, classes: Sequence[str], do: str) -> UsageError:
     return UsageError(
-        "the student's labels can't be made of the teacher's classes",
-        expected=f"student.labels: names, or NAME=CLASS,CLASS,..., of the classes {', '.join(classes)}",
+        "student.labels does not fit the teacher's classes",
+        expected=f"student.labels: class names, or NAME=CLASS,CLASS,..., from the classes {', '.join(classes)}",
         found=found,
         do=do,
     )

@@ -119,10 +119,10 @@ def _tokenizer_of(table: AnyTable) -> Any:
     except Exception as error:  # the backend raises a bare Exception on a broken file
         raise TableError(
             "the table's tokenizer can't be loaded",
-            expected="files that say all by themselves, as a capture writes them: no code that comes with them is run",
+            expected="tokenizer files as a capture writes them (softlabel never runs code that comes with them)",
             found=first_line(error),
             where=folder,
-            do="take the table from where it was made, or capture it again",
+            do="copy the table again from where it was made, or capture it again",
         ) from error
 
 

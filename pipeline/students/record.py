@@ -48,7 +48,9 @@ def read_record(path: Path) -> dict[str, Any]:
         UsageError: if one of its locations holds credentials.
     """
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    require_clean(record, path, "take them out of that location in the file")
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    require_clean(record, path, "remove them from that location in the file")
     return record | {"config": _under_todays_names(record.get("config", {}))}
 
 
@@ -67,8 +69,8 @@ def settings_of(record: Mapping[str, Any], where: Path) -> TrainConfig:
     except ValidationError as invalid:
         names = [".".join(map(str, error["loc"])) for error in invalid.errors()]
         raise UsageError(
-            "this student's record can't be compared with the settings",
-            expected="settings that this version of softlabel knows",
+            "this student's record has settings that this version of softlabel does not know",
+            expected="the settings of this version of softlabel",
             found=", ".join(names),
             where=where,
             do="use the version of softlabel that trained the student, or choose another output",

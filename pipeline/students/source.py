@@ -43,7 +43,7 @@ class Source:
         name = config.model or config.config or config.teacher
         if name is None:
             teacher = _teacher_of(origin)
-            what = "teacher as the table names it (student.teacher says where it is now)"
+            what = "teacher that the table names (student.teacher says where it is now)"
             revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared, in any case
             path, commit = locate(teacher.name, what, revision, error=StudentError)
             return cls(teacher.name, path, commit, weights=True, teacher=teacher)
@@ -83,19 +83,19 @@ class Source:
         """
         if self.teacher is None:
             return
-        there = {name: self.path / name for name in self.teacher.files}
-        hashes = {name: sha256(file) for name, file in there.items() if file.is_file()}
-        found = [f"{name} is another" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
+        paths = {name: self.path / name for name in self.teacher.files}
+        hashes = {name: sha256(file) for name, file in paths.items() if file.is_file()}
+        found = [f"{name} has changed" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
         if self.teacher.adapter is not None:
             found.append("a model without the adapter that the teacher had")
         if found:
             raise StudentError(
-                "the table's teacher is not there any more",
-                expected="the files that the teacher had when it was asked",
+                "this model is no longer the table's teacher, so the student can't take its layers",
+                expected="the files that the teacher had when the table was captured",
                 found="; ".join(found),
                 where=self.path,
-                do="fetch them again (a teacher with an adapter: merge it and save the whole); or set student.teacher, "
-                "to take layers from a model that is not the table's teacher",
+                do="restore these files (if the teacher had an adapter, merge it and save the merged model); or set "
+                "student.teacher to take layers from a model that is not the table's teacher",
             )
 
 
@@ -104,20 +104,22 @@ def _teacher_of(origin: Origin) -> Teacher:
     if len(teachers) == 1:
         return teachers[0]
     raise UsageError(
-        f"the table does not say {'which teacher is meant' if teachers else 'where its teacher is'}",
-        expected="student.teacher, beside student.layers",
+        "the table has several teachers, and student.teacher does not choose one"
+        if teachers
+        else "the table does not say where its teacher is",
+        expected="student.teacher, in addition to the layers to keep of it",
         found=", ".join(sorted(teacher.name for teacher in teachers))
-        or "neither that nor a teacher in the table's history",
+        or "no student.teacher, and no teacher in the table's history",
         where=origin.location,
-        do="name the teacher's folder with student.teacher",
+        do="set student.teacher to the teacher's folder",
     )
 
 
 def _require_one_source(config: StudentConfig) -> None:
     if len(config.given) != 1:
         raise UsageError(
-            "a student comes from exactly one place",
+            "exactly one setting has to say what the student starts from",
             expected="one of student.model, student.layers, student.depth and student.config",
             found=", ".join(config.given) or "none of them",
-            do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
+            do="set a model to continue from, layers to keep of the teacher, or a configuration for a new model",
         )

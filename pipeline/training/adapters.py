@@ -39,12 +39,12 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
     ]
     if unknown:
         raise UsageError(
-            "the student has no such layers to adapt",
-            expected="names of linear layers other than the head: "
+            "student.lora_target_modules names layers that the student does not have",
+            expected="the student's linear layers, without the head: "
             + ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})),
             found=f"student.lora_target_modules: {' '.join(unknown)}",
             where=student.config.name_or_path,
-            do="leave it out to adapt every linear layer but the head",
+            do="leave it out to adapt every linear layer except the head",
         )
     targets = list(config.lora_target_modules) or "all-linear"
     adapted = get_peft_model(student, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets))
@@ -62,14 +62,12 @@ def use_liger(student: PreTrainedModel) -> None:
     except ImportError:
         raise _missing("optimizer.use_liger_kernel", "liger-kernel", "liger") from None
     if not torch.cuda.is_available():
-        raise UsageError("Liger's kernels need a GPU", found="none", do="leave out optimizer.use_liger_kernel")
+        raise UsageError("Liger's kernels need a GPU", found="no GPU", do="leave out optimizer.use_liger_kernel")
     _apply_liger_kernel_to_instance(model=student, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _missing(setting: str, package: str, extra: str) -> UsageError:
     return UsageError(
-        f"{setting} needs {package}",
-        expected=f"the package {package}",
-        found="no such package",
+        f"{setting} needs the package {package}, which is not installed",
         do=f"pip install 'softlabel[{extra}]'",
     )

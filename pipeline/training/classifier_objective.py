@@ -104,17 +104,17 @@ def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> No
     """Refuse a part of the loss that no document would ever add anything to."""
     without = []
     if (loss.hard_weight or loss.hard_weight_end) and (documents.labels < 0).all():
-        without.append("a label of the student's (loss.hard_weight)")
+        without.append("one of the student's labels (loss.hard_weight)")
     if (loss.soft_weight or loss.soft_weight_end) and np.isnan(documents.logprobs).all():
-        without.append("a probability of the student's labels (loss.soft_weight)")
+        without.append("a teacher's probability for the student's labels (loss.soft_weight)")
     if without:
         raise UsageError(
-            "a part of the loss has nothing to be measured against",
-            expected="documents with labels for the hard loss, and with probabilities of these labels for the soft one",
+            "no document has what a part of the loss needs",
+            expected="documents with labels for the hard loss, and with the teacher's probabilities for the soft loss",
             found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(without)}",
             where=table.location,
-            do="set that weight to 0, or capture with columns.label; distill's control has the hard loss alone, "
-            "control: false leaves it out",
+            do="set that weight to 0, or capture with columns.label; distill's control student has only the hard loss, "
+            "and control: false leaves it out",
         )
 
 

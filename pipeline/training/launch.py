@@ -38,10 +38,11 @@ def on_cpu(settings: OptimizerConfig) -> bool:
     name = settings.device
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise UsageError(
-            f"a student can't be trained on {name!r} here",
-            expected="optimizer.device: auto, cpu, or cuda where there is a GPU",
+            f"a student can't be trained on optimizer.device {name!r} on this machine",
+            expected="optimizer.device: auto or cpu, or cuda on a machine with a GPU",
             found=f"optimizer.device: {name}, {torch.cuda.device_count()} GPUs",
-            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, optimizer.processes says how many train",
+            do="choose one of these; CUDA_VISIBLE_DEVICES chooses among several GPUs, and optimizer.processes sets how "
+            "many of them train",
         )
     return name == "cpu" or not torch.cuda.is_available()
 
@@ -58,7 +59,7 @@ def to_start(settings: OptimizerConfig) -> int:
     wanted = settings.processes or gpus or 1
     if gpus is not None and wanted > gpus:
         raise UsageError(
-            "there is not a GPU for each process",
+            "there are more training processes than GPUs",
             expected=f"optimizer.processes: at most {gpus}",
             found=f"optimizer.processes: {wanted}",
             do="leave it out to use every GPU, or train on the CPU with optimizer.device cpu",
@@ -106,17 +107,17 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
                         return dict(value)
         except ChildDiedError as death:
             raise WorkerError(
-                "a process that trained died",
+                "a training process died",
                 found=death.child.death(),
                 where=f"{config.output}, rank {ranks.index(death.child)} of {processes}",
-                do="the same command goes on from the last checkpoint",
+                do="run the same command again; it continues from the last checkpoint",
             ) from None
         finally:
             for child in ranks:
                 child.process.kill()
             for child in ranks:
                 child.process.wait()
-    raise AssertionError("a rank that has said all waits to be ended")
+    raise AssertionError("a rank never exits before it is stopped")
 
 
 def _environment(rank: int, processes: int) -> dict[str, str]:

@@ -180,7 +180,9 @@ def _pin(table: AnyTable, student: Path) -> None:
     except TableNotFoundError:
         raise
     except TableError as error:
-        warnings.warn(f"{error}\nNothing keeps this version of the table from being vacuumed.", stacklevel=3)
+        warnings.warn(
+            f"{error}\nA vacuum may delete this version of the table, which could not be pinned.", stacklevel=3
+        )
 
 
 def _trainer(
@@ -235,11 +237,12 @@ def _trainer(
     )  # several GPUs are softlabel.pipeline.training.launch' business, never nn.DataParallel's
     if not lesson.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
         raise UsageError(
-            "nothing is held out that could say which weights are the best, or when to stop",
+            "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
             expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
-            found=f"no sequence in the eval split of version {record['table']['version']}",
+            found=f"nothing to evaluate on in the eval split of version {record['table']['version']}",
             where=record["table"]["location"],
-            do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
+            do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
+            "goes to eval",
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
         shard(lesson.module, ranks.device, settings.bf16)

@@ -137,17 +137,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """No weights are kept that are no numbers; all ranks find the same."""
         infinite = torch.tensor(float(not finite(self.model.student)), device=self.args.device)
         if self.accelerator.reduce(infinite, "sum"):
-            raise self._diverged("weights that are no numbers", self.state.global_step)
+            raise self._diverged("NaN or infinite weights", self.state.global_step)
 
     def _diverged(self, found: str, step: int) -> TrainingError:
         last = newest_checkpoint(self._run)
         return TrainingError(
-            "the loss is no longer a number",
+            "training diverged",
             expected="a finite loss, finite gradients and finite weights",
             found=found,
             where=f"step {step} of {self.state.max_steps}",
-            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimizer.learning_rate "
-            "lower or optimizer.warmup_ratio longer, and train into another folder",
+            do="train into another folder with a lower optimizer.learning_rate or a larger optimizer.warmup_ratio; "
+            f"the last good checkpoint is {last or '(none was written yet)'}",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -244,10 +244,9 @@ def test_a_student_from_before_more_was_held_out_may_have_seen_it(table, tiny_te
     record["identity"]["sequences"]["eval_fraction"] /= 2
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     result, _ = run(table, folder, report=tmp_path / "report")
-    [said] = [
-        text for text in json.loads(Path(result.json).read_text())["students"][0]["warnings"] if "has seen" in text
-    ]
-    assert "not known" in said
+    warnings = json.loads(Path(result.json).read_text())["students"][0]["warnings"]
+    [warning] = [text for text in warnings if text.startswith("trained on ") and "may include" in text]
+    assert f"{table.location}@0" in warning
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
@@ -256,7 +255,7 @@ def test_what_is_no_student_is_refused(table, tmp_path, content):
     folder.mkdir()
     if content is not None:
         (folder / "softlabel.json").write_text(content)
-    with pytest.raises(StudentError, match="no student that softlabel trained"):
+    with pytest.raises(StudentError, match="not a student that softlabel trained"):
         run(table, folder, report=tmp_path / "report")
 
 
@@ -273,5 +272,5 @@ def test_held_out_sequences_that_were_all_trained_on_are_none(tmp_path, tokenize
 
 
 def test_no_students_are_an_error(table, tmp_path):
-    with pytest.raises(UsageError, match="no student is named"):
+    with pytest.raises(UsageError, match="no student to evaluate"):
         run(table, report=tmp_path)

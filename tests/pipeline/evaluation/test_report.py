@@ -156,12 +156,17 @@ def test_the_charts_show_every_student_in_its_own_colour():
 
 def test_the_closest_student_is_named_first():
     page = Page(to_html(report(student("student", 1.5), student("control", 2.0))))
-    assert "student is the closest to the teacher: 1.500 nats of KL a position, 25% below control (2.000)." in page.text
+    assert (
+        "student is the closest to the teacher: 1.500 nats of KL per position, 25% below control (2.000)." in page.text
+    )
 
 
 def test_without_a_difference_that_the_sequences_show_none_is_the_closest():
     page = Page(to_html(report(student("student", 1.95), student("control", 2.0))))
-    assert "So few sequences don't tell student (1.950 nats of KL a position) and control (2.000) apart." in page.text
+    assert (
+        "There are too few sequences to tell which is closer to the teacher: student (1.950 nats of KL per position) "
+        "or control (2.000)." in page.text
+    )
     assert "closest" not in page.text
 
 

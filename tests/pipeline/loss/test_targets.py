@@ -166,7 +166,7 @@ def test_no_positions_decode_to_nothing():
 def test_a_batch_that_needed_no_draws_is_no_table_without_draws():
     labels = capture(torch.randn(5, V), top_p=1.0, max_k=V, draws=5)
     assert decoded(labels, target="sampled").target == "sampled"
-    with pytest.raises(UsageError, match="a table without draws"):
+    with pytest.raises(UsageError, match="a table without a sampled tail"):
         decoded(capture(torch.randn(5, V), top_k=5), target="sampled")
 
 
@@ -190,10 +190,10 @@ def test_auto_takes_the_draws_where_they_serve(settings, expected):
     ("settings", "draws", "max_k", "said"),
     [
         ({"temperature": 4.0}, True, None, "one of 1, 2"),
-        ({"target": "sampled", "temperature": 2.0}, True, None, "of temperature 1"),
-        ({"target": "sampled", "divergence": "jsd"}, True, None, "unbiased for forward_kl alone"),
-        ({"target": "sampled"}, False, None, "without draws"),
-        ({"target": "sampled"}, True, 4, "max_k 4"),
+        ({"target": "sampled", "temperature": 2.0}, True, None, "sampled at temperature 1"),
+        ({"target": "sampled", "divergence": "jsd"}, True, None, "only unbiased for forward_kl"),
+        ({"target": "sampled"}, False, None, "without a sampled tail"),
+        ({"target": "sampled"}, True, 4, "max_k: 4"),
         ({"target": "renormalized", "divergence": "reverse_kl"}, True, None, "infinite"),
         ({"target": "zero_tail", "divergence": "reverse_kl"}, True, None, "infinite"),
     ],

@@ -123,7 +123,7 @@ def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: P
     view = make_view(str(tmp_path / "v"), [tables[0], other.location], (1.0, 1.0), "concatenate")
     assert (Holdout.of(view).sequences, Holdout.of(view).left_out) == (8, 5)
     shared = make_view(str(tmp_path / "shared"), [tables[0], tables[1]], (1.0, 1.0), "average")
-    with pytest.raises(TableError, match="nothing to measure students on"):
+    with pytest.raises(TableError, match="no sequences to evaluate students on"):
         Holdout.of(shared)
 
 

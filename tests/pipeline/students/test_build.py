@@ -111,7 +111,7 @@ SHARING = {
 def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_not(family, table, tmp_path):
     SHARING[family]().save_pretrained(tmp_path)
     for dtype in ("bfloat16", "float32"):
-        with pytest.raises(StudentError, match=r"(?s)the other sequences of its row.*set stream\.packing false"):
+        with pytest.raises(StudentError, match=r"(?s)sees other sequences in a row.*set stream\.packing false"):
             student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
     model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
     (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))
@@ -125,7 +125,7 @@ def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_no
 
 
 def test_a_student_that_sees_what_it_has_to_predict_is_refused():
-    with pytest.raises(StudentError, match="sees what it has to predict"):
+    with pytest.raises(StudentError, match="sees the tokens it has to predict"):
         student._require_sight(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
 
 
@@ -175,7 +175,7 @@ def test_too_few_rows_for_the_vocabulary(table, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"depth": 2, "config": "b"}])
 def test_a_student_comes_from_exactly_one_place(given, table):
-    with pytest.raises(UsageError, match="exactly one place"):
+    with pytest.raises(UsageError, match="exactly one setting"):
         student.build(StudentConfig(**given), table)
 
 
@@ -199,7 +199,7 @@ def test_the_same_vocabulary_split_otherwise_is_refused(table, tiny_teacher, tmp
     tokenizer = json.loads(file.read_text())
     tokenizer["pre_tokenizer"]["add_prefix_space"] = True
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(StudentError, match="other rules"):
+    with pytest.raises(StudentError, match="different rules"):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
@@ -253,5 +253,5 @@ def test_a_model_whose_logits_are_made_otherwise_is_refused():
     student._require_head(model)
     head = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 1.1 * head(hidden)
-    with pytest.raises(StudentError, match="in a way that the loss does not know"):
+    with pytest.raises(StudentError, match="in a way that the loss does not support"):
         student._require_head(model)

@@ -18,12 +18,12 @@ BAD = [
     ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
     ({"depth": 3}, UsageError, "not so many layers"),
     ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
-    ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
+    ({"layers": (0,), "labels": ("law",)}, UsageError, "teacher is a language model"),
     ({"model": "nowhere/at-all"}, StudentError, "there is no such model"),
     ({"model": "stranger"}, StudentError, "499 tokens"),
     ({"config": "small.json"}, StudentError, "at least 500 rows"),
     ({"config": "short.json"}, StudentError, r"at least \d+ positions"),
-    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one place"),
+    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one setting"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher,
     require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")), origin)
     with pytest.raises(UsageError, match="did you mean 'names'"):
         require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
-    with pytest.raises(UsageError, match="adapters are for language models"):
+    with pytest.raises(UsageError, match="adapters are only for language models"):
         require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_r": 4}), origin)
 
 

@@ -40,8 +40,8 @@ def test_a_subset_is_renormalized_and_the_rest_reported():
     [
         (("low", "psalms"), "did you mean 'law'"),
         (("a=law,history", "b=history"), "history belongs to two labels"),
-        (("law=history", "b=law"), "law is a class of the teacher's, and not of that label"),
-        (("a=law", "a=history"), "a name of its own"),
+        (("law=history", "b=law"), "law is the name of a class that is not part of the label law"),
+        (("a=law", "a=history"), "each with a different name"),
         (("a=law,history",), "at least two labels"),
         (("a=", "b=law"), "no class ''"),
     ],

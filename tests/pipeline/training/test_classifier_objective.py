@@ -241,17 +241,19 @@ def test_a_loss_that_no_document_adds_to_is_refused(table, tmp_path):
     unlabelled = reprocess(
         ReprocessConfig(source=table.location, destination=str(tmp_path / "table"), where="label is null")
     )
-    with pytest.raises(UsageError, match=r"none with a label of the student's \(loss.hard_weight\)"):
+    with pytest.raises(UsageError, match=r"none with one of the student's labels \(loss.hard_weight\)"):
         train(settings(Table.open(unlabelled.table), tmp_path / "student"))
     documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
     silent = replace(documents, logprobs=np.full_like(documents.logprobs, np.nan))
-    with pytest.raises(UsageError, match=r"none with a probability of the student's labels \(loss.soft_weight\)"):
+    with pytest.raises(
+        UsageError, match=r"none with a teacher's probability for the student's labels \(loss.soft_weight\)"
+    ):
         class_student._require_targets(LossConfig(), silent, table)
 
 
 def test_a_student_that_reads_less_than_the_table_holds(table, tiny_teacher, tmp_path):
     short = save_classifier(tmp_path / "short", tiny_teacher, max_position_embeddings=16)
-    with pytest.raises(StudentError, match="can't read the table's sequences"):
+    with pytest.raises(StudentError, match="the table's sequences are longer than the student can read"):
         build_classifier(StudentConfig(model=str(short)), table)
     small = save_classifier(tmp_path / "small", tiny_teacher, vocab_size=400)
     with pytest.raises(StudentError, match="at least 500 rows"):
