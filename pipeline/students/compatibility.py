@@ -1,7 +1,7 @@
-"""Whether a student can be made for a teacher, and taught by it: found out from settings, before anyone pays.
+"""Checks, before anything expensive runs, that a student can be built and trained on a teacher's soft labels.
 
-The same questions before a capture, when only the teacher's files are there, and before a training, when there is a
-table. Loads no weights.
+The same checks run before a capture, when only the teacher's files exist, and before training, when there is a table.
+Loads no weights.
 """
 
 import hashlib
@@ -24,21 +24,21 @@ from softlabel.storage.errors import StudentError, UsageError
 
 
 def require_fitting(config: StudentConfig, origin: Origin, source: Source | None = None) -> Source:
-    """Refuse a student that can't be made, or could not be trained on these soft labels.
+    """Refuse a student that can't be built, or can't be trained on these soft labels.
 
     Args:
-        config: where it comes from.
-        origin: what it has to fit.
+        config: settings of the student.
+        origin: the soft labels that it has to fit.
         source: the files that it is made from, if they have been found already.
 
     Returns:
         The files that it is made from.
 
     Raises:
-        UsageError: unless exactly one place is named that it comes from; if the teacher has not so many layers or
-            neurons; or if its labels can't be made.
-        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if the files of the
-            teacher that layers are taken from have changed since it was asked.
+        UsageError: unless exactly one source is set; if the teacher does not have that many layers or neurons; or if
+            student.labels does not fit the teacher's classes.
+        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if it takes layers of the
+            table's teacher, whose files have changed since the capture.
     """
     source = source or Source.find(config, origin)
     _require_labels(config, origin)
@@ -58,13 +58,13 @@ def require_fitting(config: StudentConfig, origin: Origin, source: Source | None
 
 
 def require_loss(config: TrainConfig, origin: Origin) -> Target | None:
-    """Refuse a loss that these soft labels can't give.
+    """Refuse a loss that can't be computed from these soft labels.
 
     Returns:
-        What a language model is compared with; None if the loss has no soft part.
+        The target of a language model's soft loss; None if there is no soft part, or for a classifier.
 
     Raises:
-        UsageError: if they lack what it is measured against, or it asks for a part of a classifier's distribution.
+        UsageError: if the soft labels lack what the loss needs, or a setting does not apply to classifiers.
     """
     if origin.classes is not None:
         _require_class_settings(config)
@@ -107,14 +107,14 @@ def _require_class_settings(config: TrainConfig) -> None:
 
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:
-    """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
-    theirs = explained(source, "tokenizer", lambda: load_tokenizer(source))
-    ours = origin.tokenizer()
-    found, expected = theirs.get_vocab(), ours.get_vocab()
+    """Refuse a model whose token ids mean other tokens, or that splits text differently."""
+    student_tokenizer = explained(source, "tokenizer", lambda: load_tokenizer(source))
+    teacher_tokenizer = origin.tokenizer()
+    found, expected = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if found != expected:
         different = {token for token, _ in found.items() ^ expected.items()}
         detail = f"{len(found)} tokens; {len(different)} differ, the first is {min(different)!r}"
-    elif _rules(theirs) != _rules(ours):
+    elif _rules(student_tokenizer) != _rules(teacher_tokenizer):
         detail = "the same tokens, but different rules for splitting text into them"
     else:
         return
@@ -129,7 +129,7 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of what turns text into ids, without the padding and truncation that a call may have left behind."""
+    """Hash of the tokenization rules, without padding and truncation, which calls may have changed."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -152,8 +152,7 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
 
 
 def _require_positions(settings: Any, origin: Origin) -> None:
-    """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
-    are meant for."""
+    """Refuse a model for shorter sequences, which has no positions, or only untrained ones, for the longest."""
     limit = positions_said(settings)
     if limit is None or limit >= origin.max_tokens:
         return

@@ -66,7 +66,7 @@ def test_the_page_and_the_json_say_it_all(table, students, tmp_path):  # noqa: F
     report = evaluated(table, students, tmp_path)
     page, content = Path(report.html).read_text(), json.loads(Path(report.json).read_text())
     assert content["labels"] == NAMES
-    for name in ("student", "control", "teacher", *NAMES, "Label by label", "What control takes for what"):
+    for name in ("student", "control", "teacher", *NAMES, "Label by label", "Confusion matrix of control"):
         assert name in page
     assert page.count("<svg") == 6  # scores, accuracy, KL and loss by step, and a confusion matrix each
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -80,7 +80,7 @@ def test_a_subset_of_the_classes_says_how_much_is_left_out(table, tmp_path):  # 
     documents = Documents.read(table, "eval", LabelMap.of((), CLASSES))
     left_out = np.exp(documents.logprobs[:, [CLASSES.index("expressions"), CLASSES.index("statements")]]).sum(1)
     assert report.unmapped == pytest.approx(left_out.mean(), rel=1e-4)
-    assert "of the teacher's mass is on classes that no label stands for" in Path(report.html).read_text()
+    assert "of the teacher's probability is on classes that belong to no label" in Path(report.html).read_text()
 
 
 def test_students_of_different_labels_are_not_compared(table, students, tmp_path):  # noqa: F811

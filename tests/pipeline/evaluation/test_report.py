@@ -184,7 +184,7 @@ def test_leaks_and_bounds_are_said():
     text = " ".join(Page(to_html(report(student("student", 1.5, metrics=metrics), left_out=3))).text.split())
     assert "3 of 15 sequences of the eval split also occur, token for token, in the train split" in text
     assert "lower bound" in text
-    assert "the teacher's likeliest token is not known" in text
+    assert "the teacher's most likely token is not known" in text
 
 
 def test_many_students_are_told_apart():

@@ -33,7 +33,7 @@ def row_groups(draw: st.DrawFn) -> list[pa.Table]:
 @given(groups=row_groups(), data=st.data())
 def test_any_sequences_are_had_in_any_order(long: int, groups: list[pa.Table], data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(batch, "_LONG", long)
+        patched.setattr(batch, "_LONG_SEQUENCE", long)
         sequences, whole = Sequences(groups), pa.concat_tables(groups)
     number = st.integers(0, len(whole) - 1)
     rows = np.array(data.draw(st.lists(number, max_size=6)) if len(whole) else [], np.int64)

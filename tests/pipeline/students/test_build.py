@@ -126,7 +126,7 @@ def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_no
 
 def test_a_student_that_sees_what_it_has_to_predict_is_refused():
     with pytest.raises(StudentError, match="sees the tokens it has to predict"):
-        student._require_sight(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
+        student._require_separation(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
 
 
 def test_the_table_knows_its_teacher(table, tiny_teacher):
