@@ -1,7 +1,7 @@
-"""The report's charts, as SVG that is written into its page.
+"""The report's charts, as SVG to embed in its page.
 
-Colours are roles, not values: the page's style sheet says what they are in the light and in the dark. A student has
-the same role in every chart. Knows nothing of models, tables or files.
+Colors are roles, whose values the page's style sheet sets for light and dark mode. A student has the same role in every
+chart. Knows nothing of models, tables or files.
 """
 
 import io
@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 SERIES = 6
-"""Colours that the page's style sheet tells apart; further series repeat them, dashed."""
+"""Number of colors in the page's style sheet; further series repeat them, dashed."""
 
 _WIDTH = 400  # of a drawing, in its own units; the page scales it
 _ROLES = {"ink": "#000001", "muted": "#000002", "line": "#000003"} | {
@@ -59,13 +59,13 @@ class Score(Protocol):
 
     @property
     def error(self) -> float | None:
-        """Its standard error; None if it is not known."""
+        """Its standard error; None if unknown."""
         ...
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One model's scores; ``index`` is a student's place in the report, and so its colour, or -1 for the teacher."""
+    """One model's scores; ``index`` is a student's place in the report, which sets its color, or -1 for the teacher."""
 
     index: int
     name: str
@@ -73,13 +73,13 @@ class Bar:
 
     @property
     def color(self) -> str:
-        """Sentinel that becomes the series' colour."""
+        """Placeholder that becomes the series' color."""
         return _ROLES["muted" if self.index < 0 else f"series-{self.index % SERIES}"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One student's line; ``index`` is the student's place in the report, and so its colour."""
+    """One student's line; ``index`` is the student's place in the report, which sets its color."""
 
     index: int
     name: str
@@ -88,12 +88,12 @@ class Curve:
 
     @property
     def color(self) -> str:
-        """Sentinel that becomes the series' colour."""
+        """Placeholder that becomes the series' color."""
         return _ROLES[f"series-{self.index % SERIES}"]
 
     @property
     def dashes(self) -> str:
-        """Tells a second round of the colours from the first."""
+        """Line style: dashed once the colors repeat."""
         return "--" if self.index >= SERIES else "-"
 
 
@@ -138,7 +138,7 @@ def by_entropy(
 
 
 def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
-    """For each score a group of dots, one of each model, with a line that reaches two standard errors to both sides."""
+    """A group of dots for each score, one dot per model, with a line of two standard errors to each side."""
     with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
         figure, axes = _canvas(height=60 + len(names) * 16 * len(bars))
         gap = 0.75 / len(bars)
@@ -165,7 +165,7 @@ def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
 
 
 def confusion(index: int, counts: Sequence[Sequence[int]], names: Sequence[str], model: str) -> str:
-    """Documents by their label (down) and what a model says (across), the darker the larger the label's share."""
+    """Documents by their label (down) and a model's prediction (across): the darker, the larger the label's share."""
     color, size = _ROLES[f"series-{index % SERIES}"], len(names)
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure, axes = _canvas(height=min(400, 120 + 26 * size))
@@ -175,10 +175,10 @@ def confusion(index: int, counts: Sequence[Sequence[int]], names: Sequence[str],
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=color, alpha=0.75 * share, linewidth=0))
                 if count:
                     axes.annotate(str(count), (column, row), ha="center", va="center", fontsize=max(5, 10 - size / 4))
-        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=f"what {model} says", ylabel="label")
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=f"prediction of {model}", ylabel="label")
         axes.set_xticks(range(size), names, rotation=45, ha="right")
         axes.set_yticks(range(size), names)
-        return _svg(figure, f"documents by label and what {model} says")
+        return _svg(figure, f"documents by label and by prediction of {model}")
 
 
 def _canvas(height: int) -> tuple[Figure, Axes]:
@@ -203,10 +203,10 @@ def _ylim(axes: Axes, lines: Sequence[Sequence[float]]) -> None:
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Write each name at the end of its line, moved apart where lines meet."""
+    """Write each name at the end of its line, spread out where lines meet."""
     low, high = axes.get_ylim()
     ordered = sorted(curves, key=lambda curve: curve.y[-1])
-    heights = _apart([(curve.y[-1] - low) / (high - low) for curve in ordered], gap=0.085)
+    heights = _spread_out([(curve.y[-1] - low) / (high - low) for curve in ordered], gap=0.085)
     for curve, height in zip(ordered, heights, strict=True):
         name = curve.name if len(curve.name) <= 20 else f"{curve.name[:19]}…"
         axes.annotate(
@@ -214,8 +214,8 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
         )
 
 
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, pushed up until they are a gap apart, and down again where that left the top."""
+def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights at least a gap apart: pushed up, then down again where that went beyond the top."""
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else height)
@@ -227,15 +227,15 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The drawing as an element of the page: scalable, named for screen readers, its colours roles."""
+    """The drawing as an element of the page: scalable, labelled for screen readers, with roles as colors."""
     buffer = io.StringIO()
-    unsigned = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=unsigned)
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     drawing = buffer.getvalue()
-    body = drawing[drawing.index("</defs>") + len("</defs>") :]  # what is before is for a file of its own
+    body = drawing[drawing.index("</defs>") + len("</defs>") :]  # what comes before is only for standalone files
     height = figure.get_figheight() * 72
     for role, color in _ROLES.items():
         body = body.replace(color, f"var(--{role})")
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # the same in every drawing, and referred to by none
-    body = re.sub(r"font-family: [^;]*; ", "", body)  # the page's
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # ids repeat across drawings, and nothing refers to them
+    body = re.sub(r"font-family: [^;]*; ", "", body)  # use the page's font
     return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{label}">{body}'

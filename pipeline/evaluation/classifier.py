@@ -1,6 +1,6 @@
 """Compares classifiers with their teacher on the table's held-out documents, and writes the report.
 
-The teacher's side comes from the table: no teacher is loaded. Never changes a table or a student.
+The teacher's predictions come from the table: no teacher is loaded. Never changes a table or a student.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,19 +35,19 @@ class ClassScore:
 
     name: str
     accuracy: float | None
-    """None, as precision, recall and f1, if no document has a label."""
+    """None if no document has a label, like precision, recall and f1."""
     precision: float | None
-    """Mean over the labels, as recall and f1."""
+    """Mean over the labels, like recall and f1."""
     recall: float | None
     f1: float | None
     kl: float
-    """Forward KL from the teacher, nats a document."""
+    """Forward KL from the teacher, nats per document."""
     parameters: int | None
 
 
 @dataclass(frozen=True)
 class ClassEvaluation:
-    """What came out, in small numbers, and where the rest is."""
+    """The main numbers of an evaluation, and the paths of its full report."""
 
     html: str
     json: str
@@ -57,7 +57,7 @@ class ClassEvaluation:
     left_out: int
     """Documents of the eval split that also occur in the train split."""
     unmapped: float
-    """Mean mass of the teacher's distribution on classes that have no label."""
+    """Mean mass of the teacher's distribution on classes that belong to no label."""
     teacher: ClassScore
     students: tuple[ClassScore, ...]
 
@@ -68,30 +68,30 @@ def evaluate_classes(
     """Measure classifiers and write report.html and report.json.
 
     Args:
-        config: names the students.
-        table: what they are measured on.
-        names: of the students.
-        trained: what each one's softlabel.json says.
-        watch: told of each batch.
+        config: the settings.
+        table: the table to evaluate on.
+        names: display name of each student.
+        trained: content of each student's softlabel.json.
+        watch: called after each batch.
 
     Raises:
-        TableError: if there is nothing in the table to measure on.
+        TableError: if the table has no documents to evaluate on.
         StudentError: if a student does not fit the table.
         UsageError: if the students have different labels, or the report can't be written.
     """
-    on = device(config.device)
+    target_device = device(config.device)
     labels = _labels(config, table, trained)
     documents = Documents.read(table, "eval", labels)
     prepare(Path(config.report))
     students = []
     for folder, name, provenance in zip(config.students, names, trained, strict=True):
-        own = provenance["config"]["student"]
-        source = StudentConfig(model=folder, dtype=own["dtype"], labels=own["labels"])
-        model = build_classifier(source, table).to(on)
+        settings = provenance["config"]["student"]
+        source = StudentConfig(model=folder, dtype=settings["dtype"], labels=settings["labels"])
+        model = build_classifier(source, table).to(target_device)
         batches = documents.batches(model.config.pad_token_id, config.batch_tokens)
         metrics = measure_classes(model, _watched(batches, len(documents.tokens), name, watch))
         students.append(ClassStudent.of(name, folder, provenance, metrics=metrics))
-    about = last_capture(table)
+    capture = last_capture(table)
     report = ClassReport(
         table=table.location,
         version=table.version,
@@ -101,14 +101,14 @@ def evaluate_classes(
         labels=labels.names,
         unmapped=mean(documents.unmapped),
         teacher=ClassTeacher(
-            name=Path(about.get("teacher", "teacher")).name if table.identity.teacher.files else "the labels",
-            parameters=about.get("parameters"),
+            name=Path(capture.get("teacher", "teacher")).name if table.identity.teacher.files else "the labels",
+            parameters=capture.get("parameters"),
             metrics=_teacher(documents, labels),
         ),
         students=tuple(students),
         columns=column_costs(column_bytes(table), len(index(table, ["key"]))),
         identity=table.identity.model_dump(mode="json"),
-        circumstances=circumstances(device=str(on)),
+        circumstances=circumstances(device=str(target_device)),
         config=config.model_dump(mode="json"),
     )
     content = TypeAdapter(ClassReport).dump_json(report, indent=2)
@@ -132,10 +132,10 @@ def _labels(config: EvaluateConfig, table: Table, trained: Sequence[Mapping[str,
     different = next((number for number, labels in enumerate(maps) if labels != maps[0]), None)
     if different is not None:
         raise UsageError(
-            "these students have different labels",
+            "these students have different labels and can't be compared with each other",
             expected=f"{config.students[0]}: {', '.join(maps[0].names)}",
             found=f"{config.students[different]}: {', '.join(maps[different].names)}",
-            do="evaluate them apart, each beside the students that it can be compared with",
+            do="evaluate students with different labels in separate reports",
         )
     return maps[0]
 
@@ -149,9 +149,9 @@ def _watched(batches: Iterator[ClassBatch], total: int, name: str, watch: Watch)
 
 
 def _teacher(documents: Documents, labels: LabelMap) -> ClassMetrics:
-    """The teacher measured like a student; what it says nothing of counts as said of no label."""
-    said = np.where(np.isnan(documents.logprobs), np.float32(-np.log(len(labels.names))), documents.logprobs)
-    return compare(said, documents.labels, documents.logprobs, list(labels.names))
+    """The teacher measured like a student; where it has no distribution over the labels, a uniform one stands in."""
+    predicted = np.where(np.isnan(documents.logprobs), np.float32(-np.log(len(labels.names))), documents.logprobs)
+    return compare(predicted, documents.labels, documents.logprobs, list(labels.names))
 
 
 def _score(model: ClassTeacher | ClassStudent) -> ClassScore:

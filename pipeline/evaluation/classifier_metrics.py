@@ -1,6 +1,6 @@
-"""How good a classifier is: against the documents' labels, and against its teacher.
+"""Quality of a classifier, compared with the documents' labels and with its teacher.
 
-scikit-learn's numbers, each with a standard error over documents. Trains nothing and reads no files.
+scikit-learn's metrics, each with a standard error over documents. Trains nothing and reads no files.
 """
 
 from collections.abc import Iterable
@@ -24,129 +24,133 @@ _RESAMPLES = 200
 
 @dataclass(frozen=True)
 class ClassQuality:
-    """One label's numbers; 0 where a label is never said, or never right."""
+    """One label's metrics; 0 where a label is never predicted, or never correctly."""
 
     name: str
     precision: float
     recall: float
     f1: float
     documents: int
-    """That have this label."""
+    """Number of documents with this label."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A classifier against the labels of the documents that have one."""
+    """A classifier compared with the labels of the documents that have one."""
 
     documents: int
     accuracy: Estimate
     precision: Estimate
-    """Mean over the labels that occur (macro average), as recall and f1 are."""
+    """Mean over the labels that occur (macro average), like recall and f1."""
     recall: Estimate
     f1: Estimate
     cross_entropy: Estimate
-    """With the label, nats."""
+    """With the label, in nats."""
     by_label: tuple[ClassQuality, ...]
     confusion: tuple[tuple[int, ...], ...]
-    """Documents, by their label (rows) and what the classifier says (columns)."""
+    """Number of documents by their label (rows) and the classifier's prediction (columns)."""
 
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """A classifier's numbers over documents, at temperature 1."""
+    """A classifier's metrics over documents, at temperature 1."""
 
     documents: int
     kl: Estimate
-    """Forward KL from the teacher, nats a document."""
+    """Forward KL from the teacher, nats per document."""
     agreement: Estimate
-    """Share of documents for which both find the same label likeliest."""
+    """Share of documents for which both predict the same label."""
     quality: Quality | None
     """None if no document has a label."""
 
 
 @torch.no_grad()
 def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -> ClassMetrics:
-    """Measure a student on documents, without changing whether it is in training mode."""
+    """Measure a student on documents; its training mode is restored afterwards."""
     was_training = model.training
     model.eval()
-    found, labels, teacher = [], [], []
+    predicted, labels, teacher = [], [], []
     try:
         for batch in batches:
             logits = model(**batch.to(model.device).inputs).logits[: len(batch.labels)]
-            found.append(logits.float().log_softmax(1).cpu().numpy())
+            predicted.append(logits.float().log_softmax(1).cpu().numpy())
             labels.append(batch.labels.numpy())
             teacher.append(batch.logprobs.numpy())
     finally:
         model.train(was_training)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    return compare(np.concatenate(found), np.concatenate(labels), np.concatenate(teacher), names)
+    return compare(np.concatenate(predicted), np.concatenate(labels), np.concatenate(teacher), names)
 
 
 def compare(
     logprobs: NDArray[np.float32], labels: NDArray[np.int64], teacher: NDArray[np.float32], names: list[str]
 ) -> ClassMetrics:
-    """The numbers of what is said of N documents.
+    """Metrics of predictions for N documents.
 
     Args:
         logprobs: (N, labels) nats.
         labels: (N,) ids; -1 where there is none.
-        teacher: (N, labels) nats; NaN where the teacher says nothing of these labels.
-        names: of the labels.
+        teacher: (N, labels) nats; NaN where the teacher has no distribution over these labels.
+        names: name of each label.
     """
-    taught = ~np.isnan(teacher).any(1)
-    said, wanted = logprobs[taught].astype(np.float64), teacher[taught].astype(np.float64)
+    has_teacher = ~np.isnan(teacher).any(1)
+    predicted, expected = logprobs[has_teacher].astype(np.float64), teacher[has_teacher].astype(np.float64)
     with np.errstate(invalid="ignore"):
-        terms = np.where(np.isneginf(wanted), 0.0, np.exp(wanted) * (wanted - said))
+        terms = np.where(np.isneginf(expected), 0.0, np.exp(expected) * (expected - predicted))
     known = labels >= 0
     return ClassMetrics(
         documents=len(labels),
         kl=mean(terms.sum(1)),
-        agreement=mean(said.argmax(1) == wanted.argmax(1)),
+        agreement=mean(predicted.argmax(1) == expected.argmax(1)),
         quality=_quality(logprobs[known], labels[known], names) if known.any() else None,
     )
 
 
 def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: list[str]) -> Quality:
-    from sklearn.metrics import confusion_matrix  # here: it takes a second, which no language model's run needs
+    from sklearn.metrics import confusion_matrix  # imported here: it takes a second, and only classifiers need it
 
-    said, numbers = logprobs.argmax(1), range(len(names))
+    predicted, numbers = logprobs.argmax(1), range(len(names))
     present = sorted(set(labels.tolist()))
     averages = ("precision", "recall", "f1")
-    macro = _scores(labels, said, present, "macro")[:3]
-    confusion = confusion_matrix(labels, said, labels=numbers)
-    spread = _spread(confusion)
-    by_label = zip(names, *_scores(labels, said, numbers, None), strict=True)
+    macro = _scores(labels, predicted, present, "macro")[:3]
+    confusion = confusion_matrix(labels, predicted, labels=numbers)
+    errors = _bootstrap_errors(confusion)
+    by_label = zip(names, *_scores(labels, predicted, numbers, None), strict=True)
     return Quality(
         documents=len(labels),
-        accuracy=mean(said == labels),
+        accuracy=mean(predicted == labels),
         cross_entropy=mean(-logprobs[np.arange(len(labels)), labels]),
         by_label=tuple(ClassQuality(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in by_label),
         confusion=tuple(map(tuple, confusion.tolist())),
         **{
             name: Estimate(float(mean), float(error) if len(labels) > 1 else None)
-            for name, mean, error in zip(averages, macro, spread, strict=True)
+            for name, mean, error in zip(averages, macro, errors, strict=True)
         },
     )
 
 
-def _scores(labels: Any, said: Any, numbers: Any, average: str | None) -> Any:
+def _scores(labels: Any, predicted: Any, numbers: Any, average: str | None) -> Any:
     """Precision, recall, F1 and support, by label or averaged."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    return precision_recall_fscore_support(labels, said, labels=list(numbers), average=average, zero_division=0)
+    return precision_recall_fscore_support(labels, predicted, labels=list(numbers), average=average, zero_division=0)
 
 
-def _spread(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(3,) standard errors of the means over labels of precision, recall and F1, by drawing the documents again.
+def _bootstrap_errors(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(3,) standard errors of the means over labels of precision, recall and F1, by the bootstrap over documents.
 
     Args:
-        confusion: (labels, labels) documents, by label and by what is said; the means depend on nothing else.
+        confusion: (labels, labels) documents by label and by prediction; the means depend on nothing else.
     """
     total, present = int(confusion.sum()), np.flatnonzero(confusion.sum(1))
     draws = np.random.default_rng(0).multinomial(total, confusion.ravel() / total, _RESAMPLES)
     draws = draws.reshape(_RESAMPLES, *confusion.shape)
-    hits, there, said = draws[:, present, present], draws.sum(2)[:, present], draws.sum(1)[:, present]
-    ratios = [hits / np.maximum(said, 1), hits / np.maximum(there, 1), 2 * hits / np.maximum(said + there, 1)]
+    hits, actual, predicted = draws[:, present, present], draws.sum(2)[:, present], draws.sum(1)[:, present]
+    ratios = [
+        hits / np.maximum(predicted, 1),
+        hits / np.maximum(actual, 1),
+        2 * hits / np.maximum(predicted + actual, 1),
+    ]
     errors: NDArray[np.float64] = np.stack([ratio.mean(1) for ratio in ratios]).std(1, ddof=1)
     return errors
 

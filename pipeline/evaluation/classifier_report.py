@@ -1,6 +1,6 @@
-"""The report on classifiers as students: numbers in, one page out.
+"""The report on students that are classifiers: turns their metrics into one page.
 
-The page is that of ``report`` with other numbers in it. Measures nothing and reads neither table nor model.
+The page extends the one of ``report``. Measures nothing and reads neither table nor model.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from softlabel.pipeline.evaluation.metrics import Estimate
 from softlabel.pipeline.evaluation.report import ColumnBytes, TrainedStudent, histories, render
 
 SCORES = ("accuracy", "precision", "recall", "f1")
-"""What classifiers are compared by; the last three are means over the labels."""
+"""Metrics that classifiers are compared by; the last three are means over the labels."""
 DRAWN_LABELS = 30
-"""A confusion matrix of more labels is a table in the JSON, and no picture."""
+"""With more labels than this, a confusion matrix is in the JSON but not drawn."""
 
 
 @dataclass(frozen=True)
 class ClassTeacher:
-    """The teacher's own numbers on the same documents, as the table stores them, over the students' labels."""
+    """The teacher's metrics on the same documents and over the students' labels, as the table stores them."""
 
     name: str
     parameters: int | None
@@ -30,7 +30,7 @@ class ClassTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassStudent(TrainedStudent):
-    """One student's numbers."""
+    """One student's training and its metrics."""
 
     metrics: ClassMetrics
 
@@ -44,13 +44,13 @@ class ClassReport:
     created: str
     """Time of the evaluation, ISO 8601, UTC."""
     documents: int
-    """Evaluated."""
+    """Number of documents evaluated."""
     left_out: int
     """Documents of the eval split that also occur in the train split, and were not evaluated."""
     labels: tuple[str, ...]
-    """The students'."""
+    """The students' labels."""
     unmapped: Estimate
-    """Mass of the teacher's distribution on classes that no label of the students' stands for, mean over documents."""
+    """Mass of the teacher's distribution on classes that belong to none of the students' labels, as a mean."""
     teacher: ClassTeacher
     students: tuple[ClassStudent, ...]
     columns: tuple[ColumnBytes, ...]
@@ -60,12 +60,12 @@ class ClassReport:
 
 
 def to_html(report: ClassReport) -> str:
-    """The report as one page without any reference to another file or address."""
+    """The report as one self-contained page."""
     return render("classifier_report.html.j2", report, verdict(report.students), _drawings(report))
 
 
 def _drawings(report: ClassReport) -> dict[str, str]:
-    """Each chart's SVG by name, left out where there is nothing to draw."""
+    """Each chart's SVG by name, without charts that have no data."""
     drawings, students = {}, report.students
     for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):
         if curves := histories(students, quantity):
@@ -89,11 +89,14 @@ def _drawings(report: ClassReport) -> dict[str, str]:
 
 
 def verdict(students: Sequence[ClassStudent]) -> str | None:
-    """Who is right most often, if these documents can tell; None for a single student, or without labels."""
+    """The most accurate student, if the difference is significant; None for a single student, or without labels."""
     scored = [(s.metrics.quality.accuracy, s.name) for s in students if s.metrics.quality is not None]
     if len(scored) < 2:
         return None
-    (best, name), (second, other) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
+    (best, name), (second, runner_up) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
     if not best.tells_from(second):
-        return f"So few documents don't tell {name} ({best.mean:.1%} right) and {other} ({second.mean:.1%}) apart."
-    return f"{name} is right most often: {best.mean:.1%} of the documents, {other} {second.mean:.1%}."
+        return (
+            f"There are too few documents to tell which is more accurate: {name} ({best.mean:.1%}) "
+            f"or {runner_up} ({second.mean:.1%})."
+        )
+    return f"{name} is the most accurate: {best.mean:.1%} of the documents; {runner_up} is next with {second.mean:.1%}."

@@ -1,7 +1,7 @@
 """Compares students with their teacher on the table's held-out sequences, and writes the report.
 
-The teacher's side comes from the table: no teacher is loaded. What each student was made of is compared with the table
-before the first is measured, so that one that does not fit costs no time. Never changes a table or a student.
+The teacher's predictions come from the table: no teacher is loaded. All students' records are compared with the table
+before the first student is measured, so that a mismatch is found early. Never changes a table or a student.
 """
 
 from collections import Counter
@@ -43,9 +43,9 @@ from softlabel.storage.upkeep.inspection import column_bytes, last_capture
 from softlabel.storage.views.view import AnyTable, View, open_table
 
 PROVENANCE = "softlabel.json"
-"""What training leaves beside a student's weights."""
+"""Record that training writes next to a student's weights."""
 _TEACHER = ("teacher.files", "teacher.adapter")
-"""Fields of the identity that say which model spoke."""
+"""Fields of the identity that say which model the teacher is."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Score:
     name: str
     perplexity: float
     kl: float
-    """Forward KL from the teacher, nats a position."""
+    """Forward KL from the teacher, nats per position."""
     agreement: float | None
-    """Share of positions with the teacher's likeliest token; None if the table keeps no head."""
+    """Share of positions with the teacher's most likely token; None if the table has no head."""
     parameters: int | None
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What came out, in small numbers, and where the rest is."""
+    """The main numbers of an evaluation, and the paths of its full report."""
 
     html: str
     json: str
@@ -76,23 +76,25 @@ class EvaluationReport:
     teacher: Score
     students: tuple[Score, ...]
     kl_kind: str
-    """What the KL is: ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
+    """How the KL was estimated: see ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
 
 
 def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport | ClassEvaluation:
-    """Measure students and write report.html and report.json; those of a table of classes are classifiers.
+    """Measure students on a table's eval split and write report.html and report.json.
 
     Raises:
-        TableError: if there is no such table, or nothing in it to measure on.
-        StudentError: if a student is not there, or does not fit the table.
+        TableError: if the table does not exist, or has nothing to evaluate on.
+        StudentError: if a student does not exist, or does not fit the table.
         UsageError: if the report can't be written.
     """
     if not config.students:
-        raise UsageError("no student is named", expected="at least one folder that train wrote", found="students: []")
+        raise UsageError(
+            "there is no student to evaluate", expected="students: at least one folder", found="students: []"
+        )
     table = open_table(config.table)
     names = _names(config.students)
     trained = [_read(Path(folder), table) for folder in config.students]
-    on = device(config.device)
+    target_device = device(config.device)
     if isinstance(table, Table) and table.identity.classes is not None:
         return evaluate_classes(config, table, names, trained, watch)
     holdout = Holdout.of(table)
@@ -100,12 +102,14 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
 
     students = []
     for folder, name, provenance in zip(config.students, names, trained, strict=True):
-        model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(on)
+        model = build(StudentConfig(model=folder, dtype=provenance["config"]["student"]["dtype"]), table).to(
+            target_device
+        )
         batches = holdout.batches(config.batch_tokens, packing=separates(model))
         metrics = measure(model, _watched(batches, holdout.positions, name, watch), table)
         ppl = perplexity(metrics.cross_entropy)
         students.append(StudentSummary.of(name, folder, provenance, metrics=metrics, perplexity=ppl))
-    report = _report(config, table, holdout, tuple(students), str(on))
+    report = _report(config, table, holdout, tuple(students), str(target_device))
     html, json_file = write(to_html(report), to_json(report), Path(config.report))
     return EvaluationReport(
         html=str(html),
@@ -125,7 +129,7 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
     """A student's provenance, with a ``warnings`` entry for what a reader should know.
 
     Raises:
-        StudentError: if it has none, or another tokenizer or teacher.
+        StudentError: if the student has no record, or was trained with another tokenizer or teacher.
     """
     try:
         provenance = read_record(folder / PROVENANCE)
@@ -135,35 +139,38 @@ def _read(folder: Path, table: AnyTable) -> dict[str, Any]:
         _ = [provenance[name] for name in ("config", "objective", "parameters", "history")]  # the report needs them
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudentError(
-            "this is no student that softlabel trained",
-            expected=f"a folder with {PROVENANCE}, as softlabel train writes it",
+            "this folder is not a student that softlabel trained",
+            expected=f"a folder with the {PROVENANCE} that softlabel train writes",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             where=folder / PROVENANCE,
-            do="check the path; a model trained elsewhere can be trained on with student.model",
+            do="check the path; to evaluate a model trained elsewhere, first train it here with student.model",
         ) from error
     warnings = [warning for part in table.tables for warning in _differences(made_from, folder, part)]
     if not all(any(_same_documents(record, part) for record in records) for part in table.tables):
         place = f"{trained_on['location']}@{trained_on['version']}"
-        warnings.append(f"trained on {place}; whether it has seen what it is measured on is not known.")
+        warnings.append(f"trained on {place}, which may include the sequences that it is evaluated on here.")
     return {**provenance, "warnings": tuple(dict.fromkeys(warnings))}
 
 
 def _differences(made_from: Sequence[Identity], folder: Path, table: Table) -> list[str]:
-    """How a table differs from the one, among those that a student learned from, that is most like it.
+    """How a table differs from the most similar of the tables that a student was trained on.
 
     Raises:
-        StudentError: if it learned from no table with this tokenizer and teacher.
+        StudentError: if none of these has the table's tokenizer and teacher.
     """
-    every = [identity.differences(table.identity) for identity in made_from]
-    differences = min(every, key=lambda found: (any(name.startswith(_TEACHER) for name in found), len(found)))
+    candidates = [identity.differences(table.identity) for identity in made_from]
+    differences = min(candidates, key=lambda diff: (any(name.startswith(_TEACHER) for name in diff), len(diff)))
     _require_same(differences, ("tokenizer.files", "vocabulary"), "tokenizer", folder, table)
     _require_same(differences, _TEACHER, "teacher", folder, table)
-    return [f"trained on a table with another {name}: {a}, not {b}." for name, (a, b) in differences.items()]
+    return [f"trained on a table with a different {name}: {a}, not {b}." for name, (a, b) in differences.items()]
 
 
 def _same_documents(record: Mapping[str, Any], table: Table) -> bool:
-    """Another version of this table has the same documents in its eval split, or more, if no larger share is held out:
-    who is held out at one share is so at every larger one."""
+    """Whether the documents held out of this table were also held out when the student was trained.
+
+    This is so for the same content, and for another version of the table with at least this share held out: a document
+    that is held out at one share is held out at every larger one.
+    """
     same_place = place_of(record["location"]).address == table.place.address
     share = record["identity"]["sequences"]["eval_fraction"]
     return (same_place and share >= table.identity.sequences.eval_fraction) or bool(record["content"] == table.content)
@@ -172,14 +179,14 @@ def _same_documents(record: Mapping[str, Any], table: Table) -> bool:
 def _require_same(
     differences: Mapping[str, tuple[Any, Any]], fields: tuple[str, ...], what: str, folder: Path, table: Table
 ) -> None:
-    for name, (student, ours) in differences.items():
+    for name, (student_value, table_value) in differences.items():
         if name.startswith(fields):
             raise StudentError(
-                f"this student learned from another {what} than the table's",
-                expected=f"{name}: {ours}",
-                found=f"{name}: {student}",
-                where=f"{folder}, against {table.location}",
-                do=f"evaluate it on a table of its own {what}",
+                f"this student was trained with another {what} than the table's",
+                expected=f"{name}: {table_value}",
+                found=f"{name}: {student_value}",
+                where=f"{folder}, evaluated on {table.location}",
+                do=f"evaluate it on a table made with the same {what}",
             )
 
 
@@ -192,7 +199,7 @@ def _watched(batches: Iterator[Batch], positions: int, name: str, watch: Watch) 
 
 
 def _report(
-    config: EvaluateConfig, table: AnyTable, holdout: Holdout, students: tuple[StudentSummary, ...], on: str
+    config: EvaluateConfig, table: AnyTable, holdout: Holdout, students: tuple[StudentSummary, ...], device_name: str
 ) -> Report:
     return Report(
         table=table.location,
@@ -205,15 +212,15 @@ def _report(
         students=students,
         columns=column_costs(_column_bytes(table), _positions(table)),
         identity=_identity(table),
-        circumstances=circumstances(device=on),
+        circumstances=circumstances(device=device_name),
         config=config.model_dump(mode="json"),
     )
 
 
 def _teacher(table: AnyTable, metrics: Metrics) -> TeacherSummary:
     captures = [last_capture(part) for part in table.tables]
-    names = dict.fromkeys(Path(about.get("teacher", "teacher")).name for about in captures)
-    parameters = {about.get("parameters") for about in captures}
+    names = dict.fromkeys(Path(capture.get("teacher", "teacher")).name for capture in captures)
+    parameters = {capture.get("parameters") for capture in captures}
     return TeacherSummary(
         name=" and ".join(names),
         parameters=parameters.pop() if len(names) == len(parameters) == 1 else None,
@@ -230,7 +237,7 @@ def _score(student: StudentSummary) -> Score:
 
 
 def _names(folders: tuple[str, ...]) -> list[str]:
-    """The folders' own names; the whole paths where two would be called the same."""
+    """Each folder's name, or its whole path if another folder has the same name."""
     names = [Path(folder).absolute().name for folder in folders]
     return [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
 
@@ -247,7 +254,7 @@ def _column_bytes(table: AnyTable) -> dict[str, int]:
 
 
 def _identity(table: AnyTable) -> dict[str, Any]:
-    """What the report says of what made a table or, by name, each table of a view."""
+    """The identity of a table or, by name, of each table of a view."""
     if isinstance(table, View):
         named = zip(table.names, table.tables, strict=True)
         return {name: part.identity.model_dump(mode="json") for name, part in named}

@@ -1,6 +1,6 @@
-"""How far a student is from its teacher: one pass over captured positions, and the sums that come of it.
+"""How far a student is from its teacher, measured in one pass over captured positions.
 
-The teacher's side comes from the table, so that no teacher is needed. Logits exist for a chunk of positions at a time.
+The teacher's predictions come from the table, so no teacher is needed. Logits exist for a chunk of positions at a time.
 Nothing here trains, reads files, or decides which sequences are measured.
 """
 
@@ -42,8 +42,8 @@ class Estimate:
     def tells_from(self, other: "Estimate") -> bool:
         """Whether two means differ by more than two standard errors of their difference.
 
-        Of the same sequences this is cautious: what is hard for one student is hard for the other, and their errors are
-        added as if they had nothing in common.
+        This is conservative for means over the same sequences: their errors are correlated, since what is hard for one
+        student is hard for the other, but are added as if they were independent.
         """
         if self.error is None or other.error is None:
             return False
@@ -62,56 +62,56 @@ class EntropyBin:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A student's numbers over positions, in nats at temperature 1, beside the teacher's own."""
+    """A student's metrics over positions, in nats at temperature 1, and the teacher's."""
 
     sequences: int
     positions: int
     cross_entropy: Estimate
-    """With the token that really follows."""
+    """With the token that actually follows."""
     kl: Estimate
     """Forward KL, from the teacher to the student."""
     kl_kind: Literal["unbiased", "lower bound", "mean over teachers"]
-    """Unbiased where the table has a sampled tail or keeps everything; a lower bound where what the head leaves counts
-    as one outcome; of an average, unbiased too, but the mean of the KL from each teacher: the KL from their average,
-    and what the teachers differ from that."""
+    """Unbiased if the table has a sampled tail or stores whole distributions; a lower bound if all tokens outside the
+    head count as one outcome; for an average of teachers, the (unbiased) mean of the KL from each teacher, which is the
+    KL from their average plus how far the teachers differ from it."""
     agreement: Estimate | None
-    """Share of positions at which both hold the same token most likely; None if the table keeps no head."""
+    """Share of positions at which both have the same most likely token; None if the table has no head."""
     teacher_cross_entropy: Estimate
     teacher_entropy: Estimate
     by_entropy: tuple[EntropyBin, ...]
-    """In the order of the entropy; bins without positions are left out."""
+    """In order of entropy; bins without positions are left out."""
 
 
 @torch.no_grad()
 def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> Metrics:
-    """Measure a student, without changing whether it is in training mode.
+    """Measure a student; its training mode is restored afterwards.
 
-    The KL is the cross-entropy with head and weighted draws, less the teacher's exact entropy, which is stored: that is
-    an unbiased estimate of the KL over the whole vocabulary. Without draws it is the KL of the head and one bucket
-    for the rest.
+    The KL is the cross-entropy with the head and the weighted draws, minus the teacher's stored exact entropy: an
+    unbiased estimate of the KL over the whole vocabulary. Without draws it is the KL over the head and one bucket for
+    the rest.
 
     Args:
         model: the student.
-        batches: at least one captured position in all; their targets are the table's.
-        table: says the vocabulary, the temperatures, and whether there are draws.
+        batches: batches of the table, with at least one captured position in all.
+        table: the table that the batches are from.
     """
     was_training = model.training
     model.eval()
     try:
         average = isinstance(table, View) and table.average
-        return _summarise(list(_by_batch(model, batches, table)), "mean over teachers" if average else "unbiased")
+        return _summarize(list(_by_batch(model, batches, table)), "mean over teachers" if average else "unbiased")
     finally:
         model.train(was_training)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of one batch: sums by sequence, and by bin of the teacher's entropy."""
+    """Sums over one batch, by sequence and by bin of the teacher's entropy."""
 
     by_sequence: Tensor
-    """(sequences, 1 + quantities): positions, then each quantity's sum."""
+    """(sequences, 1 + quantities): number of positions, then each quantity's sum."""
     by_bin: Tensor
-    """(bins, 2): positions, and their KL's sum."""
+    """(bins, 2): number of positions, and the sum of their KL."""
     bounded: bool
     """Whether any KL is only a lower bound."""
 
@@ -125,15 +125,15 @@ def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTa
         batch = batch.to(model.device)
         states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = decode(batch.targets, vocabulary, table.temperatures, loss)
-        likeliest = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
+        most_likely = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
         budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
         rows = max(1, budget // (4 * head.weight.shape[0]))
         chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
         student = torch.cat(
-            [_student(head, len(vocabulary), states[c], targets[c], batch.next_ids[c], likeliest[c]) for c in chunks]
+            [_student(head, len(vocabulary), states[c], targets[c], batch.next_ids[c], most_likely[c]) for c in chunks]
         )
         values = torch.cat([student, -batch.targets.next_logprobs[:, None], targets.entropies[:, None]], 1).double()
-        # A packed row holds several sequences; each begins where the position ids begin again.
+        # A packed row holds several sequences; each begins where the position ids restart at 0.
         starts = (batch.position_ids.flatten() == 0).cumsum(0)
         sequence = torch.unique(starts[batch.positions], return_inverse=True)[1]
         bins = (targets.entropies / ENTROPY_BIN).floor().long().clamp(min=0)
@@ -145,19 +145,19 @@ def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTa
 
 
 def _student(
-    head: OutputHead, vocabulary: int, states: Tensor, targets: SparseTargets, next_ids: Tensor, likeliest: Tensor
+    head: OutputHead, vocabulary: int, states: Tensor, targets: SparseTargets, next_ids: Tensor, most_likely: Tensor
 ) -> Tensor:
-    """(n, 3) cross-entropy, KL and agreement (1, 0, or NaN if the teacher's likeliest token is not known)."""
+    """(n, 3) cross-entropy, KL and agreement (1, 0, or NaN if the teacher's most likely token is unknown)."""
     logits = head(states)[:, :vocabulary].float()
     top, argmax = logits.max(1, keepdim=True)
     log_total = top + (logits - top).exp_().sum(1, keepdim=True).log()
     hard = log_total - logits.gather(1, next_ids[:, None])
-    agreement = (argmax[:, 0] == likeliest).float().masked_fill(likeliest < 0, torch.nan)
+    agreement = (argmax[:, 0] == most_likely).float().masked_fill(most_likely < 0, torch.nan)
     log_s = logits.gather(1, targets.ids) - log_total
     if targets.target == "sampled":
         kl = cross_entropy(targets.logprobs, log_s) - targets.entropies
     else:
-        # Added, not written: entries that pad a row all name id 0, which may be kept, or one of the rest.
+        # Added, not assigned: padding entries all point to id 0, which may be in the head or in the rest.
         kept = targets.logprobs > -torch.inf
         logits.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0))
         log_s = torch.cat([log_s, logits.logsumexp(1, keepdim=True) - log_total], 1)
@@ -167,13 +167,13 @@ def _student(
 
 
 def _sums(groups: Tensor, values: Tensor) -> Tensor:
-    """(groups, 1 + quantities) on the CPU: how many rows of ``values`` each group has, and their sum."""
+    """(groups, 1 + quantities) on the CPU: each group's number of rows in ``values``, and their sums."""
     counted = torch.cat([torch.ones_like(values[:, :1]), values], 1)
     sums = counted.new_zeros(int(groups.max()) + 1 if len(groups) else 0, counted.shape[1])
     return sums.index_add_(0, groups, counted).cpu()
 
 
-def _summarise(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teachers"]) -> Metrics:
+def _summarize(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teachers"]) -> Metrics:
     by_sequence = torch.cat([part.by_sequence for part in parts])
     means = {name: _estimate(by_sequence[:, 0], by_sequence[:, 1 + i]) for i, name in enumerate(_QUANTITIES)}
     by_bin = torch.zeros(max(len(part.by_bin) for part in parts), 2, dtype=torch.float64)
@@ -195,7 +195,7 @@ def _summarise(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teach
 
 
 def _estimate(positions: Tensor, sums: Tensor) -> Estimate:
-    """Mean a position of per-sequence sums; its error by the residuals of a ratio of two sums over sequences."""
+    """Mean per position of per-sequence sums, with the standard error of a ratio estimator over sequences."""
     total, sequences = positions.sum(), len(positions)
     mean = sums.sum() / total
     if sequences < 2:

@@ -1,7 +1,7 @@
-"""The report of an evaluation: one HTML page that needs nothing else, and the same content as JSON.
+"""The report of an evaluation: one self-contained HTML page, and the same content as JSON.
 
-Both are written from one ``Report``; the page computes nothing that the JSON lacks but its drawings. Measures nothing
-and reads neither table nor model.
+Both are written from one ``Report``; the page adds only drawings to the content of the JSON. Measures nothing and reads
+neither table nor model.
 """
 
 import operator
@@ -24,14 +24,14 @@ from softlabel.storage.places.folder import publish
 
 @dataclass(frozen=True)
 class TeacherSummary:
-    """The teacher's own numbers on the same positions, as the table stores them."""
+    """The teacher's metrics on the same positions, as the table stores them."""
 
     name: str
     parameters: int | None
     cross_entropy: Estimate
     perplexity: Estimate
     entropy: Estimate
-    """Of its distributions, in nats: what no student's cross-entropy with it can fall below."""
+    """Mean entropy of its distributions, in nats: the minimum of any student's cross-entropy with the teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TrainedStudent:
     folder: str
     parameters: int
     objective: str
-    """The loss that it was trained on, in words."""
+    """Description of the training loss."""
     history: tuple[dict[str, float], ...]
     """Training and evaluation records in the order of their steps."""
     trained_on: str
@@ -53,7 +53,7 @@ class TrainedStudent:
 
     @classmethod
     def of(cls, name: str, folder: str, provenance: Mapping[str, Any], **measured: Any) -> Self:
-        """A student as its softlabel.json tells of it, with what was measured of it."""
+        """A student described by its softlabel.json, with its metrics."""
         table = provenance["table"]
         return cls(
             name=name,
@@ -71,7 +71,7 @@ class TrainedStudent:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSummary(TrainedStudent):
-    """One student's numbers."""
+    """One student's training and its metrics."""
 
     metrics: Metrics
     perplexity: Estimate
@@ -79,12 +79,12 @@ class StudentSummary(TrainedStudent):
 
 @dataclass(frozen=True)
 class ColumnBytes:
-    """What one column costs on the disk."""
+    """One column's size on disk."""
 
     name: str
     bytes: int
     bytes_per_position: float
-    """By captured position, over the whole table."""
+    """Per captured position, over the whole table."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Report:
     created: str
     """Time of the evaluation, ISO 8601, UTC."""
     sequences: int
-    """Evaluated."""
+    """Number of sequences evaluated."""
     positions: int
-    """Evaluated."""
+    """Number of positions evaluated."""
     left_out: int
     """Sequences of the eval split that also occur in the train split, and were not evaluated."""
     teacher: TeacherSummary
@@ -110,53 +110,53 @@ class Report:
 
 
 def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes, ...]:
-    """Costs by column, the dearest first.
+    """Sizes by column, the largest first.
 
     Args:
         sizes: bytes of each column over the whole table.
         positions: captured positions of the whole table.
     """
-    dearest_first = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
-    return tuple(ColumnBytes(name, size, size / positions) for name, size in dearest_first)
+    largest_first = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(ColumnBytes(name, size, size / positions) for name, size in largest_first)
 
 
 def perplexity(cross_entropy: Estimate) -> Estimate:
-    """exp of a cross-entropy in nats; the error by its first derivative."""
+    """exp of a cross-entropy in nats, with the error propagated to first order."""
     mean = exp(cross_entropy.mean)
     return Estimate(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
 
 
 def prepare(folder: Path) -> None:
-    """Make the report's folder, so that one that can't be written is known before anything is measured.
+    """Create the report's folder, so that an unwritable one is found before anything is measured.
 
     Raises:
-        UsageError: if it can't be made.
+        UsageError: if the folder can't be created.
     """
-    with _explained(folder):
+    with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.json, each whole or not at all, and return their paths.
+    """Write report.html and report.json, each atomically, and return their paths.
 
     Raises:
         UsageError: if the folder can't be written to.
     """
     html, json = folder / "report.html", folder / "report.json"
-    with _explained(folder):
+    with _write_errors(folder):
         publish(content, json)
         publish(page.encode(), html)
     return html, json
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UsageError(
             "the report can't be written",
-            expected="a folder that can be written, on a disk that has room",
+            expected="a writable folder, on a disk with free space",
             found=error,
             where=folder.absolute(),
             do="choose another folder for the report",
@@ -164,22 +164,22 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def to_json(report: Report) -> bytes:
-    """The report as JSON; what is no number (a perplexity that overflows) becomes null."""
+    """The report as JSON; numbers that are not finite (a perplexity that overflows) become null."""
     return TypeAdapter(Report).dump_json(report, indent=2)
 
 
 def to_html(report: Report) -> str:
-    """The report as one page without any reference to another file or address."""
+    """The report as one self-contained page."""
     return render("report.html.j2", report, _verdict(report.students), _drawings(report.students))
 
 
 def render(template: str, report: Any, verdict: str | None, drawings: Mapping[str, str]) -> str:
-    """A page of one of the templates beside this file.
+    """Render one of the templates of this package.
 
     Args:
-        template: its file name.
-        report: what it shows: a table, a teacher, students and the columns' costs, whatever was measured of them.
-        verdict: what to say first.
+        template: file name of the template.
+        report: content of the page: a ``Report`` or ``ClassReport``.
+        verdict: sentence to begin with; None to leave it out.
         drawings: SVG by name.
     """
     templates = Environment(
@@ -201,7 +201,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
 
 
 def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
-    """Each chart's SVG by name, left out where there is nothing to draw."""
+    """Each chart's SVG by name, without charts that have no data."""
     drawings = {}
     losses = histories(students, "loss")
     if losses:
@@ -219,7 +219,7 @@ def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
 
 
 def histories(students: Sequence[Any], quantity: str) -> list[Curve]:
-    """A curve for each student that has recorded a quantity, by step."""
+    """Each student's curve of a quantity by step, for the students that logged it."""
     curves = []
     for index, student in enumerate(students):
         records = [record for record in student.history if quantity in record]
@@ -235,19 +235,19 @@ def _title(students: Sequence[str], teacher: str) -> str:
 
 
 def _verdict(students: Sequence[StudentSummary]) -> str | None:
-    """Who is closest to the teacher, and by how much, if these sequences can tell; None for a single student."""
+    """The student closest to the teacher, if the difference is significant; None for a single student."""
     if len(students) < 2:
         return None
     best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
-    kl, other = best.metrics.kl.mean, second.metrics.kl.mean
+    kl, runner_up = best.metrics.kl.mean, second.metrics.kl.mean
     if not best.metrics.kl.tells_from(second.metrics.kl):
         return (
-            f"So few sequences don't tell {best.name} ({kl:.3f} nats of KL a position) and "
-            f"{second.name} ({other:.3f}) apart."
+            f"There are too few sequences to tell which is closer to the teacher: {best.name} "
+            f"({kl:.3f} nats of KL per position) or {second.name} ({runner_up:.3f})."
         )
     return (
-        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL a position, "
-        f"{1 - kl / other:.0%} below {second.name} ({other:.3f})."
+        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL per position, "
+        f"{1 - kl / runner_up:.0%} below {second.name} ({runner_up:.3f})."
     )
 
 

@@ -1,8 +1,8 @@
-"""The average of several teachers as a target: what each of them said of the same positions, and how that is decoded.
+"""The average of several teachers as a target: their soft labels at the same positions, and how these are decoded.
 
-Forward KL alone allows it: its gradient is linear in the target, so that the weighted union of the tables' unbiased
-estimates is one of the average. Its value here is the weighted mean of the KL to each teacher, which is the KL to their
-average plus what the teachers differ from it; no student can make the second part smaller.
+Only forward KL supports an average: its gradient is linear in the target, so the weighted union of the tables' unbiased
+estimates is an unbiased estimate of the average. The loss is the weighted mean of the KL to each teacher, which is the
+KL to their average plus how far the teachers differ from it; the second part does not depend on the student.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +20,21 @@ from softlabel.storage.errors import UsageError
 
 @dataclass(frozen=True)
 class AveragedTargets:
-    """Soft labels of N positions by several teachers, with the token ids of one vocabulary."""
+    """Soft labels of N positions by several teachers with the same vocabulary."""
 
     parts: tuple[CompactTargets, ...]
-    """Of each teacher, at temperature 1 alone."""
+    """Each teacher's soft labels, only used at temperature 1."""
     weights: tuple[float, ...]
-    """Of each teacher; they add up to 1."""
+    """Each teacher's weight; they add up to 1."""
 
     @property
     def positions(self) -> int:
-        """N."""
+        """Number of positions, N."""
         return self.parts[0].positions
 
     @property
     def head_counts(self) -> Tensor:
-        """(N,) int16: ids that are kept exactly, over all teachers."""
+        """(N,) int16: number of ids in the heads of all teachers."""
         return torch.stack([part.head_counts for part in self.parts]).sum(0, dtype=torch.int16)
 
     @property
@@ -44,11 +44,11 @@ class AveragedTargets:
         return (torch.stack([part.next_logprobs for part in self.parts], 1) + log_weights).logsumexp(1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
+        """Copy to another device."""
         return self._each(lambda part: part.to(device, non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, from which a GPU can fetch while it computes."""
+        """Copy to page-locked memory, for asynchronous transfers to a GPU."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Callable[[CompactTargets], CompactTargets]) -> Self:
@@ -56,22 +56,22 @@ class AveragedTargets:
 
 
 def require_average(loss: LossConfig, max_k: int | None) -> None:
-    """Refuse a loss that an average of teachers is no target of, before anything runs.
+    """Refuse a loss that can't be computed from an average of teachers, before anything runs.
 
     Raises:
-        UsageError: naming what asks for it.
+        UsageError: with the settings that conflict.
     """
-    asked = {
+    conflicts = {
         f"loss.divergence: {loss.divergence}": loss.divergence != "forward_kl",
         f"loss.temperature: {loss.temperature:g}": loss.temperature != 1,
         f"loss.target: {loss.target}": loss.target not in ("auto", "sampled"),
         f"stream.max_k: {max_k}": max_k is not None,
     }
-    found = [name for name, holds in asked.items() if holds]
+    found = [setting for setting, conflict in conflicts.items() if conflict]
     if found:
         raise UsageError(
-            "an average of teachers is a target of forward KL at temperature 1 alone",
-            expected="loss.divergence: forward_kl, at temperature 1, with all that the tables hold",
+            "an average of teachers can only be trained on with forward KL at temperature 1",
+            expected="loss.divergence: forward_kl, loss.temperature: 1, loss.target: auto, and no stream.max_k",
             found="; ".join(found),
             do="leave these settings out, or train on one of the tables, or on a concatenation of them",
         )
@@ -84,12 +84,12 @@ def decode(
     loss: LossConfig,
     max_k: int | None = None,
 ) -> SparseTargets:
-    """Targets of N positions, of one teacher (``pipeline.loss.targets.decode``) or of an average.
+    """Targets of N positions, from one teacher (``pipeline.loss.targets.decode``) or from an average.
 
-    Of an average, ids come in the order of their estimated probability, and the entropy is the teachers' mean.
+    For an average, ids are in the order of their estimated probability, and the entropy is the teachers' mean.
 
     Raises:
-        UsageError: as ``pipeline.loss.targets.decode`` and ``require_average``.
+        UsageError: see ``pipeline.loss.targets.decode`` and ``require_average``.
     """
     if isinstance(compact, CompactTargets):
         return targets.decode(compact, vocabulary, temperatures, loss, max_k)
@@ -105,7 +105,7 @@ def decode(
 
 
 def _merge(ids: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Each id of a position once, with all its probability, the most probable first; 0 and 0 where that leaves room."""
+    """Each position's distinct ids with their summed probabilities, the most probable first, padded with zeros."""
     ids, order = ids.sort(1)
     is_new = torch.ones_like(ids, dtype=torch.bool)
     is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -1,7 +1,7 @@
 """Divergences between two sparse distributions, and their gradients, in log space.
 
 A teacher's P = (t_1 .. t_k, r) and a student's Q = (s_1 .. s_k, ρ) are k kept ids and one bucket for the rest. Every
-divergence here is a sum of one term an entry, and so is its gradient: ∂D/∂log s of an entry needs that entry alone.
+divergence here is a sum of one term per entry, and ∂D/∂log s of an entry depends only on that entry.
 ``pipeline.loss.fused`` turns these into the gradient of the logits. Nothing here knows a vocabulary or a temperature.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LOG_ZERO = -512.0
-"""What reverse KL takes for the log of a teacher's probability of 0, as the stored codes do: finite and forbidding."""
+"""Log that stands for a teacher's probability of 0 in reverse KL, as in the stored codes: finite, but prohibitive."""
 
 Terms = tuple[Tensor, Tensor]
 
@@ -22,8 +22,8 @@ def divergence_terms(name: str, log_t: Tensor, log_s: Tensor, mix: float) -> Ter
 
     Args:
         name: a value of ``LossConfig.divergence``.
-        log_t: any shape, nats: log of the teacher's probabilities, ids and buckets alike; -inf is probability 0.
-        log_s: same shape, nats: log of the student's.
+        log_t: any shape, nats: log of the teacher's probabilities, of ids and buckets; -inf is probability 0.
+        log_s: same shape, nats: log of the student's probabilities.
         mix: β of the generalised JSD (Agarwal et al., arXiv 2306.13649), λ of the skew divergences (Ko et al.,
             arXiv 2402.03898); the others ignore it.
 
@@ -35,7 +35,7 @@ def divergence_terms(name: str, log_t: Tensor, log_s: Tensor, mix: float) -> Ter
 
 
 def cross_entropy(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """-Σ t log s over the last dimension, in nats: a divergence but for the teacher's entropy."""
+    """-Σ t log s over the last dimension, in nats: a divergence plus the teacher's entropy."""
     return -_times(log_t.exp(), log_s).sum(-1)
 
 

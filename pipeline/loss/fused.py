@@ -1,8 +1,8 @@
-"""A student's loss from its hidden states: linear head, divergence and cross-entropy in one.
+"""A student's loss from its hidden states: linear head, divergence and cross-entropy fused into one function.
 
 Logits exist for a chunk of positions at a time and are overwritten with their own gradient, so that memory does not
-grow with positions x vocabulary and the work is three matrix products, as for plain cross-entropy. Nothing here
-averages over what it happens to be given: whoever calls says what to divide by.
+grow with positions x vocabulary, and the work is three matrix products, as for plain cross-entropy. The caller says
+what to divide the sums by: a call rarely has all positions of a step.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from softlabel.pipeline.loss.targets import SparseTargets
 from softlabel.storage.errors import StudentError, UsageError
 
 _CHUNK_BYTES = {"cpu": 22 << 20, "cuda": 512 << 20}
-"""Logits of a chunk: large enough for efficient matrix products, small beside the gradient of the head."""
-_PARTS = 12  # a temperature or a cap needs copies of logits: of one such part of a chunk at a time
+"""Logits of a chunk: large enough for efficient matrix products, small compared with the gradient of the head."""
+_PARTS = 12  # a temperature or a cap needs copies of logits: of one part of a chunk at a time
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a student is trained on, and its parts for the curves."""
+    """The loss of one call, and its parts for the curves."""
 
     total: Tensor
     """Scalar with gradient: (hard_weight x hard + soft_weight x soft) / normalizer."""
@@ -32,7 +32,7 @@ class Loss:
     soft: Tensor
     """Scalar, detached: divergence x temperature², summed over positions; 0 if soft_weight is 0."""
     positions: int
-    """N of this call."""
+    """Number of positions of this call, N."""
 
 
 def distillation_loss(
@@ -62,16 +62,17 @@ def distillation_loss(
             float64). A CPU rounds 16-bit products, logits too, to 16 bits: in float32 they take three times as long.
         weight: (V, H) of the head; rows from vocabulary_size on are padding, without probability or gradient.
         next_ids: (N,) int64, the token that follows.
-        targets: of the same N positions, at the temperature of config; None only if config.soft_weight is 0.
+        targets: targets of the same N positions, at the temperature of config; None only if config.soft_weight is 0.
         config: divergence, mix, temperature and weights.
         bias: (V,) of the head.
-        vocabulary_size: real ids of the vocabulary, all V if left out.
-        soft_cap: bound of the logits, as Gemma 2 has it.
-        logit_scale: factor on the logits, as Cohere and Granite have it.
+        vocabulary_size: number of ids in the vocabulary; all V rows if None.
+        soft_cap: bound of the logits, as in Gemma 2.
+        logit_scale: factor on the logits, as in Cohere and Granite.
         normalizer: what to divide by: captured positions of the global batch, all micro-batches and devices; N if None.
-        recompute: compute gradients in the backward pass, not along with the loss: a fourth matrix product, for heads
-            whose weights and gradients must not outlive their pass (FSDP), and to go backward more than once.
-        chunk_bytes: logits in memory at a time. Changes speed and memory, the result only by rounding.
+        recompute: compute gradients in the backward pass instead of together with the loss. This costs a fourth matrix
+            product; it is for heads whose weights and gradients must not outlive their pass (FSDP), and for more than
+            one backward pass.
+        chunk_bytes: bytes of logits in memory at a time. Affects speed and memory, and the result only by rounding.
 
     Raises:
         StudentError: if the head has fewer rows than the vocabulary.
@@ -80,13 +81,13 @@ def distillation_loss(
     rows = weight.shape[0]
     if vocabulary_size is not None and vocabulary_size > rows:
         raise StudentError(
-            "the student's head is too small for the teacher's vocabulary",
+            "the student's output layer is smaller than the teacher's vocabulary",
             expected=f"at least {vocabulary_size} rows",
             found=f"{rows} rows",
-            do="take a student with the teacher's tokenizer",
+            do="choose a student with the teacher's tokenizer",
         )
     if targets is None and config.soft_weight > 0:
-        raise UsageError("a soft loss needs targets", found="none", do="give them, or set loss.soft_weight to 0")
+        raise UsageError("a soft loss needs targets", found="none", do="pass targets, or set loss.soft_weight to 0")
     problem = _Problem(
         next_ids=next_ids,
         targets=targets if config.soft_weight > 0 else None,
@@ -97,8 +98,8 @@ def distillation_loss(
         compute=_compute_dtype(hidden),
         chunk_bytes=chunk_bytes or _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"]),
     )
-    along = torch.is_grad_enabled() and not recompute
-    total, hard, soft = _FusedLoss.apply(hidden, weight, bias, problem, along)  # type: ignore[no-untyped-call]
+    eager = torch.is_grad_enabled() and not recompute
+    total, hard, soft = _FusedLoss.apply(hidden, weight, bias, problem, eager)  # type: ignore[no-untyped-call]
     positions = hidden.shape[0]
     return Loss(total / (max(positions, 1) if normalizer is None else normalizer), hard, soft, positions)
 
@@ -126,17 +127,17 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Sums of the loss; gradients come along with it, scaled when the outer one is known, or are computed then."""
+    """Sums of the loss; gradients are computed with it and scaled in the backward pass, or only computed there."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem, along: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem, eager: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = tuple(needed and along for needed in ctx.needs_input_grad[:3])
+        wanted = tuple(needed and eager for needed in ctx.needs_input_grad[:3])
         hard, soft, ctx.gradients = _sweep(hidden, weight, bias, problem, wanted)
-        ctx.along, ctx.problem = along, problem
+        ctx.eager, ctx.problem = eager, problem
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
-        if not along:
+        if not eager:
             ctx.save_for_backward(hidden, weight, bias)
         ctx.mark_non_differentiable(hard, soft)
         return problem.config.hard_weight * hard + problem.config.soft_weight * soft, hard, soft
@@ -144,15 +145,17 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *parts: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("the fused loss has no second derivative: go backward without create_graph")
-        if ctx.along:
+            raise RuntimeError("the fused loss has no second derivative: call backward without create_graph")
+        if ctx.eager:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                raise RuntimeError("gradients were handed over by an earlier backward pass; use recompute=True")
+                raise RuntimeError(
+                    "the gradients were used up by an earlier backward pass; pass recompute=True to repeat it"
+                )
         else:
             hidden, weight, bias = ctx.saved_tensors
             _, _, gradients = _sweep(hidden, weight, bias, ctx.problem, ctx.needs_input_grad[:3])
-        # In place: the gradient of the head is the largest tensor here, and nobody else has it.
+        # In place, which is safe because no one else holds these: the head's gradient is the largest tensor here.
         scaled = [
             None if gradient is None else gradient.mul_(grad_output).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -163,7 +166,7 @@ class _FusedLoss(torch.autograd.Function):
 def _sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, _Gradients]:
-    """Sums of the hard and the soft part, and the wanted gradients of their weighted sum, chunk by chunk."""
+    """Sums of the hard and the soft part, and the requested gradients of their weighted sum, chunk by chunk."""
     precision = torch.promote_types(problem.compute, torch.float32)
     (N, H), V, scale = hidden.shape, weight.shape[0], problem.logit_scale
     h, w = hidden.to(problem.compute), weight.to(problem.compute)
@@ -200,7 +203,7 @@ def _sweep(
 def _overwrite(z: Tensor, bias: Tensor | None, problem: _Problem, rows: slice) -> tuple[Tensor, Tensor]:
     """Turn raw logits z (n, V), in place, into the gradient of the weighted loss with respect to them.
 
-    Returns hard and soft part of each row, (n,) each, without their weights.
+    Returns the hard and the soft part of each row, (n,) each, not weighted.
     """
     config, next_ids, cap = problem.config, problem.next_ids[rows], problem.soft_cap
     targets = None if problem.targets is None else problem.targets[rows]
@@ -245,14 +248,14 @@ def _differentiate(
     if targets is not None:
         kept = targets.logprobs > -torch.inf
         kept_logits = z.gather(1, targets.ids).masked_fill(~kept, -torch.inf)
-        # Added, not written: entries that pad a row all name id 0, which may be kept, or one of the rest.
+        # Added, not assigned: padding entries all point to id 0, which may be kept or one of the rest.
         z.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0).to(z.dtype))
 
-    # Where everything is kept the rest is all -inf, and its sum 0: a finite maximum keeps NaN out.
+    # Where every id is kept, the rest is all -inf and its sum 0: a finite maximum avoids NaN.
     top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
     z.sub_(top[:, None]).exp_()
     rest_sum = z.sum(1)
-    # Logs are relative to a level near the largest logit: a large logit has few digits left behind its point.
+    # Logs are relative to a level near the largest logit, because large logits have few digits after the point.
     level = torch.maximum(top, kept_logits.logsumexp(1))
     kept_logits = kept_logits - level[:, None]
     log_rest = top - level + rest_sum.log()
@@ -278,7 +281,7 @@ def _differentiate(
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool) -> None:
-    """out = scale · a @ b, or out + that, kept in the precision of out where the device can."""
+    """out = scale · a @ b, or out += scale · a @ b, accumulated in the precision of out where the device can."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=float(add), alpha=scale)
     elif out.is_cuda:
@@ -290,7 +293,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, scale: float, add: bool) -> None
 
 
 def _rows(count: int, budget: int, row_bytes: int) -> int:
-    """Rows of a part, when so many rows are cut into even parts that keep to a budget."""
+    """Rows per part, when a number of rows is cut into even parts within a budget of bytes."""
     parts = -(-count * row_bytes // budget)
     return max(1, -(-count // max(parts, 1)))
 

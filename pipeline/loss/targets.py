@@ -1,8 +1,8 @@
-"""What the loss compares a student with: the table's integers, decoded on the device that trains.
+"""Targets of the loss: the table's integers, decoded on the training device.
 
-``CompactTargets`` are the soft-label columns as they are stored, small enough to travel; ``decode`` turns them into
-``SparseTargets``, a few ids and log-probabilities a position, without a loop over positions. It decides which target
-a loss is measured against and refuses one that the table can't give. It reads no files and knows no student.
+``CompactTargets`` are the soft-label columns as they are stored, small enough to transfer; ``decode`` turns them into
+``SparseTargets``, a few ids and log-probabilities per position, without a loop over positions. ``resolve_target``
+chooses the form of the target, and refuses one that the table can't provide. Reads no files and knows no student.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ class CompactTargets:
     """Soft labels of N positions, flat, as a shard stores them (``storage.schema``, FORMAT.md)."""
 
     head_counts: Tensor
-    """(N,) int16: ids that are kept exactly."""
+    """(N,) int16: number of ids that are stored exactly."""
     head_ids: Tensor
     """(sum of head_counts,) int32: ranks in the table's vocabulary."""
     head_codes: Tensor
     """(sum of head_counts,) int16: log-probabilities as gaps of 1/64 nat."""
     tail_counts: Tensor
-    """(N,) int16: distinct ids that were drawn from outside the head."""
+    """(N,) int16: number of distinct ids that were drawn from outside the head."""
     tail_ids: Tensor
     """(sum of tail_counts,) int32: ranks in the table's vocabulary."""
     tail_draws: Tensor
-    """(sum of tail_counts,) int16: how often each was drawn."""
+    """(sum of tail_counts,) int16: how often each id was drawn."""
     tail_codes: Tensor
     """(sum of tail_counts,) int16: log-probabilities as gaps of 1/64 nat."""
     tail_log_masses: Tensor
@@ -46,15 +46,15 @@ class CompactTargets:
 
     @property
     def positions(self) -> int:
-        """N."""
+        """Number of positions, N."""
         return self.head_counts.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
+        """Copy to another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, from which a GPU can fetch while it computes."""
+        """Copy to page-locked memory, for asynchronous transfers to a GPU."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -66,18 +66,18 @@ class SparseTargets:
     """A target distribution at each of N positions: at most K ids, and one bucket for all others."""
 
     ids: Tensor
-    """(N, K) int64: token ids, no id twice; 0 where a position has fewer than K."""
+    """(N, K) int64: distinct token ids; padded with 0 where a position has fewer than K."""
     logprobs: Tensor
     """(N, K) float: log of each id's target probability, in nats; -inf where a position has fewer than K ids."""
     log_rest: Tensor
-    """(N,) float: log of the bucket's target probability; -inf where nothing is said of the other ids."""
+    """(N,) float: log of the bucket's target probability; -inf where the target ignores the other ids."""
     entropies: Tensor
     """(N,) float: exact entropy of the teacher's whole distribution at temperature 1, in nats."""
     target: Target
-    """Which of the target forms this is."""
+    """Form of the target."""
 
     def __getitem__(self, positions: slice) -> Self:
-        """Some of the positions."""
+        """The targets of some positions."""
         return type(self)(
             self.ids[positions],
             self.logprobs[positions],
@@ -88,52 +88,52 @@ class SparseTargets:
 
 
 def dropping(max_k: int | None, head: int) -> int | None:
-    """``max_k``, if it drops any id of a head that has at most so many."""
+    """``max_k`` if it drops any id of a head with at most ``head`` ids; otherwise None."""
     return max_k if max_k is not None and max_k < head else None
 
 
 def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool, max_k: int | None = None) -> Target:
-    """The target form that a loss is measured against, so that a wrong request fails before anything runs.
+    """Choose the form of a loss's target, so that a wrong request fails before anything runs.
 
     Args:
         loss: divergence, target and temperature.
-        temperatures: those that the table stores.
+        temperatures: temperatures that the table stores.
         draws: whether the table has a sampled tail.
-        max_k: use only so many of the head's ids, fewer than there are.
+        max_k: number of the head's ids to use, if fewer than the head has.
 
     Raises:
         UsageError: if the table or the divergence does not allow it.
     """
     if loss.temperature not in temperatures:
         raise UsageError(
-            f"the table stores no tail mass for temperature {loss.temperature:g}",
+            f"the table has no tail mass for temperature {loss.temperature:g}",
             expected=f"loss.temperature: one of {', '.join(f'{t:g}' for t in temperatures)}",
             found=f"loss.temperature: {loss.temperature:g}",
-            do="take one of these, or capture again with it among selection.temperatures",
+            do="choose one of these, or capture again with this temperature in selection.temperatures",
         )
-    reasons = {
-        f"loss.divergence {loss.divergence} (the draws are unbiased for forward_kl alone)": loss.divergence
+    obstacles = {
+        f"loss.divergence: {loss.divergence} (the sampled tail is only unbiased for forward_kl)": loss.divergence
         != "forward_kl",
-        f"loss.temperature {loss.temperature:g} (the draws are of temperature 1)": loss.temperature != 1,
-        f"stream.max_k {max_k} (no draw stands for the head ids that it drops)": max_k is not None,
-        "a table without draws": not draws,
+        f"loss.temperature: {loss.temperature:g} (the tail was sampled at temperature 1)": loss.temperature != 1,
+        f"stream.max_k: {max_k} (the sampled tail does not cover the head ids that it drops)": max_k is not None,
+        "a table without a sampled tail": not draws,
     }
-    found = [reason for reason, holds in reasons.items() if holds]
+    found = [obstacle for obstacle, present in obstacles.items() if present]
     if loss.target == "auto":
         return "bucket" if found else "sampled"
     if loss.target == "sampled" and found:
         raise UsageError(
-            "the sampled tail can't be the target here",
-            expected="forward_kl at temperature 1, with the whole head, from a table with draws",
+            "loss.target: sampled does not work with these settings or this table",
+            expected="forward_kl at temperature 1, without stream.max_k, and a table with a sampled tail",
             found="; ".join(found),
-            do="set loss.target to bucket, or change what was found",
+            do="set loss.target to bucket, or change the settings found",
         )
     if loss.target in ("renormalized", "zero_tail") and loss.divergence == "reverse_kl":
         raise UsageError(
-            f"reverse_kl to a {loss.target} target is infinite: the target is 0 outside of its head",
+            f"reverse_kl is infinite with a {loss.target} target, whose probability is 0 outside the head",
             expected="loss.target: auto or bucket",
             found=f"loss.target: {loss.target}",
-            do="set loss.target to bucket, or take another divergence",
+            do="set loss.target to bucket, or choose another loss.divergence",
         )
     return loss.target
 
@@ -145,17 +145,17 @@ def decode(
     loss: LossConfig,
     max_k: int | None = None,
 ) -> SparseTargets:
-    """Targets of N positions, on whatever device the compact ones are.
+    """Decode targets of N positions, on the device of the compact ones.
 
     Args:
-        compact: as stored.
+        compact: soft labels as they are stored.
         vocabulary: (V,) integer, on the same device: the token id of each rank.
-        temperatures: those of ``compact.tail_log_masses``, in its order.
-        loss: says which target, at which temperature.
-        max_k: use only so many of the head's ids; the others' mass goes to the bucket.
+        temperatures: temperatures of ``compact.tail_log_masses``, in its order.
+        loss: form and temperature of the target.
+        max_k: number of the head's ids to use; the mass of the others goes to the bucket.
 
     Raises:
-        UsageError: as ``resolve_target``.
+        UsageError: see ``resolve_target``.
     """
     target = resolve_target(loss, temperatures, _has_draws(compact, temperatures, loss), max_k)
     log_rest = compact.tail_log_masses[list(temperatures).index(loss.temperature)]
@@ -182,7 +182,7 @@ def decode(
 
 
 def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: LossConfig) -> bool:
-    """Whether the tail is sampled. A batch in which no tail has any mass has all the draws that it needs."""
+    """Whether the tail is sampled. A batch without any tail mass needs no draws, so it counts as sampled."""
     if compact.tail_ids.numel():
         return True
     masses = compact.tail_log_masses[list(temperatures).index(1.0)]
@@ -190,7 +190,7 @@ def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: Los
 
 
 def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:
-    """(sum of head_counts,) log-probabilities: one running sum over all gaps, less what it was before each position."""
+    """(sum of head_counts,) log-probabilities: a running sum over all gaps, minus its value before each position."""
     running = compact.head_codes.cumsum(0, dtype=torch.int64)
     starts = _starts(compact.head_counts)
     codes = running - torch.cat([running.new_zeros(1), running])[starts][rows]
@@ -199,7 +199,7 @@ def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:
 
 
 def _tail(compact: CompactTargets, vocabulary: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and weights of the draws, (N, K) each: a draw stands for its share of the tail's mass."""
+    """Ids and log-weights of the draws, (N, K) each: each draw has an equal share of the tail's mass."""
     rows, columns = _places(compact.tail_counts, compact.tail_ids)
     ids = vocabulary.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
     ids[rows, columns] = vocabulary[compact.tail_ids].long()
@@ -229,5 +229,5 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def _shift(shift: Tensor) -> Tensor:
-    """(N, 1) what to add to a position's log-probabilities; nothing where it has no ids."""
+    """(N, 1) shift of a position's log-probabilities; 0 where it has no ids."""
     return shift.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf)[:, None]

@@ -1,1 +1,1 @@
-"""From a table to a student's batches: the order of an epoch, packing, and the held-out rows."""
+"""Turns a table into a student's batches: order of an epoch, packing, and held-out sequences."""

@@ -1,7 +1,7 @@
-"""One forward pass of a student: sequences side by side in rows, and what the teacher said of them.
+"""Batch of one forward pass: sequences laid out in rows, and their soft labels.
 
-``Sequences`` holds what was read; ``collate`` copies what a batch has of it, once. Nothing here loops over positions,
-decodes soft labels or knows in which order sequences come.
+``Sequences`` holds the columns that were read; ``collate`` copies a batch's part of them, once. Nothing here loops over
+positions, decodes soft labels or knows the order of the sequences.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from softlabel.storage.views.row_groups import column_of, flat
 from softlabel.storage.views.view import AnyTable, View
 
 COLUMNS = ("token_ids", "loss_mask", *SOFT_LABELS.names)
-"""What is read of a row once its turn has come."""
+"""Columns that a batch needs."""
 
-_LONG = 128
-"""Tokens of a sequence, on average, from which on it is worth a step of its own."""
+_LONG_SEQUENCE = 128
+"""Mean tokens per sequence from which on copying sequences one by one is worth it."""
 _TYPES = {field.name: field.type.value_type.to_pandas_dtype() for field in SOFT_LABELS}
 
 
@@ -39,33 +39,33 @@ class Batch:
     position_ids: Tensor
     """(rows, L) int64: from 0 in each sequence, and again from 0 in the padding."""
     positions: Tensor
-    """(N,) int64: where in rows x L the hidden state is that predicts each captured token: at the one before it."""
+    """(N,) int64: index in rows x L of the hidden state that predicts each captured token, one before the token."""
     next_ids: Tensor
     """(N,) int64: the captured tokens."""
     targets: CompactTargets | AveragedTargets
-    """What the teacher, or each of several, said at each."""
+    """Soft labels of the teacher, or of each of several, at the captured positions."""
     sequences: int
-    """Sequences in these rows."""
+    """Number of sequences in these rows."""
     global_positions: int
-    """Captured positions of the whole optimizer step, over all ranks and micro-batches: what its loss is divided by."""
+    """Captured positions of the whole optimizer step, over all ranks and micro-batches: the divisor of its loss."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a transformers model is called with for attention to stay inside each sequence.
+        """Arguments of a transformers model that keep attention within each sequence.
 
-        With neither a mask nor a cache, transformers takes each place where ``position_ids`` do not go up by one for
-        the start of another sequence (``masking_utils.find_packed_sequence_indices``). A cache, which most models
-        make unless told not to, turns that off without a word.
+        With neither a mask nor a cache, transformers starts a new sequence wherever ``position_ids`` do not increase by
+        one (``masking_utils.find_packed_sequence_indices``). A cache, which most models use by default, silently
+        disables this.
         """
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
+        """Copy to another device."""
         tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
         return replace(self, targets=self.targets.to(device, non_blocking), **tensors)
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory; a DataLoader with ``pin_memory`` calls it."""
+        """Copy to page-locked memory; called by a DataLoader with ``pin_memory``."""
         tensors = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, targets=self.targets.pin_memory(), **tensors)
 
@@ -75,14 +75,14 @@ class Batch:
 
 
 class Sequences:
-    """Columns of lists, of which those of any sequences are had in one copy.
+    """List columns from which any selection of sequences can be copied at once.
 
-    A list is held as the bytes of its numbers: that is how Arrow takes it whole, where of a list it takes numbers one
-    by one. To pick them out of several parts takes a step for each, which only long ones are worth: parts of short
-    ones are joined first.
+    Each list is held as one binary value, because Arrow copies those whole but the numbers of a list one by one. A
+    selection from several parts takes one step per sequence, which only pays for long sequences: the parts of short
+    ones are concatenated first.
 
     Args:
-        parts: rows with token_ids, as they are read; columns of no lists are passed over.
+        parts: rows with token_ids, as they are read; columns that are not lists are ignored.
     """
 
     def __init__(self, parts: Sequence[pa.Table]) -> None:
@@ -94,16 +94,16 @@ class Sequences:
             self._types[name] = lists[0][0].dtype
             self._counts[name] = np.concatenate([np.diff(starts) for _, starts in lists], dtype=np.int64)
             self._columns[name] = [_as_bytes(values, starts) for values, starts in lists]
-        if self._counts["token_ids"].sum() < _LONG * len(self._counts["token_ids"]):
+        if self._counts["token_ids"].sum() < _LONG_SEQUENCE * len(self._counts["token_ids"]):
             self._columns = {name: [pa.concat_arrays(column)] for name, column in self._columns.items()}
         self._firsts = np.cumsum([0, *map(len, self._columns["token_ids"])])
 
     def counts(self, name: str, rows: Ints) -> Ints:
-        """(n,) how many numbers each of n sequences has in a column."""
+        """(n,) list length of each of n sequences in a column."""
         return self._counts[name][rows]
 
     def values(self, name: str, rows: Ints) -> NDArray[Any]:
-        """The numbers that n sequences have in a column, one sequence after the other."""
+        """The concatenated lists of n sequences in a column."""
         column = self._columns[name]
         if len(column) == 1:
             taken = column[0].take(pa.array(rows))
@@ -120,15 +120,15 @@ def _as_bytes(values: NDArray[Any], starts: NDArray[np.int32]) -> pa.LargeBinary
 
 
 class Pack(NamedTuple):
-    """What a training row holds."""
+    """Sequences that share a training row."""
 
     sequences: Sequences
     rows: Ints
-    """(n,) which of them."""
+    """(n,) indices of the pack's sequences."""
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """Number of tokens, without padding."""
         return int(self.sequences.counts("token_ids", self.rows).sum())
 
 
@@ -136,27 +136,28 @@ def collate(packs: Sequence[Pack], max_length: int | None, table: AnyTable, glob
     """Lay out packs as a batch.
 
     Args:
-        packs: of each row; without any, the batch is one row of padding.
-        max_length: L; None for as many as the longest row has.
-        table: what they are of.
-        global_positions: of the whole optimizer step.
+        packs: pack of each row; without any, the batch is one row of padding.
+        max_length: row length L; None for that of the longest pack.
+        table: table or view that the sequences are from.
+        global_positions: captured positions of the whole optimizer step.
     """
     row_ends = np.array([pack.tokens for pack in packs] or [0])
     shape = len(row_ends), max_length or max(1, int(row_ends.max()))
     groups = [list(group) for _, group in groupby(packs, lambda pack: id(pack.sequences))]
-    whole = [Pack(group[0].sequences, np.concatenate([pack.rows for pack in group])) for group in groups]
-    tokens = np.concatenate([np.zeros(0, np.int64), *(part.sequences.counts("token_ids", part.rows) for part in whole)])
-    padding = np.arange(shape[0]) * shape[1] - (np.cumsum(row_ends) - row_ends)  # in the rows before each
-    # Of each token, where in its sequence and where in rows x L it is.
+    selections = [Pack(group[0].sequences, np.concatenate([pack.rows for pack in group])) for group in groups]
+    counts = [part.sequences.counts("token_ids", part.rows) for part in selections]
+    tokens = np.concatenate([np.zeros(0, np.int64), *counts])
+    padding = np.arange(shape[0]) * shape[1] - (np.cumsum(row_ends) - row_ends)  # of all rows before each row
+    # Each token's index in its sequence, and in rows x L.
     within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
-    there = np.arange(len(within)) + np.repeat(padding, row_ends)
+    index = np.arange(len(within)) + np.repeat(padding, row_ends)
     input_ids, captured = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
     position_ids = np.arange(shape[1]) - row_ends[:, None]
-    input_ids.ravel()[there] = _values(whole, "token_ids", np.int32)
-    captured.ravel()[there] = _values(whole, "loss_mask", np.bool_)
-    position_ids.ravel()[there] = within
+    input_ids.ravel()[index] = _values(selections, "token_ids", np.int32)
+    captured.ravel()[index] = _values(selections, "loss_mask", np.bool_)
+    position_ids.ravel()[index] = within
     places = np.flatnonzero(captured)
-    targets = _targets(whole, table)
+    targets = _targets(selections, table)
     assert targets.positions == len(places), "each captured token has its soft labels"
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -169,20 +170,20 @@ def collate(packs: Sequence[Pack], max_length: int | None, table: AnyTable, glob
     )
 
 
-def _targets(whole: Sequence[Pack], table: AnyTable) -> CompactTargets | AveragedTargets:
+def _targets(selections: Sequence[Pack], table: AnyTable) -> CompactTargets | AveragedTargets:
     if isinstance(table, View) and table.average:
-        parts = (_compact(whole, len(table.temperatures), number) for number in range(len(table.tables)))
+        parts = (_compact(selections, len(table.temperatures), number) for number in range(len(table.tables)))
         return AveragedTargets(tuple(parts), table.weights)
-    return _compact(whole, len(table.temperatures), 0)
+    return _compact(selections, len(table.temperatures), 0)
 
 
-def _compact(whole: Sequence[Pack], temperatures: int, table: int) -> CompactTargets:
-    flat = {name: _values(whole, column_of(name, table), kind) for name, kind in _TYPES.items()}
+def _compact(selections: Sequence[Pack], temperatures: int, table: int) -> CompactTargets:
+    flat = {name: _values(selections, column_of(name, table), kind) for name, kind in _TYPES.items()}
     flat["tail_log_masses"] = np.ascontiguousarray(flat["tail_log_masses"].reshape(-1, temperatures).T)
     return CompactTargets(**{name: torch.from_numpy(values) for name, values in flat.items()})
 
 
-def _values(whole: Sequence[Pack], column: str, kind: Any) -> NDArray[Any]:
-    """What these sequences have in a column."""
-    parts = [part.sequences.values(column, part.rows) for part in whole]
+def _values(selections: Sequence[Pack], column: str, kind: Any) -> NDArray[Any]:
+    """The concatenated lists of the selected sequences in a column."""
+    parts = [part.sequences.values(column, part.rows) for part in selections]
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, kind), *parts])

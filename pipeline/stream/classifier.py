@@ -1,7 +1,7 @@
-"""Labelled documents of a table as batches: in the order that a student is trained on, or in the table's own.
+"""Batches of a classifier's documents: shuffled for training, or in the table's order.
 
-The documents of a split are held in memory, with their distributions over the student's labels; a student of a
-language model streams instead (``pipeline.stream.dataset``). Knows no model and no loss.
+All documents of a split are held in memory, with their distributions over the student's labels; language models stream
+instead (``pipeline.stream.dataset``). Knows no model and no loss.
 """
 
 import math
@@ -30,26 +30,26 @@ from softlabel.storage.table import Table
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents of a table, and what their teacher says of each."""
+    """N documents of a table, and the teacher's distribution for each."""
 
     tokens: list[NDArray[np.int32]]
     """Token ids, each (length,)."""
     labels: NDArray[np.int64]
     """(N,) id of the student's label; -1 where there is none."""
     logprobs: NDArray[np.float32]
-    """(N, labels) the teacher's distribution over the student's labels, nats; NaN where it is left out whole."""
+    """(N, labels) the teacher's log-probabilities of the student's labels, nats; NaN where all its mass is left out."""
     unmapped: NDArray[np.float64]
-    """(N,) mass of the teacher's distribution that is left out."""
+    """(N,) mass of the teacher's distribution on classes without a label."""
     left_out: int
-    """Further documents of the eval split whose text also occurs in the train split."""
+    """Number of documents of the eval split that were left out because they also occur in the train split."""
 
     @classmethod
     def read(cls, table: Table, split: str, labels: LabelMap) -> Self:
-        """The documents of a split; of eval, those alone that do not also occur in train.
+        """Read the documents of a split; eval documents that also occur in train are left out.
 
         Raises:
             TableError: if there are none.
-            UsageError: if documents have labels that nobody knows.
+            UsageError: if documents have labels that are neither the student's nor the teacher's.
         """
         seen = pa.array([], pa.binary())
         if split == "eval":
@@ -67,17 +67,17 @@ class Documents:
             unmapped.append(rest)
         if not tokens:
             raise TableError(
-                f"the table holds no documents of the split {split}"
-                + (" that do not also occur in train" if left_out else ""),
-                expected="at least one",
-                found=f"version {table.version}, {left_out} left out",
+                f"the table has no documents in its {split} split"
+                + (" that are not also in its train split" if left_out else ""),
+                expected="at least one document",
+                found=f"none in version {table.version}" + (f" ({left_out} also in train)" if left_out else ""),
                 where=table.location,
-                do="capture more documents; shards.eval_fraction says how many of them go to eval",
+                do="capture more documents; shards.eval_fraction sets the share of them that goes to eval",
             )
         return cls(tokens, labels.ids(names), np.concatenate(logprobs), np.concatenate(unmapped), left_out)
 
     def batch(self, numbers: Sequence[int], pad: int, global_positions: int) -> "ClassBatch":
-        """Some of the documents side by side; none, and it is one row of padding that says nothing."""
+        """A batch of some of the documents; without any, one row of padding without labels."""
         tokens = [self.tokens[number] for number in numbers] or [np.full(1, pad, np.int32)]
         inputs = padded(tokens, pad)
         chosen = np.array(numbers, np.int64)
@@ -90,7 +90,7 @@ class Documents:
         )
 
     def batches(self, pad: int, batch_tokens: int) -> Iterator["ClassBatch"]:
-        """Every document once, in the table's order; ``batch_tokens``, padding included, or one document, at a time."""
+        """Every document once, in the table's order, in batches of at most ``batch_tokens``, including padding."""
         numbers: list[int] = []
         longest = 0
         for number, ids in enumerate(self.tokens):
@@ -104,35 +104,35 @@ class Documents:
 
 @dataclass(frozen=True)
 class ClassBatch:
-    """Documents side by side, padded on the right, and what is said of the first N of them, which are all or none."""
+    """Documents padded on the right, and the labels and distributions of the first N rows: of all rows or none."""
 
     input_ids: Tensor
     """(rows, L) int64."""
     attention_mask: Tensor
     """(rows, L) int64."""
     labels: Tensor
-    """(N,) int64 id of the label; -1 where there is none."""
+    """(N,) int64: id of the label; -1 where there is none."""
     logprobs: Tensor
     """(N, labels) float32: see ``Documents.logprobs``."""
     global_positions: int
-    """Documents of the whole optimizer step, over all ranks and micro-batches: what its loss is divided by."""
+    """Documents of the whole optimizer step, over all ranks and micro-batches: the divisor of its loss."""
 
     @property
     def positions(self) -> Tensor:
-        """(N,) the captured position of each document: its last token's."""
+        """(N,) the captured position of each document: that of its last token."""
         return self.attention_mask[: len(self.labels)].sum(1) - 1
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a transformers model is called with."""
+        """Arguments of a transformers model."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on another device."""
+        """Copy to another device."""
         return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self._tensors().items()})
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory; a DataLoader with ``pin_memory`` calls it."""
+        """Copy to page-locked memory; called by a DataLoader with ``pin_memory``."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Any]:
@@ -143,20 +143,20 @@ class ClassBatch:
 class ClassDataset(IterableDataset[ClassBatch]):
     """One rank's share of a split's documents, from an optimizer step on.
 
-    Every document comes exactly once an epoch, in an order that ``stream.seed`` and the epoch alone decide. A step
+    Every document comes exactly once per epoch, in an order that depends only on ``stream.seed`` and the epoch. A step
     takes the next ``stream.batch_size`` documents (fewer at an epoch's end) and deals them out to the ranks one by one;
-    each rank yields ``accumulation`` batches of ``stream.micro_batch_size`` at most, empty ones if it has no document
+    each rank yields ``accumulation`` batches of at most ``stream.micro_batch_size``, empty ones once it has no document
     left.
 
     Args:
-        documents: of the split.
+        documents: documents of the split.
         stream: batch sizes and seed.
-        pad: id of the padding.
-        rank: which of the ranks this is.
-        world_size: how many ranks share the documents.
-        start: where to begin: what ``state`` said of the run that is resumed.
-        epochs: passes over the split, those before ``start`` included.
-        max_steps: optimizer steps instead, those before ``start`` included.
+        pad: id of the padding token.
+        rank: index of this rank.
+        world_size: number of ranks.
+        start: where to start: ``state`` of the run that is resumed.
+        epochs: passes over the split, including those before ``start``.
+        max_steps: optimizer steps instead of epochs, including those before ``start``.
     """
 
     def __init__(
@@ -179,15 +179,15 @@ class ClassDataset(IterableDataset[ClassBatch]):
         self._start = start or Cursor()
         self._per_epoch = -(-len(documents.tokens) // stream.batch_size)
         self.total_steps = max_steps or math.ceil(epochs * self._per_epoch)
-        """Optimizer steps of the whole run, those before ``start`` included."""
+        """Optimizer steps of the whole run, including those before ``start``."""
 
     @property
     def accumulation(self) -> int:
-        """Batches that each rank yields an optimizer step."""
+        """Number of batches that each rank yields per optimizer step."""
         return accumulation(self._stream.batch_size, self._world_size, self._stream.micro_batch_size)
 
     def state(self, step: int) -> Cursor:
-        """Where a run is that has done so many optimizer steps."""
+        """Cursor of a run after a number of optimizer steps."""
         epoch, done = divmod(max(step, 1) - 1, self._per_epoch)
         packs = min((done + 1) * self._stream.batch_size, len(self._documents.tokens))
         return Cursor(step, epoch, packs if step else 0)
@@ -205,13 +205,13 @@ class ClassDataset(IterableDataset[ClassBatch]):
 
 
 def _order(count: int, seed: int, epoch: int) -> Ints:
-    """A permutation of all documents: rows of one document each, all in one window."""
+    """A permutation of all documents, planned as rows of one document each in a single window."""
     lengths = np.ones(count, np.int32)
     return plan_epoch(lengths, np.arange(count + 1), 1, count, seed=seed, epoch=epoch).sequences
 
 
 def _dense(rows: pa.Table, table: Table) -> NDArray[np.float32]:
-    """(R, classes) log-probabilities in nats; -inf for what is not in the head: it has none."""
+    """(R, classes) log-probabilities in nats; -inf outside the head, where the probability is 0."""
     labels = decode(rows, table.vocabulary)
     dense = np.full((len(rows), table.identity.vocabulary), -np.inf, np.float32)
     dense[np.repeat(np.arange(len(rows)), labels.head_counts), labels.head_ids] = labels.head_logprobs

@@ -1,8 +1,8 @@
-"""The stream of a student's training rows: reads a table or a view and yields one rank's batches, from any step on.
+"""Streams training batches: reads a table or a view and yields one rank's batches, from any step on.
 
-Which sequences come when, and which share a row, is ``pipeline.stream.epoch_plan``'s plan; how they are laid out is
-``pipeline.stream.batch``'s. This file reads what the plan names, a window ahead. It never decodes soft labels
-(``pipeline.loss.targets``, on the device) and knows no model and no loss.
+``pipeline.stream.epoch_plan`` decides the order and the packing, ``pipeline.stream.batch`` the layout; this module
+reads the plan's sequences, a window ahead. It never decodes soft labels (``pipeline.loss.targets`` does, on the device)
+and knows no model and no loss.
 """
 
 import math
@@ -23,36 +23,36 @@ from softlabel.storage.views.row_groups import Group, load, outlines
 from softlabel.storage.views.view import AnyTable, View
 
 WINDOW_TOKENS = 1 << 20
-"""Sequences are mixed and packed among so many tokens. It is part of the order: a run that goes on after a change of
-it would see some sequences twice."""
+"""Tokens of a window, within which sequences are shuffled and packed. It affects the order: after a change, a resumed
+run would see some sequences twice."""
 
 
 class SoftLabelDataset(IterableDataset[Batch]):
     """One rank's share of a table's training rows, from a cursor on.
 
-    Every sequence comes exactly once an epoch (from a view with weights, as often as ``epoch_plan.occurrences`` says),
-    over any number of ranks and DataLoader workers, in an order that the table's version, ``stream.seed`` and the epoch
-    alone decide; ``epoch_plan.plan_epoch`` says what shuffling does. A pack is what a training row holds:
-    as many sequences as have room or, without ``stream.packing``, a single one. An optimizer step takes the plan's
-    next ``stream.batch_size`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank
-    yields ``accumulation`` batches a step, of ``stream.micro_batch_size`` rows at most. A rank that has no pack left
-    for a batch yields one row of padding without captured positions, so that all ranks make equally many passes.
+    Every sequence comes exactly once per epoch (from a view with weights, as often as ``epoch_plan.occurrences`` says),
+    with any number of ranks and DataLoader workers, in an order that depends only on the table's version,
+    ``stream.seed`` and the epoch (see ``epoch_plan.plan_epoch``). A pack is the content of a training row: as many
+    sequences as fit or, without ``stream.packing``, a single one. An optimizer step takes the plan's next
+    ``stream.batch_size`` packs (fewer at an epoch's end) and deals them out to the ranks one by one; each rank yields
+    ``accumulation`` batches per step, of at most ``stream.micro_batch_size`` rows. A rank without a pack left for a
+    batch yields one row of padding without captured positions, so that all ranks make equally many passes.
 
-    Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take batches in turn, which is how the
-    DataLoader asks for them: their number changes nothing but the speed. Where a table is in a bucket, they need
-    ``multiprocessing_context="forkserver"``, since no connection lives through a fork. Each worker of each rank reads
-    every window of the plan, a window ahead of its use: two are in its memory, the next one twice for a moment.
+    Workers, as in ``DataLoader(dataset, batch_size=None, num_workers=n)``, take turns in producing batches, as the
+    DataLoader expects: their number affects only the speed. For a table in a bucket, they need
+    ``multiprocessing_context="forkserver"``, since connections do not survive a fork. Each worker of each rank reads
+    every window of the plan, one window ahead: it holds two windows in memory, and briefly a second copy of the next.
 
     Args:
-        table: the version, or the view, to read.
-        stream: packing, length of a row, batch sizes and seed.
+        table: table version or view to read.
+        stream: packing, row length, batch sizes and seed.
         split: train or eval.
-        shuffle: False for the table's own order.
-        rank: which of the ranks this is.
-        world_size: how many ranks share the packs.
-        start: where to begin: what ``state`` said of the run that is resumed.
-        epochs: passes over the split, those before ``start`` included.
-        max_steps: optimizer steps instead, those before ``start`` included.
+        shuffle: False for the table's order.
+        rank: index of this rank.
+        world_size: number of ranks.
+        start: where to start: ``state`` of the run that is resumed.
+        epochs: passes over the split, including those before ``start``.
+        max_steps: optimizer steps instead of epochs, including those before ``start``.
 
     Raises:
         UsageError: if the split is empty, or a sequence is longer than a row.
@@ -86,18 +86,18 @@ class SoftLabelDataset(IterableDataset[Batch]):
         self._plans: dict[int, Plan] = {}
         self._packs: dict[int, int] = {}
         self.total_steps = self._steps_of(epochs) if max_steps is None else max_steps
-        """Optimizer steps of the whole run, those before ``start`` included."""
+        """Optimizer steps of the whole run, including those before ``start``."""
         self._require_steps(epochs)
 
     @property
     def accumulation(self) -> int:
-        """Batches that each rank yields an optimizer step."""
+        """Number of batches that each rank yields per optimizer step."""
         return accumulation(self._stream.batch_size, self._world_size, self._stream.micro_batch_size)
 
     def state(self, step: int) -> Cursor:
-        """Where a run is that has done so many optimizer steps, those before ``start`` included.
+        """Cursor of a run after a number of optimizer steps, including those before ``start``.
 
-        It follows from the steps that were trained on alone, so that batches read ahead are never lost.
+        It depends only on the steps that were trained, so that no batch that was read ahead is lost.
         """
         cursor = self._start
         assert step >= cursor.step, "a run does not go back"
@@ -137,7 +137,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
                 cursor = Cursor(cursor.step, cursor.epoch + 1)
 
     def _steps_of(self, epochs: float) -> int:
-        """Steps done before the start, and those from there until so many epochs have passed."""
+        """Steps of the whole run, if it ends after a number of epochs: those before the start and those from there."""
         cursor, whole = self._start, math.floor(epochs)
         while cursor.epoch < whole:
             cursor = Cursor(cursor.step + self._steps_left(cursor), cursor.epoch + 1)
@@ -176,15 +176,16 @@ class SoftLabelDataset(IterableDataset[Batch]):
         if not self._index.positions.any():
             raise UsageError(
                 f"the table has no {split} sequences",
-                expected=f"at least one sequence with captured positions in the split {split}",
-                found=f"{len(self._index.positions)} without any in version {self._table.version}",
+                expected=f"at least one sequence with captured positions in the {split} split",
+                found=f"{len(self._index.positions)} sequences, none with captured positions, in version "
+                f"{self._table.version}",
                 where=self._table.location,
-                do="capture more documents; shards.eval_fraction says how many of them go to eval",
+                do="capture more documents; shards.eval_fraction sets the share of them that goes to eval",
             )
         longest = int(self._index.tokens.max())
         if longest > self._stream.max_length:
             raise UsageError(
-                "sequences of the table are longer than a training row, and they are never cut",
+                "some of the table's sequences are longer than a training row, and training never cuts them",
                 expected=f"stream.max_length: at least {longest}",
                 found=f"stream.max_length: {self._stream.max_length}",
                 where=self._table.location,
@@ -194,11 +195,11 @@ class SoftLabelDataset(IterableDataset[Batch]):
     def _require_steps(self, epochs: float) -> None:
         if self.total_steps == 0:
             raise UsageError(
-                "there is nothing to train on in so few passes: of a view, tables of a small weight come in some alone",
+                "there is nothing to train on: so few epochs of this view include none of its sequences",
                 expected="at least one optimizer step",
-                found=f"none in optimizer.num_train_epochs: {epochs:g}",
+                found=f"no step in optimizer.num_train_epochs: {epochs:g}, with the small weights of the view's tables",
                 where=self._table.location,
-                do="set optimizer.num_train_epochs higher, or give the view's tables larger weights",
+                do="raise optimizer.num_train_epochs, or give the view's tables larger weights",
             )
 
 
@@ -213,14 +214,14 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Index:
-    """What is known of all sequences of a split up front: the small columns, and where the row groups are."""
+    """Index of a split: the small columns of all its sequences, and its row groups."""
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     weights: NDArray[np.float64] | None
-    """How often each comes in an epoch; None for once each."""
+    """Mean number of times that each sequence comes in an epoch; None for exactly once."""
     group_starts: Ints
-    """(row groups + 1,) the first sequence of each, and the number of sequences."""
+    """(row groups + 1,) the first sequence of each row group, and the number of sequences."""
     groups: list[Group]
 
     @classmethod
@@ -248,7 +249,7 @@ class _Window(NamedTuple):
     """The row groups of a window of the plan."""
 
     numbers: Ints
-    """Of their sequences, ascending."""
+    """Numbers of their sequences, ascending."""
     sequences: Sequences
 
     def pack(self, plan: Plan, number: int) -> Pack:
@@ -257,7 +258,7 @@ class _Window(NamedTuple):
 
 
 class _Windows:
-    """The row groups of the window in use, and in the background those of the next one."""
+    """Reads the row groups of the current window and, in the background, those of the next one."""
 
     def __init__(self, table: AnyTable, index: _Index) -> None:
         self._table = table
@@ -272,11 +273,11 @@ class _Windows:
         self._pool.shutdown(cancel_futures=True)
 
     def get(self, epoch: int, plan: Plan, number: int) -> _Window:
-        """A window. They are asked for in the plan's order: older ones are let go."""
-        for wanted in range(number, min(number + 2, plan.windows)):
-            if (epoch, wanted) not in self._read:
-                groups = np.unique(self._index.group_of(plan.window(wanted))).tolist()
-                self._read[epoch, wanted] = self._pool.submit(self._load, groups)
+        """A window. Windows have to be requested in the plan's order: earlier ones are dropped."""
+        for ahead in range(number, min(number + 2, plan.windows)):
+            if (epoch, ahead) not in self._read:
+                groups = np.unique(self._index.group_of(plan.window(ahead))).tolist()
+                self._read[epoch, ahead] = self._pool.submit(self._load, groups)
         self._read = {key: future for key, future in self._read.items() if key >= (epoch, number)}
         return self._read[epoch, number].result()
 

@@ -1,8 +1,8 @@
-"""In which order a student sees the sequences of a table, and which of them share a training row.
+"""Plans the order in which a student sees the sequences of a table, and which of them share a training row.
 
-A plan is a pure function of the sequences' lengths, the table's row groups, the seed and the epoch: it knows no rank,
-no worker and no batch size, and it never touches what a sequence holds. Whoever takes a share of it takes it by
-position, so that another number of ranks, or a resumed run, sees the same plan.
+A plan is a pure function of the sequences' lengths, the table's row groups, the seed and the epoch. It knows no ranks,
+workers, batch sizes or content of sequences: ranks take their share of it by position, so that a resumed run, or one
+with another number of ranks, follows the same plan.
 """
 
 import math
@@ -18,35 +18,35 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a student has come; all that a resumed run needs, whatever its number of ranks or its batch size."""
+    """Progress of a run: all that is needed to resume it with any number of ranks and any batch size."""
 
     step: int = 0
     """Optimizer steps done since the first epoch began."""
     epoch: int = 0
-    """The epoch that the last of them was of, from 0."""
+    """Epoch of the last of these steps, from 0."""
     packs: int = 0
-    """Packs of that epoch that are done with, over all ranks."""
+    """Packs of that epoch that have been trained on, over all ranks."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch: every sequence exactly once, in packs (training rows), in the order in which they are trained on."""
+    """One epoch: every sequence exactly once, in packs (training rows), in training order."""
 
     sequences: Ints
     """(sequences,) number of each sequence, pack after pack."""
     pack_starts: Ints
-    """(packs + 1,) where in ``sequences`` each pack begins; the last entry is where all end."""
+    """(packs + 1,) index in ``sequences`` at which each pack begins; the last entry is their number."""
     window_starts: Ints
     """(windows + 1,) the first pack of each window; the last entry is the number of packs."""
 
     @property
     def packs(self) -> int:
-        """Training rows of the epoch."""
+        """Number of training rows of the epoch."""
         return len(self.pack_starts) - 1
 
     @property
     def windows(self) -> int:
-        """Windows of the epoch."""
+        """Number of windows of the epoch."""
         return len(self.window_starts) - 1
 
     def members(self, first: int, last: int) -> Ints:
@@ -54,7 +54,7 @@ class Plan:
         return self.sequences[self.pack_starts[first] : self.pack_starts[last]]
 
     def window_of(self, pack: int) -> int:
-        """The window that a pack is of; a pack never spans two."""
+        """Window of a pack; a pack never spans two."""
         return int(np.searchsorted(self.window_starts, pack, side="right")) - 1
 
     def window(self, number: int) -> Ints:
@@ -75,23 +75,22 @@ def plan_epoch(
 ) -> Plan:
     """Order and packing of one epoch.
 
-    The row groups are put in an order that the seed and the epoch draw, and that order is cut into windows of
-    ``window_tokens`` (a window ends with the row group that fills it). Within a window the sequences of all its row
-    groups are permuted, packed by best fit, and the packs permuted. So two sequences of different row groups are
-    anywhere in the epoch, while two of one row group are at most a window apart: what was captured together is spread
-    over a window, not over the epoch. Without shuffling, row groups, sequences and packs keep the table's order, as
-    far as packing within a window lets them. A sequence that comes more than once comes with copies of its row group,
-    each of which has a place of its own in the epoch.
+    The row groups are permuted by the seed and the epoch and cut into windows of ``window_tokens`` (a window ends with
+    the row group that fills it). Within a window, the sequences of all its row groups are permuted and packed by best
+    fit, and the packs are permuted. So sequences of different row groups may be anywhere in the epoch, while sequences
+    of one row group stay within a window. Without shuffling, row groups, sequences and packs keep the table's order, as
+    far as packing within a window allows. If a sequence comes more than once, copies of its row group are permuted
+    independently.
 
     Args:
         lengths: (sequences,) tokens of each sequence, in the table's order; none exceeds ``max_length``.
         group_starts: (row groups + 1,) the first sequence of each row group, and the number of sequences.
-        max_length: tokens of a training row; None for a row, and so a pack, of its own for each sequence.
-        window_tokens: tokens among which sequences are mixed and packed.
-        seed: of the order.
-        epoch: which pass this is, from 0.
-        shuffle: False for the table's own order.
-        counts: (sequences,) how often each comes in this epoch; once each if left out.
+        max_length: tokens of a training row; None for one sequence per row.
+        window_tokens: tokens within which sequences are shuffled and packed.
+        seed: seed of the order.
+        epoch: number of the epoch, from 0.
+        shuffle: False for the table's order.
+        counts: (sequences,) how often each comes in this epoch; once each if None.
     """
     draw = _Draw(seed, epoch)
     groups = _copies(group_starts, np.ones(len(lengths), np.int64) if counts is None else counts)
@@ -106,7 +105,7 @@ def plan_epoch(
             members = members[draw.permutation(len(members), 2 * number + 1)]
         packs = np.arange(len(members)) if max_length is None else best_fit(lengths[members], max_length)
         if shuffle:
-            # Best fit opens the packs of the longest first; without this, every window would begin with them.
+            # Best fit starts with the longest sequences; without this, every window would begin with them.
             packs = draw.permutation(packs.max(initial=-1) + 1, 2 * number + 2)[packs]
         sequences.append(members[np.argsort(packs, kind="stable")])
         packs_counts.append(np.bincount(packs))
@@ -116,28 +115,28 @@ def plan_epoch(
 
 
 def occurrences(weights: NDArray[np.float64], seed: int, epoch: int) -> Ints:
-    """(sequences,) how often each comes in an epoch, so that over the epochs it comes as often as its weight says.
+    """(sequences,) how often each comes in an epoch, so that its mean over epochs is its weight.
 
-    By the end of epoch e a sequence has come floor((e + 1) w + u) times, u being drawn for it from the seed: w = 2 is
-    twice in each epoch, w = 0.5 is every second one, for one half of the sequences the even ones.
+    By the end of epoch e, a sequence with weight w has come floor((e + 1) w + u) times, with u drawn for it from the
+    seed: w = 2 is twice in each epoch; w = 0.5 is every second epoch, the even ones for half of the sequences.
 
     Args:
-        weights: (sequences,) of each.
-        seed: of the order.
-        epoch: which pass this is, from 0.
+        weights: (sequences,) weight of each.
+        seed: seed of the order.
+        epoch: number of the epoch, from 0.
     """
     words = np.random.Philox(key=np.array([seed % 2**64, 0], np.uint64), counter=_PHASES).random_raw(len(weights))
-    phases = (words >> np.uint64(32)) * 2.0**-32  # few enough bits that adding a whole epoch to them rounds nothing
+    phases = (words >> np.uint64(32)) * 2.0**-32  # few enough bits that adding a whole number does not round
     counts: Ints = np.floor((epoch + 1) * weights + phases).astype(np.int64)
     return counts - np.floor(epoch * weights + phases).astype(np.int64)
 
 
 _PHASES = np.array([0, 0, 1, 0], np.uint64)
-"""Where no permutation counts."""
+"""Counter block that no permutation uses."""
 
 
 def _copies(group_starts: Ints, counts: Ints) -> list[Ints]:
-    """Sequences of each row group, and again, as often as one of them comes, of those that come so often."""
+    """Sequences of each copy of each row group: copy n holds the sequences that come more than n times."""
     groups = [np.arange(first, last) for first, last in pairwise(group_starts.tolist())]
     return [group[counts[group] > copy] for group in groups for copy in range(counts[group].max(initial=0))]
 
@@ -147,15 +146,15 @@ def best_fit(lengths: NDArray[np.int32], capacity: int) -> Ints:
 
     Args:
         lengths: (n,) none above ``capacity``.
-        capacity: of a pack.
+        capacity: tokens of a pack.
 
     Returns:
-        (n,) number of the pack that each went to; packs are numbered by the first that they hold.
+        (n,) pack of each sequence; packs are numbered in the order of the first sequence that they hold.
     """
     assert lengths.max(initial=0) <= capacity, "a sequence is packed whole"
     count = len(lengths)
     packs = np.empty(count, np.int64)
-    rooms: list[int] = []  # of packs that are not full, sorted: the room that is left, and the pack's number, in one
+    rooms: list[int] = []  # of packs that are not full, sorted: free tokens and number of the pack, in one integer
     opened = 0
     for item, length in zip(*_longest_first(lengths), strict=True):
         place = bisect_left(rooms, length * count)
@@ -172,7 +171,7 @@ def best_fit(lengths: NDArray[np.int32], capacity: int) -> Ints:
 
 
 def accumulation(batch_size: int, world_size: int, micro_batch_size: int) -> int:
-    """Micro-batches that each rank makes of its share of ``batch_size`` packs."""
+    """Number of micro-batches into which each rank cuts its share of ``batch_size`` packs."""
     return math.ceil(math.ceil(batch_size / world_size) / micro_batch_size)
 
 
@@ -182,10 +181,10 @@ def share(first: int, last: int, rank: int, world_size: int, micro_batch_size: i
     Args:
         first: first pack of the global batch.
         last: the pack after its last.
-        rank: whose share.
-        world_size: how many share.
+        rank: index of the rank.
+        world_size: number of ranks.
         micro_batch_size: packs of a micro-batch.
-        micro: which micro-batch; the range is empty where a short batch has none left.
+        micro: index of the micro-batch; the range is empty if a short batch has no packs left for it.
     """
     return range(first + rank, last, world_size)[micro * micro_batch_size : (micro + 1) * micro_batch_size]
 
@@ -196,7 +195,7 @@ def _longest_first(lengths: NDArray[np.int32]) -> tuple[list[int], list[int]]:
 
 
 class _Draw:
-    """Permutations from a seed and an epoch, of the counter-based Philox4x64, which no release of numpy may change."""
+    """Permutations from a seed and an epoch, by the counter-based Philox4x64, whose stream numpy keeps stable."""
 
     def __init__(self, seed: int, epoch: int) -> None:
         self._key = np.array([seed % 2**64, epoch], np.uint64)

@@ -1,7 +1,7 @@
-"""The sequences that students are measured on: a table's eval split, without what also occurs in its train split.
+"""Sequences to evaluate students on: a table's eval split, without those that also occur in its train split.
 
-In the table's order, never shuffled, so that every student is measured on the same sequences. Decodes no soft labels
-and knows no model.
+They come in the table's order, so that every student is evaluated on the same sequences. Decodes no soft labels and
+knows no model.
 """
 
 from collections.abc import Iterator
@@ -23,32 +23,32 @@ from softlabel.storage.views.view import AnyTable
 
 @dataclass(frozen=True)
 class Holdout:
-    """The held-out sequences of a table's version, or of a view, read anew each time that they are asked for."""
+    """The held-out sequences of a table version or a view; ``batches`` reads them again on each call."""
 
     table: AnyTable
     sequences: int
     positions: int
     left_out: int
-    """Sequences of the eval split whose key also occurs in the train split (of a view: of any of its tables)."""
+    """Number of eval sequences whose key also occurs in the train split (for a view: of any of its tables)."""
     _longest: int
-    _seen: pa.Array
+    _left_out_keys: pa.Array
     """Keys that are left out."""
 
     @classmethod
     def of(cls, table: AnyTable) -> Self:
-        """Find out what there is to measure on; reads keys and counts alone.
+        """Find the held-out sequences; reads only keys and counts.
 
         Raises:
-            TableError: if there is nothing.
+            TableError: if there are none.
         """
         parts = [rows for _, rows in outlines(table, ["key", "tokens", "positions"], "eval")]
         if not sum(map(len, parts)):
-            raise _nothing(table, "no sequence in the eval split")
+            raise _nothing(table, "no sequences in the eval split")
         held = pl.LazyFrame(pa.concat_tables(parts))
         rows = pl.LazyFrame(pa.concat_tables(index(part, ["key"]) for part in table.tables))
         trained = rows.filter(pl.col("split") != "eval").select("key")
         seen = held.join(trained, on="key", how="semi").select("key").collect()
-        kept, total = pl.collect_all(
+        counts, total = pl.collect_all(
             [
                 held.join(trained, on="key", how="anti").select(
                     pl.len(), pl.col("positions").sum(), longest=pl.col("tokens").max()
@@ -56,7 +56,7 @@ class Holdout:
                 held.select(pl.len()),
             ]
         )
-        sequences, positions, longest = kept.row(0)
+        sequences, positions, longest = counts.row(0)
         if not positions:
             raise _nothing(table, f"{total.item()} sequences, all of which also occur in the train split")
         left_out = total.item() - sequences
@@ -65,11 +65,11 @@ class Holdout:
         )
 
     def batches(self, batch_tokens: int, packing: bool) -> Iterator[Batch]:
-        """Every sequence once.
+        """Every sequence once, in batches.
 
         Args:
-            batch_tokens: of one batch at most, padding included, or one row if the longest sequence has more.
-            packing: whether sequences share rows, as they may if a student's ``separates``.
+            batch_tokens: maximum tokens of a batch, including padding; a single longer row is a batch of its own.
+            packing: whether sequences share rows, which is only right for a student that ``separates`` them.
         """
         packs: list[Pack] = []
         longest = 0
@@ -84,7 +84,7 @@ class Holdout:
     def _packs(self, packing: bool) -> Iterator[Pack]:
         for where, _ in outlines(self.table, ["key"], "eval"):
             group = load(self.table, where, ["key", "tokens", *COLUMNS])
-            group = group.filter(pc.invert(pc.is_in(group.column("key"), self._seen)))
+            group = group.filter(pc.invert(pc.is_in(group.column("key"), self._left_out_keys)))
             tokens, sequences = group.column("tokens").to_numpy(), Sequences([group])
             packs = best_fit(tokens, self._longest) if packing else np.arange(len(tokens))
             for pack in range(packs.max(initial=-1) + 1):
@@ -97,9 +97,9 @@ class Holdout:
 
 def _nothing(table: AnyTable, found: str) -> TableError:
     return TableError(
-        "the table holds nothing to measure students on",
+        "the table has no sequences to evaluate students on",
         expected="sequences in the eval split that do not also occur in the train split",
-        found=f"{found}, version {table.version}",
+        found=f"{found}, in version {table.version}",
         where=table.location,
-        do="capture more documents, or into a new table with a larger shards.eval_fraction",
+        do="capture more documents, or capture into a new table with a larger shards.eval_fraction",
     )

@@ -1,1 +1,1 @@
-"""What a student is made from, whether it fits its table, and the folder that it ends in."""
+"""Students: what they are made from, whether they fit their table, and the folder that they are written to."""

@@ -1,7 +1,7 @@
-"""The student: a model to go on from, a teacher pruned to some of its layers, or a fresh one from a configuration.
+"""Builds students: from an existing model, from some layers of the teacher, or from a configuration.
 
-Builds it, checks that it fits its table, and says how it turns hidden states into logits, so that a fused loss can do
-the same in pieces. Never trains.
+Checks that a student fits its table, and describes how it turns hidden states into logits, so that the fused loss can
+do so chunk by chunk. Never trains.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from softlabel.storage.errors import StudentError
 from softlabel.storage.views.row_groups import load, outlines
 from softlabel.storage.views.view import AnyTable
 
-_PROBED = 6
-"""Tokens of each of two sequences with which it is found out what a student sees."""
+_PROBE_TOKENS = 6
+"""Tokens of each of the two sequences that test which tokens a student's states depend on."""
 CALIBRATION_TOKENS = 4096
-"""Tokens of the table on which the activity of a teacher's neurons is measured."""
+"""Number of the table's tokens on which the activity of a teacher's neurons is measured."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class OutputHead:
     """How a model turns hidden states h into logits: cap(scale x (W h + bias)), with cap(z) = c tanh(z / c)."""
 
     weight: Tensor
-    """(V, H), padded rows included."""
+    """(V, H), including padding rows."""
     bias: Tensor | None
     scale: float
     soft_cap: float | None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""
-        hidden = hidden.to(self.weight.dtype)  # Mamba adds its layers up in float32
+        hidden = hidden.to(self.weight.dtype)  # Mamba keeps its residual stream in float32
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -52,27 +52,27 @@ def build(
     """The student that the settings describe, on the CPU, ready for a table's labels.
 
     Args:
-        config: where it comes from.
-        table: what it has to fit.
-        packing: whether sequences will share its rows.
+        config: settings of the student.
+        table: the table that it has to fit.
+        packing: whether sequences will share rows.
         source: the files that it is made from, if they have been found already.
 
     Raises:
-        UsageError: unless exactly one place is named, or if the teacher has not so many layers or neurons.
+        UsageError: unless exactly one source is set, or if the teacher does not have that many layers or neurons.
         StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
-            if it sees tokens that it must not see.
+            if its states depend on tokens that they must not depend on.
     """
     origin = Origin.of(table)
     folder = require_fitting(config, origin, source).path
     dtype = getattr(torch, config.dtype)
     student = _fresh(folder, origin, dtype) if config.config else pruned(_load(folder, dtype), config, table)
     _require_head(student)
-    _require_sight(student, packing)
+    _require_separation(student, packing)
     return student
 
 
 def pruned(student: PreTrainedModel, config: StudentConfig, table: AnyTable) -> PreTrainedModel:
-    """What the settings leave of a model; the activity of its neurons is measured on the table's text."""
+    """The model with only the layers and neurons that the settings keep; the table's text ranks the neurons."""
     if config.intermediate_size is not None:
         student = narrow(student, config.intermediate_size, _some_sequences(table))
     if config.depth is not None:
@@ -83,23 +83,23 @@ def pruned(student: PreTrainedModel, config: StudentConfig, table: AnyTable) -> 
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """(rows, L, H) states that the output layer would see; packed sequences do not see each other if ``separates``.
+    """(rows, L, H) inputs of the output layer; those of packed sequences are independent if ``separates``.
 
     Args:
         model: a causal language model.
         input_ids: (rows, L) int64.
-        position_ids: (rows, L) int64, starting again at 0 with each sequence.
+        position_ids: (rows, L) int64, restarting at 0 with each sequence.
     """
     body = model.get_decoder()
-    # Without a cache and a mask, transformers finds the packed sequences by their position ids.
+    # With neither a cache nor a mask, transformers detects packed sequences by their position ids.
     hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return hidden
 
 
 def separates(model: PreTrainedModel) -> bool:
-    """Whether sequences that share a row do not see each other: not every architecture goes by position ids."""
-    positions = torch.arange(_PROBED).repeat(2)
-    return not _sees(model, positions, slice(_PROBED, None), slice(_PROBED))
+    """Whether sequences that share a row are independent: not every architecture separates them by position ids."""
+    positions = torch.arange(_PROBE_TOKENS).repeat(2)
+    return not _depends(model, positions, slice(_PROBE_TOKENS, None), slice(_PROBE_TOKENS))
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -113,7 +113,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 
 
 def parameters(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
+    """Number of parameters of a model; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -132,7 +132,7 @@ def _fresh(source: Path, origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _some_sequences(table: AnyTable) -> Iterator[Tensor]:
-    """Token ids (L,) of the first sequences that students are trained on, about CALIBRATION_TOKENS of them."""
+    """Token ids (L,) of the first train sequences, about CALIBRATION_TOKENS tokens in all."""
     tokens = 0
     for group, _ in outlines(table, ["key"], "train"):
         for ids in load(table, group, ["token_ids"]).column("token_ids"):
@@ -144,64 +144,64 @@ def _some_sequences(table: AnyTable) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _require_head(student: PreTrainedModel) -> None:
-    """A kind of model whose logits are made otherwise would silently be trained on wrong ones."""
+    """Refuse a model whose logits ``output_head`` does not reproduce: it would be trained on wrong logits."""
     ids = torch.arange(8)[None]
     logits = student.eval()(input_ids=ids, use_cache=False).logits.float()
-    ours = output_head(student)(hidden_states(student, ids, ids)).float()
+    reproduced = output_head(student)(hidden_states(student, ids, ids)).float()
     tolerance = (0.03 if student.dtype == torch.bfloat16 else 1e-3) * float(logits.abs().max())
-    difference = float((ours - logits).abs().max())
+    difference = float((reproduced - logits).abs().max())
     if not difference <= tolerance:
         raise StudentError(
-            f"{type(student).__name__} makes its logits in a way that the loss does not know",
-            expected="scale x (W h + bias), soft-capped, as its configuration says",
-            found=f"logits that differ by up to {difference:.3g}",
+            f"{type(student).__name__} computes its logits in a way that the loss does not support",
+            expected="logits = scale x (W h + bias), with the scale and soft cap of its configuration",
+            found=f"logits that differ from these by up to {difference:.3g}",
             where=student.config.name_or_path or "student.config",
-            do="take a student of another architecture",
+            do="choose a student of another architecture",
         )
 
 
-def _require_sight(student: PreTrainedModel, packing: bool) -> None:
-    """A student that sees what it has to predict, or another sequence, would learn from that, without a word."""
-    ahead = _sees(student, torch.arange(2 * _PROBED), slice(_PROBED), slice(_PROBED, None))
+def _require_separation(student: PreTrainedModel, packing: bool) -> None:
+    """Refuse a student whose states depend on later tokens or on other sequences: it would silently learn from them."""
+    ahead = _depends(student, torch.arange(2 * _PROBE_TOKENS), slice(_PROBE_TOKENS), slice(_PROBE_TOKENS, None))
     if ahead or (packing and not separates(student)):
         raise StudentError(
-            f"{type(student).__name__} sees {'what it has to predict' if ahead else 'the other sequences of its row'}",
-            expected="a causal model" if ahead else "attention, or whatever is in its place, within each sequence",
-            found=f"states that depend on {'later tokens' if ahead else 'the tokens of the sequence before'}",
+            f"{type(student).__name__} sees {'the tokens it has to predict' if ahead else 'other sequences in a row'}",
+            expected="a causal model" if ahead else "a model that keeps sequences that share a row separate",
+            found=f"hidden states that depend on {'later tokens' if ahead else 'the sequence before'}",
             where=student.config.name_or_path or "student.config",
-            do="take a model that predicts the next token (of one like BERT, is_decoder says whether it does)"
+            do="choose a model that predicts the next token (a model like BERT does if its is_decoder is true)"
             if ahead
-            else "set stream.packing false: each sequence gets a row of its own, padded",
+            else "set stream.packing false, so that each sequence gets its own padded row",
         )
 
 
-def _sees(model: PreTrainedModel, positions: Tensor, states: slice, tokens: slice) -> bool:
-    """Whether a row's states at some places depend on its tokens at others: whether a gradient leads there.
+def _depends(model: PreTrainedModel, positions: Tensor, states: slice, tokens: slice) -> bool:
+    """Whether some hidden states of a row depend on some of its tokens, found by a gradient.
 
-    It is exactly 0 where nothing leads, in any precision: there is no rounding to tell from a small dependence, as a
-    model that has yet to be trained may have it.
+    Without a dependence the gradient is exactly 0 in any precision, so even the weak dependence of an untrained model
+    is not taken for rounding.
 
     Args:
         model: a causal language model.
         positions: (L,) position ids of the row.
-        states: where the states are.
-        tokens: where the tokens are.
+        states: positions of the states.
+        tokens: positions of the tokens.
     """
     embedded: list[Tensor] = []
 
-    def begin_here(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    def start_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[0].clone()
 
     was_training, device = model.training, model.device
-    hook = model.get_input_embeddings().register_forward_hook(begin_here)
+    hook = model.get_input_embeddings().register_forward_hook(start_gradient)
     try:
         with torch.enable_grad():
             ids = torch.arange(len(positions), device=device)[None]
-            seen = hidden_states(model.eval(), ids, positions[None].to(device))[0, states]
-            # Of normalized states, sums and squares are constant: each counts as another number says.
-            some = torch.linspace(-1, 1, seen.numel(), device=device).view_as(seen).sin()
-            (gradient,) = torch.autograd.grad((seen.float() * some).sum(), embedded[0])
+            hidden = hidden_states(model.eval(), ids, positions[None].to(device))[0, states]
+            # Sums and squares of normalized states are constant, so each state gets a weight of its own.
+            factors = torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden).sin()
+            (gradient,) = torch.autograd.grad((hidden.float() * factors).sum(), embedded[0])
     finally:
         hook.remove()
         model.train(was_training)

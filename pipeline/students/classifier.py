@@ -1,4 +1,4 @@
-"""Build a classifier as a student, with a head for its labels."""
+"""Builds students that are classifiers, with a head for their labels."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from softlabel.storage.table import Table
 def build_classifier(config: StudentConfig, table: Table, source: Source | None = None) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, with a head for its labels.
 
-    A head for the same labels is kept as it is; of another model, or for other labels, it is made anew at random.
+    A head for the same labels is kept; a model without one, or with one for other labels, gets a new random head.
 
     Args:
-        config: where it comes from.
-        table: what it has to fit.
+        config: settings of the student.
+        table: the table that it has to fit.
         source: the files that it is made from, if they have been found already.
 
     Raises:
-        UsageError: unless exactly one place is named that it comes from, or if its labels can't be made.
+        UsageError: unless exactly one source is set, or if student.labels does not fit the teacher's classes.
         StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
     """
     origin = Origin.of(table)
@@ -54,21 +54,23 @@ def build_classifier(config: StudentConfig, table: Table, source: Source | None 
 
 def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedModel:
     settings = load_or_raise(source, "configuration", lambda: load_config(source))
-    # A model that was saved as something else has no head, whatever the names that it would give to classes.
-    same = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
+    # A model that was not saved as a classifier has no head, even if its configuration names classes.
+    same_labels = is_classifier(settings) and class_names(settings) == tuple(head["id2label"].values())
     student, wrong = load_student_model(AutoModelForSequenceClassification, source, dtype, **head)
-    if not same:  # of other labels, even if they are as many
-        _renew_head(student)
-    # A new head, and what pools the layers' states for it, may be missing; nothing else.
+    if not same_labels:  # also if there are equally many of them
+        _reset_head(student)
+    # Only a new head and its pooling layer may be missing from the file.
     body = f"{student.base_model_prefix}."
-    needed = {name for name in wrong if same or (name.startswith(body) and ".pooler." not in name)}
-    require_weights(student, source, {name: wrong[name] for name in needed}, but="" if same else " but its head's")
+    needed = {name for name in wrong if same_labels or (name.startswith(body) and ".pooler." not in name)}
+    require_weights(
+        student, source, {name: wrong[name] for name in needed}, but="" if same_labels else " but its head's"
+    )
     return student
 
 
 @torch.no_grad()
-def _renew_head(student: PreTrainedModel) -> None:
-    """Draw the layers outside of the body anew."""
+def _reset_head(student: PreTrainedModel) -> None:
+    """Initialize the linear layers outside the model's body at random."""
     for name, module in student.named_children():
         if name != student.base_model_prefix:
             for part in module.modules():

@@ -1,7 +1,7 @@
-"""Whether a student can be made for a teacher, and taught by it: found out from settings, before anyone pays.
+"""Checks, before anything expensive runs, that a student can be built and trained on a teacher's soft labels.
 
-The same questions before a capture, when only the teacher's files are there, and before a training, when there is a
-table. Loads no weights.
+The same checks run before a capture, when only the teacher's files exist, and before training, when there is a table.
+Loads no weights.
 """
 
 import hashlib
@@ -24,21 +24,21 @@ from softlabel.storage.errors import StudentError, UsageError
 
 
 def require_fitting(config: StudentConfig, origin: Origin, source: Source | None = None) -> Source:
-    """Refuse a student that can't be made, or could not be trained on these soft labels.
+    """Refuse a student that can't be built, or can't be trained on these soft labels.
 
     Args:
-        config: where it comes from.
-        origin: what it has to fit.
+        config: settings of the student.
+        origin: the soft labels that it has to fit.
         source: the files that it is made from, if they have been found already.
 
     Returns:
         The files that it is made from.
 
     Raises:
-        UsageError: unless exactly one place is named that it comes from; if the teacher has not so many layers or
-            neurons; or if its labels can't be made.
-        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if the files of the
-            teacher that layers are taken from have changed since it was asked.
+        UsageError: unless exactly one source is set; if the teacher does not have that many layers or neurons; or if
+            student.labels does not fit the teacher's classes.
+        StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if it takes layers of the
+            table's teacher, whose files have changed since the capture.
     """
     source = source or Source.find(config, origin)
     _require_labels(config, origin)
@@ -58,13 +58,13 @@ def require_fitting(config: StudentConfig, origin: Origin, source: Source | None
 
 
 def require_loss(config: TrainConfig, origin: Origin) -> Target | None:
-    """Refuse a loss that these soft labels can't give.
+    """Refuse a loss that can't be computed from these soft labels.
 
     Returns:
-        What a language model is compared with; None if the loss has no soft part.
+        The target of a language model's soft loss; None if there is no soft part, or for a classifier.
 
     Raises:
-        UsageError: if they lack what it is measured against, or it asks for a part of a classifier's distribution.
+        UsageError: if the soft labels lack what the loss needs, or a setting does not apply to classifiers.
     """
     if origin.classes is not None:
         _require_class_settings(config)
@@ -79,57 +79,57 @@ def _require_labels(config: StudentConfig, origin: Origin) -> None:
         LabelMap.of(config.labels, origin.classes)
     elif config.labels:
         raise UsageError(
-            "labels are a classifier's, and this table's teacher predicts tokens",
-            expected="no student.labels, or a table that a classifier made",
+            "student.labels is only for classifiers, and this table's teacher is a language model",
+            expected="no student.labels, or a table captured from a classifier",
             found=f"student.labels: {' '.join(config.labels)}",
             where=origin.location,
-            do="leave them out",
+            do="leave student.labels out",
         )
 
 
 def _require_class_settings(config: TrainConfig) -> None:
     if config.student.lora_r is not None:
         raise UsageError(
-            "adapters are for language models",
-            expected="no student.lora_r: a classifier's head is new, and has to be trained whole",
+            "adapters are only for language models, and this table's teacher is a classifier",
+            expected="no student.lora_r (a classifier's new head has to be trained in full)",
             found=f"student.lora_r: {config.student.lora_r}",
-            do="leave it out",
+            do="leave student.lora_r out",
         )
     found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
     found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
     if found:
         raise UsageError(
-            "the whole of a classifier's distribution is the target",
+            "a classifier is always trained on the teacher's whole distribution",
             expected="neither stream.max_k nor loss.target",
             found=", ".join(found),
-            do="leave it out; student.labels says which classes a student learns",
+            do="leave these settings out; student.labels chooses the classes that a student learns",
         )
 
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:
-    """Refuse a model whose ids mean other tokens, or that makes other ids of a text."""
-    theirs = load_or_raise(source, "tokenizer", lambda: load_tokenizer(source))
-    ours = origin.tokenizer()
-    found, expected = theirs.get_vocab(), ours.get_vocab()
+    """Refuse a model whose token ids mean other tokens, or that splits text differently."""
+    student_tokenizer = load_or_raise(source, "tokenizer", lambda: load_tokenizer(source))
+    teacher_tokenizer = origin.tokenizer()
+    found, expected = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if found != expected:
-        other = {token for token, _ in found.items() ^ expected.items()}
-        detail = f"{len(found)} tokens; {len(other)} differ, the first is {min(other)!r}"
-    elif _rules(theirs) != _rules(ours):
-        detail = "the same tokens, but other rules that split text into them"
+        different = {token for token, _ in found.items() ^ expected.items()}
+        detail = f"{len(found)} tokens; {len(different)} differ, the first is {min(different)!r}"
+    elif _rules(student_tokenizer) != _rules(teacher_tokenizer):
+        detail = "the same tokens, but different rules for splitting text into them"
     else:
         return
     raise StudentError(
-        "the student's tokenizer is not the teacher's: its ids would mean other tokens",
+        "the student's tokenizer differs from the teacher's, so its token ids would mean something else",
         expected=f"the teacher's tokenizer, {len(expected)} tokens ({origin.location})",
         found=detail,
         where=source,
-        do="take a student of the teacher's family, prune the teacher (student.layers), or capture with a teacher "
-        "that has this tokenizer",
+        do="choose a student of the teacher's family, prune the teacher (student.layers), or capture from a teacher "
+        "with this tokenizer",
     )
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of what turns text into ids, without the padding and truncation that a call may have left behind."""
+    """Hash of the tokenization rules, without padding and truncation, which calls may have changed."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -143,27 +143,26 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
         ids = max(origin.tokenizer().get_vocab().values()) + 1
     if rows < ids:
         raise StudentError(
-            "the student has no room for the table's vocabulary",
-            expected=f"at least {ids} rows in its embedding and output layer (more are padding)",
-            found=rows,
+            "the student's vocabulary is smaller than the table's",
+            expected=f"at least {ids} rows in its embedding and output layer (any further rows are padding)",
+            found=f"{rows} rows",
             where=settings.name_or_path or "student.config",
             do=f"set vocab_size to {origin.padded_vocabulary} in its configuration",
         )
 
 
 def _require_positions(settings: Any, origin: Origin) -> None:
-    """Refuse a model for shorter sequences: learned positions would run out, others would be used beyond what they
-    are meant for."""
+    """Refuse a model for shorter sequences, which has no positions, or only untrained ones, for the longest."""
     limit = configured_positions(settings)
     if limit is None or limit >= origin.max_tokens:
         return
     needed = origin.longest()
     if limit < needed:
         raise StudentError(
-            "the student can't read the table's sequences",
+            "the table's sequences are longer than the student can read",
             expected=f"at least {needed} positions (max_position_embeddings)",
-            found=limit,
+            found=f"{limit} positions",
             where=settings.name_or_path or "student.config",
-            do="set max_position_embeddings in its configuration, take another model, or capture with a smaller "
-            "sequences.max_tokens",
+            do="raise max_position_embeddings in its configuration, choose another model, or capture again with a "
+            "smaller sequences.max_tokens",
         )

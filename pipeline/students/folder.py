@@ -1,12 +1,12 @@
-"""Where a student lives: its folder, there whole or not at all, and beside it what an unfinished run has come to.
+"""A student's folder, which appears only when it is complete, and the folder of its unfinished run.
 
-    STUDENT/                   model, tokenizer, README.md (model card), softlabel.json (what it was made of),
+    STUDENT/                   model, tokenizer, README.md (model card), softlabel.json (record of the training),
                                tensorboard/
-    STUDENT.training/          its last checkpoints, each with the settings of its run (run.json), the best weights so
-                               far and the curves, until it is finished
-    .STUDENT.softlabel.lock    held by the process that trains it, until that ends
+    STUDENT.training/          until it is finished: its last checkpoints, each with the settings of its run
+                               (run.json), the best weights so far, and the curves
+    .STUDENT.softlabel.lock    held by the process that trains it
 
-Decides whether a run is new, goes on, or is done already, and refuses to mix two. Never trains.
+Decides whether a run is new, is resumed, or is already finished, and refuses to mix two runs. Never trains.
 """
 
 import json
@@ -33,9 +33,9 @@ from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
 RUN = "run.json"
-"""In each checkpoint: what its run is made of, and where its stream was."""
-_FREE = {
-    *("output", "table", "student.revision"),  # table and source are compared by what is in them
+"""File in each checkpoint: the record of its run, and the position in its stream."""
+_MAY_CHANGE = {
+    *("output", "table", "student.revision"),  # table and source are compared by content
     *(
         "stream.micro_batch_size",
         "optimizer.device",
@@ -45,7 +45,7 @@ _FREE = {
         "optimizer.gradient_checkpointing",
     ),
 }
-"""Settings that say where and how fast a student is trained, and do not change what it becomes."""
+"""Settings that affect where and how fast a student is trained, but not the result."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +61,37 @@ class StudentFolder:
 
     @property
     def scratch(self) -> Path:
-        """Where checkpoints and the student are written before they are whole."""
+        """Folder in which checkpoints and the student are written until they are complete."""
         return self.run / "scratch"
 
     @property
     def curves(self) -> Path:
-        """What TensorBoard shows of the run."""
+        """Folder of the run's TensorBoard logs."""
         return self.run / "tensorboard"
 
     @property
     def checkpoint(self) -> Path | None:
-        """The last whole checkpoint of the unfinished run."""
+        """The last complete checkpoint of the unfinished run."""
         return newest_checkpoint(self.run)
 
     def finished(self) -> dict[str, Any] | None:
-        """What the finished student's softlabel.json says."""
+        """Content of the finished student's softlabel.json; None if it is not finished."""
         return _record_at(self.path / "softlabel.json")
 
     def open_table(self, config: TrainConfig) -> AnyTable:
-        """The table that this run reads: the version that an unfinished run began with, or the one asked for.
+        """The table that this run reads: at the version of the unfinished run, if there is one.
 
         Raises:
-            UsageError: if the folder holds anything but a student of these settings, finished or not; or if a link has
-                the name of its unfinished run.
+            UsageError: if the folder holds anything other than a student with these settings, finished or not; or if
+                the folder of its unfinished run is a link.
         """
         if self.run.is_symlink():
             raise UsageError(
-                "a link has the name of the folder that this student is made in, and nothing is written through it",
-                expected="softlabel's own folder, or nothing",
+                "the folder for this student's checkpoints is a link, and softlabel does not write through links",
+                expected="a folder that softlabel made, or nothing",
+                found="a link",
                 where=self.run,
-                do="move it away, or choose another output",
+                do="remove the link, or choose another output",
             )
         finished, unfinished = self.finished(), self._unfinished()
         location = config.table
@@ -102,8 +103,8 @@ class StudentFolder:
             self._require_same(recorded, config, table)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(
-                "the output folder holds something else",
-                expected="an empty folder, none, or a student that was trained with these settings",
+                "the output folder already holds other files",
+                expected="an empty or new folder, or a student trained with these settings",
                 found=", ".join(sorted(path.name for path in self.path.iterdir())[:5]),
                 where=self.path,
                 do="choose another output",
@@ -111,32 +112,32 @@ class StudentFolder:
         return table
 
     def require_source(self, source: Source) -> None:
-        """Refuse to take a student that was made from other files for one of these.
+        """Refuse to resume, or return as finished, a student that was made from other files.
 
         Raises:
-            UsageError: naming the files that differ.
+            UsageError: with the files that differ.
         """
         recorded = self.finished() or self._unfinished()
         if recorded is not None:
-            then, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
-            others = [name for name, hash in source.files.items() if then.get(name) != hash]
-            self._refuse([f"{folder / name}: its content is not what it was" for name in others])
+            before, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
+            changed = [name for name, hash in source.files.items() if before.get(name) != hash]
+            self._refuse([f"{folder / name}: its content has changed" for name in changed])
 
     def clear(self) -> None:
-        """Drop what a killed run left half-written or, beside a finished student, all that it left."""
+        """Delete the half-written files of a killed run or, once the student is finished, all files of its run."""
         shutil.rmtree(self.run if self.finished() else self.scratch, ignore_errors=True)
 
     def open_curves(self, step: int) -> SummaryWriter:
-        """A writer of the curves after a step: what a killed run logged since its last checkpoint comes again."""
-        # TensorBoard reads files in the order of their names, which begin with the second of their making: two runs
-        # within one second, or a clock that jumped back, would have it forget the new run's points for the old one's.
+        """A writer of the curves after a step; later points of a killed run are dropped."""
+        # TensorBoard reads files in the order of their names, which begin with a timestamp in seconds. After two runs
+        # within a second, or a clock set back, it would drop the new run's points instead of the old one's.
         for number, file in enumerate(sorted(self.curves.glob("*tfevents*"))):
             file.rename(self.curves / f"{number:04}.tfevents")
         return SummaryWriter(str(self.curves), purge_step=step + 1 if step else 0)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Say what stops a student from being written.
+        """Turn errors of writing a student into a TrainingError.
 
         Raises:
             TrainingError: if the disk is full or the folder can't be written.
@@ -144,44 +145,44 @@ class StudentFolder:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            # What torch.save says of a disk has no type of its own, and names the file in which torch writes archives.
-            known = isinstance(error, SafetensorError) or "inline_container" in str(error)
-            if not known and getattr(error, "errno", None) is None:
+            # torch.save raises a bare RuntimeError if it can't write, with the name of torch's own source file.
+            from_library = isinstance(error, SafetensorError) or "inline_container" in str(error)
+            if not from_library and getattr(error, "errno", None) is None:
                 raise
             raise TrainingError(
-                "the student can't be written; its last checkpoint, if there is one, is whole",
-                expected="a folder that can be written, on a disk that has room",
+                "the student can't be written; its last checkpoint, if there is one, is complete",
+                expected="a writable folder, on a disk with free space",
                 found=str(error).splitlines()[0],
                 where=self.path,
-                do="make room or mend the permissions, then run the same command again",
+                do="free some space or fix the permissions, then run the same command again",
             ) from error
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
-        """Put a finished student in its place, all at once, and drop what its run had come to."""
-        whole = self.scratch / "student"
-        student.save_pretrained(whole)
-        shutil.copytree(self.curves, whole / self.curves.name, dirs_exist_ok=True)
-        for weights in whole.glob("*.safetensors"):
-            shutil.copymode(whole / "config.json", weights)  # safetensors leaves them to their owner alone
-        shutil.copytree(tokenizer, whole, dirs_exist_ok=True)
-        (whole / "README.md").write_text(model_card(record), encoding="utf-8")
-        (whole / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        """Write the finished student, move it into place atomically, and delete its run."""
+        complete = self.scratch / "student"
+        student.save_pretrained(complete)
+        shutil.copytree(self.curves, complete / self.curves.name, dirs_exist_ok=True)
+        for weights in complete.glob("*.safetensors"):
+            shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
+        shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
+        (complete / "README.md").write_text(model_card(record), encoding="utf-8")
+        (complete / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole.rename(self.path)
+        complete.rename(self.path)
         shutil.rmtree(self.run)
 
     def _unfinished(self) -> dict[str, Any] | None:
-        """What the last whole checkpoint says of its run."""
+        """Record of the run in its last complete checkpoint; None without one."""
         checkpoint = self.checkpoint
         return _record_at(checkpoint / RUN) if checkpoint else None
 
     def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
         where = self.path if self.finished() is not None else self.run
         before, now = (flatten(each.model_dump(mode="json")) for each in (settings_of(recorded, where), config))
-        names = [name for name in now if name not in _FREE and before[name] != now[name]]
+        names = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
         if "source" not in recorded:
-            differences.append("an earlier version of softlabel made it, which did not say from which files")
+            differences.append("an earlier version of softlabel made it, and did not record from which files")
         then = recorded["table"]
         if then["content"] != table.content:
             differences.append(
@@ -193,42 +194,42 @@ class StudentFolder:
         if differences:
             finished = self.finished() is not None
             raise UsageError(
-                f"there is {'a' if finished else 'an unfinished'} student here, with other settings",
-                expected="the same settings, files and version of the table, or an empty place",
+                f"the output already holds {'a' if finished else 'an unfinished'} student that was made differently",
+                expected="the same settings, files and table version, or a new folder",
                 found="\n               ".join(differences),
                 where=self.path if finished else self.run,
-                do="choose another output, or delete that folder; TABLE@VERSION pins a version of the table",
+                do="choose another output, or delete that folder; to keep a table version, name it as TABLE@VERSION",
             )
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
+    """The last complete checkpoint of a run; None without one."""
     return next(reversed(checkpoints(run)), None)
 
 
 def best_weights(run: Path, step: int) -> Path:
-    """Folder of the weights that a run had at the step of its best evaluation."""
+    """Folder of the best weights, which the run had at a step."""
     return run / f"best-{step}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, in the order of their steps."""
+    """The complete checkpoints of a run, in the order of their steps."""
     return sorted(run.glob("checkpoint-*"), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint's run had done."""
+    """Number of optimizer steps at which a checkpoint was taken."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Target | None) -> dict[str, Any]:
-    """What a student is made of.
+    """Record of what a student is made from.
 
     Args:
         config: the settings.
-        table: the version that it learns from.
-        source: the files that it begins as.
-        target: what the soft part of the loss compares it with, if there is a question.
+        table: the table version that it is trained on.
+        source: the files that it starts from.
+        target: target of the soft loss; None if there is none, or for a classifier.
     """
     return {
         "config": config.model_dump(mode="json"),
@@ -240,12 +241,12 @@ def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Tar
 
 
 def _teacher_record(teacher: Teacher) -> dict[str, Any]:
-    """What a student's record says of who taught it."""
+    """Entry for a teacher in a student's record."""
     return {"name": teacher.name if teacher.files else "the documents' labels", "commit": teacher.commit}
 
 
 def table_record(table: AnyTable) -> dict[str, Any]:
-    """What a student's record says of its table: its identity or, of a view, all that of each of the view's tables."""
+    """Entry for a table in a student's record: its identity or, for a view, the entry of each of its tables."""
     record = {"location": table.place.address, "version": table.version, "content": table.content}
     if isinstance(table, Table):
         return record | {"identity": table.identity.model_dump(mode="json")}
@@ -257,7 +258,7 @@ def table_record(table: AnyTable) -> dict[str, Any]:
 
 
 def _record_at(path: Path) -> dict[str, Any] | None:
-    """A record; None if there is none."""
+    """The record in a file; None if the file does not exist."""
     try:
         return read_record(path)
     except FileNotFoundError:

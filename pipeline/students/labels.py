@@ -1,6 +1,6 @@
-"""The labels of a student, as groups of its teacher's classes: the same, many to one, or some of them.
+"""Maps the teacher's classes to a student's labels: unchanged, merged, or only some of them.
 
-Knows names and probabilities; reads no table and no model.
+Works on names and probabilities; reads no table and no model.
 """
 
 from collections import Counter
@@ -17,83 +17,87 @@ from softlabel.storage.errors import UsageError
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which of the student's labels each of the teacher's classes becomes."""
+    """The student's label for each of the teacher's classes."""
 
     classes: tuple[str, ...]
-    """The teacher's."""
+    """The teacher's classes."""
     names: tuple[str, ...]
-    """The student's."""
+    """The student's labels."""
     members: tuple[int, ...]
-    """For each class, the id of the label that it becomes; -1 for none."""
+    """For each class, the id of its label; -1 for none."""
 
     @classmethod
     def of(cls, labels: Sequence[str], classes: Sequence[str]) -> Self:
-        """Read the settings.
+        """Parse student.labels.
 
         Args:
-            labels: each NAME=CLASS,CLASS,... or the name of a class; none for the classes themselves.
-            classes: the teacher's.
+            labels: each NAME=CLASS,CLASS,... or the name of a class; empty for the teacher's classes themselves.
+            classes: the teacher's classes.
 
         Raises:
-            UsageError: if a label names no class, two name the same one, or there is one label alone.
+            UsageError: if a label names an unknown class, two labels share a class or a name, a label has the name of
+                a class that it does not include, or there are fewer than two labels.
         """
         names, members = [], dict.fromkeys(classes, -1)
         for number, label in enumerate(labels or classes):
-            name, several, listed = label.partition("=")
-            if label in members or not several:
+            name, has_members, listed = label.partition("=")
+            if label in members or not has_members:
                 name = label
             names.append(name)
             for member in [label] if name == label else listed.split(","):
                 if member not in members:
                     near = get_close_matches(member, classes, n=1)
-                    raise _wrong(
+                    raise _labels_error(
                         f"{label}: the teacher has no class {member!r}",
                         classes,
-                        f"did you mean {near[0]!r}?" if near else "NAME=CLASS,CLASS,... names classes of the teacher",
+                        f"did you mean {near[0]!r}?" if near else "name only the teacher's classes after the =",
                     )
                 if members[member] >= 0:
-                    raise _wrong(f"{member} belongs to two labels", classes, "give each class to one label")
+                    raise _labels_error(
+                        f"{member} belongs to two labels", classes, "put each class into at most one label"
+                    )
                 members[member] = number
-        strangers = [name for number, name in enumerate(names) if members.get(name, number) != number]
-        if strangers:
-            raise _wrong(
-                f"{strangers[0]} is a class of the teacher's, and not of that label",
+        ambiguous = [name for number, name in enumerate(names) if members.get(name, number) != number]
+        if ambiguous:
+            raise _labels_error(
+                f"{ambiguous[0]} is the name of a class that is not part of the label {ambiguous[0]}",
                 classes,
-                "call the label otherwise: a document's label would be ambiguous",
+                "give the label another name: what documents labelled so mean would be ambiguous",
             )
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or len(names) < 2:
-            raise _wrong(" ".join(names), classes, "give at least two labels, each with a name of its own")
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated or len(names) < 2:
+            raise _labels_error(" ".join(names), classes, "give at least two labels, each with a different name")
         return cls(tuple(classes), tuple(names), tuple(members.values()))
 
     def ids(self, labels: Sequence[str | None]) -> NDArray[np.int64]:
-        """(N,) label that each document has, by its own label or its class; -1 for none, or one that is left out.
+        """(N,) id of the student's label for each document's label or class; -1 for none, or a class left out.
 
         Raises:
-            UsageError: if a document's label is neither a label of the student's nor a class of the teacher's.
+            UsageError: if a document's label is neither one of the student's labels nor one of the teacher's classes.
         """
         known = dict(zip(self.classes, self.members, strict=True)) | {name: i for i, name in enumerate(self.names)}
-        strangers = sorted({label for label in labels if label is not None and label not in known})
-        if strangers:
+        unknown = sorted({label for label in labels if label is not None and label not in known})
+        if unknown:
             raise UsageError(
-                "documents have labels that neither teacher nor student knows",
+                "some documents have labels that are neither the student's labels nor the teacher's classes",
                 expected=f"{', '.join(self.names)}; or {', '.join(self.classes)}",
-                found=", ".join(map(repr, strangers[:8])),
-                do="mend the labels of the documents and capture again, or leave these rows out with reprocess --where",
+                found=", ".join(map(repr, unknown[:8])),
+                do="correct the documents' labels and capture again, or leave these rows out with reprocess --where",
             )
         return np.array([-1 if label is None else known[label] for label in labels], np.int64)
 
     def merge(self, logprobs: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """The teacher's distribution over the student's labels, of all that they stand for.
+        """The teacher's distribution over the student's labels.
 
-        Classes are merged at temperature 1: a student that says exactly this is then right at every temperature.
+        Classes are merged at temperature 1, so that a student with exactly this distribution is optimal at every
+        temperature of the loss.
 
         Args:
             logprobs: (N, classes) nats.
 
         Returns:
-            (N, labels) nats, renormalized; all NaN where no class with any probability has a label. And (N,) the mass
-            that is left out.
+            (N, labels) log-probabilities in nats, renormalized; all NaN where no class with a label has any
+            probability. And (N,) the mass of the classes that are left out.
         """
         members, probabilities = np.array(self.members), np.exp(logprobs.astype(np.float64))
         merged = np.stack([probabilities[:, members == label].sum(1) for label in range(len(self.names))], 1)
@@ -102,10 +106,10 @@ class LabelMap:
             return np.log(merged / total).astype(np.float32), np.clip(1 - total[:, 0], 0, 1)
 
 
-def _wrong(found: str, classes: Sequence[str], do: str) -> UsageError:
+def _labels_error(found: str, classes: Sequence[str], do: str) -> UsageError:
     return UsageError(
-        "the student's labels can't be made of the teacher's classes",
-        expected=f"student.labels: names, or NAME=CLASS,CLASS,..., of the classes {', '.join(classes)}",
+        "student.labels does not fit the teacher's classes",
+        expected=f"student.labels: class names, or NAME=CLASS,CLASS,..., from the classes {', '.join(classes)}",
         found=found,
         do=do,
     )

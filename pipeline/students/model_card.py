@@ -1,4 +1,4 @@
-"""The model card of a student: what a finder of its folder asks first, from its softlabel.json."""
+"""The model card of a student, written from its softlabel.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +13,16 @@ tags: [distillation, softlabel]
 
 # {name}
 
-A student of {parameters:,} parameters, trained by softlabel on what a teacher said of a corpus.
+A student model with {parameters:,} parameters, distilled by softlabel from a teacher's soft labels.
 
 {facts}
 
-softlabel.json holds every setting, the hashes of the files that it was made from, the table's provenance and the
-training curve.
+softlabel.json records every setting, the hashes of the source files, the table's provenance and the training curve.
 """
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """README.md for what softlabel.json says."""
+    """README.md for the content of softlabel.json."""
     config, table = record["config"], record["table"]
     teachers = ", ".join(_named(teacher) for teacher in record["teachers"])
     facts = {
@@ -43,7 +42,7 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def last_evaluation(record: Mapping[str, Any]) -> dict[str, float]:
-    """The step and the metrics of the last evaluation of the weights that are kept, or before; empty without one."""
+    """Step and metrics of the last evaluation up to the student's final weights; empty without one."""
     evaluated = [entry for entry in record["history"] if "eval_kl" in entry and entry["step"] <= record["step"]]
     return dict(evaluated[-1]) if evaluated else {}
 

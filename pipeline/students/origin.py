@@ -1,6 +1,6 @@
-"""Where soft labels come from, or are to come from: all that a student of theirs has to fit.
+"""What a student has to fit, described by a table or, before the capture, by the teacher.
 
-The same of a table as of a teacher that is yet to be asked, so that nobody pays for labels that nobody can learn.
+The same description for both lets every check run before a capture is paid for.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,53 +25,54 @@ from softlabel.storage.views.view import AnyTable
 
 
 class Teacher(NamedTuple):
-    """Who said it."""
+    """A teacher that soft labels come from."""
 
     name: str
     """Folder or hub name."""
     commit: str | None
-    """Of a hub model."""
+    """Commit of a hub model; None for a folder."""
     files: dict[str, str]
-    """SHA-256 of each of its files, by name; none if the documents' labels stood for it."""
+    """SHA-256 of each of its files, by name; empty if the documents' labels were used instead of a teacher."""
     adapter: str | None
-    """SHA-256 of an adapter's weights."""
+    """SHA-256 of its adapter's weights; None without an adapter."""
 
     @classmethod
     def of(cls, name: str, commit: str | None, identity: TeacherIdentity) -> Self:
-        """One that was found under a name."""
+        """A teacher by its name, commit and recorded identity."""
         return cls(name, commit, identity.files, identity.adapter)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where soft labels come from, or are to come from: what a student of theirs has to fit."""
+    """The soft labels, of a table or of a planned capture, that a student has to fit."""
 
     location: str | Path
-    """Of the table or, before there is one, of the teacher."""
+    """Location of the table or, before the capture, of the teacher."""
     tokenizer: Callable[[], Any]
-    """Loads the teacher's."""
+    """Loads the teacher's tokenizer."""
     vocabulary: int
-    """Token ids that the tokenizer knows, or the number of classes."""
+    """Number of token ids that the tokenizer uses, or number of classes."""
     padded_vocabulary: int
-    """Rows of the teacher's output layer."""
+    """Number of rows of the teacher's output layer."""
     max_tokens: int
-    """Tokens that a sequence may have."""
+    """Maximum tokens of a sequence."""
     longest: Callable[[], int]
-    """Tokens that the longest has, or may have as long as there is none: a table's, which are not read in vain."""
+    """Computes the tokens of the longest sequence (their maximum before the capture); a function because it reads the
+    table."""
     classes: tuple[str, ...] | None
-    """Of a classifier."""
+    """Classes of a classifier; None for a language model."""
     temperatures: tuple[float, ...]
-    """Whose tail mass is stored."""
+    """Temperatures whose tail mass is stored."""
     draws: bool
     """Whether tails are sampled."""
     head: int
-    """Ids that a position may have in its head."""
+    """Maximum number of ids in a position's head."""
     teachers: Callable[[], Sequence[Teacher]]
-    """Each teacher: from a table's history, which is not read in vain."""
+    """Finds all teachers; a function because it reads the table's history."""
 
     @classmethod
     def of(cls, table: AnyTable) -> Self:
-        """That of a table, as its history tells it."""
+        """The origin that a table describes."""
         identity = table.tables[0].identity
         return cls(
             location=table.location,
@@ -89,21 +90,21 @@ class Origin:
 
     @classmethod
     def of_capture(cls, config: CaptureConfig) -> Self:
-        """That of the table that a capture would make.
+        """The origin of the table that a capture would make.
 
         Raises:
-            TeacherError: if there is no teacher.
+            TeacherError: if the teacher does not exist.
         """
         teacher = Checkpoint.find(config.teacher)
         selection = selection_of(config.selection, teacher.classes)
-        most = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
+        max_tokens = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
         return cls(
             location=teacher.folder,
             tokenizer=lambda: teacher.tokenizer,
             vocabulary=teacher.vocabulary,
             padded_vocabulary=teacher.padded_vocabulary,
-            max_tokens=most,
-            longest=lambda: most,
+            max_tokens=max_tokens,
+            longest=lambda: max_tokens,
             classes=teacher.classes,
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
@@ -119,21 +120,21 @@ def _tokenizer_of(table: AnyTable) -> Any:
     except Exception as error:  # the backend raises a bare Exception on a broken file
         raise TableError(
             "the table's tokenizer can't be loaded",
-            expected="files that say all by themselves, as a capture writes them: no code that comes with them is run",
+            expected="tokenizer files as a capture writes them (softlabel never runs code that comes with them)",
             found=first_line(error),
             where=folder,
-            do="take the table from where it was made, or capture it again",
+            do="copy the table again from where it was made, or capture it again",
         ) from error
 
 
 def _teachers_of(table: AnyTable) -> list[Teacher]:
-    found: list[Teacher] = []
+    teachers: list[Teacher] = []
     for part in table.tables:
-        said = last_capture(part)
-        if "teacher" in said:
-            teacher = Teacher.of(said["teacher"], said.get("revision"), part.identity.teacher)
-            found += [teacher] if teacher not in found else []
-    return found
+        capture = last_capture(part)
+        if "teacher" in capture:
+            teacher = Teacher.of(capture["teacher"], capture.get("revision"), part.identity.teacher)
+            teachers += [teacher] if teacher not in teachers else []
+    return teachers
 
 
 def _longest_of(table: AnyTable) -> int:

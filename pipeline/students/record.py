@@ -1,4 +1,4 @@
-"""The settings in a student's record, under today's names whichever version of softlabel wrote them."""
+"""Reads a student's record, with old names of settings replaced by their current ones."""
 
 import json
 from collections.abc import Mapping
@@ -32,45 +32,45 @@ _RENAMED = {
     "student.lora_rank": "student.lora_r",
     "student.lora_targets": "student.lora_target_modules",
 }
-"""Names of settings in records that were written before 0.1.0, and what they are called since."""
+"""Old names of settings, in records written before 0.1.0, and their current names."""
 _RENAMED_VALUES = {("loss.target", "renormalised"): "renormalized"}
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, its settings under today's names.
+    """Read a record, with the current names of its settings.
 
     Args:
         path: softlabel.json of a finished student, or run.json of a checkpoint.
 
     Raises:
         OSError: if it can't be read.
-        ValueError: if it is not the JSON of a record.
+        ValueError: if it is not the JSON object of a record.
         UsageError: if one of its locations holds credentials.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict) or not isinstance(record.get("config", {}), dict):
         raise ValueError(f"{path.name} holds no settings")
-    require_clean(record, path, "take them out of that location in the file")
-    return record | {"config": _under_todays_names(record.get("config", {}))}
+    require_clean(record, path, "remove them from that location in the file")
+    return record | {"config": _with_current_names(record.get("config", {}))}
 
 
 def settings_of(record: Mapping[str, Any], where: Path) -> TrainConfig:
-    """The settings that a record holds, complete: one that the record does not name has its default.
+    """All settings of a recorded run; settings that the record lacks have their defaults.
 
     Args:
         record: from ``read_record``.
-        where: for the error.
+        where: path of the record, for the error.
 
     Raises:
-        UsageError: if the record names a setting that this version does not know.
+        UsageError: if the record has a setting that this version does not know.
     """
     try:
         return TrainConfig.model_validate(record["config"])
     except ValidationError as invalid:
         names = [".".join(map(str, error["loc"])) for error in invalid.errors()]
         raise UsageError(
-            "this student's record can't be compared with the settings",
-            expected="settings that this version of softlabel knows",
+            "this student's record has settings that this version of softlabel does not know",
+            expected="the settings of this version of softlabel",
             found=", ".join(names),
             where=where,
             do="use the version of softlabel that trained the student, or choose another output",
@@ -85,7 +85,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _under_todays_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     renamed: dict[str, Any] = {}
     for name, value in flatten(settings).items():
         *sections, last = _RENAMED.get(name, name).split(".")

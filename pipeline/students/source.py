@@ -1,7 +1,6 @@
-"""What a student is made from: a model's files or a configuration's, as the settings or the table's history name them.
+"""The files that a student is made from: those of a model or a configuration, named by the settings or the table.
 
-A student's record says by their hashes which they were: a folder's name says nothing of what is in it tomorrow. Loads
-no weights.
+A student's record identifies them by hash, because the content of a folder may change. Loads no weights.
 """
 
 from dataclasses import dataclass
@@ -21,30 +20,30 @@ class Source:
     """The files that a student is made from."""
 
     name: str
-    """Of the model or configuration, as the settings or the table's history have it."""
+    """Name of the model or configuration, as in the settings or the table's history."""
     path: Path
-    """Its folder; of a configuration, that or a JSON file."""
+    """Its folder; for a configuration, a folder or a JSON file."""
     commit: str | None
-    """Of a hub model."""
+    """Commit of a hub model; None for a folder or file."""
     weights: bool
-    """Whether the student takes its weights, and not only its configuration."""
+    """Whether the student takes its weights or only its configuration."""
     teacher: Teacher | None = None
-    """The table's, if it is what these files have to be."""
+    """The table's teacher, if these files have to be the ones that it had."""
 
     @classmethod
     def find(cls, config: StudentConfig, origin: Origin) -> Self:
-        """The files that the settings name; a hub model's are fetched if they are not there.
+        """The files that the settings name; those of a hub model are downloaded if necessary.
 
         Raises:
-            UsageError: unless exactly one place is named; or if a revision is asked of a folder.
-            StudentError: if it is not there.
+            UsageError: unless exactly one source is set; or if a revision is given for a folder.
+            StudentError: if the files can't be found.
         """
         _require_one_source(config)
         name = config.model or config.config or config.teacher
         if name is None:
             teacher = _teacher_of(origin)
-            what = "teacher as the table names it (student.teacher says where it is now)"
-            revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared, in any case
+            what = "teacher that the table names (student.teacher says where it is now)"
+            revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared later
             path, commit = locate(teacher.name, what, revision, error=StudentError)
             return cls(teacher.name, path, commit, weights=True, teacher=teacher)
         if config.config is None:
@@ -58,10 +57,10 @@ class Source:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """SHA-256 of the configuration and of the weights, those that are there, by name.
+        """SHA-256 of the configuration and of the weights, by file name; missing files are left out.
 
         Raises:
-            StudentError: if one of them can't be read.
+            StudentError: if a file can't be read.
         """
         return load_or_raise(self.path, "files", self._hashes)
 
@@ -72,30 +71,30 @@ class Source:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a student's softlabel.json says of it."""
+        """Entry for these files in a student's softlabel.json."""
         return {"name": self.name, "commit": self.commit, "files": self.files}
 
     def require_unchanged(self) -> None:
-        """Refuse layers of the table's teacher if these files are not the ones that spoke.
+        """Refuse to take layers of the table's teacher from files that have changed since the capture.
 
         Raises:
-            StudentError: naming the files that differ.
+            StudentError: with the files that differ.
         """
         if self.teacher is None:
             return
-        there = {name: self.path / name for name in self.teacher.files}
-        hashes = {name: sha256(file) for name, file in there.items() if file.is_file()}
-        found = [f"{name} is another" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
+        paths = {name: self.path / name for name in self.teacher.files}
+        hashes = {name: sha256(file) for name, file in paths.items() if file.is_file()}
+        found = [f"{name} has changed" for name, hash in self.teacher.files.items() if hashes.get(name) != hash]
         if self.teacher.adapter is not None:
             found.append("a model without the adapter that the teacher had")
         if found:
             raise StudentError(
-                "the table's teacher is not there any more",
-                expected="the files that the teacher had when it was asked",
+                "this model is no longer the table's teacher, so the student can't take its layers",
+                expected="the files that the teacher had when the table was captured",
                 found="; ".join(found),
                 where=self.path,
-                do="fetch them again (a teacher with an adapter: merge it and save the whole); or set student.teacher, "
-                "to take layers from a model that is not the table's teacher",
+                do="restore these files (if the teacher had an adapter, merge it and save the merged model); or set "
+                "student.teacher to take layers from a model that is not the table's teacher",
             )
 
 
@@ -104,20 +103,22 @@ def _teacher_of(origin: Origin) -> Teacher:
     if len(teachers) == 1:
         return teachers[0]
     raise UsageError(
-        f"the table does not say {'which teacher is meant' if teachers else 'where its teacher is'}",
-        expected="student.teacher, beside student.layers",
+        "the table has several teachers, and student.teacher does not choose one"
+        if teachers
+        else "the table does not say where its teacher is",
+        expected="student.teacher, in addition to the layers to keep of it",
         found=", ".join(sorted(teacher.name for teacher in teachers))
-        or "neither that nor a teacher in the table's history",
+        or "no student.teacher, and no teacher in the table's history",
         where=origin.location,
-        do="name the teacher's folder with student.teacher",
+        do="set student.teacher to the teacher's folder",
     )
 
 
 def _require_one_source(config: StudentConfig) -> None:
     if len(config.given) != 1:
         raise UsageError(
-            "a student comes from exactly one place",
+            "exactly one setting has to say what the student starts from",
             expected="one of student.model, student.layers, student.depth and student.config",
             found=", ".join(config.given) or "none of them",
-            do="give a model to go on from, layers to keep of the teacher, or a configuration for a fresh model",
+            do="set a model to continue from, layers to keep of the teacher, or a configuration for a new model",
         )

@@ -1,1 +1,1 @@
-"""The training loop: what is minimised, how steps and checkpoints go, and several processes."""
+"""The training loop: objective, steps, checkpoints and several processes."""

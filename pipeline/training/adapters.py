@@ -1,6 +1,6 @@
-"""Optional libraries at a student's body: low-rank adapters (peft) and faster kernels (Liger).
+"""Optional libraries for a student's body: low-rank adapters (peft) and faster kernels (Liger).
 
-Both change the student in place; the loss and the head stay softlabel's own. What a student is saved as needs neither.
+Both change the student in place; loss and head remain softlabel's own. The saved student needs neither library.
 """
 
 from collections.abc import Callable
@@ -15,36 +15,36 @@ from softlabel.storage.errors import UsageError
 
 
 def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]:
-    """Freeze the student, but for low-rank adapters beside its linear layers (LoRA, arXiv 2106.09685).
+    """Freeze the student and add trainable low-rank adapters to its linear layers (LoRA, arXiv 2106.09685).
 
     Args:
-        student: a causal language model; its head is left alone.
-        config: with ``lora_r``.
+        student: a causal language model; its head is not changed.
+        config: settings of the student, with ``lora_r``.
 
     Returns:
-        What merges the adapters into the weights, once they are trained.
+        A function that merges the trained adapters into the weights.
 
     Raises:
-        UsageError: if peft is not there, or the student has no such layers.
+        UsageError: if peft is not installed, or ``lora_target_modules`` names layers that the student does not have.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise _missing("student.lora_r", "peft", "adapters") from None
+        raise _not_installed("student.lora_r", "peft", "adapters") from None
     head = student.get_output_embeddings()
     linear = [name for name, part in student.named_modules() if isinstance(part, nn.Linear | Conv1D) and part != head]
-    # peft passes over names that it does not find; and it would adapt a head, whose weights the loss takes as they are.
+    # peft ignores names that it does not find, and would adapt the head, whose weights the loss reads directly.
     unknown = [
         name for name in config.lora_target_modules if not any(f".{layer}".endswith(f".{name}") for layer in linear)
     ]
     if unknown:
         raise UsageError(
-            "the student has no such layers to adapt",
-            expected="names of linear layers other than the head: "
+            "student.lora_target_modules names layers that the student does not have",
+            expected="the student's linear layers, without the head: "
             + ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})),
             found=f"student.lora_target_modules: {' '.join(unknown)}",
             where=student.config.name_or_path,
-            do="leave it out to adapt every linear layer but the head",
+            do="leave it out to adapt every linear layer except the head",
         )
     targets = list(config.lora_target_modules) or "all-linear"
     adapted = get_peft_model(student, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets))
@@ -52,24 +52,22 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
 
 
 def use_liger(student: PreTrainedModel) -> None:
-    """Liger's kernels for rotary positions, norms and feed-forward layers, where it has them for this architecture.
+    """Use Liger's kernels for rotary positions, norms and feed-forward layers, where it supports the architecture.
 
     Raises:
-        UsageError: if Liger is not there, or no GPU.
+        UsageError: if Liger is not installed, or there is no GPU.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError:
-        raise _missing("optimizer.use_liger_kernel", "liger-kernel", "liger") from None
+        raise _not_installed("optimizer.use_liger_kernel", "liger-kernel", "liger") from None
     if not torch.cuda.is_available():
-        raise UsageError("Liger's kernels need a GPU", found="none", do="leave out optimizer.use_liger_kernel")
+        raise UsageError("Liger's kernels need a GPU", found="no GPU", do="leave out optimizer.use_liger_kernel")
     _apply_liger_kernel_to_instance(model=student, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _missing(setting: str, package: str, extra: str) -> UsageError:
+def _not_installed(setting: str, package: str, extra: str) -> UsageError:
     return UsageError(
-        f"{setting} needs {package}",
-        expected=f"the package {package}",
-        found="no such package",
+        f"{setting} needs the package {package}, which is not installed",
         do=f"pip install 'softlabel[{extra}]'",
     )

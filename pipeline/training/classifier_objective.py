@@ -1,6 +1,6 @@
-"""What a classifier is trained and measured on: its batches, and a module of student and loss.
+"""Objective of a classifier: its batches, and a module of student and loss.
 
-The student is called as transformers calls it, so any architecture with a classification head will do.
+The student is called through transformers' interface, so any architecture with a classification head works.
 """
 
 from collections.abc import Sequence
@@ -23,103 +23,105 @@ from softlabel.storage.errors import AccessError, IntegrityError, TableError, Us
 from softlabel.storage.table import Table
 
 EVAL_TOKENS = 8192
-"""Tokens of one forward pass, padding included, when a student is measured while it is trained."""
+"""Tokens of one forward pass, including padding, in evaluations during training."""
 EVAL_BATCHES = 32
-"""So many passes at most; ``evaluate`` measures all of the eval split."""
+"""Maximum number of passes in evaluations during training; ``evaluate`` measures the whole eval split."""
 
 
 class Classification(nn.Module):
     """A classifier and its loss in one module, so that whatever wraps it (autocast, DDP) wraps both."""
 
-    same: Tensor
+    identity: Tensor
 
     def __init__(self, student: PreTrainedModel, loss: LossConfig) -> None:
         super().__init__()
         self.student = student
-        self.register_buffer("same", torch.eye(student.config.num_labels), persistent=False)
+        self.register_buffer("identity", torch.eye(student.config.num_labels), persistent=False)
         self.loss = loss
-        """What is minimised, its weights as they are at this step."""
+        """Settings of the loss, with its weights at the current step."""
 
     def forward(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
-        """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without.
+        """The batch's share of the step's loss, with gradient, and (2,) its hard and soft part, detached.
 
-        Both are divided by all documents of the step. One without a label adds nothing to the hard part, and one of
-        which the label map leaves everything out adds nothing to the soft part.
+        Both are divided by the number of documents of the step. A document without a label adds nothing to the hard
+        part; a document whose classes are all left out by the label map adds nothing to the soft part.
         """
         hard_loss = self.loss.model_copy(update={"soft_weight": 0.0})
         soft_loss = self.loss.model_copy(update={"hard_weight": 0.0})
         logits = self.student(**batch.inputs).logits[: len(batch.labels)].float()
-        known, taught = batch.labels >= 0, ~batch.logprobs.isnan().any(1)
+        has_label, has_teacher = batch.labels >= 0, ~batch.logprobs.isnan().any(1)
         documents = max(1, batch.global_positions)
         with torch.autocast(logits.device.type, enabled=False):
-            # The logits are there already: they go through a head that changes nothing.
+            # The fused loss takes hidden states and a head: these are the logits and an identity matrix.
             hard = distillation_loss(
-                logits[known], self.same, batch.labels[known], None, hard_loss, normalizer=documents
+                logits[has_label], self.identity, batch.labels[has_label], None, hard_loss, normalizer=documents
             )
             total, soft_part = hard.total, torch.zeros_like(hard.soft)
             if soft_loss.soft_weight:
-                targets = _targets(batch.logprobs[taught], soft_loss.temperature)
-                nothing = batch.labels[taught].clamp(min=0)
-                soft = distillation_loss(logits[taught], self.same, nothing, targets, soft_loss, normalizer=documents)
+                targets = _targets(batch.logprobs[has_teacher], soft_loss.temperature)
+                unused = batch.labels[has_teacher].clamp(min=0)
+                soft = distillation_loss(
+                    logits[has_teacher], self.identity, unused, targets, soft_loss, normalizer=documents
+                )
                 total, soft_part = total + soft.total, soft.soft
-        # Every parameter has a gradient, of 0 if there is nothing to learn: ranks wait for each other's.
+        # Every parameter needs a gradient, if only 0, because the ranks wait for each other's gradients.
         return total + 0 * logits.sum(), torch.stack([hard.hard, soft_part]).float() / documents
 
     def measured(self, batches: Sequence[ClassBatch]) -> dict[str, float]:
-        """What the curves show of the student on these batches."""
+        """The student's metrics on these batches, by name in the curves."""
         metrics = measure_classes(self.student, batches)
-        found = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
+        logs = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
         if metrics.quality is not None:
-            found |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
-        return {name: estimate.mean for name, estimate in found.items()}
+            logs |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
+        return {name: estimate.mean for name, estimate in logs.items()}
 
 
 def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
-    """What a classifier is trained and measured on.
+    """Batches and module to train and evaluate a classifier with.
 
     Raises:
         TableError: if there is nothing to train on.
-        UsageError: if documents have labels that nobody knows, or none has what a part of the loss is measured against.
+        UsageError: if documents have unknown labels, or no document has what a part of the loss needs.
     """
     labels = LabelMap.of(config.student.labels, table.identity.classes or ())
     pad = student.config.pad_token_id
     documents = Documents.read(table, "train", labels)
     _require_targets(config.loss, documents, table)
     try:
-        held = list(islice(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
+        evaluation = list(islice(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
     except (AccessError, IntegrityError):
         raise
     except TableError:
-        held = []
-    if all(batch.logprobs.isnan().any(1).all() for batch in held):  # the teacher knows none of their labels
-        held = []
+        evaluation = []
+    if all(batch.logprobs.isnan().any(1).all() for batch in evaluation):  # nothing to compute a KL from
+        evaluation = []
     return Lesson(
         module=Classification(student, config.loss),
         dataset=partial(ClassDataset, documents, config.stream, pad),
-        evaluation=held,
+        evaluation=evaluation,
     )
 
 
 def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> None:
-    """Refuse a part of the loss that no document would ever add anything to."""
-    without = []
+    """Refuse a loss with a part that no document contributes to."""
+    missing = []
     if (loss.hard_weight or loss.hard_weight_end) and (documents.labels < 0).all():
-        without.append("a label of the student's (loss.hard_weight)")
+        missing.append("one of the student's labels (loss.hard_weight)")
     if (loss.soft_weight or loss.soft_weight_end) and np.isnan(documents.logprobs).all():
-        without.append("a probability of the student's labels (loss.soft_weight)")
-    if without:
+        missing.append("a teacher's probability for the student's labels (loss.soft_weight)")
+    if missing:
         raise UsageError(
-            "a part of the loss has nothing to be measured against",
-            expected="documents with labels for the hard loss, and with probabilities of these labels for the soft one",
-            found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(without)}",
+            "no document has what a part of the loss needs",
+            expected="documents with labels for the hard loss, and with the teacher's probabilities for the soft loss",
+            found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(missing)}",
             where=table.location,
-            do="set that weight to 0, or capture with columns.label; distill's control has the hard loss alone, "
-            "control: false leaves it out",
+            do="set that weight to 0, or capture with columns.label; distill's control student has only the hard loss, "
+            "and control: false leaves it out",
         )
 
 
 def _targets(logprobs: Tensor, temperature: float) -> SparseTargets:
-    """Distributions over all labels, (N, labels) nats at temperature 1, at another."""
+    """Targets at a temperature, from (N, labels) log-probabilities in nats at temperature 1."""
     softened = (logprobs / temperature).log_softmax(1)
     ids = torch.arange(logprobs.shape[1], device=logprobs.device).expand(len(logprobs), -1)
     rest = softened.new_full((len(logprobs),), -torch.inf)

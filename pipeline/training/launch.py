@@ -1,8 +1,8 @@
-"""Training by several processes on one machine, none of which outlives whoever started them.
+"""Starts training by several processes on one machine; none of them outlives the process that started it.
 
-Each rank is ``rank`` and trains with the same settings; the first one's progress and report come back, and any rank's
-error as the error that it was. They find each other through a file in a folder that is this user's alone, and listen to
-nothing but this machine: whoever can speak to a rank can have it do anything. Knows nothing of what is trained.
+Each process runs ``rank`` with the same settings. The first rank's progress and report, and any rank's error, come back
+to the caller. The ranks find each other through a file in a folder that only this user can read, and use only the
+loopback interface, because anyone who can connect to a rank can run code in it. Knows nothing of models.
 """
 
 import os
@@ -23,34 +23,35 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _ON_LOOPBACK = {
     "GLOO_SOCKET_IFNAME": _LOOPBACK,
     "NCCL_SOCKET_IFNAME": f"={_LOOPBACK}",
-    "NCCL_RAS_ENABLE": "0",  # a port of its own, for questions that nobody asks
+    "NCCL_RAS_ENABLE": "0",  # would open another port, for diagnostics that are not used
 }
-_ELSEWHERE = {"MASTER_ADDR", "MASTER_PORT", "NCCL_COMM_ID"}
-"""Where another launcher's ranks would meet."""
+_OTHER_LAUNCHER = {"MASTER_ADDR", "MASTER_PORT", "NCCL_COMM_ID"}
+"""Rendezvous variables of another launcher."""
 
 
 def on_cpu(settings: OptimizerConfig) -> bool:
-    """Whether the CPU is asked for; otherwise each rank takes the GPU that has its local rank.
+    """Whether to train on the CPU; otherwise each rank trains on the GPU with the index of its local rank.
 
     Raises:
-        UsageError: if a certain GPU is asked for, or one where there is none.
+        UsageError: if the settings name a particular GPU, or a GPU where there is none.
     """
     name = settings.device
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise UsageError(
-            f"a student can't be trained on {name!r} here",
-            expected="optimizer.device: auto, cpu, or cuda where there is a GPU",
+            f"a student can't be trained on optimizer.device {name!r} on this machine",
+            expected="optimizer.device: auto or cpu, or cuda on a machine with a GPU",
             found=f"optimizer.device: {name}, {torch.cuda.device_count()} GPUs",
-            do="CUDA_VISIBLE_DEVICES chooses among several GPUs, optimizer.processes says how many train",
+            do="choose one of these; CUDA_VISIBLE_DEVICES chooses among several GPUs, and optimizer.processes sets how "
+            "many of them train",
         )
     return name == "cpu" or not torch.cuda.is_available()
 
 
 def to_start(settings: OptimizerConfig) -> int:
-    """How many processes this one has to start; 0 if it trains itself, as a rank or alone.
+    """Number of processes to start; 0 if this process trains, as a rank or as the only process.
 
     Raises:
-        UsageError: if there are fewer GPUs.
+        UsageError: if there are fewer GPUs than processes.
     """
     if distributed.is_initialized() or distributed.is_torchelastic_launched():
         return 0
@@ -58,7 +59,7 @@ def to_start(settings: OptimizerConfig) -> int:
     wanted = settings.processes or gpus or 1
     if gpus is not None and wanted > gpus:
         raise UsageError(
-            "there is not a GPU for each process",
+            "there are more training processes than GPUs",
             expected=f"optimizer.processes: at most {gpus}",
             found=f"optimizer.processes: {wanted}",
             do="leave it out to use every GPU, or train on the CPU with optimizer.device cpu",
@@ -67,11 +68,11 @@ def to_start(settings: OptimizerConfig) -> int:
 
 
 def join(rendezvous: str, settings: OptimizerConfig) -> None:
-    """In a rank: meet the others at a file, where torch by itself would open a port to everybody.
+    """Join the process group, from within a rank, through a file: torch's default opens a port to the network.
 
     Args:
-        rendezvous: the file, which is there as soon as the first of them is.
-        settings: say whether the CPU trains.
+        rendezvous: path of the file, which the first rank to join creates.
+        settings: device and number of processes.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "gloo" if on_cpu(settings) else "nccl"
@@ -80,14 +81,14 @@ def join(rendezvous: str, settings: OptimizerConfig) -> None:
 
 
 def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any]:
-    """Train by so many processes; none of them is there any more when this returns or raises.
+    """Train with several processes, all of which have ended when this returns or raises.
 
     Returns:
         The fields of the first rank's TrainReport.
 
     Raises:
-        SoftlabelError: what a rank raised.
-        WorkerError: if a process died, or what else one raised.
+        SoftlabelError: if a rank raised it.
+        WorkerError: if a process died or raised any other error.
     """
     ranks: list[Child] = []
     with scratch() as private:
@@ -106,22 +107,27 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
                         return dict(value)
         except ChildDiedError as death:
             raise WorkerError(
-                "a process that trained died",
+                "a training process died",
                 found=death.child.death(),
                 where=f"{config.output}, rank {ranks.index(death.child)} of {processes}",
-                do="the same command goes on from the last checkpoint",
+                do="run the same command again; it continues from the last checkpoint",
             ) from None
         finally:
             for child in ranks:
                 child.process.kill()
             for child in ranks:
                 child.process.wait()
-    raise AssertionError("a rank that has said all waits to be ended")
+    raise AssertionError("a rank never exits before it is stopped")
 
 
 def _environment(rank: int, processes: int) -> dict[str, str]:
-    """Of a rank: it takes its place from here, whatever launcher this process itself was started by."""
+    """Environment of a rank, without the variables of a launcher that may have started this process."""
     threads = str(max(1, torch.get_num_threads() // processes))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    kept = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
-    return {"OMP_NUM_THREADS": threads} | kept | {name: str(number) for name, number in place.items()} | _ON_LOOPBACK
+    rank_variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OTHER_LAUNCHER}
+    return (
+        {"OMP_NUM_THREADS": threads}
+        | inherited
+        | {name: str(number) for name, number in rank_variables.items()}
+        | _ON_LOOPBACK
+    )

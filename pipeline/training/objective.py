@@ -1,7 +1,7 @@
-"""What a student is trained and measured on: batches, and a module of student and loss that turns them into numbers.
+"""Objective of a language model: its batches, and a module of student and loss.
 
-All that differs between a language model, which is here, and a classifier, which is in ``classifier_objective``. Knows
-no loop, no checkpoint and no device.
+``Lesson`` holds everything that differs between a language model and a classifier, whose objective is in
+``classifier_objective``. Knows no loop, no checkpoint and no device.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,20 +28,19 @@ from softlabel.storage.errors import AccessError, IntegrityError, TableError
 from softlabel.storage.views.view import AnyTable
 
 EVAL_TOKENS = 4096
-"""Tokens of the eval split, padding included, that are measured while training; ``evaluate`` measures all of it."""
+"""Tokens of the eval split, including padding, in evaluations during training; ``evaluate`` measures all of it."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student is trained and measured on: all that differs between a language model and a classifier."""
+    """Batches and module to train and evaluate a student with."""
 
     module: nn.Module
-    """The student, its attribute ``student``, with its loss, whose settings are ``loss``; called with a batch, and
-    asked what it ``measured``, like ``Distillation``."""
+    """Student and loss in one module, with the attributes and methods of ``Distillation``."""
     dataset: Callable[..., Any]
-    """Makes one rank's batches, given ``SoftLabelDataset``'s keyword arguments, whose methods it has."""
+    """Makes one rank's dataset, which has the keyword arguments and methods of ``SoftLabelDataset``."""
     evaluation: Sequence[Any]
-    """Batches of the eval split, the same on each rank; none, and nothing is evaluated."""
+    """Batches of the eval split, the same on each rank; if empty, nothing is evaluated."""
 
 
 class Distillation(nn.Module):
@@ -54,12 +53,12 @@ class Distillation(nn.Module):
         self.student = student
         self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
         self.loss = loss
-        """What is minimised, its weights as they are at this step."""
+        """Settings of the loss, with its weights at the current step."""
         self._table = table
         self._max_k = max_k
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The batch's share of its step's loss, with gradient, and (2,) that of the hard and the soft part, without."""
+        """The batch's share of the step's loss, with gradient, and (2,) its hard and soft part, detached."""
         head = output_head(self.student)
         hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = None
@@ -81,7 +80,7 @@ class Distillation(nn.Module):
         return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
 
     def measured(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """What the curves show of the student on these batches."""
+        """The student's metrics on these batches, by name in the curves."""
         metrics = measure(self.student, batches, self._table)
         logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
         if metrics.agreement is not None:
@@ -90,13 +89,13 @@ class Distillation(nn.Module):
 
 
 def language_lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
-    """What a language model is trained and measured on.
+    """Batches and module to train and evaluate a language model with.
 
     Args:
-        config: of the training.
-        table: what it learns from.
-        student: the model.
-        target: what the soft part of the loss compares it with; None if there is none.
+        config: settings of the training.
+        table: table or view to train on.
+        student: the model to train.
+        target: target of the soft loss; None if the loss has no soft part.
     """
     loss = config.loss if target is None else config.loss.model_copy(update={"target": target})
     max_k = dropping(config.stream.max_k, Origin.of(table).head)
@@ -108,7 +107,7 @@ def language_lesson(config: TrainConfig, table: AnyTable, student: PreTrainedMod
 
 
 def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
-    """The first held-out batches, in the table's order; none if nothing is held out."""
+    """The first held-out batches, in the table's order; empty if nothing is held out."""
     try:
         holdout = Holdout.of(table)
     except (AccessError, IntegrityError):

@@ -1,6 +1,6 @@
-"""One rank of a training by several processes: ``python -m softlabel.pipeline.training.rank SETTINGS RENDEZVOUS``.
+"""One rank of training by several processes: ``python -m softlabel.pipeline.training.rank SETTINGS RENDEZVOUS``.
 
-Tells ``launch``, which started it, what it wants to know. It ends when its standard input does.
+Sends progress, warnings, the report and errors to ``launch``, which started it. Ends when its standard input closes.
 """
 
 import os
@@ -17,10 +17,10 @@ def main() -> None:
     """Train as one rank."""
     parent = Thread(target=_end_with_parent, daemon=True)
     parent.start()
-    tell = message_sender()
+    send = message_sender()
     settings, rendezvous = sys.argv[1:]
     if os.environ["RANK"] == "0":
-        warnings.showwarning = lambda message, *_, **__: tell("warning", str(message))
+        warnings.showwarning = lambda message, *_, **__: send("warning", str(message))
     try:
         from softlabel.pipeline.config.train import TrainConfig
         from softlabel.pipeline.training.launch import join
@@ -28,17 +28,17 @@ def main() -> None:
 
         config = TrainConfig.model_validate_json(settings)
         join(rendezvous, config.optimizer)
-        tell("report", train(config, partial(tell, "progress")))
+        send("report", train(config, partial(send, "progress")))
     except Exception as error:
         traceback.print_exc()
-        tell("error", serialized(error))
-    # It does not end by itself: the others would lose their connection, and that would be what they have to say.
+        send("error", serialized(error))
+    # Wait to be ended: exiting would break the other ranks' connections, and they would report that error instead.
     parent.join()
 
 
 def _end_with_parent() -> None:
     os.read(sys.stdin.fileno(), 1)
-    os._exit(1)  # also in the middle of a step: a checkpoint is whole or not there
+    os._exit(1)  # even in the middle of a step: checkpoints are written atomically
 
 
 if __name__ == "__main__":

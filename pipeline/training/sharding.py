@@ -1,8 +1,8 @@
-"""A student that is divided among the ranks (FSDP): each holds a share of every weight, its gradient and its moments.
+"""Shards a student among the ranks (FSDP): each rank holds a shard of every weight, its gradient and its moments.
 
-A layer's weights are whole for as long as it computes, those of embedding and head for a step's whole way, since the
-loss multiplies with them itself. What is written is whole, and what is read is shared out, so that a checkpoint knows
-nothing of how many there were. Of a student that is not divided, these functions give what it has.
+A layer's weights are gathered while it computes; those of embedding and head for a whole step, since the loss
+multiplies with them directly. Checkpoints are written whole and sharded when they are read, so they do not depend on
+the number of ranks. The functions also accept a student that is not sharded, and return its tensors as they are.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from softlabel.pipeline.models.pruning import layer_stack
 
 
 def shard(module: nn.Module, device: torch.device, bf16: bool) -> None:
-    """Divide a student with its loss among all ranks, and move each share to its rank's device.
+    """Shard a student with its loss among all ranks, and move each shard to its rank's device.
 
-    accelerate would do the same, but on GPUs alone.
+    accelerate can do this too, but only on GPUs.
 
     Args:
-        module: its attribute ``student`` is a model; its method ``measured`` may be called as well as itself.
-        device: of this rank.
-        bf16: whether weights are gathered, and so computed with, in bfloat16; shares and sums of gradients never are.
+        module: module with a model as its attribute ``student``, and with a method ``measured``.
+        device: device of this rank.
+        bf16: whether weights are gathered and used in bfloat16; shards and sums of gradients are not.
 
     Raises:
         StudentError: if the student has no list of layers.
@@ -41,18 +41,18 @@ def shard(module: nn.Module, device: torch.device, bf16: bool) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether it is divided among the ranks."""
+    """Whether a module is sharded among the ranks."""
     return isinstance(module, FSDPModule)
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what was gathered for a measurement; a training step does so by itself."""
+    """Free the weights gathered for an evaluation; a training step frees them automatically."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 def gathered(state: Any) -> Any:
-    """The same, with the tensors in it whole: on the first rank's CPU, and None elsewhere. Each rank has to call it."""
+    """The state with its shards gathered: on the CPU of the first rank, None elsewhere. Every rank has to call it."""
     if isinstance(state, Mapping):
         return {name: gathered(value) for name, value in state.items()}
     if not isinstance(state, DTensor):
@@ -62,24 +62,24 @@ def gathered(state: Any) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process would have it, on each rank. Each has to call it."""
+    """The whole of a sharded tensor, on every rank. Every rank has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights and buffers by name, ``gathered``; one that has several names by the first of them."""
-    return dict(gathered(_own(model)))
+    """A model's weights and buffers by name, ``gathered``; a tied one only by the first of its names."""
+    return dict(gathered(_state(model)))
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model what ``weights`` gave, to the bit; each rank takes its share."""
-    for name, own in _own(model).items():
-        own.copy_(_like(tensors[name], own))
+    """Load exactly what ``weights`` returned; each rank takes its shard."""
+    for name, parameter in _state(model).items():
+        parameter.copy_(_like(tensors[name], parameter))
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Give an optimizer a copy of what its ``gathered`` state was; each rank takes its share."""
+    """Load a copy of an optimizer's ``gathered`` state; each rank takes its shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {name: _like(value, parameters[number]).clone() for name, value in values.items()}
@@ -89,24 +89,26 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def unshard(model: nn.Module) -> None:
-    """Make a model whole again, on the CPU of each rank, when its training is over."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    """Gather the whole model on the CPU of each rank after training."""
+    gathered_parameters: dict[nn.Parameter, nn.Parameter] = {}
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(whole(parameter.detach()).cpu(), parameter.requires_grad)
-                setattr(part, name, made[parameter])
+                if parameter not in gathered_parameters:
+                    gathered_parameters[parameter] = nn.Parameter(
+                        whole(parameter.detach()).cpu(), parameter.requires_grad
+                    )
+                setattr(part, name, gathered_parameters[parameter])
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
+def _state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
 
 
-def _like(tensor: Tensor, own: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, divided as another of its shape is."""
-    if not isinstance(own, DTensor) or tensor.shape != own.shape:
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, sharded like another tensor of its shape."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

@@ -1,7 +1,7 @@
-"""Train a student from a soft-label table: ``train`` builds it, runs it, and puts it in its folder with its record.
+"""Trains a student from a soft-label table and writes it, with its record, to its folder.
 
-Idempotent: a finished student is left as it is, an unfinished one goes on from its last checkpoint. The loop is
-``trainer``'s, what a student is ``students.build``'s, where it lies ``students.folder``'s.
+Idempotent: a finished student is left unchanged, and an unfinished one continues from its last checkpoint. The loop is
+in ``trainer``; ``students.build`` builds the student, and ``students.folder`` manages its folder.
 """
 
 import time
@@ -43,7 +43,7 @@ from softlabel.storage.versions import parse, pin
 from softlabel.storage.views.view import AnyTable, View, open_table
 
 _LOGGED_STEPS = 500
-"""Points of a training curve, at most about."""
+"""Approximate maximum number of points of a training curve."""
 _HISTORY = (
     *("loss", "hard", "soft", "learning_rate", "positions"),
     *("eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1"),
@@ -52,37 +52,37 @@ _HISTORY = (
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run of ``train`` came to."""
+    """Outcome of ``train``."""
 
     output: str
     table: str
     """TABLE@version."""
     steps: int
-    """Optimizer steps that the student's weights have had."""
+    """Optimizer step of the student's final weights."""
     stopped_at: int
-    """Last step of the run; later than steps if the best weights are kept."""
+    """Last step of the run; later than steps if earlier weights were the best."""
     steps_trained: int
-    """Those of this run: 0 if the student was finished already."""
+    """Steps done by this call; 0 if the student was already finished."""
     resumed_from: int | None
-    """Step of the checkpoint that this run went on from."""
+    """Step of the checkpoint that this call continued from; None if it started from the beginning."""
     parameters: int
     positions: int
-    """Captured positions that the student has been trained on."""
+    """Number of captured positions that the student was trained on."""
     seconds: float
     metrics: dict[str, float]
-    """The weights' evaluation on the eval split, by its name in the curves (eval_kl, ...); empty without one."""
+    """Last evaluation of the final weights, by name in the curves (eval_kl, ...); empty without an eval split."""
 
 
 def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
-    """Train a student, or go on training it, until it is finished.
+    """Train a student until it is finished, from its last checkpoint if it has one.
 
-    Where several processes are wanted, it starts them, and each calls this as a rank and takes its share. Whoever runs
-    torchrun can call it from each rank as well.
+    With several processes, it starts them, and each calls this function as a rank. It can also be called from each rank
+    of torchrun.
 
     Raises:
-        UsageError: if the settings contradict the table, each other, or what is in the output folder.
+        UsageError: if the settings contradict the table, each other, or the content of the output folder.
         StudentError: if the student can't be built, or does not fit the table.
-        TrainingError: if the loss is no longer a number, the student can't be written, or another process trains it.
+        TrainingError: if training diverges, the student can't be written, or another process is training it.
         TableError: if the table can't be read.
         WorkerError: if one of several processes died.
     """
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
 
 
 def _require_source(config: TrainConfig, origin: Origin, folder: StudentFolder) -> None:
-    """Other files would make another student; but a finished one needs those that it was made from no longer."""
+    """Refuse a finished student made from other files; if the files no longer exist, it is accepted."""
     try:
         source = Source.find(config.student, origin)
         _ = source.files
@@ -162,25 +162,27 @@ def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, targ
 
 
 def _named(watch: Watch, student: str) -> Watch:
-    """A watch that tells students apart."""
+    """A watch whose progress has the student's name."""
     return lambda progress: watch(replace(progress, stage=f"train {student}"))
 
 
 def _agree(table: AnyTable) -> AnyTable:
-    """The version that the first rank has opened; others may have opened a newer one a moment later."""
+    """The table at the version that the first rank opened; another rank may have opened a newer one."""
     version = int(broadcast(torch.tensor(table.version, device=PartialState().device)))
     return table if version == table.version else open_table(f"{table.location}@{version}")
 
 
 def _pin(table: AnyTable, student: Path) -> None:
-    """Keep the version from being vacuumed; a table that may only be read is trained from all the same."""
+    """Protect the table's version from vacuum; only warn if the table is read-only."""
     try:
         for part in table.tables:
             pin(part.location, part.version, student)
     except TableNotFoundError:
         raise
     except TableError as error:
-        warnings.warn(f"{error}\nNothing keeps this version of the table from being vacuumed.", stacklevel=3)
+        warnings.warn(
+            f"{error}\nA vacuum may delete this version of the table, which could not be pinned.", stacklevel=3
+        )
 
 
 def _trainer(
@@ -200,7 +202,7 @@ def _trainer(
         max_steps=settings.max_steps,
     )
     if settings.gradient_checkpointing:
-        # The older name, which is all that older transformers have, warns that it will go.
+        # Newer transformers deprecate the older name, the only one that older transformers have.
         student: Any = lesson.module.student
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
@@ -225,21 +227,22 @@ def _trainer(
         eval_on_start=bool(lesson.evaluation) and start.step == 0,
         logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
-        ignore_data_skip=True,  # the dataset itself begins where the checkpoint was taken
+        ignore_data_skip=True,  # the dataset already starts where the checkpoint was taken
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
     arguments._n_gpu = min(
         arguments.n_gpu, 1
-    )  # several GPUs are softlabel.pipeline.training.launch' business, never nn.DataParallel's
+    )  # softlabel.pipeline.training.launch handles several GPUs, never nn.DataParallel
     if not lesson.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
         raise UsageError(
-            "nothing is held out that could say which weights are the best, or when to stop",
+            "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
             expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
-            found=f"no sequence in the eval split of version {record['table']['version']}",
+            found=f"nothing to evaluate on in the eval split of version {record['table']['version']}",
             where=record["table"]["location"],
-            do="leave them out, or capture more documents; shards.eval_fraction says how many of them are held out",
+            do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
+            "goes to eval",
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
         shard(lesson.module, ranks.device, settings.bf16)
@@ -250,12 +253,12 @@ def _trainer(
 
 
 def _of_classes(table: AnyTable) -> TypeGuard[Table]:
-    """Whether a classifier made it; a view's tables are of teachers that predict tokens."""
+    """Whether the teacher is a classifier; the tables of a view always have language models as teachers."""
     return isinstance(table, Table) and table.identity.classes is not None
 
 
 def _outcome(student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> dict[str, Any]:
-    """What the run adds to its record."""
+    """What the record gains when the run is finished."""
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
     ]
@@ -275,7 +278,7 @@ def _report(
     config: TrainConfig, record: dict[str, Any], steps_trained: int, resumed_from: int | None, seconds: float
 ) -> TrainReport:
     trained = [entry for entry in record["history"] if "positions" in entry]
-    kept = [entry["positions"] for entry in trained if entry["step"] <= record["step"]]
+    positions = [entry["positions"] for entry in trained if entry["step"] <= record["step"]]
     metrics = last_evaluation(record)
     metrics.pop("step", None)
     return TrainReport(
@@ -286,7 +289,7 @@ def _report(
         steps_trained=steps_trained,
         resumed_from=resumed_from,
         parameters=record["parameters"],
-        positions=kept[-1] if kept else 0,
+        positions=positions[-1] if positions else 0,
         seconds=seconds,
         metrics=metrics,
     )

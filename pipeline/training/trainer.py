@@ -1,7 +1,7 @@
-"""The training loop: transformers' Trainer with our batches, our checkpoints, and our rule for when to stop.
+"""The training loop: transformers' Trainer with softlabel's batches, checkpoints and early stopping.
 
-When a run stops, and which weights it keeps, is decided by the evaluations in its log alone, so that a run that was
-killed and goes on decides as an uninterrupted one would.
+When a run stops, and which weights it keeps, depends only on the evaluations in its log, so that a resumed run decides
+as an uninterrupted one would.
 """
 
 import json
@@ -44,25 +44,25 @@ from softlabel.pipeline.training.sharding import (
 from softlabel.storage.errors import TrainingError
 
 History = Sequence[Mapping[str, float]]
-"""What the Trainer has logged; an entry with ``eval_kl`` is an evaluation after its ``step``."""
+"""The Trainer's log; an entry with ``eval_kl`` is an evaluation after its ``step``."""
 
 
 def best_step(history: History, until: float = math.inf) -> int:
-    """Step of the evaluation with the lowest eval_kl, the first of equals, among those up to a step."""
+    """Step of the evaluation with the lowest eval_kl (the first of several) up to a step."""
     evaluated = [entry for entry in history if "eval_kl" in entry and entry["step"] <= until]
     return int(min(evaluated, key=lambda entry: entry["eval_kl"])["step"])
 
 
 def evaluations_since_best(history: History) -> int:
-    """Evaluations in a row that have brought nothing better."""
+    """Number of evaluations since the best one."""
     best = best_step(history)
     return sum("eval_kl" in entry and entry["step"] > best for entry in history)
 
 
 def drop_superseded(run: Path, history: History) -> None:
-    """Delete weights that were the best once, but for those that a run from the last checkpoint would still need."""
-    moments = [math.inf, *(step_of(checkpoint) for checkpoint in checkpoints(run)[-1:])]
-    needed = {best_weights(run, best_step(history, until)) for until in moments}
+    """Delete formerly best weights, except those that a run resumed from the last checkpoint would still need."""
+    last_steps = [math.inf, *(step_of(checkpoint) for checkpoint in checkpoints(run)[-1:])]
+    needed = {best_weights(run, best_step(history, until)) for until in last_steps}
     for superseded in set(run.glob("best-*")) - needed:
         shutil.rmtree(superseded)
 
@@ -75,13 +75,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Trains a lesson's student on one rank's batches.
 
     Args:
-        lesson: the student with its loss, and what it is measured on.
-        arguments: the Trainer's own; ``output_dir`` is where checkpoints are written before they are whole.
-        dataset: this rank's batches, from the step on at which training begins.
-        run: folder that whole checkpoints are moved to.
-        record: what each checkpoint says of its run.
-        optimizer: when to stop, and which weights to keep.
-        watch: told of each step.
+        lesson: student with its loss, and evaluation batches.
+        arguments: the Trainer's arguments; checkpoints are in ``output_dir`` until they are complete.
+        dataset: this rank's batches, from the step at which training starts.
+        run: folder that complete checkpoints are moved to.
+        record: record of the run, written to each checkpoint.
+        optimizer: settings for stopping and for the weights to keep.
+        watch: called after each step.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Flow(watch))
+        self.add_callback(_Callback(watch))
         self._run = run
         self._record = record
         self._optimizer = optimizer
@@ -105,19 +105,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The dataset's batches as they are: it knows its rank, its order and where to begin."""
+        """The dataset's batches, unchanged: the dataset knows its rank, its order and where to start."""
         pinned = self.args.device.type == "cuda"
-        own = torch.Generator()  # a loader draws a seed: not from the numbers that dropout goes on with after a resume
-        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned, generator=own)
+        generator = torch.Generator()  # the loader draws a seed, which must not change the random state of dropout
+        return DataLoader(
+            self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned, generator=generator
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: object = None) -> Tensor:
-        """One micro-batch, forward and backward; the Trainer's own divides by the number of micro-batches, too."""
+        """Forward and backward pass of one micro-batch, without the Trainer's division by their number."""
         model.train()
         self.model.loss = self._loss.at(self.state.global_step / max(1, self.state.max_steps - 1))
         batch = inputs["batch"].to(self.args.device, non_blocking=True)
         with self.compute_loss_context_manager():
             loss, parts = model(batch)
-        # DDP averages the ranks' gradients, and the log their losses; both are to be sums.
+        # DDP averages the ranks' gradients, and the log averages their losses; both should be sums.
         loss = loss * self.args.world_size
         self.accelerator.backward(loss)
         trained: Tensor = loss.detach()
@@ -134,38 +136,38 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def _require_finite(self) -> None:
-        """No weights are kept that are no numbers; all ranks find the same."""
+        """Refuse NaN and infinite weights, on all ranks if any rank has one."""
         infinite = torch.tensor(float(not finite(self.model.student)), device=self.args.device)
         if self.accelerator.reduce(infinite, "sum"):
-            raise self._diverged("weights that are no numbers", self.state.global_step)
+            raise self._diverged("NaN or infinite weights", self.state.global_step)
 
     def _diverged(self, found: str, step: int) -> TrainingError:
         last = newest_checkpoint(self._run)
         return TrainingError(
-            "the loss is no longer a number",
+            "training diverged",
             expected="a finite loss, finite gradients and finite weights",
             found=found,
             where=f"step {step} of {self.state.max_steps}",
-            do=f"the last good checkpoint is {last or '(none was written yet)'}; set optimizer.learning_rate "
-            "lower or optimizer.warmup_ratio longer, and train into another folder",
+            do="train into another folder with a lower optimizer.learning_rate or a larger optimizer.warmup_ratio; "
+            f"the last good checkpoint is {last or '(none was written yet)'}",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss to what the Trainer logs: means of the steps since, and positions so far."""
+        """Add the parts of the loss (means since the last log) and the positions so far to the Trainer's log."""
         if "loss" in logs:
             hard, soft, positions = self.accelerator.reduce(self._parts, "sum").tolist()
-            logged = [past for past in self.state.log_history if "positions" in past]
-            before = logged[-1] if logged else {"step": 0, "positions": 0}
+            earlier = [entry for entry in self.state.log_history if "positions" in entry]
+            before = earlier[-1] if earlier else {"step": 0, "positions": 0}
             steps = self.state.global_step - before["step"]
             logs |= {"hard": hard / steps, "soft": soft / steps, "positions": before["positions"] + round(positions)}
             self._parts.zero_()
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the student on the eval split, by the metrics that its report will show."""
+        """Measure the student on the eval split, with the metrics of its report."""
         measured: dict[str, float] = self.model.measured(self.eval_dataset)
         reshard(self.model)
-        # All ranks stop at the same step, whatever the last digits that each has found.
+        # Ranks may differ in the last digits, but have to stop at the same step.
         agreed = broadcast(torch.tensor([*measured.values()], dtype=torch.float64, device=self.args.device))
         logs = dict(zip(measured, agreed.tolist(), strict=True))
         if not all(map(math.isfinite, logs.values())):
@@ -173,11 +175,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise self._diverged(found, self.state.global_step)
         self.log(dict(logs))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        self._keep_or_stop()
+        self._apply_evaluation()
         return logs
 
-    def _keep_or_stop(self) -> None:
-        """What follows from the evaluations so far, which the log has: so a resumed run decides as the first did."""
+    def _apply_evaluation(self) -> None:
+        """Keep the weights if they are the best so far, and stop if patience has run out."""
         history, step = self.state.log_history, self.state.global_step
         if self._optimizer.keeps_best and best_step(history) == step:
             unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
@@ -192,17 +194,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.control.should_save = False  # the finished student is saved instead
 
     def choose(self) -> int:
-        """Give the student the weights that are to be kept, and return their step.
+        """Load the final weights into the student, and return their step.
 
         Raises:
-            TrainingError: if they are no numbers.
+            TrainingError: if they are NaN or infinite.
         """
         step: int = self.state.global_step
         if self._optimizer.keeps_best:
             step = best_step(self.state.log_history)
             self.accelerator.wait_for_everyone()
             load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
-            self.accelerator.wait_for_everyone()  # the first rank deletes them when it has saved the student
+            self.accelerator.wait_for_everyone()  # the first rank deletes the file once it has saved the student
         self._require_finite()
         return step
 
@@ -221,10 +223,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student's weights, by the names that it uses itself; each rank adds what it has of them.
+        """Write the student's weights, by the student's own names, gathered from all ranks.
 
         Raises:
-            TrainingError: if they are no numbers.
+            TrainingError: if they are NaN or infinite.
         """
         self._require_finite()
         tensors = weights(self.model.student)
@@ -249,33 +251,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # A wrapper that does nothing: one of accelerate's, for copies of the student (DDP), would go around it.
+        # A wrapper without effect keeps accelerate from wrapping a sharded student in DDP.
         return nn.Sequential(model) if is_sharded(model) else super()._wrap_model(model, training, dataloader)
 
 
-class _Flow(TrainerCallback):  # type: ignore[misc]
-    """Tells whoever watches, and decides what happens at the end and around a checkpoint."""
+class _Callback(TrainerCallback):  # type: ignore[misc]
+    """Reports progress, and decides when to log, evaluate and save."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._details: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # optimizer.save_steps as they are now, not in the checkpoint
+        state.compute_steps(args, state.max_steps)  # use the current optimizer.save_steps, not the checkpoint's
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
         control.should_evaluate = args.eval_strategy != "no" and (control.should_evaluate or last)
         control.should_save = control.should_save and not last  # the finished student is saved instead
-        # A checkpoint is taken where the log begins anew, so that a resumed run's log is the uninterrupted one's.
+        # Log at each checkpoint, so that a resumed run's log equals that of an uninterrupted run.
         control.should_log = control.should_log or control.should_save or control.should_evaluate or last
-        if not last:  # the last step's word waits for its evaluation
-            self._tell(state)
+        if not last:  # the last step is reported after its evaluation
+            self._report(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._tell(state)
+        self._report(state)
 
-    def _tell(self, state: TrainerState) -> None:
+    def _report(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             self._watch(Progress("train", state.global_step, state.max_steps, "steps", dict(self._details)))
 
@@ -292,9 +294,9 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
 
 
 def cursor_of(checkpoint: Path) -> Cursor:
-    """Where the stream was when a checkpoint was taken."""
+    """Position in the stream at which a checkpoint was taken."""
     return Cursor(**json.loads((checkpoint / RUN).read_text())["cursor"])
 
 
 def _as_inputs(batch: Any) -> dict[str, Any]:
-    return {"batch": batch}  # the Trainer looks for names in its inputs
+    return {"batch": batch}  # the Trainer expects inputs by name

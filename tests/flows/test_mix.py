@@ -68,7 +68,7 @@ def test_a_student_of_concatenated_tables_is_trained_and_evaluated(folder: Path,
     view = folder / "concatenate"
     code, error, _ = softlabel(capsys, "train", view, folder / "pruned", "--student.layers", 0, *TRAIN)
     assert (code, error["error"]) == (2, "UsageError")
-    assert "which teacher is meant" in error["message"]
+    assert "the table has several teachers" in error["message"]
     teacher = ("--student.layers", 0, "--student.teacher", folder / "other", "--loss.divergence", "reverse_kl")
     assert softlabel(capsys, "train", view, folder / "pruned", *teacher, *TRAIN)[0] == 0
     code, report, _ = softlabel(capsys, "evaluate", view, folder / "pruned", "--report", folder / "report-c")

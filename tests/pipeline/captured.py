@@ -1,4 +1,4 @@
-"""A small table that a small teacher really made, for tests that train on one."""
+"""A small table captured from a small teacher, for tests of training."""
 
 from datetime import date
 from pathlib import Path
@@ -28,9 +28,9 @@ SELECTION = Selection(top_p=0.9, min_k=1, max_k=8, draws=8, temperatures=(1.0,),
 
 
 def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6, tokenizer: Path | None = None) -> Table:
-    """Sequences of 8 to 40 random ids, all but the first captured, and what the teacher says of them.
+    """Sequences of 8 to 40 random ids, all but the first captured, with the teacher's soft labels.
 
-    The tokenizer's files are the teacher's, or those in a folder.
+    The tokenizer's files are the teacher's, or those in the given folder.
     """
     if tokenizer is None:
         tokenizer = folder.with_name(f"{folder.name}-tokenizer")

@@ -49,7 +49,7 @@ def save_classifier(
 
 
 def save_documents(path: Path, count: int = 60, classes: Sequence[str] = CLASSES) -> Path:
-    """Pages of Python's manual (id, text, label, source), one long, one without a label, one of another label."""
+    """Pages of Python's manual (id, text, label, source): one long, one without a label, one with an unknown label."""
     texts = list(topics().items())[: count - 1]
     long = next(text for text in topics().values() if len(text) > 3000)
     rows = [

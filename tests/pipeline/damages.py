@@ -1,4 +1,4 @@
-"""Models whose weights are damaged, and what is said of each."""
+"""Models with damaged weights, and the error for each."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ DAMAGES = [
 
 
 def damaged(model: Path, folder: Path, damage: str) -> None:
-    """A copy of a model with its weights' file damaged, or a configuration of another size."""
+    """Copy a model with its weights damaged, or with a configuration of another size."""
     shutil.copytree(model, folder)
     file, config = folder / "model.safetensors", folder / "config.json"
     if damage == "truncated":

@@ -1,4 +1,4 @@
-"""The loss written densely, and small random problems to hold the fused one against."""
+"""A dense reference of the loss, and small random inputs for comparing the fused loss with it."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def next_ids(n=N, v=V):
 
 
 def make_targets(target="bucket", n=N, v=V, k=K, log_rest=None, seed=1, dtype=torch.float64) -> SparseTargets:
-    """k distinct ids a position, but for the last position, which has one fewer: its last entry is padding."""
+    """k distinct ids per position; the last position has one fewer, and its last entry is padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(v, generator=generator)[:k] for _ in range(n)])
     rest = torch.full((n,), -1.5 if log_rest is None else log_rest, dtype=dtype)
@@ -47,7 +47,7 @@ def make_targets(target="bucket", n=N, v=V, k=K, log_rest=None, seed=1, dtype=to
 
 
 def divergence_of(config, t, s, log_s):
-    """Row sums of the textbook formula, on probabilities (N, K + 1), padding left out by t = s = 0."""
+    """Row sums of the textbook formula for probabilities (N, K + 1), in which padding has t = s = 0."""
     mix = config.mix
 
     def kl(p, q):
@@ -70,7 +70,7 @@ def divergence_of(config, t, s, log_s):
 
 
 def reference(hidden, weight, ids, targets, config, bias=None, size=None, cap=None, scale=1.0):
-    """Mean over positions of the whole loss, dense."""
+    """Mean of the total loss over positions, computed densely."""
     z = hidden @ weight.t()
     z = scale * (z if bias is None else z + bias)
     z = (z if cap is None else cap * torch.tanh(z / cap))[:, :size]

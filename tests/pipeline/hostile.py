@@ -1,4 +1,4 @@
-"""Models, tokenizers and adapters that bring code, which leaves a file behind where it is run."""
+"""Models, tokenizers and adapters that come with code, which creates a file if it is run."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def change(file: Path, **values: Any) -> None:
 
 
 def hostile(folder: Path, model: Path, how: str, ran: Path) -> Path:
-    """A copy of a model that brings code, in one of the ways in which transformers finds it."""
+    """A copy of a model that comes with code, in one of the ways in which transformers finds it."""
     shutil.copytree(model, folder)
     own = folder if how not in ("elsewhere", "nested") else folder.with_name(f"{folder.name}-code")
     own.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def hostile(folder: Path, model: Path, how: str, ran: Path) -> Path:
 
 
 def adapter(folder: Path, tokenizer: Path) -> Path:
-    """An adapter that takes its first values from a text, and so loads a tokenizer."""
+    """An adapter that is initialized from a text, and therefore loads a tokenizer."""
     folder.mkdir(exist_ok=True)
     change(
         folder / "adapter_config.json",

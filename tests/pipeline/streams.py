@@ -1,4 +1,4 @@
-"""What the stream is tested with: a small table with random soft labels, read plainly, and batches taken apart."""
+"""Helpers for tests of the stream: a small table of random soft labels, a plain reading of it, and unpacked batches."""
 
 from datetime import date
 from pathlib import Path
@@ -26,7 +26,7 @@ LONGEST = 48
 
 
 def random_labels(generator: np.random.Generator, positions: int) -> SoftLabels:
-    """Any soft labels that could be: a head in the order of its logits, sometimes nothing, and a few draws."""
+    """Random valid soft labels: heads in the order of their logits, some empty, and a few draws."""
     head_counts = generator.integers(0, 6, positions, dtype=np.int32)
     tail_counts = generator.integers(0, 4, positions, dtype=np.int32)
     ids = [generator.permutation(VOCABULARY)[: h + t] for h, t in zip(head_counts, tail_counts, strict=True)]
@@ -52,7 +52,7 @@ def random_labels(generator: np.random.Generator, positions: int) -> SoftLabels:
 
 
 def random_sequences(generator: np.random.Generator, count: int, name: str, split: str) -> pa.Table:
-    """Sequences whose first id is unique in the split (ids are taken for names here, not for tokens)."""
+    """Sequences whose first id is unique in the split (ids serve as names here, not as tokens)."""
     lengths = generator.integers(2, LONGEST + 1, count)
     masks = [np.append(False, generator.random(n - 1) < 0.7) for n in lengths]
     for mask in masks:
@@ -104,7 +104,7 @@ def make_table(folder: Path, shards: int = 4) -> Table:
 
 
 def reference(table: Table, split: str = "train") -> list[dict]:
-    """All that the stream must give of each sequence, row by row in plain Python."""
+    """Expected content of the stream for each sequence, read row by row in plain Python."""
     rows = []
     for shard in table.shards(split):
         for row in read(table, shard).to_pylist():
@@ -122,7 +122,7 @@ def reference(table: Table, split: str = "train") -> list[dict]:
 
 
 def unpacked(batch: Batch) -> list[dict]:
-    """The sequences of a batch, cut out where position ids begin anew; rows of padding have no captured positions."""
+    """The sequences of a batch, split where position ids restart; rows of padding have no captured positions."""
     length = batch.input_ids.shape[1]
     ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     starts = (positions == 0).nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""What tests of training share: small settings, a process that trains and dies where it is told to, what is left."""
+"""Helpers for tests of training: small settings, a process that trains and is killed at a given point, its results."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def settings(table, output, **changes):
 
 
 def run(command, config, **die):
-    """A child process that trains, and dies where it is told to."""
+    """Train in a child process that is killed at a given step, or while it saves a given checkpoint."""
     return subprocess.run(
         [sys.executable, *command, config.model_dump_json(), json.dumps(die)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -66,7 +66,7 @@ def history(folder):
 
 
 def curve(folder, quantity):
-    """Step and value as TensorBoard shows them."""
+    """Steps and values that TensorBoard shows."""
     events = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
     return [(event.step, event.value) for event in events.Scalars(f"train/{quantity}")]
 
@@ -80,7 +80,7 @@ def interrupt_at(step):
 
 
 def processes_of(output):
-    """Processes that are at work for a student, but for this one."""
+    """Other processes whose command line has a student's path."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

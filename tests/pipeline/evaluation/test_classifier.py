@@ -1,4 +1,4 @@
-"""Classifiers beside their teacher: scikit-learn's numbers, their errors, and the page that shows them."""
+"""Evaluation of classifiers: metrics, their standard errors, and the page that shows them."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def evaluated(table, students, folder):  # noqa: F811
     )
 
 
-def test_the_numbers_are_those_of_the_students_and_their_teacher(table, students, tmp_path):  # noqa: F811
+def test_metrics_equal_those_that_scikit_learn_computes(table, students, tmp_path):  # noqa: F811
     report = evaluated(table, students, tmp_path)
     documents = Documents.read(table, "eval", LabelMap.of(MERGED, CLASSES))
     known = documents.labels >= 0
@@ -49,8 +49,8 @@ def test_the_numbers_are_those_of_the_students_and_their_teacher(table, students
     with torch.no_grad():
         logits = [model(torch.tensor(ids)[None].long()).logits[0] for ids in documents.tokens]
     logprobs = torch.stack(logits).log_softmax(1).numpy()
-    for score, said in ((report.students[0], logprobs), (report.teacher, documents.logprobs)):
-        labels, predictions = documents.labels[known], said.argmax(1)[known]
+    for score, predicted in ((report.students[0], logprobs), (report.teacher, documents.logprobs)):
+        labels, predictions = documents.labels[known], predicted.argmax(1)[known]
         assert score.accuracy == pytest.approx(accuracy_score(labels, predictions))
         macro = {"average": "macro", "zero_division": 0}
         assert score.precision == pytest.approx(precision_score(labels, predictions, **macro))
@@ -62,11 +62,11 @@ def test_the_numbers_are_those_of_the_students_and_their_teacher(table, students
     assert report.unmapped == pytest.approx(0, abs=1e-6)
 
 
-def test_the_page_and_the_json_say_it_all(table, students, tmp_path):  # noqa: F811
+def test_the_page_and_the_json_show_all_results(table, students, tmp_path):  # noqa: F811
     report = evaluated(table, students, tmp_path)
     page, content = Path(report.html).read_text(), json.loads(Path(report.json).read_text())
     assert content["labels"] == NAMES
-    for name in ("student", "control", "teacher", *NAMES, "Label by label", "What control takes for what"):
+    for name in ("student", "control", "teacher", *NAMES, "Label by label", "Confusion matrix of control"):
         assert name in page
     assert page.count("<svg") == 6  # scores, accuracy, KL and loss by step, and a confusion matrix each
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -74,13 +74,13 @@ def test_the_page_and_the_json_say_it_all(table, students, tmp_path):  # noqa: F
     assert confusion.sum() == content["students"][0]["metrics"]["quality"]["documents"]
 
 
-def test_a_subset_of_the_classes_says_how_much_is_left_out(table, tmp_path):  # noqa: F811
+def test_the_mass_of_classes_without_a_label_is_reported(table, tmp_path):  # noqa: F811
     train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimizer={"max_steps": 1}))
     report = evaluated(table, [tmp_path / "few"], tmp_path / "report")
     documents = Documents.read(table, "eval", LabelMap.of((), CLASSES))
     left_out = np.exp(documents.logprobs[:, [CLASSES.index("expressions"), CLASSES.index("statements")]]).sum(1)
     assert report.unmapped == pytest.approx(left_out.mean(), rel=1e-4)
-    assert "of the teacher's mass is on classes that no label stands for" in Path(report.html).read_text()
+    assert "of the teacher's probability is on classes that belong to no label" in Path(report.html).read_text()
 
 
 def test_students_of_different_labels_are_not_compared(table, students, tmp_path):  # noqa: F811
@@ -89,14 +89,14 @@ def test_students_of_different_labels_are_not_compared(table, students, tmp_path
         evaluated(table, [*students, tmp_path / "few"], tmp_path / "report")
 
 
-def test_the_errors_are_those_of_drawing_other_documents():
+def test_standard_errors_match_the_spread_over_new_samples_of_documents():
     rng, qualities, scores = np.random.default_rng(1), [], []
     for draw in range(300):
         labels = rng.integers(0, 3, 200)
-        said = np.where(rng.random(200) < 0.7, labels, rng.integers(0, 3, 200))
-        scores.append(f1_score(labels, said, average="macro"))
+        predicted = np.where(rng.random(200) < 0.7, labels, rng.integers(0, 3, 200))
+        scores.append(f1_score(labels, predicted, average="macro"))
         if draw < 5:
-            logprobs = np.log(np.eye(3, dtype=np.float32)[said] * 0.9 + 0.033)
+            logprobs = np.log(np.eye(3, dtype=np.float32)[predicted] * 0.9 + 0.033)
             qualities.append(compare(logprobs, labels, logprobs, list("abc")).quality)
     for quality in qualities:
         assert quality.f1.error == pytest.approx(np.std(scores), rel=0.25)
@@ -106,9 +106,12 @@ def test_the_errors_are_those_of_drawing_other_documents():
 
 @pytest.mark.parametrize(
     ("right", "expected"),
-    [(280, "don't tell a (70.0% right) and b (69.8%) apart"), (320, "a is right most often: 80.0%")],
+    [
+        (280, "too few documents to tell which is more accurate: a (70.0%) or b (69.8%)"),
+        (320, "a is the most accurate: 80.0%"),
+    ],
 )
-def test_the_better_one_is_named_only_if_the_documents_can_tell(right, expected):
+def test_the_better_student_is_named_only_if_the_difference_is_significant(right, expected):
     made = {"folder": "", "parameters": 1, "objective": "", "history": (), "trained_on": "", "config": {}}
 
     def student(name, right):
@@ -119,7 +122,7 @@ def test_the_better_one_is_named_only_if_the_documents_can_tell(right, expected)
     assert expected in verdict([student("b", 279), student("a", right)])
 
 
-def test_without_labels_there_is_only_the_teacher_to_compare_with():
+def test_without_labels_students_are_only_compared_with_their_teacher():
     logprobs = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
     metrics = compare(logprobs, np.array([-1, -1]), logprobs, NAMES)
     assert metrics.quality is None

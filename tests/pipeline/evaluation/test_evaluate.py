@@ -112,7 +112,7 @@ def table(tmp_path_factory, tokenizer, network):
 
 
 def make_student(folder, tiny_teacher, trained_on, noise=0.0, history=()):
-    """The teacher itself, or one that noise has moved away from it."""
+    """A student equal to the teacher, or with noise added to its weights."""
     shutil.copytree(tiny_teacher, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
@@ -166,7 +166,7 @@ def test_students_are_compared_with_their_teacher(table, students, tmp_path):
     assert (last.done, last.total) == (result.positions, result.positions)
 
 
-def test_the_report_says_what_was_returned(table, students, tmp_path):
+def test_the_report_has_the_returned_numbers(table, students, tmp_path):
     result, _ = run(table, *students, report=tmp_path)
     content, html = json.loads(Path(result.json).read_text()), Path(result.html).read_text()
     assert [entry["metrics"]["kl"]["mean"] for entry in content["students"]] == [s.kl for s in result.students]
@@ -179,7 +179,7 @@ def test_the_report_says_what_was_returned(table, students, tmp_path):
     assert content["identity"]["vocabulary"] == V
 
 
-def test_batches_do_not_change_the_numbers(table, students, tmp_path):
+def test_the_batch_size_does_not_change_the_metrics(table, students, tmp_path):
     one, _ = run(table, students[1], report=tmp_path / "one", batch_tokens=64)
     many, _ = run(table, students[1], report=tmp_path / "many", batch_tokens=100_000)
     assert one.students[0].kl == pytest.approx(many.students[0].kl, abs=1e-5)
@@ -187,7 +187,7 @@ def test_batches_do_not_change_the_numbers(table, students, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_held_out_sequences_come_once(table, packing):
+def test_each_held_out_sequence_comes_once(table, packing):
     batches = list(Holdout.of(table).batches(128, packing))
     assert (sum(len(batch.input_ids) for batch in batches) == 12) is not packing
     rows = [batch.input_ids.flatten()[batch.position_ids.flatten() == 0] for batch in batches]
@@ -207,7 +207,7 @@ def test_held_out_sequences_come_once(table, packing):
         ({"teacher": TeacherIdentity(files={"model.safetensors": "1"}, dtype="float32")}, "teacher"),
     ],
 )
-def test_a_student_of_another_is_refused(table, tiny_teacher, tmp_path, changes, what):
+def test_a_student_of_another_tokenizer_or_teacher_is_refused(table, tiny_teacher, tmp_path, changes, what):
     record = {**table_record(table), "identity": identity(**changes).model_dump(mode="json")}
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     with pytest.raises(StudentError, match=f"another {what}") as caught:
@@ -217,7 +217,7 @@ def test_a_student_of_another_is_refused(table, tiny_teacher, tmp_path, changes,
     assert not (tmp_path / "report").exists()
 
 
-def test_a_student_of_another_table_is_marked(table, tiny_teacher, tmp_path):
+def test_a_student_of_another_table_gets_a_warning(table, tiny_teacher, tmp_path):
     other = identity(selection=SelectionIdentity(top_p=1.0, min_k=4, max_k=4, draws=0, seed=0))
     record = {
         "location": "/elsewhere",
@@ -232,31 +232,30 @@ def test_a_student_of_another_table_is_marked(table, tiny_teacher, tmp_path):
     assert "selection.draws" in html
 
 
-def test_a_student_of_another_version_is_fine(table, tiny_teacher, tmp_path):
+def test_a_student_of_another_version_of_the_table_gets_no_warning(table, tiny_teacher, tmp_path):
     record = {**table_record(table), "version": 0, "content": "of version 0"}
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     result, _ = run(table, folder, report=tmp_path / "report")
     assert json.loads(Path(result.json).read_text())["students"][0]["warnings"] == []
 
 
-def test_a_student_from_before_more_was_held_out_may_have_seen_it(table, tiny_teacher, tmp_path):
+def test_a_student_trained_when_less_was_held_out_gets_a_warning(table, tiny_teacher, tmp_path):
     record = {**table_record(table), "version": 0, "content": "of version 0"}
     record["identity"]["sequences"]["eval_fraction"] /= 2
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     result, _ = run(table, folder, report=tmp_path / "report")
-    [said] = [
-        text for text in json.loads(Path(result.json).read_text())["students"][0]["warnings"] if "has seen" in text
-    ]
-    assert "not known" in said
+    warnings = json.loads(Path(result.json).read_text())["students"][0]["warnings"]
+    [warning] = [text for text in warnings if text.startswith("trained on ") and "may include" in text]
+    assert f"{table.location}@0" in warning
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
-def test_what_is_no_student_is_refused(table, tmp_path, content):
+def test_a_folder_that_is_not_a_student_is_refused(table, tmp_path, content):
     folder = tmp_path / "student"
     folder.mkdir()
     if content is not None:
         (folder / "softlabel.json").write_text(content)
-    with pytest.raises(StudentError, match="no student that softlabel trained"):
+    with pytest.raises(StudentError, match="not a student that softlabel trained"):
         run(table, folder, report=tmp_path / "report")
 
 
@@ -266,12 +265,12 @@ def test_a_table_without_held_out_sequences_says_what_to_do(tmp_path, tokenizer,
         run(table, students[0], report=tmp_path / "report")
 
 
-def test_held_out_sequences_that_were_all_trained_on_are_none(tmp_path, tokenizer, network, students):
+def test_a_table_whose_held_out_sequences_are_all_in_train_is_refused(tmp_path, tokenizer, network, students):
     table = make_table(tmp_path / "table", tokenizer, network, train=TRAIN, eval=[6, 7])
     with pytest.raises(TableError, match="2 sequences, all of which also occur"):
         run(table, students[0], report=tmp_path / "report")
 
 
-def test_no_students_are_an_error(table, tmp_path):
-    with pytest.raises(UsageError, match="no student is named"):
+def test_an_evaluation_without_students_is_refused(table, tmp_path):
+    with pytest.raises(UsageError, match="no student to evaluate"):
         run(table, report=tmp_path)

@@ -1,4 +1,4 @@
-"""A student's metrics against a dense reference in float64, over tables that keep everything, a sample, or a head."""
+"""A student's metrics against a dense reference in float64, on tables of whole distributions, samples, or heads."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -110,7 +110,7 @@ def reference(student, teacher, sequences):
     }
 
 
-def test_a_table_that_keeps_everything_gives_the_dense_numbers(student, teacher, sequences):
+def test_a_table_of_whole_distributions_gives_the_dense_metrics(student, teacher, sequences):
     metrics = measured(student, dense(teacher, sequences), sequences, selection())
     for name, values in reference(student, teacher, sequences).items():
         assert getattr(metrics, name).mean == pytest.approx(float(values.mean()), abs=2e-3), name
@@ -118,7 +118,7 @@ def test_a_table_that_keeps_everything_gives_the_dense_numbers(student, teacher,
     assert (metrics.sequences, metrics.positions) == (3, 60)
 
 
-def test_the_teacher_is_at_no_distance_from_itself(teacher, sequences):
+def test_the_teacher_has_zero_kl_from_itself(teacher, sequences):
     metrics = measured(teacher, dense(teacher, sequences), sequences, selection())
     assert metrics.kl.mean == pytest.approx(0, abs=1e-4)
     assert metrics.agreement.mean == 1
@@ -145,8 +145,8 @@ def test_without_draws_the_kl_is_a_lower_bound(student, teacher, sequences):
     assert metrics.kl.mean < float(reference(student, teacher, sequences)["kl"].mean())
 
 
-def test_bug_nan_from_the_log_of_one_minus_the_sum(teacher, sequences):
-    """A student that is sure of what the teacher keeps: 1 - Σ s is 0 in float32, or off by nats."""
+def test_a_tiny_bucket_gives_an_exact_kl_in_float32(teacher, sequences):
+    """For a student that is sure of the kept ids, 1 - Σ s in float32 would be 0 or wrong by nats."""
     sure = model(2)
     sure.model.norm.weight.data *= 8
     t, s = dense(teacher, sequences), dense(sure, sequences)
@@ -159,14 +159,14 @@ def test_bug_nan_from_the_log_of_one_minus_the_sum(teacher, sequences):
     assert metrics.kl.mean == pytest.approx(float(expected.mean()), rel=2e-3)
 
 
-def test_without_a_head_agreement_is_not_known(student, teacher, sequences):
+def test_without_a_head_agreement_is_none(student, teacher, sequences):
     chosen = selection(top_p=0.5, min_k=0, max_k=0, draws=40)
     metrics = measured(student, dense(teacher, sequences), sequences, chosen)
     assert metrics.agreement is None
     assert metrics.kl.mean == pytest.approx(float(reference(student, teacher, sequences)["kl"].mean()), rel=0.2)
 
 
-def test_errors_take_sequences_as_independent(student, teacher, sequences):
+def test_standard_errors_treat_sequences_as_independent(student, teacher, sequences):
     metrics = measured(student, dense(teacher, sequences), sequences, selection())
     values = reference(student, teacher, sequences)["cross_entropy"]
     lengths = [len(ids) - 1 for row in sequences for ids in row]
@@ -188,8 +188,8 @@ def test_bins_of_entropy_hold_every_position_once(student, teacher, sequences):
     assert first.positions == pytest.approx(int(((entropies >= first.low) & (entropies < first.high)).sum()), abs=1)
 
 
-def test_soft_capping_and_scale_are_the_models_own(teacher, sequences):
-    """Gemma caps its logits after the output layer; the padded rows stay out of it all."""
+def test_soft_cap_and_scale_of_the_model_are_applied(teacher, sequences):
+    """Gemma caps its logits after the output layer; padding rows are ignored."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(4)
@@ -209,7 +209,7 @@ def test_soft_capping_and_scale_are_the_models_own(teacher, sequences):
     assert metrics.cross_entropy.mean == pytest.approx(float(expected["cross_entropy"].mean()), abs=2e-3)
 
 
-def test_the_model_stays_in_its_mode(student, teacher, sequences):
+def test_the_models_training_mode_is_restored(student, teacher, sequences):
     t = dense(teacher, sequences)
     student.train()
     measured(student, t, sequences, selection())

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, says what its JSON says, and takes any name for what it is."""
+"""The report: one self-contained page with the content of its JSON, in which names are escaped."""
 
 import json
 from html.parser import HTMLParser
@@ -102,7 +102,7 @@ class Page(HTMLParser):
             self._cell += " " + data
 
 
-def test_the_page_refers_to_nothing_outside():
+def test_the_page_is_self_contained():
     html = to_html(report(student("student", 1.5), student("control", 2.0)))
     page = Page(html)
     for tag, attributes in page.elements:
@@ -116,7 +116,7 @@ def test_the_page_refers_to_nothing_outside():
     assert "url(" not in html.replace("url(#", "")
 
 
-def test_numbers_of_the_page_are_those_of_the_json():
+def test_the_page_shows_the_numbers_of_the_json():
     made = report(student("student", 1.5), student("control", 2.0))
     content, page = json.loads(to_json(made)), Page(to_html(made))
     header, teacher, *rows = page.tables["scores"]
@@ -134,14 +134,14 @@ def test_numbers_of_the_page_are_those_of_the_json():
     assert f"{sum(column['bytes_per_position'] for column in content['columns']):.2f} bytes in all" in page.text
 
 
-def test_a_hostile_name_is_only_a_name():
+def test_names_are_escaped():
     page = Page(to_html(report(student(HOSTILE, 1.5, warnings=(HOSTILE,)), student("control", 2.0))))
     assert not [tag for tag, _ in page.elements if tag == "script"]
     assert page.tables["scores"][2][0].startswith(HOSTILE)
     assert page.text.count(HOSTILE) >= 4
 
 
-def test_the_charts_show_every_student_in_its_own_colour():
+def test_the_charts_show_each_student_in_a_different_color():
     made = report(student("student", 1.5), student("control", 2.0))
     svgs = to_html(made).split("<svg")[1:]
     assert len(svgs) == 3
@@ -156,16 +156,21 @@ def test_the_charts_show_every_student_in_its_own_colour():
 
 def test_the_closest_student_is_named_first():
     page = Page(to_html(report(student("student", 1.5), student("control", 2.0))))
-    assert "student is the closest to the teacher: 1.500 nats of KL a position, 25% below control (2.000)." in page.text
+    assert (
+        "student is the closest to the teacher: 1.500 nats of KL per position, 25% below control (2.000)." in page.text
+    )
 
 
-def test_without_a_difference_that_the_sequences_show_none_is_the_closest():
+def test_no_student_is_called_closest_without_a_significant_difference():
     page = Page(to_html(report(student("student", 1.95), student("control", 2.0))))
-    assert "So few sequences don't tell student (1.950 nats of KL a position) and control (2.000) apart." in page.text
+    assert (
+        "There are too few sequences to tell which is closer to the teacher: student (1.950 nats of KL per position) "
+        "or control (2.000)." in page.text
+    )
     assert "closest" not in page.text
 
 
-def test_what_is_missing_is_left_out():
+def test_charts_and_notes_without_data_are_left_out():
     alone = student("student", 1.5, history=())
     html = to_html(report(alone))
     assert html.count("<svg") == 1
@@ -173,23 +178,23 @@ def test_what_is_missing_is_left_out():
     assert "left out" not in html
 
 
-def test_leaks_and_bounds_are_said():
+def test_left_out_sequences_and_lower_bounds_are_noted():
     bounded = student("student", 1.5)
     metrics = Metrics(**{**vars(bounded.metrics), "kl_kind": "lower bound", "agreement": None})
     text = " ".join(Page(to_html(report(student("student", 1.5, metrics=metrics), left_out=3))).text.split())
     assert "3 of 15 sequences of the eval split also occur, token for token, in the train split" in text
     assert "lower bound" in text
-    assert "the teacher's likeliest token is not known" in text
+    assert "the teacher's most likely token is not known" in text
 
 
-def test_many_students_are_told_apart():
+def test_many_students_have_distinguishable_lines():
     names = [f"a-long-name-of-a-student-{number}" for number in range(9)]
     html = to_html(report(*(student(name, 1.5 + 0.001 * i) for i, name in enumerate(names))))
     assert "9 students against teach" in html
     assert "stroke-dasharray" in html
 
 
-def test_both_files_are_written_whole(tmp_path):
+def test_page_and_json_are_written_to_a_new_folder_without_leftovers(tmp_path):
     made = report(student("student", 1.5))
     html, content = write(to_html(made), to_json(made), tmp_path / "deep" / "report")
     assert html.read_text() == to_html(made)
@@ -197,7 +202,7 @@ def test_both_files_are_written_whole(tmp_path):
     assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
 
 
-def test_a_report_that_can_not_be_written_says_so(tmp_path):
+def test_a_report_that_can_not_be_written_is_an_error(tmp_path):
     (tmp_path / "report").write_text("in the way")
     with pytest.raises(UsageError, match="can't be written"):
         write("page", b"content", tmp_path / "report")

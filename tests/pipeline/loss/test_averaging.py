@@ -14,7 +14,7 @@ SEEDS = 400
 
 
 def average(first, second, **selection) -> AveragedTargets:
-    """What two captures say, with seeds of their own."""
+    """Captures of two teachers, with different seeds."""
     parts = [capture(logits, seed, **selection) for seed, logits in enumerate((first, second), 1)]
     return AveragedTargets(tuple(map(compact_of, parts)), WEIGHTS)
 
@@ -43,11 +43,11 @@ def gradient_and_loss(targets, z):
 
 
 @pytest.mark.parametrize("selection", [{}, {"top_p": 0.5, "max_k": 4, "draws": 12}, {"min_k": 0, "max_k": 0}])
-def test_the_gradient_is_that_of_the_average_and_the_loss_the_mean_kl(teachers, selection):
+def test_the_gradient_is_that_of_the_average_and_the_loss_is_the_mean_kl(teachers, selection):
     targets = decoded(average(*(logits.expand(SEEDS, V) for logits in teachers), **selection))
     z = torch.randn(1, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     gradient, loss = gradient_and_loss(targets, z)
-    # Seen from a few random directions: a rare id by itself may never be drawn.
+    # Compared along a few random directions, because a single rare id may never be drawn.
     directions = torch.randn(V, 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     seen, expected = gradient @ directions, ((z.softmax(1) - mean(teachers)) @ directions)[0]
     rounding = (mean(teachers) @ directions.abs())[0] / 128  # of a head's codes
@@ -57,7 +57,7 @@ def test_the_gradient_is_that_of_the_average_and_the_loss_the_mean_kl(teachers, 
     assert abs(loss / SEEDS - expected_kl) < 0.05 * expected_kl
 
 
-def test_with_heads_that_are_everything_it_is_exact(teachers):
+def test_with_heads_of_all_ids_the_average_is_exact(teachers):
     targets = decoded(average(*teachers, top_k=V))
     torch.testing.assert_close(dense(targets).double(), mean(teachers), rtol=1 / 64, atol=1e-7)
     z = torch.zeros(1, V, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_with_heads_that_are_everything_it_is_exact(teachers):
     torch.testing.assert_close(gradient, z.softmax(1) - mean(teachers), rtol=1 / 32, atol=1e-4)
 
 
-def test_an_id_that_several_teachers_name_comes_once_and_the_likeliest_first(teachers):
+def test_each_id_comes_once_and_the_most_likely_comes_first(teachers):
     targets = decoded(average(*(logits.expand(20, V) for logits in teachers)))
     for ids, logprobs in zip(targets.ids, targets.logprobs, strict=True):
         kept = ids[logprobs > -torch.inf].tolist()
@@ -83,8 +83,8 @@ def test_the_next_tokens_probability_is_averaged_and_the_entropy_is_the_mean(tea
     assert abs(decoded(averaged).entropies.item() - expected) < 1 / 128
 
 
-def test_no_positions(teachers):
-    """A rank that has no rows left still goes along."""
+def test_an_average_of_no_positions_decodes_to_nothing(teachers):
+    """A rank without rows left still takes part in the step."""
     parts = average(*teachers).parts
     empty = [type(part)(**{name: values[..., :0] for name, values in vars(part).items()}) for part in parts]
     targets = AveragedTargets(tuple(empty), WEIGHTS).to("cpu")
@@ -93,7 +93,7 @@ def test_no_positions(teachers):
 
 
 @pytest.mark.parametrize(
-    ("loss", "max_k", "said"),
+    ("loss", "max_k", "message"),
     [
         ({"divergence": "reverse_kl"}, None, "loss.divergence: reverse_kl"),
         ({"temperature": 2.0}, None, "loss.temperature: 2"),
@@ -101,6 +101,6 @@ def test_no_positions(teachers):
         ({}, 4, "stream.max_k: 4"),
     ],
 )
-def test_what_an_average_is_no_target_of_is_refused(loss, max_k, said):
-    with pytest.raises(UsageError, match=said):
+def test_a_loss_that_an_average_does_not_support_is_refused(loss, max_k, message):
+    with pytest.raises(UsageError, match=message):
         require_average(LossConfig(**loss), max_k)

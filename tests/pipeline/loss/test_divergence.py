@@ -38,7 +38,7 @@ hostile = st.lists(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_and_gradients_are_those_of_the_textbook(name):
+def test_values_and_gradients_equal_those_of_the_textbook(name):
     generator = torch.Generator().manual_seed(0)
     log_t = (3 * torch.randn(6, 9, generator=generator, dtype=torch.float64)).log_softmax(1)
     log_s = (3 * torch.randn(6, 9, generator=generator, dtype=torch.float64)).log_softmax(1).requires_grad_()
@@ -64,7 +64,7 @@ def test_a_tiny_mass_is_exact_in_float32(name, mass):
 @pytest.mark.parametrize("name", NAMES)
 @given(teacher=hostile, student=hostile)
 @settings(max_examples=100)
-def test_hostile_distributions_give_finite_terms_of_a_divergence(name, teacher, student):
+def test_extreme_distributions_give_finite_terms_of_a_divergence(name, teacher, student):
     log_t = torch.tensor(teacher).log_softmax(0)
     log_s = torch.tensor(student).log_softmax(0)
     terms, gradients = divergence_terms(name, log_t, log_s, MIX)
@@ -78,7 +78,7 @@ def test_hostile_distributions_give_finite_terms_of_a_divergence(name, teacher, 
 @pytest.mark.parametrize("name", NAMES)
 @given(logits=hostile)
 @settings(max_examples=50)
-def test_identical_distributions_differ_by_nothing(name, logits):
+def test_identical_distributions_have_zero_divergence(name, logits):
     logprobs = torch.tensor(logits).log_softmax(0)
     terms, gradients = divergence_terms(name, logprobs, logprobs, MIX)
     assert terms.sum().abs() < 1e-6
@@ -88,17 +88,17 @@ def test_identical_distributions_differ_by_nothing(name, logits):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_zero_in_both_is_nothing(name):
+def test_entries_that_are_zero_in_both_add_nothing(name):
     terms, gradients = divergence_terms(name, torch.tensor([-torch.inf]), torch.tensor([-torch.inf]), MIX)
     assert terms.item() == gradients.item() == 0
 
 
-def test_what_the_teacher_rules_out_is_forbidding_but_finite_under_reverse_kl():
+def test_reverse_kl_is_large_but_finite_where_the_teachers_probability_is_zero():
     terms, gradients = divergence_terms("reverse_kl", torch.tensor([-torch.inf]), torch.tensor([0.5]).log(), MIX)
     assert 200 < terms.item() < gradients.item() < 300
 
 
-def test_cross_entropy_is_forward_kl_and_the_entropy():
+def test_cross_entropy_is_forward_kl_plus_the_entropy():
     log_t, log_s = torch.randn(2, 4, 7, dtype=torch.float64).log_softmax(2)
     entropy = -(log_t.exp() * log_t).sum(1)
     expected = divergence_terms("forward_kl", log_t, log_s, MIX)[0].sum(1)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("divergence", "target", "temperature"), CASES)
 @pytest.mark.parametrize("log_rest", [-1.5, -16.0, -27.0])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.4])
-def test_value_and_gradients_are_those_of_the_dense_loss(divergence, target, temperature, log_rest, hard_weight):
+def test_value_and_gradients_equal_those_of_the_dense_loss(divergence, target, temperature, log_rest, hard_weight):
     config = LossConfig(divergence=divergence, temperature=temperature, mix=0.3, hard_weight=hard_weight)
     hidden, weight, bias = inputs()
     targets = make_targets(target, log_rest=log_rest)
@@ -33,7 +33,7 @@ def test_value_and_gradients_are_those_of_the_dense_loss(divergence, target, tem
 
 @pytest.mark.parametrize(("divergence", "target", "temperature"), CASES)
 @pytest.mark.parametrize("log_rest", [-1.5, -16.0])
-def test_gradients_are_finite_differences_of_the_reported_loss(divergence, target, temperature, log_rest):
+def test_gradients_equal_finite_differences_of_the_loss(divergence, target, temperature, log_rest):
     config = LossConfig(divergence=divergence, temperature=temperature, mix=0.6, hard_weight=0.4)
     targets = make_targets(target, n=3, log_rest=log_rest)
 
@@ -44,8 +44,8 @@ def test_gradients_are_finite_differences_of_the_reported_loss(divergence, targe
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_bug_temperature_squared_scales_the_reported_loss_alone(divergence):
-    """The gradient, too, is T² times that of the divergence: by finite differences of a loss that knows no T²."""
+def test_temperature_squared_scales_the_gradient_as_well_as_the_loss(divergence):
+    """The gradient is T² times that of the divergence, by finite differences of a loss without T²."""
     temperature, step = 2.0, 1e-6
     hidden, weight, bias = inputs()
     config = LossConfig(divergence=divergence, temperature=temperature)
@@ -66,8 +66,8 @@ def test_bug_temperature_squared_scales_the_reported_loss_alone(divergence):
         torch.testing.assert_close(found[i], temperature**2 * (plain[0] - plain[1]) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
-def test_bug_temperature_is_ignored_on_one_path():
-    """With hard labels or without, capped or not, in one go or recomputed: T changes the soft part, and no other."""
+def test_temperature_changes_only_the_soft_part_on_every_path():
+    """With and without hard labels, cap and recomputation, T changes the soft part and not the hard part."""
     hidden, weight, _ = inputs()
     settings = {"hard_weight": [0.0, 0.5], "soft_cap": [None, 30.0], "recompute": [False, True]}
     for hard_weight, soft_cap, recompute in itertools.product(*settings.values()):
@@ -90,8 +90,8 @@ def test_bug_temperature_is_ignored_on_one_path():
 
 @pytest.mark.parametrize("tail_mass", [1e-7, 1e-12])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_bug_nan_from_the_log_of_one_minus_the_sum(divergence, tail_mass):
-    """1 - Σ s would be 0, or off by nats, in float32; the student's own tail is as small as the teacher's."""
+def test_a_tiny_bucket_gives_exact_values_and_gradients_in_float32(divergence, tail_mass):
+    """Computed as 1 - Σ s in float32, the bucket would be 0 or wrong by nats. Both tails are tiny here."""
     config = LossConfig(divergence=divergence, mix=0.3)
     k = 3
     targets = make_targets(n=1, k=k + 1, log_rest=float(torch.tensor(tail_mass).log()))
@@ -114,7 +114,7 @@ rows = st.lists(extreme, min_size=7, max_size=7)
 
 @given(student=rows, teacher=rows, divergence=st.sampled_from(DIVERGENCES), temperature=st.sampled_from([1.0, 3.0]))
 @settings(max_examples=100)
-def test_hostile_logits_give_finite_gradients(student, teacher, divergence, temperature):
+def test_extreme_logits_give_finite_gradients(student, teacher, divergence, temperature):
     z = torch.tensor([student]).clamp(min=-1e4).requires_grad_()
     p = torch.tensor([[*teacher, 0.0]]).div(temperature).log_softmax(1)[:, :7]
     head = p.topk(3, 1)
@@ -129,8 +129,8 @@ def test_hostile_logits_give_finite_gradients(student, teacher, divergence, temp
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_head_that_is_everything_is_the_dense_divergence(divergence):
-    """A classifier's targets: no bucket, its terms are 0 and not NaN."""
+def test_a_head_of_all_ids_gives_the_dense_divergence(divergence):
+    """As for a classifier: without a bucket, its terms are 0 and not NaN."""
     config = LossConfig(divergence=divergence, mix=0.3, temperature=2.0)
     hidden, weight, _ = inputs()
     p = torch.randn(N, V, dtype=torch.float64).log_softmax(1)
@@ -145,7 +145,7 @@ def test_a_head_that_is_everything_is_the_dense_divergence(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn(divergence, temperature):
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient(divergence, temperature):
     hidden, weight, bias = inputs()
     p = ((hidden @ weight.t() + bias) / temperature).log_softmax(1).detach()
     head = p.topk(K, 1)
@@ -160,7 +160,7 @@ def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn(divergen
 
 
 def test_the_sampled_tails_gradient_is_unbiased():
-    """The mean over draws made here is the gradient against the dense teacher, within 5 standard errors."""
+    """The mean over many draws is the gradient for the dense teacher, within 5 standard errors."""
     generator = torch.Generator().manual_seed(0)
     draws, M = 4000, 3
     z = torch.randn(1, V, generator=generator, dtype=torch.float64)
@@ -182,8 +182,8 @@ def test_the_sampled_tails_gradient_is_unbiased():
     assert errors.abs().max() < 5
 
 
-def test_bug_loss_depends_on_micro_batches_or_accumulation():
-    """Averages of averages would weigh a short micro-batch's positions more than a long one's."""
+def test_gradients_do_not_depend_on_micro_batches():
+    """An average of averages would give positions of short micro-batches more weight."""
     hidden, weight, bias = inputs(n=20)
     targets, ids, config = make_targets(n=20), next_ids(20), LossConfig(hard_weight=0.5)
 
@@ -199,8 +199,8 @@ def test_bug_loss_depends_on_micro_batches_or_accumulation():
 
 
 @pytest.mark.parametrize("size", [V, V - 3])
-def test_bug_padded_vocabulary_rows_are_real_probability(size):
-    """A student of 151,936 rows and one of 152,064 learn the same from 151,669 ids; no row of logit 0 counts."""
+def test_padding_rows_of_the_head_get_no_probability_and_no_gradient(size):
+    """Students with 151,936 and 152,064 rows learn the same from 151,669 ids: padding rows never count."""
     hidden, weight, bias = inputs()
     targets, ids, config = make_targets(v=size), next_ids(v=size), LossConfig(hard_weight=0.5)
     loss = distillation_loss(hidden, weight, ids, targets, config, bias=bias, vocabulary_size=size).total
@@ -214,7 +214,7 @@ def test_bug_padded_vocabulary_rows_are_real_probability(size):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_bug_soft_cap_and_logit_scale_are_ignored(temperature):
+def test_soft_cap_and_logit_scale_are_part_of_the_loss(temperature):
     config = LossConfig(hard_weight=0.5, temperature=temperature)
     hidden, weight, bias = inputs()
     targets = make_targets(v=V - 2)
@@ -227,8 +227,8 @@ def test_bug_soft_cap_and_logit_scale_are_ignored(temperature):
         torch.testing.assert_close(a, b)
 
 
-def test_padding_entries_leave_id_0_alone():
-    """Id 0 is what padding names; here it is one of the rest in some rows and kept in others."""
+def test_padding_entries_do_not_affect_id_0():
+    """Padding entries point to id 0, which here is in the rest in some rows and kept in others."""
     hidden, weight, _ = inputs()
     full = make_targets(k=3)
     first = torch.zeros(N, 2, dtype=torch.int64), torch.full((N, 2), -torch.inf, dtype=torch.float64)
@@ -243,8 +243,8 @@ def test_padding_entries_leave_id_0_alone():
 
 
 @pytest.mark.parametrize("k", [0, 3])
-def test_a_bucket_of_everything_teaches_nothing(k):
-    """Pure sampling without its draws: all ids are in the bucket, whether a batch has heads elsewhere or not."""
+def test_a_bucket_that_holds_everything_has_zero_loss_and_gradient(k):
+    """As for a table without a head whose draws are not used; with and without heads at other positions."""
     hidden, weight, bias = inputs()
     nothing = torch.full((N, k), -torch.inf), torch.zeros(N)
     targets = SparseTargets(torch.zeros(N, k, dtype=torch.int64), *nothing, torch.zeros(N), "bucket")
@@ -253,7 +253,7 @@ def test_a_bucket_of_everything_teaches_nothing(k):
     assert all(gradient.abs().max() < 1e-12 for gradient in gradients(loss, hidden, weight, bias))
 
 
-def test_hard_labels_alone_are_plain_cross_entropy():
+def test_only_hard_labels_give_plain_cross_entropy():
     hidden, weight, bias = inputs()
     config = LossConfig(hard_weight=1.0, soft_weight=0.0, temperature=2.0)
     loss = distillation_loss(hidden, weight, next_ids(), None, config, bias=bias)
@@ -266,7 +266,7 @@ def test_hard_labels_alone_are_plain_cross_entropy():
         torch.testing.assert_close(a, b)
 
 
-def test_bug_a_missing_signal_falls_back_to_cross_entropy():
+def test_a_soft_loss_without_targets_is_refused():
     hidden, weight, _ = inputs()
     with pytest.raises(UsageError, match="a soft loss needs targets"):
         distillation_loss(hidden, weight, next_ids(), None, LossConfig(hard_weight=1.0))

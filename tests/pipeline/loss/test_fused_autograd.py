@@ -1,4 +1,4 @@
-"""How the fused loss behaves as a part of a model under autograd: chunks, frozen and tied heads, precision."""
+"""The fused loss as a part of a model under autograd: chunks, frozen and tied heads, precision."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("temperature", "soft_cap"), [(1.0, None), (2.0, None), (1.0, 5.0), (2.0, 5.0)])
-def test_chunks_change_nothing(temperature, soft_cap):
+def test_the_chunk_size_does_not_change_the_result(temperature, soft_cap):
     hidden, weight, bias = inputs(n=23)
     targets = make_targets(n=23)
     config, options = LossConfig(hard_weight=0.5, temperature=temperature), {"bias": bias, "soft_cap": soft_cap}
@@ -27,15 +27,15 @@ def test_chunks_change_nothing(temperature, soft_cap):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_what_a_temperature_and_a_cap_copy_is_small_beside_a_chunk():
-    """The resident set at its highest; the gradient of a head as narrow as this one is hardly seen."""
+def test_copies_for_temperature_and_cap_are_small_compared_with_a_chunk():
+    """By the peak resident set; the gradient of such a narrow head is negligible."""
     n, v = 1024, 16_384
     chunk = 4 * n * v
     hidden, weight, _ = inputs(n=n, v=v, dtype=torch.float32)
     ids, targets = next_ids(n, v), make_targets(n=1, v=v, dtype=torch.float32)[torch.zeros(n, dtype=torch.int64)]
     config = LossConfig(hard_weight=0.5, temperature=2.0)
     peaks = []
-    for rows in (slice(0, 8), slice(0, n)):  # what libraries keep for themselves is there after the first
+    for rows in (slice(0, 8), slice(0, n)):  # the first run allocates what libraries keep
         memory.reset_peak()
         before = memory.resident()
         loss = distillation_loss(
@@ -46,7 +46,7 @@ def test_what_a_temperature_and_a_cap_copy_is_small_beside_a_chunk():
     assert chunk / 2 < peaks[1] < 1.5 * chunk
 
 
-def test_the_parts_add_up():
+def test_the_total_is_the_weighted_sum_of_the_parts():
     hidden, weight, _ = inputs()
     config = LossConfig(hard_weight=0.25, soft_weight=2.0, temperature=2.0)
     loss = distillation_loss(hidden, weight, next_ids(), make_targets(), config)
@@ -64,7 +64,7 @@ def test_a_head_smaller_than_the_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("selection", ["frozen head", "frozen body"])
-def test_what_is_frozen_gets_no_gradient(selection):
+def test_frozen_parameters_get_no_gradient(selection):
     hidden, weight, _ = inputs()
     moving = distillation_loss(hidden, weight, next_ids(), make_targets(), LossConfig())
     expected = dict(zip("hw", gradients(moving.total, hidden, weight), strict=True))
@@ -76,7 +76,7 @@ def test_what_is_frozen_gets_no_gradient(selection):
     torch.testing.assert_close(free.grad, expected[name])
 
 
-def test_any_outer_gradient_and_a_tied_head():
+def test_outer_gradients_and_tied_heads_are_supported():
     """The embedding that is also the head gets both gradients; a sum of losses weighs each."""
     _, weight, _ = inputs()
     tokens = torch.arange(N)
@@ -90,7 +90,7 @@ def test_any_outer_gradient_and_a_tied_head():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_recomputing_gives_the_same_any_number_of_times(temperature):
+def test_recomputing_allows_repeated_backward_passes_with_equal_gradients(temperature):
     hidden, weight, bias = inputs()
     config = LossConfig(hard_weight=0.5, temperature=temperature)
     along, later = (
@@ -117,7 +117,7 @@ def test_a_second_derivative_is_refused(recompute):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_bfloat16_is_close_to_float32(divergence):
-    """Logits as large as a model's; that a CPU rounds them is the only coarse step, and all else is near rounding."""
+    """With realistic logits: their rounding on a CPU is the only coarse step."""
     hidden, weight, _ = inputs(n=64, v=512, dtype=torch.bfloat16, bias=False)
     hidden = (8 * hidden).detach().requires_grad_()
     targets, ids = make_targets(n=64, v=512, dtype=torch.float32), next_ids(64, 512)
@@ -151,7 +151,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights_gradient_in_float32
             assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
-def test_without_gradients_there_are_only_values():
+def test_without_gradients_the_values_are_the_same():
     hidden, weight, _ = inputs()
     with torch.no_grad():
         value = distillation_loss(hidden, weight, next_ids(), make_targets(), LossConfig()).total

@@ -15,7 +15,7 @@ CONFIG = LossConfig(hard_weight=0.5)
 
 
 class Student(nn.Module):
-    """A layer, and a head whose weight the loss multiplies with by itself."""
+    """A layer, and a head whose weight the loss uses directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ def sharded(rank: int, rendezvous: str) -> None:
     rows = slice(0, N // 3) if rank == 0 else slice(N // 3, N)
     for recompute in (False, True):
         student.zero_grad()
-        (student(hidden, rows, recompute) * 2).backward()  # FSDP averages over the ranks; the loss is to be summed
+        (student(hidden, rows, recompute) * 2).backward()  # FSDP averages over the ranks, but the loss has to be summed
         for (name, parameter), expected in zip(student.named_parameters(), whole.parameters(), strict=True):
             assert parameter.to_local().numel() < expected.numel(), name
             torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad)
     distributed.barrier()
-    os._exit(0)  # a thread of gloo's may abort an interpreter that ends
+    os._exit(0)  # a gloo thread may abort an interpreter that exits normally
 
 
-def test_gradients_of_a_sharded_student(tmp_path):
+def test_gradients_of_a_sharded_student_equal_those_of_a_whole_one(tmp_path):
     torch.multiprocessing.spawn(sharded, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -61,7 +61,7 @@ def test_a_bucket_target_is_the_head_and_the_stored_mass_of_its_temperature(logi
 
 
 @pytest.mark.parametrize("selection", [{"top_k": 8}, {}, {"max_k": 0, "min_k": 0, "draws": 20}])
-def test_the_head_is_what_the_storage_decodes(logits, selection):
+def test_the_head_equals_the_one_that_the_storage_decodes(logits, selection):
     labels = capture(logits, **selection)
     stored = decode_rows(rows_of(labels), VOCABULARY)
     targets = decoded(labels, target="bucket")
@@ -98,7 +98,7 @@ def test_pure_sampling_has_no_head_and_a_bucket_of_everything(logits):
     assert (bucket.log_rest == 0).all()
 
 
-def test_biased_forms_drop_the_rest(logits):
+def test_renormalized_and_zero_tail_targets_have_no_bucket(logits):
     labels = capture(logits, top_k=8)
     renormalized, zero_tail = decoded(labels, target="renormalized"), decoded(labels, target="zero_tail")
     bucket = decoded(labels, target="bucket")
@@ -108,7 +108,7 @@ def test_biased_forms_drop_the_rest(logits):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_fewer_ids_leave_their_mass_to_the_bucket(logits, temperature):
+def test_max_k_moves_the_mass_of_dropped_ids_to_the_bucket(logits, temperature):
     narrow = decoded(capture(logits, top_k=8), max_k=3, temperature=temperature)
     stored = decoded(capture(logits, top_k=3), temperature=temperature)
     assert narrow.ids.equal(stored.ids)
@@ -119,7 +119,7 @@ def test_fewer_ids_leave_their_mass_to_the_bucket(logits, temperature):
     assert wide.ids.shape == (40, 3)
 
 
-def test_a_head_that_is_everything_has_no_bucket():
+def test_a_head_of_all_ids_has_an_empty_bucket():
     targets = decoded(capture(torch.randn(5, V), top_k=V))
     assert (targets.log_rest == -torch.inf).all()
     torch.testing.assert_close(dense(targets).sum(1), torch.ones(5))
@@ -163,10 +163,10 @@ def test_no_positions_decode_to_nothing():
     assert decode(none, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig()).ids.shape == (0, 0)
 
 
-def test_a_batch_that_needed_no_draws_is_no_table_without_draws():
+def test_a_batch_without_tail_mass_does_not_count_as_a_table_without_draws():
     labels = capture(torch.randn(5, V), top_p=1.0, max_k=V, draws=5)
     assert decoded(labels, target="sampled").target == "sampled"
-    with pytest.raises(UsageError, match="a table without draws"):
+    with pytest.raises(UsageError, match="a table without a sampled tail"):
         decoded(capture(torch.randn(5, V), top_k=5), target="sampled")
 
 
@@ -180,24 +180,24 @@ def test_a_batch_that_needed_no_draws_is_no_table_without_draws():
         ({"target": "sampled"}, "sampled"),
     ],
 )
-def test_auto_takes_the_draws_where_they_serve(settings, expected):
+def test_auto_uses_the_draws_where_they_are_unbiased(settings, expected):
     assert resolve_target(LossConfig(**settings), TEMPERATURES, draws=True) == expected
     if settings.get("target") != "sampled":
         assert resolve_target(LossConfig(**settings), TEMPERATURES, draws=False) == "bucket"
 
 
 @pytest.mark.parametrize(
-    ("settings", "draws", "max_k", "said"),
+    ("settings", "draws", "max_k", "message"),
     [
         ({"temperature": 4.0}, True, None, "one of 1, 2"),
-        ({"target": "sampled", "temperature": 2.0}, True, None, "of temperature 1"),
-        ({"target": "sampled", "divergence": "jsd"}, True, None, "unbiased for forward_kl alone"),
-        ({"target": "sampled"}, False, None, "without draws"),
-        ({"target": "sampled"}, True, 4, "max_k 4"),
+        ({"target": "sampled", "temperature": 2.0}, True, None, "sampled at temperature 1"),
+        ({"target": "sampled", "divergence": "jsd"}, True, None, "only unbiased for forward_kl"),
+        ({"target": "sampled"}, False, None, "without a sampled tail"),
+        ({"target": "sampled"}, True, 4, "max_k: 4"),
         ({"target": "renormalized", "divergence": "reverse_kl"}, True, None, "infinite"),
         ({"target": "zero_tail", "divergence": "reverse_kl"}, True, None, "infinite"),
     ],
 )
-def test_a_target_that_makes_no_sense_is_refused(settings, draws, max_k, said):
-    with pytest.raises(UsageError, match=said):
+def test_a_target_that_the_table_or_divergence_does_not_support_is_refused(settings, draws, max_k, message):
+    with pytest.raises(UsageError, match=message):
         resolve_target(LossConfig(**settings), TEMPERATURES, draws, max_k)

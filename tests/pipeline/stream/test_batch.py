@@ -1,4 +1,4 @@
-"""What a batch takes from the columns of lists that were read."""
+"""Copying sequences from the list columns that were read."""
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ VALUES["masses"] = st.floats(width=32, allow_nan=False)
 
 @st.composite
 def row_groups(draw: st.DrawFn) -> list[pa.Table]:
-    """Some row groups, as they are read, filtered or cut out of a larger one; of several chunks, or without a row."""
+    """Row groups as read: filtered, or slices of a larger one, of several chunks, or empty."""
     groups = []
     for _ in range(draw(st.integers(1, 3))):
         size = draw(st.integers(0, 5))
@@ -31,9 +31,9 @@ def row_groups(draw: st.DrawFn) -> list[pa.Table]:
 
 @pytest.mark.parametrize("long", [0, 10], ids=["long sequences", "short sequences"])
 @given(groups=row_groups(), data=st.data())
-def test_any_sequences_are_had_in_any_order(long: int, groups: list[pa.Table], data: st.DataObject) -> None:
+def test_any_sequences_can_be_taken_in_any_order(long: int, groups: list[pa.Table], data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(batch, "_LONG", long)
+        patched.setattr(batch, "_LONG_SEQUENCE", long)
         sequences, whole = Sequences(groups), pa.concat_tables(groups)
     number = st.integers(0, len(whole) - 1)
     rows = np.array(data.draw(st.lists(number, max_size=6)) if len(whole) else [], np.int64)

@@ -24,7 +24,7 @@ from softlabel.storage.reader import read
 from softlabel.storage.table import Table
 from tests.pipeline.streams import LONGEST, TEMPERATURES, make_table, reference, unpacked
 
-# Forked from a process of their own: children of one that has run a Prefect flow die of its threads when they end.
+# A fork server: children forked from a process that has run a Prefect flow crash on exit because of its threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["softlabel.pipeline.stream.dataset"])
 
@@ -49,8 +49,8 @@ def stream(**fields: int) -> StreamConfig:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_bug_logits_meet_labels_that_are_not_shifted(table, packing):
-    """Each sequence comes as a plain reading gives it: what predicts a token is the state before it."""
+def test_each_captured_token_is_predicted_by_the_state_before_it(table, packing):
+    """Each sequence equals a plain reading of the table, with the state before a token predicting it."""
     batches = list(SoftLabelDataset(table, stream(packing=packing)))
     found = [row for batch in batches for row in unpacked(batch)]
     by_name = {row["next_logprobs"]: row for row in found}
@@ -63,7 +63,7 @@ def test_bug_logits_meet_labels_that_are_not_shifted(table, packing):
         assert all(batch.input_ids.shape[1] == max(len(row["ids"]) for row in unpacked(batch)) for batch in batches)
 
 
-def test_targets_decode_to_what_the_table_holds(table):
+def test_decoded_targets_equal_the_tables_soft_labels(table):
     (batch,) = SoftLabelDataset(table, stream(batch_size=100, micro_batch_size=100), split="eval", shuffle=False)
     (shard,) = table.shards("eval")
     rows = read(table, shard)
@@ -79,8 +79,8 @@ def test_targets_decode_to_what_the_table_holds(table):
 
 @settings(max_examples=25)
 @given(st.data())
-def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
-    """Kill points, new world sizes and micro-batches give the same steps, until an epoch and a half is through."""
+def test_targets_stay_with_their_sequences_over_restarts_and_topologies(table, data):
+    """Restarts with other world sizes and micro-batches give the same steps, over one and a half epochs."""
     packing = data.draw(st.booleans(), "packing")
     expected = {row["next_logprobs"]: row for row in reference(table)}
     cursor, epochs, seen = Cursor(), {0: Counter(), 1: Counter()}, []
@@ -107,7 +107,7 @@ def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
             rows = [row for batch in batches for row in unpacked(batch)]
             assert {batch.global_positions for batch in batches} == {sum(len(row["next"]) for row in rows)}
             assert all(len(batch.input_ids) <= micro_batch_size for batch in batches)
-            assert all(row == expected[row["next_logprobs"]] for row in rows), "each with what was said of it"
+            assert all(row == expected[row["next_logprobs"]] for row in rows), "each sequence with its own soft labels"
             epochs[parts[0].state(step + 1).epoch] += names(rows)
             seen.append(names(rows))
         cursor = parts[0].state(last)
@@ -120,13 +120,13 @@ def test_bug_targets_are_matched_by_a_position_that_moves(table, data):
 
 
 def whole(table: Table, packing: bool = True) -> list[Counter]:
-    """The global batches of a run on one rank, in one piece."""
+    """The global batches of an uninterrupted run on one rank."""
     steps = SoftLabelDataset(table, stream(micro_batch_size=6, packing=packing), epochs=1.5)
     assert steps.accumulation == 1
     return [names(unpacked(batch)) for batch in steps]
 
 
-def test_a_resumed_run_reads_no_window_that_is_done_with(table, monkeypatch):
+def test_a_resumed_run_does_not_read_finished_windows(table, monkeypatch):
     groups: list[int] = []
     monkeypatch.setattr(dataset, "Sequences", lambda parts: groups.extend(map(len, parts)) or Sequences(parts))
     plain = SoftLabelDataset(table, stream())
@@ -134,7 +134,7 @@ def test_a_resumed_run_reads_no_window_that_is_done_with(table, monkeypatch):
     assert sum(batch.sequences for batch in end) <= sum(groups) < 40 < sum(batch.sequences for batch in plain)
 
 
-def test_another_batch_size_goes_on_where_the_last_one_was(table):
+def test_a_run_can_be_resumed_with_another_batch_size(table):
     before = SoftLabelDataset(table, stream(batch_size=4, micro_batch_size=4))
     seen = sum((names(unpacked(batch)) for batch, _ in zip(before, range(3), strict=False)), Counter())
     after = SoftLabelDataset(table, stream(batch_size=6, micro_batch_size=6), start=before.state(3))
@@ -144,7 +144,7 @@ def test_another_batch_size_goes_on_where_the_last_one_was(table):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_change_nothing(table, workers):
+def test_the_number_of_workers_does_not_change_the_batches(table, workers):
     rows = SoftLabelDataset(table, stream(), rank=1, world_size=2, epochs=2)
     loaded = DataLoader(
         rows, batch_size=None, num_workers=workers, prefetch_factor=2, multiprocessing_context=PROCESSES
@@ -155,7 +155,7 @@ def test_workers_change_nothing(table, workers):
         assert found.targets.head_codes.equal(expected.targets.head_codes)
 
 
-def test_batches_and_the_stream_travel_to_a_spawned_worker(table):
+def test_batches_and_the_dataset_can_be_pickled_to_a_spawned_worker(table):
     rows = pickle.loads(pickle.dumps(SoftLabelDataset(table, stream())))
     batch = next(iter(rows))
     assert batch.to("cpu").input_ids.equal(batch.input_ids)
@@ -187,7 +187,7 @@ def test_the_order_within_a_global_batch_is_the_same_for_any_world_size(table):
     assert torch.cat(dealt).equal(alone.input_ids)
 
 
-def test_epochs_and_seeds_have_an_order_of_their_own(table):
+def test_each_epoch_and_each_seed_has_a_different_order(table):
     steps, epoch = whole(table), SoftLabelDataset(table, stream()).total_steps
     assert steps[: len(steps) - epoch] != steps[epoch:]
     assert [names(unpacked(batch)) for batch in SoftLabelDataset(table, stream(micro_batch_size=6, seed=6))] != steps[
@@ -195,7 +195,7 @@ def test_epochs_and_seeds_have_an_order_of_their_own(table):
     ]
 
 
-def test_evaluation_reads_its_split_once_in_the_table_s_order(table):
+def test_evaluation_reads_its_split_once_in_the_tables_order(table):
     held_out = SoftLabelDataset(table, stream(max_length=LONGEST), split="eval", shuffle=False)
     batches = list(held_out)
     assert len(batches) == held_out.total_steps * held_out.accumulation
@@ -206,7 +206,7 @@ def test_evaluation_reads_its_split_once_in_the_table_s_order(table):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_stays_inside_each_sequence(table, tiny_teacher, attention):
+def test_attention_stays_within_each_sequence(table, tiny_teacher, attention):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_teacher, attn_implementation=attention, dtype=torch.float32).eval()

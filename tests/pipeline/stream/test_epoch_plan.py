@@ -1,4 +1,4 @@
-"""Every sequence exactly once an epoch, whoever takes which share, and the same plan for whoever asks."""
+"""Every sequence comes exactly once per epoch over all ranks, and every rank computes the same plan."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def test_an_epoch_holds_each_sequence_once_in_packs_that_fit(groups, seed, epoch
     lengths = np.array([length for group in groups for length in group])
     assert sorted(plan.sequences) == list(range(len(lengths)))
     assert plan.packs == plan.window_starts[-1]
-    assert max_length or plan.packs == len(lengths), "without packing each is alone"
+    assert max_length or plan.packs == len(lengths), "without packing, each sequence has its own row"
     for pack in range(plan.packs):
         assert 0 < lengths[plan.members(pack, pack + 1)].sum() <= CAPACITY
         window = plan.window(plan.window_of(pack))
@@ -45,7 +45,7 @@ def test_a_window_holds_whole_row_groups(groups, seed):
             assert len(window & set(range(first, last))) in (0, last - first)
 
 
-def test_seed_and_epoch_alone_decide():
+def test_only_seed_and_epoch_decide_the_order():
     many = [[10 + i % 40 for i in range(20)] for _ in range(12)]
     same, again = planned(many, seed=1, epoch=2), planned(many, seed=1, epoch=2)
     assert (same.sequences == again.sequences).all()
@@ -53,8 +53,8 @@ def test_seed_and_epoch_alone_decide():
         assert (same.sequences != other.sequences).any()
 
 
-def test_the_order_is_the_one_that_earlier_releases_drew():
-    """A resumed run may meet another version of numpy: the order must not move."""
+def test_the_order_is_the_same_as_in_earlier_releases():
+    """A run may be resumed with another version of numpy, which must not change the order."""
     plan = planned([[30, 20, 10], [40, 5], [25, 25, 25, 25]], seed=7, epoch=1)
     assert plan.sequences.tolist() == [6, 5, 4, 0, 7, 2, 8, 3, 1]
     assert plan.pack_starts.tolist() == [0, 1, 4, 7, 9]
@@ -86,7 +86,7 @@ def test_best_fit_wastes_little(lengths):
     assert (np.sort(np.unique(packs, return_index=True)[1]) == np.unique(packs, return_index=True)[1]).all()
 
 
-def test_rows_are_nearly_full():
+def test_packed_rows_are_nearly_full():
     lengths = np.random.default_rng(0).integers(2, 1025, 50_000, dtype=np.int32)
     starts = np.append(np.arange(0, len(lengths), 256), len(lengths))
     plan = plan_epoch(lengths, starts, 1024, 1 << 20, seed=0, epoch=0)
@@ -116,7 +116,7 @@ def test_shares_deal_out_every_pack_once_over_changes_of_topology(packs, phases)
 
 
 @pytest.mark.parametrize("lengths", [[], [CAPACITY]])
-def test_the_smallest_tables(lengths):
+def test_tables_of_few_or_no_sequences_can_be_planned(lengths):
     starts = np.arange(len(lengths) + 1)
     plan = plan_epoch(np.array(lengths, np.int32), starts, CAPACITY, 300, seed=0, epoch=0)
     assert plan.packs == len(lengths)
@@ -143,7 +143,7 @@ def test_sequences_of_half_weight_take_turns():
 
 
 @given(groups, st.data(), st.integers(0, 9), st.booleans())
-def test_a_plan_holds_each_sequence_as_often_as_it_is_to_come(groups, data, seed, shuffle):
+def test_a_plan_holds_each_sequence_as_often_as_its_count_says(groups, data, seed, shuffle):
     total = sum(map(len, groups))
     counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=total, max_size=total)), np.int64)
     plan = planned(groups, seed=seed, shuffle=shuffle, counts=counts)

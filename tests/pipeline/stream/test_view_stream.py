@@ -26,7 +26,7 @@ from softlabel.storage.writer import ShardWriter
 from tests.pipeline.streams import make_table, random_labels, reference, unpacked
 
 EPOCHS = 4
-"""So many that a weight of 0.25 is whole."""
+"""Enough epochs for a weight of 0.25 to give a whole number."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def stream(**fields: int) -> StreamConfig:
 def steps(
     view: View, start: Cursor, last: int | None, world_size: int, micro_batch_size: int
 ) -> tuple[list[Counter], Cursor]:
-    """Global batches from a cursor to a step, over some ranks, and where that is."""
+    """Global batches from a cursor to a step, over some ranks, and the cursor there."""
     parts = [
         SoftLabelDataset(
             view, stream(micro_batch_size=micro_batch_size), rank=r, world_size=world_size, start=start, epochs=2
@@ -76,7 +76,7 @@ def steps(
 
 
 def test_each_sequence_comes_as_often_as_its_weight_says(weighted: View):
-    """Weights 2 and 0.25 over four epochs: 8 times, and once more what the other table has, too."""
+    """With weights 2 and 0.25 over four epochs: 8 times, and once more for sequences that both tables have."""
     found = names(SoftLabelDataset(weighted, stream(), epochs=EPOCHS))
     first, second = ({row["next_logprobs"] for row in reference(table)} for table in weighted.tables)
     assert found == {name: 9 if name in second else 8 for name in first}
@@ -85,7 +85,7 @@ def test_each_sequence_comes_as_often_as_its_weight_says(weighted: View):
 
 @settings(max_examples=4)
 @given(st.lists(st.tuples(st.integers(1, 25), st.integers(1, 4), st.integers(1, 8)), max_size=4))
-def test_topologies_and_restarts_change_nothing(weighted: View, phases):
+def test_topologies_and_restarts_do_not_change_the_stream(weighted: View, phases):
     """Each phase runs some steps on some ranks with micro-batches of its own; the last one runs to the end."""
     whole, end = steps(weighted, Cursor(), None, 1, 8)
     found, cursor = [], Cursor()
@@ -96,7 +96,7 @@ def test_topologies_and_restarts_change_nothing(weighted: View, phases):
     assert (found + part, cursor) == (whole, end)
 
 
-def test_an_average_streams_the_shared_sequences_with_what_each_table_says(tables: list[str], tmp_path: Path):
+def test_an_average_streams_the_shared_sequences_with_each_tables_soft_labels(tables: list[str], tmp_path: Path):
     view = make_view(str(tmp_path / "v"), tables, (1.0, 3.0), "average")
     (batch,) = SoftLabelDataset(pickle.loads(pickle.dumps(view)), stream(batch_size=200, micro_batch_size=200))
     assert isinstance(batch.targets, AveragedTargets)
@@ -109,7 +109,7 @@ def test_an_average_streams_the_shared_sequences_with_what_each_table_says(table
     assert batch.to("cpu").targets.parts[1].head_ids.equal(second.head_ids)
 
 
-def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: Path, weighted: View):
+def test_train_sequences_of_any_table_of_a_view_are_not_held_out(tables: list[str], tmp_path: Path, weighted: View):
     assert Holdout.of(weighted).sequences == 13
     source, folder = weighted.tables[0], tmp_path / "c"
     folder.mkdir()
@@ -123,11 +123,11 @@ def test_what_any_table_trains_on_is_not_held_out(tables: list[str], tmp_path: P
     view = make_view(str(tmp_path / "v"), [tables[0], other.location], (1.0, 1.0), "concatenate")
     assert (Holdout.of(view).sequences, Holdout.of(view).left_out) == (8, 5)
     shared = make_view(str(tmp_path / "shared"), [tables[0], tables[1]], (1.0, 1.0), "average")
-    with pytest.raises(TableError, match="nothing to measure students on"):
+    with pytest.raises(TableError, match="no sequences to evaluate students on"):
         Holdout.of(shared)
 
 
-def test_passes_in_which_nothing_comes(tables: list[str], tmp_path: Path):
+def test_epochs_without_any_sequence_are_refused(tables: list[str], tmp_path: Path):
     view = make_view(str(tmp_path / "v"), tables, (1e-6, 1e-6), "concatenate")
     with pytest.raises(UsageError, match="at least one optimizer step"):
         SoftLabelDataset(view, stream())

@@ -1,4 +1,4 @@
-"""Students: where they come from, what they must share with their table, and how they make their logits."""
+"""Students: their sources, the checks against their table, and how they compute their logits."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ SHARING = {
 def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_not(family, table, tmp_path):
     SHARING[family]().save_pretrained(tmp_path)
     for dtype in ("bfloat16", "float32"):
-        with pytest.raises(StudentError, match=r"(?s)the other sequences of its row.*set stream\.packing false"):
+        with pytest.raises(StudentError, match=r"(?s)sees other sequences in a row.*set stream\.packing false"):
             student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
     model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
     (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))
@@ -124,19 +124,19 @@ def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_no
     torch.testing.assert_close(padded, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_that_sees_what_it_has_to_predict_is_refused():
-    with pytest.raises(StudentError, match="sees what it has to predict"):
-        student._require_sight(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
+def test_a_student_that_sees_the_tokens_it_has_to_predict_is_refused():
+    with pytest.raises(StudentError, match="sees the tokens it has to predict"):
+        student._require_separation(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
 
 
-def test_the_table_knows_its_teacher(table, tiny_teacher):
+def test_layers_come_from_the_teacher_that_the_table_names(table, tiny_teacher):
     pruned = student.build(StudentConfig(layers=(1,)), table)
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
     assert torch.equal(pruned.model.layers[0].mlp.up_proj.weight, teacher.model.layers[1].mlp.up_proj.weight)
     assert student.parameters(pruned) < student.parameters(teacher)
 
 
-def test_narrower_by_what_the_table_says(table):
+def test_layers_and_neurons_are_pruned_to_the_requested_sizes(table):
     whole = student.build(StudentConfig(depth=2), table)
     narrow = student.build(StudentConfig(depth=2, intermediate_size=100), table)
     assert (whole.config.num_hidden_layers, narrow.config.num_hidden_layers) == (2, 2)
@@ -148,7 +148,7 @@ def test_only_a_pruned_teacher_is_narrowed():
         StudentConfig(model="a", intermediate_size=8)
 
 
-def test_going_on_from_a_model_with_another_padding(table, tiny_teacher, tmp_path):
+def test_a_model_with_other_padding_rows_is_accepted(table, tiny_teacher, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
     model.resize_token_embeddings(PADDED + 64)
     model.save_pretrained(tmp_path)
@@ -158,7 +158,7 @@ def test_going_on_from_a_model_with_another_padding(table, tiny_teacher, tmp_pat
     assert built.dtype == torch.bfloat16
 
 
-def test_a_fresh_model_from_a_configuration(table, tmp_path):
+def test_a_configuration_gives_a_new_random_model(table, tmp_path):
     LlamaConfig(**{**SIZES, "vocab_size": PADDED}).save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "config.json"):
         built = student.build(StudentConfig(config=str(source)), table)
@@ -166,7 +166,7 @@ def test_a_fresh_model_from_a_configuration(table, tmp_path):
         assert built.config.eos_token_id == AutoTokenizer.from_pretrained(table.tokenizer).eos_token_id
 
 
-def test_too_few_rows_for_the_vocabulary(table, tmp_path):
+def test_a_vocabulary_smaller_than_the_tables_is_refused(table, tmp_path):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(StudentError, match="at least 500 rows") as error:
         student.build(StudentConfig(config=str(tmp_path)), table)
@@ -174,12 +174,12 @@ def test_too_few_rows_for_the_vocabulary(table, tmp_path):
 
 
 @pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"depth": 2, "config": "b"}])
-def test_a_student_comes_from_exactly_one_place(given, table):
-    with pytest.raises(UsageError, match="exactly one place"):
+def test_zero_or_several_sources_of_a_student_are_refused(given, table):
+    with pytest.raises(UsageError, match="exactly one setting"):
         student.build(StudentConfig(**given), table)
 
 
-def test_another_vocabulary_is_refused(table, tiny_teacher, tmp_path):
+def test_another_vocabulary_of_equal_size_is_refused(table, tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -189,22 +189,22 @@ def test_another_vocabulary_is_refused(table, tiny_teacher, tmp_path):
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(StudentError) as error:
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
-    for said in ("expected:", "500 tokens", "2 differ", str(tmp_path / "model"), "what to do:"):
-        assert said in str(error.value)
+    for message in ("expected:", "500 tokens", "2 differ", str(tmp_path / "model"), "what to do:"):
+        assert message in str(error.value)
 
 
-def test_the_same_vocabulary_split_otherwise_is_refused(table, tiny_teacher, tmp_path):
+def test_the_same_vocabulary_with_other_splitting_rules_is_refused(table, tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["pre_tokenizer"]["add_prefix_space"] = True
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(StudentError, match="other rules"):
+    with pytest.raises(StudentError, match="different rules"):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "config.json"])
-def test_a_model_that_is_not_whole(missing, table, tiny_teacher, tmp_path):
+def test_a_model_with_a_missing_file_is_refused(missing, table, tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "model")
     (tmp_path / "model" / missing).unlink()
     with pytest.raises(StudentError) as error:
@@ -220,7 +220,7 @@ def test_pickled_weights_are_not_loaded(table, tiny_teacher, tmp_path):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
-def test_an_adapter_beside_a_model_is_not_put_into_it_unseen(table, tiny_teacher, tmp_path):
+def test_an_adapter_next_to_a_model_is_not_loaded_silently(table, tiny_teacher, tmp_path):
     shutil.copytree(tiny_teacher, tmp_path / "model")
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), LoraConfig(init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "model")
@@ -228,14 +228,14 @@ def test_an_adapter_beside_a_model_is_not_put_into_it_unseen(table, tiny_teacher
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES)
-def test_damaged_weights(damage, said, table, tiny_teacher, tmp_path):
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_weights_are_refused(damage, message, table, tiny_teacher, tmp_path):
     damaged(tiny_teacher, tmp_path / "model", damage)
-    with pytest.raises(StudentError, match=said):
+    with pytest.raises(StudentError, match=message):
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
-def test_weights_that_a_file_lacks_are_not_invented(table, tiny_teacher, tmp_path):
+def test_missing_weights_are_refused_and_not_initialized_at_random(table, tiny_teacher, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_teacher, tmp_path / "model")
@@ -247,11 +247,11 @@ def test_weights_that_a_file_lacks_are_not_invented(table, tiny_teacher, tmp_pat
         student.build(StudentConfig(model=str(tmp_path / "model")), table)
 
 
-def test_a_model_whose_logits_are_made_otherwise_is_refused():
+def test_a_model_with_an_unsupported_computation_of_logits_is_refused():
     config = Gemma2Config(**{**SIZES, "vocab_size": PADDED}, final_logit_softcapping=1.5)
     model = Gemma2ForCausalLM(config)
     student._require_head(model)
     head = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 1.1 * head(hidden)
-    with pytest.raises(StudentError, match="in a way that the loss does not know"):
+    with pytest.raises(StudentError, match="in a way that the loss does not support"):
         student._require_head(model)

@@ -1,4 +1,4 @@
-"""What a student must be is asked in the same way of a teacher, before it is paid for, and of a table."""
+"""The same checks of a student run against a teacher, before the capture, and against a table."""
 
 import json
 import shutil
@@ -18,12 +18,12 @@ BAD = [
     ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
     ({"depth": 3}, UsageError, "exceeds the teacher's number of layers"),
     ({"layers": (0,), "intermediate_size": 129}, UsageError, "at most 128"),
-    ({"layers": (0,), "labels": ("law",)}, UsageError, "predicts tokens"),
+    ({"layers": (0,), "labels": ("law",)}, UsageError, "teacher is a language model"),
     ({"model": "nowhere/at-all"}, StudentError, "can't find the model"),
     ({"model": "stranger"}, StudentError, "499 tokens"),
     ({"config": "small.json"}, StudentError, "at least 500 rows"),
     ({"config": "short.json"}, StudentError, r"at least \d+ positions"),
-    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one place"),
+    ({"depth": 1, "config": "small.json"}, UsageError, "exactly one setting"),
 ]
 
 
@@ -33,7 +33,7 @@ def capturing(teacher, **settings):
 
 @pytest.fixture
 def strangers(tiny_teacher, tmp_path, monkeypatch):
-    """A model with a token less, and configurations with room for too few, or for too short sequences."""
+    """A model with one token fewer, and configurations with too few ids or too few positions."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_teacher, "stranger")
     tokenizer = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
@@ -46,38 +46,40 @@ def strangers(tiny_teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("strangers")
-@pytest.mark.parametrize(("student", "kind", "said"), BAD, ids=[str(student) for student, *_ in BAD])
-def test_a_student_that_can_not_be(student, kind, said, table, tiny_teacher):
+@pytest.mark.parametrize(("student", "kind", "message"), BAD, ids=[str(student) for student, *_ in BAD])
+def test_an_unsuitable_student_is_refused_before_the_capture_and_before_training(
+    student, kind, message, table, tiny_teacher
+):
     config = StudentConfig(**student)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         require_fitting(config, Origin.of_capture(capturing(tiny_teacher)))
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         build(config, table)
 
 
-def test_a_student_that_can(table, tiny_teacher):
+def test_a_suitable_student_is_accepted_before_the_capture_and_before_training(table, tiny_teacher):
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
         assert require_fitting(StudentConfig(depth=2), origin).path == tiny_teacher
         assert origin.tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("config", [BloomConfig(vocab_size=512), GPT2Config(vocab_size=512, n_positions=40)])
-def test_positions_that_have_no_limit_or_are_enough_for_what_there_is(config, table, tmp_path):
+def test_unlimited_positions_or_enough_for_the_longest_sequence_are_accepted(config, table, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json_string())
     origin = replace(Origin.of(table), max_tokens=1000)  # longer ones could have been captured
     require_fitting(StudentConfig(config=str(tmp_path / "config.json")), origin)
 
 
-def test_labels_of_a_classifier_and_what_only_language_models_have(tiny_teacher, tmp_path):
+def test_classifiers_accept_known_labels_and_refuse_adapters(tiny_teacher, tmp_path):
     origin = Origin.of_capture(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
     require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")), origin)
     with pytest.raises(UsageError, match="did you mean 'names'"):
         require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
-    with pytest.raises(UsageError, match="adapters are for language models"):
+    with pytest.raises(UsageError, match="adapters are only for language models"):
         require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_r": 4}), origin)
 
 
-def test_a_temperature_that_would_not_be_stored(tiny_teacher):
+def test_a_temperature_that_the_capture_would_not_store_is_refused(tiny_teacher):
     config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
     require_loss(config, Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)})))
     with pytest.raises(UsageError, match=r"no tail mass for temperature 2"):

@@ -1,4 +1,4 @@
-"""A student's folder: what stops it from being written, and what is in it that can't be gone by, is said clearly."""
+"""A student's folder: clear errors for a folder that can't be written, and for a record that can't be used."""
 
 import json
 import re
@@ -21,10 +21,10 @@ from tests.storage.test_location import HOLDING, SECRET
 @pytest.mark.parametrize(
     "write", [lambda full: full.write_text("x"), lambda full: save_file({"a": torch.zeros(1)}, str(full / "weights"))]
 )
-def test_a_full_disk_and_a_folder_that_is_none(tmp_path: Path, write):
+def test_a_student_that_can_not_be_written_is_an_error_with_its_folder(tmp_path: Path, write):
     student = StudentFolder(tmp_path / "student")
-    said = rf"can't be written(.|\n)*{re.escape(str(student.path))}"
-    with pytest.raises(TrainingError, match=said) as error, student.writing():
+    message = rf"can't be written(.|\n)*{re.escape(str(student.path))}"
+    with pytest.raises(TrainingError, match=message) as error, student.writing():
         write(Path("/dev/full"))
     assert len(str(error.value).splitlines()) < 7
 
@@ -43,7 +43,7 @@ def test_a_record_that_names_credentials_is_refused(tmp_path: Path, location: st
     assert SECRET not in str(error.value)
 
 
-def test_an_evaluation_refuses_such_a_record(tmp_path: Path, tiny_teacher: Path):
+def test_an_evaluation_refuses_a_record_with_credentials(tmp_path: Path, tiny_teacher: Path):
     table = make_table(tmp_path / "table", tiny_teacher, train=0)
     (tmp_path / "softlabel.json").write_text(json.dumps({"table": {"tables": [{"location": HOLDING[0]}]}}))
     with pytest.raises(UsageError, match="contains credentials") as error:
@@ -52,9 +52,9 @@ def test_an_evaluation_refuses_such_a_record(tmp_path: Path, tiny_teacher: Path)
 
 
 @pytest.mark.parametrize("target", ["others", "missing"])
-def test_no_student_is_made_through_a_link(tmp_path: Path, target: str):
+def test_no_student_is_written_through_a_link(tmp_path: Path, target: str):
     (tmp_path / "others" / "scratch").mkdir(parents=True)
     (tmp_path / "student.training").symlink_to(tmp_path / target)
-    with pytest.raises(UsageError, match="a link has the name"):
+    with pytest.raises(UsageError, match="checkpoints is a link"):
         train(TrainConfig(table="nowhere", output=str(tmp_path / "student"), optimizer={"device": "cpu"}))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["others", "scratch", "student.training"]

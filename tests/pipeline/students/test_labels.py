@@ -18,7 +18,7 @@ def test_without_labels_a_student_has_its_teachers_classes():
     assert unmapped.tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
-def test_many_classes_become_one_label():
+def test_several_classes_become_one_label():
     labels = LabelMap.of(("verse=psalms,prophets", "prose=law,history,gospels"), CLASSES)
     merged, unmapped = labels.merge(LOGPROBS)
     np.testing.assert_allclose(np.exp(merged), [[0.3, 0.7], [0, 1]], atol=1e-7)
@@ -40,17 +40,17 @@ def test_a_subset_is_renormalized_and_the_rest_reported():
     [
         (("low", "psalms"), "did you mean 'law'"),
         (("a=law,history", "b=history"), "history belongs to two labels"),
-        (("law=history", "b=law"), "law is a class of the teacher's, and not of that label"),
-        (("a=law", "a=history"), "a name of its own"),
+        (("law=history", "b=law"), "law is the name of a class that is not part of the label law"),
+        (("a=law", "a=history"), "each with a different name"),
         (("a=law,history",), "at least two labels"),
         (("a=", "b=law"), "no class ''"),
     ],
 )
-def test_labels_that_can_not_be_made(labels, message):
+def test_labels_that_do_not_fit_the_classes_are_refused(labels, message):
     with pytest.raises(UsageError, match=message):
         LabelMap.of(labels, CLASSES)
 
 
-def test_a_label_that_nobody_knows_is_named():
+def test_an_unknown_label_of_a_document_is_named_in_the_error():
     with pytest.raises(UsageError, match="'lore'"):
         LabelMap.of((), CLASSES).ids(["law", "lore"])

@@ -1,4 +1,4 @@
-"""A student's record is compared whole, under today's names, whichever version of softlabel wrote it."""
+"""All settings of a student's record are compared under their current names, whichever version wrote it."""
 
 import json
 from copy import deepcopy
@@ -28,7 +28,7 @@ OLD_NAMES = {
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_targets",
 }
-"""Names of today, and what the version before called them."""
+"""Current names of settings, and their names in the previous version."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def record(student):
-    """The student's record, written as the version before wrote it; put back in the end."""
+    """The student's record as the previous version wrote it; restored at the end."""
     path = Path(student.output) / "softlabel.json"
     today = path.read_text()
     config = json.loads(today)["config"]
@@ -59,7 +59,7 @@ def record(student):
 
 
 def write(path: Path, record, config):
-    """Write the record with these settings; return what changes them once more."""
+    """Write the record with these settings; return a function that changes one of them."""
     path.write_text(json.dumps({**record, "config": config}))
 
     def change(section: str, name: str, value: object) -> None:
@@ -70,7 +70,7 @@ def write(path: Path, record, config):
     return change
 
 
-def test_a_student_of_the_version_before_is_taken_as_trained(student, record):
+def test_a_finished_student_of_an_earlier_version_is_recognized(student, record):
     assert train(student).steps_trained == 0
 
 
@@ -97,13 +97,13 @@ def test_a_setting_that_differs_under_its_old_name_refuses_the_student(student, 
         train(student)
 
 
-def test_what_changes_nothing_of_a_student_may_differ(student, record):
+def test_settings_that_do_not_affect_the_student_may_differ(student, record):
     record("optimiser", "checkpoint_steps", 77)
     record("stream", "micro_rows", 1)
     assert train(student).steps_trained == 0
 
 
-def test_a_setting_that_nobody_knows_refuses_the_student_and_names_it(student, record):
+def test_a_record_with_an_unknown_setting_is_refused_with_its_name(student, record):
     record("stream", "of_tomorrow", 1)
     with pytest.raises(UsageError, match=r"stream\.of_tomorrow"):
         train(student)
@@ -120,7 +120,7 @@ def test_a_setting_that_the_record_lacks_has_its_default(student, record, tmp_pa
         train(decayed)
 
 
-def test_a_record_is_read_under_names_that_the_settings_have_today(student, record):
+def test_a_record_is_read_with_the_current_names_of_its_settings(student, record):
     found = StudentFolder(Path(student.output)).finished()
     assert found is not None
     assert flatten(found["config"]).keys() == flatten(student.model_dump(mode="json")).keys()

@@ -1,4 +1,4 @@
-"""What a student was made from is written down by its hashes; other files in the same place are not taken for it."""
+"""A student's record identifies its source files by hash, so that changed files are noticed."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def change(folder: Path) -> None:
-    """Other weights, of the same shape and name."""
+    """Replace the weights by others of the same shape and name."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.model.norm.weight.data *= 2
     model.save_pretrained(folder)
@@ -54,7 +54,7 @@ def going_on(table, output, model):
     return settings(table, output, student=student, optimizer={"max_steps": 4, "save_steps": 1})
 
 
-def test_record_and_card_name_what_a_student_is_made_of(table, tiny_teacher, model, tmp_path):
+def test_record_and_model_card_name_the_source_and_the_teacher(table, tiny_teacher, model, tmp_path):
     loss = {"divergence": "skew_forward_kl", "mix": 0.25, "hard_weight": 0.5}
     config = going_on(table, tmp_path / "student", model).model_copy(
         update={"loss": settings(table, "", loss=loss).loss}
@@ -64,18 +64,18 @@ def test_record_and_card_name_what_a_student_is_made_of(table, tiny_teacher, mod
     assert record["source"] == {"name": str(model), "commit": None, "files": hashes(model)}
     assert record["teachers"] == [{"name": str(tiny_teacher), "commit": None}]
     assert record["objective"] == "0.5 × cross-entropy + skew forward KL (mix 0.25, bucket)"
-    for said in (f"- from: {model}\n", f"- teacher: {tiny_teacher}\n", f"- loss: {record['objective']}\n"):
-        assert said in card
+    for text in (f"- from: {model}\n", f"- teacher: {tiny_teacher}\n", f"- loss: {record['objective']}\n"):
+        assert text in card
     assert "LoRA" not in card
 
 
-def test_other_files_in_the_same_place_are_another_student(table, model, tmp_path):
+def test_changed_files_in_the_same_folder_are_refused(table, model, tmp_path):
     config = going_on(table, tmp_path / "student", model)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt_at(2))
     before = shutil.copytree(model, tmp_path / "before")
     change(model)
-    with pytest.raises(UsageError, match=r"an unfinished student(.|\n)*model\.safetensors: its content is not what"):
+    with pytest.raises(UsageError, match=r"an unfinished student(.|\n)*model\.safetensors: its content has changed"):
         train(config)
     shutil.copytree(before, model, dirs_exist_ok=True)
     assert train(config).resumed_from == 1
@@ -83,7 +83,7 @@ def test_other_files_in_the_same_place_are_another_student(table, model, tmp_pat
     (model / "consolidated.safetensors").write_text("what nobody loads")
     assert train(config).steps_trained == 0
     change(model)
-    with pytest.raises(UsageError, match=r"there is a student here(.|\n)*model\.safetensors"):
+    with pytest.raises(UsageError, match=r"already holds a student(.|\n)*model\.safetensors"):
         train(config)
     for file in model.iterdir():
         file.unlink()
@@ -97,37 +97,37 @@ def test_other_files_in_the_same_place_are_another_student(table, model, tmp_pat
         train(config)
 
 
-def test_layers_are_those_of_the_teacher_that_spoke(model, tmp_path):
+def test_layers_of_a_teacher_changed_since_the_capture_are_refused(model, tmp_path):
     own = make_table(tmp_path / "table", model, train=8, held_out=0)
     build(StudentConfig(layers=(1,)), own)
     change(model)
-    with pytest.raises(StudentError, match=r"(?s)teacher is not there any more.*model\.safetensors is another"):
+    with pytest.raises(StudentError, match=r"(?s)no longer the table's teacher.*model\.safetensors has changed"):
         build(StudentConfig(layers=(1,)), own)
     assert build(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
 
 
-def spoken(table, *teachers):
-    """Where a table comes from that these teachers have made."""
+def captured_from(table, *teachers):
+    """Origin of a table captured from these teachers."""
     return replace(Origin.of(table), teachers=lambda: teachers)
 
 
 def test_layers_of_a_teacher_with_an_adapter_or_code_of_its_own(model, table):
     spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
     with pytest.raises(StudentError, match="without the adapter"):
-        require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, spoke)))
+        require_fitting(StudentConfig(depth=1), captured_from(table, Teacher.of(str(model), None, spoke)))
     (model / "own.py").write_text("")
     files = hashes(model) | {"own.py": hashlib.sha256(b"").hexdigest()}
     coded = TeacherIdentity(files=files, dtype="float32")
-    require_fitting(StudentConfig(depth=1), spoken(table, Teacher.of(str(model), None, coded)))
+    require_fitting(StudentConfig(depth=1), captured_from(table, Teacher.of(str(model), None, coded)))
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_download_of_the_hub_model_that_spoke(table, model, tmp_path, monkeypatch):
-    """In a folder that is named like it: there are no revisions in it, and its files are compared all the same."""
+def test_a_downloaded_copy_of_the_hub_teacher_is_accepted_by_its_files(table, model, tmp_path, monkeypatch):
+    """In a folder with the model's name, which has no revisions; its files are compared instead."""
     monkeypatch.chdir(tmp_path)
     spoke = Teacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
     shutil.copytree(model, tmp_path / "org" / "name")
-    assert require_fitting(StudentConfig(depth=1), spoken(table, spoke)).path == Path("org/name")
+    assert require_fitting(StudentConfig(depth=1), captured_from(table, spoke)).path == Path("org/name")
 
 
 def test_one_teacher_in_two_precisions_is_one(tiny_teacher, tmp_path):
@@ -166,9 +166,9 @@ def test_a_revision_of_a_hub_model(table, tmp_path):
         assert source["files"] == hashes(tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
         assert f"- from: org/name at {commit}\n" in (output / "README.md").read_text()
     by_commit = settings(table, tmp_path / OLD, student={**student, "revision": OLD}, optimizer={"max_steps": 1})
-    assert train(by_commit).steps_trained == 0, "the files count, and not by what name they were asked for"
+    assert train(by_commit).steps_trained == 0, "only the files count, not the name of the revision"
     moved = settings(table, tmp_path / OLD, student={**student, "revision": NEW}, optimizer={"max_steps": 1})
-    with pytest.raises(UsageError, match="its content is not what it was"):
+    with pytest.raises(UsageError, match="its content has changed"):
         train(moved)
     with pytest.raises(StudentError, match="revision v2"):
         build(StudentConfig(model="org/name", revision="v2"), table)

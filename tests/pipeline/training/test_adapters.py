@@ -1,4 +1,4 @@
-"""Adapters and kernels for a student's body: what is trained, and that what is saved needs neither."""
+"""Adapters and kernels for a student's body: which weights are trained, and that a saved student needs neither."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ LORA = {"lora_r": 4, "lora_target_modules": ("q_proj", "down_proj")}
 
 
 def test_adapters_are_trained_and_merged(table, tmp_path):
-    """Only the layers that are named have changed, by no more than the rank; also after an interruption."""
+    """Only the named layers change, by a matrix of at most the given rank; also after an interruption."""
     config = settings(table, tmp_path / "student", student=LORA, optimizer={"learning_rate": 1e-2})
     report = train(config)
     before, after = student.build(StudentConfig(layers=(1,)), table).state_dict(), weights(report.output)
@@ -42,8 +42,8 @@ def test_adapters_are_trained_and_merged(table, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing_proj", "lm_head", "embed_tokens"])
-def test_layers_that_can_not_be_adapted(name, table, tmp_path):
-    """Not one of them is passed over, beside another that is there."""
+def test_unknown_layers_or_the_head_are_refused_as_lora_targets(name, table, tmp_path):
+    """An unknown name is refused even next to a known one."""
     config = settings(table, tmp_path / "student", student={"lora_r": 4, "lora_target_modules": ("q_proj", name)})
     with pytest.raises(UsageError, match=f"lora_target_modules: {name}") as error:
         train(config)
@@ -51,7 +51,7 @@ def test_layers_that_can_not_be_adapted(name, table, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
-def test_liger_without_a_gpu(table, tmp_path):
+def test_liger_without_a_gpu_is_refused(table, tmp_path):
     with pytest.raises(UsageError, match=r"optimizer\.use_liger_kernel"):
         train(settings(table, tmp_path / "student", optimizer={"use_liger_kernel": True}))
 

@@ -1,4 +1,4 @@
-"""Classifiers as students: the loss, the order of the documents, label sets of their own, and a whole training."""
+"""Classifiers as students: loss, order of the documents, other label sets, and complete training runs."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def settings(table, output, **changes):
 
 @pytest.mark.parametrize("labels", [(), MERGED, ("types", "names")])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_loss_is_the_textbooks(labels, temperature, table):
+def test_the_loss_equals_the_textbook_formula(labels, temperature, table):
     config = LossConfig(hard_weight=0.5, soft_weight=2.0, temperature=temperature)
     student = build_classifier(StudentConfig(layers=(0,), labels=labels), table).double().eval()
     documents = Documents.read(table, "train", LabelMap.of(labels, CLASSES))
@@ -102,7 +102,7 @@ def test_every_divergence_has_finite_gradients(divergence, table):
     student = build_classifier(StudentConfig(layers=(0,)), table)
     documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
     documents.logprobs[0] = torch.tensor([0.0, *[-torch.inf] * 3])
-    documents.logprobs[1] = torch.nan  # a document that is left out whole
+    documents.logprobs[1] = torch.nan  # a document whose classes are all left out
     batch = documents.batch(range(4), student.config.pad_token_id, 4)
     total, parts = Classification(student, LossConfig(divergence=divergence))(batch)
     total.backward()
@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_the_micro_batches_or_ranks(table):
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
 
 
-def test_the_order_and_where_it_goes_on(table):
+def test_documents_come_once_per_epoch_also_after_a_restart(table):
     documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
     count = len(documents.tokens)
 
@@ -147,7 +147,7 @@ def test_the_order_and_where_it_goes_on(table):
         assert seen(start=cursor) == whole[cursor.epoch * count + cursor.packs :]
 
 
-def test_a_student_of_fewer_labels(table, tmp_path):
+def test_a_student_of_merged_labels_learns_them(table, tmp_path):
     report = train(settings(table, tmp_path / "student", student={"labels": MERGED}))
     assert (report.steps, set(report.metrics)) == (12, {"eval_kl", "eval_agreement", "eval_accuracy", "eval_f1"})
     record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
@@ -160,7 +160,7 @@ def test_a_student_of_fewer_labels(table, tmp_path):
     assert again.steps_trained == 0
 
 
-def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_path, monkeypatch):
+def test_some_of_the_held_out_documents_are_evaluated_during_training(table, tmp_path, monkeypatch):
     monkeypatch.setattr(class_student, "EVAL_TOKENS", 200)
     monkeypatch.setattr(class_student, "EVAL_BATCHES", 2)
     student = build_classifier(StudentConfig(layers=(0,)), table)
@@ -178,7 +178,7 @@ def test_some_of_the_held_out_documents_are_measured_while_training(table, tmp_p
     assert module.measured(measured)["eval_kl"] == pytest.approx(mean, rel=1e-3)
 
 
-def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):
+def test_an_interrupted_training_resumes_bit_for_bit(table, tmp_path):
     optimizer = {"save_steps": 4}
     train(settings(table, tmp_path / "whole", optimizer=optimizer))
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +189,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(table, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_head_for_the_same_labels_is_kept_and_another_made_anew(table, teacher):
+def test_a_head_for_the_same_labels_is_kept_and_another_is_reset(table, teacher):
     head = load_file(teacher / "model.safetensors")["classifier.weight"]
     same = build_classifier(StudentConfig(model=str(teacher)), table)
     assert torch.equal(same.classifier.weight, head)
@@ -199,8 +199,8 @@ def test_a_head_for_the_same_labels_is_kept_and_another_made_anew(table, teacher
     assert torch.equal(order.bert.encoder.layer[0].output.dense.weight, same.bert.encoder.layer[0].output.dense.weight)
 
 
-def test_what_has_a_head_is_said_by_ids_and_architecture(table, teacher, tmp_path):
-    """Not by the order of names in a file, nor by names alone: a model without a head has them, too."""
+def test_a_head_is_recognized_by_label_ids_and_architecture(table, teacher, tmp_path):
+    """Not by the order of names in the file, nor only by names, which a model without a head has, too."""
     shutil.copytree(teacher, tmp_path / "reversed")
     config = json.loads((teacher / "config.json").read_text())
     config["id2label"] = dict(reversed(config["id2label"].items()))
@@ -231,36 +231,38 @@ def test_a_student_from_a_configuration_or_of_another_architecture(table, tiny_t
         ({"student": {"labels": ["types"]}}, "at least two labels"),
     ],
 )
-def test_what_is_refused(changes, message, table, tmp_path):
+def test_settings_that_do_not_fit_classifiers_are_refused(changes, message, table, tmp_path):
     with pytest.raises(UsageError, match=message):
         train(settings(table, tmp_path / "student", **changes))
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_a_loss_that_no_document_adds_to_is_refused(table, tmp_path):
+def test_a_loss_to_which_no_document_contributes_is_refused(table, tmp_path):
     unlabelled = reprocess(
         ReprocessConfig(source=table.location, destination=str(tmp_path / "table"), where="label is null")
     )
-    with pytest.raises(UsageError, match=r"none with a label of the student's \(loss.hard_weight\)"):
+    with pytest.raises(UsageError, match=r"none with one of the student's labels \(loss.hard_weight\)"):
         train(settings(Table.open(unlabelled.table), tmp_path / "student"))
     documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
     silent = replace(documents, logprobs=np.full_like(documents.logprobs, np.nan))
-    with pytest.raises(UsageError, match=r"none with a probability of the student's labels \(loss.soft_weight\)"):
+    with pytest.raises(
+        UsageError, match=r"none with a teacher's probability for the student's labels \(loss.soft_weight\)"
+    ):
         class_student._require_targets(LossConfig(), silent, table)
 
 
-def test_a_student_that_reads_less_than_the_table_holds(table, tiny_teacher, tmp_path):
+def test_a_student_with_too_few_positions_or_ids_is_refused(table, tiny_teacher, tmp_path):
     short = save_classifier(tmp_path / "short", tiny_teacher, max_position_embeddings=16)
-    with pytest.raises(StudentError, match="can't read the table's sequences"):
+    with pytest.raises(StudentError, match="the table's sequences are longer than the student can read"):
         build_classifier(StudentConfig(model=str(short)), table)
     small = save_classifier(tmp_path / "small", tiny_teacher, vocab_size=400)
     with pytest.raises(StudentError, match="at least 500 rows"):
         build_classifier(StudentConfig(model=str(small)), table)
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES)
-def test_damaged_weights(damage, said, table, teacher, tmp_path):
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_weights_are_refused(damage, message, table, teacher, tmp_path):
     damaged(teacher, tmp_path / "model", damage)
-    for labels in ((), MERGED):  # the head is kept, or made anew
-        with pytest.raises(StudentError, match=said):
+    for labels in ((), MERGED):  # with the head kept, and with a new one
+        with pytest.raises(StudentError, match=message):
             build_classifier(StudentConfig(model=str(tmp_path / "model"), labels=labels), table)

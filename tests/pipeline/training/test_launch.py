@@ -1,4 +1,4 @@
-"""Training by several processes: the student that one process trains, and nobody left behind."""
+"""Training by several processes: the student equals that of one process, and no process is left behind."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Noting(pickle.Unpickler):
             open({!r}, "a").write("an object\\n")
 pickle.Unpickler = Noting
 """
-"""A sitecustomize for ranks: it notes whatever torch.distributed unpickles."""
+"""A sitecustomize for ranks, which records whatever torch.distributed unpickles."""
 
 
 def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
@@ -60,11 +60,11 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
     assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
     for name, tensor in weights(uninterrupted.output).items():
         torch.testing.assert_close(weights(tmp_path / "student")[name], tensor, rtol=1e-3, atol=1e-5)
-    # How many processes there were changes nothing about what the student is.
+    # The number of processes does not affect the student.
     assert train(settings(table, tmp_path / "student")).steps_trained == 0
 
 
-def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on(table, tmp_path):
+def test_ranks_die_with_their_parent_and_another_number_of_them_resumes(table, tmp_path):
     config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 1000})
     assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 10
@@ -72,7 +72,7 @@ def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on
         assert time.monotonic() < deadline, f"{left} outlived the process that started them"
         time.sleep(0.1)
 
-    # They did not wait for the one that listens, and may have come further than it heard of.
+    # The ranks do not wait for the parent, and may be further than the last progress that it received.
     checkpoint = step_of(newest_checkpoint(tmp_path / "student.training")) + 4
     for name in ("student", "alone"):
         with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def test_processes_die_with_the_one_that_started_them_and_another_number_goes_on
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_an_error_of_a_rank_is_the_error(table, tmp_path):
+def test_an_error_of_a_rank_is_raised_by_the_parent(table, tmp_path):
     alone, together = (
         settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimizer=optimizer)
         for optimizer in ({}, {"processes": 2})
@@ -93,12 +93,12 @@ def test_an_error_of_a_rank_is_the_error(table, tmp_path):
         train(together)
     assert str(error.value) == str(expected.value)
     assert not processes_of(tmp_path)
-    # The first rank is ended, too, and may then leave the file that it locked; nobody holds it any more.
+    # The first rank is killed, too, and may leave its lock file, which no process holds any more.
     assert not {path.name for path in tmp_path.iterdir()} - {".student.softlabel.lock"}
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_path, monkeypatch):
+def test_a_rank_that_dies_ends_the_others_and_is_named_in_the_error(victim, table, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     died, before = 0.0, family(os.getpid())
 
@@ -117,8 +117,8 @@ def test_a_rank_that_dies_ends_the_others_and_is_the_error(victim, table, tmp_pa
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "full"])
-def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding, table, tmp_path, monkeypatch):
-    """Settings of another launcher's job, of another network interface, and a working folder full of traps."""
+def test_ranks_ignore_other_launchers_and_use_only_the_loopback_interface(sharding, table, tmp_path, monkeypatch):
+    """With another launcher's environment, another network interface, and a folder of modules that must not run."""
     for name, value in ELSEWHERE.items():
         monkeypatch.setenv(name, value)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
@@ -149,10 +149,10 @@ def test_whatever_surrounds_them_ranks_are_a_matter_between_themselves(sharding,
     assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, os.getuid())
     assert not folder.exists()
     assert not caught.exists(), caught.read_text()
-    assert not (tmp_path / "unpickled").exists(), "a socket's other end could be anybody"
+    assert not (tmp_path / "unpickled").exists(), "nothing from a socket is unpickled"
 
 
-def test_processes_that_there_are_no_gpus_for(monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert ranks.to_start(OptimizerConfig()) == 2

@@ -1,4 +1,4 @@
-"""Training that was interrupted, is done already, or would be mixed with another: it goes on exactly, or refuses."""
+"""Training that was interrupted resumes exactly; training that would mix two runs is refused."""
 
 import json
 import os
@@ -20,12 +20,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("die", "resumed"), [({"step": 10}, 8), ({"saving": 8}, 4)])
-def test_a_killed_run_goes_on_bit_for_bit(die, resumed, uninterrupted, table, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(die, resumed, uninterrupted, table, tmp_path, monkeypatch):
     config = settings(table, tmp_path / "student")
     assert run(["-c", CHILD], config, **die).returncode == -signal.SIGKILL
     assert not (tmp_path / "student").exists()
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() - 3600)  # the clock jumps back: the curves' order is not by it
+    monkeypatch.setattr(
+        time, "time", lambda: now() - 3600
+    )  # the clock jumps back, which must not change the order of the curves
     report = train(config)
     assert report.resumed_from == resumed
     assert report.steps_trained == uninterrupted.steps - resumed
@@ -35,7 +37,7 @@ def test_a_killed_run_goes_on_bit_for_bit(die, resumed, uninterrupted, table, tm
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_bug_two_trainings_of_one_student_destroy_each_other(uninterrupted, table, tmp_path):
+def test_a_second_training_of_a_student_at_the_same_time_is_refused(uninterrupted, table, tmp_path):
     config = settings(table, tmp_path / "student")
     refused = []
 
@@ -51,8 +53,8 @@ def test_bug_two_trainings_of_one_student_destroy_each_other(uninterrupted, tabl
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_stopping_early_with_the_best_weights(table, tmp_path):
-    """So fast that it overfits; and the same when it is interrupted after a best evaluation and after a worse one."""
+def test_early_stopping_keeps_the_best_weights(table, tmp_path):
+    """At a rate that overfits; also when interrupted after the best evaluation and after a worse one."""
     fast = {
         **{"early_stopping_patience": 2, "num_train_epochs": 8, "eval_steps": 2, "learning_rate": 0.02},
         **{"lr_scheduler_type": "constant", "warmup_ratio": 0},
@@ -81,7 +83,7 @@ def test_stopping_early_with_the_best_weights(table, tmp_path):
     assert_same(resumed.output, best.output)
 
 
-def test_an_unfinished_run_keeps_to_its_version(table, tiny_teacher, tmp_path):
+def test_an_unfinished_run_resumes_with_its_version_of_the_table(table, tiny_teacher, tmp_path):
     own = tables.make_table(tmp_path / "table", tiny_teacher, train=8, held_out=0)
     config = settings(own, tmp_path / "student", optimizer={"save_steps": 1})
     with pytest.raises(KeyboardInterrupt):
@@ -93,13 +95,13 @@ def test_an_unfinished_run_keeps_to_its_version(table, tiny_teacher, tmp_path):
     assert json.loads((tmp_path / "student" / "softlabel.json").read_text())["table"]["version"] == own.version
 
 
-def test_other_settings_are_refused(uninterrupted, table, tmp_path):
+def test_other_settings_are_refused_for_an_existing_student(uninterrupted, table, tmp_path):
     with pytest.raises(UsageError) as error:
         train(settings(table, uninterrupted.output, optimizer={"learning_rate": 0.5}, loss={"hard_weight": 1.0}))
-    for said in ("optimizer.learning_rate: 0.001 then, 0.5 now", "loss.hard_weight", "choose another output"):
-        assert said in str(error.value)
+    for message in ("optimizer.learning_rate: 0.001 then, 0.5 now", "loss.hard_weight", "choose another output"):
+        assert message in str(error.value)
 
-    # What was never saved binds nobody.
+    # A run without a checkpoint does not fix the settings.
     with pytest.raises(KeyboardInterrupt):
         train(settings(table, tmp_path / "student", stream={"seed": 1}), interrupt_at(2))
     unfinished = settings(table, tmp_path / "student")
@@ -136,7 +138,7 @@ def test_a_second_run_trains_nothing(uninterrupted, table):
     assert (Path(uninterrupted.output) / "model.safetensors").stat() == before
 
 
-def test_a_folder_that_holds_something_else(table, tmp_path):
+def test_a_folder_with_other_files_is_refused(table, tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match=r"thesis\.tex"):

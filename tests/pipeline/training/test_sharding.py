@@ -1,4 +1,4 @@
-"""Training a student that is divided among processes (FSDP): the one that a single process trains, whole on disk."""
+"""Training a student that is sharded among processes (FSDP): it equals that of one process, and is whole on disk."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SHARDED = {"processes": 2, "sharding": "full"}
 
 @pytest.fixture(scope="module")
 def divided(table, tmp_path_factory):
-    """A student that two processes have trained in one go, half of it each; they listened to nobody else."""
+    """A student that two processes trained in one run, sharded; they listened only on loopback."""
     open_to = set()
     config = settings(table, tmp_path_factory.mktemp("divided") / "student", optimizer=SHARDED)
     report = train(config, lambda _: open_to.update(listening(family(os.getpid()))))
@@ -31,7 +31,7 @@ def divided(table, tmp_path_factory):
     return report
 
 
-def test_the_same_student(divided, uninterrupted):
+def test_a_sharded_student_is_the_one_that_a_single_process_trains(divided, uninterrupted):
     record = json.loads(Path(divided.output, "softlabel.json").read_text())
     assert record["circumstances"].items() >= {"ranks": "2", "sharding": "full"}.items()
     assert (divided.steps, divided.positions, divided.parameters) == (
@@ -47,9 +47,9 @@ def test_the_same_student(divided, uninterrupted):
 
 
 @pytest.mark.long
-def test_killed_and_gone_on_with_by_shares_or_alone(divided, uninterrupted, table, tmp_path):
+def test_a_killed_sharded_run_resumes_sharded_or_in_one_process(divided, uninterrupted, table, tmp_path):
     config = settings(table, tmp_path / "student", optimizer=SHARDED)
-    with pytest.raises(KeyboardInterrupt):  # which ends both processes wherever they are
+    with pytest.raises(KeyboardInterrupt):  # which ends both processes at any point
         train(config, interrupt_at(6))
     shutil.copytree(tmp_path / "student.training", tmp_path / "alone.training")
     resumed = train(config)
@@ -87,7 +87,7 @@ def hold_a_share(rank, rendezvous):
     sharding.reshard(module)
     saved = sharding.weights(module.student)
     if rank == 0:
-        assert_equal(saved, before)  # computed with in bfloat16, kept in float32
+        assert_equal(saved, before)  # used in bfloat16, stored in float32
     sharding.load_weights(module.student, {name: tensor + 1 for name, tensor in before.items()})
     sharding.unshard(module.student)
     assert_equal(module.student.state_dict(), {"lm_head.weight": before["model.embed_tokens.weight"]}, 1)
@@ -96,14 +96,14 @@ def hold_a_share(rank, rendezvous):
     distributed.destroy_process_group()
 
 
-def test_what_is_written_is_whole_and_what_is_read_is_shared_out(tmp_path):
+def test_weights_are_saved_whole_and_loaded_in_shards(tmp_path):
     torch.multiprocessing.spawn(hold_a_share, (str(tmp_path / "rendezvous"),), nprocs=2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("bf16", [False, True])
-def test_on_gpus(bf16, uninterrupted, table, tmp_path):
+def test_sharded_training_on_gpus_gives_the_same_student(bf16, uninterrupted, table, tmp_path):
     report = train(settings(table, tmp_path / "student", optimizer={**SHARDED, "device": "cuda", "bf16": bf16}))
     assert report.metrics["eval_kl"] == pytest.approx(uninterrupted.metrics["eval_kl"], rel=1e-2)
 

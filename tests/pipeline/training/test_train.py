@@ -1,4 +1,4 @@
-"""Training: the same student whatever the micro-batches, the ranks and the interruptions; and what is refused."""
+"""Training: the student does not depend on micro-batches, ranks and interruptions; unusable settings are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ from tests.pipeline.trainings import STREAM, curve, history, settings
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_what_is_left_behind(uninterrupted, table):
+def test_a_finished_student_has_its_record_and_leaves_no_run_folder(uninterrupted, table):
     folder = Path(uninterrupted.output)
     assert not list(folder.parent.glob("*.training"))
     assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt*"))
@@ -48,16 +48,16 @@ def test_what_is_left_behind(uninterrupted, table):
     assert (str(folder), table.version) in {(pin.student, pin.version) for pin in pins(table.location)}
 
 
-def test_a_table_that_may_only_be_read(table, tmp_path, monkeypatch):
+def test_a_read_only_table_is_trained_from_with_a_warning(table, tmp_path, monkeypatch):
     def refuse(*_):
         raise TableError("can't be written")
 
     monkeypatch.setattr(training, "pin", refuse)
-    with pytest.warns(UserWarning, match="Nothing keeps this version"):
+    with pytest.warns(UserWarning, match="A vacuum may delete this version"):
         assert train(settings(table, tmp_path / "student", optimizer={"max_steps": 1})).steps == 1
 
 
-def test_bug_evaluation_loss_is_a_thousand_times_the_training_loss(uninterrupted):
+def test_training_and_evaluation_losses_are_on_the_same_scale(uninterrupted):
     entries = history(uninterrupted.output)
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(1, uninterrupted.steps + 1))
@@ -68,18 +68,18 @@ def test_bug_evaluation_loss_is_a_thousand_times_the_training_loss(uninterrupted
     evaluated = [entry for entry in entries if "eval_kl" in entry]
     assert [entry["step"] for entry in evaluated] == [0, 5, 10, 12]
     assert {"eval_cross_entropy", "eval_agreement"} < set(evaluated[0])
-    # Both are means over positions: before the first step, training and evaluation say the same of the student.
+    # Both are means over positions: before the first step, training and evaluation see the same student.
     assert evaluated[0]["eval_kl"] == pytest.approx(steps[0]["soft"], rel=0.1)
     assert evaluated[-1]["eval_kl"] == uninterrupted.metrics["eval_kl"] < evaluated[0]["eval_kl"]
 
 
-def test_each_epoch_has_each_position_once(uninterrupted, table):
+def test_each_epoch_trains_on_each_position_once(uninterrupted, table):
     positions = table.scan().filter(split="train").select("positions").sum().collect().item()
     assert uninterrupted.positions == 3 * positions
 
 
 def gradients_of(table, ranks, **stream):
-    """The loss and the gradients of one step, over all ranks."""
+    """Loss and gradients of one step, over all ranks."""
     model = student.build(StudentConfig(layers=(1,)), table).double()
     module = Distillation(model, table, LossConfig(hard_weight=0.3), None)
     stream, total = StreamConfig(**{**STREAM, **stream}), 0.0
@@ -96,7 +96,7 @@ def gradients_of(table, ranks, **stream):
     [(8, [(1, 1, True), (2, 1, True), (3, 2, True), (8, 2, True)]), (40, [(3, 2, False), (8, 1, False)])],
 )
 def test_gradients_do_not_depend_on_micro_batches_ranks_or_packing(batch_size, others, table):
-    """Of 40 rows, a step has all of the table's sequences, packed or not."""
+    """A step of 40 rows has all of the table's sequences, packed or not."""
     loss, gradients = gradients_of(table, 1, micro_batch_size=8, batch_size=batch_size)
     for micro_batch_size, ranks, packing in others:
         other_loss, others = gradients_of(
@@ -115,8 +115,8 @@ LIKE = {"vocab_size": 576, "num_hidden_layers": 1, "num_key_value_heads": 1, "ti
     "config",
     [Gemma2Config(final_logit_softcapping=1.5, **LIKE), GraniteConfig(logits_scaling=8.0, **LIKE), LlamaConfig(**LIKE)],
 )
-def test_bug_what_a_student_does_to_its_logits_is_ignored_by_the_loss(config, table):
-    """Soft cap, scale, bias and padded rows: what is trained is the loss of the logits that the model itself gives."""
+def test_the_loss_is_that_of_the_models_own_logits(config, table):
+    """With soft cap, scale, bias and padding rows, the loss is that of the logits that the model returns."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(LIKE["vocab_size"]))
@@ -132,17 +132,17 @@ def test_bug_what_a_student_does_to_its_logits_is_ignored_by_the_loss(config, ta
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])
-def test_students_do_not_depend_on_the_micro_batches(micro_batch_size, uninterrupted, table, tmp_path):
+def test_the_student_does_not_depend_on_the_micro_batch_size(micro_batch_size, uninterrupted, table, tmp_path):
     train(settings(table, tmp_path / "student", stream={"micro_batch_size": micro_batch_size}))
     for entry, other in zip(history(uninterrupted.output), history(tmp_path / "student"), strict=True):
         assert other == pytest.approx(entry, rel=1e-4)
-    # Adam would hide a factor on all gradients.
+    # Adam would hide a common factor of all gradients.
     norms = dict(curve(uninterrupted.output, "grad_norm"))
     assert dict(curve(tmp_path / "student", "grad_norm")) == pytest.approx(norms, rel=1e-3)
 
 
-@pytest.mark.parametrize(("step", "checkpoint"), [(10, "checkpoint-8;"), (2, "none was written yet")])
-def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "checkpoint"), [(10, "checkpoint-8"), (2, "(none was written yet)")])
+def test_a_nan_loss_stops_the_run_and_never_reaches_a_checkpoint(step, checkpoint, table, tmp_path, monkeypatch):
     loss = lesson.distillation_loss
     steps = [0]
 
@@ -155,15 +155,16 @@ def test_a_loss_that_is_no_number(step, checkpoint, table, tmp_path, monkeypatch
     config = settings(table, tmp_path / "student", stream={"micro_batch_size": 8})
     with pytest.raises(TrainingError) as error:
         train(config)
-    for said in (checkpoint, f"step {step} of 12", "learning_rate"):
-        assert said in str(error.value)
+    for text in ("the last good checkpoint is", f"step {step} of 12", "optimizer.learning_rate"):
+        assert text in str(error.value)
+    assert str(error.value).endswith(checkpoint)
     assert not (tmp_path / "student").exists()
     monkeypatch.undo()
-    for kept in (tmp_path / "student.training").glob("checkpoint-*/model.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
+    for weights in (tmp_path / "student.training").glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(weights).values())
 
 
-def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tiny_teacher, tmp_path, monkeypatch):
+def test_nan_weights_are_saved_neither_as_checkpoint_nor_as_student(table, tiny_teacher, tmp_path, monkeypatch):
     def broken(optimizer, *arguments, **named):
         update(optimizer, *arguments, **named)
         steps.append(1)
@@ -172,7 +173,7 @@ def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tin
 
     update, steps = torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
-    with pytest.raises(TrainingError, match=r"(?s)weights that are no numbers.*step 8 of 12.*checkpoint-4;"):
+    with pytest.raises(TrainingError, match=r"(?s)NaN or infinite weights.*step 8 of 12.*checkpoint-4\Z"):
         train(settings(table, tmp_path / "student"))
     assert [folder.name for folder in (tmp_path / "student.training").glob("checkpoint-*")] == ["checkpoint-4"]
     monkeypatch.undo()
@@ -181,12 +182,12 @@ def test_weights_that_are_no_numbers_are_no_checkpoint_and_no_student(table, tin
     with pytest.raises(TrainingError, match=r"(?s)eval_kl nan.*step 1 of 1.*none was written yet"):
         train(settings(table, tmp_path / "fast", optimizer=fast))
     unmeasured = make_table(tmp_path / "table", tiny_teacher, train=4, held_out=0)
-    with pytest.raises(TrainingError, match=r"(?s)weights that are no numbers.*step 1 of 1"):
+    with pytest.raises(TrainingError, match=r"(?s)NaN or infinite weights.*step 1 of 1"):
         train(settings(unmeasured, tmp_path / "fast", optimizer=fast))
     assert not list(tmp_path.glob("fast/*"))
 
 
-def test_a_student_whose_packed_sequences_would_see_each_other(table, tmp_path):
+def test_a_student_whose_packed_sequences_see_each_other_is_refused(table, tmp_path):
     FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     changes = {"student": {"layers": None, "config": str(tmp_path)}, "optimizer": {"max_steps": 3}}
     with pytest.raises(StudentError, match=r"set stream\.packing false"):
@@ -197,7 +198,7 @@ def test_a_student_whose_packed_sequences_would_see_each_other(table, tmp_path):
     assert measured.students[0].kl == pytest.approx(report.metrics["eval_kl"], rel=1e-5)
 
 
-def test_bug_soft_labels_that_are_not_there_leave_cross_entropy_alone(table, tmp_path):
+def test_damaged_soft_labels_stop_training(table, tmp_path):
     shutil.copytree(table.location, tmp_path / "table")
     own = Table.open(str(tmp_path / "table"))
     for shard in own.shards("train"):
@@ -208,7 +209,7 @@ def test_bug_soft_labels_that_are_not_there_leave_cross_entropy_alone(table, tmp
     assert not (tmp_path / "student").exists()
 
 
-def test_hard_labels_alone(table, tmp_path):
+def test_a_student_can_be_trained_on_hard_labels_only(table, tmp_path):
     report = train(settings(table, tmp_path / "control", loss={"hard_weight": 1.0, "soft_weight": 0.0}))
     for entry in history(tmp_path / "control"):
         if "loss" in entry:
@@ -217,7 +218,7 @@ def test_hard_labels_alone(table, tmp_path):
     assert set(report.metrics) == {"eval_kl", "eval_cross_entropy", "eval_agreement"}
 
 
-def test_weights_of_the_loss_that_change_from_step_to_step(table, tmp_path):
+def test_loss_weights_change_linearly_over_the_steps(table, tmp_path):
     loss = {"hard_weight": 0.5, "hard_weight_end": 0.0, "soft_weight_end": 2.0}
     config = settings(table, tmp_path / "student", loss=loss, optimizer={"max_steps": 5})
     train(config)
@@ -228,44 +229,44 @@ def test_weights_of_the_loss_that_change_from_step_to_step(table, tmp_path):
     assert "loss: (0.5 to 0) × cross-entropy + (1 to 2) × forward KL" in card
 
 
-def test_nothing_is_learned_without_a_weight():
+def test_loss_weights_that_are_both_zero_at_the_last_step_are_refused():
     with pytest.raises(ValidationError, match="both weights are 0 at the last step"):
         LossConfig(hard_weight=0.0, soft_weight_end=0.0)
 
 
-def test_bfloat16_and_checkpointed_gradients(uninterrupted, table, tmp_path):
+def test_bfloat16_and_gradient_checkpointing_train_a_similar_student(uninterrupted, table, tmp_path):
     train(settings(table, tmp_path / "student", optimizer={"bf16": True, "gradient_checkpointing": True}))
     expected, found = history(uninterrupted.output), history(tmp_path / "student")
     assert found[-1]["eval_kl"] == pytest.approx(expected[-1]["eval_kl"], rel=0.05)
 
 
-def test_nothing_held_out(tiny_teacher, tmp_path):
+def test_without_an_eval_split_only_runs_that_need_one_are_refused(tiny_teacher, tmp_path):
     own = make_table(tmp_path / "table", tiny_teacher, train=8, held_out=0)
     report = train(settings(own, tmp_path / "student", optimizer={"max_steps": 2}))
     assert report.steps == 2
     assert report.metrics == {}
     for depends in ({"early_stopping_patience": 1}, {"keep": "best"}):
-        with pytest.raises(UsageError, match="nothing is held out"):
+        with pytest.raises(UsageError, match="need an eval split"):
             train(settings(own, tmp_path / "other", optimizer=depends))
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
-        ({"student": {"layers": None}}, UsageError, "exactly one place"),
+        ({"student": {"layers": None}}, UsageError, "exactly one setting"),
         ({"student": {"layers": None, "model": "nowhere"}}, StudentError, "nowhere"),
         ({"loss": {"temperature": 2.0}}, UsageError, "temperature"),
         ({"stream": {"max_length": 16}}, UsageError, "max_length"),
         ({"optimizer": {"device": "cuda:7"}}, UsageError, "CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_what_can_not_be_trained_leaves_nothing(changes, error, said, table, tmp_path):
-    with pytest.raises(error, match=said):
+def test_a_refused_training_writes_nothing(changes, error, message, table, tmp_path):
+    with pytest.raises(error, match=message):
         train(settings(table, tmp_path / "student", **changes))
     assert not list(tmp_path.iterdir())
 
 
-def test_one_sequence_to_train_on_or_none(tiny_teacher, tmp_path):
+def test_one_train_sequence_is_enough_and_none_is_refused(tiny_teacher, tmp_path):
     one = make_table(tmp_path / "one", tiny_teacher, train=1, held_out=1)
     report = train(settings(one, tmp_path / "student"))
     assert (report.steps, report.positions) == (3, 3 * (len(tables._ids(0)) - 1))
