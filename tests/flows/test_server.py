@@ -10,7 +10,7 @@ from tests.flows.servers import answers, wait_until
 
 SCRIPT = """
 import sys, time
-from flows import server
+from softlabel.flows import server
 
 url = server.start()
 server.wait(url)
