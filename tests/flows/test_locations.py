@@ -134,7 +134,7 @@ def test_the_command_line_never_shows_credentials(
 def test_every_flows_schema_excludes_credentials_in_locations(verb: str):
     from prefect.utilities.callables import parameter_schema
 
-    schema = parameter_schema(getattr(import_module(f"flows.{verb}"), f"{verb}_flow")).model_dump_json()
+    schema = parameter_schema(getattr(import_module(f"softlabel.flows.{verb}"), f"{verb}_flow")).model_dump_json()
     assert json.loads(schema)["definitions"]
     assert schema.count('"pattern":"^(?!') > 0
 
