@@ -26,7 +26,7 @@ def test_the_teacher_is_asked_again(tiny_teacher: Path, tmp_path: Path, capsys: 
     assert "is as it was written" in shown
     assert "says the same again of 5 sequences" in shown
     assert run(command) == 1
-    assert "teacher.dtype: the table has float32, this bfloat16" in capsys.readouterr().err
+    assert "teacher.dtype: the table has float32, this teacher bfloat16" in capsys.readouterr().err
 
 
 def test_a_teacher_without_a_model_is_no_teacher(capsys: pytest.CaptureFixture[str]):
