@@ -26,7 +26,7 @@ def test_the_teacher_is_compared_with_a_sample(tiny_teacher: Path, tmp_path: Pat
     assert "is intact: " in shown
     assert "the teacher agrees with the table on 5 sequences" in shown
     assert run(command) == 1
-    assert "teacher.dtype: the table has float32, this bfloat16" in capsys.readouterr().err
+    assert "teacher.dtype: the table has float32, this teacher bfloat16" in capsys.readouterr().err
 
 
 def test_teacher_settings_without_a_model_are_refused(capsys: pytest.CaptureFixture[str]):
