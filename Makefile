@@ -21,7 +21,7 @@ BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 .PHONY: demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
 
 demo-classes: $(INSTALLED)
-	@$(BIN)/python -m softlabel.pipeline.examples.classifier .demo/classes
+	@$(BIN)/python -m softlabel.pipeline.examples.book_classifier .demo/classes
 	@$(BIN)/softlabel capture --config .demo/classes/labels.yaml
 	@$(BIN)/softlabel train --config .demo/classes/teacher.yaml
 	@$(BIN)/softlabel distill --config .demo/classes/distill.yaml

@@ -8,7 +8,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from softlabel.flows.progress import watching
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
 
 

@@ -8,7 +8,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import TrainConfig
-from softlabel.pipeline.evaluation.classifier import ClassEvaluation
+from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.compatibility import require_fitting, require_loss

@@ -1,7 +1,7 @@
 """Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
-from softlabel.storage import commit_files
-from softlabel.storage.commit_files import LOG, commit_file, commits
+from softlabel.storage import log_files
+from softlabel.storage.log_files import LOG, commit_file, commits
 from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import Place, inaccessible
@@ -24,7 +24,7 @@ def is_view(location: str) -> bool:
 def exists(location: str) -> bool:
     """Whether a location has a view or a Delta table, made by softlabel or another program."""
     path = parse(location)[0]
-    return commit_files.exists(place_of(path)) or is_view(path)
+    return log_files.exists(place_of(path)) or is_view(path)
 
 
 def open_error(location: str, version: int | None, error: Exception) -> SoftlabelError:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from softlabel.storage.commit_files import commits
+from softlabel.storage.log_files import commits
 from softlabel.storage.credentials import holds_credentials
 from softlabel.storage.errors import TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import user

@@ -17,7 +17,7 @@ from softlabel.pipeline.examples import language_model as demo
 from softlabel.storage.reader import index
 from softlabel.storage.table import Table
 from tests.listening import trap
-from tests.pipeline.capturing.test_workers import gone, workers_of
+from tests.pipeline.capturing.test_worker_pool import gone, workers_of
 
 NO_WAY_OUT = """
 import os, socket

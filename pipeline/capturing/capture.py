@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.copies import copy_rows, late_copies, own_order, still_pending
 from softlabel.pipeline.capturing.plan import Plan, identify, plan
 from softlabel.pipeline.capturing.plan_files import require_planned
-from softlabel.pipeline.capturing.workers import Workers, cut
+from softlabel.pipeline.capturing.worker_pool import Workers, cut
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import CombinedProgress, Progress, Watch, unwatched
 from softlabel.pipeline.selection.select import NotADistributionError, select, selection_of
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.pipeline.teachers.classifier import LabelTeacher
+from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch

@@ -26,7 +26,7 @@ from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass,
 from softlabel.pipeline.selection.select import Selection, selection_of
 from softlabel.pipeline.sequences.chunking import to_sequences
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.pipeline.teachers.classifier import LabelTeacher
+from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher

@@ -16,7 +16,7 @@ from softlabel.pipeline.evaluation.metrics import Estimate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from softlabel.pipeline.stream.classifier import ClassBatch
+    from softlabel.pipeline.stream.classifier_batches import ClassBatch
 
 _RESAMPLES = 200
 """Bootstrap samples of the confusion matrix that the errors of the averages are computed from."""

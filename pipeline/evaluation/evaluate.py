@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
-from softlabel.pipeline.evaluation.classifier import ClassEvaluation, evaluate_classes
+from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation, evaluate_classes
 from softlabel.pipeline.evaluation.metrics import Metrics, measure
 from softlabel.pipeline.evaluation.report import (
     Report,

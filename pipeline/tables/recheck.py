@@ -19,7 +19,7 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import bucket_kl, kept_mass
 from softlabel.pipeline.tables.accounts import Answers, Doubles, Indices, SampledSequences
-from softlabel.pipeline.teachers.classifier import LabelTeacher
+from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
 from softlabel.storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError

@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.teachers.classifier import ClassifierTeacher, LabelTeacher
+from softlabel.pipeline.teachers.classifier_teacher import ClassifierTeacher, LabelTeacher
 from softlabel.pipeline.teachers.teacher import Teacher, TransformersTeacher
 
 

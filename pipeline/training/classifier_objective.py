@@ -16,7 +16,7 @@ from softlabel.pipeline.config.train import LossConfig, TrainConfig
 from softlabel.pipeline.evaluation.classifier_metrics import measure_classes
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import SparseTargets
-from softlabel.pipeline.stream.classifier import ClassBatch, ClassDataset, Documents
+from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, Documents
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.training.objective import Lesson
 from softlabel.storage.errors import AccessError, IntegrityError, TableError, UsageError

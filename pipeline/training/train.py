@@ -24,7 +24,7 @@ from softlabel.pipeline.loss.targets import Target, dropping
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.students.build import build, parameters
-from softlabel.pipeline.students.classifier import build_classifier
+from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.compatibility import require_loss
 from softlabel.pipeline.students.folder import StudentFolder, run_record
 from softlabel.pipeline.students.model_card import last_evaluation
@@ -34,7 +34,7 @@ from softlabel.pipeline.training.adapters import adapt, use_liger
 from softlabel.pipeline.training.classifier_objective import class_lesson
 from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
 from softlabel.pipeline.training.objective import Lesson, language_lesson
-from softlabel.pipeline.training.sharding import is_sharded, shard, unshard
+from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
 from softlabel.pipeline.training.trainer import DistillationTrainer, cursor_of
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances

@@ -32,7 +32,7 @@ from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
 from softlabel.pipeline.training.objective import Lesson
-from softlabel.pipeline.training.sharding import (
+from softlabel.pipeline.training.fsdp import (
     gathered,
     is_sharded,
     load_optimizer,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from softlabel.storage.commit_files import checkpoints, commit_file, commits, unreadable_commit
+from softlabel.storage.log_files import checkpoints, commit_file, commits, unreadable_commit
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from deltalake.transaction import RemoveAction
 
-from softlabel.storage.commit_files import LOG
+from softlabel.storage.log_files import LOG
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
 from softlabel.storage.identity import circumstances

@@ -30,7 +30,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, Te
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
-from softlabel.pipeline.teachers.classifier import LabelTeacher
+from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.storage.codec import SoftLabels
 from tests import memory
 

@@ -7,7 +7,7 @@ import pytest
 from softlabel.flows.display import show_capture, show_distill
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
-from softlabel.pipeline.evaluation.classifier import ClassEvaluation, ClassScore
+from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation, ClassScore
 from softlabel.pipeline.models.pruning import spread
 from softlabel.pipeline.training.train import TrainReport
 

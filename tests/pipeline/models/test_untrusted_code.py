@@ -18,7 +18,7 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.students.build import build
-from softlabel.pipeline.students.classifier import build_classifier
+from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.teachers.teacher import TransformersTeacher

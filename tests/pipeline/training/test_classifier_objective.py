@@ -19,8 +19,8 @@ from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
-from softlabel.pipeline.stream.classifier import ClassDataset, Documents
-from softlabel.pipeline.students.classifier import build_classifier
+from softlabel.pipeline.stream.classifier_batches import ClassDataset, Documents
+from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.training import classifier_objective as class_student

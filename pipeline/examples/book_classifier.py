@@ -1,6 +1,6 @@
 """Prepares the classification example: passages of the King James Bible, labelled with their kind of book.
 
-``python -m softlabel.pipeline.examples.classifier FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the
+``python -m softlabel.pipeline.examples.book_classifier FOLDER`` makes FOLDER/encoder, FOLDER/documents.parquet and the
 settings of each step, as described in README.md. Two PyPI packages contain the text and the encoder; existing documents
 and an existing encoder are left unchanged. After all steps, a second argument, PICTURE.svg, draws README.md's picture.
 """
@@ -166,7 +166,7 @@ def _package(name: str) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m softlabel.pipeline.examples.classifier FOLDER [PICTURE.svg]")
+        sys.exit("usage: python -m softlabel.pipeline.examples.book_classifier FOLDER [PICTURE.svg]")
     try:
         if len(sys.argv) == 2:
             prepare(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_metrics import compare
 from softlabel.pipeline.evaluation.classifier_report import ClassStudent, verdict
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.stream.classifier import Documents
+from softlabel.pipeline.stream.classifier_batches import Documents
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import UsageError

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from softlabel.pipeline.training import sharding
+from softlabel.pipeline.training import fsdp
 from softlabel.pipeline.training.train import train
 from tests.listening import family, listening, only_here
 from tests.pipeline.trainings import curve, history, interrupt_at, settings, weights
@@ -76,20 +76,20 @@ class Taught(nn.Module):
 @torch.no_grad()
 def hold_a_share(rank, rendezvous):
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    ids, module, before = torch.arange(9)[None], Taught(), sharding.weights(Taught().student)
-    sharding.shard(module, torch.device("cpu"), bf16=True)
+    ids, module, before = torch.arange(9)[None], Taught(), fsdp.weights(Taught().student)
+    fsdp.shard(module, torch.device("cpu"), bf16=True)
     for parameter in module.parameters():
         assert isinstance(parameter, DTensor)
         assert parameter.to_local().numel() <= parameter.numel() * 0.51
     found = module.measured(ids)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), Taught().measured(ids), rtol=0.05, atol=0.01)
-    sharding.reshard(module)
-    saved = sharding.weights(module.student)
+    fsdp.reshard(module)
+    saved = fsdp.weights(module.student)
     if rank == 0:
         assert_equal(saved, before)  # used in bfloat16, stored in float32
-    sharding.load_weights(module.student, {name: tensor + 1 for name, tensor in before.items()})
-    sharding.unshard(module.student)
+    fsdp.load_weights(module.student, {name: tensor + 1 for name, tensor in before.items()})
+    fsdp.unshard(module.student)
     assert_equal(module.student.state_dict(), {"lm_head.weight": before["model.embed_tokens.weight"]}, 1)
     assert_equal(module.student.state_dict(), before, 1)
     assert module.student.lm_head.weight is module.student.model.embed_tokens.weight

@@ -19,8 +19,8 @@ from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics, compa
 from softlabel.pipeline.evaluation.classifier_report import SCORES, ClassReport, ClassStudent, ClassTeacher, to_html
 from softlabel.pipeline.evaluation.report import column_costs, prepare, write
 from softlabel.pipeline.progress import Progress, Watch
-from softlabel.pipeline.stream.classifier import ClassBatch, Documents
-from softlabel.pipeline.students.classifier import build_classifier
+from softlabel.pipeline.stream.classifier_batches import ClassBatch, Documents
+from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import circumstances

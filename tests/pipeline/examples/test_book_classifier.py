@@ -46,7 +46,7 @@ def test_each_steps_settings_use_the_results_of_the_step_before(tmp_path):
 @pytest.mark.long
 def test_the_commands_in_the_readme_work(tmp_path):
     folder = tmp_path / "classes"
-    subprocess.run([sys.executable, "-m", "softlabel.pipeline.examples.classifier", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "softlabel.pipeline.examples.book_classifier", str(folder)], check=True)
     softlabel = Path(sys.executable).with_name("softlabel")
     for verb, name in (("capture", "labels"), ("train", "teacher"), ("distill", "distill")):
         command = [softlabel, verb, "--config", folder / f"{name}.yaml", "--json"]
@@ -57,7 +57,7 @@ def test_the_commands_in_the_readme_work(tmp_path):
     assert report["teacher"]["accuracy"] > student["accuracy"] > chance < control["accuracy"]
     assert student["kl"] < control["kl"]
     subprocess.run(
-        [sys.executable, "-m", "softlabel.pipeline.examples.classifier", str(folder), str(tmp_path / "picture.svg")],
+        [sys.executable, "-m", "softlabel.pipeline.examples.book_classifier", str(folder), str(tmp_path / "picture.svg")],
         check=True,
     )
     drawn = " ".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())

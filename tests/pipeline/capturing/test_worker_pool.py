@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.plan import plan
-from softlabel.pipeline.capturing.workers import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, cut
+from softlabel.pipeline.capturing.worker_pool import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, cut
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models import files as model_folder
 from softlabel.pipeline.progress import Progress
