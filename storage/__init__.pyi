@@ -1,4 +1,5 @@
 from .codec import SoftLabels as SoftLabels
+from .errors import AccessError as AccessError
 from .errors import DisagreementError as DisagreementError
 from .errors import DocumentsError as DocumentsError
 from .errors import IntegrityError as IntegrityError

@@ -1,8 +1,8 @@
 """Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
 from softlabel.storage import log_files
-from softlabel.storage.log_files import LOG, commit_file, commits
 from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
+from softlabel.storage.log_files import LOG, commit_file, commits
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import Place, inaccessible
 from softlabel.storage.state import Chain

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from softlabel.storage.log_files import commit_file, lines_of, read_commit
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.log_files import commit_file, lines_of, read_commit
 from softlabel.storage.places.place import Place, hash_of
 
 COMMIT_MESSAGE = "softlabel"

@@ -24,10 +24,10 @@ from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
 from softlabel.storage.codec import Ints, SoftLabels
-from softlabel.storage.log_files import commit_file, last_metadata_commit, require_no_remains, require_whole
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
+from softlabel.storage.log_files import commit_file, last_metadata_commit, require_no_remains, require_whole
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema

@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from softlabel.storage.log_files import commits
 from softlabel.storage.credentials import holds_credentials
 from softlabel.storage.errors import TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import user
 from softlabel.storage.location import located
+from softlabel.storage.log_files import commits
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.records import Record, RecordStore, now

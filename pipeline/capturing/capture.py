@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.copies import copy_rows, late_copies, own_order, still_pending
-from softlabel.pipeline.capturing.plan import Plan, identify, plan
+from softlabel.pipeline.capturing.plan import CapturePlan, identify, plan
 from softlabel.pipeline.capturing.plan_files import require_planned
-from softlabel.pipeline.capturing.worker_pool import Workers, cut
+from softlabel.pipeline.capturing.worker_pool import Workers, split_shards
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.exclusive import scratch
@@ -119,7 +119,7 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecor
                 return decorate(step)(config, path, watch_piece)
 
         capturing = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
-        shards = own_order(cut(todo.shards, len(devices)), config.table)
+        shards = own_order(split_shards(todo.shards, len(devices)), config.table)
         if min(len(devices), len(shards)) > 1:
             with Workers(devices[: len(shards)], folder) as workers:
                 commits = workers.each(shards, lambda w, path: run_step(w.name, w.capture_shard, path, capturing))
@@ -141,7 +141,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
 
     Args:
         config: settings of the capture.
-        path: Parquet file of sequences, from ``Plan.shards``.
+        path: Parquet file of sequences, from ``CapturePlan.shards``.
         watch: called after each batch, in positions of this shard; those committed by another run count as done.
 
     Raises:
@@ -192,7 +192,7 @@ def _positions(sequences: pa.Table) -> int:
 
 
 def _summarize(
-    config: CaptureConfig, todo: Plan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
+    config: CaptureConfig, todo: CapturePlan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
 ) -> CaptureReport:
     """The report on a plan and the commits that carried it out."""
     return CaptureReport(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
-from softlabel.pipeline.documents.documents import Batch, Documents
+from softlabel.pipeline.documents.documents import DocumentBatch, Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.progress import Progress, Watch, unwatched
@@ -36,7 +36,7 @@ from softlabel.storage.versions import parse
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """The pending sequences, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
 
     shards: tuple[Path, ...]
@@ -61,7 +61,7 @@ class Plan:
     """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects."""
 
 
-def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
+def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> CapturePlan:
     """Find out what a capture has to do, and write it to files. The table's rows are not touched.
 
     Args:
@@ -113,7 +113,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Plan:
         listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
-    return Plan(
+    return CapturePlan(
         shards=pending.close(),
         copies=copies.close(),
         sequences=pending.sequences,
@@ -206,7 +206,7 @@ class Known:
             found, first, present = np.unique(versions[each], return_index=True, return_counts=True)
             self._whole.add(found[present == chunks[each[first]]])
 
-    def permitted(self, documents: Documents) -> Iterator[Batch]:
+    def permitted(self, documents: Documents) -> Iterator[DocumentBatch]:
         """The documents without those on the refuse list, which holds only hashes: their ids are written nowhere."""
         self.taken_down = 0
         is_refused = refusal(self._table)

@@ -40,7 +40,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 logger = logging.getLogger("softlabel")
 
 
-def cut(shards: Sequence[Path], workers: int) -> Sequence[Path]:
+def split_shards(shards: Sequence[Path], workers: int) -> Sequence[Path]:
     """A plan's shards, split further if there are fewer shards than workers and the pieces are large enough.
 
     Args:

@@ -41,7 +41,7 @@ class Reject(NamedTuple):
     reason: str
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Some documents (``DOCUMENT`` and the carried columns), and the rejected ones among them."""
 
     documents: pa.Table
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(rejects, key=lambda reject: order[reject.document_id])
 
-    def without(self, unwanted: NDArray[np.bool_], reason: str) -> "Batch":
+    def without(self, unwanted: NDArray[np.bool_], reason: str) -> "DocumentBatch":
         """The batch with some of its documents rejected for this reason."""
         if not unwanted.any():
             return self
@@ -89,7 +89,7 @@ class Documents:
         """Names and types of the carried columns."""
         row_schema(self.carried)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[DocumentBatch]:
         """All documents, always in the same order, a few thousand or a few tens of MB at a time.
 
         Raises:
@@ -114,7 +114,7 @@ class Documents:
                 do="check that these are the right files and that they are complete",
             )
 
-    def _checked(self, piece: Piece) -> Batch:
+    def _checked(self, piece: Piece) -> DocumentBatch:
         """The usable records as a table, and the rest as rejects."""
         c, values, names = self._columns, piece.values, list(piece.places)
         contents = zip(*(values[name] for name in c.contents.values()), strict=True)
@@ -138,7 +138,7 @@ class Documents:
         own = zip(*rows, strict=True) if rows else [()] * len(DOCUMENT)
         arrays = [pa.array(column, f.type) for column, f in zip(own, DOCUMENT, strict=True)]
         arrays += [column.take(pa.array(usable, pa.int64())) for column, _ in columns.values()]
-        return Batch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
+        return DocumentBatch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
 
     def _require_columns(self, found: list[str]) -> None:
         c = self._columns

@@ -29,14 +29,6 @@ SAMPLE_BYTES = 16 << 20
 TEXT_COLUMNS = ("id", "text")
 """Columns of a plain text file: its path below the folder, and its content."""
 
-_KINDS = {
-    ".parquet": "Parquet",
-    ".jsonl": "JSON lines",
-    ".ndjson": "JSON lines",
-    ".txt": "plain text",
-    ".md": "plain text",
-    ".rst": "plain text",
-}
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -56,8 +48,11 @@ class Piece(NamedTuple):
         return cls([], {name: [] for name in columns}, {})
 
 
-class Source(Protocol):
+class Reader(Protocol):
     """Files of one kind."""
+
+    kind: str
+    """Name of the format, for messages."""
 
     def __init__(self, files: list[File]) -> None: ...
 
@@ -70,7 +65,7 @@ class Source(Protocol):
         ...
 
 
-def find(path: str) -> Source:
+def find(path: str) -> Reader:
     """The files that a path, folder or glob names.
 
     Raises:
@@ -79,22 +74,25 @@ def find(path: str) -> Source:
     """
     files, is_folder = find_files(path)
     if is_folder:
-        files = [file for file in files if _kind(file)] or files
-    kinds = {_kind(file) for file in files}
-    if len(kinds) != 1 or None in kinds:
+        files = [file for file in files if _reader(file)] or files
+    readers = {_reader(file) for file in files}
+    if len(readers) != 1 or None in readers:
         raise DocumentsError(
             "documents can't be read from this path",
-            expected=f"files of one kind: {', '.join(_KINDS)}; all but Parquet also with {' or '.join(_COMPRESSED)}",
+            expected=f"files of one kind: {', '.join(_READERS)}; all but Parquet also with {' or '.join(_COMPRESSED)}",
             found=", ".join([file.name for file in files][:10]) or "an empty folder",
             where=path,
             do="select files of one kind with a glob, such as 'folder/*.parquet'",
         )
-    sources: dict[str | None, type[Source]] = {"Parquet": Parquet, "JSON lines": JsonLines, "plain text": PlainText}
-    return sources[kinds.pop()](files)
+    (reader,) = readers
+    assert reader
+    return reader(files)
 
 
 class Parquet:
     """Parquet files; each row is a record."""
+
+    kind = "Parquet"
 
     def __init__(self, files: list[File]) -> None:
         self._files = files
@@ -118,6 +116,8 @@ class Parquet:
 
 class JsonLines:
     """Files with one JSON object per line; each line is a record."""
+
+    kind = "JSON lines"
 
     def __init__(self, files: list[File]) -> None:
         self._files = files
@@ -173,6 +173,8 @@ class JsonLines:
 class PlainText:
     """Text files; each is a record."""
 
+    kind = "plain text"
+
     def __init__(self, files: list[File]) -> None:
         self._files = files
 
@@ -205,7 +207,7 @@ def _reading(file: File) -> Iterator[None]:
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DocumentsError(
             "a file of documents can't be read",
-            expected=f"a complete, undamaged file of {_kind(file)}",
+            expected=f"a complete, undamaged file of {reader.kind if (reader := _reader(file)) else 'documents'}",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             where=file.address,
             do="write or copy the file again, or exclude it with a glob",
@@ -231,11 +233,22 @@ def _require_each_once(columns: list[str], found: list[str], file: File) -> None
             )
 
 
-def _kind(file: File) -> str | None:
+_READERS: dict[str, type[Reader]] = {
+    ".parquet": Parquet,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".txt": PlainText,
+    ".md": PlainText,
+    ".rst": PlainText,
+}
+"""Which class reads a file, by the ending of its name."""
+
+
+def _reader(file: File) -> type[Reader] | None:
     *_, before, last = ["", "", *file.suffixes]
     if last in _COMPRESSED:
-        return None if (kind := _KINDS.get(before)) == "Parquet" else kind
-    return _KINDS.get(last)
+        return None if (reader := _READERS.get(before)) is Parquet else reader
+    return _READERS.get(last)
 
 
 def _rows_of_a_piece(file: pq.FileMetaData) -> int:

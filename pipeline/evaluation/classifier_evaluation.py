@@ -19,7 +19,7 @@ from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics, compa
 from softlabel.pipeline.evaluation.classifier_report import SCORES, ClassReport, ClassStudent, ClassTeacher, to_html
 from softlabel.pipeline.evaluation.report import column_costs, prepare, write
 from softlabel.pipeline.progress import Progress, Watch
-from softlabel.pipeline.stream.classifier_batches import ClassBatch, Documents
+from softlabel.pipeline.stream.classifier_batches import ClassBatch, LabelledDocuments
 from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.storage.errors import UsageError
@@ -81,7 +81,7 @@ def evaluate_classes(
     """
     target_device = device(config.device)
     labels = _labels(config, table, trained)
-    documents = Documents.read(table, "eval", labels)
+    documents = LabelledDocuments.read(table, "eval", labels)
     prepare(Path(config.report))
     students = []
     for folder, name, provenance in zip(config.students, names, trained, strict=True):
@@ -148,7 +148,7 @@ def _watched(batches: Iterator[ClassBatch], total: int, name: str, watch: Watch)
         watch(Progress(f"evaluate {name}", done, total, "documents"))
 
 
-def _teacher(documents: Documents, labels: LabelMap) -> ClassMetrics:
+def _teacher(documents: LabelledDocuments, labels: LabelMap) -> ClassMetrics:
     """The teacher measured like a student; where it has no distribution over the labels, a uniform one stands in."""
     predicted = np.where(np.isnan(documents.logprobs), np.float32(-np.log(len(labels.names))), documents.logprobs)
     return compare(predicted, documents.labels, documents.logprobs, list(labels.names))

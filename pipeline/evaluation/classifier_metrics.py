@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softlabel.pipeline.evaluation.metrics import Estimate
+from softlabel.pipeline.evaluation.metrics import MeanWithError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,12 +39,12 @@ class Quality:
     """A classifier compared with the labels of the documents that have one."""
 
     documents: int
-    accuracy: Estimate
-    precision: Estimate
+    accuracy: MeanWithError
+    precision: MeanWithError
     """Mean over the labels that occur (macro average), like recall and f1."""
-    recall: Estimate
-    f1: Estimate
-    cross_entropy: Estimate
+    recall: MeanWithError
+    f1: MeanWithError
+    cross_entropy: MeanWithError
     """With the label, in nats."""
     by_label: tuple[ClassQuality, ...]
     confusion: tuple[tuple[int, ...], ...]
@@ -56,9 +56,9 @@ class ClassMetrics:
     """A classifier's metrics over documents, at temperature 1."""
 
     documents: int
-    kl: Estimate
+    kl: MeanWithError
     """Forward KL from the teacher, nats per document."""
-    agreement: Estimate
+    agreement: MeanWithError
     """Share of documents for which both predict the same label."""
     quality: Quality | None
     """None if no document has a label."""
@@ -123,7 +123,7 @@ def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: li
         by_label=tuple(ClassQuality(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in by_label),
         confusion=tuple(map(tuple, confusion.tolist())),
         **{
-            name: Estimate(float(mean), float(error) if len(labels) > 1 else None)
+            name: MeanWithError(float(mean), float(error) if len(labels) > 1 else None)
             for name, mean, error in zip(averages, macro, errors, strict=True)
         },
     )
@@ -155,10 +155,10 @@ def _bootstrap_errors(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     return errors
 
 
-def mean(values: NDArray[Any]) -> Estimate:
+def mean(values: NDArray[Any]) -> MeanWithError:
     """Mean over documents, and its standard error."""
     numbers = values.astype(np.float64)
     if not len(numbers):
-        return Estimate(float("nan"), None)
+        return MeanWithError(float("nan"), None)
     error = float(numbers.std(ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else None
-    return Estimate(float(numbers.mean()), error)
+    return MeanWithError(float(numbers.mean()), error)

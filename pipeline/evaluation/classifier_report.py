@@ -10,7 +10,7 @@ from typing import Any
 from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.charts import Bar
 from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics
-from softlabel.pipeline.evaluation.metrics import Estimate
+from softlabel.pipeline.evaluation.metrics import MeanWithError
 from softlabel.pipeline.evaluation.report import ColumnBytes, TrainedStudent, histories, render
 
 SCORES = ("accuracy", "precision", "recall", "f1")
@@ -49,7 +49,7 @@ class ClassReport:
     """Documents of the eval split that also occur in the train split, and were not evaluated."""
     labels: tuple[str, ...]
     """The students' labels."""
-    unmapped: Estimate
+    unmapped: MeanWithError
     """Mass of the teacher's distribution on classes that belong to none of the students' labels, as a mean."""
     teacher: ClassTeacher
     students: tuple[ClassStudent, ...]

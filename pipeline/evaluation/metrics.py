@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softlabel.pipeline.config.train import LossConfig
-from softlabel.pipeline.loss.averaging import decode
+from softlabel.pipeline.loss.averaging import decode_batch
 from softlabel.pipeline.loss.divergence import cross_entropy, divergence_terms
 from softlabel.pipeline.loss.targets import SparseTargets
 from softlabel.pipeline.students.build import OutputHead, hidden_states, output_head
@@ -32,14 +32,14 @@ _QUANTITIES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy", "tea
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanWithError:
     """A mean over positions, and its standard error if sequences, rather than positions, are independent."""
 
     mean: float
     error: float | None
     """None for a single sequence."""
 
-    def tells_from(self, other: "Estimate") -> bool:
+    def tells_from(self, other: "MeanWithError") -> bool:
         """Whether two means differ by more than two standard errors of their difference.
 
         This is conservative for means over the same sequences: their errors are correlated, since what is hard for one
@@ -66,18 +66,18 @@ class Metrics:
 
     sequences: int
     positions: int
-    cross_entropy: Estimate
+    cross_entropy: MeanWithError
     """With the token that actually follows."""
-    kl: Estimate
+    kl: MeanWithError
     """Forward KL, from the teacher to the student."""
     kl_kind: Literal["unbiased", "lower bound", "mean over teachers"]
     """Unbiased if the table has a sampled tail or stores whole distributions; a lower bound if all tokens outside the
     head count as one outcome; for an average of teachers, the (unbiased) mean of the KL from each teacher, which is the
     KL from their average plus how far the teachers differ from it."""
-    agreement: Estimate | None
+    agreement: MeanWithError | None
     """Share of positions at which both have the same most likely token; None if the table has no head."""
-    teacher_cross_entropy: Estimate
-    teacher_entropy: Estimate
+    teacher_cross_entropy: MeanWithError
+    teacher_entropy: MeanWithError
     by_entropy: tuple[EntropyBin, ...]
     """In order of entropy; bins without positions are left out."""
 
@@ -124,7 +124,7 @@ def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTa
             continue
         batch = batch.to(model.device)
         states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
-        targets = decode(batch.targets, vocabulary, table.temperatures, loss)
+        targets = decode_batch(batch.targets, vocabulary, table.temperatures, loss)
         most_likely = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
         budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
         rows = max(1, budget // (4 * head.weight.shape[0]))
@@ -194,12 +194,12 @@ def _summarize(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teach
     )
 
 
-def _estimate(positions: Tensor, sums: Tensor) -> Estimate:
+def _estimate(positions: Tensor, sums: Tensor) -> MeanWithError:
     """Mean per position of per-sequence sums, with the standard error of a ratio estimator over sequences."""
     total, sequences = positions.sum(), len(positions)
     mean = sums.sum() / total
     if sequences < 2:
-        return Estimate(float(mean), None)
+        return MeanWithError(float(mean), None)
     residuals = sums - mean * positions
     variance = residuals.square().sum() * sequences / (sequences - 1)
-    return Estimate(float(mean), float(variance.sqrt() / total))
+    return MeanWithError(float(mean), float(variance.sqrt() / total))

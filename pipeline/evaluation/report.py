@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.charts import Curve
-from softlabel.pipeline.evaluation.metrics import Estimate, Metrics
+from softlabel.pipeline.evaluation.metrics import MeanWithError, Metrics
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places.folder import publish
 
@@ -28,9 +28,9 @@ class TeacherSummary:
 
     name: str
     parameters: int | None
-    cross_entropy: Estimate
-    perplexity: Estimate
-    entropy: Estimate
+    cross_entropy: MeanWithError
+    perplexity: MeanWithError
+    entropy: MeanWithError
     """Mean entropy of its distributions, in nats: the minimum of any student's cross-entropy with the teacher."""
 
 
@@ -74,7 +74,7 @@ class StudentSummary(TrainedStudent):
     """One student's training and its metrics."""
 
     metrics: Metrics
-    perplexity: Estimate
+    perplexity: MeanWithError
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes,
     return tuple(ColumnBytes(name, size, size / positions) for name, size in largest_first)
 
 
-def perplexity(cross_entropy: Estimate) -> Estimate:
+def perplexity(cross_entropy: MeanWithError) -> MeanWithError:
     """exp of a cross-entropy in nats, with the error propagated to first order."""
     mean = exp(cross_entropy.mean)
-    return Estimate(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
+    return MeanWithError(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
 
 
 def prepare(folder: Path) -> None:

@@ -77,25 +77,25 @@ def require_average(loss: LossConfig, max_k: int | None) -> None:
         )
 
 
-def decode(
+def decode_batch(
     compact: CompactTargets | AveragedTargets,
     vocabulary: Tensor,
     temperatures: Sequence[float],
     loss: LossConfig,
     max_k: int | None = None,
 ) -> SparseTargets:
-    """Targets of N positions, from one teacher (``pipeline.loss.targets.decode``) or from an average.
+    """Targets of N positions, from one teacher (``pipeline.loss.targets.decode_targets``) or from an average.
 
     For an average, ids are in the order of their estimated probability, and the entropy is the teachers' mean.
 
     Raises:
-        UsageError: see ``pipeline.loss.targets.decode`` and ``require_average``.
+        UsageError: see ``pipeline.loss.targets.decode_targets`` and ``require_average``.
     """
     if isinstance(compact, CompactTargets):
-        return targets.decode(compact, vocabulary, temperatures, loss, max_k)
+        return targets.decode_targets(compact, vocabulary, temperatures, loss, max_k)
     require_average(loss, max_k)
     sampled = loss.model_copy(update={"target": "sampled"})
-    parts = [targets.decode(part, vocabulary, temperatures, sampled) for part in compact.parts]
+    parts = [targets.decode_targets(part, vocabulary, temperatures, sampled) for part in compact.parts]
     weighted = list(zip(parts, compact.weights, strict=True))
     ids = torch.cat([part.ids for part in parts], 1)
     probabilities = torch.cat([part.logprobs.exp() * weight for part, weight in weighted], 1)

@@ -1,8 +1,9 @@
 """Targets of the loss: the table's integers, decoded on the training device.
 
-``CompactTargets`` are the soft-label columns as they are stored, small enough to transfer; ``decode`` turns them into
-``SparseTargets``, a few ids and log-probabilities per position, without a loop over positions. ``resolve_target``
-chooses the form of the target, and refuses one that the table can't provide. Reads no files and knows no student.
+``CompactTargets`` are the soft-label columns as they are stored, small enough to transfer; ``decode_targets`` turns
+them into ``SparseTargets``, a few ids and log-probabilities per position, without a loop over positions.
+``resolve_target`` chooses the form of the target, and refuses one that the table can't provide. Reads no files and
+knows no student.
 """
 
 from collections.abc import Callable, Sequence
@@ -138,7 +139,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
     return loss.target
 
 
-def decode(
+def decode_targets(
     compact: CompactTargets,
     vocabulary: Tensor,
     temperatures: Sequence[float],

@@ -1,7 +1,7 @@
 """Sequences for a classifier: one per document, truncated if necessary, with one distribution over the classes.
 
-All classes are kept, so no selection is needed and any temperature is possible. ``pipeline.teachers.classifier_teacher`` runs
-the classifier.
+All classes are kept, so no selection is needed and any temperature is possible.
+``pipeline.teachers.classifier_teacher`` runs the classifier.
 """
 
 from collections.abc import Sequence

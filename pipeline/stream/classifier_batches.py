@@ -29,7 +29,7 @@ from softlabel.storage.table import Table
 
 
 @dataclass(frozen=True)
-class Documents:
+class LabelledDocuments:
     """N documents of a table, and the teacher's distribution for each."""
 
     tokens: list[NDArray[np.int32]]
@@ -113,7 +113,7 @@ class ClassBatch:
     labels: Tensor
     """(N,) int64: id of the label; -1 where there is none."""
     logprobs: Tensor
-    """(N, labels) float32: see ``Documents.logprobs``."""
+    """(N, labels) float32: see ``LabelledDocuments.logprobs``."""
     global_positions: int
     """Documents of the whole optimizer step, over all ranks and micro-batches: the divisor of its loss."""
 
@@ -161,7 +161,7 @@ class ClassDataset(IterableDataset[ClassBatch]):
 
     def __init__(
         self,
-        documents: Documents,
+        documents: LabelledDocuments,
         stream: StreamConfig,
         pad: int,
         *,

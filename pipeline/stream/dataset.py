@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.batch import COLUMNS, Batch, Pack, Sequences, collate
-from softlabel.pipeline.stream.epoch_plan import Cursor, Ints, Plan, accumulation, occurrences, plan_epoch, share
+from softlabel.pipeline.stream.epoch_plan import Cursor, EpochPlan, Ints, accumulation, occurrences, plan_epoch, share
 from softlabel.storage.errors import UsageError
 from softlabel.storage.views.row_groups import Group, load, outlines
 from softlabel.storage.views.view import AnyTable, View
@@ -83,7 +83,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
         self._window_tokens = WINDOW_TOKENS
         self._index = _Index.read(table, split)
         self._check(split)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, EpochPlan] = {}
         self._packs: dict[int, int] = {}
         self.total_steps = self._steps_of(epochs) if max_steps is None else max_steps
         """Optimizer steps of the whole run, including those before ``start``."""
@@ -155,7 +155,7 @@ class SoftLabelDataset(IterableDataset[Batch]):
             self._plan(epoch)
         return self._packs[epoch]
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
             seed, weights = self._stream.seed, self._index.weights
             plan = plan_epoch(
@@ -207,7 +207,7 @@ class _Step(NamedTuple):
     """One optimizer step: the packs from ``first`` up to, not including, ``last``."""
 
     epoch: int
-    plan: Plan
+    plan: EpochPlan
     first: int
     last: int
 
@@ -252,7 +252,7 @@ class _Window(NamedTuple):
     """Numbers of their sequences, ascending."""
     sequences: Sequences
 
-    def pack(self, plan: Plan, number: int) -> Pack:
+    def pack(self, plan: EpochPlan, number: int) -> Pack:
         """One of the window's packs."""
         return Pack(self.sequences, np.searchsorted(self.numbers, plan.members(number, number + 1)))
 
@@ -272,7 +272,7 @@ class _Windows:
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def get(self, epoch: int, plan: Plan, number: int) -> _Window:
+    def get(self, epoch: int, plan: EpochPlan, number: int) -> _Window:
         """A window. Windows have to be requested in the plan's order: earlier ones are dropped."""
         for ahead in range(number, min(number + 2, plan.windows)):
             if (epoch, ahead) not in self._read:

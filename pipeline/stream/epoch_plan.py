@@ -29,7 +29,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """One epoch: every sequence exactly once, in packs (training rows), in training order."""
 
     sequences: Ints
@@ -72,7 +72,7 @@ def plan_epoch(
     epoch: int,
     shuffle: bool = True,
     counts: Ints | None = None,
-) -> Plan:
+) -> EpochPlan:
     """Order and packing of one epoch.
 
     The row groups are permuted by the seed and the epoch and cut into windows of ``window_tokens`` (a window ends with
@@ -111,7 +111,7 @@ def plan_epoch(
         packs_counts.append(np.bincount(packs))
         windows.append(windows[-1] + len(packs_counts[-1]))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(packs_counts))])
-    return Plan(np.concatenate(sequences), starts, np.array(windows))
+    return EpochPlan(np.concatenate(sequences), starts, np.array(windows))
 
 
 def occurrences(weights: NDArray[np.float64], seed: int, epoch: int) -> Ints:

@@ -18,7 +18,7 @@ from softlabel.pipeline.models.pruning import narrow, prune, spread
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError
 from softlabel.storage.views.row_groups import load, outlines
 from softlabel.storage.views.view import AnyTable
@@ -47,7 +47,7 @@ class OutputHead:
 
 
 def build(
-    config: StudentConfig, table: AnyTable, packing: bool = False, source: Source | None = None
+    config: StudentConfig, table: AnyTable, packing: bool = False, source: StudentSource | None = None
 ) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, ready for a table's labels.
 

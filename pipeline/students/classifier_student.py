@@ -16,11 +16,11 @@ from softlabel.pipeline.students.build import pruned
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.table import Table
 
 
-def build_classifier(config: StudentConfig, table: Table, source: Source | None = None) -> PreTrainedModel:
+def build_classifier(config: StudentConfig, table: Table, source: StudentSource | None = None) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, with a head for its labels.
 
     A head for the same labels is kept; a model without one, or with one for other labels, gets a new random head.

@@ -19,11 +19,11 @@ from softlabel.pipeline.models.pruning import require_layers, require_neurons, s
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError, UsageError
 
 
-def require_fitting(config: StudentConfig, origin: Origin, source: Source | None = None) -> Source:
+def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource | None = None) -> StudentSource:
     """Refuse a student that can't be built, or can't be trained on these soft labels.
 
     Args:
@@ -40,7 +40,7 @@ def require_fitting(config: StudentConfig, origin: Origin, source: Source | None
         StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if it takes layers of the
             table's teacher, whose files have changed since the capture.
     """
-    source = source or Source.find(config, origin)
+    source = source or StudentSource.find(config, origin)
     _require_labels(config, origin)
     settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
     if config.config is None:

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.model_card import model_card
-from softlabel.pipeline.students.origin import Origin, Teacher
+from softlabel.pipeline.students.origin import KnownTeacher, Origin
 from softlabel.pipeline.students.record import flatten, read_record, settings_of
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import TrainingError, UsageError
 from softlabel.storage.table import Table
 from softlabel.storage.versions import parse
@@ -111,7 +111,7 @@ class StudentFolder:
             )
         return table
 
-    def require_source(self, source: Source) -> None:
+    def require_source(self, source: StudentSource) -> None:
         """Refuse to resume, or return as finished, a student that was made from other files.
 
         Raises:
@@ -222,7 +222,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Target | None) -> dict[str, Any]:
+def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, target: Target | None) -> dict[str, Any]:
     """Record of what a student is made from.
 
     Args:
@@ -240,7 +240,7 @@ def run_record(config: TrainConfig, table: AnyTable, source: Source, target: Tar
     }
 
 
-def _teacher_record(teacher: Teacher) -> dict[str, Any]:
+def _teacher_record(teacher: KnownTeacher) -> dict[str, Any]:
     """Entry for a teacher in a student's record."""
     return {"name": teacher.name if teacher.files else "the documents' labels", "commit": teacher.commit}
 

@@ -24,7 +24,7 @@ from softlabel.storage.views.row_groups import outlines
 from softlabel.storage.views.view import AnyTable
 
 
-class Teacher(NamedTuple):
+class KnownTeacher(NamedTuple):
     """A teacher that soft labels come from."""
 
     name: str
@@ -67,7 +67,7 @@ class Origin:
     """Whether tails are sampled."""
     head: int
     """Maximum number of ids in a position's head."""
-    teachers: Callable[[], Sequence[Teacher]]
+    teachers: Callable[[], Sequence[KnownTeacher]]
     """Finds all teachers; a function because it reads the table's history."""
 
     @classmethod
@@ -109,7 +109,7 @@ class Origin:
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
             head=min(teacher.vocabulary, selection.max_k),
-            teachers=lambda: [Teacher.of(config.teacher.model, teacher.revision, teacher.identity)],
+            teachers=lambda: [KnownTeacher.of(config.teacher.model, teacher.revision, teacher.identity)],
         )
 
 
@@ -127,12 +127,12 @@ def _tokenizer_of(table: AnyTable) -> Any:
         ) from error
 
 
-def _teachers_of(table: AnyTable) -> list[Teacher]:
-    teachers: list[Teacher] = []
+def _teachers_of(table: AnyTable) -> list[KnownTeacher]:
+    teachers: list[KnownTeacher] = []
     for part in table.tables:
         capture = last_capture(part)
         if "teacher" in capture:
-            teacher = Teacher.of(capture["teacher"], capture.get("revision"), part.identity.teacher)
+            teacher = KnownTeacher.of(capture["teacher"], capture.get("revision"), part.identity.teacher)
             teachers += [teacher] if teacher not in teachers else []
     return teachers
 

@@ -11,12 +11,12 @@ from typing import Any, Self
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.files import locate, require_no_revision, sha256, weight_files
 from softlabel.pipeline.models.student_loading import load_or_raise
-from softlabel.pipeline.students.origin import Origin, Teacher
+from softlabel.pipeline.students.origin import KnownTeacher, Origin
 from softlabel.storage.errors import StudentError, UsageError
 
 
 @dataclass(frozen=True)
-class Source:
+class StudentSource:
     """The files that a student is made from."""
 
     name: str
@@ -27,7 +27,7 @@ class Source:
     """Commit of a hub model; None for a folder or file."""
     weights: bool
     """Whether the student takes its weights or only its configuration."""
-    teacher: Teacher | None = None
+    teacher: KnownTeacher | None = None
     """The table's teacher, if these files have to be the ones that it had."""
 
     @classmethod
@@ -98,7 +98,7 @@ class Source:
             )
 
 
-def _teacher_of(origin: Origin) -> Teacher:
+def _teacher_of(origin: Origin) -> KnownTeacher:
     teachers = origin.teachers()
     if len(teachers) == 1:
         return teachers[0]

@@ -16,9 +16,9 @@ from softlabel.pipeline.config.train import LossConfig, TrainConfig
 from softlabel.pipeline.evaluation.classifier_metrics import measure_classes
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import SparseTargets
-from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, Documents
+from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, LabelledDocuments
 from softlabel.pipeline.students.labels import LabelMap
-from softlabel.pipeline.training.objective import Lesson
+from softlabel.pipeline.training.objective import Objective
 from softlabel.storage.errors import AccessError, IntegrityError, TableError, UsageError
 from softlabel.storage.table import Table
 
@@ -76,7 +76,7 @@ class Classification(nn.Module):
         return {name: estimate.mean for name, estimate in logs.items()}
 
 
-def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) -> Lesson:
+def classifier_objective(config: TrainConfig, table: Table, student: PreTrainedModel) -> Objective:
     """Batches and module to train and evaluate a classifier with.
 
     Raises:
@@ -85,24 +85,24 @@ def class_lesson(config: TrainConfig, table: Table, student: PreTrainedModel) ->
     """
     labels = LabelMap.of(config.student.labels, table.identity.classes or ())
     pad = student.config.pad_token_id
-    documents = Documents.read(table, "train", labels)
+    documents = LabelledDocuments.read(table, "train", labels)
     _require_targets(config.loss, documents, table)
     try:
-        evaluation = list(islice(Documents.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
+        evaluation = list(islice(LabelledDocuments.read(table, "eval", labels).batches(pad, EVAL_TOKENS), EVAL_BATCHES))
     except (AccessError, IntegrityError):
         raise
     except TableError:
         evaluation = []
     if all(batch.logprobs.isnan().any(1).all() for batch in evaluation):  # nothing to compute a KL from
         evaluation = []
-    return Lesson(
+    return Objective(
         module=Classification(student, config.loss),
         dataset=partial(ClassDataset, documents, config.stream, pad),
         evaluation=evaluation,
     )
 
 
-def _require_targets(loss: LossConfig, documents: Documents, table: Table) -> None:
+def _require_targets(loss: LossConfig, documents: LabelledDocuments, table: Table) -> None:
     """Refuse a loss with a part that no document contributes to."""
     missing = []
     if (loss.hard_weight or loss.hard_weight_end) and (documents.labels < 0).all():

@@ -1,6 +1,6 @@
 """Objective of a language model: its batches, and a module of student and loss.
 
-``Lesson`` holds everything that differs between a language model and a classifier, whose objective is in
+``Objective`` holds everything that differs between a language model and a classifier, whose objective is in
 ``classifier_objective``. Knows no loop, no checkpoint and no device.
 """
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, TrainConfig
 from softlabel.pipeline.evaluation.metrics import measure
-from softlabel.pipeline.loss.averaging import decode
+from softlabel.pipeline.loss.averaging import decode_batch
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import Target, dropping
 from softlabel.pipeline.stream.batch import Batch
@@ -32,7 +32,7 @@ EVAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Objective:
     """Batches and module to train and evaluate a student with."""
 
     module: nn.Module
@@ -63,7 +63,7 @@ class Distillation(nn.Module):
         hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = None
         if self.loss.soft_weight:
-            targets = decode(batch.targets, self.vocabulary, self._table.temperatures, self.loss, self._max_k)
+            targets = decode_batch(batch.targets, self.vocabulary, self._table.temperatures, self.loss, self._max_k)
         positions = max(1, batch.global_positions)
         loss = distillation_loss(
             hidden,
@@ -88,7 +88,9 @@ class Distillation(nn.Module):
         return logs
 
 
-def language_lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
+def language_model_objective(
+    config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None
+) -> Objective:
     """Batches and module to train and evaluate a language model with.
 
     Args:
@@ -99,7 +101,7 @@ def language_lesson(config: TrainConfig, table: AnyTable, student: PreTrainedMod
     """
     loss = config.loss if target is None else config.loss.model_copy(update={"target": target})
     max_k = dropping(config.stream.max_k, Origin.of(table).head)
-    return Lesson(
+    return Objective(
         module=Distillation(student, table, loss, max_k),
         dataset=partial(SoftLabelDataset, table, config.stream),
         evaluation=_evaluation(table, config.stream),

@@ -29,12 +29,12 @@ from softlabel.pipeline.students.compatibility import require_loss
 from softlabel.pipeline.students.folder import StudentFolder, run_record
 from softlabel.pipeline.students.model_card import last_evaluation
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.adapters import adapt, use_liger
-from softlabel.pipeline.training.classifier_objective import class_lesson
-from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
-from softlabel.pipeline.training.objective import Lesson, language_lesson
+from softlabel.pipeline.training.classifier_objective import classifier_objective
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
+from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
+from softlabel.pipeline.training.objective import Objective, language_model_objective
 from softlabel.pipeline.training.trainer import DistillationTrainer, cursor_of
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
@@ -109,7 +109,7 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     target = require_loss(config, origin)
     if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
         require_average(config.loss, dropping(config.stream.max_k, origin.head))
-    source = Source.find(config.student, origin)
+    source = StudentSource.find(config.student, origin)
     folder.require_source(source)
     record = run_record(config, table, source, target)
     set_seed(config.optimizer.seed)
@@ -119,9 +119,9 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
         use_liger(student)
     checkpoint = folder.checkpoint
     start = cursor_of(checkpoint) if checkpoint else Cursor()
-    lesson = _lesson(config, table, student, target)
+    objective = _objective(config, table, student, target)
     with folder.writing():
-        trainer = _trainer(config, lesson, record, folder, start, _named(watch, folder.path.name))
+        trainer = _trainer(config, objective, record, folder, start, _named(watch, folder.path.name))
         if ranks.is_main_process:
             _pin(table, folder.path)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -142,23 +142,23 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
 def _require_source(config: TrainConfig, origin: Origin, folder: StudentFolder) -> None:
     """Refuse a finished student made from other files; if the files no longer exist, it is accepted."""
     try:
-        source = Source.find(config.student, origin)
+        source = StudentSource.find(config.student, origin)
         _ = source.files
     except (StudentError, UsageError):
         return
     folder.require_source(source)
 
 
-def _student(config: TrainConfig, table: AnyTable, source: Source) -> PreTrainedModel:
+def _student(config: TrainConfig, table: AnyTable, source: StudentSource) -> PreTrainedModel:
     if _of_classes(table):
         return build_classifier(config.student, table, source)
     return build(config.student, table, config.stream.packing, source)
 
 
-def _lesson(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Lesson:
+def _objective(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Objective:
     if _of_classes(table):
-        return class_lesson(config, table, student)
-    return language_lesson(config, table, student, target)
+        return classifier_objective(config, table, student)
+    return language_model_objective(config, table, student, target)
 
 
 def _named(watch: Watch, student: str) -> Watch:
@@ -187,14 +187,14 @@ def _pin(table: AnyTable, student: Path) -> None:
 
 def _trainer(
     config: TrainConfig,
-    lesson: Lesson,
+    objective: Objective,
     record: dict[str, Any],
     folder: StudentFolder,
     start: Cursor,
     watch: Watch,
 ) -> DistillationTrainer:
     ranks, settings = PartialState(), config.optimizer
-    dataset = lesson.dataset(
+    dataset = objective.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
         start=start,
@@ -203,7 +203,7 @@ def _trainer(
     )
     if settings.gradient_checkpointing:
         # Newer transformers deprecate the older name, the only one that older transformers have.
-        student: Any = lesson.module.student
+        student: Any = objective.module.student
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     arguments = TrainingArguments(
@@ -222,9 +222,9 @@ def _trainer(
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        eval_strategy="steps" if lesson.evaluation else "no",
+        eval_strategy="steps" if objective.evaluation else "no",
         eval_steps=settings.eval_steps,
-        eval_on_start=bool(lesson.evaluation) and start.step == 0,
+        eval_on_start=bool(objective.evaluation) and start.step == 0,
         logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the dataset already starts where the checkpoint was taken
@@ -235,7 +235,7 @@ def _trainer(
     arguments._n_gpu = min(
         arguments.n_gpu, 1
     )  # softlabel.pipeline.training.launch handles several GPUs, never nn.DataParallel
-    if not lesson.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
+    if not objective.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
         raise UsageError(
             "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
             expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
@@ -245,8 +245,8 @@ def _trainer(
             "goes to eval",
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
-        shard(lesson.module, ranks.device, settings.bf16)
-    trainer = DistillationTrainer(lesson, arguments, dataset, folder.run, record, settings, watch)
+        shard(objective.module, ranks.device, settings.bf16)
+    trainer = DistillationTrainer(objective, arguments, dataset, folder.run, record, settings, watch)
     if ranks.is_main_process:
         trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
     return trainer

@@ -31,7 +31,6 @@ from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
-from softlabel.pipeline.training.objective import Lesson
 from softlabel.pipeline.training.fsdp import (
     gathered,
     is_sharded,
@@ -41,6 +40,7 @@ from softlabel.pipeline.training.fsdp import (
     weights,
     whole,
 )
+from softlabel.pipeline.training.objective import Objective
 from softlabel.storage.errors import TrainingError
 
 History = Sequence[Mapping[str, float]]
@@ -72,10 +72,10 @@ _KEPT_CHECKPOINTS = 2
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains a lesson's student on one rank's batches.
+    """Trains a objective's student on one rank's batches.
 
     Args:
-        lesson: student with its loss, and evaluation batches.
+        objective: student with its loss, and evaluation batches.
         arguments: the Trainer's arguments; checkpoints are in ``output_dir`` until they are complete.
         dataset: this rank's batches, from the step at which training starts.
         run: folder that complete checkpoints are moved to.
@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        lesson: Lesson,
+        objective: Objective,
         arguments: TrainingArguments,
         dataset: Any,
         run: Path,
@@ -94,13 +94,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         optimizer: OptimizerConfig,
         watch: Watch,
     ) -> None:
-        super().__init__(lesson.module, arguments, train_dataset=dataset, eval_dataset=list(lesson.evaluation))
+        super().__init__(objective.module, arguments, train_dataset=dataset, eval_dataset=list(objective.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Callback(watch))
         self._run = run
         self._record = record
         self._optimizer = optimizer
-        self._loss: Any = lesson.module.loss
+        self._loss: Any = objective.module.loss
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 

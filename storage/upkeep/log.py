@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from softlabel.storage.log_files import checkpoints, commit_file, commits, unreadable_commit
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.log_files import checkpoints, commit_file, commits, unreadable_commit
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.state import Chain, Shard

@@ -23,8 +23,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
-from softlabel.storage.log_files import LOG
 from softlabel.storage.errors import TableError, UsageError
+from softlabel.storage.log_files import LOG
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, WRITING, File, Place
 from softlabel.storage.schema import PARTITION

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from deltalake.transaction import RemoveAction
 
-from softlabel.storage.log_files import LOG
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
 from softlabel.storage.identity import circumstances
+from softlabel.storage.log_files import LOG
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys

@@ -35,7 +35,7 @@ from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
-from softlabel.pipeline.loss.targets import CompactTargets, Target, decode
+from softlabel.pipeline.loss.targets import CompactTargets, Target, decode_targets
 from softlabel.pipeline.selection.select import Selection, position_seeds, select
 from softlabel.pipeline.students.build import hidden_states, output_head, prune
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
@@ -148,7 +148,7 @@ class Student:
     def sparse(self, compact: CompactTargets, vocabulary: Tensor, target: Target) -> tuple[Tensor, float]:
         """Gradient and mean of the loss on stored soft labels."""
         config = LossConfig(target=target)
-        targets = decode(compact, vocabulary, (1.0,), config)
+        targets = decode_targets(compact, vocabulary, (1.0,), config)
         loss = distillation_loss(self.hidden, self.head.weight, self.text.next_ids, targets, config)
         return self._flat(loss.total), loss.soft.item() / loss.positions
 

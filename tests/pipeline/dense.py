@@ -1,14 +1,16 @@
 """A dense reference of the loss, and small random inputs for comparing the fused loss with it."""
 
 import itertools
+from typing import get_args
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.loss.targets import SparseTargets
 
 N, H, V, K = 6, 5, 19, 4
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+DIVERGENCES = get_args(LossConfig.model_fields["divergence"].annotation)
 CASES = [
     (divergence, target, temperature)
     for divergence, target, temperature in itertools.product(
@@ -65,8 +67,9 @@ def divergence_of(config, t, s, log_s):
             return kl(t, mix * t + (1 - mix) * s)
         case "skew_reverse_kl":
             return kl(s, (1 - mix) * t + mix * s)
-        case _:
+        case "total_variation":
             return 0.5 * (s - t).abs().sum(1)
+    raise NotImplementedError(config.divergence)
 
 
 def reference(hidden, weight, ids, targets, config, bias=None, size=None, cap=None, scale=1.0):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.plan import plan
-from softlabel.pipeline.capturing.worker_pool import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, cut
+from softlabel.pipeline.capturing.worker_pool import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, split_shards
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models import files as model_folder
 from softlabel.pipeline.progress import Progress
@@ -211,11 +211,11 @@ def test_few_shards_are_split_so_that_every_worker_gets_one(tmp_path: Path) -> N
         pq.write_table(
             pa.table({"positions": [1000] * 500, "row": range(500 * number, 500 * (number + 1))}), shards[-1]
         )
-    assert cut(shards, 2) == shards
-    pieces = [pq.read_table(path) for path in cut(shards, 7)]
+    assert split_shards(shards, 2) == shards
+    pieces = [pq.read_table(path) for path in split_shards(shards, 7)]
     assert len(pieces) == 8
     assert pa.concat_tables(pieces).column("row").to_pylist() == list(range(1000))
     assert all(sum(piece["positions"].to_pylist()) >= 0.9 * SMALLEST_SHARD for piece in pieces)
     for positions in (SMALLEST_SHARD + 1, 3 * SMALLEST_SHARD):
         pq.write_table(pa.table({"positions": [positions]}), shards[0])
-        assert [len(pq.read_table(path)) for path in cut(shards[:1], 4)] == [1]
+        assert [len(pq.read_table(path)) for path in split_shards(shards[:1], 4)] == [1]

@@ -98,5 +98,5 @@ def test_a_column_of_an_unsupported_type_is_refused(values: pa.Array, tmp_path: 
 
 
 def test_a_column_named_twice_is_refused() -> None:
-    with pytest.raises(ValidationError, match="found twice: text"):
+    with pytest.raises(ValidationError, match="carry lists a column more than once: text"):
         ColumnsConfig(carry=("text", "text"))

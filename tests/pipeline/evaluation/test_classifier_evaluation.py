@@ -13,7 +13,7 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_metrics import compare
 from softlabel.pipeline.evaluation.classifier_report import ClassStudent, verdict
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.stream.classifier_batches import Documents
+from softlabel.pipeline.stream.classifier_batches import LabelledDocuments
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import UsageError
@@ -42,7 +42,7 @@ def evaluated(table, students, folder):  # noqa: F811
 
 def test_metrics_equal_those_that_scikit_learn_computes(table, students, tmp_path):  # noqa: F811
     report = evaluated(table, students, tmp_path)
-    documents = Documents.read(table, "eval", LabelMap.of(MERGED, CLASSES))
+    documents = LabelledDocuments.read(table, "eval", LabelMap.of(MERGED, CLASSES))
     known = documents.labels >= 0
     assert report.documents == len(known) > known.sum() > 5
     model = AutoModelForSequenceClassification.from_pretrained(students[0])
@@ -77,7 +77,7 @@ def test_the_page_and_the_json_show_all_results(table, students, tmp_path):  # n
 def test_the_mass_of_classes_without_a_label_is_reported(table, tmp_path):  # noqa: F811
     train(settings(table, tmp_path / "few", student={"labels": ["types", "names"]}, optimizer={"max_steps": 1}))
     report = evaluated(table, [tmp_path / "few"], tmp_path / "report")
-    documents = Documents.read(table, "eval", LabelMap.of((), CLASSES))
+    documents = LabelledDocuments.read(table, "eval", LabelMap.of((), CLASSES))
     left_out = np.exp(documents.logprobs[:, [CLASSES.index("expressions"), CLASSES.index("statements")]]).sum(1)
     assert report.unmapped == pytest.approx(left_out.mean(), rel=1e-4)
     assert "of the teacher's probability is on classes that belong to no label" in Path(report.html).read_text()

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from softlabel.pipeline.evaluation.metrics import EntropyBin, Estimate, Metrics
+from softlabel.pipeline.evaluation.metrics import EntropyBin, MeanWithError, Metrics
 from softlabel.pipeline.evaluation.report import (
     Report,
     StudentSummary,
@@ -25,12 +25,12 @@ def student(name, kl, **changes):
     metrics = Metrics(
         sequences=12,
         positions=3456,
-        cross_entropy=Estimate(2.5 + kl, 0.02),
-        kl=Estimate(kl, 0.021),
+        cross_entropy=MeanWithError(2.5 + kl, 0.02),
+        kl=MeanWithError(kl, 0.021),
         kl_kind="unbiased",
-        agreement=Estimate(0.5432, 0.004),
-        teacher_cross_entropy=Estimate(2.61, 0.03),
-        teacher_entropy=Estimate(2.58, 0.02),
+        agreement=MeanWithError(0.5432, 0.004),
+        teacher_cross_entropy=MeanWithError(2.61, 0.03),
+        teacher_entropy=MeanWithError(2.58, 0.02),
         by_entropy=tuple(EntropyBin(low / 2, low / 2 + 0.5, 100 + low, kl * (1 + low)) for low in range(5)),
     )
     history = [{"step": step, "loss": 9 / step, "hard": 1.0, "soft": 1.0} for step in range(1, 60)]
@@ -54,7 +54,7 @@ def student(name, kl, **changes):
 
 def report(*students, left_out=0):
     cross_entropy = students[0].metrics.teacher_cross_entropy
-    teacher = TeacherSummary("teach", 134_515_008, cross_entropy, perplexity(cross_entropy), Estimate(2.58, 0.02))
+    teacher = TeacherSummary("teach", 134_515_008, cross_entropy, perplexity(cross_entropy), MeanWithError(2.58, 0.02))
     return Report(
         table="out/table",
         version=3,

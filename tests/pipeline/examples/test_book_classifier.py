@@ -57,7 +57,13 @@ def test_the_commands_in_the_readme_work(tmp_path):
     assert report["teacher"]["accuracy"] > student["accuracy"] > chance < control["accuracy"]
     assert student["kl"] < control["kl"]
     subprocess.run(
-        [sys.executable, "-m", "softlabel.pipeline.examples.book_classifier", str(folder), str(tmp_path / "picture.svg")],
+        [
+            sys.executable,
+            "-m",
+            "softlabel.pipeline.examples.book_classifier",
+            str(folder),
+            str(tmp_path / "picture.svg"),
+        ],
         check=True,
     )
     drawn = " ".join(ElementTree.parse(tmp_path / "picture.svg").getroot().itertext())

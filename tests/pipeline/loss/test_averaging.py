@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softlabel.pipeline.config.train import LossConfig
-from softlabel.pipeline.loss.averaging import AveragedTargets, decode, require_average
+from softlabel.pipeline.loss.averaging import AveragedTargets, decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.storage.errors import UsageError
 from tests.pipeline.loss.test_targets import TEMPERATURES, VOCABULARY, V, capture, compact_of, dense
@@ -20,7 +20,7 @@ def average(first, second, **selection) -> AveragedTargets:
 
 
 def decoded(averaged):
-    return decode(averaged, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig())
+    return decode_batch(averaged, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig())
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 
 from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.config.train import LossConfig
-from softlabel.pipeline.loss.targets import CompactTargets, decode, resolve_target
+from softlabel.pipeline.loss.targets import CompactTargets, decode_targets, resolve_target
 from softlabel.pipeline.selection.select import Selection, select
 from softlabel.storage.codec import SoftLabels, encode
 from softlabel.storage.codec import decode as decode_rows
@@ -34,7 +34,7 @@ def capture(logits, seed=0, **selection) -> SoftLabels:
 
 
 def decoded(labels, max_k=None, **loss):
-    return decode(compact_of(labels), torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig(**loss), max_k)
+    return decode_targets(compact_of(labels), torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig(**loss), max_k)
 
 
 def dense(targets):
@@ -160,7 +160,7 @@ def test_no_positions_decode_to_nothing():
     assert empty.ids.shape == (0, 4)
     none = compact_of(capture(torch.randn(1, V), top_k=4))
     none = CompactTargets(**{name: getattr(none, name)[..., :0] for name in SOFT_LABELS.names}).to("cpu")
-    assert decode(none, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig()).ids.shape == (0, 0)
+    assert decode_targets(none, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig()).ids.shape == (0, 0)
 
 
 def test_a_batch_without_tail_mass_does_not_count_as_a_table_without_draws():

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softlabel.pipeline.stream.epoch_plan import Plan, accumulation, best_fit, occurrences, plan_epoch, share
+from softlabel.pipeline.stream.epoch_plan import EpochPlan, accumulation, best_fit, occurrences, plan_epoch, share
 
 CAPACITY = 64
 
 groups = st.lists(st.lists(st.integers(2, CAPACITY), min_size=1, max_size=9), min_size=1, max_size=12)
 
 
-def planned(groups: list[list[int]], **settings: object) -> Plan:
+def planned(groups: list[list[int]], **settings: object) -> EpochPlan:
     lengths = np.array([length for group in groups for length in group], np.int32)
     starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
     defaults = {"max_length": CAPACITY, "window_tokens": 300, "seed": 0, "epoch": 0}

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.students.build import build
 from softlabel.pipeline.students.compatibility import require_fitting
-from softlabel.pipeline.students.origin import Origin, Teacher
-from softlabel.pipeline.students.source import Source
+from softlabel.pipeline.students.origin import KnownTeacher, Origin
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import StudentError, UsageError
 from softlabel.storage.identity import TeacherIdentity
@@ -114,18 +114,18 @@ def captured_from(table, *teachers):
 def test_layers_of_a_teacher_with_an_adapter_or_code_of_its_own(model, table):
     spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
     with pytest.raises(StudentError, match="without the adapter"):
-        require_fitting(StudentConfig(depth=1), captured_from(table, Teacher.of(str(model), None, spoke)))
+        require_fitting(StudentConfig(depth=1), captured_from(table, KnownTeacher.of(str(model), None, spoke)))
     (model / "own.py").write_text("")
     files = hashes(model) | {"own.py": hashlib.sha256(b"").hexdigest()}
     coded = TeacherIdentity(files=files, dtype="float32")
-    require_fitting(StudentConfig(depth=1), captured_from(table, Teacher.of(str(model), None, coded)))
+    require_fitting(StudentConfig(depth=1), captured_from(table, KnownTeacher.of(str(model), None, coded)))
 
 
 @pytest.mark.usefixtures("hub")
 def test_a_downloaded_copy_of_the_hub_teacher_is_accepted_by_its_files(table, model, tmp_path, monkeypatch):
     """In a folder with the model's name, which has no revisions; its files are compared instead."""
     monkeypatch.chdir(tmp_path)
-    spoke = Teacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
+    spoke = KnownTeacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
     shutil.copytree(model, tmp_path / "org" / "name")
     assert require_fitting(StudentConfig(depth=1), captured_from(table, spoke)).path == Path("org/name")
 
@@ -134,7 +134,7 @@ def test_one_teacher_in_two_precisions_is_one(tiny_teacher, tmp_path):
     tables = [make_table(tmp_path / name, tiny_teacher, train=8, held_out=0) for name in "ab"]
     make_view(str(tmp_path / "view"), [table.location for table in tables], (1, 1), "concatenate")
     identities = [TeacherIdentity(files=hashes(tiny_teacher), dtype=dtype) for dtype in ("float32", "bfloat16")]
-    assert Teacher.of("a", None, identities[0]) == Teacher.of("a", None, identities[1])
+    assert KnownTeacher.of("a", None, identities[0]) == KnownTeacher.of("a", None, identities[1])
     [teacher] = Origin.of(open_table(str(tmp_path / "view"))).teachers()
     assert teacher.files == hashes(tiny_teacher)
 
@@ -144,10 +144,10 @@ def test_a_configuration_is_pinned_without_weights(table, tmp_path):
     LlamaConfig(vocab_size=512, **sizes).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     for given in (tmp_path, file):
-        found = Source.find(StudentConfig(config=str(given)), Origin.of(table))
+        found = StudentSource.find(StudentConfig(config=str(given)), Origin.of(table))
         assert found.files == {"config.json": hashlib.sha256(file.read_bytes()).hexdigest()}
         with pytest.raises(UsageError, match="no revisions"):
-            Source.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
+            StudentSource.find(StudentConfig(config=str(given), revision="main"), Origin.of(table))
     config = settings(table, tmp_path / "s", student={"layers": None, "config": str(file)}, optimizer={"max_steps": 1})
     train(config)
     LlamaConfig(vocab_size=512, **{**sizes, "num_hidden_layers": 2}).save_pretrained(tmp_path)

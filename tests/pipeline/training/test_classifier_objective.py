@@ -19,7 +19,7 @@ from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
-from softlabel.pipeline.stream.classifier_batches import ClassDataset, Documents
+from softlabel.pipeline.stream.classifier_batches import ClassDataset, LabelledDocuments
 from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.tables.reprocess import reprocess
@@ -80,7 +80,7 @@ def settings(table, output, **changes):
 def test_the_loss_equals_the_textbook_formula(labels, temperature, table):
     config = LossConfig(hard_weight=0.5, soft_weight=2.0, temperature=temperature)
     student = build_classifier(StudentConfig(layers=(0,), labels=labels), table).double().eval()
-    documents = Documents.read(table, "train", LabelMap.of(labels, CLASSES))
+    documents = LabelledDocuments.read(table, "train", LabelMap.of(labels, CLASSES))
     batch = documents.batch(range(16), student.config.pad_token_id, 20)
     total, _ = Classification(student, config)(batch)
     total.backward()
@@ -100,7 +100,7 @@ def test_the_loss_equals_the_textbook_formula(labels, temperature, table):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "total_variation"])
 def test_every_divergence_has_finite_gradients(divergence, table):
     student = build_classifier(StudentConfig(layers=(0,)), table)
-    documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
+    documents = LabelledDocuments.read(table, "train", LabelMap.of((), CLASSES))
     documents.logprobs[0] = torch.tensor([0.0, *[-torch.inf] * 3])
     documents.logprobs[1] = torch.nan  # a document whose classes are all left out
     batch = documents.batch(range(4), student.config.pad_token_id, 4)
@@ -111,7 +111,7 @@ def test_every_divergence_has_finite_gradients(divergence, table):
 
 
 def test_gradients_do_not_depend_on_the_micro_batches_or_ranks(table):
-    documents, found = Documents.read(table, "train", LabelMap.of(MERGED, CLASSES)), {}
+    documents, found = LabelledDocuments.read(table, "train", LabelMap.of(MERGED, CLASSES)), {}
     for micro_batch_size, ranks in ((1, 1), (3, 1), (8, 1), (3, 2), (4, 3)):
         torch.manual_seed(0)
         student = build_classifier(StudentConfig(layers=(1,), labels=MERGED), table).double().eval()
@@ -129,7 +129,7 @@ def test_gradients_do_not_depend_on_the_micro_batches_or_ranks(table):
 
 
 def test_documents_come_once_per_epoch_also_after_a_restart(table):
-    documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
+    documents = LabelledDocuments.read(table, "train", LabelMap.of((), CLASSES))
     count = len(documents.tokens)
 
     def seen(**more):
@@ -164,9 +164,9 @@ def test_some_of_the_held_out_documents_are_evaluated_during_training(table, tmp
     monkeypatch.setattr(class_student, "EVAL_TOKENS", 200)
     monkeypatch.setattr(class_student, "EVAL_BATCHES", 2)
     student = build_classifier(StudentConfig(layers=(0,)), table)
-    lesson = class_student.class_lesson(settings(table, tmp_path), table, student)
-    measured = lesson.evaluation
-    held = Documents.read(table, "eval", LabelMap.of((), CLASSES))
+    objective = class_student.classifier_objective(settings(table, tmp_path), table, student)
+    measured = objective.evaluation
+    held = LabelledDocuments.read(table, "eval", LabelMap.of((), CLASSES))
     expected = list(held.batches(student.config.pad_token_id, 200))
     assert len(expected) > len(measured) == 2
     for batch, other in zip(measured, expected[:2], strict=True):
@@ -243,7 +243,7 @@ def test_a_loss_to_which_no_document_contributes_is_refused(table, tmp_path):
     )
     with pytest.raises(UsageError, match=r"none with one of the student's labels \(loss.hard_weight\)"):
         train(settings(Table.open(unlabelled.table), tmp_path / "student"))
-    documents = Documents.read(table, "train", LabelMap.of((), CLASSES))
+    documents = LabelledDocuments.read(table, "train", LabelMap.of((), CLASSES))
     silent = replace(documents, logprobs=np.full_like(documents.logprobs, np.nan))
     with pytest.raises(
         UsageError, match=r"none with a teacher's probability for the student's labels \(loss.soft_weight\)"

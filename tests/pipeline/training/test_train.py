@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, Grani
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.loss.targets import decode
+from softlabel.pipeline.loss.targets import decode_targets
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
 from softlabel.pipeline.students import build as student
-from softlabel.pipeline.training import objective as lesson
+from softlabel.pipeline.training import objective as objective
 from softlabel.pipeline.training import train as training
 from softlabel.pipeline.training.objective import Distillation
 from softlabel.pipeline.training.train import train
@@ -124,7 +124,7 @@ def test_the_loss_is_that_of_the_models_own_logits(config, table):
     stream = StreamConfig(**{**STREAM, "micro_batch_size": STREAM["batch_size"]})
     (batch,) = SoftLabelDataset(table, stream, max_steps=1)
     logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
-    targets = decode(batch.targets, torch.tensor(table.vocabulary), table.temperatures, loss)
+    targets = decode_targets(batch.targets, torch.tensor(table.vocabulary), table.temperatures, loss)
     identity = torch.eye(LIKE["vocab_size"])
     expected = dense.reference(logits, identity, batch.next_ids, targets, loss, size=len(table.vocabulary))
     found, _ = Distillation(model, table, loss, None)(batch)
@@ -143,7 +143,7 @@ def test_the_student_does_not_depend_on_the_micro_batch_size(micro_batch_size, u
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(10, "checkpoint-8"), (2, "(none was written yet)")])
 def test_a_nan_loss_stops_the_run_and_never_reaches_a_checkpoint(step, checkpoint, table, tmp_path, monkeypatch):
-    loss = lesson.distillation_loss
+    loss = objective.distillation_loss
     steps = [0]
 
     def broken(*arguments, **named):
@@ -151,7 +151,7 @@ def test_a_nan_loss_stops_the_run_and_never_reaches_a_checkpoint(step, checkpoin
         whole = loss(*arguments, **named)
         return type(whole)(whole.total * float("nan"), whole.hard, whole.soft, 1) if steps[0] == step else whole
 
-    monkeypatch.setattr(lesson, "distillation_loss", broken)
+    monkeypatch.setattr(objective, "distillation_loss", broken)
     config = settings(table, tmp_path / "student", stream={"micro_batch_size": 8})
     with pytest.raises(TrainingError) as error:
         train(config)
