@@ -1,4 +1,4 @@
-"""What our trainer relies on inside transformers' Trainer: a release that changes it fails here, and not in a training."""
+"""What our trainer relies on inside transformers' Trainer: a release that changes it fails here, not in a training."""
 
 import inspect
 
