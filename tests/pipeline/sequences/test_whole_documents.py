@@ -186,7 +186,7 @@ def test_another_order_of_the_classes_is_another_teacher(captured, documents, cl
         ({"selection": {"top_k": 2}}, "every class is kept"),
         ({"selection": {"temperatures": [1.0, 2.0]}}, "every class is kept"),
         ({"columns": {"messages": "text"}}, "reads plain text"),
-        ({"teacher": {"labels": ["names", "types"]}, "columns": {"label": None}}, "no column holds them"),
+        ({"teacher": {"labels": ["names", "types"]}, "columns": {"label": None}}, "no column for them is given"),
     ],
 )
 def test_settings_that_do_not_apply_to_a_classifier_are_refused(changes, message, documents, classifier, tmp_path):
