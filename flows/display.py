@@ -69,10 +69,10 @@ def show_estimate(report: "Estimate") -> None:
     if report.tokenized < 1:
         console.print(
             "repeated documents are taken into account, but passages that several documents share are seen only in"
-            " the\nsample. If there are many, sequences, positions and the teacher's time are upper bounds; the bytes"
-            " hold"
+            " the\nsample. If there are many, the real number of sequences and positions and the teacher's time are"
+            " lower; the\nsize in bytes stays the same"
         )
-    table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
+    table = table_of("selection", "ids", "bytes per position", "table", "kept exactly", "lost (KL)", "noise")
     for i, s in enumerate(report.selections):
         sizes = (f"{s.ids_per_position:.1f}", f"{s.bytes_per_position:.1f}", bytes_of(s.bytes))
         table.add_row(
@@ -80,6 +80,7 @@ def show_estimate(report: "Estimate") -> None:
         )
     console.print(table)
     console.print(
+        "kept exactly: probability of the head, which is stored exactly.\n"
         "lost: KL in nats from the teacher's distribution to the mean of the stored targets; zero with a sampled tail,"
         "\nwhich is unbiased; without one, the remaining mass counts as spread evenly. noise: root mean square distance"
         "\nof a stored target from that mean, in probability"
@@ -151,7 +152,11 @@ def _train_line(report: "TrainReport") -> None:
         )
         return
     resumed = "" if report.resumed_from is None else f", resumed at step {report.resumed_from:,}"
-    best = "" if report.steps == report.stopped_at else f" (the best of {report.stopped_at:,})"
+    best = (
+        ""
+        if report.steps == report.stopped_at
+        else f" (the best weights; training stopped at step {report.stopped_at:,})"
+    )
     took = duration(report.seconds)
     console.print(
         f"[bold]{report.output}[/] trained: {report.steps:,} steps{best}{resumed}, {report.positions:,} positions"

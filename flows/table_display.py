@@ -39,7 +39,7 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
         splits.add_row(name, *(f"{count:,}" for count in counts), bytes_of(size.bytes))
     console.print(splits)
-    columns = table_of("column", "bytes", "bytes a position", "entropy")
+    columns = table_of("column", "bytes", "bytes per position", "entropy")
     for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
         entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
         columns.add_row(name, bytes_of(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
@@ -48,7 +48,8 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     columns.add_row("all soft labels", "", *(f"{number:.2f}" for number in soft_labels))
     console.print(columns)
     console.print(
-        "entropy: bytes a position of an ideal code for the column's values, coded one by one; estimated from a sample"
+        "entropy: bytes per position that an ideal compression of the column's values, one by one, would take;"
+        " estimated from a sample"
     )
 
 
@@ -144,7 +145,7 @@ def show_reprocess(report: "ReprocessReport") -> None:
     rows, where = report.rows, f"[bold]{report.table}[/] (version {report.version})"
     counts = [f"{rows.dropped:,} sequences dropped", f"{rows.sequences:,} in {rows.shards:,} new shards"]
     counts += [f"{rows.left:,} left as they are"] if rows.left else []
-    console.print(f"{where} {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
+    console.print(f"{where}, changed by {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
     if report.unknown:
         console.print(f"[yellow]{report.unknown:,} documents in the list[/] are not in the table")
     if report.purged:
@@ -193,7 +194,7 @@ def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:
 
 
 def _needed_by(version: int, tags: Iterable["Tag"], pins: Iterable["Pin"]) -> list[str]:
-    named = [tag.name for tag in tags if tag.version == version]
+    named = [f"tag {tag.name}" for tag in tags if tag.version == version]
     return named + [f"{pin.kind} {pin.student}" for pin in pins if pin.version == version]
 
 
@@ -210,6 +211,8 @@ def _made_by(teacher: str, identity: "Identity") -> dict[str, str]:
 
 
 def _selection(selection: "SelectionIdentity") -> str:
-    head = f"head of {selection.min_k} to {selection.max_k} ids, up to a mass of {selection.top_p:g}"
+    head = (
+        f"head of {selection.min_k} to {selection.max_k} ids, until their probabilities add up to {selection.top_p:g}"
+    )
     tail = f"sampled tail of up to {selection.draws} draws" if selection.draws else "no tail"
     return f"{head}; {tail}"
