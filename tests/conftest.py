@@ -32,7 +32,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first, so that parallel processes finish at about the same time."""
-    long = ["end_to_end", "fsdp", "launch", "mix", "worker_pool", "capture", "flows", "bucket"]
+    long = ["end_to_end", "launch", "fsdp", "worker_pool", "mix", "capture", "flows", "readme", "bucket"]
     files = [f"test_{name}.py" for name in long]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 
@@ -89,7 +89,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Parquet of 60 documents (id, text, source, year): short ones, and three that need several chunks."""
     pieces = [(name, text) for name, text in topics().items() if len(text) > 300]
     short = [(f"{name}-short", text[:300], "short", 2000 + i) for i, (name, text) in enumerate(pieces[:57])]
-    long = ["end_to_end", "fsdp", "launch", "mix", "worker_pool", "capture", "flows", "bucket"]
+    long = [(f"{name}-long", text[:6000], "long", 1990) for name, text in pieces if len(text) > 6000][:3]
     path = tmp_path_factory.mktemp("documents") / "documents.parquet"
     columns = zip(*short, *long, strict=True)
     pq.write_table(pa.table(dict(zip(("id", "text", "source", "year"), map(list, columns), strict=True))), path)

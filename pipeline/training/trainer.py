@@ -72,7 +72,7 @@ _KEPT_CHECKPOINTS = 2
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains a objective's student on one rank's batches.
+    """Trains an objective's student on one rank's batches.
 
     Args:
         objective: student with its loss, and evaluation batches.

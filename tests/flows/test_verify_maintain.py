@@ -101,7 +101,7 @@ def test_versions_are_tagged_opened_and_shown_by_name(table: Path, capsys: pytes
 
 def test_a_capture_into_an_old_version_is_refused(table: Path, tiny_teacher: Path):
     for name in ("1", "gold"):
-        with pytest.raises(UsageError, match="leave the version or tag out"):
+        with pytest.raises(UsageError, match="leave out the version or tag"):
             capture(settings(tiny_teacher, table.parent / "d.parquet", Path(f"{table}@{name}")))
     assert sorted(path.name for path in table.parent.glob("table*")) == ["table"]
 
