@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from cyclopts import Group, Parameter
@@ -17,10 +17,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from softlabel.storage.credentials import masked
 from softlabel.storage.errors import UsageError
 from softlabel.storage.location import located
 
 _SHOWN_ERRORS = 4
+_SHOWN_CHARACTERS = 80
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -31,6 +33,8 @@ class Setting:
 
     path: tuple[str, ...]
     field: FieldInfo
+    type: Any
+    """Type without constraints: cyclopts only converts the text; ``resolve`` checks the value, and explains errors."""
     default: Any
     group: Group
     optional: bool = False
@@ -57,7 +61,7 @@ class Setting:
             negative_iterable=(),
         )
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-        annotation = Annotated[self.field.annotation | None, described]  # type: ignore[name-defined]
+        annotation = Annotated[self.type | None, described]  # type: ignore[name-defined]
         return inspect.Parameter("__".join(self.path), kind, default=default, annotation=annotation)
 
 
@@ -70,6 +74,7 @@ def _settings(
     model: type[BaseModel], defaults: Any, path: tuple[str, ...], group: Group, optional: bool = False
 ) -> Iterator[Setting]:
     sections = []
+    types = get_type_hints(model)
     for name, field in model.model_fields.items():
         default = field.get_default() if defaults is None else getattr(defaults, name)
         if section := _model_of(field.annotation):
@@ -77,7 +82,8 @@ def _settings(
             sections.append((name, section, None if field.is_required() else default, section_optional))
         else:
             required = defaults is None and field.is_required()
-            yield Setting((*path, name), field, inspect.Parameter.empty if required else default, group, optional)
+            initial = inspect.Parameter.empty if required else default
+            yield Setting((*path, name), field, types[name], initial, group, optional)
     for order, (name, section, default, section_optional) in enumerate(sections, 1):
         section_group = Group(name.capitalize(), help=inspect.getdoc(section) or "", sort_key=order)
         yield from _settings(section, default, (*path, name), section_group, section_optional)
@@ -109,7 +115,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UsageError(
             "the configuration file contains no settings",
             expected="one setting per line, as name: value",
-            found=f"a single {type(content).__name__}",
+            found=masked(repr(content))[:_SHOWN_CHARACTERS],
             where=path,
         )
     return content
@@ -190,9 +196,9 @@ def _explain(
     positional: Sequence[str],
 ) -> UsageError:
     path = tuple(part for part in error["loc"] if isinstance(part, str))
-    name = ".".join(map(str, error["loc"]))
-    given = [_flag(flag) for flag in flags if flag[: len(path)] == path]
-    where = ", ".join(given) if given or not file else f"{file}, {name}"
+    name = ".".join(path)
+    given = [_flag(flag) for flag in flags if flag[: len(path)] == path] if path else []
+    where = ", ".join(given) or (f"{file}, {name}" if file and path else file)
     match error["type"]:
         case "extra_forbidden":
             siblings = list(_section(model, path[:-1]).model_fields)
@@ -203,7 +209,9 @@ def _explain(
             )
         case "missing":
             required = _first_required(model, path)
-            argument = f"give it as an argument ({' '.join(positional).upper()}), " if required[0] in positional else ""
+            order = "in this order: " if len(positional) > 1 else ""
+            names = f"{order}{' '.join(positional).upper()}"
+            argument = f"give it as an argument ({names}), " if required[0] in positional else ""
             advice = f"{argument}pass {_flag(required)}, or set it in a --config file"
             return UsageError(f"the setting {'.'.join(required)} is missing", where=file, do=advice)
         case "value_error":
@@ -211,6 +219,9 @@ def _explain(
             return UsageError(f"invalid {name or 'settings'}: {message}", where=where)
         case "too_short":
             expected = f"at least {error['ctx']['min_length']} values"
+            return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)
+        case "model_type":
+            expected = "settings of its own, indented below it, as name: value"
             return UsageError(f"invalid value for {name}", expected=expected, found=repr(error["input"]), where=where)
         case _:
             expected = error["msg"].removeprefix("Input should be ")

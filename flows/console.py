@@ -48,6 +48,11 @@ def bytes_of(count: int) -> str:
     return f"{size:.1f} TB"
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun, such as 1 file or 2,000 files."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def short(count: int) -> str:
     """A count in three significant digits, such as 135M."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from softlabel.flows.console import bytes_of, console, duration, facts, short, table_of, try_next
+from softlabel.flows.console import bytes_of, console, count, duration, facts, short, table_of, try_next
 from softlabel.flows.table_display import (
     show_history,
     show_inspect,
@@ -32,12 +32,12 @@ def show_capture(report: "CaptureReport") -> None:
 def show_estimate(report: "Estimate") -> None:
     """The size and time of a capture, and what other selections would cost and keep."""
     if not report.pending:
-        console.print(f"the table already holds all {report.documents:,} documents: a capture would add nothing")
+        console.print(f"the table already holds all {count(report.documents, 'document')}: a capture would add nothing")
         return
     if not report.sequences and report.copied:
         console.print(
             "no document in the sample needs the teacher: a capture would only copy about"
-            f" [bold]{report.copied:,} sequences, {bytes_of(report.bytes)}[/], from other documents"
+            f" [bold]{count(report.copied, 'sequence')}, {bytes_of(report.bytes)}[/], from other documents"
         )
         return
     if not report.sequences:
@@ -47,7 +47,7 @@ def show_estimate(report: "Estimate") -> None:
         )
         return
     console.print(
-        f"a capture would add about [bold]{report.sequences:,} sequences, {report.positions:,} positions,"
+        f"a capture would add about [bold]{count(report.sequences, 'sequence')}, {count(report.positions, 'position')},"
         f" {bytes_of(report.bytes)}[/]{_copied(report.copied)}"
     )
     took = report.seconds
@@ -69,10 +69,10 @@ def show_estimate(report: "Estimate") -> None:
     if report.tokenized < 1:
         console.print(
             "repeated documents are taken into account, but passages that several documents share are seen only in"
-            " the\nsample. If there are many, sequences, positions and the teacher's time are upper bounds; the bytes"
-            " hold"
+            " the\nsample. If there are many, the real number of sequences and positions and the teacher's time are"
+            " lower; the\nsize in bytes stays the same"
         )
-    table = table_of("selection", "ids", "bytes a position", "table", "kept exactly", "lost (KL)", "noise")
+    table = table_of("selection", "ids", "bytes per position", "table", "kept exactly", "lost (KL)", "noise")
     for i, s in enumerate(report.selections):
         sizes = (f"{s.ids_per_position:.1f}", f"{s.bytes_per_position:.1f}", bytes_of(s.bytes))
         table.add_row(
@@ -80,6 +80,7 @@ def show_estimate(report: "Estimate") -> None:
         )
     console.print(table)
     console.print(
+        "kept exactly: probability of the head, which is stored exactly.\n"
         "lost: KL in nats from the teacher's distribution to the mean of the stored targets; zero with a sampled tail,"
         "\nwhich is unbiased; without one, the remaining mass counts as spread evenly. noise: root mean square distance"
         "\nof a stored target from that mean, in probability"
@@ -124,20 +125,18 @@ def show_distill(report: "DistillReport") -> None:
 def _capture_line(report: "CaptureReport") -> None:
     where = f"[bold]{report.table}[/] (version {report.version})"
     if not report.sequences and not report.copied:
-        console.print(f"{where} already holds all {report.documents:,} documents: nothing was captured")
+        console.print(f"{where} already holds all {count(report.documents, 'document')}: nothing was captured")
     else:
         console.print(
-            f"{where} captured: {report.sequences:,} sequences, {report.positions:,} positions in"
+            f"{where} captured: {count(report.sequences, 'sequence')}, {count(report.positions, 'position')} in"
             f" {duration(report.seconds)}, {bytes_of(report.bytes)}{_copied(report.copied)}"
         )
     if report.truncated:
-        console.print(
-            f"[yellow]{report.truncated:,} documents are longer[/] than the classifier's input, and were cut short"
-        )
+        console.print(f"[yellow]{count(report.truncated, 'document')} cut short[/] to the classifier's longest input")
     if report.taken_down:
-        console.print(f"[yellow]{report.taken_down:,} documents were taken down[/] earlier, and were left out")
+        console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
     if report.rejects:
-        console.print(f"[yellow]{report.rejects:,} documents can't be used[/]: see {report.rejects_file}")
+        console.print(f"[yellow]{count(report.rejects, 'document')} can't be used[/]: see {report.rejects_file}")
 
 
 def _copied(sequences: int) -> str:
@@ -145,18 +144,15 @@ def _copied(sequences: int) -> str:
 
 
 def _train_line(report: "TrainReport") -> None:
+    steps = count(report.steps, "step")
     if not report.steps_trained:
-        console.print(
-            f"[bold]{report.output}[/] was trained already: {report.steps:,} steps on {report.table}; nothing was done"
-        )
+        console.print(f"[bold]{report.output}[/] was trained already: {steps} on {report.table}; nothing was done")
         return
     resumed = "" if report.resumed_from is None else f", resumed at step {report.resumed_from:,}"
-    best = "" if report.steps == report.stopped_at else f" (the best of {report.stopped_at:,})"
-    took = duration(report.seconds)
-    console.print(
-        f"[bold]{report.output}[/] trained: {report.steps:,} steps{best}{resumed}, {report.positions:,} positions"
-        f" of {report.table}, in {took}"
-    )
+    stopped = f" (the best weights; training stopped at step {report.stopped_at:,})"
+    best = "" if report.steps == report.stopped_at else stopped
+    positions, took = count(report.positions, "position"), duration(report.seconds)
+    console.print(f"[bold]{report.output}[/] trained: {steps}{best}{resumed}, {positions} of {report.table}, in {took}")
 
 
 def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
@@ -172,7 +168,7 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
         scores.add_row(score.name, f"{score.perplexity:,.2f}", f"{score.kl:.3f}", agreement, parameters)
     console.print(scores)
     left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
-    console.print(f"{report.positions:,} positions of {report.sequences:,} held-out sequences{left_out}")
+    console.print(f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')}{left_out}")
     if report.kl_kind == "mean over teachers":
         console.print(
             "the KL is the mean over the teachers: the KL to their average, plus the distance of the teachers from it"
@@ -189,7 +185,7 @@ def _class_scores(report: "ClassEvaluation") -> None:
         )
     console.print(scores)
     left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
-    console.print(f"{report.documents:,} held-out documents{left_out}")
+    console.print(f"{count(report.documents, 'held-out document')}{left_out}")
     if report.unmapped > 0.0005:
         console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and is left out")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from softlabel.flows.console import bytes_of, console, facts, table_of, try_next
+from softlabel.flows.console import bytes_of, console, count, facts, table_of, try_next
 from softlabel.storage.versions import spans
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
         splits.add_row(name, *(f"{count:,}" for count in counts), bytes_of(size.bytes))
     console.print(splits)
-    columns = table_of("column", "bytes", "bytes a position", "entropy")
+    columns = table_of("column", "bytes", "bytes per position", "entropy")
     for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
         entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
         columns.add_row(name, bytes_of(column.bytes), f"{column.bytes_per_position:.2f}", entropy)
@@ -48,7 +48,8 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     columns.add_row("all soft labels", "", *(f"{number:.2f}" for number in soft_labels))
     console.print(columns)
     console.print(
-        "entropy: bytes a position of an ideal code for the column's values, coded one by one; estimated from a sample"
+        "entropy: bytes per position that an ideal compression of the column's values, one by one, would take;"
+        " estimated from a sample"
     )
 
 
@@ -64,7 +65,7 @@ def show_mix(report: "ViewInspection") -> None:
         splits.add_row(name, *(f"{count:,}" for count in (size.sequences, size.tokens, size.positions)))
     console.print(splits)
     if report.left_out:
-        console.print(f"[yellow]{report.left_out:,} sequences are left out[/]: they are not in every table")
+        console.print(f"[yellow]{count(report.left_out, 'sequence')} left out[/]: not in every table")
 
 
 def show_history(report: "HistoryReport") -> None:
@@ -86,22 +87,23 @@ def show_history(report: "HistoryReport") -> None:
 def show_verify(report: "VerifyReport") -> None:
     """What was checked, and what was removed."""
     if report.removed:
+        removed = count(len(report.removed), "damaged shard")
         console.print(
-            f"[bold]{report.location}[/]: removed {len(report.removed):,} damaged shards from the newest version; their"
-            f" {report.removed_rows:,} sequences have to be captured again"
+            f"[bold]{report.location}[/]: removed {removed} from the newest version;"
+            f" to be captured again: {count(report.removed_rows, 'sequence')}"
         )
         for finding in report.findings:
             console.print(f"  {finding.path}  [dim]{finding.problem}[/]")
         try_next([f"softlabel capture DOCUMENTS {report.location}    (as before; it captures only what is missing)"])
     else:
-        counts = f"{report.shards:,} shards, {report.rows:,} sequences, {bytes_of(report.bytes)}"
+        counts = f"{count(report.shards, 'shard')}, {count(report.rows, 'sequence')}, {bytes_of(report.bytes)}"
         console.print(f"[bold]{report.location}[/] (version {report.version}) is intact: {counts}")
     if report.recheck:
         _recheck(report.recheck, table_rows=report.rows)
     if report.orphans:
         console.print(
-            f"{len(report.orphans):,} files belong to no version. An interrupted writer left them, or the log has lost"
-            " its newest commits (if so, restore the log before you delete anything):"
+            f"{count(len(report.orphans), 'file')} in no version: softlabel did not write them, an interrupted writer"
+            " left them, or the log has lost its newest commits (if so, restore the log before you delete anything):"
         )
         for path in report.orphans:
             console.print(f"  {path}")
@@ -111,8 +113,8 @@ def show_verify(report: "VerifyReport") -> None:
 def _recheck(recheck: "Recheck", table_rows: int) -> None:
     """The distance of the table from its teacher, next to the distance of the teacher from itself."""
     console.print(
-        f"the teacher agrees with the table on {recheck.sequences:,} sequences, {recheck.positions:,} positions,"
-        " within its own noise (in nats):"
+        f"the teacher agrees with the table on {count(recheck.sequences, 'sequence')},"
+        f" {count(recheck.positions, 'position')}, within its own noise (in nats):"
     )
     table = table_of("", "table: mean", "99.9%", "max", "noise: mean", "99.9%", "max")
     for agreement in recheck.agreements:
@@ -142,19 +144,20 @@ def show_maintain(report: "MaintainReport") -> None:
 def show_reprocess(report: "ReprocessReport") -> None:
     """What changed, what was taken down, what softlabel could not delete, and what to do next."""
     rows, where = report.rows, f"[bold]{report.table}[/] (version {report.version})"
-    counts = [f"{rows.dropped:,} sequences dropped", f"{rows.sequences:,} in {rows.shards:,} new shards"]
+    counts = [f"{count(rows.dropped, 'sequence')} dropped", f"{rows.sequences:,} in {count(rows.shards, 'new shard')}"]
     counts += [f"{rows.left:,} left as they are"] if rows.left else []
-    console.print(f"{where} {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
+    console.print(f"{where}, changed by {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
     if report.unknown:
-        console.print(f"[yellow]{report.unknown:,} documents in the list[/] are not in the table")
+        console.print(f"[yellow]{count(report.unknown, 'document')} of the list[/] not in the table")
     if report.purged:
         _purged(report.purged)
     try_next([f"softlabel inspect {report.table}", f"softlabel history {report.table}"])
 
 
 def _purged(report: "Purged") -> None:
-    held = f"{report.found:,} of them were in the table" if report.found else "none of them was in the table"
-    console.print(f"{report.documents:,} documents taken down ({held}), {len(report.files):,} files deleted")
+    held = f"{report.found:,} of them found in the table"
+    taken_down, deleted = count(report.documents, "document"), count(len(report.files), "file")
+    console.print(f"{taken_down} taken down ({held}), {deleted} deleted")
     if report.versions:
         console.print(f"versions that can no longer be opened: {spans(report.versions)}")
     lists = {
@@ -174,16 +177,15 @@ def _deletion(report: "Maintenance") -> None:
     for leftover in report.deleted:
         console.print(f"  {bytes_of(leftover.bytes):>8}  {leftover.path}  [dim]{leftover.why}[/]")
     total = bytes_of(sum(leftover.bytes for leftover in report.deleted))
-    what = f"{len(report.deleted):,} files, {total}, {verb}" if report.deleted else "nothing to delete"
+    what = f"{count(len(report.deleted), 'file')}, {total}, {verb}" if report.deleted else "nothing to delete"
     console.print(f"[bold]{report.location}[/]: {what}")
     if report.vacuumed:
         verb = "could no longer be opened" if report.dry_run else "can no longer be opened"
         console.print(f"versions that {verb}: {spans(report.vacuumed)}")
     if report.spared:
         size = bytes_of(sum(leftover.bytes for leftover in report.spared))
-        console.print(
-            f"{len(report.spared):,} files, {size}, spared: written recently (--grace-hours), or still being written"
-        )
+        files = count(len(report.spared), "file")
+        console.print(f"{files}, {size}, spared: written recently (--grace-hours), or still being written")
 
 
 def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:
@@ -193,7 +195,7 @@ def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:
 
 
 def _needed_by(version: int, tags: Iterable["Tag"], pins: Iterable["Pin"]) -> list[str]:
-    named = [tag.name for tag in tags if tag.version == version]
+    named = [f"tag {tag.name}" for tag in tags if tag.version == version]
     return named + [f"{pin.kind} {pin.student}" for pin in pins if pin.version == version]
 
 
@@ -210,6 +212,8 @@ def _made_by(teacher: str, identity: "Identity") -> dict[str, str]:
 
 
 def _selection(selection: "SelectionIdentity") -> str:
-    head = f"head of {selection.min_k} to {selection.max_k} ids, up to a mass of {selection.top_p:g}"
+    head = (
+        f"head of {selection.min_k} to {selection.max_k} ids, until their probabilities add up to {selection.top_p:g}"
+    )
     tail = f"sampled tail of up to {selection.draws} draws" if selection.draws else "no tail"
     return f"{head}; {tail}"

@@ -100,13 +100,27 @@ class Identity(_Part):
         """
         differences = self.differences(other)
         if differences:
-            lines = [f"{name}: the table has {a}, this run {b}" for name, (a, b) in differences.items()]
+            one_is_reduced = (self.derived_from is None) != (other.derived_from is None)
+            lines = [
+                f"{name}: the table has {a}, this run {b}"
+                for name, (a, b) in differences.items()
+                if not (one_is_reduced and name.startswith("derived_from"))
+            ]
+            do = "use the table's settings (softlabel inspect shows them), or make a new table in another folder"
+            if one_is_reduced and self.derived_from is not None:
+                lines.append("derived_from: softlabel reprocess has reduced the table, but not the rows of this run")
+                do = (
+                    "make a new table in another folder: softlabel reprocess has reduced this one, so only rows that"
+                    " were reduced in the same way can be added to it"
+                )
+            elif one_is_reduced:
+                lines.append("derived_from: softlabel reprocess has reduced the rows of this run, but not the table")
             raise ProvenanceError(
                 "this run can't add to this table: its results would not be comparable with the table's",
                 expected="the same teacher, tokenizer, selection and chunking that made the table",
                 found="\n               ".join(lines),
                 where=where,
-                do="use the table's settings (softlabel inspect shows them), or make a new table in another folder",
+                do=do,
             )
 
 

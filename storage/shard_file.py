@@ -85,7 +85,10 @@ class ShardFile:
         found = pq.read_metadata(self._draft.file).num_rows
         if found != len(self.keys):
             raise IntegrityError(
-                "a shard was not written completely", expected=f"{len(self.keys)} rows", found=f"{found} rows"
+                "a shard was not written completely",
+                expected=f"{len(self.keys)} rows",
+                found=f"{found} rows",
+                do="check the disk, then run the same command again; this shard was not added to the table",
             )
         self.shard_path = f"{PARTITION}={self._split}/{content_hash(self._draft.file)}.parquet"
 

@@ -89,8 +89,9 @@ def tombstone(table: str, shard: str) -> PurgedError | None:
 def purged_error(table: str, purge: Purge) -> PurgedError:
     """The error for a version that a take-down removed."""
     return PurgedError(
-        f"documents in this version were taken down: {len(purge.documents):,}, on {purge.time}, by {purge.user}",
-        expected=f"version {purge.version} or a newer one, which do not contain these documents",
+        "this version can no longer be opened: it contained documents that were taken down "
+        f"({len(purge.documents):,} in all, on {purge.time}, by {purge.user})",
+        expected=f"version {purge.version} or a newer one",
         found="the shards that contained them are deleted",
         where=table,
         do=f"use {table}, the newest version; students that were trained on an older one have seen these documents",

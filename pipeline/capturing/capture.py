@@ -181,7 +181,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         for rows, labels in batches:
             written.result()
             if (size := writer.bytes_a_position) is not None:
-                details["bytes a position"] = size
+                details["bytes per position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
         return writer.commit({"operation": "capture", **_history_entry(config, teacher)})
@@ -247,7 +247,9 @@ def _watched(
     for rows, labels in batches:
         done += labels.positions
         mass -= float(np.expm1(labels.tail_log_masses[0]).sum())
-        watch(Progress("capture", before + done, total, "positions", {"kept mass": mass / done, **details}))
+        watch(
+            Progress("capture", before + done, total, "positions", {"probability in the head": mass / done, **details})
+        )
         yield rows, labels
 
 
@@ -267,7 +269,7 @@ def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherErro
     names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, positions, side="right"))))
     return TeacherError(
         "the teacher's logits are not a probability distribution; this shard was not stored",
-        expected="finite logits (-inf for an id of probability 0)",
+        expected="logits that are finite, or -inf for an id of probability 0",
         found=f"NaN, +inf, or only -inf, at {len(positions)} positions",
         where=f"document {', '.join(names.to_pylist()[:5])}",
         do="use teacher.dtype bfloat16 or float32, or leave the document out",

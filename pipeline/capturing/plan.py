@@ -102,7 +102,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
             sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
-            raise _unusable("a document can't be used, and strict is set", rejects.first, config)
+            advice = "; or leave out strict, so that such documents are skipped and listed"
+            raise _unusable("a document can't be used, and strict is set", rejects.first, config, advice)
         statuses = known.statuses(sequences)
         pending.add(sequences.filter(pc.equal(statuses, "pending")))
         copies.add(sequences.filter(pc.equal(statuses, "copy")))
@@ -110,7 +111,11 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         unchanged += batch.documents.num_rows - changed.num_rows
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
     if not found:
-        listed = [f"{rejects}\n               all: {file}"] if (file := rejects.publish(place_of(config.table))) else []
+        listed = (
+            [f"{rejects}\n               complete list: {file}"]
+            if (file := rejects.publish(place_of(config.table)))
+            else []
+        )
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     return CapturePlan(
@@ -161,11 +166,12 @@ def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocum
     """
     if config.columns.content != "text":
         raise UsageError(
-            "a classifier reads plain text",
+            "a classifier reads only plain text, not chats or prompts",
             expected="columns.text",
             found=", ".join(f"columns.{setting}: {name}" for setting, name in config.columns.contents.items()),
             where=checkpoint.folder,
-            do="put the whole text of each document into one column",
+            do="put the whole text of each document into one column, and name it in columns.text "
+            "(without columns.messages, prompt and completion)",
         )
     if checkpoint.labels and config.columns.label is None:
         raise UsageError(
@@ -239,11 +245,11 @@ def _names(rows: pa.Table) -> Digests:
     return digests(rows.column("document_id").to_pylist())
 
 
-def _unusable(summary: str, found: str, config: CaptureConfig) -> DocumentsError:
+def _unusable(summary: str, found: str, config: CaptureConfig, advice: str = "") -> DocumentsError:
     return DocumentsError(
         summary,
         expected="documents with an id and a text of at least one token to predict",
         found=found,
         where=config.documents,
-        do="fix the documents, or set columns.* to the columns that hold their ids and texts",
+        do=f"fix the documents, or set columns.* to the columns that hold their ids and texts{advice}",
     )

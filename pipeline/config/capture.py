@@ -104,7 +104,7 @@ class TeacherConfig(Settings):
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> Self:
         if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
-            raise ValueError(f"labels must be at least two different names; found {' '.join(self.labels)}")
+            raise ValueError(f"labels must be two or more names, each given once; found {' '.join(self.labels)}")
         return self
 
 
@@ -144,8 +144,8 @@ class SelectionConfig(Settings):
     max_k: int = Field(default=16, ge=0, le=32767)
     """Most ids in the head. 0 stores no head: pure sampling."""
     draws: int = Field(default=48, ge=0, le=32767)
-    """Samples drawn for the tail, scaled by the probability outside the head: ceil(draws x that probability). 0
-    stores no tail."""
+    """Samples of the tail: at each position, ceil(draws x the probability outside the head) are drawn. 0 stores no
+    tail."""
     temperatures: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] = (1.0,)
     """Temperatures that students can be trained at, 1 first; each takes about 3 bytes per position."""
     seed: int = 0
@@ -196,7 +196,8 @@ class CaptureConfig(Settings):
     selection: SelectionConfig = SelectionConfig()
     shards: ShardsConfig = ShardsConfig()
     strict: bool = False
-    """Stop at the first document that can't be used, instead of counting it and listing it in the rejects file."""
+    """Stop at the first document that can't be used, instead of counting it and listing it in the table's
+    _softlabel/rejects.jsonl."""
 
     @model_validator(mode="after")
     def _assistant_turns_need_chats(self) -> Self:

@@ -39,6 +39,8 @@ class EstimateConfig(CaptureConfig):
 
     table: Location | None = None  # type: ignore[assignment]
     """Folder of a table: what it already holds is not counted. Without a table, everything is new."""
+    strict: bool = False
+    """Has no effect here: an estimate only counts the documents that can't be used."""
     sample: SampleConfig = SampleConfig()
     gpu: Gpu = "h100"
     """GPU to estimate hours for, calculated from the floating-point operations; it need not be there."""

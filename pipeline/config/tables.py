@@ -1,13 +1,14 @@
 """Settings of the commands that check and change tables: verify, maintain, mix and reprocess."""
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
 from softlabel.pipeline.config.capture import ColumnsConfig, ShardsConfig, TeacherConfig
 
-_NAME = r"[A-Za-z][A-Za-z0-9_.-]*"
+_TAG = r"[A-Za-z][A-Za-z0-9_.-]*(=\d+)?"
 
 
 class VerifyConfig(Settings):
@@ -50,13 +51,20 @@ class MaintainConfig(Settings):
     keep_versions: PositiveInt | None = None
     """With vacuum: keep only this many of the newest versions, and drop the others; left out, no version is
     dropped."""
-    tag: str | None = Field(default=None, pattern=rf"^{_NAME}(=\d+)?$")
+    tag: str | None = Field(default=None, json_schema_extra={"pattern": f"^{_TAG}$"})
     """NAME or NAME=VERSION: tag a version (without VERSION the newest, or that of TABLE@12), so that TABLE@NAME
     opens it. A tag never moves, and its version is never dropped."""
     untag: str | None = None
     """Remove this tag."""
     unpin: Location | None = None
-    """Folder of a student: allow the version that it was trained on to be dropped."""
+    """Folder of a student, or location of a view: allow the version that it needs to be dropped."""
+
+    @field_validator("tag")
+    @classmethod
+    def _tag_is_a_name(cls, tag: str | None) -> str | None:
+        if tag is not None and not re.fullmatch(_TAG, tag):
+            raise ValueError("must be NAME or NAME=VERSION, where NAME is a letter, then letters, digits, _ . or -")
+        return tag
 
     @model_validator(mode="after")
     def _keep_versions_needs_vacuum(self) -> Self:
@@ -127,7 +135,8 @@ class ReprocessConfig(Settings):
     drop: Location | None = None
     """File with one document id per line: drop these documents."""
     stale: Location | None = None
-    """File, folder or glob of documents: drop rows of their earlier versions. Rows of other documents stay."""
+    """File, folder or glob of documents, read with the columns.* settings: drop rows of their earlier versions. Rows of
+    other documents stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None

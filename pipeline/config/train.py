@@ -84,9 +84,12 @@ class LossConfig(Settings):
 
     @model_validator(mode="after")
     def _weights_are_not_both_zero(self) -> Self:
-        for moment, loss in (("first", self.at(0.0)), ("last", self.at(1.0))):
+        for moment, loss, end in (("first", self.at(0.0), ""), ("last", self.at(1.0), "_end")):
             if loss.hard_weight == 0 and loss.soft_weight == 0:
-                raise ValueError(f"both weights are 0 at the {moment} step: nothing would be learned")
+                raise ValueError(
+                    f"hard_weight and soft_weight are both 0 at the {moment} step, so nothing would be learned; set"
+                    f" hard_weight{end} or soft_weight{end} above 0"
+                )
         return self
 
     def at(self, share: float) -> "LossConfig":

@@ -119,7 +119,9 @@ def _chat(value: Any) -> str:
         try:
             value = json.loads(value)
         except ValueError:
-            raise UnfitError("the chat is a string that is not valid JSON") from None
+            raise UnfitError(
+                "the chat is neither a list of messages in valid UTF-8 nor a string of valid JSON"
+            ) from None
         except RecursionError:
             raise UnfitError(_TOO_DEEP) from None
     return _json(_messages(value, "chat"))
@@ -170,10 +172,10 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
 
 def _message(i: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UnfitError(f"message {i} is not an object")
+        raise UnfitError(f"message {i} (counting from 0) is not an object")
     message = {key: field for key, field in value.items() if field is not None}
     if not isinstance(message.get("role"), str):
-        raise UnfitError(f"message {i} has no role")
+        raise UnfitError(f"message {i} (counting from 0) has no role")
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-        raise UnfitError(f"message {i} has neither text content nor tool calls")
+        raise UnfitError(f"message {i} (counting from 0) has neither text content nor tool calls")
     return message

@@ -205,9 +205,10 @@ def _reading(file: File) -> Iterator[None]:
         with bucket_errors():
             yield
     except (pa.ArrowException, OSError, EOFError) as error:
+        reader = _reader(file)
         raise DocumentsError(
             "a file of documents can't be read",
-            expected=f"a complete, undamaged file of {reader.kind if (reader := _reader(file)) else 'documents'}",
+            expected=f"a complete, undamaged {f'{reader.kind} file' if reader else 'file of documents'}",
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             where=file.address,
             do="write or copy the file again, or exclude it with a glob",

@@ -101,7 +101,12 @@ def draw_sample(
         fingerprints.append(np.frombuffer(names, np.uint64))
         watch(Progress("read", found, None, "documents"))
     if not found:
-        raise DocumentsError("no document can be used", found=f"{rejects} unusable documents", where=config.documents)
+        raise DocumentsError(
+            "no document can be used",
+            found=f"{rejects:,} documents that can't be used, and {known.taken_down:,} that were taken down",
+            where=config.documents,
+            do="check columns.id and the columns.* of the content; softlabel capture gives a reason for each document",
+        )
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)
     if identity.classes is None:  # a classifier reads every document, repeated or not

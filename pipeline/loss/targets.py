@@ -107,7 +107,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
     """
     if loss.temperature not in temperatures:
         raise UsageError(
-            f"the table has no tail mass for temperature {loss.temperature:g}",
+            f"the table does not store temperature {loss.temperature:g}",
             expected=f"loss.temperature: one of {', '.join(f'{t:g}' for t in temperatures)}",
             found=f"loss.temperature: {loss.temperature:g}",
             do="choose one of these, or capture again with this temperature in selection.temperatures",

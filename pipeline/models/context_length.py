@@ -47,7 +47,8 @@ def _require_positions(checkpoint: Checkpoint, max_tokens: int, positions: int |
     if limit is not None and max_tokens > limit:
         raise UsageError(
             "the teacher can't read sequences of this length",
-            expected=f"sequences.max_tokens of at most {limit}, the number of positions in the teacher's table",
+            expected=f"sequences.max_tokens of at most {limit}, the number of positions that the teacher has "
+            "embeddings for",
             found=f"sequences.max_tokens: {max_tokens}",
             where=checkpoint.folder / "config.json",
             do=f"set sequences.max_tokens to {limit} or less; longer documents are then cut into more chunks",

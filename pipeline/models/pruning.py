@@ -77,10 +77,11 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
     layers = [part for part in teacher.modules() if _is_feed_forward(part)]
     sizes = {layer.down_proj.in_features for layer in layers}
     if len(layers) != config.num_hidden_layers or sizes != {getattr(config, "intermediate_size", None)}:
+        of_sizes = f", with {' and '.join(map(str, sorted(sizes)))} neurons," if sizes else ""
         raise StudentError(
             "this kind of model can't be made narrower",
             expected=f"{config.num_hidden_layers} feed-forward layers of one size with {', '.join(_FEED_FORWARD)}",
-            found=f"{len(layers)} of these in {type(teacher).__name__}",
+            found=f"{len(layers)} of these{of_sizes} in {type(teacher).__name__}",
             where=config.name_or_path,
             do="leave out student.intermediate_size",
         )

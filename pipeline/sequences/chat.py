@@ -205,19 +205,18 @@ def _answer_places(turns: list[tuple[int, int]], answers: list[int], texts: list
     """Places of these messages, after a check that the turns have all of them and nothing of other messages."""
     places = []
     for text in texts:
+        name = f"message {text.message} (counting from 0)"
         if text.places is None:
-            raise ChatRefusedError(f"can't tell where the chat template writes message {text.message}")
+            raise ChatRefusedError(f"can't tell where the chat template writes {name}")
         if text.message in answers:
             inside = [place for place in text.places if place.whole and place.lies_in(turns)]
             if text.places and not inside:
-                raise ChatRefusedError(
-                    f"the assistant's turn, {_AS_WRITTEN}, does not contain all of message {text.message}"
-                )
+                raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
             if text.core and not inside:
-                raise ChatRefusedError(f"the chat template leaves out message {text.message}")
+                raise ChatRefusedError(f"the chat template leaves out {name}")
             places += inside if text.core else []
         elif any(place.meets(turn) for place in text.places for turn in turns):
-            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains message {text.message}")
+            raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains {name}")
     return places
 
 

@@ -96,7 +96,8 @@ class DocumentTokenizer:
         if settings.max_tokens <= len(self.prefix) + settings.context:
             raise UsageError(
                 "sequences.max_tokens leaves no room for a token to predict",
-                expected=f"sequences.max_tokens above {len(self.prefix)} (prefix) + {settings.context} (context)",
+                expected=f"sequences.max_tokens above {len(self.prefix) + settings.context}: {len(self.prefix)} for "
+                f"the tokens that the tokenizer puts before a text, {settings.context} for sequences.context",
                 found=f"sequences.max_tokens: {settings.max_tokens}",
                 do="set sequences.max_tokens higher",
             )

@@ -59,6 +59,8 @@ class WholeDocuments:
         reasons = [
             "it has no tokens"
             if not encoding.ids
+            else "it has no label"
+            if self._labels and label is None
             else f"its label is {label!r}, which is not in teacher.labels"
             if self._labels and label not in self._labels
             else None

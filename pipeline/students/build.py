@@ -165,7 +165,8 @@ def _require_separation(student: PreTrainedModel, packing: bool) -> None:
     ahead = _depends(student, torch.arange(2 * _PROBE_TOKENS), slice(_PROBE_TOKENS), slice(_PROBE_TOKENS, None))
     if ahead or (packing and not separates(student)):
         raise StudentError(
-            f"{type(student).__name__} sees {'the tokens it has to predict' if ahead else 'other sequences in a row'}",
+            f"{type(student).__name__} "
+            + ("sees the tokens it has to predict" if ahead else "mixes the sequences that share a training row"),
             expected="a causal model" if ahead else "a model that keeps sequences that share a row separate",
             found=f"hidden states that depend on {'later tokens' if ahead else 'the sequence before'}",
             where=student.config.name_or_path or "student.config",

@@ -198,7 +198,8 @@ class StudentFolder:
                 expected="the same settings, files and table version, or a new folder",
                 found="\n               ".join(differences),
                 where=self.path if finished else self.run,
-                do="choose another output, or delete that folder; to keep a table version, name it as TABLE@VERSION",
+                do="choose another output, or delete that folder; to train on the same version of "
+                "the table as before, write TABLE@VERSION",
             )
 
 

@@ -62,7 +62,8 @@ class LabelMap:
             raise _labels_error(
                 f"{ambiguous[0]} is the name of a class that is not part of the label {ambiguous[0]}",
                 classes,
-                "give the label another name: what documents labelled so mean would be ambiguous",
+                f"give the label another name: for a document labelled {ambiguous[0]}, it would be unclear whether the "
+                "class or the label is meant",
             )
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated or len(names) < 2:

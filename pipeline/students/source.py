@@ -106,7 +106,7 @@ def _teacher_of(origin: Origin) -> KnownTeacher:
         "the table has several teachers, and student.teacher does not choose one"
         if teachers
         else "the table does not say where its teacher is",
-        expected="student.teacher, in addition to the layers to keep of it",
+        expected="student.teacher, as well as student.layers or student.depth",
         found=", ".join(sorted(teacher.name for teacher in teachers))
         or "no student.teacher, and no teacher in the table's history",
         where=origin.location,

@@ -39,12 +39,12 @@ _SHOWN = 5
 
 _ROUNDING = {
     "log-probabilities": 1 / CODES_PER_NAT,
-    "tail masses": 1e-4,
+    "log-probabilities outside the head": 1e-4,
     "entropies": 1 / ENTROPY_CODES_PER_NAT,
-    "next tokens": 1e-3,
+    "log-probabilities of the next tokens": 1e-3,
 }
 """How far rounding may move the stored values, in nats, for each field of ``Answers`` in order."""
-_DERIVED_ROUNDING = {"log-probabilities": 2 / CODES_PER_NAT, "tail masses": 1 / CODES_PER_NAT}
+_DERIVED_ROUNDING = {"log-probabilities": 2 / CODES_PER_NAT, "log-probabilities outside the head": 1 / CODES_PER_NAT}
 """The same in a table that was derived from a larger one: its masses are sums of rounded probabilities."""
 
 
@@ -128,9 +128,9 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
     """
     if config.labels:
         raise UsageError(
-            "a table of the documents' own labels can't be compared with a teacher: there is none",
-            found="teacher.labels",
-            do="leave out all teacher settings",
+            "teacher.labels runs no model, so there is nothing to compare the table with",
+            found=f"teacher.labels: {' '.join(config.labels)}",
+            do="leave out teacher.labels; if the table holds the documents' own labels, leave out all teacher settings",
         )
     _require_teacher(table, Checkpoint.find(config))
     rows = _sample(table, sequences, seed)
@@ -179,7 +179,7 @@ def disagreement(found: Recheck) -> DisagreementError:
     noise = ", ".join(f"{agreement.name} {agreement.noise.mean:.3f}" for agreement in found.agreements)
     return DisagreementError(
         f"the table disagrees with its teacher on {len(found.disagreements)} of {found.sequences} sequences",
-        expected=f"about the differences between two runs of the teacher (nats, on average): {noise}",
+        expected=f"differences about as small as those between two runs of the teacher (mean, in nats): {noise}",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.table}@{found.version}",
         do="do not train on this table; check that the teacher runs as it did then, and capture a new table",
@@ -207,7 +207,7 @@ def _require_distributions(rows: pa.Table, *runs: dict[int, Answers]) -> None:
         names = rows.column("document_id").take(pa.array(found)).unique().to_pylist()
         raise TeacherError(
             "the teacher's logits are not a probability distribution, so the table can't be compared with them",
-            expected="finite logits (-inf for an id of probability 0)",
+            expected="logits that are finite, or -inf for an id of probability 0",
             found=f"NaN, +inf, or only -inf, in {len(found)} of {len(rows)} sequences",
             where=f"document {', '.join(names[:_SHOWN])}",
             do="check that the teacher runs on this machine: try another teacher.device or attn_implementation",
@@ -243,9 +243,7 @@ def _sample(table: Table, sequences: int, seed: int) -> pa.Table:
     shards = table.shards()
     ends = np.cumsum([shard.rows for shard in shards])
     if not len(ends) or not ends[-1]:
-        raise UsageError(
-            "the table can't be compared with its teacher", found="a table without rows", where=table.location
-        )
+        raise UsageError("the table has no rows to compare with its teacher", where=table.location)
     chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(sequences, int(ends[-1])), replace=False))
     parts = []
     for shard, end in zip(shards, ends, strict=True):

@@ -162,7 +162,8 @@ def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
     ):
         stored_ones = " ".join(f"{T:g}" for T in source.temperatures)
         requested_ones = " ".join(f"{T:g}" for T in temperatures)
-        raise _too_much(source, "temperatures", f"some of {stored_ones}, 1 first", requested_ones)
+        expected = f"1, then any others of the stored temperatures ({stored_ones})"
+        raise _too_much(source, "temperatures", expected, requested_ones)
     return Narrowing(source.identity, max_k, draws, temperatures)
 
 

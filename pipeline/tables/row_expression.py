@@ -66,7 +66,7 @@ def row_expression(text: str, known: pa.Schema) -> tuple[Callable[[pa.Table], ND
         "rows can't be filtered by this expression",
         expected=f"SQL that is true or false for each row, with the columns {printable(', '.join(known.names))}",
         found=found,
-        where=f"where: {place[0]}{_INDENT}{' ' * len('where: ')}{place[1]}",
+        where=f"--where {place[0]}{_INDENT}{' ' * len('--where ')}{place[1]}",
         do=_ALLOWED,
     )
 
@@ -229,7 +229,7 @@ class _Reader:
         if name.text == "CAST":
             return self._cast()
         if name.text not in {*sql.FUNCTIONS, *sql.CHOICES}:
-            sql.refuse(f"function {name}, which is not allowed; nor is any that takes more than one row", name)
+            sql.refuse(f"{name}, which is not one of the functions that can be used here", name)
         return sql.call(name, self._list())
 
     def _cast(self) -> Value:

@@ -152,7 +152,7 @@ class TransformersTeacher:
         return TeacherError(
             "this architecture's output layer can't be run separately from its base model",
             expected="a forward() that calls its base model exactly once",
-            found=f"{type(self._model).__name__} does not",
+            found=f"{type(self._model).__name__}, whose forward() does not",
             where=self.checkpoint.folder,
             do="use another teacher, or set teacher.engine to a class of your own that runs this one "
             "(softlabel.pipeline.teachers.teacher.Teacher describes it)",

@@ -111,7 +111,7 @@ def _require_targets(loss: LossConfig, documents: LabelledDocuments, table: Tabl
         missing.append("a teacher's probability for the student's labels (loss.soft_weight)")
     if missing:
         raise UsageError(
-            "no document has what a part of the loss needs",
+            "a part of the loss has no document to learn from",
             expected="documents with labels for the hard loss, and with the teacher's probabilities for the soft loss",
             found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(missing)}",
             where=table.location,

@@ -82,7 +82,8 @@ def purge(
             raise
         except TableError as error:
             raise TableError(
-                "the documents are still in the table, because it could not be written; nothing can add them again",
+                "the documents are still in the table, because it could not be written; but captures "
+                "leave them out from now on",
                 expected="write permission for the folder, and free disk space",
                 found=error.__cause__ or error,
                 where=location,
@@ -130,7 +131,11 @@ def _delete(newest: Table, record: Purge, version: int) -> Purged:
         same_text=tuple(sorted(_documents_sharing(newest, keys))),
         out_of_reach=(
             *(f"{name}, which was not checked, because softlabel did not write it" for name in foreign),
-            *(f"{name}, which is damaged: other versions may need a deleted shard too" for name in log.damaged),
+            *(
+                f"{name}, a damaged commit: because of it, the list of versions that can no longer be opened may be"
+                " incomplete"
+                for name in log.damaged
+            ),
             *_out_of_reach(newest),
         ),
     )

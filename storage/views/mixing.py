@@ -90,8 +90,8 @@ def _require_free(location: str, definition: Definition) -> None:
         if (existing.how, existing.parts) != (definition.how, definition.parts):
             raise UsageError(
                 "there is a different view here already, and a view never changes",
-                expected=_describe(existing),
-                found=_describe(definition),
+                expected=f"the view that is there: {_describe(existing)}",
+                found=f"the view to make: {_describe(definition)}",
                 where=location,
                 do="choose another folder, or delete this view",
             )

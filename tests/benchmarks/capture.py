@@ -164,7 +164,7 @@ class Bench:
         teacher.logits = original
 
     def capture(self, selection: str, about: dict[str, float]) -> float:
-        """Seconds to capture all batches; fills ``about`` with seconds before the first and bytes a position."""
+        """Seconds to capture all batches; fills ``about`` with seconds before the first and bytes per position."""
         config, table = self._configs[selection], self._folder / "table"
         shutil.copytree(config.table, table)
         began: list[float] = []

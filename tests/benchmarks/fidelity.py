@@ -3,7 +3,7 @@
 ``python -m tests.benchmarks.fidelity`` prints one table, sorted by size; the default selection was chosen from it. The
 teacher is SmolLM2-135M (unpacked to .demo/teacher), and the text is Python's own manual. The student is the teacher
 pruned to 7 of its 30 layers and trained for a minute on other pages; ``--student`` takes one from a folder instead.
-Each selection goes through the real codec. Bytes a position are those of all soft-label columns of a real table. The
+Each selection goes through the real codec. Bytes per position are those of all soft-label columns of a real table. The
 gradient of forward KL, with respect to every weight of the student's layers, is compared with the gradient of the dense
 KL at the same positions. The differences are in percent of the length of the dense gradient:
 
@@ -208,7 +208,7 @@ def labels_of(text: Text, config: SelectionConfig) -> SoftLabels:
 
 
 def stored(labels: SoftLabels, text: Text) -> tuple[float, Table]:
-    """Bytes a position of all soft-label columns, and the table; its files are deleted."""
+    """Bytes per position of all soft-label columns, and the table; its files are deleted."""
     captured = Captured(labels, _lengths(text), text.logits.shape[1])
     with tempfile.TemporaryDirectory() as scratch:
         table = make_table(Path(scratch), captured)
@@ -241,7 +241,7 @@ def name_of(config: SelectionConfig) -> str:
 def measure(
     config: SelectionConfig, student: Student, text: Text, seeds: int, dense: tuple[Tensor, float]
 ) -> Iterator[tuple[str, float, str, Closeness]]:
-    """For each target that the selection allows: name, bytes a position, ids and mass, and closeness."""
+    """For each target that the selection allows: name, bytes per position, ids and mass, and closeness."""
     labels = labels_of(text, config)
     size, table = stored(labels, text)
     vocabulary = torch.tensor(table.vocabulary)

@@ -44,7 +44,7 @@ LENGTH = 1024
 LARGE = 151_669
 """Number of ids in a large vocabulary, that of Qwen3."""
 GOALS = {"k=64": (126, 100_000, 300_000), "default": (60, 200_000, 600_000)}
-"""Bytes a position, positions/s written, and positions/s read, for each selection."""
+"""Bytes per position, positions/s written, and positions/s read, for each selection."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def make_table(folder: Path, captured: Captured) -> Table:
 
 
 def naive_bytes(labels: SoftLabels) -> float:
-    """Bytes a position of int32 ids and float32 log-probabilities as lists of lists with zstd, and nothing else."""
+    """Bytes per position of int32 ids and float32 log-probabilities as lists of lists with zstd, and nothing else."""
     counts = labels.head_counts + labels.tail_counts
     heads = np.repeat(np.arange(labels.positions), labels.head_counts)
     tails = np.repeat(np.arange(labels.positions), labels.tail_counts)
@@ -197,7 +197,7 @@ def naive_bytes(labels: SoftLabels) -> float:
 
 
 def distillkit_bytes(k: int, vocabulary: int) -> dict[str, float]:
-    """Bytes a position, calculated from DistillKit's layout; its code is not run here.
+    """Bytes per position, calculated from DistillKit's layout; its code is not run here.
 
     Ids are packed to as many bits as the vocabulary needs (``DistributionQuantizationConfig.total_bits`` in
     distillkit/compression/config.py). The exact setting stores all k log-probabilities as bfloat16. The setting that
@@ -247,7 +247,7 @@ def measure(name: str, captured: Captured, runs: int) -> None:
     goal_bytes, goal_write, goal_read = GOALS[name]
     print(f"\n{name}: {P:,} positions, {captured.labels.head_counts.mean():.1f} ids in the head, ", end="")
     print(f"{captured.labels.tail_counts.mean():.1f} in the tail")
-    print(f"  {'bytes a position':<20}{'stored':>8}{'entropy':>9}{'ids at random':>15}")
+    print(f"  {'bytes per position':<20}{'stored':>8}{'entropy':>9}{'ids at random':>15}")
     for column in SOFT_LABELS.names:
         a, b = plain.columns[column], random.columns[column]
         print(f"  {column:<20}{a.bytes_per_position:8.2f}{a.entropy_per_position:9.2f}{b.bytes_per_position:15.2f}")

@@ -8,7 +8,7 @@ from softlabel.flows.arguments import read_file, resolve, settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.config.tables import VerifyConfig
+from softlabel.pipeline.config.tables import MaintainConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.storage.errors import UsageError
 
@@ -47,7 +47,10 @@ def test_every_setting_has_a_description(model: type):
         ("selection: {top-k: 4}", ["did you mean top_k?"]),
         ("selection: {top_k: 4, draws: 3}", ["top_k can't be combined with draws", "run.yaml, selection"]),
         ("teacher: {model: m, dtype: fp8}", ["invalid value for teacher.dtype", "'bfloat16'", "found:       'fp8'"]),
-        ("teacher: m", ["invalid value for teacher\n", "run.yaml, teacher"]),
+        (
+            "teacher: m",
+            ["invalid value for teacher\n", "settings of its own, indented below it", "'m'", "run.yaml, teacher"],
+        ),
     ],
 )
 def test_an_error_in_a_file_names_the_setting_and_the_place(tmp_path: Path, text: str, messages: list[str]):
@@ -65,7 +68,8 @@ def test_a_missing_setting_is_named_with_its_flag(tmp_path: Path):
 
 def test_a_missing_positional_setting_is_named_as_an_argument():
     with pytest.raises(
-        UsageError, match=r"as an argument \(DOCUMENTS TABLE\), pass --table, or set it in a --config file"
+        UsageError,
+        match=r"as an argument \(in this order: DOCUMENTS TABLE\), pass --table, or set it in a --config file",
     ):
         resolve(CaptureConfig, {("documents",): "d", ("teacher", "model"): "m"}, None, ("documents", "table"))
 
@@ -99,6 +103,26 @@ def test_an_invalid_value_is_named_with_its_flag():
     assert "greater than or equal to 0" in str(error.value)
 
 
+def test_an_error_of_all_settings_names_no_single_flag(tmp_path: Path):
+    file = write(tmp_path, "source: t")
+    for given in (None, file):
+        with pytest.raises(UsageError, match=r"^invalid settings: nothing to do") as error:
+            resolve(ReprocessConfig, {("source",): "t"}, given)
+        assert "--source" not in str(error.value)
+        assert (f"where:       {file}\n" in f"{error.value}\n") == (given is not None)
+
+
+@pytest.mark.parametrize("tag", ["a", "v1.0_x-y", "a=12"])
+def test_a_tag_is_a_name_with_or_without_a_version(tag: str):
+    assert resolve(MaintainConfig, {("table",): "t", ("tag",): tag}, None).tag == tag
+
+
+@pytest.mark.parametrize("tag", ["", "1a", "a=", "a=b", "a=1\n", "a b"])
+def test_a_tag_that_is_not_a_name_is_refused(tag: str):
+    with pytest.raises(UsageError, match="invalid tag: must be NAME or NAME=VERSION, where NAME is a letter"):
+        resolve(MaintainConfig, {("table",): "t", ("tag",): tag}, None)
+
+
 def test_many_mistakes_fit_on_one_screen(tmp_path: Path):
     with pytest.raises(UsageError, match=r"and \d+ more") as error:
         resolve(CaptureConfig, {}, write(tmp_path, "\n".join(f"wrong{i}: 1" for i in range(40))))
@@ -118,6 +142,13 @@ def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path, content: 
     path.write_bytes(content)
     with pytest.raises(UsageError, match=problem):
         read_file(path)
+
+
+def test_a_configuration_file_without_settings_is_shown_without_credentials(tmp_path: Path):
+    with pytest.raises(UsageError, match="contains no settings") as error:
+        read_file(write(tmp_path, f"- s3://KEY:{'SECRET' * 20}@bucket/x"))
+    assert "found:       ['(a location with credentials)" in str(error.value)
+    assert "SECRET" not in str(error.value)
 
 
 def test_a_missing_file_suggests_a_similar_name(tmp_path: Path):

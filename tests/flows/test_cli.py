@@ -1,6 +1,7 @@
 """The command line: help, typing mistakes, exit codes, stdout and stderr. Needs no server and no torch."""
 
 import json
+import re
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_help_explains_settings(capsys: pytest.CaptureFixture[str]):
     run(["capture", "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "The model whose predictions are stored" in shown
-    assert "--selection.draws INT Samples drawn for the tail" in shown
+    assert "--selection.draws INT Samples of the tail: at each position" in shown
     assert "[default: 48]" in shown
 
 
@@ -58,6 +59,35 @@ def test_misuse_exits_with_2(arguments: list[str], message: str, capsys: pytest.
     assert err.startswith("softlabel: ")
     assert message in err
     assert len(err.splitlines()) < 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "problem"),
+    [
+        (["train", "t", "s", "--student.depth", "0"], "student.depth", "greater than 0"),
+        (["train", "t", "s", "--optimizer.processes", "0"], "optimizer.processes", "greater than"),
+        (["train", "t", "s", "--student.model", "~nouser/x"], "student.model", "does not know that user"),
+        (["maintain", "t", "--keep-versions", "0"], "keep_versions", "greater than 0"),
+        (["maintain", "t", "--tag", "1a"], "tag", "must be NAME or NAME=VERSION, where NAME is a letter"),
+        (["mix", "v", "a", "b", "--weights", "0"], "weights", "greater than 0"),
+        (
+            ["capture", "d", "t", "--teacher.model", "m", "--selection.temperatures", "0"],
+            "selection.temperatures",
+            "0.001",
+        ),
+        (["reprocess", "t", "~nouser/x"], "destination", "does not know that user"),
+    ],
+)
+def test_a_refused_value_is_explained_with_its_flag(
+    arguments: list[str], name: str, problem: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert re.match(rf"softlabel: invalid (value for )?{re.escape(name)}[\n:]", err)
+    assert problem in err
+    assert err.endswith(f"\n  where:       --{name.replace('_', '-')}\n")
+    assert "pydantic" not in err
+    assert "match pattern" not in err
 
 
 @pytest.mark.parametrize("verb", ["inspect", "history"])

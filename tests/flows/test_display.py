@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from softlabel.flows.display import show_capture, show_distill
+from softlabel.flows.console import count
+from softlabel.flows.display import show_capture, show_distill, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
 from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation, ClassScore
@@ -23,8 +24,8 @@ def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixtu
     show_distill(DistillReport(captured, {"student": trained}, evaluated))
     shown = capsys.readouterr().out
     for text in (
-        "2 documents are longer than the classifier's input",
-        "1 documents were taken down",
+        "2 documents cut short to the classifier's longest input",
+        "1 document left out: taken down earlier",
         "50.0%",
         "20.0%",
         "0.125",
@@ -34,6 +35,15 @@ def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixtu
     assert "25.0% of the teacher's mass is on classes without a label" in shown
     # No suggestion to train another student from this one: that would need its labels, which are not known here.
     assert shown.count("  softlabel ") == 1
+
+
+def test_one_thing_is_shown_in_the_singular():
+    assert (count(1, "file"), count(0, "file"), count(2_000, "new shard")) == ("1 file", "0 files", "2,000 new shards")
+
+
+def test_a_training_that_kept_earlier_weights_says_where_it_stopped(capsys: pytest.CaptureFixture[str]):
+    show_train(TrainReport("runs/student", "table@3", 39, 52, 52, None, 1000, 160, 1.0, {}))
+    assert "39 steps (the best weights; training stopped at step 52), " in capsys.readouterr().out
 
 
 def test_the_command_suggested_after_a_capture_works_with_a_teacher_of_two_layers(capsys: pytest.CaptureFixture[str]):

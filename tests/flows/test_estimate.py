@@ -46,16 +46,16 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones(capsys: pytest.CaptureFix
     assert "h100" in capsys.readouterr().err
 
 
-def test_a_partial_sample_is_reported_as_upper_bounds(capsys: pytest.CaptureFixture[str]):
+def test_a_partial_sample_is_reported_to_overestimate_repeated_passages(capsys: pytest.CaptureFixture[str]):
     seconds = Seconds(0.0, copy=61.0)
     found = Estimate(9, pending=9, rejects=0, tokenized=1.0, seconds=seconds, gpu="h100", gpu_utilization=0.4)
     show_estimate(replace(found, sequences=5, copied=4))
     shown = capsys.readouterr().out
     assert "4 copied from other documents" in shown
     assert "copying 0:01:01" in shown
-    assert "upper bounds" not in shown
+    assert "the real number of sequences" not in shown
     show_estimate(replace(found, sequences=5, tokenized=0.9))
-    assert "upper bounds" in capsys.readouterr().out
+    assert "the real number of sequences and positions and the teacher's time are lower" in capsys.readouterr().out
 
 
 def test_documents_without_new_sequences_are_not_reported_as_captured(capsys: pytest.CaptureFixture[str]):

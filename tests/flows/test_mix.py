@@ -86,7 +86,7 @@ def test_a_view_shows_its_tables_splits_and_dependents(folder: Path, capsys: pyt
     text = shown(capsys, "inspect", folder / "average")
     assert f"0.5 x {folder / 'a'}@" in text
     assert "teacher, head of 1 to " in text
-    assert "20 sequences are left out" in text
+    assert "20 sequences left out" in text
     assert "average" in shown(capsys, "history", folder / "average")
     assert "(version 0) is intact: " in shown(capsys, "verify", folder / "average")
     assert f"view {folder / 'average'}" in shown(capsys, "history", folder / "a")

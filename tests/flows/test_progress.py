@@ -12,8 +12,8 @@ from softlabel.pipeline.progress import Progress
 
 
 def test_a_line_shows_count_rate_and_time_left():
-    text = describe(Progress("capture", 3_000, 12_000, "positions", {"bytes a position": 58.214}), 1_500.0)
-    assert text == "3,000/12,000 positions  1,500/s  0:00:06 left  bytes a position 58.21"
+    text = describe(Progress("capture", 3_000, 12_000, "positions", {"bytes per position": 58.214}), 1_500.0)
+    assert text == "3,000/12,000 positions  1,500/s  0:00:06 left  bytes per position 58.21"
 
 
 def test_no_rate_is_shown_before_it_is_known():
@@ -75,7 +75,9 @@ def test_each_worker_has_its_own_line(caplog: pytest.LogCaptureFixture, now: lis
     with caplog.at_level(logging.INFO, "softlabel"), watching() as watch:
         for done in (0, 100):
             parts = {
-                f"cuda:{i}": Progress("capture", done // 4 + done // 2 * i, None, "positions", {"kept mass": 0.9})
+                f"cuda:{i}": Progress(
+                    "capture", done // 4 + done // 2 * i, None, "positions", {"probability in the head": 0.9}
+                )
                 for i in range(2)
             }
             watch(Progress("capture", done, 100, "positions", parts=parts))
@@ -83,8 +85,8 @@ def test_each_worker_has_its_own_line(caplog: pytest.LogCaptureFixture, now: lis
     lines = [record.getMessage() for record in caplog.records]
     assert lines[3:] == [
         "capture  100/100 positions  10/s",
-        "  cuda:0  25 positions  2.5/s  kept mass 0.9",
-        "  cuda:1  75 positions  7.5/s  kept mass 0.9",
+        "  cuda:0  25 positions  2.5/s  probability in the head 0.9",
+        "  cuda:1  75 positions  7.5/s  probability in the head 0.9",
     ]
 
 

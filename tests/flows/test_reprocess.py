@@ -38,7 +38,7 @@ def test_a_take_down_removes_documents_and_lists_what_remains(
     (tmp_path / "ids").write_text("a1\na2\n")
     assert run(["reprocess", table, "--purge", str(tmp_path / "ids")]) == 0
     shown = capsys.readouterr().out
-    assert "2 documents taken down (2 of them were in the table)" in shown
+    assert "2 documents taken down (2 of them found in the table)" in shown
     assert f"student {tmp_path}/student" in shown
     assert "these may still hold the documents or traces of them, and softlabel can't change them" in shown
     assert not {"a1", "a2"} & {*names_in(Table.open(table))}
@@ -58,7 +58,7 @@ def test_a_take_down_removes_documents_and_lists_what_remains(
         (["--shards.eval-fraction", "2"], "invalid value for shards.eval_fraction"),
         (["--where", "label IN (SELECT x FROM read_csv('/etc/passwd'))"], "            ^^^^^^\n"),
         (["--where", "tokens > 4 OR " * 5000 + "true"], "at most 50,000 are allowed"),
-        (["--where", "label = \x1b[2J"], "where: label = \\x1b[2J\n"),
+        (["--where", "label = \x1b[2J"], "--where label = \\x1b[2J\n"),
         (["--where", ""], "the end instead of a value"),
     ],
 )

@@ -75,13 +75,13 @@ def test_versions_are_tagged_opened_and_shown_by_name(table: Path, capsys: pytes
     code, report, _ = softlabel(capsys, "maintain", table, "--tag", "gold")
     assert (code, report["deletion"]) == (0, None)
     assert [(made["name"], made["version"]) for made in report["tags"]] == [("gold", newest)]
-    assert "version 1 is needed by first" in shown(capsys, "maintain", table, "--tag", "first=1")
+    assert "version 1 is needed by tag first" in shown(capsys, "maintain", table, "--tag", "first=1")
     assert softlabel(capsys, "maintain", f"{table}@1", "--tag", "also")[1]["tags"][0]["version"] == 1
     assert softlabel(capsys, "inspect", f"{table}@first")[1]["inspection"]["version"] == 1
-    assert "needed by gold" in shown(capsys, "inspect", f"{table}@gold")
+    assert "needed by tag gold" in shown(capsys, "inspect", f"{table}@gold")
     history = softlabel(capsys, "history", table)[1]
     assert {made["name"] for made in history["tags"]} == {"gold", "first", "also"}
-    assert "version 1 is needed by also, first" in shown(capsys, "history", table)
+    assert "version 1 is needed by tag also, tag first" in shown(capsys, "history", table)
 
     code, error, _ = softlabel(capsys, "maintain", table, "--tag", "first")
     assert (code, error["error"]) == (1, "TableError")
@@ -110,7 +110,7 @@ def test_deleted_files_are_listed_with_their_bytes(table: Path, capsys: pytest.C
     orphan = table / "split=train" / f"{'0' * 32}.parquet"
     orphan.write_bytes(b"x" * 1234)
     assert f"softlabel maintain {table}" in shown(capsys, "verify", table)
-    assert "1 files, 1.2 kB, spared" in shown(capsys, "maintain", table)
+    assert "1 file, 1.2 kB, spared" in shown(capsys, "maintain", table)
     assert "would be deleted" in shown(capsys, "maintain", table, "--grace-hours", "0", "--dry-run")
     assert orphan.exists()
     code, report, _ = softlabel(capsys, "maintain", table, "--grace-hours", "0")

@@ -68,8 +68,17 @@ def test_a_derived_identity_differs_from_a_captured_one():
     mine = identity()
     derived = mine.model_copy(update={"derived_from": mine.selection})
     assert set(mine.differences(derived)) == {f"derived_from.{name}" for name in type(mine.selection).model_fields}
-    with pytest.raises(ProvenanceError, match="derived_from"):
+    with pytest.raises(
+        ProvenanceError, match=r"derived_from: .*reduced the rows of this run, but not the table"
+    ) as error:
         mine.require(derived, "here")
+    assert "None" not in str(error.value)
+    with pytest.raises(
+        ProvenanceError, match=r"derived_from: .*reduced the table, but not the rows of this run"
+    ) as error:
+        derived.require(mine, "here")
+    assert "make a new table in another folder" in str(error.value)
+    assert "None" not in str(error.value)
 
 
 def test_equal_identities_have_no_differences():

@@ -65,7 +65,7 @@ def test_texts_that_another_capture_added_under_other_ids_are_copied(tiny_teache
     assert (copied[0][1], copied[-1]) == (41, (41, 41))
     asked = [progress for progress in seen if progress.stage == "capture"][-1]
     assert asked.done == asked.total == first.positions + last.positions
-    assert 0 < asked.details["kept mass"] < 1
+    assert 0 < asked.details["probability in the head"] < 1
     rows = rows_of(tmp_path / "t")
     assert len(rows) == len(set(rows)) == 91
     again = capture(config)

@@ -85,8 +85,8 @@ def test_after_a_worker_is_killed_every_row_is_still_captured_once(
     assert seen[-1].done == seen[-1].total == report.positions
     assert set(seen[-1].parts) == {"cpu #1", "cpu #2"}
     assert sum(part.done for part in seen[-1].parts.values()) == report.positions
-    assert 0.1 < seen[-1].details["kept mass"] < 1
-    assert 20 < seen[-1].details["bytes a position"] < 500
+    assert 0.1 < seen[-1].details["probability in the head"] < 1
+    assert 20 < seen[-1].details["bytes per position"] < 500
     assert Table.open(str(tmp_path / "t")).identity.teacher.files["model.safetensors"] == "known"
     again = capture(config)
     assert (again.sequences, again.unchanged, again.version) == (0, 400, report.version)

@@ -154,13 +154,16 @@ def test_chats_from_parquet_and_json_are_the_same(tmp_path: Path) -> None:
     ("chat", "reason"),
     [
         (None, "the chat must be a list of messages, but is null"),
-        ("Hi", "the chat is a string that is not valid JSON"),
+        ("Hi", "the chat is neither a list of messages in valid UTF-8 nor a string of valid JSON"),
         ([], "the chat has no messages"),
         ("[" * 100_000, "the chat nests lists and objects more than 100 levels deep"),
         ([CHAT[1] | {"more": DEEP}], "the chat nests lists and objects more than 100 levels deep"),
-        (["Hi"], "message 0 is not an object"),
-        ([{"content": "Hi"}], "message 0 has no role"),
-        ([CHAT[0], {"role": "assistant", "content": None}], "message 1 has neither text content nor tool calls"),
+        (["Hi"], "message 0 (counting from 0) is not an object"),
+        ([{"content": "Hi"}], "message 0 (counting from 0) has no role"),
+        (
+            [CHAT[0], {"role": "assistant", "content": None}],
+            "message 1 (counting from 0) has neither text content nor tool calls",
+        ),
     ],
 )
 def test_an_invalid_chat_is_rejected(chat: object, reason: str, tmp_path: Path) -> None:

@@ -103,4 +103,4 @@ def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_damaged_object_is_named(folder: Path, bucket: str, moto: str) -> None:
     buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
-    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "a complete, undamaged file")
+    fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "a complete, undamaged Parquet file")

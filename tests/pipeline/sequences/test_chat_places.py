@@ -152,7 +152,10 @@ def test_no_other_message_is_captured_if_the_end_of_a_turn_is_not_found(
     words, refused = captured(checkpoints["bytes"], ENDS_ONCE, chat, assistant_turns=turns)
     assert not words
     number = [message["role"] for message in chat].index("assistant") + 1
-    assert refused == f"the assistant's turn, as the chat template writes it, also contains message {number}"
+    assert (
+        refused
+        == f"the assistant's turn, as the chat template writes it, also contains message {number} (counting from 0)"
+    )
     assert captured(checkpoints["bytes"], ENDS_ONCE, chat[:number])[0].startswith("Saturn.<|im_end|>")
     assert captured(checkpoints["bytes"], CHATML, chat) == ("Saturn.<|im_end|>", "")
 
@@ -171,7 +174,7 @@ SPELLED = "{% for part in m.content %}{{ part.text }}{% endfor %}"
 def test_answers_that_the_template_leaves_out_are_rejected(part: str, checkpoints: dict[str, Checkpoint]) -> None:
     template = loop("Q: " + part, "A: {% generation %}" + part + "<|im_end|>{% endgeneration %}")
     words, refused = captured(checkpoints["bytes"], template, [user("Name a planet."), says("Saturn.")])
-    assert (words, refused) == ("", "the chat template leaves out message 1")
+    assert (words, refused) == ("", "the chat template leaves out message 1 (counting from 0)")
     parts = [says([{"type": "text", "text": "Saturn. "}, {"type": "text", "text": "Mars."}])]
     assert captured(checkpoints["bytes"], template, parts) == ("Saturn. Mars.<|im_end|>", "")
 

@@ -175,7 +175,10 @@ def test_messages_as_prompt_and_completion_form_one_chat(checkpoint: Checkpoint,
         (pair(7, "x"), "the prompt must be a string, but is int"),
         (pair("\ud83d", "x"), "the text is not valid UTF-8"),
         (pair([], CHAT[1:]), "the prompt has no messages"),
-        (pair(CHAT[:1], [{"role": "assistant"}]), "message 0 has neither text content nor tool calls"),
+        (
+            pair(CHAT[:1], [{"role": "assistant"}]),
+            "message 0 (counting from 0) has neither text content nor tool calls",
+        ),
     ],
 )
 def test_an_invalid_prompt_or_completion_is_rejected(

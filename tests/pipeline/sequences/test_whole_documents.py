@@ -165,7 +165,7 @@ def test_the_documents_own_labels_can_be_the_teacher(classifier, documents, tmp_
     report = capture(config(documents, tmp_path / "table", classifier, **labels))
     assert (report.documents, report.rejects) == (58, 2)
     reasons = [json.loads(line)["reason"] for line in Path(report.rejects_file).read_text().splitlines()]
-    assert reasons == [f"its label is {label}, which is not in teacher.labels" for label in ("None", "'unheard of'")]
+    assert reasons == ["it has no label", "its label is 'unheard of', which is not in teacher.labels"]
     identity = Table.open(report.table).identity
     assert identity.classes == ("names", "types", "statements", "expressions")
     for row, distribution, next_logprob in answers(report.table).values():
@@ -185,7 +185,7 @@ def test_another_order_of_the_classes_is_another_teacher(captured, documents, cl
     [
         ({"selection": {"top_k": 2}}, "every class is kept"),
         ({"selection": {"temperatures": [1.0, 2.0]}}, "every class is kept"),
-        ({"columns": {"messages": "text"}}, "reads plain text"),
+        ({"columns": {"messages": "text"}}, "reads only plain text, not chats or prompts"),
         ({"teacher": {"labels": ["names", "types"]}, "columns": {"label": None}}, "no column for them is given"),
     ],
 )

@@ -111,7 +111,9 @@ SHARING = {
 def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_not(family, table, tmp_path):
     SHARING[family]().save_pretrained(tmp_path)
     for dtype in ("bfloat16", "float32"):
-        with pytest.raises(StudentError, match=r"(?s)sees other sequences in a row.*set stream\.packing false"):
+        with pytest.raises(
+            StudentError, match=r"(?s)mixes the sequences that share a training row.*set stream\.packing false"
+        ):
             student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
     model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
     (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))

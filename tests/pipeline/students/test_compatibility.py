@@ -82,5 +82,5 @@ def test_classifiers_accept_known_labels_and_refuse_adapters(tiny_teacher, tmp_p
 def test_a_temperature_that_the_capture_would_not_store_is_refused(tiny_teacher):
     config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
     require_loss(config, Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)})))
-    with pytest.raises(UsageError, match=r"no tail mass for temperature 2"):
+    with pytest.raises(UsageError, match=r"the table does not store temperature 2"):
         require_loss(config, Origin.of_capture(capturing(tiny_teacher)))

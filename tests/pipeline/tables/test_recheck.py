@@ -103,9 +103,15 @@ def shifted(labels: SoftLabels) -> SoftLabels:
     [
         (shifted, None),
         (lambda labels: replace(labels, head_ids=(labels.head_ids + 7) % 500), "log-probabilities"),
-        (lambda labels: replace(labels, tail_log_masses=labels.tail_log_masses[[0, 0]]), "tail masses"),
+        (
+            lambda labels: replace(labels, tail_log_masses=labels.tail_log_masses[[0, 0]]),
+            "log-probabilities outside the head",
+        ),
         (lambda labels: replace(labels, entropies=labels.entropies * 1.2), "entropies"),
-        (lambda labels: replace(labels, next_logprobs=np.roll(labels.next_logprobs, 1)), "next tokens"),
+        (
+            lambda labels: replace(labels, next_logprobs=np.roll(labels.next_logprobs, 1)),
+            "log-probabilities of the next tokens",
+        ),
     ],
     ids=["shifted", "ids", "temperature", "entropies", "next"],
 )

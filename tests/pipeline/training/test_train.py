@@ -230,7 +230,10 @@ def test_loss_weights_change_linearly_over_the_steps(table, tmp_path):
 
 
 def test_loss_weights_that_are_both_zero_at_the_last_step_are_refused():
-    with pytest.raises(ValidationError, match="both weights are 0 at the last step"):
+    with pytest.raises(
+        ValidationError,
+        match="both 0 at the last step, so nothing would be learned; set hard_weight_end",
+    ):
         LossConfig(hard_weight=0.0, soft_weight_end=0.0)
 
 

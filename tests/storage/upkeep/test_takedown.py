@@ -73,7 +73,7 @@ def test_opening_a_removed_version_explains_the_take_down(filled: Table) -> None
     assert when == []
     take_down(filled.location)
     for version in (1, 2):
-        with pytest.raises(PurgedError, match=r"taken down: 4, on 20.*\n.*version 3 or a newer one") as error:
+        with pytest.raises(PurgedError, match=r"taken down \(4 in all, on 20.*\n.*version 3 or a newer one") as error:
             Table.open(f"{filled.location}@{version}")
         assert "use the newest version" in str(error.value).replace(f"{filled.location}, ", "")
         assert isinstance(error.value, TableNotFoundError)
