@@ -273,6 +273,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, watch: Watch, stop: Stop) -> None:
         self._watch = watch
         self._stop = stop
+        self._asked = False
         self._details: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -283,18 +284,22 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
+        if not last:  # the last step is reported after its evaluation
+            self._report(state)
         control.should_evaluate = args.eval_strategy != "no" and (control.should_evaluate or last)
         # Ranks are asked at different moments, but have to stop at the same step.
-        if reduce(torch.tensor(float(self._stop.requested), device=args.device), "sum"):
+        self._asked = bool(reduce(torch.tensor(float(self._stop.requested), device=args.device), "sum"))
+        if self._asked:
             control.should_save = control.should_training_stop = True
         control.should_save = control.should_save and not last  # the finished student is saved instead
         # Log at each checkpoint, so that a resumed run's log equals that of an uninterrupted run.
         control.should_log = control.should_log or control.should_save or control.should_evaluate or last
-        if not last:  # the last step is reported after its evaluation
-            self._report(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
+        if (
+            state.global_step >= state.max_steps or not self._asked
+        ):  # otherwise, the step was reported before it was saved
+            self._report(state)
 
     def _report(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
