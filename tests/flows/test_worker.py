@@ -1,4 +1,4 @@
-"""A real Prefect process worker on the shipped deployments: no training process survives a killed flow, and a cancelled one is saved."""
+"""A real Prefect process worker on the shipped deployments: how a training ends that is killed or cancelled."""
 
 import os
 import signal

@@ -137,7 +137,10 @@ def test_a_second_signal_ends_at_once_and_keeps_the_last_whole_checkpoint(uninte
         train(config, signalled(4, signal.SIGINT))
     code, printed = trained(config, step=6, number=signal.SIGTERM, saving=signal.SIGINT)
     assert code == -signal.SIGINT, printed
-    assert "stopped at step 6 of 12, saved at step 4; run the same command again to go on from step 4" in printed
+    assert (
+        "stopped at step 6 of 12, the last checkpoint is of step 4; run the same command again to go on from step 4"
+        in printed
+    )
     assert train(config).resumed_from == 4
     assert_same(tmp_path / "student", uninterrupted.output)
 
