@@ -1,11 +1,12 @@
 """The command ``softlabel``: one verb for each job, with the settings in ``pipeline.config`` as its flags.
 
 It reads the settings, runs the matching flow and prints the result on stdout: tables for people or, with ``--json``,
-one object. The exit code is 0, 1 (failed), 2 (wrong usage) or 130 (interrupted). Each verb imports what it needs only
-when it runs, so that help is quick.
+one object. The exit code is 0, 1 (failed), 2 (wrong usage), 130 (Ctrl-C) or 143 (SIGTERM). Each verb imports what it
+needs only when it runs, so that help is quick.
 """
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -52,6 +53,7 @@ app = App(
 
 def main() -> None:
     """Run the command line of this process, and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -69,10 +71,18 @@ def run(arguments: list[str]) -> int:
             more = {} if details is None else {"details": details}
             print(to_json({"error": kind, "message": message} | more).decode())
         return 2 if wrong_usage else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("softlabel: interrupted; finished work is kept, run the same command again to continue", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, TerminatedError) else 130
     return 0
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM was received, which interrupts as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> None:
+    raise TerminatedError
 
 
 def _text_of(error: Exception) -> str:

@@ -8,6 +8,9 @@ loopback interface, because anyone who can connect to a rank can run code in it.
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.pipeline.progress import Progress, Watch
+from softlabel.pipeline.training.stop import Stop, StoppedError
 from softlabel.storage.errors import UsageError, WorkerError
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -80,8 +84,10 @@ def join(rendezvous: str, settings: OptimizerConfig) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
-def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any]:
+def train_by(processes: int, config: TrainConfig, watch: Watch, stop: Stop) -> dict[str, Any]:
     """Train with several processes, all of which have ended when this returns or raises.
+
+    A request to stop is handed to the ranks.
 
     Returns:
         The fields of the first rank's TrainReport.
@@ -89,6 +95,7 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
     Raises:
         SoftlabelError: if a rank raised it.
         WorkerError: if a process died or raised any other error.
+        StoppedError: if the training was asked to stop, and has written a checkpoint.
     """
     ranks: list[Child] = []
     with scratch() as private:
@@ -97,8 +104,13 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
                 log, environment = private / f"rank-{rank}.log", _environment(rank, processes)
                 arguments = config.model_dump_json(), str(private / "rendezvous")
                 ranks.append(Child("softlabel.pipeline.training.rank", *arguments, log=log, environment=environment))
+            stop.on_request = partial(_ask_to_stop, ranks)
             for child, kind, value in messages(ranks):
                 match kind:
+                    case "begin":
+                        stop.begin()
+                    case "stopped" if child is ranks[0]:
+                        raise StoppedError
                     case "progress":
                         watch(Progress(**value))
                     case "warning":
@@ -118,6 +130,14 @@ def train_by(processes: int, config: TrainConfig, watch: Watch) -> dict[str, Any
             for child in ranks:
                 child.process.wait()
     raise AssertionError("a rank never exits before it is stopped")
+
+
+def _ask_to_stop(ranks: Sequence[Child]) -> None:
+    """Ask the ranks to stop. It may run in a signal handler, so it takes no lock."""
+    for child in ranks:
+        assert child.process.stdin
+        with suppress(BrokenPipeError):
+            os.write(child.process.stdin.fileno(), b"\n")
 
 
 def _environment(rank: int, processes: int) -> dict[str, str]:

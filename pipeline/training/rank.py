@@ -1,9 +1,11 @@
 """One rank of training by several processes: ``python -m softlabel.pipeline.training.rank SETTINGS RENDEZVOUS``.
 
-Sends progress, warnings, the report and errors to ``launch``, which started it. Ends when its standard input closes.
+Sends progress, warnings, the report and errors to ``launch``, which started it. Stops when it reads a line, and ends
+when its standard input closes.
 """
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -11,24 +13,30 @@ from functools import partial
 from threading import Thread
 
 from softlabel.pipeline.processes import message_sender, serialized
+from softlabel.pipeline.training.stop import Stop, StoppedError
 
 
 def main() -> None:
     """Train as one rank."""
-    parent = Thread(target=_end_with_parent, daemon=True)
-    parent.start()
+    for number in (signal.SIGINT, signal.SIGTERM):  # service managers send them to all processes: the parent decides
+        signal.signal(number, signal.SIG_IGN)
     send = message_sender()
+    stop = Stop(partial(send, "begin", None))
+    parent = Thread(target=_obey_parent, args=(stop,), daemon=True)
+    parent.start()
     settings, rendezvous = sys.argv[1:]
     if os.environ["RANK"] == "0":
         warnings.showwarning = lambda message, *_, **__: send("warning", str(message))
     try:
         from softlabel.pipeline.config.train import TrainConfig
         from softlabel.pipeline.training.launch import join
-        from softlabel.pipeline.training.train import train
+        from softlabel.pipeline.training.train import train_here
 
         config = TrainConfig.model_validate_json(settings)
         join(rendezvous, config.optimizer)
-        send("report", train(config, partial(send, "progress")))
+        send("report", train_here(config, partial(send, "progress"), stop))
+    except StoppedError:
+        send("stopped", None)
     except Exception as error:
         traceback.print_exc()
         send("error", serialized(error))
@@ -36,8 +44,9 @@ def main() -> None:
     parent.join()
 
 
-def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)
+def _obey_parent(stop: Stop) -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        stop.request()
     os._exit(1)  # even in the middle of a step: checkpoints are written atomically
 
 

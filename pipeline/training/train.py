@@ -35,6 +35,8 @@ from softlabel.pipeline.training.classifier_objective import classifier_objectiv
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
 from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
 from softlabel.pipeline.training.objective import Objective, language_model_objective
+from softlabel.pipeline.training.signals import stop_on_signals
+from softlabel.pipeline.training.stop import Stop, StoppedError
 from softlabel.pipeline.training.trainer import DistillationTrainer, cursor_of
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
@@ -85,18 +87,34 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         TrainingError: if training diverges, the student can't be written, or another process is training it.
         TableError: if the table can't be read.
         WorkerError: if one of several processes died.
+        KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after the current step is done and saved; see ``signals``.
     """
-    began = time.monotonic()
-    folder = StudentFolder(Path(config.output).absolute())
-    processes = to_start(config.optimizer)
-    if processes and folder.finished() is None:
-        return TrainReport(**train_by(processes, config, watch))
+    folder = _folder(config)
+    with stop_on_signals(folder) as stop:
+        processes = to_start(config.optimizer)
+        if processes and folder.finished() is None:
+            return TrainReport(**train_by(processes, config, stop.noting(watch), stop))
+        return train_here(config, stop.noting(watch), stop)
+
+
+def train_here(config: TrainConfig, watch: Watch, stop: Stop) -> TrainReport:
+    """Train in this process, alone or as a rank, until the student is finished or the training is asked to stop.
+
+    Raises:
+        StoppedError: if it was asked to stop, and has written a checkpoint.
+        SoftlabelError: as ``train`` does.
+    """
+    began, folder = time.monotonic(), _folder(config)
     ranks = PartialState(cpu=on_cpu(config.optimizer))
     with lock_output(folder.path) if ranks.is_main_process else nullcontext():
-        return _train(config, folder, watch, began)
+        return _train(config, folder, watch, stop, began)
 
 
-def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: float) -> TrainReport:
+def _folder(config: TrainConfig) -> StudentFolder:
+    return StudentFolder(Path(config.output).absolute())
+
+
+def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, began: float) -> TrainReport:
     ranks = PartialState()
     table = _agree(folder.open_table(config))
     if ranks.is_main_process:
@@ -121,10 +139,12 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, began: floa
     start = cursor_of(checkpoint) if checkpoint else Cursor()
     objective = _objective(config, table, student, target)
     with folder.writing():
-        trainer = _trainer(config, objective, record, folder, start, _named(watch, folder.path.name))
+        trainer = _trainer(config, objective, record, folder, start, _named(watch, folder.path.name), stop)
         if ranks.is_main_process:
             _pin(table, folder.path)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.complete:
+        raise StoppedError
 
     step = trainer.choose()
     unshard(student)
@@ -192,6 +212,7 @@ def _trainer(
     folder: StudentFolder,
     start: Cursor,
     watch: Watch,
+    stop: Stop,
 ) -> DistillationTrainer:
     ranks, settings = PartialState(), config.optimizer
     dataset = objective.dataset(
@@ -246,7 +267,7 @@ def _trainer(
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
         shard(objective.module, ranks.device, settings.bf16)
-    trainer = DistillationTrainer(objective, arguments, dataset, folder.run, record, settings, watch)
+    trainer = DistillationTrainer(objective, arguments, dataset, folder.run, record, settings, watch, stop)
     if ranks.is_main_process:
         trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
     return trainer

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,6 +41,7 @@ from softlabel.pipeline.training.fsdp import (
     whole,
 )
 from softlabel.pipeline.training.objective import Objective
+from softlabel.pipeline.training.stop import Stop
 from softlabel.storage.errors import TrainingError
 
 History = Sequence[Mapping[str, float]]
@@ -82,6 +83,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         record: record of the run, written to each checkpoint.
         optimizer: settings for stopping and for the weights to keep.
         watch: called after each step.
+        stop: asked after each step whether to save and stop there.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         record: Mapping[str, Any],
         optimizer: OptimizerConfig,
         watch: Watch,
+        stop: Stop,
     ) -> None:
         super().__init__(objective.module, arguments, train_dataset=dataset, eval_dataset=list(objective.evaluation))
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Callback(watch))
+        self.add_callback(_Callback(watch, stop))
         self._run = run
         self._record = record
         self._optimizer = optimizer
@@ -188,10 +191,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(best, ignore_errors=True)
                 unfinished.rename(best)
                 drop_superseded(self._run, history)
-        patience = self._optimizer.early_stopping_patience
-        if patience is not None and evaluations_since_best(history) >= patience:
+        if self._lost_patience:
             self.control.should_training_stop = True
             self.control.should_save = False  # the finished student is saved instead
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has come to its end, rather than been asked to stop."""
+        return self.state.global_step >= self.state.max_steps or self._lost_patience
+
+    @property
+    def _lost_patience(self) -> bool:
+        patience = self._optimizer.early_stopping_patience
+        return patience is not None and evaluations_since_best(self.state.log_history) >= patience
 
     def choose(self) -> int:
         """Load the final weights into the student, and return their step.
@@ -256,26 +268,38 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    """Reports progress, and decides when to log, evaluate and save."""
+    """Reports progress, and decides when to log, evaluate, save and stop."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, stop: Stop) -> None:
         self._watch = watch
+        self._stop = stop
+        self._asked = False
         self._details: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)  # use the current optimizer.save_steps, not the checkpoint's
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop.begin()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
+        if not last:  # the last step is reported after its evaluation
+            self._report(state)
         control.should_evaluate = args.eval_strategy != "no" and (control.should_evaluate or last)
+        # Ranks are asked at different moments, but have to stop at the same step.
+        self._asked = bool(reduce(torch.tensor(float(self._stop.requested), device=args.device), "sum"))
+        if self._asked:
+            control.should_save = control.should_training_stop = True
         control.should_save = control.should_save and not last  # the finished student is saved instead
         # Log at each checkpoint, so that a resumed run's log equals that of an uninterrupted run.
         control.should_log = control.should_log or control.should_save or control.should_evaluate or last
-        if not last:  # the last step is reported after its evaluation
-            self._report(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
+        if (
+            state.global_step >= state.max_steps or not self._asked
+        ):  # otherwise, the step was reported before it was saved
+            self._report(state)
 
     def _report(self, state: TrainerState) -> None:
         if state.is_world_process_zero:

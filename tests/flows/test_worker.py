@@ -1,15 +1,17 @@
-"""A real Prefect process worker on the shipped deployments: no training process survives a killed flow."""
+"""A real Prefect process worker on the shipped deployments: how a training ends that is killed or cancelled."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from softlabel.flows.train import train_flow
+from softlabel.pipeline.students.folder import newest_checkpoint
 from tests.conftest import ROOT
 from tests.flows.servers import wait_until
 from tests.pipeline.captured import make_table
@@ -32,6 +34,36 @@ def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_p
     os.kill(flow, signal.SIGKILL)
     wait_until(lambda: not processes_of(tmp_path), seconds=15)
     worker.wait()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("prefect")
+def test_a_cancelled_training_saves_its_last_step_and_ends_as_cancelled(tiny_teacher: Path, tmp_path: Path):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling, State
+
+    table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
+    endless = {"processes": 2, "max_steps": 100_000, "save_steps": 100_000}
+    config = settings(table, tmp_path / "student", optimizer=endless)
+    worker = start_worker({"config": config.model_dump(mode="json")})
+    run_folder = tmp_path / "student.training"
+    try:
+        with get_client(sync_client=True) as client:
+            wait_until(lambda: any(run_folder.glob("tensorboard/*")), seconds=120)
+            time.sleep(3)  # a few steps
+            (run,) = [run for run in client.read_flow_runs() if run.state and run.state.is_running()]
+            client.set_flow_run_state(run.id, Cancelling(), force=True)
+
+            def state() -> State:
+                return client.read_flow_run(run.id).state or Cancelling()
+
+            wait_until(lambda: state().is_final(), seconds=100)
+            assert state().is_cancelled(), state()
+    finally:
+        worker.kill()
+        worker.wait()
+    assert not processes_of(tmp_path)
+    assert newest_checkpoint(run_folder)
 
 
 def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
