@@ -7,14 +7,15 @@ writes such a commit itself, as the Delta protocol specifies: as a file that mus
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from softlabel.storage.commit_files import commit_file
+from softlabel.storage.delta_log import commit_by_library, write_commit
 from softlabel.storage.errors import TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.places.place import hash_of
@@ -81,7 +82,6 @@ def try_commit(
         first = _commit_properties(newest, actions, message, properties)
     if not first:
         return False
-    newest.place.sync(commit_file(newest.version + 1))
     # Where there are no locks, maintenance may have deleted a file as an old leftover with the same name and content.
     for publish in publications:
         publish()
@@ -89,18 +89,16 @@ def try_commit(
 
 
 def _commit_shards(newest: Table, actions: Sequence[Action], message: Mapping[str, Any]) -> bool:
-    delta = DeltaTable(newest.location, version=newest.version)
-    # No retries inside delta-rs: the caller has to check first what the other commit has changed.
+    # No retries inside delta-rs: the caller has to check first what another commit has changed.
     properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: message}, max_commit_retries=0)
-    try:
+
+    def commit(log: str) -> None:
+        delta = DeltaTable(log, version=newest.version)
         delta.create_write_transaction(
             list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties
         )
-    except CommitFailedError:
-        if newest.newest().version == newest.version:
-            raise
-        return False
-    return True
+
+    return commit_by_library(newest.place, newest.version + 1, commit)
 
 
 def _commit_properties(
@@ -119,14 +117,8 @@ def _commit_properties(
     }
     info = {"timestamp": moment, "operation": "SET TBLPROPERTIES", "operationParameters": {}, COMMIT_MESSAGE: message}
     lines = [{"commitInfo": info}, {"metaData": metadata}, *map(_line, actions)]
-    content, name = "\n".join(json.dumps(line) for line in lines).encode(), commit_file(newest.version + 1)
-    try:
-        newest.place.write(name, content, replace=False)
-    except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
-        with suppress(FileNotFoundError):  # another process is about to write it
-            return newest.place.read(name) == content
-        return False
-    return True
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    return write_commit(newest.place, newest.version + 1, content)
 
 
 def _line(action: Action) -> dict[str, Any]:

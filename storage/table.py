@@ -25,6 +25,7 @@ from deltalake.transaction import CommitProperties
 
 from softlabel.storage.codec import Ints, SoftLabels
 from softlabel.storage.commit_files import commit_file, last_metadata_commit, require_no_remains, require_whole
+from softlabel.storage.delta_log import commit_by_library
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
@@ -133,13 +134,17 @@ class Table:
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
             made = {"state": state(0, settings, DeltaSchema.from_arrow(schema).to_json(), [])}
-            DeltaTable.create(
-                location,
-                schema,
-                partition_by=[PARTITION],
-                configuration=settings,
-                raise_if_key_not_exists=False,
-                commit_properties=CommitProperties({COMMIT_MESSAGE: made}, max_commit_retries=0),
+            commit_by_library(
+                place,
+                0,
+                lambda log: DeltaTable.create(
+                    log,
+                    schema,
+                    partition_by=[PARTITION],
+                    configuration=settings,
+                    raise_if_key_not_exists=False,
+                    commit_properties=CommitProperties({COMMIT_MESSAGE: made}, max_commit_retries=0),
+                ),
             )
         except (DeltaError, OSError) as error:
             if not cls.exists(location):

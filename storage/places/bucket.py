@@ -119,9 +119,6 @@ class Bucket:
         for path in sorted(source.iterdir()):
             self.write(f"{name}/{path.name}", path.read_bytes())
 
-    def sync(self, name: str) -> None:
-        """Nothing to do: a confirmed write is durable."""
-
     def draft(self) -> Draft:
         """A local temporary file."""
         return _Draft(self)

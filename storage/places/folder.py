@@ -95,11 +95,6 @@ class Folder:
                 if not target.exists():  # otherwise another process was first, with the same files
                     raise
 
-    def sync(self, name: str) -> None:
-        """Sync the file and its folder."""
-        durable.sync(self._path / name)
-        durable.sync_names(self._path / name)
-
     def draft(self) -> Draft:
         """A locked file in the writing folder."""
         folder = self._path / WRITING

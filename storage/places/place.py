@@ -115,10 +115,6 @@ class Place(Protocol):
         """Copy a local folder of small files. Other processes may copy the same files at the same time."""
         ...
 
-    def sync(self, name: str) -> None:
-        """Make sure that a file written by another library survives a power cut."""
-        ...
-
     def draft(self) -> Draft:
         """A new, empty file to write a shard to."""
         ...
