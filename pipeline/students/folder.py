@@ -148,7 +148,7 @@ class StudentFolder:
         if self.finished():
             if self.run.is_dir():
                 durable.sync_names(self.path)  # a killed process may have renamed the student, and no more than that
-                shutil.rmtree(self.run)
+                shutil.rmtree(self.run, ignore_errors=True)
             return
         whole, problems = self._newest_first
         for checkpoint, problem in problems.items():
@@ -157,9 +157,9 @@ class StudentFolder:
                 f"Training goes on from {whole.name if whole else 'the beginning'}.",
                 stacklevel=3,
             )
-            durable.remove_folder(checkpoint, self.scratch)
-        if self.scratch.is_dir():
-            shutil.rmtree(self.scratch)
+            with self.writing():
+                durable.remove_folder(checkpoint, self.scratch)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def open_curves(self, step: int) -> SummaryWriter:
         """A writer of the curves after a step; later points of a killed run are dropped."""

@@ -13,7 +13,7 @@ from softlabel.pipeline.students.folder import StudentFolder, step_of
 from softlabel.pipeline.training.train import train
 from softlabel.storage.table import Table
 from tests.crashes import recorded
-from tests.pipeline.trainings import interrupt_at, settings, weights
+from tests.pipeline.trainings import curve, interrupt_at, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEPING = {"keep": "best", "save_steps": 4, "eval_steps": 2, "max_steps": 11}
@@ -42,6 +42,7 @@ def assert_same(folder: Path, other: Path) -> None:
     found, expected = weights(folder), weights(other)
     assert found.keys() == expected.keys()
     assert all((found[name] == expected[name]).all() for name in found)
+    assert curve(folder, "loss") == curve(other, "loss")
     records = [json.loads((each / "softlabel.json").read_text()) for each in (folder, other)]
     assert records[0]["history"] == records[1]["history"]
 
@@ -52,7 +53,16 @@ def test_a_power_cut_at_any_moment_leaves_the_last_checkpoint_or_the_student(tab
     with recorded(disk) as recording:
         train(keeping_best(table, disk / "new" / "student"))
     complete = {name: content for name, content in recording.moments[-1][0] if name.startswith("new/student/")}
-    seen = {}
+    seen, drawn, points = {}, {}, curve(whole, "loss")
+
+    def drawn_in(tree, student):
+        files = frozenset(file for file in tree if "tfevents" in file[0])
+        if files not in drawn:
+            drawn[files] = curve(student.run, "loss")
+        return drawn[files]
+
+    def points_until(step, points):
+        return [point for point in points if point[0] <= step]
 
     def progress(tree):
         """Steps that are not lost; the student is finished after the last."""
@@ -63,6 +73,8 @@ def test_a_power_cut_at_any_moment_leaves_the_last_checkpoint_or_the_student(tab
                 seen[tree] = 11
             else:
                 seen[tree] = step_of(student.checkpoint) if student.checkpoint else 0
+                if seen[tree]:
+                    assert points_until(seen[tree], drawn_in(tree, student)) == points_until(seen[tree], points)
             shutil.rmtree(tmp_path / str(list(seen).index(tree)))
         return seen[tree]
 
