@@ -7,13 +7,17 @@ ones. It therefore writes to a local copy of the end of the log, from where each
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from softlabel.storage.commit_files import LOG, checkpoints, commit_file, lines_of
 from softlabel.storage.errors import AccessError
 from softlabel.storage.places.place import Place
 
+_THREADS = 8
+"""Files that are copied in parallel: in a bucket, each is a request."""
 _LAST_CHECKPOINT = f"{LOG}/_last_checkpoint"
 
 
@@ -71,7 +75,14 @@ def _copy_of_log(place: Place, version: int) -> Iterator[Path]:
     names += [commit_file(before) for before in range(0 if last is None else last, version)]
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
         Path(folder, LOG).mkdir()
-        for name in names:
-            with suppress(FileNotFoundError):  # the commits up to a checkpoint may be gone
-                Path(folder, name).write_bytes(place.read(name))
+        with ThreadPoolExecutor(_THREADS, "softlabel-log") as pool:
+            for name, content in zip(names, pool.map(partial(_content, place), names), strict=True):
+                if content is not None:
+                    Path(folder, name).write_bytes(content)
         yield Path(folder)
+
+
+def _content(place: Place, name: str) -> bytes | None:
+    with suppress(FileNotFoundError):  # the commits up to a checkpoint may be gone
+        return place.read(name)
+    return None
