@@ -51,7 +51,7 @@ def _without_location(commit: bytes) -> bytes:
     lines = lines_of(commit)
     for line in lines:
         line.get("commitInfo", {}).get("operationParameters", {}).pop("location", None)
-    return "\n".join(json.dumps(line) for line in lines).encode()
+    return "\n".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) for line in lines).encode()
 
 
 def write_commit(place: Place, version: int, content: bytes) -> bool:
