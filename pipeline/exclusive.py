@@ -12,6 +12,7 @@ from filelock import lock_descriptor
 
 from softlabel.storage.errors import TrainingError
 from softlabel.storage.lock import ForeignFileError, HeldError, held, opened
+from softlabel.storage.places import durable
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def lock_output(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.softlabel.lock")
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(path.parent)
             stack.enter_context(held(path))
         except HeldError as error:
             raise TrainingError(

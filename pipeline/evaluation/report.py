@@ -19,7 +19,7 @@ from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.charts import Curve
 from softlabel.pipeline.evaluation.metrics import MeanWithError, Metrics
 from softlabel.storage.errors import UsageError
-from softlabel.storage.places.folder import publish
+from softlabel.storage.places import durable
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def prepare(folder: Path) -> None:
         UsageError: if the folder can't be created.
     """
     with _write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
 
 
 def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
@@ -144,8 +144,8 @@ def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
     """
     html, json = folder / "report.html", folder / "report.json"
     with _write_errors(folder):
-        publish(content, json)
-        publish(page.encode(), html)
+        durable.write(json, content)
+        durable.write(html, page.encode())
     return html, json
 
 

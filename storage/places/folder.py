@@ -1,7 +1,6 @@
 """A place in a local folder, or in a file system that several machines share.
 
-Files are synced before they get their final names, by a rename or, if nothing may be replaced, by a hard link. File
-locks show which writers are alive; they are released when their process ends.
+File locks show which writers are alive; they are released when their process ends.
 """
 
 import errno
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from softlabel.storage.lock import ForeignFileError, opened
+from softlabel.storage.places import durable
 from softlabel.storage.places.place import SIDE_FOLDER, WRITING, Draft, File, PendingFile, reading
 
 
@@ -79,19 +79,17 @@ class Folder:
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
         """Atomic and durable."""
-        publish(content, self._path / name, replace=replace)
+        durable.write(self._path / name, content, replace=replace)
 
     def write_folder(self, source: Path, name: str) -> None:
-        """Atomic, by a rename."""
+        """Atomic and durable."""
         target = self._path / name
         copy = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         if not target.exists():
             try:
-                copy.mkdir(parents=True)
-                for path in source.iterdir():
-                    publish(path.read_bytes(), copy / path.name)
-                copy.rename(target)
-                _sync(target.parent)
+                durable.make_folder(target.parent)
+                shutil.copytree(source, copy)
+                durable.publish(copy, target)
             except OSError:
                 shutil.rmtree(copy, ignore_errors=True)
                 if not target.exists():  # otherwise another process was first, with the same files
@@ -99,13 +97,13 @@ class Folder:
 
     def sync(self, name: str) -> None:
         """Sync the file and its folder."""
-        _sync(self._path / name)
-        _sync((self._path / name).parent)
+        durable.sync(self._path / name)
+        durable.sync_names(self._path / name)
 
     def draft(self) -> Draft:
         """A locked file in the writing folder."""
         folder = self._path / WRITING
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         path = folder / f"{_machine()}-{uuid.uuid4().hex}.parquet"
         with self.gate():
             file = path.open("x+b")
@@ -129,7 +127,7 @@ class Folder:
     def gate(self, *, exclusive: bool = False) -> Iterator[int]:
         """A file lock; no protection if the file system has no locks, or does not share them between machines."""
         folder = self._path / SIDE_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         descriptor = opened(folder / "maintenance.lock")
         try:
             with suppress(OSError):
@@ -172,7 +170,7 @@ class _PendingFile:
         """An identical file may have the name already; it is replaced."""
         target = self._folder / name
         if self._path != target:
-            rename(self._path, target)
+            durable.publish(self._path, target)
             self._path, self._named = target, True
 
     def discard(self) -> None:
@@ -193,46 +191,6 @@ class _Draft(_PendingFile):
         super().discard()
         with suppress(OSError):  # on a full disk, flushing fails
             self.file.close()
-
-
-def publish(content: bytes, path: Path, *, replace: bool = True) -> None:
-    """Write a file atomically and durably: after a power cut it has either its old or its new content.
-
-    Raises:
-        FileExistsError: if it exists and ``replace`` is false; of several writers at once, one succeeds.
-        OSError: if it can't be written; then nothing is left behind.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(f"not a folder: {path.parent}") from error
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        if replace:
-            rename(temporary, path)
-        else:
-            _sync(temporary)
-            path.hardlink_to(temporary)
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def rename(source: Path, target: Path) -> None:
-    """Move a finished file to its final name, durably: the bytes first, then the name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sync(source)
-    source.replace(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unless_missing(error: OSError) -> None:

@@ -11,6 +11,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from softlabel.pipeline.students.folder import newest_checkpoint, step_of
 from softlabel.pipeline.training import fsdp
 from softlabel.pipeline.training.train import train
 from tests.listening import family, listening, only_here
@@ -59,6 +60,21 @@ def test_a_killed_sharded_run_resumes_sharded_or_in_one_process(divided, uninter
     alone = train(settings(table, tmp_path / "alone"))
     assert alone.resumed_from == 4
     assert_close(alone.output, uninterrupted.output)
+
+
+@pytest.mark.long
+def test_a_sharded_run_skips_a_checkpoint_in_which_any_ranks_file_is_damaged(divided, table, tmp_path):
+    config = settings(table, tmp_path / "student", optimizer=SHARDED)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(10))
+    newest = newest_checkpoint(tmp_path / "student.training")
+    (newest / "rng_state_1.pth").write_bytes(b"")
+    with pytest.warns(UserWarning, match="rng_state_1.pth has 0 bytes") as warned:
+        resumed = train(config)
+    assert len([each for each in warned if "is not whole" in str(each.message)]) == 1
+    assert resumed.resumed_from == step_of(newest) - 4
+    for name, tensor in weights(divided.output).items():
+        assert torch.equal(weights(resumed.output)[name], tensor), name
 
 
 class Taught(nn.Module):

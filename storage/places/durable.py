@@ -1,0 +1,96 @@
+"""Durable writes: after a power cut, a file or folder is as it was before, or as it should be afterwards.
+
+A file system may keep a new name and lose the content behind it, unless the content was synced first. It may also lose
+the name, unless the folder with the name was synced. So the content is written under another name and synced, then it
+gets its name, and then the folders are synced. Only after that may a caller delete what has been superseded.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+def write(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Write a file at once; its folder is made if necessary.
+
+    Raises:
+        FileExistsError: if it exists and ``replace`` is false; of several writers at once, one succeeds.
+        OSError: if it can't be written; then nothing is left behind.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        if replace:
+            publish(temporary, path)
+        else:
+            _sync(temporary)
+            path.hardlink_to(temporary)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a finished file, or a finished folder with all that is in it, its final name on the same file system.
+
+    Args:
+        source: the file or folder under its temporary name.
+        target: its final name. A file replaces the file there; for a folder, there may be at most an empty folder.
+    """
+    sync(source)
+    make_folder(target.parent)
+    source.replace(target)
+    _sync(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, as far as they are missing.
+
+    Raises:
+        NotADirectoryError: if something else has one of these names.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(f"not a folder: {path}") from error
+    _sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file durable, or everything in a folder; its own name is in the folder above."""
+    if path.is_dir():
+        for part in path.iterdir():
+            sync(part)
+    _sync(path)
+
+
+def sync_names(path: Path) -> None:
+    """Make the name of a file or folder durable."""
+    _sync(path.parent)
+
+
+def remove_folder(path: Path, scratch: Path) -> None:
+    """Delete a folder, which is never seen half deleted under its own name.
+
+    Args:
+        path: the folder.
+        scratch: folder on the same file system, for what is not in use; a kill may leave parts of the folder there.
+    """
+    make_folder(scratch)
+    aside = scratch / f"{path.name}.{uuid.uuid4().hex}"
+    path.replace(aside)
+    _sync(path.parent)
+    shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
