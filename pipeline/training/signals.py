@@ -83,7 +83,8 @@ def _outcome(folder: StudentFolder, reached: Progress | None) -> str:
     if reached is None:
         return f"nothing {'more ' if saved else ''}was trained yet; {further}"
     step = max(reached.done, saved)
-    kept = (
-        "saved" if step == saved else f"the last checkpoint is of step {saved:,}" if saved else "nothing was saved yet"
-    )
+    if step == saved:
+        kept = "saved"
+    else:
+        kept = f"the last checkpoint is of step {saved:,}" if saved else "nothing was saved yet"
     return f"stopped at step {step:,} of {reached.total:,}, {kept}; {further}"
