@@ -13,7 +13,7 @@ from softlabel.storage.table import Table
 from tests.flows.servers import wait_until
 from tests.pipeline.captured import make_table
 from tests.pipeline.capturing.test_capture import texts, write
-from tests.pipeline.capturing.test_workers import gone, workers_of
+from tests.pipeline.capturing.test_worker_pool import gone, workers_of
 from tests.pipeline.trainings import processes_of
 
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

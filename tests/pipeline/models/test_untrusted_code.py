@@ -20,6 +20,7 @@ from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.students.build import build
 from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.pipeline.training.train import train
@@ -194,6 +195,8 @@ def test_code_in_a_training_checkpoint_does_not_run(name: str, table: Table, tmp
     (checkpoint,) = (tmp_path / "student.training").glob("checkpoint-*")
     assert (checkpoint / name).is_file()
     torch.save(Pickled(ran), checkpoint / name)
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, checkpoint)  # otherwise the checkpoint would be skipped as damaged
     with pytest.raises(Exception, match=r"(?i)weights.only"):
         train(config)
     assert not ran.exists()

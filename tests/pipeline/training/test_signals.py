@@ -233,6 +233,7 @@ def test_two_processes_resume_exactly_after_an_interrupt(sharding, table, tmp_pa
     assert_same(tmp_path / "student", train(settings(table, tmp_path / "other", optimizer=optimizer)).output)
 
 
+@pytest.mark.long
 def test_a_second_interrupt_ends_two_processes_at_once(table, tmp_path):
     config = settings(table, tmp_path / "student", optimizer={**TWO, "max_steps": 10_000, "save_steps": 1})
     with pytest.raises(KeyboardInterrupt):
