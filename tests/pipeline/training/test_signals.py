@@ -80,6 +80,7 @@ def assert_same(folder, other):
     assert curve(folder, "loss") == curve(other, "loss")
 
 
+@pytest.mark.long
 def test_after_sigterm_a_program_has_saved_its_last_step_and_ends_with_143(uninterrupted, table, tmp_path):
     config = settings(table, tmp_path / "student")
     code, printed = trained(config, step=6, number=signal.SIGTERM)
