@@ -28,8 +28,8 @@ CHARACTERS = 48_000
 """Length of the captured text; about 12,000 tokens."""
 LAYERS = (0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 26, 27, 28, 29)
 """The layers that the student keeps of the teacher's 30. The others were left out one by one, each time the layer
-without which the rest stayed closest to the teacher on other pages of the manual. Before any training, these 16 layers
-have a KL of 2.7 to the teacher; 16 layers at equal distances have 10.9."""
+without which the rest stayed closest to the teacher on a few pages of the manual, mostly others than the demo's. Before
+any training, these 16 layers have a KL of 2.7 to the teacher; 16 layers at equal distances have 10.9."""
 
 
 def prepare_teacher(folder: Path) -> bool:
