@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from softlabel.pipeline.progress import Progress
-from softlabel.pipeline.students.folder import StudentFolder, step_of
+from softlabel.pipeline.students.folder import StudentFolder, newest_checkpoint, step_of
 from softlabel.pipeline.training.stop import Stop, StoppedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -78,7 +78,8 @@ def _outcome(folder: StudentFolder, reached: Progress | None) -> str:
     """How far a training came that a signal has ended, and what the same command does next."""
     if folder.finished() is not None:
         return "the student is finished"
-    saved = step_of(folder.checkpoint) if folder.checkpoint else 0
+    checkpoint = newest_checkpoint(folder.run)  # not folder.checkpoint, which would read and hash all of its files
+    saved = step_of(checkpoint) if checkpoint else 0
     further = f"run the same command again to {f'go on from step {saved:,}' if saved else 'begin'}"
     if reached is None:
         return f"nothing {'more ' if saved else ''}was trained yet; {further}"
