@@ -107,7 +107,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UsageError("the configuration file can't be read", found=error, where=path) from None
     except yaml.YAMLError as error:
         raise UsageError(
-            "the configuration file is not valid YAML", found=" ".join(str(error).split()), where=path
+            "the configuration file is not valid YAML",
+            found=" ".join(str(error).split()),
+            where=path,
+            do="check the indentation, the colons and the quotes there",
         ) from None
     if content is None:
         return {}

@@ -87,7 +87,10 @@ def _terminate(*_: object) -> None:
 
 def _text_of(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        return f"too many arguments: {' '.join(error.unused_tokens)}"
+        return (
+            f"too many arguments: {' '.join(error.unused_tokens)}\n  what to do:  leave them out, or write a flag"
+            " before each value; put a glob in quotes, so that the shell does not expand it"
+        )
     return str(error)
 
 

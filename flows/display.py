@@ -82,8 +82,8 @@ def show_estimate(report: "Estimate") -> None:
     console.print(
         "kept exactly: probability of the head, which is stored exactly.\n"
         "lost: KL in nats from the teacher's distribution to the mean of the stored targets; zero with a sampled tail,"
-        "\nwhich is unbiased; without one, the remaining mass counts as spread evenly. noise: root mean square distance"
-        "\nof a stored target from that mean, in probability"
+        "\nwhich is unbiased; without one, the remaining probability counts as spread evenly.\nnoise: root mean square"
+        " distance of a stored target from that mean, in probability"
     )
 
 
@@ -140,7 +140,7 @@ def _capture_line(report: "CaptureReport") -> None:
 
 
 def _copied(sequences: int) -> str:
-    return f", {sequences:,} copied from other documents" if sequences else ""
+    return f", {count(sequences, 'sequence')} copied from other documents" if sequences else ""
 
 
 def _train_line(report: "TrainReport") -> None:
@@ -167,7 +167,7 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
         parameters = "" if score.parameters is None else short(score.parameters)
         scores.add_row(score.name, f"{score.perplexity:,.2f}", f"{score.kl:.3f}", agreement, parameters)
     console.print(scores)
-    left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
+    left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     console.print(f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')}{left_out}")
     if report.kl_kind == "mean over teachers":
         console.print(
@@ -184,10 +184,12 @@ def _class_scores(report: "ClassEvaluation") -> None:
             score.name, *("" if share is None else f"{share:.1%}" for share in shares), f"{score.kl:.3f}", parameters
         )
     console.print(scores)
-    left_out = f", {report.left_out:,} that also occur in train left out" if report.left_out else ""
+    left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     console.print(f"{count(report.documents, 'held-out document')}{left_out}")
     if report.unmapped > 0.0005:
-        console.print(f"{report.unmapped:.1%} of the teacher's mass is on classes without a label, and is left out")
+        console.print(
+            f"{report.unmapped:.1%} of the teacher's probability is on classes without a label, and is left out"
+        )
 
 
 SHOW: Mapping[str, Callable[[Any], None]] = {

@@ -102,8 +102,9 @@ def show_verify(report: "VerifyReport") -> None:
         _recheck(report.recheck, table_rows=report.rows)
     if report.orphans:
         console.print(
-            f"{count(len(report.orphans), 'file')} in no version: softlabel did not write them, an interrupted writer"
-            " left them, or the log has lost its newest commits (if so, restore the log before you delete anything):"
+            f"{count(len(report.orphans), 'file')} in no version of the table: softlabel did not write them, an"
+            " interrupted writer left them, or the log has lost its newest commits (if so, restore the log before you"
+            " delete anything):"
         )
         for path in report.orphans:
             console.print(f"  {path}")
@@ -123,9 +124,9 @@ def _recheck(recheck: "Recheck", table_rows: int) -> None:
         table.add_row(agreement.name, *cells)
     console.print(table)
     console.print(
-        f"noise: the teacher against itself in other batches, where its top-1 id changes at {recheck.top_changes:.2%}"
-        f" of positions\ntruncation: {recheck.outside:.2%} of the mass is outside the head; without a sampled tail,"
-        f" this loses {recheck.lost:.3f} nats (KL)"
+        f"noise: difference between two runs of the teacher with different batches; its top-1 id changes at"
+        f" {recheck.top_changes:.2%} of positions\ntruncation: {recheck.outside:.2%} of the probability is outside the"
+        f" head; without a sampled tail, this loses {recheck.lost:.3f} nats (KL)"
     )
     if recheck.sequences < table_rows:  # n agreeing sequences bound the wrong share w at 95 %: (1 - w)^n = 5 %
         console.print(
@@ -148,7 +149,7 @@ def show_reprocess(report: "ReprocessReport") -> None:
     counts += [f"{rows.left:,} left as they are"] if rows.left else []
     console.print(f"{where}, changed by {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
     if report.unknown:
-        console.print(f"[yellow]{count(report.unknown, 'document')} of the list[/] not in the table")
+        console.print(f"[yellow]not in the table[/]: {count(report.unknown, 'document')} of the list")
     if report.purged:
         _purged(report.purged)
     try_next([f"softlabel inspect {report.table}", f"softlabel history {report.table}"])
@@ -162,7 +163,7 @@ def _purged(report: "Purged") -> None:
         console.print(f"versions that can no longer be opened: {spans(report.versions)}")
     lists = {
         "these lose the version that they refer to": report.broken,
-        "these documents share text with them, and stay": report.same_text,
+        "these documents share text with those taken down, and stay in the table": report.same_text,
         "these may still hold the documents or traces of them, and softlabel can't change them": report.out_of_reach,
     }
     for title, lines in lists.items():

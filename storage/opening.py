@@ -1,5 +1,7 @@
 """Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
+from pathlib import Path
+
 from softlabel.storage import log_files
 from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
 from softlabel.storage.log_files import LOG, commit_file, commits
@@ -46,10 +48,11 @@ def open_error(location: str, version: int | None, error: Exception) -> Softlabe
             do="run the command on one of its tables, then make a new view with softlabel mix",
         )
     if not exists(path):
+        kind = "a file" if Path(path).is_file() else "a folder without a table" if Path(path).is_dir() else "nothing"
         return TableNotFoundError(
             "there is no soft-label table here",
             expected="a table made by softlabel capture",
-            found=found,
+            found=kind,
             where=location,
             do="check the path, or run softlabel capture",
         )

@@ -268,7 +268,7 @@ def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherErro
     ends = np.cumsum(rows.column("positions").to_numpy())
     names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, positions, side="right"))))
     return TeacherError(
-        "the teacher's logits are not a probability distribution; this shard was not stored",
+        "the teacher's logits do not give a probability distribution; this shard was not stored",
         expected="logits that are finite, or -inf for an id of probability 0",
         found=f"NaN, +inf, or only -inf, at {len(positions)} positions",
         where=f"document {', '.join(names.to_pylist()[:5])}",

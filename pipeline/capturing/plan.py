@@ -79,7 +79,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
     if version is not None:
         raise UsageError(
             "rows can only be added to the newest version of a table",
-            expected=f"a folder: {table}",
+            expected=f"the table without a version or tag: {table}",
             found=config.table,
             do="leave out the version or tag",
         )

@@ -170,7 +170,7 @@ class Workers:
             raise WorkerError(
                 f"{len(left)} of {len(paths)} shards were not captured, because their workers died",
                 found=self._last_error,
-                do="fix what the workers died of, then run the same command again: it captures the remaining shards\n"
+                do="fix the cause, then run the same command again: it captures the remaining shards\n"
                 "               (if memory ran out, lower teacher.batch_tokens or teacher.workers)",
             )
         return commits

@@ -164,7 +164,7 @@ class SelectionConfig(Settings):
         elif self.min_k > self.max_k:
             raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
         elif self.max_k == 0 and self.draws == 0:
-            raise ValueError("max_k 0 and draws 0 would store nothing")
+            raise ValueError("max_k 0 and draws 0 would store nothing; set one of them above 0")
         if self.temperatures[:1] != (1.0,) or len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures must be distinct and start with 1; found {self.temperatures}")
         return self
@@ -202,5 +202,7 @@ class CaptureConfig(Settings):
     @model_validator(mode="after")
     def _assistant_turns_need_chats(self) -> Self:
         if self.sequences.assistant_turns == "last" and self.columns.content != "chat":
-            raise ValueError("sequences.assistant_turns applies only to chats; give columns.messages or leave it out")
+            raise ValueError(
+                "sequences.assistant_turns applies only to chats; give columns.messages, or leave assistant_turns out"
+            )
         return self

@@ -25,8 +25,8 @@ class SampleConfig(Settings):
     """How large the sample is: a larger one is more exact, and takes longer."""
 
     megabytes: PositiveFloat = 4.0
-    """Megabytes of text to tokenize, spread over all documents; up to as much again is tokenized of documents that
-    repeat another."""
+    """Megabytes of text to tokenize, spread over all documents. Of documents that repeat another one, up to the
+    same amount is tokenized as well."""
     batches: PositiveInt = 4
     """Batches to time the teacher on, of teacher.batch_tokens each; both long and short sequences are timed."""
 
@@ -43,7 +43,7 @@ class EstimateConfig(CaptureConfig):
     """Has no effect here: an estimate only counts the documents that can't be used."""
     sample: SampleConfig = SampleConfig()
     gpu: Gpu = "h100"
-    """GPU to estimate hours for, calculated from the floating-point operations; it need not be there."""
+    """GPU to estimate hours for, calculated from the floating-point operations; this machine need not have it."""
     gpu_utilization: float = Field(default=0.4, gt=0, le=1)
     """Share of that GPU's dense bf16 rate that the capture is assumed to reach."""
 

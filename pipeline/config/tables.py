@@ -12,7 +12,7 @@ _TAG = r"[A-Za-z][A-Za-z0-9_.-]*(=\d+)?"
 
 
 class VerifyConfig(Settings):
-    """Check every byte of a table, and list the files that are damaged, missing or foreign.
+    """Check every byte of a table, and list the files that are damaged, missing or not part of it.
 
     With teacher.model, also compare the table with its teacher, which runs again over some sequences.
     """
@@ -49,7 +49,7 @@ class MaintainConfig(Settings):
     """Also delete the shards that only dropped versions use. The newest version, and versions with a tag or pin,
     are never dropped."""
     keep_versions: PositiveInt | None = None
-    """With vacuum: keep only this many of the newest versions, and drop the others; left out, no version is
+    """With vacuum: keep only this many of the newest versions, and drop the others; if left out, no version is
     dropped."""
     tag: str | None = Field(default=None, json_schema_extra={"pattern": f"^{_TAG}$"})
     """NAME or NAME=VERSION: tag a version (without VERSION the newest, or that of TABLE@12), so that TABLE@NAME
@@ -88,7 +88,7 @@ class MixConfig(Settings):
     the teachers' distributions; students can train on it only with forward KL."""
     weights: tuple[PositiveFloat, ...] = ()
     """One weight per table: how often its sequences come up in an epoch (0.5: in every second epoch), or its weight
-    in the average; left out, all tables weigh the same."""
+    in the average; if left out, all tables weigh the same."""
 
     @model_validator(mode="after")
     def _one_weight_per_table(self) -> Self:
@@ -114,7 +114,7 @@ class RelayConfig(ShardsConfig):
     """How rows are written to new shards."""
 
     eval_fraction: float | None = Field(default=None, ge=0, lt=1)  # type: ignore[assignment]
-    """Split the documents again, with this share of them in the eval split; left out, every document stays in its
+    """Split the documents again, with this share of them in the eval split; if left out, every document stays in its
     split."""
 
 
@@ -127,16 +127,16 @@ class ReprocessConfig(Settings):
     source: Location
     """Folder of the table; TABLE@12 or TABLE@tag opens that version instead of the newest."""
     destination: Location | None = None
-    """Folder or s3:// address of another table, which is created or added to; left out, the source gets a new
-    version. A smaller selection can't be undone in the source: no capture can add to it any more."""
+    """Folder or s3:// address of another table, which is created or added to; if left out, the source gets a new
+    version. A source whose selection was made smaller accepts no more captures."""
     where: str | None = None
     """Keep only the rows for which this SQL expression is true, for example "source = 'web' AND tokens > 20". It
     may contain columns (carried ones too), literals, operators and a few functions; an error message lists them."""
     drop: Location | None = None
     """File with one document id per line: drop these documents."""
     stale: Location | None = None
-    """File, folder or glob of documents, read with the columns.* settings: drop rows of their earlier versions. Rows of
-    other documents stay."""
+    """File, folder or glob of documents, read with the columns.* settings: where a document has changed since its
+    capture, drop the rows of its earlier text. Rows of other documents stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None
@@ -157,6 +157,6 @@ class ReprocessConfig(Settings):
             raise ValueError(f"purge can't be combined with other changes or a destination; leave out {others}")
         if not (changes or self.purge or self.destination):
             raise ValueError(
-                "nothing to do; give a destination, a selection, where, drop, stale, compact, an eval_fraction or purge"
+                "nothing to do; give destination, selection, where, drop, stale, compact, shards.eval_fraction or purge"
             )
         return self

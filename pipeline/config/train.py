@@ -13,7 +13,7 @@ class StudentConfig(Settings):
     model: Location | None = None
     """Folder or hub name of a model to continue training."""
     teacher: Location | None = None
-    """Folder or hub name of the model to take layers from; left out, the table's own teacher."""
+    """Folder or hub name of the model to take layers from; if left out, the table's own teacher."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
     layers: tuple[int, ...] | None = None
@@ -27,7 +27,7 @@ class StudentConfig(Settings):
     """Folder or JSON file with a model configuration; the student starts from random weights."""
     labels: tuple[str, ...] = ()
     """Labels of a classifier: NAME=CLASS,CLASS,... merges several of the teacher's classes into one label; the name
-    of a class keeps it as it is. Left out, all classes are kept. Classes without a label are ignored, and the
+    of a class keeps it as it is. If left out, all classes are kept. Classes without a label are ignored, and the
     remaining probabilities renormalized."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Precision of the student's weights."""
@@ -37,7 +37,7 @@ class StudentConfig(Settings):
     lora_alpha: PositiveFloat = 16.0
     """Scaling of the adapters: their output is multiplied by lora_alpha / lora_r."""
     lora_target_modules: tuple[str, ...] = ()
-    """Names of the layers that get adapters, such as q_proj; left out, every linear layer except the head."""
+    """Names of the layers that get adapters, such as q_proj; if left out, every linear layer except the head."""
 
     @model_validator(mode="after")
     def _intermediate_size_needs_pruning(self) -> Self:
@@ -78,9 +78,9 @@ class LossConfig(Settings):
     soft_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence; 0 trains on hard labels only."""
     hard_weight_end: float | None = Field(default=None, ge=0)
-    """Weight of the cross-entropy at the last step, reached linearly; left out, the weight stays constant."""
+    """Weight of the cross-entropy at the last step, reached linearly; if left out, the weight stays constant."""
     soft_weight_end: float | None = Field(default=None, ge=0)
-    """Weight of the divergence at the last step, reached linearly; left out, the weight stays constant."""
+    """Weight of the divergence at the last step, reached linearly; if left out, the weight stays constant."""
 
     @model_validator(mode="after")
     def _weights_are_not_both_zero(self) -> Self:
@@ -167,7 +167,7 @@ class OptimizerConfig(Settings):
     eval_steps: PositiveInt = 100
     """Steps between evaluations on the eval split."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop after this many evaluations in a row without a new lowest eval_kl; left out, training runs to the
+    """Stop after this many evaluations in a row without a new lowest eval_kl; if left out, training runs to the
     end."""
     keep: Literal["auto", "last", "best"] = "auto"
     """Which weights to save: those of the last step, or of the evaluation with the lowest eval_kl (best). auto
@@ -175,7 +175,7 @@ class OptimizerConfig(Settings):
     device: str = "auto"
     """cpu or cuda; auto uses a GPU if there is one."""
     processes: PositiveInt | None = None
-    """Processes that share each step, each with its own GPU; left out, one per GPU, or one on the CPU."""
+    """Processes that share each step, each with its own GPU; if left out, one per GPU, or one on the CPU."""
     sharding: Literal["none", "full"] = "none"
     """full divides weights, gradients and optimizer state among the processes (FSDP), for a student that does not
     fit on one GPU. It has no effect with one process."""
@@ -202,7 +202,7 @@ class StreamConfig(Settings):
     micro_batch_size: PositiveInt = 8
     """Training rows per forward pass on one device; affects memory and speed, never the loss."""
     max_k: PositiveInt | None = None
-    """Use only this many of the stored head ids; left out, all of them. The probability of the others goes to the
+    """Use only this many of the stored head ids; if left out, all of them. The probability of the others goes to the
     bucket; if the table stores more ids, the sampled tail can't be the target."""
     seed: int = 0
     """Seed for the order of the sequences."""

@@ -153,7 +153,7 @@ class Documents:
                     expected=f"{setting}: the name of an existing column",
                     found=", ".join(islice(found, 40)) or "no columns",
                     where=self.path,
-                    do=f"set {setting.partition('[')[0]} to the column's name",
+                    do=f"set {setting.partition('[')[0]} to one of these columns, or add the column to the documents",
                 )
 
 

@@ -226,8 +226,8 @@ def _require_each_once(columns: list[str], found: list[str], file: File) -> None
     for name in columns:
         if (times := found.count(name)) != 1:
             raise DocumentsError(
-                f"a file has {times or 'no'} column{'s' * (times > 1)} {name!r}",
-                expected=f"exactly one column {name!r} in every file",
+                f"a file has {times or 'no'} column{'s' * (times > 1)} named {name!r}",
+                expected=f"exactly one column named {name!r} in every file",
                 found=", ".join(islice(found, 40)) or "no columns",
                 where=file.address,
                 do="rename the file's columns, exclude the file with a glob, or set columns.* to other columns",
@@ -284,6 +284,8 @@ def _object(line: bytes) -> dict[str, Any] | str:
         record = json.loads(line.decode("utf-8-sig"))  # given bytes, json would guess the encoding
     except UnicodeDecodeError as error:
         return f"the line is not valid UTF-8 at byte {error.start}"
+    except json.JSONDecodeError as error:
+        return f"the line is not valid JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"the line is not valid JSON: {error}"
     return record if isinstance(record, dict) else f"the line must be a JSON object, but is {type(record).__name__}"

@@ -54,7 +54,7 @@ class NotADistributionError(TeacherError):
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(
-            "the teacher's logits are not a probability distribution",
+            "the teacher's logits do not give a probability distribution",
             expected="finite logits, or -inf for an id of probability 0",
             found="NaN, +inf or only -inf",
             where=f"positions {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of the batch",

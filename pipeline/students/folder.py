@@ -153,8 +153,8 @@ class StudentFolder:
         whole, problems = self._newest_first
         for checkpoint, problem in problems.items():
             warnings.warn(
-                f"{checkpoint} is not whole and is skipped: {problem}.\n"
-                f"Training goes on from {whole.name if whole else 'the beginning'}.",
+                f"{checkpoint} is damaged or incomplete, and is skipped: {problem}.\n"
+                f"Training continues from {whole.name if whole else 'the beginning'}.",
                 stacklevel=3,
             )
             with self.writing():

@@ -182,7 +182,7 @@ def disagreement(found: Recheck) -> DisagreementError:
         expected=f"differences about as small as those between two runs of the teacher (mean, in nats): {noise}",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.table}@{found.version}",
-        do="do not train on this table; check that the teacher runs as it did then, and capture a new table",
+        do="do not train on this table; check that the teacher runs as it did in the capture, and capture a new table",
         details=found,
     )
 
@@ -206,7 +206,7 @@ def _require_distributions(rows: pa.Table, *runs: dict[int, Answers]) -> None:
     if found:
         names = rows.column("document_id").take(pa.array(found)).unique().to_pylist()
         raise TeacherError(
-            "the teacher's logits are not a probability distribution, so the table can't be compared with them",
+            "the teacher's logits do not give a probability distribution, so the table can't be compared with them",
             expected="logits that are finite, or -inf for an id of probability 0",
             found=f"NaN, +inf, or only -inf, in {len(found)} of {len(rows)} sequences",
             where=f"document {', '.join(names[:_SHOWN])}",

@@ -115,8 +115,8 @@ def _require_targets(loss: LossConfig, documents: LabelledDocuments, table: Tabl
             expected="documents with labels for the hard loss, and with the teacher's probabilities for the soft loss",
             found=f"{len(documents.tokens)} documents to train on, none with {' or '.join(missing)}",
             where=table.location,
-            do="set that weight to 0, or capture with columns.label; distill's control student has only the hard loss, "
-            "and control: false leaves it out",
+            do="set the weight named above to 0, or capture with columns.label; distill's control student has only the "
+            "hard loss, and control: false leaves it out",
         )
 
 

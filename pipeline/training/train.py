@@ -201,7 +201,7 @@ def _pin(table: AnyTable, student: Path) -> None:
         raise
     except TableError as error:
         warnings.warn(
-            f"{error}\nA vacuum may delete this version of the table, which could not be pinned.", stacklevel=3
+            f"{error}\nThis version of the table could not be pinned, so a later vacuum may delete it.", stacklevel=3
         )
 
 

@@ -29,10 +29,10 @@ def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixtu
         "50.0%",
         "20.0%",
         "0.125",
-        "4 held-out documents, 1 that also occur in train",
+        "4 held-out documents; 1 more left out (also in the train split)",
     ):
         assert text in shown
-    assert "25.0% of the teacher's mass is on classes without a label" in shown
+    assert "25.0% of the teacher's probability is on classes without a label" in shown
     # No suggestion to train another student from this one: that would need its labels, which are not known here.
     assert shown.count("  softlabel ") == 1
 

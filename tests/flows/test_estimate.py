@@ -51,7 +51,7 @@ def test_a_partial_sample_is_reported_to_overestimate_repeated_passages(capsys: 
     found = Estimate(9, pending=9, rejects=0, tokenized=1.0, seconds=seconds, gpu="h100", gpu_utilization=0.4)
     show_estimate(replace(found, sequences=5, copied=4))
     shown = capsys.readouterr().out
-    assert "4 copied from other documents" in shown
+    assert "4 sequences copied from other documents" in shown
     assert "copying 0:01:01" in shown
     assert "the real number of sequences" not in shown
     show_estimate(replace(found, sequences=5, tokenized=0.9))

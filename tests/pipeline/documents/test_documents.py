@@ -251,7 +251,7 @@ def test_the_error_for_a_missing_column_names_the_existing_ones(tmp_path: Path) 
 def test_a_duplicate_column_or_a_file_without_the_column_is_an_error(tmp_path: Path) -> None:
     text = pa.array(["x"])
     pq.write_table(pa.table([text, text, text], ["id", "text", "text"]), tmp_path / "1.parquet")
-    with pytest.raises(DocumentsError, match="a file has 2 columns 'text'") as caught:
+    with pytest.raises(DocumentsError, match="a file has 2 columns named 'text'") as caught:
         read(tmp_path, carry=("text",))
     one_screen(caught.value, "1.parquet", "rename")
     pq.write_table(pa.table([text, text, text, text], ["id", "text", "other", "other"]), tmp_path / "1.parquet")

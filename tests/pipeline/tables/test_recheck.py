@@ -173,7 +173,7 @@ def test_nan_logits_in_any_batch_are_an_error(captured: CaptureConfig, tmp_path:
             yield chunk * torch.nan if len(sequences) == 3 else chunk
 
     monkeypatch.setattr(TransformersTeacher, "logits", fails_in_groups_of_three)
-    with pytest.raises(TeacherError, match="not a probability distribution"):
+    with pytest.raises(TeacherError, match="not give a probability distribution"):
         check(doctored(captured, tmp_path / "t", shifted), captured)
 
 

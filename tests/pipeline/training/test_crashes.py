@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_skipped(files: str, damage: Callable[[Path], No
         damage(path)
     student = StudentFolder(tmp_path / "student")
     assert student.checkpoint == run / "checkpoint-4"
-    with pytest.warns(UserWarning, match=r"checkpoint-8 is not whole(.|\n)*goes on from checkpoint-4"):
+    with pytest.warns(UserWarning, match=r"checkpoint-8 is damaged or incomplete(.|\n)*continues from checkpoint-4"):
         student.clear()
     assert not (run / "checkpoint-8").exists()
 
