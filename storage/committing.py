@@ -41,7 +41,7 @@ def all_or_nothing(location: str) -> Iterator[None]:
             expected="write permission for the folder, and free disk space",
             found=cause(error),
             where=location,
-            do="free disk space or fix the permissions, then run the same command again",
+            do="check the path, the permissions and the free disk space, then run the same command again",
         ) from error
 
 

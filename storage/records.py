@@ -119,5 +119,5 @@ def _unwritable(path: str, error: OSError) -> TableError:
         expected="write permission for the folder, and free disk space",
         found=error,
         where=path,
-        do="free disk space or fix the permissions, then run the same command again",
+        do="check the path, the permissions and the free disk space, then run the same command again",
     )

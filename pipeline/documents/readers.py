@@ -82,7 +82,7 @@ def find(path: str) -> Reader:
             expected=f"files of one kind: {', '.join(_READERS)}; all but Parquet also with {' or '.join(_COMPRESSED)}",
             found=", ".join([file.name for file in files][:10]) or "an empty folder",
             where=path,
-            do="select files of one kind with a glob, such as 'folder/*.parquet'",
+            do="convert the files, or select files of one kind with a glob, such as 'folder/*.parquet'",
         )
     (reader,) = readers
     assert reader

@@ -110,6 +110,14 @@ class StudentFolder:
                 where=self.run,
                 do="remove the link, or choose another output",
             )
+        if file := next((path for path in (self.path, *self.path.parents) if path.is_file()), None):
+            raise UsageError(
+                "there is a file where the output folder should be",
+                expected="a folder for the student, new or made by softlabel",
+                found=f"the file {file}",
+                where=self.path,
+                do="choose another output",
+            )
         finished, unfinished = self.finished(), self._unfinished()
         location = config.table
         if finished is None and unfinished is not None and parse(location)[1] is None:

@@ -78,13 +78,14 @@ def damage(found: Verification) -> IntegrityError:
     """The error that lists the unsolved findings, one per line."""
     lines = [f"{finding.path}: {finding.problem}" for finding in found.unsolved]
     more = [f"... and {len(lines) - _SHOWN} more (--json lists all)"] if len(lines) > _SHOWN else []
+    shards = any(finding.path.startswith(f"{PARTITION}=") for finding in found.unsolved)
+    remove = f"; or remove the damaged shards from its newest version with{recapture(found.location)}"
     return IntegrityError(
         "this table is damaged",
         expected="files that match the hashes in their names and in the commits",
         found="\n               ".join(lines[:_SHOWN] + more),
         where=f"{found.location}@{found.version}",
-        do="restore these files from a copy of the table; or remove the damaged shards from its newest version with"
-        + recapture(found.location),
+        do="restore these files from a copy of the table" + (remove if shards else ""),
         details=found,
     )
 

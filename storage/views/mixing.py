@@ -66,7 +66,7 @@ def _write(location: str, definition: Definition) -> None:
             expected="write permission for the folder, and free disk space",
             found=error,
             where=location,
-            do="free disk space or fix the permissions, then run the same command again",
+            do="check the path, the permissions and the free disk space, then run the same command again",
         ) from error
 
 

@@ -51,6 +51,14 @@ def test_an_evaluation_refuses_a_record_with_credentials(tmp_path: Path, tiny_te
     assert SECRET not in str(error.value)
 
 
+@pytest.mark.parametrize("output", ["file", "file/student", "file/new/student"])
+def test_an_output_that_is_a_file_or_in_one_is_an_error_with_its_path(tmp_path: Path, output: str):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match=rf"there is a file where(.|\n)*where: +{re.escape(str(tmp_path / output))}"):
+        train(TrainConfig(table="nowhere", output=str(tmp_path / output), optimizer={"device": "cpu"}))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("target", ["others", "missing"])
 def test_no_student_is_written_through_a_link(tmp_path: Path, target: str):
     (tmp_path / "others" / "scratch").mkdir(parents=True)

@@ -272,6 +272,15 @@ def test_the_error_has_a_line_for_each_finding_and_fits_on_a_screen(table: Table
     assert error.details == found
 
 
+def test_the_error_recommends_removing_shards_only_if_a_shard_is_damaged(filled: Table):
+    flip(Path(filled.location, "_softlabel", filled.vocabulary_name), 10)
+    error = str(damage(verify(filled)))
+    assert "restore these files" in error
+    assert "--remove-damaged" not in error
+    flip(shard_file(filled), 100)
+    assert "--remove-damaged" in str(damage(verify(filled)))
+
+
 def test_a_reader_of_a_damaged_shard_names_the_repair_command(filled: Table):
     flip(shard_file(filled), 100)
     with pytest.raises(IntegrityError, match=r"verify .*table --remove-damaged") as error:
