@@ -6,7 +6,9 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.capturing.capture import CaptureReport, P, R, capture
 from softlabel.pipeline.config.capture import CaptureConfig
 
@@ -27,7 +29,7 @@ def as_task(step: Callable[P, R], /) -> Callable[P, R]:
 @flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
 def capture_flow(config: CaptureConfig) -> CaptureReport:
     """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
-    with watching("capture-progress") as watch:
+    with retrying(), watching("capture-progress") as watch, announcing(config.table, "capture"):
         report = capture(config, watch, as_task)
     create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
     return report

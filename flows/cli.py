@@ -180,5 +180,32 @@ def show_versions(table: str | None = None, /, *, file: File = None, as_json: As
     answer("history", work, as_json)
 
 
+@app.command(name="deploy")
+def deploy_flows(
+    *,
+    schedules: Annotated[bool | None, Parameter(negative=())] = None,
+    work_pool: str | None = None,
+    file: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Install the deployments of all flows on the configured Prefect server, with a work pool and automations.
+
+    Run again, it changes only what differs.
+
+    Args:
+        schedules: Turn on the schedules of all deployments that have parameters. Without it, new schedules are off.
+        work_pool: Work pool that the workers serve. [default: softlabel]
+    """
+
+    def work() -> Any:
+        from softlabel.flows.deploy import deploy
+        from softlabel.flows.deployments import DeployConfig
+
+        given = {("schedules",): schedules, ("work_pool",): work_pool}
+        return deploy(resolve(DeployConfig, {name: value for name, value in given.items() if value is not None}, file))
+
+    answer("deploy", work, as_json)
+
+
 if __name__ == "__main__":
     main()

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from softlabel.flows.console import bytes_of, console, count, duration, facts, short, table_of, try_next
 from softlabel.flows.table_display import (
     show_history,
@@ -15,6 +17,7 @@ from softlabel.flows.table_display import (
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
 
 if TYPE_CHECKING:
+    from softlabel.flows.deploy import DeployReport
     from softlabel.pipeline.capturing.capture import CaptureReport
     from softlabel.pipeline.distillation import DistillReport
     from softlabel.pipeline.estimation.estimate import Estimate
@@ -122,6 +125,18 @@ def show_distill(report: "DistillReport") -> None:
     try_next(commands)
 
 
+def show_deploy(report: "DeployReport") -> None:
+    """What is installed on the server, what changed, and how to start a worker."""
+    table = table_of("", "name", "", "schedule", words=4)
+    for each in report.installed:
+        style = "dim" if each.change == "unchanged" else ""
+        table.add_row(each.kind, escape(each.name), each.change, each.schedule or "", style=style)
+    console.print(table)
+    changed = f"{count(report.changed, 'change')} on" if report.changed else "nothing to change on"
+    console.print(f"{changed} {escape(report.server)}")
+    try_next([f"prefect worker start --pool {report.work_pool} --limit 1"])
+
+
 def _capture_line(report: "CaptureReport") -> None:
     where = f"[bold]{report.table}[/] (version {report.version})"
     if not report.sequences and not report.copied:
@@ -204,5 +219,6 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "mix": show_mix,
     "inspect": show_inspect,
     "history": show_history,
+    "deploy": show_deploy,
 }
 """Function that prints the result of each verb."""

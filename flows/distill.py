@@ -4,6 +4,7 @@ from prefect import flow
 
 from softlabel.flows.capture import capture_flow
 from softlabel.flows.evaluate import evaluate_flow
+from softlabel.flows.retries import retrying
 from softlabel.flows.train import train_flow
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.distillation import DistillReport, distill_in_stages
@@ -12,4 +13,5 @@ from softlabel.pipeline.distillation import DistillReport, distill_in_stages
 @flow(name="distill", flow_run_name="distill {config.table}", persist_result=False)
 def distill_flow(config: DistillConfig) -> DistillReport:
     """Capture, train and evaluate; skip what is already there."""
-    return distill_in_stages(config, capture=capture_flow, train=train_flow, evaluate=evaluate_flow)
+    with retrying():
+        return distill_in_stages(config, capture=capture_flow, train=train_flow, evaluate=evaluate_flow)

@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 
@@ -11,7 +12,7 @@ from softlabel.pipeline.estimation.estimate import Estimate, estimate
 @flow(name="estimate", flow_run_name="estimate {config.documents}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
     """Estimate the size, cost and time of a capture from a small sample; nothing is captured."""
-    with watching() as watch:
+    with retrying(), watching() as watch:
         report = estimate(config, watch)
     if report.selections:
         create_table_artifact(

@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_link_artifact, create_table_artifact
 
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
@@ -15,7 +16,7 @@ from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
-    with watching() as watch:
+    with retrying(), watching() as watch:
         report = evaluate(config, watch)
     if isinstance(report, ClassEvaluation):
         size = f"{report.documents:,} documents"

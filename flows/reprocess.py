@@ -3,7 +3,9 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 
@@ -11,7 +13,8 @@ from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 @flow(name="reprocess", flow_run_name="reprocess {config.source}", persist_result=False)
 def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
     """Make a smaller table from a table, or change it in place as one new version; no teacher is needed."""
-    with watching("reprocess-progress") as watch:
+    target = config.destination or config.source
+    with retrying(), watching("reprocess-progress") as watch, announcing(target, "reprocess"):
         report = reprocess(config, watch)
     rows = [{"operation": report.operation, **vars(report.rows)}]
     create_table_artifact(rows, key="reprocess", description=f"{report.source} reprocessed into {report.table}")

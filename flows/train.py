@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from prefect import flow
 from prefect._internal import control_listener
 
+from softlabel.flows.events import announce_student
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.training.train import TrainReport, train
 
@@ -14,8 +16,10 @@ from softlabel.pipeline.training.train import TrainReport, train
 @flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; a student that is already trained with these settings is left unchanged."""
-    with _cancellable(), watching() as watch:
-        return train(config, watch)
+    with retrying(), _cancellable(), watching() as watch:
+        report = train(config, watch)
+    announce_student(report)
+    return report
 
 
 @contextmanager

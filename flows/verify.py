@@ -1,11 +1,14 @@
 """The flow that checks every byte of a table and, if its teacher is given, compares a sample with the teacher."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
+from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.tables import VerifyConfig
 from softlabel.pipeline.tables.verify import VerifyReport, verify
 from softlabel.storage.errors import DisagreementError, IntegrityError
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
 @flow(name="verify", flow_run_name="verify {config.table}", persist_result=False)
 def verify_flow(config: VerifyConfig) -> VerifyReport:
     """Check every byte of a table and, if its teacher is given, compare a sample with it; any difference fails."""
+    changing = announcing(config.table, "verify") if config.remove_damaged else nullcontext()
     try:
-        with watching() as watch:
+        with retrying(), watching() as watch, changing:
             report = verify(config, watch)
     except IntegrityError as error:
         if isinstance(error.details, Verification):

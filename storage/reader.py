@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.storage.errors import IntegrityError, TableError, recapture
@@ -84,6 +85,15 @@ def index(table: Table, columns: Sequence[str]) -> pa.Table:
     for shard in table.shards():
         parts += [with_split(part, shard).select(names) for part in outline(table, shard, columns)]
     return pa.concat_tables(parts)
+
+
+def captured_positions(table: Table) -> int:
+    """Number of captured positions of all rows.
+
+    Raises:
+        IntegrityError: as ``index`` does.
+    """
+    return pc.sum(index(table, ["positions"]).column("positions")).as_py() or 0
 
 
 def with_split(rows: pa.Table, shard: Shard) -> pa.Table:

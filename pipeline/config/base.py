@@ -6,7 +6,9 @@ docstring of a field is its help text in all of them.
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from softlabel.storage.credentials import WITHOUT_CREDENTIALS
 from softlabel.storage.errors import UsageError
@@ -17,7 +19,21 @@ class Settings(BaseModel):
     """A frozen group of settings; an unknown name is an error."""
 
     # Pydantic would show the refused input, which may contain credentials.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
+        model_title_generator=lambda model: model.__name__.removesuffix("Config"),
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema with each setting's ``position``, by which Prefect orders its form; PostgreSQL sorts the names."""
+        schema = handler(core)
+        for position, setting in enumerate(handler.resolve_ref_schema(schema).get("properties", {}).values()):
+            setting["position"] = position
+        return schema
 
 
 def _located(location: str) -> str:

@@ -10,7 +10,6 @@ import yaml
 from prefect.settings import get_current_settings
 
 from softlabel.flows.cli import run
-from tests.conftest import ROOT
 from tests.flows.commands import softlabel
 from tests.pipeline.captured import make_table
 from tests.pipeline.hostile import hostile
@@ -48,24 +47,6 @@ def test_every_parameter_in_prefects_forms_has_a_description(name: str):
     fields = [field for part in schema["definitions"].values() for field in part["properties"].items()]
     assert not [name for name, field in fields if not field.get("description") and "$ref" not in field]
     assert not [name for name, field in fields if field.get("additionalProperties")]
-
-
-def test_every_flow_has_a_deployment():
-    from prefect.flows import load_flow_from_entrypoint
-
-    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    flows = [load_flow_from_entrypoint(deployment["entrypoint"]) for deployment in deployments]
-    assert tuple(flow.name for flow in flows) == FLOWS
-    assert {deployment["work_pool"]["name"] for deployment in deployments} == {"softlabel"}
-
-
-def test_flows_that_run_a_model_have_a_queue_of_their_own():
-    from prefect.cli.deploy._models import PrefectYamlModel
-
-    deployed = PrefectYamlModel.model_validate(yaml.safe_load((ROOT / "prefect.yaml").read_text())).deployments
-    queues = {flow: deployment.work_pool.work_queue_name for flow, deployment in zip(FLOWS, deployed, strict=True)}
-    tables = dict.fromkeys(("maintain", "reprocess", "mix"), "default")
-    assert queues == dict.fromkeys(FLOWS, "gpu") | tables
 
 
 @pytest.mark.usefixtures("prefect")

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from softlabel.flows.train import train_flow
+from softlabel.flows.deploy import deploy
+from softlabel.flows.deployments import DeployConfig
 from softlabel.pipeline.students.folder import newest_checkpoint
-from tests.conftest import ROOT
 from tests.flows.servers import wait_until
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
@@ -69,24 +68,14 @@ def test_a_cancelled_training_saves_its_last_step_and_ends_as_cancelled(tiny_tea
 def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":
     """Start a worker that executes one run of the train deployment."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.settings import get_current_settings
 
-    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    (shipped,) = [each for each in deployments if each["entrypoint"].endswith(".train_flow")]
-    pool = shipped["work_pool"]["name"]
+    deploy(DeployConfig())
     with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process"), overwrite=True)
-        deployment = client.create_deployment(
-            client.create_flow(train_flow),
-            shipped["name"],
-            work_pool_name=pool,
-            entrypoint=shipped["entrypoint"],
-            path=str(ROOT),
-        )
-        client.create_flow_run_from_deployment(deployment, parameters=parameters)
+        deployment = client.read_deployment_by_name("train/softlabel")
+        client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
     return subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--run-once"],
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "softlabel", "--run-once"],
         env=os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,266 @@
+"""What ``softlabel deploy`` installs on a Prefect server: a work pool, queues, deployments and automations.
+
+This file only describes them; ``deploy`` compares the description with a server and installs what differs. A team
+describes its own deployments, and how they differ from the shipped ones, in a YAML file of ``DeployConfig``.
+"""
+
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, Literal, Self, get_args
+from uuid import UUID
+
+from prefect import Flow
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.actions import CancelFlowRun, ChangeFlowRunState, RunDeployment, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from softlabel.flows.events import NEW_VERSION, table_resource
+from softlabel.pipeline.config.base import Location, Settings
+
+FlowName = Literal["capture", "estimate", "train", "evaluate", "distill", "reprocess", "mix", "verify", "maintain"]
+Queue = Literal["cpu", "gpu"]
+
+TAG = "softlabel"
+"""Tag of every run of our deployments; the automations act on these runs alone."""
+QUEUES: dict[Queue, str] = {
+    "gpu": "Runs that load a model. Start one worker with --limit 1 for each GPU.",
+    "cpu": "Runs that only read and write tables.",
+}
+_ON_CPU: tuple[FlowName, ...] = ("reprocess", "mix", "maintain")
+_NIGHTLY, _WEEKLY_CHECK, _WEEKLY_CLEANING = "0 2 * * *", "0 5 * * 0", "0 7 * * 0"
+_SILENT_HEARTBEATS = 3
+"""A run is lost when so many of its heartbeats in a row do not arrive."""
+_STARTS = 3
+"""A run whose process dies is started again, up to this many starts in all."""
+_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+
+
+class DeploymentConfig(Settings):
+    """One deployment of a flow: the settings of its runs, when it runs, and where."""
+
+    flow: FlowName
+    """Flow to deploy: the verb of the command line."""
+    name: str = Field("softlabel", pattern=r"^[^/%&><]+$")
+    """Name of the deployment; several deployments of a flow have different names."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Settings of a run, as in the file of ``softlabel FLOW --config``. What is left out is asked for in the form."""
+    queue: Queue | None = None
+    """Queue of the runs: gpu for runs that load a model, cpu for the others. Default: by flow."""
+    cron: str | None = None
+    """When the deployment runs by itself, in cron's form: minute, hour, day, month, day of the week."""
+    timezone: str = "UTC"
+    """Time zone of the schedule."""
+    after_version_of: Location | None = None
+    """Table whose new versions each start a run of this deployment."""
+    concurrency_limit: PositiveInt | None = None
+    """Most runs of this deployment at once; further runs wait. Default: no limit."""
+    time_limit_hours: PositiveFloat | None = None
+    """A run that takes longer is cancelled. Default: no limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cron is not None:
+            _ = self.schedule
+        return self
+
+    @property
+    def full_name(self) -> str:
+        """FLOW/NAME, as Prefect's command line writes it."""
+        return f"{self.flow}/{self.name}"
+
+    @property
+    def schedule(self) -> CronSchedule | None:
+        """The schedule, if there is one.
+
+        Raises:
+            ValueError: if the cron expression or the time zone is not valid.
+        """
+        return CronSchedule(cron=self.cron, timezone=self.timezone) if self.cron else None
+
+    @property
+    def work_queue(self) -> Queue:
+        """The queue of its runs."""
+        return self.queue or ("cpu" if self.flow in _ON_CPU else "gpu")
+
+
+SHIPPED = (
+    DeploymentConfig(flow="capture", cron=_NIGHTLY),
+    DeploymentConfig(flow="estimate"),
+    DeploymentConfig(flow="train"),
+    DeploymentConfig(flow="evaluate"),
+    DeploymentConfig(flow="distill"),
+    DeploymentConfig(flow="reprocess"),
+    DeploymentConfig(flow="mix"),
+    DeploymentConfig(flow="verify", cron=_WEEKLY_CHECK, concurrency_limit=1),
+    DeploymentConfig(flow="maintain", cron=_WEEKLY_CLEANING, concurrency_limit=1),
+)
+"""A deployment of each flow."""
+assert {each.flow for each in SHIPPED} == set(get_args(FlowName))
+
+
+class DeployConfig(Settings):
+    """Install the deployments of all flows on the configured Prefect server, with a work pool and automations.
+
+    Run again, it changes only what differs.
+    """
+
+    schedules: bool = False
+    """Turn on the schedules of all deployments. Without it, new schedules are off, and existing ones stay as they
+    are."""
+    work_pool: str = "softlabel"
+    """Work pool that the workers serve; a new one is of the type process."""
+    heartbeat_seconds: int = Field(180, ge=30)
+    """A run shows that it is alive once in this time; after three times this long without a sign, it counts as lost
+    and is started again."""
+    pending_minutes: PositiveInt = 30
+    """A run that a worker has taken but not started within this time counts as lost."""
+    notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
+    """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails or crashes."""
+    deployments: tuple[DeploymentConfig, ...] = ()
+    """Deployments of your own. One with a shipped deployment's flow and name replaces it."""
+
+    @property
+    def all_deployments(self) -> tuple[DeploymentConfig, ...]:
+        """The shipped deployments, with those of the same name replaced, and then the others."""
+        named = {each.full_name: each for each in (*SHIPPED, *self.deployments)}
+        return tuple(named.values())
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        names = [each.full_name for each in self.deployments]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two deployments have the name {', '.join(twice)}; give each a name of its own")
+        return self
+
+
+def flow_of(deployment: DeploymentConfig) -> Flow[..., Any]:
+    """The deployment's flow."""
+    flow: Flow[..., Any] = getattr(import_module(f"softlabel.flows.{deployment.flow}"), f"{deployment.flow}_flow")
+    return flow
+
+
+def entrypoint(deployment: DeploymentConfig) -> str:
+    """Where a worker finds the flow: in the installed package, wherever that is."""
+    return f"softlabel.flows.{deployment.flow}.{deployment.flow}_flow"
+
+
+def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None) -> list[AutomationCore]:
+    """The automations of all deployments.
+
+    Args:
+        config: what to deploy.
+        ids: the server's id of each deployment, by its full name.
+        notify: id of the block to notify of failures.
+    """
+    silent = timedelta(seconds=_SILENT_HEARTBEATS * config.heartbeat_seconds)
+    ended = {f"prefect.flow-run.{name}" for name in _ENDS}
+    alive = {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"}
+    pending = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting", "prefect.flow-run.InfrastructurePending"}
+    found = [
+        _automation(
+            "lost runs",
+            f"A run without a sign of life for {silent} counts as crashed, and no longer holds its slot.",
+            _missing(alive, alive | ended, silent),
+            _crash(f"No sign of life for {silent}: the run's process or its machine is gone."),
+        ),
+        _automation(
+            "runs that never start",
+            f"A run that a worker took, but did not start within {config.pending_minutes} minutes, counts as crashed.",
+            _missing(pending, {"prefect.flow-run.Running"} | ended, timedelta(minutes=config.pending_minutes)),
+            _crash(f"A worker took this run, and did not start it within {config.pending_minutes} minutes."),
+        ),
+        _automation(
+            "start crashed runs again",
+            f"A crashed run is started again, until it was started {_STARTS} times. It goes on where it stopped.",
+            EventTrigger(
+                match={
+                    "prefect.resource.id": "prefect.flow-run.*",
+                    "prefect.run-count": [str(count) for count in range(_STARTS)],
+                },
+                match_related=_OURS,
+                expect={"prefect.flow-run.Crashed"},
+                for_each={"prefect.resource.id"},
+                posture=Posture.Reactive,
+            ),
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED,
+                name="AwaitingRetry",
+                message="The run crashed, and starts again.",
+                force=True,
+            ),
+        ),
+    ]
+    if notify:
+        failed = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
+        found.append(
+            _automation(
+                "failures",
+                f"Tells {config.notify} of each run that fails or crashes.",
+                EventTrigger(match=_RUNS, match_related=_OURS, expect=failed, posture=Posture.Reactive),
+                SendNotification(
+                    block_document_id=notify,
+                    subject="softlabel: {{ flow_run.name }} {{ flow_run.state.name }}",
+                    body="{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+                ),
+            )
+        )
+    for each in config.all_deployments:
+        found += _automations_of(each, ids[each.full_name])
+    return found
+
+
+def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[AutomationCore]:
+    found = []
+    its_runs = {"prefect.resource.id": f"prefect.deployment.{identifier}", "prefect.resource.role": "deployment"}
+    if hours := deployment.time_limit_hours:
+        running, ended = {"prefect.flow-run.Running"}, {f"prefect.flow-run.{name}" for name in _ENDS}
+        found.append(
+            _automation(
+                f"time limit of {deployment.full_name}",
+                f"A run of {deployment.full_name} that takes longer than {hours:g} hours is cancelled.",
+                _missing(running, ended, timedelta(hours=hours), its_runs),
+                CancelFlowRun(),
+            )
+        )
+    if table := deployment.after_version_of:
+        found.append(
+            _automation(
+                f"{deployment.full_name} after each version",
+                f"Each new version of {table} starts a run of {deployment.full_name}.",
+                EventTrigger(
+                    match={"prefect.resource.id": table_resource(table)},
+                    expect={NEW_VERSION},
+                    posture=Posture.Reactive,
+                ),
+                RunDeployment(deployment_id=identifier, source="selected"),
+            )
+        )
+    return found
+
+
+_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
+_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+
+
+def _missing(after: set[str], expected: set[str], within: timedelta, related: dict[str, str] = _OURS) -> EventTrigger:
+    """Fires for a run that had one of the events, and none of the expected ones within the time."""
+    return EventTrigger(
+        match=_RUNS,
+        match_related=related,
+        after=after,
+        expect=expected,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=within,
+    )
+
+
+def _crash(message: str) -> ChangeFlowRunState:
+    return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message, force=True)
+
+
+def _automation(name: str, description: str, trigger: EventTrigger, action: Any) -> AutomationCore:
+    return AutomationCore(name=f"softlabel: {name}", description=description, trigger=trigger, actions=[action])

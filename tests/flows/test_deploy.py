@@ -1,0 +1,206 @@
+"""``softlabel deploy``: what it installs on a real server, and what the automations do for runs that are lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from softlabel.flows.cli import run
+from softlabel.flows.deploy import deploy
+from softlabel.flows.deployments import DeployConfig
+from softlabel.flows.events import announcing
+from tests.flows.commands import softlabel
+from tests.flows.servers import prefect_server, wait_until
+from tests.pipeline.captured import make_table
+from tests.pipeline.trainings import processes_of, settings
+
+FLOWS = {"capture", "estimate", "train", "evaluate", "distill", "reprocess", "mix", "verify", "maintain"}
+READ_TABLES_ONLY = {"reprocess", "mix", "maintain"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Prefect server of its own, since a deployment is visible to all."""
+    with prefect_server(tmp_path_factory.mktemp("server")) as log:
+        yield log
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A team's file: a nightly capture, and a training after each version of its table."""
+    table, student = str(tmp_path / "table"), str(tmp_path / "student")
+    capture = {"documents": str(tmp_path / "docs"), "table": table, "teacher": {"model": str(tmp_path / "teacher")}}
+    deployments: list[dict[str, Any]] = [
+        {"flow": "capture", "name": "wiki", "cron": "30 1 * * *", "timezone": "Europe/Berlin", "parameters": capture},
+        {
+            **{"flow": "train", "name": "wiki", "after_version_of": table, "time_limit_hours": 10},
+            "parameters": {"table": table, "output": student},
+        },
+    ]
+    file = tmp_path / "site.yaml"
+    file.write_text(yaml.safe_dump({"deployments": deployments}))
+    return file
+
+
+@pytest.mark.usefixtures("server")
+def test_deploying_twice_changes_nothing_the_second_time(site: Path, capsys: pytest.CaptureFixture[str]):
+    code, first, _ = softlabel(capsys, "deploy", "--config", str(site))
+    assert code == 0
+    assert first["installed"][0] == {"kind": "work pool", "name": "softlabel", "change": "created", "schedule": None}
+    assert {each["kind"] for each in first["installed"]} == {"work pool", "queue", "deployment", "automation"}
+    code, second, _ = softlabel(capsys, "deploy", "--config", str(site))
+    assert code == 0
+    assert [each for each in second["installed"] if each["change"] != "unchanged"] == []
+    assert run(["deploy", "--config", str(site)]) == 0
+    assert "nothing to change" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("server")
+def test_each_flow_has_a_deployment_that_works_without_a_clone(site: Path, capsys: pytest.CaptureFixture[str]):
+    assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
+    with get_client(sync_client=True) as client:
+        shipped = [each for each in client.read_deployments() if each.name == "softlabel"]
+        flows = {each.id: load_flow_from_entrypoint(str(each.entrypoint)) for each in shipped}
+        assert {flow.name for flow in flows.values()} == FLOWS
+        for each in shipped:
+            assert each.path is None
+            assert not each.pull_steps
+            assert each.work_queue_name == ("cpu" if flows[each.id].name in READ_TABLES_ONLY else "gpu")
+            assert "softlabel" in each.tags
+            assert not any(schedule.active for schedule in each.schedules)
+
+
+@pytest.mark.usefixtures("server")
+def test_schedules_are_off_until_they_are_turned_on_and_then_stay_on(site: Path, capsys: pytest.CaptureFixture[str]):
+    def schedules(*flags: str) -> dict[str, str]:
+        code, report, _ = softlabel(capsys, "deploy", "--config", str(site), *flags)
+        assert code == 0
+        return {each["name"]: each["schedule"] for each in report["installed"] if each["schedule"]}
+
+    assert schedules()["capture/wiki"] == "30 1 * * * Europe/Berlin, off"
+    on = schedules("--schedules")
+    assert on["capture/wiki"] == "30 1 * * * Europe/Berlin, on"
+    assert on["capture/softlabel"].endswith("off")  # nobody said what it is to capture
+    assert schedules() == on
+
+
+@pytest.mark.usefixtures("server")
+def test_what_people_changed_in_the_deployment_is_set_right_and_what_they_paused_stays_paused(
+    site: Path, capsys: pytest.CaptureFixture[str]
+):
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("train/wiki")
+        client.update_deployment(deployment.id, DeploymentUpdate(parameters={}))
+        (lost,) = client.read_automations_by_name("softlabel: lost runs")
+        client.pause_automation(lost.id)
+        code, report, _ = softlabel(capsys, "deploy", "--config", str(site))
+        assert code == 0
+        assert {e["name"]: e["change"] for e in report["installed"] if e["change"] != "unchanged"} == {
+            "train/wiki": "updated"
+        }
+        assert client.read_deployment(deployment.id).parameters == deployment.parameters
+        assert not client.read_automations_by_name("softlabel: lost runs")[0].enabled
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"parameters": {"tabel": "x"}}, "tabel"),
+        ({"parameters": {"output": 7}}, "output"),
+        ({"after_version_of": "table"}, "output"),
+        ({"cron": "every night"}, "cron"),
+        ({"timezone": "Mars/Olympus", "cron": "0 1 * * *"}, "timezone"),
+        ({"flow": "purge"}, "flow"),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+@pytest.mark.usefixtures("server")
+def test_a_deployment_that_could_not_run_is_refused_before_anything_is_installed(
+    change: dict[str, Any], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "site.yaml"
+    file.write_text(yaml.safe_dump({"deployments": [{"flow": "train", "name": "refused", **change}]}))
+    assert run(["deploy", "--config", str(file)]) == 2
+    assert problem in capsys.readouterr().err
+    with get_client(sync_client=True) as client:
+        assert not [each for each in client.read_deployments() if each.name == "refused"]
+
+
+@pytest.mark.usefixtures("server")
+def test_a_new_version_of_a_table_starts_the_training_that_waits_for_it(site: Path, tiny_teacher: Path):
+    deploy(DeployConfig.model_validate(yaml.safe_load(site.read_text())))
+    with get_client(sync_client=True) as client:
+        training = client.read_deployment_by_name("train/wiki")
+
+        def runs() -> list[FlowRun]:
+            return [run for run in client.read_flow_runs() if run.deployment_id == training.id]
+
+        with announcing(str(site.parent / "other"), "capture"):
+            make_table(site.parent / "other", tiny_teacher, train=2, held_out=0)
+        with announcing(str(site.parent / "table"), "capture"):
+            make_table(site.parent / "table", tiny_teacher, train=2, held_out=0)
+        with announcing(str(site.parent / "table"), "capture"):
+            pass  # nothing new
+        wait_until(runs, seconds=60)
+        assert len(runs()) == 1
+
+
+def test_without_a_server_to_deploy_to_the_error_says_how_to_name_one(capsys: pytest.CaptureFixture[str]):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert run(["deploy"]) == 2
+    assert "PREFECT_API_URL" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(tiny_teacher: Path, tmp_path: Path):
+    """Worker and run are killed; after the missing heartbeats, another worker gets the run, which ends as it would."""
+    table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
+    config = settings(table, tmp_path / "student", optimizer={"max_steps": 400, "save_steps": 10})
+    with prefect_server(tmp_path):
+        deploy(DeployConfig(heartbeat_seconds=30))
+        with get_client(sync_client=True) as client:
+            train = client.read_deployment_by_name("train/softlabel")
+            run = client.create_flow_run_from_deployment(
+                train.id, parameters={"config": config.model_dump(mode="json")}
+            )
+            worker = start_worker("--run-once")
+            wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)
+            worker.kill()
+            for process in processes_of(tmp_path):
+                os.kill(process, signal.SIGKILL)
+            another = start_worker()
+            try:
+
+                def now() -> FlowRun:
+                    return client.read_flow_run(run.id)
+
+                wait_until(lambda: now().state_name == "Completed", seconds=300)
+            finally:
+                another.terminate()
+                another.wait()
+            assert now().run_count == 2
+    record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
+    assert record["step"] == 400
+
+
+def start_worker(*flags: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "softlabel", *flags],
+        env=os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
