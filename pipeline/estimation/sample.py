@@ -105,7 +105,7 @@ def draw_sample(
             "no document can be used",
             found=f"{rejects:,} documents that can't be used, and {known.taken_down:,} that were taken down",
             where=config.documents,
-            do="check columns.id and columns.text (or .messages, .prompt, .completion); softlabel capture lists why",
+            do="check columns.id and columns.text (or .messages, .prompt, .completion); capture lists the reasons",
         )
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)

@@ -257,7 +257,7 @@ def test_a_duplicate_column_or_a_file_without_the_column_is_an_error(tmp_path: P
     pq.write_table(pa.table([text, text, text, text], ["id", "text", "other", "other"]), tmp_path / "1.parquet")
     assert read(tmp_path)[0].num_rows == 1
     pq.write_table(pa.table([text, text], ["id", "body"]), tmp_path / "2.parquet")
-    with pytest.raises(DocumentsError, match="a file has no column 'text'") as caught:
+    with pytest.raises(DocumentsError, match="a file has no column named 'text'") as caught:
         read(tmp_path)
     one_screen(caught.value, "2.parquet", "id, body", "columns.*")
     assert "copy the file again" not in str(caught.value)
