@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from softlabel.pipeline.capturing.capture import CaptureReport
     from softlabel.pipeline.distillation import DistillReport
     from softlabel.pipeline.estimation.estimate import Estimate
-    from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
-    from softlabel.pipeline.evaluation.evaluate import EvaluationReport
+    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
+    from softlabel.pipeline.evaluation.report import EvaluationReport
     from softlabel.pipeline.training.train import TrainReport
 
 
@@ -104,7 +104,7 @@ def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
 
 def show_distill(report: "DistillReport") -> None:
     """What each stage did, the scores of teacher and students, and what to do next."""
-    from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
+    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 
     _capture_line(report.capture)
     for trained in report.train.values():
@@ -171,7 +171,7 @@ def _train_line(report: "TrainReport") -> None:
 
 
 def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
-    from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
+    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 
     if isinstance(report, ClassEvaluation):
         _class_scores(report)

@@ -9,8 +9,9 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
-from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
+from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.evaluation.report import EvaluationReport
 
 
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)

@@ -22,8 +22,8 @@ from .distillation import DistillReport as DistillReport
 from .distillation import distill as distill
 from .estimation.estimate import Estimate as Estimate
 from .estimation.estimate import estimate as estimate
-from .evaluation.evaluate import EvaluationReport as EvaluationReport
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.report import EvaluationReport as EvaluationReport
 from .loss.fused import distillation_loss as distillation_loss
 from .progress import Progress as Progress
 from .stream.dataset import SoftLabelDataset as SoftLabelDataset

@@ -8,10 +8,11 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import TrainConfig
-from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation
-from softlabel.pipeline.evaluation.evaluate import EvaluationReport, evaluate
+from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.evaluation.report import EvaluationReport
+from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.progress import Watch, unwatched
-from softlabel.pipeline.students.compatibility import require_fitting, require_loss
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.training.train import TrainReport, train
 
@@ -52,10 +53,10 @@ def distill_in_stages(
     evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
 ) -> DistillReport:
     """Like ``distill``, with functions that run the stages, so that a scheduler can run each as a flow."""
-    origin = Origin.of_capture(config)
-    require_fitting(config.student, origin)
+    objective = objective_of(Origin.of_capture(config))
+    objective.require_fitting(config.student)
     for settings in config.train().values():
-        require_loss(settings, origin)
+        objective.require_loss(settings)
     captured = capture(config.capture())
     trained = {name: train(settings) for name, settings in config.train().items()}
     return DistillReport(captured, trained, evaluate(config.evaluate()))

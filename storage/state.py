@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log_files import commit_file, lines_of, read_commit
 from softlabel.storage.places.place import Place, hash_of
-
-COMMIT_MESSAGE = "softlabel"
-"""Key of softlabel's own part of a commit's metadata."""
 
 
 @dataclass(frozen=True)

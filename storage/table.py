@@ -24,6 +24,7 @@ from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 from deltalake.transaction import CommitProperties
 
 from softlabel.storage.codec import Ints, SoftLabels
+from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
@@ -32,7 +33,7 @@ from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
-from softlabel.storage.state import COMMIT_MESSAGE, Shard, require_state, state
+from softlabel.storage.state import Shard, require_state, state
 from softlabel.storage.versions import parse, resolve
 
 _IDENTITY = "softlabel.identity"

@@ -50,8 +50,10 @@ DEPENDS_ON = {
     "pipeline.students": ["pipeline.loss", "pipeline.models", "pipeline.selection"],
     "pipeline.stream": ["pipeline.students"],
     "pipeline.evaluation": ["pipeline.stream", "pipeline.devices"],
-    "pipeline.training": ["pipeline.evaluation"],
-    "pipeline.distillation": ["pipeline.capturing", "pipeline.training"],
+    "pipeline.objectives": ["pipeline.evaluation"],
+    "pipeline.evaluation.evaluate": ["pipeline.objectives"],
+    "pipeline.training": ["pipeline.objectives"],
+    "pipeline.distillation": ["pipeline.capturing", "pipeline.training", "pipeline.evaluation.evaluate"],
     "pipeline.examples": ["pipeline.models"],
     "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.tables"],
 }
@@ -130,6 +132,25 @@ def test_files_that_may_contain_code_are_loaded_in_one_module(path: Path):
     for node in nodes:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_url"):
             assert "weights_only=True" in ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_training_or_evaluation_decides_once_between_language_model_and_classifier(path: Path):
+    """Only ``objectives.decide`` asks whether there are classes; the packages that capture are not concerned."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    concerned = ("flows", "pipeline.distillation", "pipeline.loss", "pipeline.stream", "pipeline.students")
+    concerned += ("pipeline.evaluation", "pipeline.objectives", "pipeline.training")
+    asked = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        and ast.unparse(node.left).rpartition(".")[2] == "classes"
+        and isinstance(node.ops[0], ast.Is | ast.IsNot)
+    ]
+    if module == "pipeline.objectives.decide":
+        assert asked == ["origin.classes is None"]
+    elif module.startswith(concerned) and module not in ("pipeline.students.origin", "flows.table_display"):
+        assert not asked
 
 
 def test_make_bench_runs_every_benchmark():

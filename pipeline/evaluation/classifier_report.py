@@ -5,13 +5,16 @@ The page extends the one of ``report``. Measures nothing and reads neither table
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Self
+
+from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.charts import Bar
 from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics
 from softlabel.pipeline.evaluation.metrics import MeanWithError
-from softlabel.pipeline.evaluation.report import ColumnBytes, TrainedStudent, histories, render
+from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, render
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 """Metrics that classifiers are compared by; the last three are means over the labels."""
@@ -20,11 +23,9 @@ DRAWN_LABELS = 30
 
 
 @dataclass(frozen=True)
-class ClassTeacher:
+class ClassTeacher(NamedTeacher):
     """The teacher's metrics on the same documents and over the students' labels, as the table stores them."""
 
-    name: str
-    parameters: int | None
     metrics: ClassMetrics
 
 
@@ -35,14 +36,10 @@ class ClassStudent(TrainedStudent):
     metrics: ClassMetrics
 
 
-@dataclass(frozen=True)
-class ClassReport:
+@dataclass(frozen=True, kw_only=True)
+class ClassReport(Header):
     """Everything that the page shows."""
 
-    table: str
-    version: int
-    created: str
-    """Time of the evaluation, ISO 8601, UTC."""
     documents: int
     """Number of documents evaluated."""
     left_out: int
@@ -53,10 +50,66 @@ class ClassReport:
     """Mass of the teacher's distribution on classes that belong to none of the students' labels, as a mean."""
     teacher: ClassTeacher
     students: tuple[ClassStudent, ...]
-    columns: tuple[ColumnBytes, ...]
-    identity: dict[str, Any]
-    circumstances: dict[str, Any]
-    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One line of the report's first table."""
+
+    name: str
+    accuracy: float | None
+    """None if no document has a label, like precision, recall and f1."""
+    precision: float | None
+    """Mean over the labels, like recall and f1."""
+    recall: float | None
+    f1: float | None
+    kl: float
+    """Forward KL from the teacher, nats per document."""
+    parameters: int | None
+
+    @classmethod
+    def of(cls, model: ClassTeacher | ClassStudent) -> Self:
+        """The line of the teacher or of a student."""
+        quality = model.metrics.quality
+        means = {name: None if quality is None else getattr(quality, name).mean for name in SCORES}
+        return cls(name=model.name, kl=model.metrics.kl.mean, parameters=model.parameters, **means)
+
+
+@dataclass(frozen=True)
+class ClassEvaluation:
+    """The main numbers of an evaluation, and the paths of its full report."""
+
+    html: str
+    json: str
+    table: str
+    version: int
+    documents: int
+    left_out: int
+    """Documents of the eval split that also occur in the train split."""
+    unmapped: float
+    """Mean mass of the teacher's distribution on classes that belong to no label."""
+    teacher: ClassScore
+    students: tuple[ClassScore, ...]
+
+    @classmethod
+    def of(cls, report: ClassReport, html: Path, json: Path) -> Self:
+        """The main numbers of a report that was written."""
+        return cls(
+            html=str(html),
+            json=str(json),
+            table=report.table,
+            version=report.version,
+            documents=report.documents,
+            left_out=report.left_out,
+            unmapped=report.unmapped.mean,
+            teacher=ClassScore.of(report.teacher),
+            students=tuple(map(ClassScore.of, report.students)),
+        )
+
+
+def to_json(report: ClassReport) -> bytes:
+    """The report as JSON."""
+    return TypeAdapter(ClassReport).dump_json(report, indent=2)
 
 
 def to_html(report: ClassReport) -> str:

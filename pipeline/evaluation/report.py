@@ -18,16 +18,23 @@ from pydantic import TypeAdapter
 from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.charts import Curve
 from softlabel.pipeline.evaluation.metrics import MeanWithError, Metrics
+from softlabel.pipeline.students.record import StudentRecord
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
 
 
 @dataclass(frozen=True)
-class TeacherSummary:
-    """The teacher's metrics on the same positions, as the table stores them."""
+class NamedTeacher:
+    """What the table's history says about its teacher."""
 
     name: str
     parameters: int | None
+
+
+@dataclass(frozen=True)
+class TeacherSummary(NamedTeacher):
+    """The teacher's metrics on the same positions, as the table stores them."""
+
     cross_entropy: MeanWithError
     perplexity: MeanWithError
     entropy: MeanWithError
@@ -52,20 +59,18 @@ class TrainedStudent:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, folder: str, provenance: Mapping[str, Any], **measured: Any) -> Self:
-        """A student described by its softlabel.json, with its metrics."""
-        table = provenance["table"]
+    def of(cls, name: str, folder: str, record: StudentRecord, warnings: Sequence[str]) -> Self:
+        """A student as its record describes it."""
         return cls(
             name=name,
             folder=folder,
-            parameters=provenance["parameters"],
-            objective=provenance["objective"],
-            history=tuple(provenance["history"]),
-            trained_on=f"{table['location']}@{table['version']}",
-            config=provenance["config"],
-            circumstances=provenance.get("circumstances", {}),
-            warnings=provenance["warnings"],
-            **measured,
+            parameters=record.parameters,
+            objective=record.objective,
+            history=record.history,
+            trained_on=f"{record.table.location}@{record.table.version}",
+            config=record.config.model_dump(mode="json"),
+            circumstances=dict(record.circumstances),
+            warnings=tuple(warnings),
         )
 
 
@@ -87,14 +92,25 @@ class ColumnBytes:
     """Per captured position, over the whole table."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """Everything that the page shows."""
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What every report says about the table and the evaluation."""
 
     table: str
     version: int
     created: str
     """Time of the evaluation, ISO 8601, UTC."""
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    """The table's identity or, by name, that of each table of a view."""
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Header):
+    """Everything that the page shows."""
+
     sequences: int
     """Number of sequences evaluated."""
     positions: int
@@ -103,10 +119,60 @@ class Report:
     """Sequences of the eval split that also occur in the train split, and were not evaluated."""
     teacher: TeacherSummary
     students: tuple[StudentSummary, ...]
-    columns: tuple[ColumnBytes, ...]
-    identity: dict[str, Any]
-    circumstances: dict[str, Any]
-    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the report's first table."""
+
+    name: str
+    perplexity: float
+    kl: float
+    """Forward KL from the teacher, nats per position."""
+    agreement: float | None
+    """Share of positions with the teacher's most likely token; None if the table has no head."""
+    parameters: int | None
+
+    @classmethod
+    def of(cls, student: StudentSummary) -> Self:
+        """The line of a student."""
+        metrics = student.metrics
+        agreement = metrics.agreement.mean if metrics.agreement else None
+        return cls(student.name, student.perplexity.mean, metrics.kl.mean, agreement, student.parameters)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The main numbers of an evaluation, and the paths of its full report."""
+
+    html: str
+    json: str
+    table: str
+    version: int
+    sequences: int
+    positions: int
+    left_out: int
+    """Sequences of the eval split that also occur in the train split."""
+    teacher: Score
+    students: tuple[Score, ...]
+    kl_kind: str
+    """How the KL was estimated: see ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
+
+    @classmethod
+    def of(cls, report: Report, html: Path, json: Path) -> Self:
+        """The main numbers of a report that was written."""
+        return cls(
+            html=str(html),
+            json=str(json),
+            table=report.table,
+            version=report.version,
+            sequences=report.sequences,
+            positions=report.positions,
+            left_out=report.left_out,
+            teacher=Score(report.teacher.name, report.teacher.perplexity.mean, 0.0, 1.0, report.teacher.parameters),
+            students=tuple(map(Score.of, report.students)),
+            kl_kind=report.students[0].metrics.kl_kind,
+        )
 
 
 def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes, ...]:

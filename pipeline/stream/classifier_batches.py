@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.models.padding import padded
-from softlabel.pipeline.stream.epoch_plan import Cursor, Ints, accumulation, plan_epoch, share
+from softlabel.pipeline.stream.epoch_plan import Ints, accumulation, plan_epoch, share
 from softlabel.pipeline.students.labels import LabelMap
+from softlabel.pipeline.students.record import Cursor
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import TableError
 from softlabel.storage.reader import batches, index

@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.batch import COLUMNS, Batch, Pack, Sequences, collate
-from softlabel.pipeline.stream.epoch_plan import Cursor, EpochPlan, Ints, accumulation, occurrences, plan_epoch, share
+from softlabel.pipeline.stream.epoch_plan import EpochPlan, Ints, accumulation, occurrences, plan_epoch, share
+from softlabel.pipeline.students.record import Cursor
 from softlabel.storage.errors import UsageError
 from softlabel.storage.views.row_groups import Group, load, outlines
 from softlabel.storage.views.view import AnyTable, View

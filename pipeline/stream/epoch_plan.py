@@ -17,18 +17,6 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Progress of a run: all that is needed to resume it with any number of ranks and any batch size."""
-
-    step: int = 0
-    """Optimizer steps done since the first epoch began."""
-    epoch: int = 0
-    """Epoch of the last of these steps, from 0."""
-    packs: int = 0
-    """Packs of that epoch that have been trained on, over all ranks."""
-
-
-@dataclass(frozen=True)
 class EpochPlan:
     """One epoch: every sequence exactly once, in packs (training rows), in training order."""
 

@@ -1,7 +1,7 @@
-"""Builds students: from an existing model, from some layers of the teacher, or from a configuration.
+"""Builds students that are language models: from an existing model, some of the teacher's layers, or a configuration.
 
-Checks that a student fits its table, and describes how it turns hidden states into logits, so that the fused loss can
-do so chunk by chunk. Never trains.
+Checks that a student's architecture can be trained, and describes how it turns hidden states into logits, so that the
+fused loss can do so chunk by chunk. Never trains.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,6 @@ from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
-from softlabel.pipeline.students.compatibility import require_fitting
-from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError
 from softlabel.storage.views.row_groups import load, outlines
@@ -46,26 +44,21 @@ class OutputHead:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-def build(
-    config: StudentConfig, table: AnyTable, packing: bool = False, source: StudentSource | None = None
-) -> PreTrainedModel:
-    """The student that the settings describe, on the CPU, ready for a table's labels.
+def build(config: StudentConfig, table: AnyTable, source: StudentSource, packing: bool = False) -> PreTrainedModel:
+    """The language model that the settings describe, on the CPU, ready for a table's labels.
 
     Args:
         config: settings of the student.
         table: the table that it has to fit.
+        source: the files that it is made from, which ``require_fitting`` has checked.
         packing: whether sequences will share rows.
-        source: the files that it is made from, if they have been found already.
 
     Raises:
-        UsageError: unless exactly one source is set, or if the teacher does not have that many layers or neurons.
-        StudentError: if it can't be loaded; if its tokenizer, vocabulary, positions or output layer does not fit; or
-            if its states depend on tokens that they must not depend on.
+        StudentError: if it can't be loaded, if its output layer does not fit, or if its states depend on tokens that
+            they must not depend on.
     """
-    origin = Origin.of(table)
-    folder = require_fitting(config, origin, source).path
     dtype = getattr(torch, config.dtype)
-    student = _fresh(folder, origin, dtype) if config.config else pruned(_load(folder, dtype), config, table)
+    student = _fresh(source, dtype) if config.config else pruned(_load(source.path, dtype), config, table)
     _require_head(student)
     _require_separation(student, packing)
     return student
@@ -123,12 +116,12 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     return student
 
 
-def _fresh(source: Path, origin: Origin, dtype: torch.dtype) -> PreTrainedModel:
-    config = load_or_raise(source, "configuration", lambda: load_config(source))
-    tokenizer = origin.tokenizer()
+def _fresh(source: StudentSource, dtype: torch.dtype) -> PreTrainedModel:
+    folder, tokenizer = source.path, source.origin.tokenizer()
+    config = load_or_raise(folder, "configuration", lambda: load_config(folder))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    return load_or_raise(source, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
+    return load_or_raise(folder, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
 
 
 def _some_sequences(table: AnyTable) -> Iterator[Tensor]:

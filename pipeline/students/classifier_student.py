@@ -13,32 +13,30 @@ from softlabel.pipeline.models.padding import padding_id
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
 from softlabel.pipeline.students.build import pruned
-from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
-from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.storage.table import Table
+from softlabel.storage.views.view import AnyTable
 
 
-def build_classifier(config: StudentConfig, table: Table, source: StudentSource | None = None) -> PreTrainedModel:
+def build_classifier(
+    config: StudentConfig, labels: LabelMap, table: AnyTable, source: StudentSource
+) -> PreTrainedModel:
     """The student that the settings describe, on the CPU, with a head for its labels.
 
     A head for the same labels is kept; a model without one, or with one for other labels, gets a new random head.
 
     Args:
         config: settings of the student.
+        labels: the student's labels.
         table: the table that it has to fit.
-        source: the files that it is made from, if they have been found already.
+        source: the files that it is made from, which ``require_fitting`` has checked.
 
     Raises:
-        UsageError: unless exactly one source is set, or if student.labels does not fit the teacher's classes.
-        StudentError: if it can't be loaded, or its tokenizer, vocabulary or positions do not fit.
+        StudentError: if it can't be loaded.
     """
-    origin = Origin.of(table)
-    folder = require_fitting(config, origin, source).path
-    names = LabelMap.of(config.labels, table.identity.classes or ()).names
+    folder, names = source.path, labels.names
     head: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    dtype, tokenizer = getattr(torch, config.dtype), origin.tokenizer()
+    dtype, tokenizer = getattr(torch, config.dtype), source.origin.tokenizer()
     if config.config is not None:
         settings = load_or_raise(folder, "configuration", lambda: load_config(folder, **head))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

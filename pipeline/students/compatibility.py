@@ -11,16 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from softlabel.pipeline.config.train import StudentConfig, TrainConfig
-from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
+from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.context_length import configured_positions
 from softlabel.pipeline.models.pretrained import load_config, load_tokenizer
 from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
 from softlabel.pipeline.models.student_loading import load_or_raise
-from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.storage.errors import StudentError, UsageError
+from softlabel.storage.errors import StudentError
 
 
 def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource | None = None) -> StudentSource:
@@ -35,13 +33,11 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
         The files that it is made from.
 
     Raises:
-        UsageError: unless exactly one source is set; if the teacher does not have that many layers or neurons; or if
-            student.labels does not fit the teacher's classes.
+        UsageError: unless exactly one source is set, or if the teacher does not have that many layers or neurons.
         StudentError: if its configuration or tokenizer can't be loaded, or does not fit; or if it takes layers of the
             table's teacher, whose files have changed since the capture.
     """
     source = source or StudentSource.find(config, origin)
-    _require_labels(config, origin)
     settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
     if config.config is None:
         _require_tokenizer(source.path, origin)
@@ -55,55 +51,6 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
     _require_positions(settings, origin)
     source.require_unchanged()
     return source
-
-
-def require_loss(config: TrainConfig, origin: Origin) -> Target | None:
-    """Refuse a loss that can't be computed from these soft labels.
-
-    Returns:
-        The target of a language model's soft loss; None if there is no soft part, or for a classifier.
-
-    Raises:
-        UsageError: if the soft labels lack what the loss needs, or a setting does not apply to classifiers.
-    """
-    if origin.classes is not None:
-        _require_class_settings(config)
-    elif config.loss.soft_weight or config.loss.soft_weight_end:
-        max_k = dropping(config.stream.max_k, origin.head)
-        return resolve_target(config.loss, origin.temperatures, origin.draws, max_k)
-    return None
-
-
-def _require_labels(config: StudentConfig, origin: Origin) -> None:
-    if origin.classes is not None:
-        LabelMap.of(config.labels, origin.classes)
-    elif config.labels:
-        raise UsageError(
-            "student.labels is only for classifiers, and this table's teacher is a language model",
-            expected="no student.labels, or a table captured from a classifier",
-            found=f"student.labels: {' '.join(config.labels)}",
-            where=origin.location,
-            do="leave student.labels out",
-        )
-
-
-def _require_class_settings(config: TrainConfig) -> None:
-    if config.student.lora_r is not None:
-        raise UsageError(
-            "adapters are only for language models, and this table's teacher is a classifier",
-            expected="no student.lora_r (a classifier's new head has to be trained in full)",
-            found=f"student.lora_r: {config.student.lora_r}",
-            do="leave student.lora_r out",
-        )
-    found = [f"stream.max_k: {config.stream.max_k}"] if config.stream.max_k is not None else []
-    found += [f"loss.target: {config.loss.target}"] if config.loss.target != "auto" else []
-    if found:
-        raise UsageError(
-            "a classifier is always trained on the teacher's whole distribution",
-            expected="neither stream.max_k nor loss.target",
-            found=", ".join(found),
-            do="leave these settings out; student.labels chooses the classes that a student learns",
-        )
 
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:
@@ -138,9 +85,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _require_vocabulary(settings: Any, origin: Origin) -> None:
-    rows, ids = settings.get_text_config().vocab_size, origin.vocabulary
-    if origin.classes is not None:
-        ids = max(origin.tokenizer().get_vocab().values()) + 1
+    rows, ids = settings.get_text_config().vocab_size, origin.token_ids
     if rows < ids:
         raise StudentError(
             "the student's vocabulary is smaller than the table's",

@@ -9,15 +9,13 @@
 Decides whether a run is new, is resumed, or is already finished, and refuses to mix two runs. Never trains.
 """
 
-import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
@@ -27,15 +25,24 @@ from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.manifest import problem_of
 from softlabel.pipeline.students.model_card import model_card
-from softlabel.pipeline.students.origin import KnownTeacher, Origin
-from softlabel.pipeline.students.record import flatten, read_record, settings_of
+from softlabel.pipeline.students.origin import KnownTeacher
+from softlabel.pipeline.students.record import (
+    R,
+    RunRecord,
+    StudentRecord,
+    TeacherRecord,
+    flatten,
+    read_record,
+    table_record,
+)
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import TrainingError, UsageError
 from softlabel.storage.places import durable
-from softlabel.storage.table import Table
 from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
+RECORD = "softlabel.json"
+"""File of the record in a student's folder."""
 RUN = "run.json"
 """File in each checkpoint: the record of its run, and the position in its stream."""
 CURVES = "tensorboard"
@@ -91,9 +98,9 @@ class StudentFolder:
             problems[checkpoint] = problem
         return None, problems
 
-    def finished(self) -> dict[str, Any] | None:
-        """Content of the finished student's softlabel.json; None if it is not finished."""
-        return _record_at(self.path / "softlabel.json")
+    def finished(self) -> StudentRecord | None:
+        """Record of the finished student; None if it is not finished."""
+        return _record_at(self.path / RECORD, StudentRecord)
 
     def open_table(self, config: TrainConfig) -> AnyTable:
         """The table that this run reads: at the version of the unfinished run, if there is one.
@@ -121,7 +128,7 @@ class StudentFolder:
         finished, unfinished = self.finished(), self._unfinished()
         location = config.table
         if finished is None and unfinished is not None and parse(location)[1] is None:
-            location = f"{location}@{unfinished['table']['version']}"
+            location = f"{location}@{unfinished.table.version}"
         table = open_table(location)
         recorded = finished or unfinished
         if recorded is not None:
@@ -143,8 +150,8 @@ class StudentFolder:
             UsageError: with the files that differ.
         """
         recorded = self.finished() or self._unfinished()
-        if recorded is not None:
-            before, folder = recorded["source"]["files"], source.path if source.path.is_dir() else source.path.parent
+        if recorded is not None and recorded.source is not None:
+            before, folder = recorded.source.files, source.path if source.path.is_dir() else source.path.parent
             changed = [name for name, hash in source.files.items() if before.get(name) != hash]
             self._refuse([f"{folder / name}: its content has changed" for name in changed])
 
@@ -199,36 +206,40 @@ class StudentFolder:
                 do="free some space or fix the permissions, then run the same command again",
             ) from error
 
-    def finish(self, student: PreTrainedModel, tokenizer: Path, record: Mapping[str, Any]) -> None:
-        """Write the finished student, move it into place, and delete its run once the student is durable."""
+    def finish(self, student: PreTrainedModel, tokenizer: Path, record: StudentRecord, task: str) -> None:
+        """Write the finished student, move it into place, and delete its run once the student is durable.
+
+        Args:
+            student: the model with its final weights.
+            tokenizer: folder of the tokenizer.
+            record: the student's record.
+            task: what the model does: see ``model_card``.
+        """
         complete = self.scratch / "student"
         student.save_pretrained(complete)
         shutil.copytree(self.curves, complete / CURVES, dirs_exist_ok=True)
         for weights in complete.glob("*.safetensors"):
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
-        (complete / "README.md").write_text(model_card(record), encoding="utf-8")
-        (complete / "softlabel.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (complete / "README.md").write_text(model_card(record, task), encoding="utf-8")
+        (complete / RECORD).write_text(record.to_json(), encoding="utf-8")
         durable.publish(complete, self.path)
         shutil.rmtree(self.run)
 
-    def _unfinished(self) -> dict[str, Any] | None:
+    def _unfinished(self) -> RunRecord | None:
         """Record of the run in its last complete checkpoint; None without one."""
         checkpoint = self.checkpoint
-        return _record_at(checkpoint / RUN) if checkpoint else None
+        return _record_at(checkpoint / RUN, RunRecord) if checkpoint else None
 
-    def _require_same(self, recorded: Mapping[str, Any], config: TrainConfig, table: AnyTable) -> None:
-        where = self.path if self.finished() is not None else self.run
-        before, now = (flatten(each.model_dump(mode="json")) for each in (settings_of(recorded, where), config))
+    def _require_same(self, recorded: StudentRecord | RunRecord, config: TrainConfig, table: AnyTable) -> None:
+        before, now = (flatten(each.model_dump(mode="json")) for each in (recorded.config, config))
         names = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
         differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
-        if "source" not in recorded:
+        if recorded.source is None:
             differences.append("an earlier version of softlabel made it, and did not record from which files")
-        then = recorded["table"]
-        if then["content"] != table.content:
-            differences.append(
-                f"table: {then['location']}@{then['version']} then, {table.place.address}@{table.version} now"
-            )
+        then = recorded.table
+        if then.content != table.content:
+            differences.append(f"table: {then.location}@{then.version} then, {table.place.address}@{table.version} now")
         self._refuse(differences)
 
     def _refuse(self, differences: Sequence[str]) -> None:
@@ -264,7 +275,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, target: Target | None) -> dict[str, Any]:
+def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, target: Target | None) -> RunRecord:
     """Record of what a student is made from.
 
     Args:
@@ -273,35 +284,24 @@ def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, targ
         source: the files that it starts from.
         target: target of the soft loss; None if there is none, or for a classifier.
     """
-    return {
-        "config": config.model_dump(mode="json"),
-        "objective": config.loss.in_words(target),
-        "source": source.record,
-        "teachers": [_teacher_record(teacher) for teacher in Origin.of(table).teachers()],
-        "table": table_record(table),
-    }
+    return RunRecord(
+        config=config,
+        objective=config.loss.in_words(target),
+        source=source.record,
+        teachers=tuple(_teacher_record(teacher) for teacher in source.origin.teachers()),
+        table=table_record(table),
+    )
 
 
-def _teacher_record(teacher: KnownTeacher) -> dict[str, Any]:
+def _teacher_record(teacher: KnownTeacher) -> TeacherRecord:
     """Entry for a teacher in a student's record."""
-    return {"name": teacher.name if teacher.files else "the documents' labels", "commit": teacher.commit}
+    name = teacher.name if teacher.files else "the documents' labels"
+    return TeacherRecord(name=name, commit=teacher.commit)
 
 
-def table_record(table: AnyTable) -> dict[str, Any]:
-    """Entry for a table in a student's record: its identity or, for a view, the entry of each of its tables."""
-    record = {"location": table.place.address, "version": table.version, "content": table.content}
-    if isinstance(table, Table):
-        return record | {"identity": table.identity.model_dump(mode="json")}
-    parts = zip(table.tables, table.weights, strict=True)
-    return record | {
-        "how": table.definition.how,
-        "tables": [table_record(part) | {"weight": weight} for part, weight in parts],
-    }
-
-
-def _record_at(path: Path) -> dict[str, Any] | None:
+def _record_at(path: Path, kind: type[R]) -> R | None:
     """The record in a file; None if the file does not exist."""
     try:
-        return read_record(path)
+        return read_record(path, kind)
     except FileNotFoundError:
         return None

@@ -8,15 +8,28 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 
 from softlabel.storage.places.place import content_hash, reading
 
 _MANIFEST = "manifest.json"
 _NEEDED = ("run.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FileEntry:
+    """A file as it was when the checkpoint was complete."""
+
+    bytes: int
+    blake2b: str
+
+
+_ENTRIES = TypeAdapter(dict[str, FileEntry])
+"""The content of a manifest: entries by the files' paths, relative to the checkpoint."""
 
 
 def seal(written: Path, final: Path, others: Sequence[Path] = ()) -> None:
@@ -29,8 +42,7 @@ def seal(written: Path, final: Path, others: Sequence[Path] = ()) -> None:
     """
     files = {file.name: file for file in sorted(written.iterdir())}
     files |= {os.path.relpath(file, final): file for file in others}
-    content = json.dumps({name: _entry(file) for name, file in files.items()}, indent=2)
-    (written / _MANIFEST).write_text(content, encoding="utf-8")
+    (written / _MANIFEST).write_bytes(_ENTRIES.dump_json({n: _entry(file) for n, file in files.items()}, indent=2))
 
 
 def problem_of(checkpoint: Path) -> str | None:
@@ -41,25 +53,25 @@ def problem_of(checkpoint: Path) -> str | None:
     """
     with reading(str(checkpoint)):
         try:
-            manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = _ENTRIES.validate_json((checkpoint / _MANIFEST).read_bytes())
             problems = (_difference(checkpoint / name, name, entry) for name, entry in manifest.items())
             return next(filter(None, problems), None)
         except FileNotFoundError:
             return _problem_without_manifest(checkpoint)
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except ValueError:
             return f"{_MANIFEST} is damaged"
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> FileEntry:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "blake2b": content_hash(file)}
+        return FileEntry(bytes=path.stat().st_size, blake2b=content_hash(file))
 
 
-def _difference(path: Path, name: str, expected: dict[str, Any]) -> str | None:
+def _difference(path: Path, name: str, expected: FileEntry) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    if path.stat().st_size != expected.bytes:
+        return f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}"
     return None if _entry(path) == expected else f"{name} has changed: its hash differs"
 
 

@@ -21,7 +21,7 @@ from softlabel.storage.errors import TableError
 from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.views.row_groups import outlines
-from softlabel.storage.views.view import AnyTable
+from softlabel.storage.views.view import AnyTable, View
 
 
 class KnownTeacher(NamedTuple):
@@ -67,8 +67,15 @@ class Origin:
     """Whether tails are sampled."""
     head: int
     """Maximum number of ids in a position's head."""
+    average: bool
+    """Whether the soft labels are the average of several teachers'."""
     teachers: Callable[[], Sequence[KnownTeacher]]
     """Finds all teachers; a function because it reads the table's history."""
+
+    @property
+    def token_ids(self) -> int:
+        """Number of token ids that a student has to know: those of the tokenizer that the teacher knows, too."""
+        return min(int(max(self.tokenizer().get_vocab().values())) + 1, self.padded_vocabulary)
 
     @classmethod
     def of(cls, table: AnyTable) -> Self:
@@ -85,6 +92,7 @@ class Origin:
             temperatures=table.temperatures,
             draws=table.draws,
             head=min(identity.vocabulary, max(part.identity.selection.max_k for part in table.tables)),
+            average=isinstance(table, View) and table.average,
             teachers=partial(_teachers_of, table),
         )
 
@@ -109,6 +117,7 @@ class Origin:
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
             head=min(teacher.vocabulary, selection.max_k),
+            average=False,
             teachers=lambda: [KnownTeacher.of(config.teacher.model, teacher.revision, teacher.identity)],
         )
 
@@ -131,8 +140,8 @@ def _teachers_of(table: AnyTable) -> list[KnownTeacher]:
     teachers: list[KnownTeacher] = []
     for part in table.tables:
         capture = last_capture(part)
-        if "teacher" in capture:
-            teacher = KnownTeacher.of(capture["teacher"], capture.get("revision"), part.identity.teacher)
+        if capture.teacher is not None:
+            teacher = KnownTeacher.of(capture.teacher, capture.revision, part.identity.teacher)
             teachers += [teacher] if teacher not in teachers else []
     return teachers
 

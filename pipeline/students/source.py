@@ -6,12 +6,13 @@ A student's record identifies them by hash, because the content of a folder may 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.files import locate, require_no_revision, sha256, weight_files
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.students.origin import KnownTeacher, Origin
+from softlabel.pipeline.students.record import SourceRecord
 from softlabel.storage.errors import StudentError, UsageError
 
 
@@ -27,6 +28,8 @@ class StudentSource:
     """Commit of a hub model; None for a folder or file."""
     weights: bool
     """Whether the student takes its weights or only its configuration."""
+    origin: Origin
+    """The soft labels that the student has to fit."""
     teacher: KnownTeacher | None = None
     """The table's teacher, if these files have to be the ones that it had."""
 
@@ -45,15 +48,15 @@ class StudentSource:
             what = "teacher that the table names (student.teacher says where it is now)"
             revision = None if Path(teacher.name).is_dir() else teacher.commit  # its files are compared later
             path, commit = locate(teacher.name, what, revision, error=StudentError)
-            return cls(teacher.name, path, commit, weights=True, teacher=teacher)
+            return cls(teacher.name, path, commit, weights=True, origin=origin, teacher=teacher)
         if config.config is None:
             path, commit = locate(name, "model for the student", config.revision, error=StudentError)
-            return cls(name, path, commit, weights=True)
+            return cls(name, path, commit, weights=True, origin=origin)
         if Path(name).is_file():
             require_no_revision(Path(name), config.revision)
-            return cls(name, Path(name), None, weights=False)
+            return cls(name, Path(name), None, weights=False, origin=origin)
         path, commit = locate(name, "configuration", config.revision, files=["config.json"], error=StudentError)
-        return cls(name, path, commit, weights=False)
+        return cls(name, path, commit, weights=False, origin=origin)
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -70,9 +73,9 @@ class StudentSource:
         return {file.name: sha256(file) for file in files if file.is_file()}
 
     @property
-    def record(self) -> dict[str, Any]:
-        """Entry for these files in a student's softlabel.json."""
-        return {"name": self.name, "commit": self.commit, "files": self.files}
+    def record(self) -> SourceRecord:
+        """Entry for these files in a student's record."""
+        return SourceRecord(name=self.name, commit=self.commit, files=self.files)
 
     def require_unchanged(self) -> None:
         """Refuse to take layers of the table's teacher from files that have changed since the capture.

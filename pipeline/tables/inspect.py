@@ -46,7 +46,7 @@ def inspect(table: str) -> TableReport | ViewReport:
         return ViewReport(inspect_view(opened))
     return TableReport(
         inspection=inspection.inspect(opened),
-        teacher=last_capture(opened).get("teacher", ""),
+        teacher=last_capture(opened).teacher or "",
         identity=opened.identity,
         tags=[tag for tag in tags(opened.location).values() if tag.version == opened.version],
         pins=[pin for pin in pins(opened.location) if pin.version == opened.version],

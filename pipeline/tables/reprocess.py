@@ -120,8 +120,7 @@ def _operation(config: ReprocessConfig) -> str:
 
 def _teacher_entry(source: Table) -> dict[str, Any]:
     """What the source's newest capture records about the teacher, for a table that had no capture of its own."""
-    capture = last_capture(source)
-    return {name: capture[name] for name in ("teacher", "revision", "parameters", "config") if name in capture}
+    return last_capture(source).model_dump(include={"teacher", "revision", "parameters", "config"}, exclude_unset=True)
 
 
 def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowing | None]:

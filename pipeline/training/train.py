@@ -1,7 +1,8 @@
 """Trains a student from a soft-label table and writes it, with its record, to its folder.
 
-Idempotent: a finished student is left unchanged, and an unfinished one continues from its last checkpoint. The loop is
-in ``trainer``; ``students.build`` builds the student, and ``students.folder`` manages its folder.
+Idempotent: a finished student is left unchanged, and an unfinished one continues from its last checkpoint. ``job``
+resolves what a run does; its ``objective`` builds the student; the loop is in ``trainer``; ``students.folder`` manages
+the student's folder.
 """
 
 import time
@@ -9,7 +10,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,30 +20,24 @@ from transformers.integrations import TensorBoardCallback
 
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.exclusive import lock_output
-from softlabel.pipeline.loss.averaging import require_average
-from softlabel.pipeline.loss.targets import Target, dropping
+from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Watch, unwatched
-from softlabel.pipeline.stream.epoch_plan import Cursor
-from softlabel.pipeline.students.build import build, parameters
-from softlabel.pipeline.students.classifier_student import build_classifier
-from softlabel.pipeline.students.compatibility import require_loss
-from softlabel.pipeline.students.folder import StudentFolder, run_record
-from softlabel.pipeline.students.model_card import last_evaluation
+from softlabel.pipeline.students.build import parameters
+from softlabel.pipeline.students.folder import StudentFolder
 from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.record import StudentRecord
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.adapters import adapt, use_liger
-from softlabel.pipeline.training.classifier_objective import classifier_objective
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
+from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
-from softlabel.pipeline.training.objective import Objective, language_model_objective
 from softlabel.pipeline.training.signals import stop_on_signals
 from softlabel.pipeline.training.stop import Stop, StoppedError
-from softlabel.pipeline.training.trainer import DistillationTrainer, cursor_of
+from softlabel.pipeline.training.trainer import DistillationTrainer
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
-from softlabel.storage.table import Table
 from softlabel.storage.versions import parse, pin
-from softlabel.storage.views.view import AnyTable, View, open_table
+from softlabel.storage.views.view import AnyTable, open_table
 
 _LOGGED_STEPS = 500
 """Approximate maximum number of points of a training curve."""
@@ -107,42 +102,41 @@ def train_here(config: TrainConfig, watch: Watch, stop: Stop) -> TrainReport:
     began, folder = time.monotonic(), _folder(config)
     ranks = PartialState(cpu=on_cpu(config.optimizer))
     with lock_output(folder.path) if ranks.is_main_process else nullcontext():
-        return _train(config, folder, watch, stop, began)
+        return _run(config, folder, watch, stop, began)
 
 
 def _folder(config: TrainConfig) -> StudentFolder:
     return StudentFolder(Path(config.output).absolute())
 
 
-def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, began: float) -> TrainReport:
-    ranks = PartialState()
+def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, began: float) -> TrainReport:
+    """Train the student of a folder, unless it is finished."""
     table = _agree(folder.open_table(config))
-    if ranks.is_main_process:
+    if PartialState().is_main_process:
         folder.clear()
-    finished, origin = folder.finished(), Origin.of(table)
+    finished = folder.finished()
     if finished is not None:
-        _require_source(config, origin, folder)
+        _require_source(config, table, folder)
         return _report(config, finished, 0, None, time.monotonic() - began)
+    job = TrainingJob.resolve(config, folder, table)
+    record = _train(job, _named(watch, folder.path.name), stop)
+    resumed_from = job.start.step if job.checkpoint else None
+    return _report(config, record, record.last_step - job.start.step, resumed_from, time.monotonic() - began)
 
-    target = require_loss(config, origin)
-    if isinstance(table, View) and table.average and (config.loss.soft_weight or config.loss.soft_weight_end):
-        require_average(config.loss, dropping(config.stream.max_k, origin.head))
-    source = StudentSource.find(config.student, origin)
-    folder.require_source(source)
-    record = run_record(config, table, source, target)
-    set_seed(config.optimizer.seed)
-    student = _student(config, table, source)
-    merge = adapt(student, config.student) if config.student.lora_r else None
-    if config.optimizer.use_liger_kernel:
+
+def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
+    ranks, settings = PartialState(), job.config.student
+    set_seed(job.config.optimizer.seed)
+    student = job.objective.build(settings, job.table, job.config.stream.packing, job.source)
+    merge = adapt(student, settings) if settings.lora_r else None
+    if job.config.optimizer.use_liger_kernel:
         use_liger(student)
-    checkpoint = folder.checkpoint
-    start = cursor_of(checkpoint) if checkpoint else Cursor()
-    objective = _objective(config, table, student, target)
-    with folder.writing():
-        trainer = _trainer(config, objective, record, folder, start, _named(watch, folder.path.name), stop)
+    trainable = job.objective.trainable(job.config, job.table, student, job.target)
+    with job.folder.writing():
+        trainer = _trainer(job, trainable, watch, stop)
         if ranks.is_main_process:
-            _pin(table, folder.path)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _pin(job.table, job.folder.path)
+        trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
     if not trainer.complete:
         raise StoppedError
 
@@ -150,35 +144,22 @@ def _train(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop,
     unshard(student)
     if merge:
         merge()
-    record |= _outcome(student, trainer, step)
+    record = _finished(job, student, trainer, step)
     if ranks.is_main_process:
-        with folder.writing():
-            folder.finish(student, table.tokenizer, record)
+        with job.folder.writing():
+            job.folder.finish(student, job.table.tokenizer, record, job.objective.task)
     ranks.wait_for_everyone()
-    resumed_from = start.step if checkpoint else None
-    return _report(config, record, trainer.state.global_step - start.step, resumed_from, time.monotonic() - began)
+    return record
 
 
-def _require_source(config: TrainConfig, origin: Origin, folder: StudentFolder) -> None:
+def _require_source(config: TrainConfig, table: AnyTable, folder: StudentFolder) -> None:
     """Refuse a finished student made from other files; if the files no longer exist, it is accepted."""
     try:
-        source = StudentSource.find(config.student, origin)
+        source = StudentSource.find(config.student, Origin.of(table))
         _ = source.files
     except (StudentError, UsageError):
         return
     folder.require_source(source)
-
-
-def _student(config: TrainConfig, table: AnyTable, source: StudentSource) -> PreTrainedModel:
-    if _of_classes(table):
-        return build_classifier(config.student, table, source)
-    return build(config.student, table, config.stream.packing, source)
-
-
-def _objective(config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None) -> Objective:
-    if _of_classes(table):
-        return classifier_objective(config, table, student)
-    return language_model_objective(config, table, student, target)
 
 
 def _named(watch: Watch, student: str) -> Watch:
@@ -205,30 +186,22 @@ def _pin(table: AnyTable, student: Path) -> None:
         )
 
 
-def _trainer(
-    config: TrainConfig,
-    objective: Objective,
-    record: dict[str, Any],
-    folder: StudentFolder,
-    start: Cursor,
-    watch: Watch,
-    stop: Stop,
-) -> DistillationTrainer:
-    ranks, settings = PartialState(), config.optimizer
-    dataset = objective.dataset(
+def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -> DistillationTrainer:
+    ranks, settings = PartialState(), job.config.optimizer
+    dataset = trainable.dataset(
         rank=ranks.process_index,
         world_size=ranks.num_processes,
-        start=start,
+        start=job.start,
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
     )
     if settings.gradient_checkpointing:
         # Newer transformers deprecate the older name, the only one that older transformers have.
-        student: Any = objective.module.student
+        student: Any = trainable.module.student
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     arguments = TrainingArguments(
-        output_dir=str(folder.scratch),
+        output_dir=str(job.folder.scratch),
         max_steps=dataset.total_steps,
         gradient_accumulation_steps=dataset.accumulation,
         learning_rate=settings.learning_rate,
@@ -243,9 +216,9 @@ def _trainer(
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        eval_strategy="steps" if objective.evaluation else "no",
+        eval_strategy="steps" if trainable.evaluation else "no",
         eval_steps=settings.eval_steps,
-        eval_on_start=bool(objective.evaluation) and start.step == 0,
+        eval_on_start=bool(trainable.evaluation) and job.start.step == 0,
         logging_steps=max(1, dataset.total_steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the dataset already starts where the checkpoint was taken
@@ -256,61 +229,55 @@ def _trainer(
     arguments._n_gpu = min(
         arguments.n_gpu, 1
     )  # softlabel.pipeline.training.launch handles several GPUs, never nn.DataParallel
-    if not objective.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
+    if not trainable.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
         raise UsageError(
             "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
             expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
-            found=f"nothing to evaluate on in the eval split of version {record['table']['version']}",
-            where=record["table"]["location"],
+            found=f"nothing to evaluate on in the eval split of version {job.table.version}",
+            where=job.table.location,
             do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
             "goes to eval",
         )
     if settings.sharding == "full" and ranks.num_processes > 1:
-        shard(objective.module, ranks.device, settings.bf16)
-    trainer = DistillationTrainer(objective, arguments, dataset, folder.run, record, settings, watch, stop)
+        shard(trainable.module, ranks.device, settings.bf16)
+    trainer = DistillationTrainer(job, trainable, arguments, dataset, watch, stop)
     if ranks.is_main_process:
-        trainer.add_callback(TensorBoardCallback(folder.open_curves(start.step)))
+        trainer.add_callback(TensorBoardCallback(job.folder.open_curves(job.start.step)))
     return trainer
 
 
-def _of_classes(table: AnyTable) -> TypeGuard[Table]:
-    """Whether the teacher is a classifier; the tables of a view always have language models as teachers."""
-    return isinstance(table, Table) and table.identity.classes is not None
-
-
-def _outcome(student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> dict[str, Any]:
-    """What the record gains when the run is finished."""
+def _finished(job: TrainingJob, student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> StudentRecord:
+    """The record of a student whose weights are those of a step."""
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
     ]
-    return {
-        "parameters": parameters(student),
-        "step": step,
-        "history": [entry for entry in history if len(entry) > 1],
-        "circumstances": circumstances(
+    return StudentRecord(
+        **job.record.made_from,
+        parameters=parameters(student),
+        step=step,
+        history=tuple(entry for entry in history if len(entry) > 1),
+        circumstances=circumstances(
             device=str(trainer.args.device),
             ranks=str(trainer.args.world_size),
             sharding="full" if is_sharded(trainer.model) else "none",
         ),
-    }
+    )
 
 
 def _report(
-    config: TrainConfig, record: dict[str, Any], steps_trained: int, resumed_from: int | None, seconds: float
+    config: TrainConfig, record: StudentRecord, steps_trained: int, resumed_from: int | None, seconds: float
 ) -> TrainReport:
-    trained = [entry for entry in record["history"] if "positions" in entry]
-    positions = [entry["positions"] for entry in trained if entry["step"] <= record["step"]]
-    metrics = last_evaluation(record)
+    metrics = record.last_evaluation
     metrics.pop("step", None)
     return TrainReport(
         output=config.output,
-        table=f"{parse(config.table)[0]}@{record['table']['version']}",
-        steps=record["step"],
-        stopped_at=trained[-1]["step"],
+        table=f"{parse(config.table)[0]}@{record.table.version}",
+        steps=record.step,
+        stopped_at=record.last_step,
         steps_trained=steps_trained,
         resumed_from=resumed_from,
-        parameters=record["parameters"],
-        positions=positions[-1] if positions else 0,
+        parameters=record.parameters,
+        positions=record.positions,
         seconds=seconds,
         metrics=metrics,
     )

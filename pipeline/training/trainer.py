@@ -4,11 +4,9 @@ When a run stops, and which weights it keeps, depends only on the evaluations in
 as an uninterrupted one would.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from softlabel.pipeline.config.train import OptimizerConfig
 from softlabel.pipeline.models.student_loading import finite
+from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Progress, Watch
-from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.students.folder import CURVES, RUN, best_weights, checkpoints, newest_checkpoint, step_of
 from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.training.fsdp import (
@@ -41,7 +38,7 @@ from softlabel.pipeline.training.fsdp import (
     weights,
     whole,
 )
-from softlabel.pipeline.training.objective import Objective
+from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.stop import Stop
 from softlabel.storage.errors import TrainingError
 from softlabel.storage.places import durable
@@ -76,39 +73,35 @@ _KEPT_CHECKPOINTS = 2
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Trains an objective's student on one rank's batches.
+    """Trains a student on one rank's batches.
 
     Args:
-        objective: student with its loss, and evaluation batches.
+        job: the run.
+        trainable: student with its loss, and evaluation batches.
         arguments: the Trainer's arguments; checkpoints are in ``output_dir`` until they are complete.
         dataset: this rank's batches, from the step at which training starts.
-        run: folder that complete checkpoints are moved to.
-        record: record of the run, written to each checkpoint.
-        optimizer: settings for stopping and for the weights to keep.
         watch: called after each step.
         stop: asked after each step whether to save and stop there.
     """
 
     def __init__(
         self,
-        objective: Objective,
+        job: TrainingJob,
+        trainable: Trainable,
         arguments: TrainingArguments,
         dataset: Any,
-        run: Path,
-        record: Mapping[str, Any],
-        optimizer: OptimizerConfig,
         watch: Watch,
         stop: Stop,
     ) -> None:
         if arguments.should_save:
             durable.make_folder(Path(arguments.output_dir))
-        super().__init__(objective.module, arguments, train_dataset=dataset, eval_dataset=list(objective.evaluation))
+        super().__init__(trainable.module, arguments, train_dataset=dataset, eval_dataset=list(trainable.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Callback(watch, stop))
-        self._run = run
-        self._record = record
-        self._optimizer = optimizer
-        self._loss: Any = objective.module.loss
+        self._run = job.folder.run
+        self._record = job.record
+        self._optimizer = job.config.optimizer
+        self._loss: Any = trainable.module.loss
         self._step_loss = torch.zeros((), device=arguments.device)
         self._parts = torch.zeros(3, device=arguments.device, dtype=torch.float64)
 
@@ -234,8 +227,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _publish_checkpoint(self, written: Path) -> None:
         """Move a checkpoint to the run's folder, and then delete what it supersedes."""
         history, keeps_best = self.state.log_history, self._optimizer.keeps_best
-        cursor = asdict(self.train_dataset.state(self.state.global_step))
-        (written / RUN).write_text(json.dumps({**self._record, "cursor": cursor}))
+        record = self._record.at(self.train_dataset.state(self.state.global_step))
+        (written / RUN).write_text(record.to_json(), encoding="utf-8")
         final = self._run / written.name
         seal(written, final, [best_weights(self._run, best_step(history)) / _WEIGHTS] if keeps_best else [])
         if (self._run / CURVES).is_dir():
@@ -327,11 +320,6 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         shown = ("loss", "eval_kl", "eval_cross_entropy", "eval_agreement", "eval_accuracy", "eval_f1")
         self._details |= {name: value for name, value in (logs or {}).items() if name in shown}
-
-
-def cursor_of(checkpoint: Path) -> Cursor:
-    """Position in the stream at which a checkpoint was taken."""
-    return Cursor(**json.loads((checkpoint / RUN).read_text())["cursor"])
 
 
 def _as_inputs(batch: Any) -> dict[str, Any]:

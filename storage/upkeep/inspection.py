@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.credentials import masked
 from softlabel.storage.reader import open_shard, outline, read
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import COMMIT_MESSAGE, Shard
+from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 _SAMPLED_SHARDS = 4
@@ -110,26 +110,28 @@ def history(table: Table) -> list[HistoryEntry]:
     """Summaries of a table's commits, newest first."""
     entries = []
     for commit in table.history():
-        about = commit.get(COMMIT_MESSAGE, {})
+        about = CommitMessage.of(commit, table.location)
         entries.append(
             HistoryEntry(
                 version=commit["version"],
                 time=datetime.fromtimestamp(commit["timestamp"] / 1000, UTC).isoformat(timespec="seconds"),
-                operation=about.get("operation", commit["operation"].lower()),
-                user=about.get("circumstances", {}).get("user", ""),
-                sequences=about.get("sequences", 0),
-                positions=about.get("positions", 0),
-                bytes=about.get("bytes", 0),
+                operation=about.operation or commit["operation"].lower(),
+                user=about.circumstances.get("user", ""),
+                sequences=about.sequences,
+                positions=about.positions,
+                bytes=about.bytes,
             )
         )
     return entries
 
 
-def last_capture(table: Table) -> dict[str, Any]:
-    """Metadata of the newest capture: teacher, parameters, circumstances; empty if there was none."""
-    commits = (commit.get(COMMIT_MESSAGE, {}) for commit in table.history())
-    message = next((dict(commit) for commit in commits if "teacher" in commit), {})
-    return message | {"teacher": masked(message["teacher"])} if message else {}
+def last_capture(table: Table) -> CommitMessage:
+    """What the newest capture wrote about its commit; without a capture, a message that names no teacher."""
+    for commit in table.history():
+        message = CommitMessage.of(commit, table.location)
+        if message.teacher is not None:
+            return message.model_copy(update={"teacher": masked(message.teacher)})
+    return CommitMessage()
 
 
 def _splits(table: Table) -> dict[str, SplitSize]:

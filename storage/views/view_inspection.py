@@ -66,7 +66,7 @@ def inspect_view(view: View) -> ViewInspection:
         ViewPart(
             table=name,
             weight=weight,
-            teacher=Path(last_capture(table).get("teacher", "")).name,
+            teacher=Path(last_capture(table).teacher or "").name,
             selection=table.identity.selection,
             bytes=sum(shard.bytes for shard in table.shards()),
         )

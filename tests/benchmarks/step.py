@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import LossConfig, StreamConfig
+from softlabel.pipeline.objectives.language_model import Distillation
 from softlabel.pipeline.stream.batch import Batch
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.pipeline.training.objective import Distillation
 from softlabel.storage.table import Table
 from tests.benchmarks.stream import VOCABULARY, make_table
 from tests.figures import seconds, verdict

@@ -8,7 +8,7 @@ from softlabel.flows.console import count
 from softlabel.flows.display import show_capture, show_distill, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
-from softlabel.pipeline.evaluation.classifier_evaluation import ClassEvaluation, ClassScore
+from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation, ClassScore
 from softlabel.pipeline.models.pruning import spread
 from softlabel.pipeline.training.train import TrainReport
 

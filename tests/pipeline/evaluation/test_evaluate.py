@@ -16,7 +16,7 @@ from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.selection.select import Selection, select
 from softlabel.pipeline.stream.holdout import Holdout
-from softlabel.pipeline.students.folder import table_record
+from softlabel.pipeline.students.record import table_record
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import StudentError, TableError, UsageError
 from softlabel.storage.identity import (
@@ -111,6 +111,11 @@ def table(tmp_path_factory, tokenizer, network):
     return make_table(tmp_path_factory.mktemp("tables") / "table", tokenizer, network, train=TRAIN, eval=EVAL)
 
 
+def recorded(table):
+    """The entry for a table in a student's record."""
+    return table_record(table).model_dump(mode="json")
+
+
 def make_student(folder, tiny_teacher, trained_on, noise=0.0, history=()):
     """A student equal to the teacher, or with noise added to its weights."""
     shutil.copytree(tiny_teacher, folder)
@@ -137,8 +142,8 @@ def make_student(folder, tiny_teacher, trained_on, noise=0.0, history=()):
 def students(tmp_path_factory, tiny_teacher, table):
     folder = tmp_path_factory.mktemp("students")
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_kl": 1.0}]
-    exact = make_student(folder / "exact", tiny_teacher, table_record(table), history=history)
-    noisy = make_student(folder / "<script>", tiny_teacher, table_record(table), noise=0.05, history=history)
+    exact = make_student(folder / "exact", tiny_teacher, recorded(table), history=history)
+    noisy = make_student(folder / "<script>", tiny_teacher, recorded(table), noise=0.05, history=history)
     return exact, noisy
 
 
@@ -208,7 +213,7 @@ def test_each_held_out_sequence_comes_once(table, packing):
     ],
 )
 def test_a_student_of_another_tokenizer_or_teacher_is_refused(table, tiny_teacher, tmp_path, changes, what):
-    record = {**table_record(table), "identity": identity(**changes).model_dump(mode="json")}
+    record = {**recorded(table), "identity": identity(**changes).model_dump(mode="json")}
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     with pytest.raises(StudentError, match=f"another {what}") as caught:
         run(table, folder, report=tmp_path / "report")
@@ -233,14 +238,14 @@ def test_a_student_of_another_table_gets_a_warning(table, tiny_teacher, tmp_path
 
 
 def test_a_student_of_another_version_of_the_table_gets_no_warning(table, tiny_teacher, tmp_path):
-    record = {**table_record(table), "version": 0, "content": "of version 0"}
+    record = {**recorded(table), "version": 0, "content": "of version 0"}
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     result, _ = run(table, folder, report=tmp_path / "report")
     assert json.loads(Path(result.json).read_text())["students"][0]["warnings"] == []
 
 
 def test_a_student_trained_when_less_was_held_out_gets_a_warning(table, tiny_teacher, tmp_path):
-    record = {**table_record(table), "version": 0, "content": "of version 0"}
+    record = {**recorded(table), "version": 0, "content": "of version 0"}
     record["identity"]["sequences"]["eval_fraction"] /= 2
     folder = make_student(tmp_path / "student", tiny_teacher, record)
     result, _ = run(table, folder, report=tmp_path / "report")

@@ -36,7 +36,7 @@ def test_the_revision_that_is_recorded_is_the_one_that_was_loaded(hub: Path, tmp
         weights = (hub / "snapshots" / commit / "model.safetensors").read_bytes()
         files = Table.open(str(table)).identity.teacher.files
         assert files["model.safetensors"] == hashlib.sha256(weights).hexdigest()
-        assert last_capture(Table.open(str(table)))["revision"] == commit
+        assert last_capture(Table.open(str(table))).revision == commit
         local = tmp_path / f"{name}-folder"
         capture(settings(hub / "snapshots" / commit, tmp_path / "3.parquet", local))
         assert entropies(table) == entropies(local), "the numbers are those of that commit's weights"

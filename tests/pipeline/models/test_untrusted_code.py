@@ -17,8 +17,6 @@ from softlabel.pipeline.config.capture import CaptureConfig, SequencesConfig, Te
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.students.build import build
-from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.students.origin import Origin
@@ -26,6 +24,7 @@ from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import SoftlabelError, StudentError, TableError, TeacherError
 from softlabel.storage.table import Table
+from tests.pipeline.building import built
 from tests.pipeline.captured import make_table
 from tests.pipeline.classifiers import save_classifier, save_documents
 from tests.pipeline.hostile import adapter, hostile
@@ -50,7 +49,7 @@ def test_a_student_model_that_needs_code_is_refused(
     how: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path
 ):
     folder = hostile(tmp_path / "student", tiny_teacher, how, ran)
-    refuses(lambda: build(StudentConfig(model=str(folder)), table), StudentError, folder)
+    refuses(lambda: built(StudentConfig(model=str(folder)), table), StudentError, folder)
     assert not ran.exists()
 
 
@@ -60,14 +59,14 @@ def test_a_students_configuration_that_needs_code_is_refused(
     how: str, file: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path
 ):
     folder = hostile(tmp_path / "student", tiny_teacher, how, ran)
-    refuses(lambda: build(StudentConfig(config=str(folder / file)), table), StudentError, folder)
+    refuses(lambda: built(StudentConfig(config=str(folder / file)), table), StudentError, folder)
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("how", ["generate"])
 def test_code_that_is_not_needed_does_not_run(how: str, table: Table, tiny_teacher: Path, tmp_path: Path, ran: Path):
     folder = hostile(tmp_path / "student", tiny_teacher, how, ran)
-    build(StudentConfig(model=str(folder)), table)
+    built(StudentConfig(model=str(folder)), table)
     TransformersTeacher(TeacherConfig(model=str(folder), dtype="float32", device="cpu"))
     assert not ran.exists()
 
@@ -91,7 +90,7 @@ def test_a_table_whose_tokenizer_needs_code_is_refused(
     (tokenizer / "config.json").unlink()
     table = make_table(tmp_path / "table", tiny_teacher, 4, 0, tokenizer)
     student = StudentConfig(**{place: (0,) if place == "layers" else str(tiny_teacher)})
-    refuses(lambda: build(student, table), TableError, table.tokenizer)
+    refuses(lambda: built(student, table), TableError, table.tokenizer)
     assert not ran.exists()
 
 
@@ -117,7 +116,7 @@ def test_a_student_classifier_that_needs_code_is_refused(
 ):
     teacher, table = class_table
     folder = hostile(tmp_path / "student", teacher, how, ran)
-    refuses(lambda: build_classifier(StudentConfig(**{place: str(folder)}), table), StudentError, folder)
+    refuses(lambda: built(StudentConfig(**{place: str(folder)}), table), StudentError, folder)
     assert not ran.exists()
 
 
@@ -156,7 +155,7 @@ def test_students_do_not_need_the_code_of_a_trusted_tokenizer(
     require_fitting(student, Origin.of_capture(config))
     capture(config)
     ran.unlink()
-    build(student, Table.open(config.table))
+    built(student, Table.open(config.table))
     assert not ran.exists()
 
 

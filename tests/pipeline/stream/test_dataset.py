@@ -17,7 +17,7 @@ from softlabel.pipeline.loss.targets import decode_targets
 from softlabel.pipeline.stream import dataset
 from softlabel.pipeline.stream.batch import Sequences
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.pipeline.stream.epoch_plan import Cursor
+from softlabel.pipeline.students.record import Cursor
 from softlabel.storage import codec
 from softlabel.storage.errors import IntegrityError, UsageError
 from softlabel.storage.reader import read

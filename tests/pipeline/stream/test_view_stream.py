@@ -15,8 +15,8 @@ from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.loss.averaging import AveragedTargets
 from softlabel.pipeline.stream import dataset
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.pipeline.stream.epoch_plan import Cursor
 from softlabel.pipeline.stream.holdout import Holdout
+from softlabel.pipeline.students.record import Cursor
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE

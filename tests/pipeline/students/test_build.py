@@ -32,6 +32,7 @@ from softlabel.pipeline.config.train import StreamConfig, StudentConfig
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
 from softlabel.pipeline.students import build as student
 from softlabel.storage.errors import StudentError, UsageError
+from tests.pipeline.building import built
 from tests.pipeline.captured import PADDED, make_table
 from tests.pipeline.damages import DAMAGES, damaged
 from tests.pipeline.streams import unpacked
@@ -114,8 +115,8 @@ def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_no
         with pytest.raises(
             StudentError, match=r"(?s)mixes the sequences that share a training row.*set stream\.packing false"
         ):
-            student.build(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
-    model = student.build(StudentConfig(config=str(tmp_path)), table).eval()
+            built(StudentConfig(config=str(tmp_path), dtype=dtype), table, packing=True)
+    model = built(StudentConfig(config=str(tmp_path)), table).eval()
     (batch,) = SoftLabelDataset(table, StreamConfig(packing=False))
     with torch.no_grad():
         padded = student.hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
@@ -132,15 +133,15 @@ def test_a_student_that_sees_the_tokens_it_has_to_predict_is_refused():
 
 
 def test_layers_come_from_the_teacher_that_the_table_names(table, tiny_teacher):
-    pruned = student.build(StudentConfig(layers=(1,)), table)
+    pruned = built(StudentConfig(layers=(1,)), table)
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
     assert torch.equal(pruned.model.layers[0].mlp.up_proj.weight, teacher.model.layers[1].mlp.up_proj.weight)
     assert student.parameters(pruned) < student.parameters(teacher)
 
 
 def test_layers_and_neurons_are_pruned_to_the_requested_sizes(table):
-    whole = student.build(StudentConfig(depth=2), table)
-    narrow = student.build(StudentConfig(depth=2, intermediate_size=100), table)
+    whole = built(StudentConfig(depth=2), table)
+    narrow = built(StudentConfig(depth=2, intermediate_size=100), table)
     assert (whole.config.num_hidden_layers, narrow.config.num_hidden_layers) == (2, 2)
     assert student.parameters(whole) - student.parameters(narrow) == 2 * 3 * 28 * 64
 
@@ -155,30 +156,30 @@ def test_a_model_with_other_padding_rows_is_accepted(table, tiny_teacher, tmp_pa
     model.resize_token_embeddings(PADDED + 64)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(tmp_path)
-    built = student.build(StudentConfig(model=str(tmp_path), dtype="bfloat16"), table)
-    assert student.output_head(built).weight.shape == (PADDED + 64, 64)
-    assert built.dtype == torch.bfloat16
+    found = built(StudentConfig(model=str(tmp_path), dtype="bfloat16"), table)
+    assert student.output_head(found).weight.shape == (PADDED + 64, 64)
+    assert found.dtype == torch.bfloat16
 
 
 def test_a_configuration_gives_a_new_random_model(table, tmp_path):
     LlamaConfig(**{**SIZES, "vocab_size": PADDED}).save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "config.json"):
-        built = student.build(StudentConfig(config=str(source)), table)
-        assert built.config.num_hidden_layers == 4
-        assert built.config.eos_token_id == AutoTokenizer.from_pretrained(table.tokenizer).eos_token_id
+        found = built(StudentConfig(config=str(source)), table)
+        assert found.config.num_hidden_layers == 4
+        assert found.config.eos_token_id == AutoTokenizer.from_pretrained(table.tokenizer).eos_token_id
 
 
 def test_a_vocabulary_smaller_than_the_tables_is_refused(table, tmp_path):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(StudentError, match="at least 500 rows") as error:
-        student.build(StudentConfig(config=str(tmp_path)), table)
+        built(StudentConfig(config=str(tmp_path)), table)
     assert "set vocab_size to 512" in str(error.value)
 
 
 @pytest.mark.parametrize("given", [{}, {"model": "a", "layers": (0,)}, {"depth": 2, "config": "b"}])
 def test_zero_or_several_sources_of_a_student_are_refused(given, table):
     with pytest.raises(UsageError, match="exactly one setting"):
-        student.build(StudentConfig(**given), table)
+        built(StudentConfig(**given), table)
 
 
 def test_another_vocabulary_of_equal_size_is_refused(table, tiny_teacher, tmp_path):
@@ -190,7 +191,7 @@ def test_another_vocabulary_of_equal_size_is_refused(table, tiny_teacher, tmp_pa
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(StudentError) as error:
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
     for message in ("expected:", "500 tokens", "2 differ", str(tmp_path / "model"), "what to do:"):
         assert message in str(error.value)
 
@@ -202,7 +203,7 @@ def test_the_same_vocabulary_with_other_splitting_rules_is_refused(table, tiny_t
     tokenizer["pre_tokenizer"]["add_prefix_space"] = True
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(StudentError, match="different rules"):
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "config.json"])
@@ -210,7 +211,7 @@ def test_a_model_with_a_missing_file_is_refused(missing, table, tiny_teacher, tm
     shutil.copytree(tiny_teacher, tmp_path / "model")
     (tmp_path / "model" / missing).unlink()
     with pytest.raises(StudentError) as error:
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
     assert str(tmp_path / "model") in str(error.value)
 
 
@@ -219,7 +220,7 @@ def test_pickled_weights_are_not_loaded(table, tiny_teacher, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(StudentError, match="can't be loaded"):
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 def test_an_adapter_next_to_a_model_is_not_loaded_silently(table, tiny_teacher, tmp_path):
@@ -227,14 +228,14 @@ def test_an_adapter_next_to_a_model_is_not_loaded_silently(table, tiny_teacher, 
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), LoraConfig(init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "model")
     with pytest.raises(StudentError, match=r"adapter_config\.json"):
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
 def test_damaged_weights_are_refused(damage, message, table, tiny_teacher, tmp_path):
     damaged(tiny_teacher, tmp_path / "model", damage)
     with pytest.raises(StudentError, match=message):
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 def test_missing_weights_are_refused_and_not_initialized_at_random(table, tiny_teacher, tmp_path):
@@ -246,7 +247,7 @@ def test_missing_weights_are_refused_and_not_initialized_at_random(table, tiny_t
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(StudentError, match="lack some of its weights"):
-        student.build(StudentConfig(model=str(tmp_path / "model")), table)
+        built(StudentConfig(model=str(tmp_path / "model")), table)
 
 
 def test_a_model_with_an_unsupported_computation_of_logits_is_refused():

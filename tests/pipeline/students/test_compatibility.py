@@ -9,9 +9,10 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
-from softlabel.pipeline.students.build import build
-from softlabel.pipeline.students.compatibility import Origin, require_fitting, require_loss
+from softlabel.pipeline.objectives.decide import objective_of
+from softlabel.pipeline.students.origin import Origin
 from softlabel.storage.errors import StudentError, UsageError
+from tests.pipeline.building import built
 from tests.pipeline.classifiers import save_classifier
 
 BAD = [
@@ -52,14 +53,14 @@ def test_an_unsuitable_student_is_refused_before_the_capture_and_before_training
 ):
     config = StudentConfig(**student)
     with pytest.raises(kind, match=message):
-        require_fitting(config, Origin.of_capture(capturing(tiny_teacher)))
+        objective_of(Origin.of_capture(capturing(tiny_teacher))).require_fitting(config)
     with pytest.raises(kind, match=message):
-        build(config, table)
+        built(config, table)
 
 
 def test_a_suitable_student_is_accepted_before_the_capture_and_before_training(table, tiny_teacher):
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
-        assert require_fitting(StudentConfig(depth=2), origin).path == tiny_teacher
+        assert objective_of(origin).require_fitting(StudentConfig(depth=2)).path == tiny_teacher
         assert origin.tokenizer().get_vocab()
 
 
@@ -67,20 +68,22 @@ def test_a_suitable_student_is_accepted_before_the_capture_and_before_training(t
 def test_unlimited_positions_or_enough_for_the_longest_sequence_are_accepted(config, table, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json_string())
     origin = replace(Origin.of(table), max_tokens=1000)  # longer ones could have been captured
-    require_fitting(StudentConfig(config=str(tmp_path / "config.json")), origin)
+    objective_of(origin).require_fitting(StudentConfig(config=str(tmp_path / "config.json")))
 
 
 def test_classifiers_accept_known_labels_and_refuse_adapters(tiny_teacher, tmp_path):
     origin = Origin.of_capture(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
-    require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")), origin)
+    objective_of(origin).require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")))
     with pytest.raises(UsageError, match="did you mean 'names'"):
-        require_fitting(StudentConfig(depth=1, labels=("name", "types")), origin)
+        objective_of(origin).require_fitting(StudentConfig(depth=1, labels=("name", "types")))
     with pytest.raises(UsageError, match="adapters are only for language models"):
-        require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_r": 4}), origin)
+        objective_of(origin).require_loss(TrainConfig(table="t", output="o", student={"depth": 1, "lora_r": 4}))
 
 
 def test_a_temperature_that_the_capture_would_not_store_is_refused(tiny_teacher):
     config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
-    require_loss(config, Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)})))
+    objective_of(Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)}))).require_loss(
+        config
+    )
     with pytest.raises(UsageError, match=r"the table does not store temperature 2"):
-        require_loss(config, Origin.of_capture(capturing(tiny_teacher)))
+        objective_of(Origin.of_capture(capturing(tiny_teacher))).require_loss(config)

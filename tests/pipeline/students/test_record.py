@@ -1,4 +1,4 @@
-"""All settings of a student's record are compared under their current names, whichever version wrote it."""
+"""A student's record is read whichever version wrote it, if it is not newer, and compared under current names."""
 
 import json
 from copy import deepcopy
@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.students.folder import StudentFolder
-from softlabel.pipeline.students.record import flatten
+from softlabel.pipeline.students.record import FORMAT, flatten
 from softlabel.pipeline.training.train import train
-from softlabel.storage.errors import UsageError
+from softlabel.storage.errors import StudentError, UsageError
 from tests.pipeline.captured import make_table
-from tests.pipeline.trainings import settings
+from tests.pipeline.trainings import interrupt_at, settings
 
 OLD_NAMES = {
     "optimizer": "optimiser",
@@ -123,4 +125,87 @@ def test_a_setting_that_the_record_lacks_has_its_default(student, record, tmp_pa
 def test_a_record_is_read_with_the_current_names_of_its_settings(student, record):
     found = StudentFolder(Path(student.output)).finished()
     assert found is not None
-    assert flatten(found["config"]).keys() == flatten(student.model_dump(mode="json")).keys()
+    assert flatten(found.config.model_dump(mode="json")).keys() == flatten(student.model_dump(mode="json")).keys()
+
+
+@pytest.fixture
+def written(student):
+    """The path of the student's record, and its content today; restored at the end."""
+    path = Path(student.output) / "softlabel.json"
+    today = path.read_text()
+    yield path, json.loads(today)
+    path.write_text(today)
+
+
+def evaluated(student, folder: Path):
+    return evaluate(
+        EvaluateConfig(table=student.table, students=(student.output,), report=str(folder / "report"), device="cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    "lacking", [("format",), ("format", "circumstances"), ("format", "teachers", "step"), ("format", "step")]
+)
+def test_a_record_from_before_there_were_formats_is_read(written, student, lacking, tmp_path: Path):
+    path, record = written
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in lacking}))
+    report = train(student)
+    assert (report.steps, report.steps_trained) == (1, 0)
+    assert evaluated(student, tmp_path).students[0].parameters == report.parameters
+
+
+def test_a_checkpoint_from_before_there_were_formats_is_taken_up(student, tmp_path: Path):
+    more = student.optimizer.model_copy(update={"max_steps": 3, "save_steps": 2})
+    config = student.model_copy(update={"output": str(tmp_path / "student"), "optimizer": more})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt_at(3))
+    (checkpoint,) = (tmp_path / "student.training").glob("checkpoint-*")
+    (checkpoint / "manifest.json").unlink()
+    record = json.loads((checkpoint / "run.json").read_text())
+    del record["format"]
+    (checkpoint / "run.json").write_text(json.dumps(record))
+    assert train(config).resumed_from == 2
+
+
+@pytest.mark.parametrize("newer", [FORMAT + 1, FORMAT + 100])
+def test_a_record_of_a_newer_format_is_refused_with_what_to_do(written, student, newer, tmp_path: Path):
+    path, record = written
+    path.write_text(json.dumps({**record, "format": newer, "of_tomorrow": {"a": 1}}))
+    for use in (lambda: train(student), lambda: evaluated(student, tmp_path)):
+        with pytest.raises(StudentError, match=rf"(?s)format {newer}.*upgrade softlabel"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: "{",
+        lambda record: "[" * 100_000,
+        lambda record: "\ud800".encode("utf-8", "surrogatepass"),
+        lambda record: "[]",
+        lambda record: json.dumps({**record, "format": "two"}),
+        lambda record: json.dumps({**record, "format": 0}),
+        lambda record: json.dumps({**record, "parameters": None}),
+        lambda record: json.dumps({**record, "unknown": 1}),
+        lambda record: json.dumps({**record, "config": []}),
+        lambda record: json.dumps({**record, "config": {"student": 1, "student.x": 2}}),
+        lambda record: json.dumps({**record, "history": [{"step": "many"}]}),
+        lambda record: json.dumps({**record, "table": {**record["table"], "identity": {}}}),
+    ],
+)
+def test_a_damaged_record_is_an_error_that_names_its_file(written, student, damage, tmp_path: Path):
+    path, record = written
+    content = damage(record)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for use in (lambda: train(student), lambda: evaluated(student, tmp_path)):
+        with pytest.raises(StudentError, match=r"(?s)record is damaged.*where: .*softlabel\.json"):
+            use()
+
+
+def test_a_record_is_read_as_it_was_written(student, tmp_path: Path):
+    record = StudentFolder(Path(student.output)).finished()
+    assert record is not None
+    (tmp_path / "softlabel.json").write_text(record.to_json())
+    assert StudentFolder(tmp_path).finished() == record
+    assert (Path(student.output) / "softlabel.json").read_text() == record.to_json()
+    assert record.config == student

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.pipeline.students.build import build
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.origin import KnownTeacher, Origin
 from softlabel.pipeline.students.source import StudentSource
@@ -21,6 +20,7 @@ from softlabel.storage.errors import StudentError, UsageError
 from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.view import open_table
+from tests.pipeline.building import built
 from tests.pipeline.captured import make_table
 from tests.pipeline.conftest import NEW, OLD
 from tests.pipeline.trainings import interrupt_at, settings
@@ -99,11 +99,11 @@ def test_changed_files_in_the_same_folder_are_refused(table, model, tmp_path):
 
 def test_layers_of_a_teacher_changed_since_the_capture_are_refused(model, tmp_path):
     own = make_table(tmp_path / "table", model, train=8, held_out=0)
-    build(StudentConfig(layers=(1,)), own)
+    built(StudentConfig(layers=(1,)), own)
     change(model)
     with pytest.raises(StudentError, match=r"(?s)no longer the table's teacher.*model\.safetensors has changed"):
-        build(StudentConfig(layers=(1,)), own)
-    assert build(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
+        built(StudentConfig(layers=(1,)), own)
+    assert built(StudentConfig(layers=(1,), teacher=str(model)), own).config.num_hidden_layers == 1
 
 
 def captured_from(table, *teachers):
@@ -171,7 +171,7 @@ def test_a_revision_of_a_hub_model(table, tmp_path):
     with pytest.raises(UsageError, match="its content has changed"):
         train(moved)
     with pytest.raises(StudentError, match="revision v2"):
-        build(StudentConfig(model="org/name", revision="v2"), table)
+        built(StudentConfig(model="org/name", revision="v2"), table)
 
 
 @pytest.mark.parametrize(("max_k", "target"), [(8, "sampled tail"), (99, "sampled tail"), (7, "bucket")])

@@ -164,8 +164,8 @@ def test_a_copy_records_the_sources_teacher(table: Table, tmp_path: Path) -> Non
         writer.commit({"operation": "capture", "teacher": "models/large", "parameters": 7})
     run(table.location, tmp_path / "t")
     about = last_capture(Table.open(str(tmp_path / "t")))
-    assert (about["teacher"], about["parameters"], about["operation"]) == ("models/large", 7, "copy")
-    assert about["source"] == f"{table.location}@3"
+    assert (about.teacher, about.parameters, about.operation) == ("models/large", 7, "copy")
+    assert about.source == f"{table.location}@3"
 
 
 @pytest.mark.parametrize(

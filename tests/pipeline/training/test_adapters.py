@@ -11,6 +11,7 @@ from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.students import build as student
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import UsageError
+from tests.pipeline.building import built
 from tests.pipeline.trainings import history, interrupt_at, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +22,7 @@ def test_adapters_are_trained_and_merged(table, tmp_path):
     """Only the named layers change, by a matrix of at most the given rank; also after an interruption."""
     config = settings(table, tmp_path / "student", student=LORA, optimizer={"learning_rate": 1e-2})
     report = train(config)
-    before, after = student.build(StudentConfig(layers=(1,)), table).state_dict(), weights(report.output)
+    before, after = built(StudentConfig(layers=(1,)), table).state_dict(), weights(report.output)
     assert report.parameters == student.parameters(AutoModelForCausalLM.from_pretrained(report.output))
     for name, tensor in after.items():
         if "q_proj" in name or "down_proj" in name:

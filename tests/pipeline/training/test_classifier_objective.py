@@ -19,16 +19,18 @@ from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.objectives import classifier as class_student
+from softlabel.pipeline.objectives.classifier import Classification
+from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.stream.classifier_batches import ClassDataset, LabelledDocuments
-from softlabel.pipeline.students.classifier_student import build_classifier
 from softlabel.pipeline.students.labels import LabelMap
+from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.tables.reprocess import reprocess
-from softlabel.pipeline.training import classifier_objective as class_student
-from softlabel.pipeline.training.classifier_objective import Classification
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import StudentError, UsageError
 from softlabel.storage.table import Table
 from tests.conftest import topics
+from tests.pipeline.building import built
 from tests.pipeline.classifiers import CLASSES, save_classifier
 from tests.pipeline.damages import DAMAGES, damaged
 from tests.pipeline.trainings import interrupt_at, weights
@@ -79,7 +81,7 @@ def settings(table, output, **changes):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_loss_equals_the_textbook_formula(labels, temperature, table):
     config = LossConfig(hard_weight=0.5, soft_weight=2.0, temperature=temperature)
-    student = build_classifier(StudentConfig(layers=(0,), labels=labels), table).double().eval()
+    student = built(StudentConfig(layers=(0,), labels=labels), table).double().eval()
     documents = LabelledDocuments.read(table, "train", LabelMap.of(labels, CLASSES))
     batch = documents.batch(range(16), student.config.pad_token_id, 20)
     total, _ = Classification(student, config)(batch)
@@ -99,7 +101,7 @@ def test_the_loss_equals_the_textbook_formula(labels, temperature, table):
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "total_variation"])
 def test_every_divergence_has_finite_gradients(divergence, table):
-    student = build_classifier(StudentConfig(layers=(0,)), table)
+    student = built(StudentConfig(layers=(0,)), table)
     documents = LabelledDocuments.read(table, "train", LabelMap.of((), CLASSES))
     documents.logprobs[0] = torch.tensor([0.0, *[-torch.inf] * 3])
     documents.logprobs[1] = torch.nan  # a document whose classes are all left out
@@ -114,7 +116,7 @@ def test_gradients_do_not_depend_on_the_micro_batches_or_ranks(table):
     documents, found = LabelledDocuments.read(table, "train", LabelMap.of(MERGED, CLASSES)), {}
     for micro_batch_size, ranks in ((1, 1), (3, 1), (8, 1), (3, 2), (4, 3)):
         torch.manual_seed(0)
-        student = build_classifier(StudentConfig(layers=(1,), labels=MERGED), table).double().eval()
+        student = built(StudentConfig(layers=(1,), labels=MERGED), table).double().eval()
         module = Classification(student, LossConfig(hard_weight=0.3))
         stream = StreamConfig(batch_size=8, micro_batch_size=micro_batch_size)
         for rank in range(ranks):
@@ -163,9 +165,9 @@ def test_a_student_of_merged_labels_learns_them(table, tmp_path):
 def test_some_of_the_held_out_documents_are_evaluated_during_training(table, tmp_path, monkeypatch):
     monkeypatch.setattr(class_student, "EVAL_TOKENS", 200)
     monkeypatch.setattr(class_student, "EVAL_BATCHES", 2)
-    student = build_classifier(StudentConfig(layers=(0,)), table)
-    objective = class_student.classifier_objective(settings(table, tmp_path), table, student)
-    measured = objective.evaluation
+    student = built(StudentConfig(layers=(0,)), table)
+    objective = objective_of(Origin.of(table))
+    measured = objective.trainable(settings(table, tmp_path), table, student, None).evaluation
     held = LabelledDocuments.read(table, "eval", LabelMap.of((), CLASSES))
     expected = list(held.batches(student.config.pad_token_id, 200))
     assert len(expected) > len(measured) == 2
@@ -191,9 +193,9 @@ def test_an_interrupted_training_resumes_bit_for_bit(table, tmp_path):
 
 def test_a_head_for_the_same_labels_is_kept_and_another_is_reset(table, teacher):
     head = load_file(teacher / "model.safetensors")["classifier.weight"]
-    same = build_classifier(StudentConfig(model=str(teacher)), table)
+    same = built(StudentConfig(model=str(teacher)), table)
     assert torch.equal(same.classifier.weight, head)
-    order = build_classifier(StudentConfig(model=str(teacher), labels=CLASSES[::-1]), table)
+    order = built(StudentConfig(model=str(teacher), labels=CLASSES[::-1]), table)
     assert order.classifier.weight.shape == head.shape
     assert not torch.equal(order.classifier.weight, head)
     assert torch.equal(order.bert.encoder.layer[0].output.dense.weight, same.bert.encoder.layer[0].output.dense.weight)
@@ -205,12 +207,12 @@ def test_a_head_is_recognized_by_label_ids_and_architecture(table, teacher, tmp_
     config = json.loads((teacher / "config.json").read_text())
     config["id2label"] = dict(reversed(config["id2label"].items()))
     (tmp_path / "reversed" / "config.json").write_text(json.dumps(config))
-    kept = build_classifier(StudentConfig(model=str(tmp_path / "reversed")), table)
+    kept = built(StudentConfig(model=str(tmp_path / "reversed")), table)
     assert torch.equal(kept.classifier.weight, load_file(teacher / "model.safetensors")["classifier.weight"])
 
     shutil.copytree(teacher, tmp_path / "body")
     AutoModel.from_pretrained(teacher).save_pretrained(tmp_path / "body")
-    body = build_classifier(StudentConfig(model=str(tmp_path / "body")), table)
+    body = built(StudentConfig(model=str(tmp_path / "body")), table)
     assert tuple(body.config.id2label.values()) == CLASSES
     assert torch.equal(body.bert.pooler.dense.weight, kept.bert.pooler.dense.weight)
 
@@ -254,10 +256,10 @@ def test_a_loss_to_which_no_document_contributes_is_refused(table, tmp_path):
 def test_a_student_with_too_few_positions_or_ids_is_refused(table, tiny_teacher, tmp_path):
     short = save_classifier(tmp_path / "short", tiny_teacher, max_position_embeddings=16)
     with pytest.raises(StudentError, match="the table's sequences are longer than the student can read"):
-        build_classifier(StudentConfig(model=str(short)), table)
+        built(StudentConfig(model=str(short)), table)
     small = save_classifier(tmp_path / "small", tiny_teacher, vocab_size=400)
     with pytest.raises(StudentError, match="at least 500 rows"):
-        build_classifier(StudentConfig(model=str(small)), table)
+        built(StudentConfig(model=str(small)), table)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
@@ -265,4 +267,4 @@ def test_damaged_weights_are_refused(damage, message, table, teacher, tmp_path):
     damaged(teacher, tmp_path / "model", damage)
     for labels in ((), MERGED):  # with the head kept, and with a new one
         with pytest.raises(StudentError, match=message):
-            build_classifier(StudentConfig(model=str(tmp_path / "model"), labels=labels), table)
+            built(StudentConfig(model=str(tmp_path / "model"), labels=labels), table)

@@ -156,14 +156,14 @@ def test_before_the_first_step_a_signal_ends_at_once_and_says_so(number, table, 
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr("softlabel.pipeline.training.train._student", interrupted)
+        patch.setattr("softlabel.pipeline.objectives.language_model.build", interrupted)
         with pytest.raises(ended):
             train(config)
         assert "student: nothing was trained yet; run the same command again to begin" in caplog.text
     with pytest.raises(KeyboardInterrupt):
         train(config, signalled(2, signal.SIGINT))
     with monkeypatch.context() as patch:
-        patch.setattr("softlabel.pipeline.training.train._student", interrupted)
+        patch.setattr("softlabel.pipeline.objectives.language_model.build", interrupted)
         with pytest.raises(ended):
             train(config)
     assert "student: nothing more was trained yet; run the same command again to go on from step 2" in caplog.text

@@ -15,17 +15,18 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.loss.targets import decode_targets
+from softlabel.pipeline.objectives import language_model
+from softlabel.pipeline.objectives.language_model import Distillation
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
 from softlabel.pipeline.students import build as student
-from softlabel.pipeline.training import objective as objective
 from softlabel.pipeline.training import train as training
-from softlabel.pipeline.training.objective import Distillation
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import IntegrityError, StudentError, TableError, TrainingError, UsageError
 from softlabel.storage.table import Table
 from softlabel.storage.versions import pins
 from tests.pipeline import captured as tables
 from tests.pipeline import dense
+from tests.pipeline.building import built
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import STREAM, curve, history, settings
 
@@ -44,7 +45,7 @@ def test_a_finished_student_has_its_record_and_leaves_no_run_folder(uninterrupte
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert record["parameters"] == uninterrupted.parameters == student.parameters(model)
     assert f"version {table.version}" in (folder / "README.md").read_text()
-    student.build(StudentConfig(model=str(folder)), table)
+    built(StudentConfig(model=str(folder)), table)
     assert (str(folder), table.version) in {(pin.student, pin.version) for pin in pins(table.location)}
 
 
@@ -80,7 +81,7 @@ def test_each_epoch_trains_on_each_position_once(uninterrupted, table):
 
 def gradients_of(table, ranks, **stream):
     """Loss and gradients of one step, over all ranks."""
-    model = student.build(StudentConfig(layers=(1,)), table).double()
+    model = built(StudentConfig(layers=(1,)), table).double()
     module = Distillation(model, table, LossConfig(hard_weight=0.3), None)
     stream, total = StreamConfig(**{**STREAM, **stream}), 0.0
     for rank in range(ranks):
@@ -143,7 +144,7 @@ def test_the_student_does_not_depend_on_the_micro_batch_size(micro_batch_size, u
 
 @pytest.mark.parametrize(("step", "checkpoint"), [(10, "checkpoint-8"), (2, "(none was written yet)")])
 def test_a_nan_loss_stops_the_run_and_never_reaches_a_checkpoint(step, checkpoint, table, tmp_path, monkeypatch):
-    loss = objective.distillation_loss
+    loss = language_model.distillation_loss
     steps = [0]
 
     def broken(*arguments, **named):
@@ -151,7 +152,7 @@ def test_a_nan_loss_stops_the_run_and_never_reaches_a_checkpoint(step, checkpoin
         whole = loss(*arguments, **named)
         return type(whole)(whole.total * float("nan"), whole.hard, whole.soft, 1) if steps[0] == step else whole
 
-    monkeypatch.setattr(objective, "distillation_loss", broken)
+    monkeypatch.setattr(language_model, "distillation_loss", broken)
     config = settings(table, tmp_path / "student", stream={"micro_batch_size": 8})
     with pytest.raises(TrainingError) as error:
         train(config)

@@ -1,14 +1,17 @@
 """Sizes add up, entropies are close to them, and the history shows each commit."""
 
+import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from softlabel.storage.errors import IntegrityError
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.inspection import column_bytes, history, inspect
+from softlabel.storage.upkeep.inspection import column_bytes, history, inspect, last_capture
 from softlabel.storage.writer import ShardWriter
 from tests.storage.tables import random_labels, sequences
 
@@ -91,3 +94,29 @@ def test_history_lists_commits_newest_first(large: Table):
     assert added.bytes == sum(shard.bytes for shard in large.shards())
     assert added.time.endswith("+00:00")
     assert history(Table.open(f"{large.location}@0")) == [created]
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ({"sequences": "many"}, "softlabel.sequences"),
+        ({"teacher": 7}, "softlabel.teacher"),
+        ({"circumstances": {"user": ["ada"]}}, "softlabel.circumstances.user"),
+    ],
+)
+def test_a_commit_that_softlabel_could_not_have_written_is_an_error_that_names_the_field(
+    written: dict[str, object], named: str, tmp_path: Path
+):
+    from tests.storage.tables import identity, make_table
+
+    table = make_table(tmp_path / "table", identity())
+    with ShardWriter(table) as writer:
+        writer.append(sequences(["a"], [10]), random_labels(10))
+        writer.commit({"operation": "capture"})
+    log = sorted((tmp_path / "table" / "_delta_log").glob("*.json"))[-1]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    next(line["commitInfo"] for line in lines if "commitInfo" in line)["softlabel"] |= written
+    log.write_text("\n".join(map(json.dumps, lines)))
+    for reads in (history, last_capture):
+        with pytest.raises(IntegrityError, match=re.escape(named)):
+            reads(table.newest())

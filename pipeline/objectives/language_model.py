@@ -1,0 +1,205 @@
+"""Language models: students that predict the next token, trained on a table's positions and measured on held-out ones.
+
+The student is built by ``students.build``, its batches come from ``stream.dataset`` and ``stream.holdout``, its loss is
+``loss.fused``, its metrics are ``evaluation.metrics``. This module ties them together; it knows no loop, no checkpoint
+and no device.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.evaluation.metrics import measure
+from softlabel.pipeline.evaluation.report import (
+    EvaluationReport,
+    Header,
+    NamedTeacher,
+    Report,
+    StudentSummary,
+    TeacherSummary,
+    TrainedStudent,
+    perplexity,
+    to_html,
+    to_json,
+    write,
+)
+from softlabel.pipeline.loss.averaging import decode_batch, require_average
+from softlabel.pipeline.loss.fused import distillation_loss
+from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
+from softlabel.pipeline.objectives.objective import Trainable
+from softlabel.pipeline.stream.batch import Batch
+from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.pipeline.stream.holdout import Holdout
+from softlabel.pipeline.students.build import build, hidden_states, output_head, separates
+from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.source import StudentSource
+from softlabel.storage.errors import AccessError, IntegrityError, TableError, UsageError
+from softlabel.storage.views.view import AnyTable
+
+EVAL_TOKENS = 4096
+"""Tokens of the eval split, including padding, in evaluations during training; ``evaluate`` measures all of it."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The ``Objective`` of a student whose teacher is a language model."""
+
+    origin: Origin
+    task = "text-generation"
+
+    def require_fitting(self, config: StudentConfig, source: StudentSource | None = None) -> StudentSource:
+        """See ``Objective``."""
+        if config.labels:
+            raise UsageError(
+                "student.labels is only for classifiers, and this table's teacher is a language model",
+                expected="no student.labels, or a table captured from a classifier",
+                found=f"student.labels: {' '.join(config.labels)}",
+                where=self.origin.location,
+                do="leave student.labels out",
+            )
+        return require_fitting(config, self.origin, source)
+
+    def require_loss(self, config: TrainConfig) -> Target | None:
+        """See ``Objective``."""
+        if not config.loss.soft_weight and not config.loss.soft_weight_end:
+            return None
+        max_k = self._max_k(config.stream)
+        target = resolve_target(config.loss, self.origin.temperatures, self.origin.draws, max_k)
+        if self.origin.average:
+            require_average(config.loss, max_k)
+        return target
+
+    def build(
+        self, config: StudentConfig, table: AnyTable, packing: bool = False, source: StudentSource | None = None
+    ) -> PreTrainedModel:
+        """See ``Objective``."""
+        return build(config, table, self.require_fitting(config, source), packing)
+
+    def trainable(
+        self, config: TrainConfig, table: AnyTable, student: PreTrainedModel, target: Target | None
+    ) -> Trainable:
+        """See ``Objective``."""
+        loss = config.loss if target is None else config.loss.model_copy(update={"target": target})
+        return Trainable(
+            module=Distillation(student, table, loss, self._max_k(config.stream)),
+            dataset=partial(SoftLabelDataset, table, config.stream),
+            evaluation=_evaluation(table, config.stream),
+        )
+
+    def held_out(self, table: AnyTable, students: Sequence[StudentConfig]) -> "HeldOutPositions":
+        """See ``Objective``."""
+        return HeldOutPositions(Holdout.of(table))
+
+    def _max_k(self, stream: StreamConfig) -> int | None:
+        return dropping(stream.max_k, self.origin.head)
+
+
+class Distillation(nn.Module):
+    """A student and its loss in one module, so that whatever wraps it (autocast, DDP, FSDP) wraps both."""
+
+    vocabulary: Tensor
+
+    def __init__(self, student: PreTrainedModel, table: AnyTable, loss: LossConfig, max_k: int | None) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
+        self.loss = loss
+        """Settings of the loss, with its weights at the current step."""
+        self._table = table
+        self._max_k = max_k
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The batch's share of the step's loss, with gradient, and (2,) its hard and soft part, detached."""
+        head = output_head(self.student)
+        hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+        targets = None
+        if self.loss.soft_weight:
+            targets = decode_batch(batch.targets, self.vocabulary, self._table.temperatures, self.loss, self._max_k)
+        positions = max(1, batch.global_positions)
+        loss = distillation_loss(
+            hidden,
+            head.weight,
+            batch.next_ids,
+            targets,
+            self.loss,
+            bias=head.bias,
+            vocabulary_size=len(self.vocabulary),
+            soft_cap=head.soft_cap,
+            logit_scale=head.scale,
+            normalizer=positions,
+        )
+        return loss.total, torch.stack([loss.hard, loss.soft]).float() / positions
+
+    def measured(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """The student's metrics on these batches, by name in the curves."""
+        metrics = measure(self.student, batches, self._table)
+        logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
+        if metrics.agreement is not None:
+            logs["eval_agreement"] = metrics.agreement.mean
+        return logs
+
+
+@dataclass(frozen=True)
+class HeldOutPositions:
+    """The ``HeldOut`` of a table of positions."""
+
+    holdout: Holdout
+    unit = "positions"
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return self.holdout.positions
+
+    def measure(
+        self, model: PreTrainedModel, student: TrainedStudent, batch_tokens: int, done: Callable[[int], object]
+    ) -> StudentSummary:
+        """See ``HeldOut``."""
+
+        def batches() -> Iterator[Batch]:
+            for batch in self.holdout.batches(batch_tokens, packing=separates(model)):
+                yield batch
+                done(len(batch.positions))
+
+        metrics = measure(model, batches(), self.holdout.table)
+        return StudentSummary(**vars(student), metrics=metrics, perplexity=perplexity(metrics.cross_entropy))
+
+    def report(
+        self, header: Header, teacher: NamedTeacher, students: Sequence[StudentSummary], folder: Path
+    ) -> EvaluationReport:
+        """See ``HeldOut``."""
+        metrics = students[0].metrics
+        report = Report(
+            **vars(header),
+            sequences=self.holdout.sequences,
+            positions=self.holdout.positions,
+            left_out=self.holdout.left_out,
+            teacher=TeacherSummary(
+                **vars(teacher),
+                cross_entropy=metrics.teacher_cross_entropy,
+                perplexity=perplexity(metrics.teacher_cross_entropy),
+                entropy=metrics.teacher_entropy,
+            ),
+            students=tuple(students),
+        )
+        return EvaluationReport.of(report, *write(to_html(report), to_json(report), folder))
+
+
+def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
+    """The first held-out batches, in the table's order; empty if nothing is held out."""
+    try:
+        holdout = Holdout.of(table)
+    except (AccessError, IntegrityError):
+        raise
+    except TableError:
+        return []
+    batches = holdout.batches(stream.max_length, stream.packing)
+    return list(islice(batches, max(1, EVAL_TOKENS // stream.max_length)))

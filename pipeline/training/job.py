@@ -1,0 +1,58 @@
+"""What one training run does: everything that its settings name, found, opened and checked once, before it starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.loss.targets import Target
+from softlabel.pipeline.objectives.decide import objective_of
+from softlabel.pipeline.objectives.objective import Objective
+from softlabel.pipeline.students.folder import RUN, StudentFolder, run_record
+from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.record import Cursor, RunRecord, read_record
+from softlabel.pipeline.students.source import StudentSource
+from softlabel.storage.views.view import AnyTable
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training run that can start, or go on."""
+
+    config: TrainConfig
+    folder: StudentFolder
+    table: AnyTable
+    """At the version that the run reads."""
+    objective: Objective
+    target: Target | None
+    """Target of the soft loss; None if there is none, or for a classifier."""
+    source: StudentSource
+    record: RunRecord
+    """What the student is made from, as its record will say."""
+    checkpoint: Path | None
+    """Checkpoint that the run goes on from; None if it begins."""
+    start: Cursor
+    """Position in the stream from which on the student is trained."""
+
+    @classmethod
+    def resolve(cls, config: TrainConfig, folder: StudentFolder, table: AnyTable) -> Self:
+        """Decide on the objective, find the student's source, and compare both with the run so far.
+
+        Args:
+            config: the settings.
+            folder: the student's folder.
+            table: from ``StudentFolder.open_table``.
+
+        Raises:
+            UsageError: if the loss can't be computed from the table, or if the source has changed since the run began.
+            StudentError: if the source can't be found.
+        """
+        origin = Origin.of(table)
+        objective = objective_of(origin)
+        target = objective.require_loss(config)
+        source = StudentSource.find(config.student, origin)
+        folder.require_source(source)
+        record = run_record(config, table, source, target)
+        checkpoint = folder.checkpoint
+        start = read_record(checkpoint / RUN, RunRecord).cursor if checkpoint else Cursor()
+        return cls(config, folder, table, objective, target, source, record, checkpoint, start)
