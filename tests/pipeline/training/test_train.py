@@ -54,7 +54,7 @@ def test_a_read_only_table_is_trained_from_with_a_warning(table, tmp_path, monke
         raise TableError("can't be written")
 
     monkeypatch.setattr(training, "pin", refuse)
-    with pytest.warns(UserWarning, match="A vacuum may delete this version"):
+    with pytest.warns(UserWarning, match="a later vacuum may delete it"):
         assert train(settings(table, tmp_path / "student", optimizer={"max_steps": 1})).steps == 1
 
 
