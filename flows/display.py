@@ -182,6 +182,8 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
         parameters = "" if score.parameters is None else short(score.parameters)
         scores.add_row(score.name, f"{score.perplexity:,.2f}", f"{score.kl:.3f}", agreement, parameters)
     console.print(scores)
+    if report.verdict:
+        console.print(escape(report.verdict))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     console.print(f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')}{left_out}")
     if report.kl_kind == "mean over teachers":
@@ -199,6 +201,8 @@ def _class_scores(report: "ClassEvaluation") -> None:
             score.name, *("" if share is None else f"{share:.1%}" for share in shares), f"{score.kl:.3f}", parameters
         )
     console.print(scores)
+    if report.verdict:
+        console.print(escape(report.verdict))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     console.print(f"{count(report.documents, 'held-out document')}{left_out}")
     if report.unmapped > 0.0005:

@@ -1,17 +1,19 @@
-"""The flow that compares students with their teacher, and creates artifacts for the scores and the report."""
+"""The flow that compares students with their teacher, and shows the report in Prefect's UI."""
 
+from base64 import b64encode
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from prefect import flow
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.evaluation.report import EvaluationReport
+from softlabel.pipeline.evaluation.report import EvaluationReport, pictures
 
 
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
@@ -19,14 +21,47 @@ def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
     with retrying(), watching() as watch:
         report = evaluate(config, watch)
-    if isinstance(report, ClassEvaluation):
-        size = f"{report.documents:,} documents"
-    else:
-        size = f"{report.positions:,} positions"
     create_table_artifact(
         [asdict(score) for score in (report.teacher, *report.students)],
         key="students",
-        description=f"Scores on {size}, held out, of {report.table}@{report.version}",
+        description=f"Scores on {_size(report)} of {report.table}@{report.version}",
     )
-    create_link_artifact(Path(report.html).absolute().as_uri(), link_text="report", key="report")
+    create_markdown_artifact("\n\n".join(_markdown(report)), key="report", description="Report of the evaluation")
     return report
+
+
+def _markdown(report: EvaluationReport | ClassEvaluation) -> Iterator[str]:
+    """The verdict, the scores and the drawings of the report, as paragraphs of Markdown.
+
+    Prefect's UI drops links to files, so the content itself stands here.
+    """
+    if report.verdict:
+        yield f"**{_plain(report.verdict)}**"
+    columns = [name for name in asdict(report.teacher) if name != "name"]
+    rows = [["", *columns], ["---", *("--:" for _ in columns)]]
+    rows += [
+        [_plain(score.name), *(_cell(asdict(score)[name]) for name in columns)]
+        for score in (report.teacher, *report.students)
+    ]
+    yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    yield f"On {_size(report)} of {_plain(report.table)}@{report.version}."
+    for title, svg in pictures(Path(report.html)):
+        yield f"### {_plain(title)}\n\n![{_plain(title)}](data:image/svg+xml;base64,{b64encode(svg.encode()).decode()})"
+    yield f"The whole report is in `{Path(report.html).absolute().as_posix().replace('`', '')}`."
+
+
+def _size(report: EvaluationReport | ClassEvaluation) -> str:
+    if isinstance(report, ClassEvaluation):
+        return f"{report.documents:,} held-out documents"
+    return f"{report.positions:,} held-out positions"
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is; the names of folders may contain its signs."""
+    return "".join(f"&#{ord(sign)};" if not (sign.isalnum() or sign in " .,:;/@%()-_") else sign for sign in text)

@@ -90,6 +90,8 @@ class ClassEvaluation:
     """Mean mass of the teacher's distribution on classes that belong to no label."""
     teacher: ClassScore
     students: tuple[ClassScore, ...]
+    verdict: str | None
+    """Which student is the most accurate, in a sentence; None for a single student, or without labels."""
 
     @classmethod
     def of(cls, report: ClassReport, html: Path, json: Path) -> Self:
@@ -104,6 +106,7 @@ class ClassEvaluation:
             unmapped=report.unmapped.mean,
             teacher=ClassScore.of(report.teacher),
             students=tuple(map(ClassScore.of, report.students)),
+            verdict=verdict(report.students),
         )
 
 

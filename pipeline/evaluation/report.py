@@ -5,9 +5,11 @@ neither table nor model.
 """
 
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import unescape
 from math import exp
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,9 @@ from softlabel.pipeline.evaluation.metrics import MeanWithError, Metrics
 from softlabel.pipeline.students.record import StudentRecord
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
+
+_ALONE = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+"""What an SVG file needs, and an SVG element of a page does not."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ class EvaluationReport:
     """Sequences of the eval split that also occur in the train split."""
     teacher: Score
     students: tuple[Score, ...]
+    verdict: str | None
+    """Which student is closest to the teacher, in a sentence; None for a single student."""
     kl_kind: str
     """How the KL was estimated: see ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
 
@@ -171,6 +178,7 @@ class EvaluationReport:
             left_out=report.left_out,
             teacher=Score(report.teacher.name, report.teacher.perplexity.mean, 0.0, 1.0, report.teacher.parameters),
             students=tuple(map(Score.of, report.students)),
+            verdict=_verdict(report.students),
             kl_kind=report.students[0].metrics.kl_kind,
         )
 
@@ -213,6 +221,19 @@ def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
         durable.write(json, content)
         durable.write(html, page.encode())
     return html, json
+
+
+def pictures(page: Path) -> list[tuple[str, str]]:
+    """The drawings of a page that ``write`` wrote: each with its title, as an SVG image that stands alone."""
+    text = page.read_text(encoding="utf-8")
+    colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{3,6})", text.partition("@media")[0]))
+    found = []
+    for title, svg in re.findall(r"<figure><h3>(.*?)</h3>(<svg .*?</svg>)", text, re.DOTALL):
+        image = re.sub(r"var\(--([a-z0-9-]+)\)", lambda role: colors[role[1]], svg)
+        style = f"background: {colors['page']}; font: 10px sans-serif; stroke-linejoin: round"
+        image = image.replace("<svg ", f'<svg {_ALONE} width="640" style="{style}" ', 1)
+        found.append((unescape(title), image))
+    return found
 
 
 @contextmanager

@@ -20,13 +20,14 @@ def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixtu
         ClassScore("teacher", None, None, None, None, 0.0, None),
         ClassScore("s", 0.5, 0.4, 0.3, 0.2, 0.125, 1000),
     )
-    evaluated = ClassEvaluation("report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:])
+    evaluated = ClassEvaluation("report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:], "s wins.")
     show_distill(DistillReport(captured, {"student": trained}, evaluated))
     shown = capsys.readouterr().out
     for text in (
         "2 documents cut short to the classifier's longest input",
         "1 document left out: taken down earlier",
         "50.0%",
+        "s wins.",
         "20.0%",
         "0.125",
         "4 held-out documents; 1 more left out (also in the train split)",

@@ -1,18 +1,25 @@
 """The flows on a real Prefect server with a tiny teacher, as the command line runs them."""
 
 import os
+import re
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
+from xml.etree.ElementTree import fromstring
 
 import pytest
 import yaml
 from prefect.settings import get_current_settings
 
 from softlabel.flows.cli import run
+from softlabel.flows.evaluate import evaluate_flow
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.training.train import train
 from tests.flows.commands import softlabel
 from tests.pipeline.captured import make_table
 from tests.pipeline.hostile import hostile
+from tests.pipeline.trainings import settings
 
 FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "mix")
 
@@ -20,7 +27,7 @@ FLOWS = ("capture", "estimate", "train", "evaluate", "distill", "verify", "maint
 @pytest.fixture
 def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
     """A YAML file that distils the tiny teacher in seconds."""
-    settings = {
+    values = {
         "documents": str(documents),
         "table": str(tmp_path / "table"),
         "output": str(tmp_path / "runs"),
@@ -32,7 +39,7 @@ def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
         "optimizer": {"max_steps": 2, "device": "cpu"},
     }
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(yaml.safe_dump(values))
     return file
 
 
@@ -61,6 +68,7 @@ def test_distilling_again_from_the_same_file_does_nothing(small: Path, capsys: p
     assert "positions" in err
 
     assert {"capture-progress": "progress", "students": "table", "report": "markdown"}.items() <= artifacts().items()
+    assert report_shows_pictures_and_scores()
     table, student = small.parent / "table", small.parent / "runs" / "student"
     runs = {f"distill {table}", f"capture {table}", f"plan {table}", f"capture 000000 {table}", f"train {student}"}
     assert runs <= names_of_runs()
@@ -79,6 +87,36 @@ def test_distilling_again_from_the_same_file_does_nothing(small: Path, capsys: p
         assert isinstance(report, dict)
         assert run([verb, "--config", str(small)]) == 0
         assert "positions" in capsys.readouterr().out
+
+
+def report_shows_pictures_and_scores() -> bool:
+    """Whether the newest report artifact holds the report itself: the UI drops links to files."""
+    text = newest_report()
+    for image in re.findall(r"!\[.*?\]\(data:image/svg\+xml;base64,(.*?)\)", text):
+        drawing = b64decode(image).decode()
+        assert "var(" not in drawing
+        assert fromstring(drawing).tag == "{http://www.w3.org/2000/svg}svg"
+    return "![KL to the teacher" in text and "| student |" in text and "| control |" in text
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_students_name_can_not_write_markdown_into_the_report(tiny_teacher: Path, tmp_path: Path):
+    table = make_table(tmp_path / "table", tiny_teacher, train=4, held_out=4)
+    name = "<img src=x>|`*[a](http:b)"
+    train(settings(table, tmp_path / name.replace("/", ""), optimizer={"max_steps": 1}))
+    student = str(tmp_path / name.replace("/", ""))
+    evaluate_flow(EvaluateConfig(table=table.location, students=(student,), report=str(tmp_path / "report")))
+    scores, *_ = newest_report().partition("On ")
+    assert not set("<>`*[]") & set(scores)
+    assert len({line.count("|") for line in scores.splitlines() if line}) == 1
+
+
+def newest_report() -> str:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        reports = [each for each in client.read_artifacts() if each.key == "report"]
+        return str(max(reports, key=lambda each: each.created).data)
 
 
 def names_of_runs() -> set[str]:
