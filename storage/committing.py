@@ -1,25 +1,21 @@
 """Commits: add and remove shards, and possibly change the table's identity, in one atomic step.
 
-delta-rs commits changes of shards. It can't change a table's properties and its shards in one commit, so this module
-writes such a commit itself, as the Delta protocol specifies: as a file that must not exist yet.
+A commit is written as the Delta protocol specifies: as a file that must not exist yet. delta-rs would do the same, but
+its files are not durable, and it can't change a table's properties and its shards in one commit.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
-from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction, CommitProperties, RemoveAction
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, RemoveAction
 
-from softlabel.storage.commit_message import COMMIT_MESSAGE
+from softlabel.storage.checkpoints import VERSIONS_PER_CHECKPOINT, write_checkpoint
 from softlabel.storage.errors import TableError, cause
 from softlabel.storage.identity import Identity
-from softlabel.storage.log_files import commit_file
+from softlabel.storage.log_files import commit_file, write_commit
 from softlabel.storage.places.place import hash_of
-from softlabel.storage.schema import PARTITION
 from softlabel.storage.shard_file import shard_of
 from softlabel.storage.table import Table
 
@@ -75,57 +71,17 @@ def try_commit(
         "state": newest.state(newest.version + 1, after.values(), properties),
         "previous": hash_of(newest.place.read(commit_file(newest.version))),
     }
-    if identity is None:
-        first = _commit_shards(newest, actions, message)
-    else:
-        first = _commit_properties(newest, actions, message, properties)
-    if not first:
+    operation, lines = "WRITE", [_line(action) for action in actions]
+    if identity is not None:
+        operation, lines = "SET TBLPROPERTIES", [newest.metadata_line(properties), *lines]
+    if not write_commit(newest.place, newest.version + 1, operation, message, lines):
         return False
-    newest.place.sync(commit_file(newest.version + 1))
     # Where there are no locks, maintenance may have deleted a file as an old leftover with the same name and content.
     for publish in publications:
         publish()
-    return True
-
-
-def _commit_shards(newest: Table, actions: Sequence[Action], message: Mapping[str, Any]) -> bool:
-    delta = DeltaTable(newest.location, version=newest.version)
-    # No retries inside delta-rs: the caller has to check first what the other commit has changed.
-    properties = CommitProperties(custom_metadata={COMMIT_MESSAGE: message}, max_commit_retries=0)
-    try:
-        delta.create_write_transaction(
-            list(actions), "append", delta.schema(), [PARTITION], commit_properties=properties
-        )
-    except CommitFailedError:
-        if newest.newest().version == newest.version:
-            raise
-        return False
-    return True
-
-
-def _commit_properties(
-    newest: Table, actions: Sequence[Action], message: Mapping[str, Any], properties: Mapping[str, str]
-) -> bool:
-    """A commit with other properties, as https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions has it."""
-    delta = DeltaTable(newest.location, version=newest.version)
-    known, moment = delta.metadata(), int(time.time() * 1000)
-    metadata = {
-        "id": known.id,
-        "format": {"provider": "parquet", "options": {}},
-        "schemaString": delta.schema().to_json(),
-        "partitionColumns": known.partition_columns,
-        "configuration": dict(properties),
-        "createdTime": known.created_time,
-    }
-    info = {"timestamp": moment, "operation": "SET TBLPROPERTIES", "operationParameters": {}, COMMIT_MESSAGE: message}
-    lines = [{"commitInfo": info}, {"metaData": metadata}, *map(_line, actions)]
-    content, name = "\n".join(json.dumps(line) for line in lines).encode(), commit_file(newest.version + 1)
-    try:
-        newest.place.write(name, content, replace=False)
-    except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
-        with suppress(FileNotFoundError):  # another process is about to write it
-            return newest.place.read(name) == content
-        return False
+    if (newest.version + 2) % VERSIONS_PER_CHECKPOINT == 0:
+        with suppress(OSError, DeltaError):  # the commit is made, and without a checkpoint it only takes longer to read
+            write_checkpoint(newest.place, newest.version + 1)
     return True
 
 

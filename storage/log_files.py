@@ -1,10 +1,13 @@
-"""The files of a table's log: lists commits and checkpoints, reads commits, and detects missing or empty ones."""
+"""The files of a table's log: lists commits and checkpoints, reads and writes commits, and detects missing ones."""
 
 import json
 import re
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
@@ -48,6 +51,52 @@ def read_commit(place: Place, version: int) -> list[dict[str, Any]]:
         return lines_of(place.read(commit_file(version)))
     except (OSError, ValueError) as error:
         raise unreadable_commit(place, version, error) from error
+
+
+def write_commit(
+    place: Place, version: int, operation: str, message: Mapping[str, Any], actions: Iterable[Mapping[str, Any]]
+) -> bool:
+    """Write a commit, durably; returns False if another commit has this version already.
+
+    Args:
+        place: place of the table.
+        version: version that the commit makes.
+        operation: Delta's name for what it does.
+        message: softlabel's own metadata.
+        actions: the other lines, as https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions has them.
+
+    Raises:
+        OSError: if it can't be written; then there is no such commit.
+    """
+    info = {"timestamp": int(time.time() * 1000), "operation": operation, "operationParameters": {}}
+    lines = [{"commitInfo": {**info, COMMIT_MESSAGE: message}}, *actions]
+    content, name = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode(), commit_file(version)
+    try:
+        place.write(name, content, replace=False)
+    except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
+        return place.read(name) == content
+    return True
+
+
+def metadata_line(table: str, created: int, schema: str, properties: Mapping[str, str]) -> dict[str, Any]:
+    """The line of a commit that defines the table's columns and properties.
+
+    Args:
+        table: Delta's id of the table.
+        created: when the table was made, in milliseconds.
+        schema: columns of the table, as Delta's JSON.
+        properties: properties of the table.
+    """
+    return {
+        "metaData": {
+            "id": table,
+            "format": {"provider": "parquet", "options": {}},
+            "schemaString": schema,
+            "partitionColumns": [PARTITION],
+            "configuration": dict(properties),
+            "createdTime": created,
+        }
+    }
 
 
 def last_metadata_commit(place: Place, version: int) -> int:

@@ -9,6 +9,8 @@ Opens, creates and describes tables; never reads a shard (``storage.reader``) or
 """
 
 import hashlib
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +23,22 @@ from deltalake import DeltaTable
 from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import DeltaError
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
-from deltalake.transaction import CommitProperties
 
 from softlabel.storage.codec import Ints, SoftLabels
-from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
-from softlabel.storage.log_files import commit_file, last_metadata_commit, require_no_remains, require_whole
+from softlabel.storage.log_files import (
+    commit_file,
+    last_metadata_commit,
+    metadata_line,
+    require_no_remains,
+    require_whole,
+    write_commit,
+)
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
-from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
+from softlabel.storage.schema import FORMAT, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 from softlabel.storage.state import Shard, require_state, state
 from softlabel.storage.versions import parse, resolve
@@ -133,15 +140,13 @@ class Table:
                 "softlabel.vocabulary": store_vocabulary(place, sample, identity.vocabulary),
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
-            made = {"state": state(0, settings, DeltaSchema.from_arrow(schema).to_json(), [])}
-            DeltaTable.create(
-                location,
-                schema,
-                partition_by=[PARTITION],
-                configuration=settings,
-                raise_if_key_not_exists=False,
-                commit_properties=CommitProperties({COMMIT_MESSAGE: made}, max_commit_retries=0),
-            )
+            columns = DeltaSchema.from_arrow(schema).to_json()
+            lines = [
+                {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
+                metadata_line(str(uuid.uuid4()), int(time.time() * 1000), columns, settings),
+            ]
+            if not exists(location):  # if another process makes the table now, one of the two commits is refused
+                write_commit(place, 0, "CREATE TABLE", {"state": state(0, settings, columns, [])}, lines)
         except (DeltaError, OSError) as error:
             if not cls.exists(location):
                 raise TableError(
@@ -250,6 +255,11 @@ class Table:
         """The Delta table's properties in this version, or what they would be with another identity."""
         changed = {} if identity is None else {_IDENTITY: identity.model_dump_json()}
         return {**self._delta.metadata().configuration, **changed}
+
+    def metadata_line(self, properties: Mapping[str, str]) -> dict[str, Any]:
+        """The line of a commit that gives the table other properties."""
+        known = self._delta.metadata()
+        return metadata_line(str(known.id), known.created_time, self._delta.schema().to_json(), properties)
 
     def state(self, version: int, shards: Iterable[Shard], properties: Mapping[str, str]) -> str:
         """The state hash of a version with these shards and properties (see ``storage.state``)."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
 
 import softlabel.storage.writer
+from softlabel.storage import committing
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import TableError
 from softlabel.storage.places.place import content_hash
@@ -129,17 +129,17 @@ def test_overlapping_writers_store_each_row_once(table: Table):
 
 def test_a_writer_that_loses_races_adds_only_missing_rows(table: Table, monkeypatch: pytest.MonkeyPatch):
     """Others commit the same rows between a writer's look at the table and its commit, again and again."""
-    real, losses = DeltaTable.create_write_transaction, [A[:10], A[5:25], A[20:30]]
+    real, losses = committing.write_commit, [A[:10], A[5:25], A[20:30]]
 
-    def beaten(self, *args, **kwargs):
+    def beaten(*args, **kwargs):
         if losses:
             others = losses.pop()
             add(table, others)
-        return real(self, *args, **kwargs)
+        return real(*args, **kwargs)
 
     with ShardWriter(table, row_group=16) as writer:
         writer.append(*rows(A))
-        monkeypatch.setattr(DeltaTable, "create_write_transaction", beaten)
+        monkeypatch.setattr(committing, "write_commit", beaten)
         assert writer.commit({}).sequences == 10
     assert names_in(table.newest()) == sorted(A)
 
