@@ -180,6 +180,9 @@ def _deletion(report: "Maintenance") -> None:
     total = bytes_of(sum(leftover.bytes for leftover in report.deleted))
     what = f"{count(len(report.deleted), 'file')}, {total}, {verb}" if report.deleted else "nothing to delete"
     console.print(f"[bold]{report.location}[/]: {what}")
+    if report.renewed:
+        verb = "would be written anew" if report.dry_run else "were written anew"
+        console.print(f"damaged files of the log that {verb}: {', '.join(report.renewed)}")
     if report.vacuumed:
         verb = "could no longer be opened" if report.dry_run else "can no longer be opened"
         console.print(f"versions that {verb}: {spans(report.vacuumed)}")

@@ -14,8 +14,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from softlabel.storage.checkpoints import VERSIONS_PER_CHECKPOINT, write_checkpoint
 from softlabel.storage.errors import TableError, cause
 from softlabel.storage.identity import Identity
-from softlabel.storage.log_files import commit_file, write_commit
-from softlabel.storage.places.place import hash_of
+from softlabel.storage.log_files import write_commit
 from softlabel.storage.shard_file import shard_of
 from softlabel.storage.table import Table
 
@@ -59,22 +58,12 @@ def try_commit(
     """
     for publish in publications:
         publish()
-    after = {shard.path: shard for shard in newest.shards()}
-    for action in actions:
-        if isinstance(action, AddAction):
-            after[action.path] = shard_of(action)
-        else:
-            after.pop(action.path)
-    properties = newest.properties(identity)
-    message = {
-        **about,
-        "state": newest.state(newest.version + 1, after.values(), properties),
-        "previous": hash_of(newest.place.read(commit_file(newest.version))),
-    }
-    operation, lines = "WRITE", [_line(action) for action in actions]
-    if identity is not None:
-        operation, lines = "SET TBLPROPERTIES", [newest.metadata_line(properties), *lines]
-    if not write_commit(newest.place, newest.version + 1, operation, message, lines):
+    added = [shard_of(action) for action in actions if isinstance(action, AddAction)]
+    removed = [action.path for action in actions if isinstance(action, RemoveAction)]
+    hashes, lines = newest.next_commit(added, removed, identity)
+    operation = "WRITE" if identity is None else "SET TBLPROPERTIES"
+    lines += map(_line, actions)
+    if not write_commit(newest.place, newest.version + 1, operation, {**about, **hashes}, lines):
         return False
     # Where there are no locks, maintenance may have deleted a file as an old leftover with the same name and content.
     for publish in publications:

@@ -4,18 +4,23 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError
-from softlabel.storage.places.place import Place
+from softlabel.storage.places.place import Place, hash_of
 from softlabel.storage.schema import PARTITION
 
 LOG = "_delta_log"
 """Folder of the commits."""
+LARGEST_COMMIT = 1 << 30
+"""Bytes of a commit; a larger one is not read."""
+LARGEST_LINE = 1 << 24
+"""Bytes of a line of a commit."""
+_NO_HASH = "0" * 32
+"""Stands in a commit for its hash while the hash is computed."""
 _COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
-_CHECKPOINT = re.compile(rf"{LOG}/(\d{{20}})\.checkpoint\..*")
+_CHECKPOINT = re.compile(rf"{LOG}/(\d{{20}})\.checkpoint\.(?:\d{{10}}\.\d{{10}}\.)?parquet")
 _ANY = re.compile(rf"{LOG}/\d{{20}}\.(json|checkpoint\..*)")
 
 
@@ -24,16 +29,23 @@ def exists(place: Place) -> bool:
     return any(_ANY.fullmatch(file.name) for file in place.files(LOG))
 
 
+def list_log(place: Place, start: int = 0) -> tuple[set[int], dict[int, list[str]]]:
+    """Versions whose commit files exist, and the files of each checkpoint by version, from a version on.
+
+    A checkpoint describes a version without the commits before it.
+    """
+    commits, checkpoints = set[int](), dict[int, list[str]]()
+    for file in place.files(LOG, after=f"{LOG}/{start:020}"):
+        if match := _COMMIT.fullmatch(file.name):
+            commits.add(int(match[1]))
+        elif match := _CHECKPOINT.fullmatch(file.name):
+            checkpoints.setdefault(int(match[1]), []).append(file.name)
+    return commits, {version: sorted(names) for version, names in checkpoints.items()}
+
+
 def commits(place: Place) -> set[int]:
     """Versions whose commit files exist."""
-    names = (_COMMIT.fullmatch(file.name) for file in place.files(LOG))
-    return {int(match[1]) for match in names if match}
-
-
-def checkpoints(place: Place) -> dict[int, str]:
-    """Checkpoint files by version; a checkpoint describes a version without the commits before it."""
-    names = (_CHECKPOINT.fullmatch(file.name) for file in place.files(LOG))
-    return {int(match[1]): match[0] for match in names if match}
+    return list_log(place)[0]
 
 
 def commit_file(version: int) -> str:
@@ -48,7 +60,7 @@ def read_commit(place: Place, version: int) -> list[dict[str, Any]]:
         IntegrityError: if it is missing or invalid.
     """
     try:
-        return lines_of(place.read(commit_file(version)))
+        return lines_of(read_bytes(place, version))
     except (OSError, ValueError) as error:
         raise unreadable_commit(place, version, error) from error
 
@@ -67,14 +79,17 @@ def write_commit(
 
     Raises:
         OSError: if it can't be written; then there is no such commit.
+        ValueError: if a line is too long to be read again.
     """
     info = {"timestamp": int(time.time() * 1000), "operation": operation, "operationParameters": {}}
-    lines = [{"commitInfo": {**info, COMMIT_MESSAGE: message}}, *actions]
+    lines = [{"commitInfo": {**info, COMMIT_MESSAGE: {"hash": _NO_HASH, **message}}}, *actions]
     content, name = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode(), commit_file(version)
+    content = content.replace(_NO_HASH.encode(), hash_of(content).encode(), 1)
+    lines_of(content)
     try:
         place.write(name, content, replace=False)
     except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
-        return place.read(name) == content
+        return read_bytes(place, version) == content
     return True
 
 
@@ -114,10 +129,38 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
     Raises:
         ValueError: if they are not a commit.
     """
-    actions = [json.loads(line) for line in content.splitlines()]
+    lines = content.splitlines()
+    if max(map(len, lines), default=0) > LARGEST_LINE:
+        raise ValueError(f"a line is longer than {LARGEST_LINE:,} bytes")
+    try:
+        actions = [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError("a line is nested too deeply") from error
     if not actions:
         raise ValueError("the commit is empty, possibly after a power cut")
+    if not all(isinstance(action, dict) for action in actions):
+        raise ValueError("a line is not a JSON object")
     return actions
+
+
+def matches_its_hash(content: bytes, message: Mapping[str, Any]) -> bool:
+    """Whether a commit's bytes are those that were written.
+
+    Args:
+        content: the commit's bytes.
+        message: softlabel's metadata in it; without a hash, as in commits of earlier versions, nothing is known.
+    """
+    found = message.get("hash")
+    return found is None or hash_of(content.replace(str(found).encode(), _NO_HASH.encode(), 1)) == found
+
+
+def read_bytes(place: Place, version: int) -> bytes:
+    """The bytes of a commit.
+
+    Raises:
+        OSError: if they can't be read, or are too many for a commit.
+    """
+    return place.read(commit_file(version), LARGEST_COMMIT)
 
 
 def unreadable_commit(place: Place, version: int, found: Exception) -> IntegrityError:
@@ -126,23 +169,8 @@ def unreadable_commit(place: Place, version: int, found: Exception) -> Integrity
         "the table's log can't be read",
         found=repr(found),
         where=place.where(commit_file(version)),
-        do="restore this file from a copy of the table",
+        do="restore this file from a copy of the table; or, if it is empty and the newest, delete it and capture again",
     )
-
-
-def require_whole(place: Place, version: int) -> None:
-    """Refuse a version whose commit file is empty, as after a power cut: delta-rs would read it as "no changes".
-
-    Raises:
-        IntegrityError: if the file is empty.
-    """
-    with suppress(FileNotFoundError):  # commits before a checkpoint may be gone
-        if place.stat(commit_file(version)).bytes == 0:
-            raise IntegrityError(
-                "the table's log can't be read: a commit file is empty, possibly after a power cut",
-                where=place.where(commit_file(version)),
-                do="restore this file from a copy of the table; or, if it is the newest, delete it and capture again",
-            )
 
 
 def require_no_remains(place: Place) -> None:

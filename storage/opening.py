@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from softlabel.storage import log_files
-from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFoundError, UsageError, cause
-from softlabel.storage.log_files import LOG, commit_file, commits
+from softlabel.storage.errors import SoftlabelError, TableNotFoundError, UsageError
+from softlabel.storage.log_files import commits
 from softlabel.storage.places.open import place_of
-from softlabel.storage.places.place import Place, inaccessible
-from softlabel.storage.state import Chain
 from softlabel.storage.versions import parse, spans
 
 VIEW_FILE = "view.json"
@@ -29,16 +27,14 @@ def exists(location: str) -> bool:
     return log_files.exists(place_of(path)) or is_view(path)
 
 
-def open_error(location: str, version: int | None, error: Exception) -> SoftlabelError:
-    """The error for a table that delta-rs could not open.
+def open_error(location: str, version: int | None) -> SoftlabelError:
+    """The error for a location without a table, or a table without a version.
 
     Args:
         location: location as the caller gave it.
         version: requested version; None for the newest.
-        error: error of delta-rs.
     """
     path = parse(location)[0]
-    found = cause(error)
     if is_view(path):
         return UsageError(
             "this is a view over several tables, and a view can only be read",
@@ -47,7 +43,8 @@ def open_error(location: str, version: int | None, error: Exception) -> Softlabe
             where=path,
             do="run the command on one of its tables, then make a new view with softlabel mix",
         )
-    if not exists(path):
+    there = commits(place_of(path))
+    if version is None or not there:
         kind = "a file" if Path(path).is_file() else "a folder without a table" if Path(path).is_dir() else "nothing"
         return TableNotFoundError(
             "there is no soft-label table here",
@@ -56,30 +53,9 @@ def open_error(location: str, version: int | None, error: Exception) -> Softlabe
             where=location,
             do="check the path, or run softlabel capture",
         )
-    if version is not None and version not in commits(place_of(path)):
-        return TableNotFoundError(
-            f"there is no version {version} of this table",
-            expected=f"one of {spans(commits(place_of(path)))}",
-            where=location,
-            do="run softlabel history to list its versions",
-        )
-    if isinstance(error, OSError):  # the log could not be read at all, so nothing shows that it is damaged
-        return inaccessible(place_of(path).where(LOG), found)
-    return IntegrityError(
-        "the table's log can't be read",
-        expected="a Delta log as softlabel wrote it",
-        found=found,
-        where=place_of(path).where(_first_damaged_commit(place_of(path)) or LOG),
-        do="restore this from a copy of the table",
+    return TableNotFoundError(
+        f"there is no version {version} of this table",
+        expected=f"one of {spans(there)}",
+        where=location,
+        do="run softlabel history to list its versions",
     )
-
-
-def _first_damaged_commit(place: Place) -> str | None:
-    """The first damaged commit; None if only the newest commit or a checkpoint may be damaged."""
-    chain = Chain()
-    for version in sorted(commits(place)):
-        try:
-            chain.add(version, place.read(commit_file(version)))
-        except (OSError, ValueError):
-            return commit_file(version)
-    return next(iter(chain.damaged), None)

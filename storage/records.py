@@ -8,11 +8,12 @@ Each record contains a hash of its other fields, so that a damaged one is recogn
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Generic, TypeVar
 
 from softlabel.storage.errors import IntegrityError, TableError
 from softlabel.storage.places.open import place_of
-from softlabel.storage.places.place import SIDE_FOLDER, Place
+from softlabel.storage.places.place import SIDE_FOLDER, File, Place
 from softlabel.storage.sealed_json import seal, unseal
 
 
@@ -28,16 +29,22 @@ class Record:
 R = TypeVar("R", bound=Record)
 
 
+LARGEST_RECORD = 1 << 28
+"""Bytes of a record; enough for the hashes of seven million documents that were taken down."""
+
+
 class RecordStore(Generic[R]):
     """All records of one kind.
 
     Args:
         kind: name of their folder.
         record: type of the records.
+        final: whether a record's file is never replaced, so that this process has to read it only once.
     """
 
-    def __init__(self, kind: str, record: type[R]) -> None:
-        self._kind, self._record = kind, record
+    def __init__(self, kind: str, record: type[R], *, final: bool = False) -> None:
+        self._kind, self._record, self._final = kind, record, final
+        self._known: dict[tuple[str, File], R] = {}
 
     def all(self, table: str) -> list[R]:
         """Every record of this kind, in the order of their names.
@@ -45,27 +52,45 @@ class RecordStore(Generic[R]):
         Raises:
             IntegrityError: if one of them can't be read.
         """
+        return list(self.by_name(table).values())
+
+    def by_name(self, table: str) -> dict[str, R]:
+        """Every record of this kind, by its name.
+
+        Raises:
+            IntegrityError: if one of them can't be read.
+        """
         place = place_of(table)
-        records = (self._read(place, name) for name in self._names(place))
-        return [record for record in records if record is not None]
+        while True:
+            files = self._files(place)
+            found = {file.name: self._read(place, file) for file in files}
+            records = {PurePath(name).stem: record for name, record in found.items() if record is not None}
+            # One that was removed after the listing may be part of another one now, which the listing did not show.
+            if len(records) == len(files) or self._files(place) == files:
+                return records
 
     def damaged(self, table: str) -> Iterator[str]:
         """File names of the records that can't be read."""
         place = place_of(table)
-        for name in self._names(place):
+        for file in self._files(place):
             try:
-                self._read(place, name)
+                self._read(place, file)
             except IntegrityError:
-                yield name
+                yield file.name
 
-    def _names(self, place: Place) -> list[str]:
-        names = (file.name for file in place.files(f"{SIDE_FOLDER}/{self._kind}"))
-        return sorted(name for name in names if name.endswith(".json"))
+    def _files(self, place: Place) -> list[File]:
+        files = place.files(f"{SIDE_FOLDER}/{self._kind}")
+        return sorted((file for file in files if file.name.endswith(".json")), key=lambda file: file.name)
 
-    def _read(self, place: Place, name: str) -> R | None:
+    def _read(self, place: Place, file: File) -> R | None:
         """None if the record was removed meanwhile."""
+        if (place.address, file) in self._known:
+            return self._known[place.address, file]
         try:
-            return self._record(**unseal(place.read(name)))
+            record = self._record(**unseal(place.read(file.name, LARGEST_RECORD)))
+            if self._final:
+                self._known[place.address, file] = record
+            return record
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -73,7 +98,7 @@ class RecordStore(Generic[R]):
                 f"a record in the table's {self._kind} folder is damaged",
                 expected="a JSON object that matches the hash in it",
                 found=repr(error),
-                where=place.where(name),
+                where=place.where(file.name),
                 do="restore this file from a copy of the table, or delete it and repeat the command that created it",
             ) from error
 
@@ -84,9 +109,17 @@ class RecordStore(Generic[R]):
             FileExistsError: if the record exists and ``replace`` is false.
             TableError: if it can't be written.
         """
-        place, path = place_of(table), self._path(name)
+        place, path, content = place_of(table), self._path(name), seal(asdict(record))
+        if len(content) > LARGEST_RECORD:
+            raise TableError(
+                "this record would be too large to be read again; nothing was written",
+                expected=f"at most {LARGEST_RECORD:,} bytes",
+                found=f"{len(content):,} bytes",
+                where=place.where(path),
+                do="divide the request into several, for example into lists of a million documents each",
+            )
         try:
-            place.write(path, seal(asdict(record)), replace=replace)
+            place.write(path, content, replace=replace)
         except FileExistsError:
             raise
         except OSError as error:

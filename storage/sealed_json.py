@@ -22,7 +22,7 @@ def unseal(content: bytes) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(content)
         if fields.pop("hash") == _hash(fields):
             return fields
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError("not a JSON object with a hash") from error
     raise ValueError("the content does not match its hash")
 

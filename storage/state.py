@@ -5,19 +5,22 @@ in each commit is a hash of the commit file before it, so that ``verify`` can na
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from softlabel.storage.commit_message import COMMIT_MESSAGE
-from softlabel.storage.errors import IntegrityError
-from softlabel.storage.log_files import commit_file, lines_of, read_commit
-from softlabel.storage.places.place import Place, hash_of
+from softlabel.storage.log_files import commit_file, lines_of, matches_its_hash
+from softlabel.storage.places.place import hash_of
+from softlabel.storage.schema import PARTITION
+
+_OUTSIDE = re.compile(r"[\x00-\x1f\x7f%\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)\.{0,2}(/|$)")
+"""Found in a decoded path that might leave the table, or lead to its log and records."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One Parquet file of one version."""
 
     path: str
@@ -26,23 +29,49 @@ class Shard:
     rows: int
     bytes: int
 
+    @property
+    def line(self) -> str:
+        """Its line in the input of a state hash."""
+        return f"shard {self.path} {self.split} {self.rows} {self.bytes}"
 
-def state(version: int, properties: Mapping[str, str], schema: str, shards: Iterable[Shard]) -> str:
+
+def added_shard(add: Mapping[str, Any]) -> Shard:
+    """The shard that a line ``add`` of the log describes.
+
+    Raises:
+        ValueError: if it describes no shard; or a KeyError or TypeError.
+    """
+    rows = json.loads(add.get("stats") or "{}").get("numRecords", 0)
+    return Shard(named_path(add["path"]), add["partitionValues"].get(PARTITION), rows, add["size"])
+
+
+def named_path(path: str) -> str:
+    """The path of a shard, as the log writes it, in a URL's form.
+
+    Raises:
+        ValueError: if it is not the path of a shard, for example because it leaves the table.
+    """
+    plain = unquote(path) if "%" in path else path
+    if _OUTSIDE.search(plain):
+        raise ValueError(f"{path!r} is not the path of a shard in the table")
+    return plain
+
+
+def state(version: int, properties: Mapping[str, str], schema: str, shards: Sequence[str]) -> str:
     """BLAKE2b-128, as 32 hexadecimal digits, of everything that defines a version; FORMAT.md specifies the input.
 
     Args:
         version: version number.
         properties: properties of the Delta table.
         schema: schema of the Delta table, as JSON.
-        shards: shards of the version, in any order.
+        shards: lines of the version's shards, sorted.
     """
     lines = [f"version {version}"]
     lines += [f"property {name} {properties[name]}" for name in sorted(properties)]
     lines += [
         f"column {field['name']} {json.dumps(field['type'], sort_keys=True)}" for field in json.loads(schema)["fields"]
     ]
-    lines += sorted(f"shard {shard.path} {shard.split} {shard.rows} {shard.bytes}" for shard in shards)
-    return hash_of("\n".join(lines).encode())
+    return hash_of("\n".join([*lines, *shards]).encode())
 
 
 def softlabel_metadata(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -52,7 +81,7 @@ def softlabel_metadata(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Chain:
-    """Checks commits in order: each contains the hash of the commit before it.
+    """Checks commits in order: each contains a hash of its own bytes, and the hash of the commit before it.
 
     Attributes:
         damaged: files of damaged or foreign commits, each with its problem.
@@ -61,6 +90,8 @@ class Chain:
     def __init__(self) -> None:
         self.damaged: dict[str, str] = {}
         self._last = ""
+        self._last_matches = False  # whether the commit before is known to be undamaged, by its own hash
+        self._suspect = ""  # commit that was blamed for a difference which the commit after it may have caused
 
     def add(self, version: int, content: bytes) -> list[dict[str, Any]]:
         """Check the next commit; returns its lines.
@@ -68,37 +99,22 @@ class Chain:
         Raises:
             ValueError: if it is not a commit.
         """
-        actions = lines_of(content)
-        previous = softlabel_metadata(actions).get("previous")
-        if self._last and previous is None:
-            self.damaged[commit_file(version)] = "this commit was not made by softlabel"
-        elif self._last not in ("", previous):
-            after = f"does not match the hash in {PurePath(commit_file(version)).name}: one of the two is damaged"
-            self.damaged[commit_file(version - 1)] = after
-        self._last = hash_of(content)
+        actions, name, before = lines_of(content), commit_file(version), commit_file(version - 1)
+        message = softlabel_metadata(actions)
+        previous, matches = message.get("previous"), matches_its_hash(content, message)
+        follows = self._last in ("", previous)
+        if not follows and before not in self.damaged and self._suspect:
+            self.damaged.pop(self._suspect, None)
+        self._suspect = ""
+        if not matches:
+            self.damaged[name] = "does not match the hash in it"
+        elif not follows and previous is None:
+            self.damaged[name] = "this commit was not made by softlabel"
+        elif not follows and self._last_matches:
+            self.damaged[name] = f"does not contain the hash of {PurePath(before).name}, which is undamaged"
+        elif not follows:
+            after = f"does not match the hash in {PurePath(name).name}: one of the two is damaged"
+            self._suspect = "" if "hash" in message or before in self.damaged else before
+            self.damaged.setdefault(before, after)
+        self._last, self._last_matches = hash_of(content), matches and "hash" in message
         return actions
-
-
-def require_state(place: Place, version: int, found: str) -> None:
-    """Refuse a version whose state differs from the state hash in its commit.
-
-    Raises:
-        IntegrityError: if they differ, or if the commit has no state hash.
-    """
-    expected = softlabel_metadata(read_commit(place, version)).get("state")
-    if found == expected:
-        return
-    if expected is None:
-        raise IntegrityError(
-            "a program other than softlabel made this version: its commit has no state hash",
-            expected="a commit made by softlabel, with a state hash",
-            where=place.where(commit_file(version)),
-            do=f"use the version before, {place.address}@{version - 1}" if version else "capture a new table",
-        )
-    raise IntegrityError(
-        "the table's log is damaged: this version's shards or properties do not match its commit",
-        expected=f"state hash {expected}",
-        found=f"state hash {found}",
-        where=place.where(commit_file(version)),
-        do=f"run softlabel verify {place.address} to find the damaged file, and restore it from a copy of the table",
-    )

@@ -11,7 +11,7 @@ Opens, creates and describes tables; never reads a shard (``storage.reader``) or
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,10 +19,8 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from deltalake import DeltaTable
 from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import DeltaError
-from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
 
 from softlabel.storage.codec import Ints, SoftLabels
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
@@ -30,17 +28,19 @@ from softlabel.storage.identity import Identity
 from softlabel.storage.location import located
 from softlabel.storage.log_files import (
     commit_file,
+    commits,
     last_metadata_commit,
     metadata_line,
+    read_commit,
     require_no_remains,
-    require_whole,
     write_commit,
 )
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
-from softlabel.storage.schema import FORMAT, carried_schema, row_schema
+from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
-from softlabel.storage.state import Shard, require_state, state
+from softlabel.storage.snapshot import Snapshot, follow, load
+from softlabel.storage.state import Shard, state
 from softlabel.storage.versions import parse, resolve
 
 _IDENTITY = "softlabel.identity"
@@ -52,16 +52,17 @@ class Table:
     Attributes:
         location: the table's folder, or its URL.
         place: folder or bucket that its files are in.
-        identity: everything that determines its numbers.
         vocabulary_name: name of the file that ranks the token ids; see ``vocabulary``.
         tokenizer_name: name of the folder with the teacher's tokenizer; see ``tokenizer``.
     """
 
-    def __init__(self, location: str, delta: DeltaTable) -> None:
+    def __init__(self, location: str, snapshot: Snapshot, latest: list[Snapshot] | None = None) -> None:
         self.location = location
         self.place = place_of(location)
-        self._delta = delta
-        settings = delta.metadata().configuration
+        self._snapshot = snapshot
+        self._checks = True
+        self._latest = [snapshot] if latest is None else latest  # shared by all versions that come from one another
+        settings = snapshot.metadata.get("configuration", {})
         if settings.get("softlabel.format") != str(FORMAT):
             raise TableError(
                 "this is not a soft-label table that this version of softlabel can read",
@@ -71,14 +72,15 @@ class Table:
                 do="check the path, or read it with the version of softlabel that made it",
             )
         try:
-            self.identity = Identity.model_validate_json(settings[_IDENTITY])
+            self._identity = Identity.model_validate_json(settings[_IDENTITY])
             self.vocabulary_name: str = settings["softlabel.vocabulary"]
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
-        except (KeyError, ValueError) as error:
+            self._schema = pa.schema(DeltaSchema.from_json(snapshot.schema))
+        except (KeyError, ValueError, DeltaError) as error:
             raise IntegrityError(
                 "the table's log is damaged: the table's properties are not valid",
                 found=" ".join(str(error).split()),
-                where=self.place.where(commit_file(last_metadata_commit(self.place, delta.version()))),
+                where=self.place.where(commit_file(last_metadata_commit(self.place, snapshot.version))),
                 do="restore this file from a copy of the table",
             ) from error
 
@@ -104,12 +106,10 @@ class Table:
         """
         path, wanted = parse(location)
         version = resolve(path, wanted) if cls.exists(path) else None
-        try:
-            table = cls(path, DeltaTable(path, version=version))
-            require_whole(table.place, table.version)
-            return table
-        except (DeltaNotFoundError, DeltaError, OSError) as error:
-            raise open_error(location, version, error) from error
+        snapshot = load(place_of(path), version)
+        if snapshot is None:
+            raise open_error(location, version)
+        return cls(path, snapshot)
 
     @classmethod
     def create(
@@ -147,7 +147,7 @@ class Table:
             ]
             if not exists(location):  # if another process makes the table now, one of the two commits is refused
                 write_commit(place, 0, "CREATE TABLE", {"state": state(0, settings, columns, [])}, lines)
-        except (DeltaError, OSError) as error:
+        except OSError as error:
             if not cls.exists(location):
                 raise TableError(
                     "the table can't be created",
@@ -163,7 +163,37 @@ class Table:
     @property
     def version(self) -> int:
         """Number of this version."""
-        return int(self._delta.version())
+        return self._snapshot.version
+
+    def unchecked(self) -> Self:
+        """The same version as the log has it, even if the log is damaged; for looking for damage."""
+        found = type(self)(self.location, self._snapshot, self._latest)
+        found._checks = False
+        return found
+
+    def _require_sound(self) -> None:
+        if self._checks:
+            self._snapshot.require_sound(self.place)
+
+    @property
+    def identity(self) -> Identity:
+        """Everything that determines the table's numbers.
+
+        Raises:
+            IntegrityError: if the log is damaged.
+        """
+        self._require_sound()
+        return self._identity
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The row's schema, carried columns included.
+
+        Raises:
+            IntegrityError: if the log is damaged.
+        """
+        self._require_sound()
+        return self._schema
 
     @property
     def tables(self) -> tuple[Self, ...]:
@@ -180,15 +210,10 @@ class Table:
         """Whether the tail is sampled."""
         return self.identity.selection.draws > 0
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The row's schema, carried columns included."""
-        return row_schema(self.carried)
-
     @cached_property
     def carried(self) -> pa.Schema:
         """Names and types of the carried columns."""
-        return carried_schema(pa.schema(self._delta.schema()))
+        return carried_schema(self.schema)
 
     def require_carried(self, carried: pa.Schema) -> None:
         """Refuse documents whose carried columns differ from the table's.
@@ -242,36 +267,47 @@ class Table:
         """The version's shards, in the order of their names.
 
         Raises:
-            IntegrityError: if the log is damaged; checked on the first call.
+            IntegrityError: if the log is damaged.
         """
-        return [shard for shard in self._shards if split in (None, shard.split)]
+        self._require_sound()
+        return [shard for shard in self.listed if split in (None, shard.split)]
 
-    @cached_property
-    def _shards(self) -> list[Shard]:
-        require_state(self.place, self.version, self.state(self.version, self.listed, self.properties()))
-        return self.listed
+    @property
+    def by_path(self) -> Mapping[str, Shard]:
+        """The version's shards by their paths.
 
-    def properties(self, identity: Identity | None = None) -> dict[str, str]:
-        """The Delta table's properties in this version, or what they would be with another identity."""
-        changed = {} if identity is None else {_IDENTITY: identity.model_dump_json()}
-        return {**self._delta.metadata().configuration, **changed}
-
-    def metadata_line(self, properties: Mapping[str, str]) -> dict[str, Any]:
-        """The line of a commit that gives the table other properties."""
-        known = self._delta.metadata()
-        return metadata_line(str(known.id), known.created_time, self._delta.schema().to_json(), properties)
-
-    def state(self, version: int, shards: Iterable[Shard], properties: Mapping[str, str]) -> str:
-        """The state hash of a version with these shards and properties (see ``storage.state``)."""
-        return state(version, properties, self._delta.schema().to_json(), shards)
+        Raises:
+            IntegrityError: if the log is damaged.
+        """
+        self._require_sound()
+        return self._snapshot.shards
 
     @cached_property
     def listed(self) -> list[Shard]:
         """The shards in the log, in the order of their names, without checking the log."""
-        adds = pa.table(self._delta.get_add_actions(flatten=True)).select(
-            ["path", "partition.split", "num_records", "size_bytes"]
-        )
-        return sorted((Shard(*row.values()) for row in adds.to_pylist()), key=lambda shard: shard.path)
+        return sorted(self._snapshot.shards.values())
+
+    def next_commit(
+        self, added: Iterable[Shard], removed: Iterable[str], identity: Identity | None
+    ) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        """The hashes in a commit on top of this version, and the line that changes the table's identity, if any.
+
+        Args:
+            added: new shards.
+            removed: paths of shards to remove.
+            identity: the table's new identity, if it changes.
+
+        Raises:
+            IntegrityError: if the log is damaged.
+        """
+        self._snapshot.require_sound(self.place)
+        properties, known = self._snapshot.properties, self._snapshot.metadata
+        lines = []
+        if identity is not None:
+            properties[_IDENTITY] = identity.model_dump_json()
+            lines = [metadata_line(known["id"], known["createdTime"], self._snapshot.schema, properties)]
+        after = self._snapshot.state_after(added, removed, properties)
+        return {"state": after, "previous": self._snapshot.digest}, lines
 
     def scan(self) -> pl.LazyFrame:
         """Rows of this version as a polars LazyFrame.
@@ -279,8 +315,10 @@ class Table:
         Raises:
             IntegrityError: if the log is damaged.
         """
-        self.shards()
-        return pl.scan_delta(self.location, version=self.version)
+        paths = [self.place.where(shard.path) for shard in self.shards()]
+        if not paths:
+            return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).lazy()
+        return pl.scan_parquet(paths, hive_schema={PARTITION: pl.String}).select(self.schema.names)
 
     def history(self) -> list[dict[str, Any]]:
         """Metadata of each commit up to this version, newest first.
@@ -288,17 +326,31 @@ class Table:
         Raises:
             IntegrityError: if a commit lacks its time or operation.
         """
-        # For an old version, delta-rs lists all commits and numbers them from that version down, so we open the newest.
-        commits = [commit for commit in DeltaTable(self.location).history() if commit["version"] <= self.version]
-        for commit in commits:
-            if not {"timestamp", "operation"} <= commit.keys():
+        return list(self.commits())
+
+    def commits(self) -> Iterator[dict[str, Any]]:
+        """Metadata of each commit up to this version, newest first; each is read when it is asked for.
+
+        Raises:
+            IntegrityError: if a commit lacks its time or operation.
+        """
+        for version in sorted(commits(self.place), reverse=True):
+            if version > self.version:
+                continue
+            lines = read_commit(self.place, version)
+            info: dict[str, Any] = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
+            if not {"timestamp", "operation"} <= info.keys():
                 raise IntegrityError(
                     "the table's log is damaged: a commit lacks its time or its operation",
-                    where=self.place.where(commit_file(commit["version"])),
+                    where=self.place.where(commit_file(version)),
                     do="restore this file from a copy of the table",
                 )
-        return [dict(commit) for commit in commits]
+            yield {**info, "version": version}
 
     def newest(self) -> Self:
-        """The same table at its newest version."""
-        return type(self).open(self.location)
+        """The same table at its newest version; reads only the commits since the newest that it has seen."""
+        found = follow(self.place, self._latest[0])
+        if found is None:
+            raise open_error(self.location, None)
+        self._latest[0] = found
+        return type(self)(self.location, found, self._latest)

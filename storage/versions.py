@@ -61,7 +61,8 @@ class Vacuumed(Record):
     versions: list[int]
 
 
-_TAGS, _PINS, _VACUUMED = RecordStore("tags", Tag), RecordStore("pins", Pin), RecordStore("vacuumed", Vacuumed)
+_TAGS, _PINS = RecordStore("tags", Tag), RecordStore("pins", Pin)
+_VACUUMED = RecordStore("vacuumed", Vacuumed, final=True)
 
 
 def damaged_records(table: str) -> list[str]:
@@ -219,11 +220,17 @@ def remaining(table: str) -> set[int]:
 def retire(table: str, versions: Iterable[int]) -> None:
     """Record that versions can no longer be opened, before their shards are deleted.
 
+    The new record takes the place of all earlier ones, so that opening a version reads one record however often a table
+    was vacuumed.
+
     Raises:
         TableError: if one of them has just been tagged or pinned; then none of them is retired.
     """
-    name, retired = uuid.uuid4().hex, sorted(versions)
-    _VACUUMED.write(table, name, Vacuumed(now(), user(), retired), replace=True)
+    name, retired, earlier = uuid.uuid4().hex, set(versions), _VACUUMED.by_name(table)
+    if not retired and len(earlier) < 2:
+        return
+    every = retired.union(*(vacuum.versions for vacuum in earlier.values()))
+    _VACUUMED.write(table, name, Vacuumed(now(), user(), sorted(every)), replace=True)
     if taken := needed(table).intersection(retired):
         _VACUUMED.remove(table, name)
         raise TableError(
@@ -233,6 +240,8 @@ def retire(table: str, versions: Iterable[int]) -> None:
             where=table,
             do="run the same command again",
         )
+    for merged in earlier:
+        _VACUUMED.remove(table, merged)
 
 
 def spans(versions: Iterable[int]) -> str:

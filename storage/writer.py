@@ -5,10 +5,9 @@ committed first. A writer that dies, or loses such a race, leaves unused files, 
 """
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -19,20 +18,15 @@ from numpy.typing import NDArray
 
 from softlabel.storage.codec import SoftLabels, encode
 from softlabel.storage.committing import all_or_nothing, try_commit
+from softlabel.storage.errors import TableError
+from softlabel.storage.key_index import key_index
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey, ShardFile, add_action
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import refusal
-
-_THREADS = 8
-"""Shards whose keys are read in parallel."""
-_KEY_PREFIXES: dict[str, NDArray[np.uint64]] = {}
-"""The first 8 bytes of each row's key, by path of the shard, which identifies its content. Kept for the life of the
-process, so that only the first of many commits reads the keys of a large table."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,6 @@ class ShardWriter:
 
     def __init__(self, table: Table, row_group: int = 256) -> None:
         self._table = table
-        self._checked: set[str] = set()
         self._row_group = row_group
         self._files: dict[str, ShardFile] = {}
 
@@ -135,8 +128,7 @@ class ShardWriter:
                 newest.identity.require(self._table.identity, newest.location)  # it may have been narrowed meanwhile
                 self._drop_refused(files)
                 self._drop_committed_rows(files, newest)
-                present = {shard.path for shard in newest.shards()}
-                new = [file for file in files if file.keys and file.shard_path not in present]
+                new = [file for file in files if file.keys and file.shard_path not in newest.by_path]
                 total = Commit(
                     newest.version + bool(new),
                     sum(len(file.keys) for file in new),
@@ -146,7 +138,10 @@ class ShardWriter:
                 counts = {"sequences": total.sequences, "positions": total.positions, "bytes": total.bytes}
                 actions = [add_action(file.shard) for file in new]
                 if not new or try_commit(newest, actions, {**about, **counts}, [file.publish for file in new]):
-                    return total
+                    break
+        if new:
+            _remember(newest, new)
+        return total
 
     def _drop_refused(self, files: list["ShardFile"]) -> None:
         """Drop rows of documents that were taken down since the rows were added."""
@@ -155,13 +150,11 @@ class ShardWriter:
             file.drop({row for row in file.keys if refused(str(row[0]))})
 
     def _drop_committed_rows(self, files: list["ShardFile"], newest: Table) -> None:
-        """Drop rows that other writers have committed since the rows were added."""
-        known = {file.shard_path for file in files} | self._checked
-        others = [shard for shard in newest.shards() if shard.path not in known]
-        for taken in _rows_sharing_keys(newest, others, [row for file in files for row in file.keys]):
+        """Drop rows that the newest version has already."""
+        own = {file.shard_path for file in files}
+        for taken in _rows_sharing_keys(newest, [row for file in files for row in file.keys], own):
             for file in files:
                 file.drop(taken)
-        self._checked |= {shard.path for shard in others}
 
 
 def present_rows(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -176,7 +169,7 @@ def present_rows(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArr
     """
     wanted = row_keys(rows)
     keys = {row[-1] for row in wanted}
-    found = {row for part in _rows_sharing_keys(table, table.shards(), wanted) for row in part if row[-1] in keys}
+    found = {row for part in _rows_sharing_keys(table, wanted) for row in part if row[-1] in keys}
     found_keys = {row[-1] for row in found}
     return np.array([row in found for row in wanted], bool), np.array([row[-1] in found_keys for row in wanted], bool)
 
@@ -197,22 +190,17 @@ def _joined(sequences: pa.Table, labels: pa.Table) -> pa.Table:
     return pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
 
 
-def _rows_sharing_keys(table: Table, shards: Sequence[Shard], rows: Iterable[RowKey]) -> Iterator[set[RowKey]]:
-    """All rows of each shard that may share a key with these; the small key column tells which shards do."""
-    prefixes = _prefixes(cast(bytes, row[-1]) for row in rows)
-    with ThreadPoolExecutor(_THREADS, "softlabel-keys") as pool:
-        for shard, present in zip(shards, pool.map(partial(_key_prefixes, table), shards), strict=True):
-            if np.isin(prefixes, present).any():
-                yield {row for part in outline(table, shard, ROW_KEY) for row in row_keys(part)}
+def _rows_sharing_keys(table: Table, rows: Iterable[RowKey], own: Container[str] = ()) -> Iterator[set[RowKey]]:
+    """All rows of each shard that may share a key with these, except for the caller's own shards."""
+    for shard in key_index(table.place).shards_sharing(table, (cast(bytes, row[-1]) for row in rows)):
+        if shard.path not in own:
+            yield {row for part in outline(table, shard, ROW_KEY) for row in row_keys(part)}
 
 
-def _key_prefixes(table: Table, shard: Shard) -> NDArray[np.uint64]:
-    if shard.path not in _KEY_PREFIXES:
-        parts = outline(table, shard, ["key"])
-        _KEY_PREFIXES[shard.path] = _prefixes(key for part in parts for key in part.column("key").to_pylist())
-    return _KEY_PREFIXES[shard.path]
-
-
-def _prefixes(keys: Iterable[bytes]) -> NDArray[np.uint64]:
-    """The first 8 bytes of each key; keys with different prefixes are different."""
-    return np.frombuffer(b"".join(key[:8] for key in keys), np.uint64)
+def _remember(table: Table, files: Iterable[ShardFile]) -> None:
+    """Note the keys of committed shards, so that nobody has to read them for the next commit."""
+    index = key_index(table.place)
+    for file in files:
+        index.add(file.shard, [cast(bytes, row[-1]) for row in file.keys])
+    with suppress(OSError, TableError):  # the commit is made; without the file, the next process reads the shards
+        index.save(table)

@@ -21,7 +21,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from softlabel.storage.errors import AccessError
-from softlabel.storage.places.place import SIDE_FOLDER, Draft, File, PendingFile
+from softlabel.storage.places.place import LARGEST_FILE, SIDE_FOLDER, Draft, File, PendingFile, require_small
 
 _TAIL = 1 << 16
 """Bytes to fetch from the end of an object when it is opened: pyarrow reads as many first, to find the footer."""
@@ -52,10 +52,10 @@ class Bucket:
         """Whether there is any object below the prefix."""
         return any(True for _ in self.files())
 
-    def files(self, folder: str = "") -> Iterator[File]:
+    def files(self, folder: str = "", after: str = "") -> Iterator[File]:
         """One request for each thousand objects."""
         with self._translating_errors(folder):
-            for page in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
+            for page in obstore.list(self._store, prefix=folder or None, offset=after or None, chunk_size=1000):
                 for meta in page:
                     yield _file(meta["path"], meta)
 
@@ -64,10 +64,12 @@ class Bucket:
         with self._translating_errors(name):
             return _file(name, obstore.head(self._store, name))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
         """One request."""
         with self._translating_errors(name):
-            return bytes(obstore.get(self._store, name).bytes())
+            found = obstore.get(self._store, name)
+            require_small(name, found.meta["size"], limit)
+            return bytes(found.bytes())
 
     def open(self, name: str) -> tuple[Any, File]:
         """One request, which fetches the end of the object and its size."""
@@ -118,9 +120,6 @@ class Bucket:
         """File by file; if the process is killed, the next one writes all files again."""
         for path in sorted(source.iterdir()):
             self.write(f"{name}/{path.name}", path.read_bytes())
-
-    def sync(self, name: str) -> None:
-        """Nothing to do: a confirmed write is durable."""
 
     def draft(self) -> Draft:
         """A local temporary file."""

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ import pyarrow as pa
 
 from softlabel.storage.lock import ForeignFileError, opened
 from softlabel.storage.places import durable
-from softlabel.storage.places.place import SIDE_FOLDER, WRITING, Draft, File, PendingFile, reading
+from softlabel.storage.places.place import (
+    LARGEST_FILE,
+    SIDE_FOLDER,
+    WRITING,
+    Draft,
+    File,
+    PendingFile,
+    reading,
+    require_small,
+)
 
 
 class Folder:
@@ -42,40 +52,66 @@ class Folder:
         with reading(str(self._path)):
             return self._path.is_dir()
 
-    def files(self, folder: str = "") -> Iterator[File]:
+    def files(self, folder: str = "", after: str = "") -> Iterator[File]:
         """Files that are deleted during the listing are left out."""
         for root, folders, names in os.walk(self._path / folder, onerror=_unless_missing):
             with suppress(ValueError):
                 folders.remove("lost+found")  # in the root of a volume; only root can read it
+            start = os.path.relpath(root, self._path)
             for name in names:
-                with suppress(FileNotFoundError):
-                    yield self.stat(str(Path(root, name).relative_to(self._path)))
+                relative = name if start == "." else f"{start}/{name}"
+                if relative > after:
+                    with suppress(FileNotFoundError), reading(self.where(relative)):
+                        yield _file(relative, os.lstat(f"{root}/{name}"))
 
     def stat(self, name: str) -> File:
-        """The time of change is that of the content or of the name, whichever is later."""
+        """The time of change is that of the content or of the name, whichever is later; a link is not followed."""
         with reading(self.where(name)):
-            return _file(name, (self._path / name).stat())
+            return _file(name, (self._path / name).lstat())
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
         """Its bytes."""
-        with reading(self.where(name)):
-            return (self._path / name).read_bytes()
+        with reading(self.where(name)), self._opened(name) as file:
+            require_small(self.where(name), os.fstat(file.fileno()).st_size, limit)
+            return file.read()
 
     def open(self, name: str) -> tuple[Any, File]:
         """Opened natively by pyarrow."""
-        found = self.stat(name)
         with reading(self.where(name)):
-            return pa.OSFile(str(self._path / name)), found
+            found = (self._path / name).lstat()
+            _require_regular(found, self.where(name))
+            return pa.OSFile(str(self._path / name)), _file(name, found)
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[BinaryIO]:
         """The file itself."""
-        with reading(self.where(name)), (self._path / name).open("rb") as file:
+        with reading(self.where(name)), self._opened(name) as file:
             yield file
 
     def fetch_folder(self, name: str) -> Path:
-        """The folder itself."""
+        """The folder itself, in which every file is a regular one."""
+        with reading(self.where(name)):
+            for path in (self._path / name).iterdir():
+                _require_regular(path.lstat(), str(path))
         return self._path / name
+
+    def _opened(self, name: str) -> BinaryIO:
+        """A regular file; opening a pipe would wait for its other end, and a link may lead anywhere."""
+        try:
+            descriptor = os.open(self._path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+                _require_regular((self._path / name).lstat(), self.where(name))
+            raise
+        try:
+            found = os.fstat(descriptor)
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.where(name))
+            _require_regular(found, self.where(name))
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def write(self, name: str, content: bytes, *, replace: bool = True) -> None:
         """Atomic and durable."""
@@ -94,11 +130,6 @@ class Folder:
                 shutil.rmtree(copy, ignore_errors=True)
                 if not target.exists():  # otherwise another process was first, with the same files
                     raise
-
-    def sync(self, name: str) -> None:
-        """Sync the file and its folder."""
-        durable.sync(self._path / name)
-        durable.sync_names(self._path / name)
 
     def draft(self) -> Draft:
         """A locked file in the writing folder."""
@@ -205,8 +236,19 @@ def _now(folder: Path) -> int:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
-def _file(name: str, stat: os.stat_result) -> File:
-    return File(name, stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns))
+def _file(name: str, found: os.stat_result) -> File:
+    return File(name, found.st_size, max(found.st_mtime_ns, found.st_ctime_ns))
+
+
+def _require_regular(found: os.stat_result, where: str) -> None:
+    """Refuse a pipe, a device, a socket, a link or a folder: softlabel never wrote it.
+
+    Raises:
+        OSError: without an error number, because the file system works.
+    """
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else "a pipe, a device, a socket or a folder"
+        raise OSError(f"not a regular file but {kind}: {where}")
 
 
 @cache

@@ -22,6 +22,10 @@ WRITING = f"{SIDE_FOLDER}/writing"
 """Folder of unfinished shards, if they are written in the table's own folder."""
 
 
+LARGEST_FILE = 1 << 31
+"""Bytes of a file that is read as a whole; a larger one is refused."""
+
+
 @dataclass(frozen=True)
 class File:
     """Properties of a file, without its content."""
@@ -60,7 +64,8 @@ class Place(Protocol):
     """A folder of files.
 
     Methods raise ``FileNotFoundError`` for a missing file, ``AccessError`` if the place can't be read, and either
-    ``AccessError`` or ``OSError`` if it can't be written.
+    ``AccessError`` or ``OSError`` if it can't be written. Something other than a regular file, such as a pipe, a device
+    or a link, is never opened: reading it is an ``OSError``.
     """
 
     address: str
@@ -78,16 +83,23 @@ class Place(Protocol):
         """Whether the folder exists."""
         ...
 
-    def files(self, folder: str = "") -> Iterator[File]:
-        """Every file in a folder and its subfolders, in no particular order; none if there is no such folder."""
+    def files(self, folder: str = "", after: str = "") -> Iterator[File]:
+        """Every file in a folder and its subfolders whose name comes after a given one, in no particular order.
+
+        There are none if there is no such folder.
+        """
         ...
 
     def stat(self, name: str) -> File:
         """Properties of a file."""
         ...
 
-    def read(self, name: str) -> bytes:
-        """The content of a small file."""
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            OSError: if it has more bytes than ``limit``, or is not a regular file.
+        """
         ...
 
     def open(self, name: str) -> tuple[Any, File]:
@@ -113,10 +125,6 @@ class Place(Protocol):
 
     def write_folder(self, source: Path, name: str) -> None:
         """Copy a local folder of small files. Other processes may copy the same files at the same time."""
-        ...
-
-    def sync(self, name: str) -> None:
-        """Make sure that a file written by another library survives a power cut."""
         ...
 
     def draft(self) -> Draft:
@@ -180,6 +188,16 @@ def inaccessible(where: str, found: str) -> AccessError:
         where=where,
         do="fix the cause, then run the same command again",
     )
+
+
+def require_small(name: str, size: int, limit: int) -> None:
+    """Refuse to read a file that is too large to be what its name says.
+
+    Raises:
+        OSError: if it is; without an error number, because its place works.
+    """
+    if size > limit:
+        raise OSError(f"{name} has {size:,} bytes, more than the {limit:,} that such a file may have")
 
 
 def hash_of(content: bytes) -> str:

@@ -127,7 +127,7 @@ def history(table: Table) -> list[HistoryEntry]:
 
 def last_capture(table: Table) -> CommitMessage:
     """What the newest capture wrote about its commit; without a capture, a message that names no teacher."""
-    for commit in table.history():
+    for commit in table.commits():
         message = CommitMessage.of(commit, table.location)
         if message.teacher is not None:
             return message.model_copy(update={"teacher": masked(message.teacher)})

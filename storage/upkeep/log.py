@@ -3,19 +3,15 @@
 Delta opens one version at a time; to find files that no version uses, or only old versions, all versions are needed.
 """
 
-import json
-from bisect import bisect_left
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
+from softlabel.storage.checkpoints import LAST_CHECKPOINT, checkpoint_problem, hinted, write_checkpoint
 from softlabel.storage.errors import IntegrityError
-from softlabel.storage.log_files import checkpoints, commit_file, commits, unreadable_commit
+from softlabel.storage.log_files import LOG, commit_file, commits, list_log, read_bytes, unreadable_commit
 from softlabel.storage.places.place import Place
-from softlabel.storage.schema import PARTITION
-from softlabel.storage.state import Chain, Shard
+from softlabel.storage.state import Chain, Shard, added_shard, named_path
 from softlabel.storage.table import Table
 from softlabel.storage.versions import remaining
 
@@ -55,13 +51,13 @@ class Log:
 
 
 def read_log(table: Table) -> Log:
-    """Replay a table's log up to its newest version.
+    """Replay a table's log up to its newest version; damaged checkpoints do not matter.
 
     Raises:
-        IntegrityError: if a file of it is missing or damaged.
+        IntegrityError: if a commit is missing or damaged.
     """
     log = replay(table)
-    for name, problem in problems(table, log).items():
+    for name, problem in (log.damaged or _mismatches(table, log)).items():
         raise IntegrityError(
             "the table's log is damaged",
             found=problem,
@@ -94,33 +90,65 @@ def replay(table: Table) -> Log:
 
 def _content(place: Place, version: int) -> bytes:
     try:
-        return place.read(commit_file(version))
+        return read_bytes(place, version)
     except OSError as error:
         raise unreadable_commit(place, version, error) from error
 
 
 def problems(table: Table, log: Log) -> dict[str, str]:
-    """Problems of a log by file: of commits; or else of checkpoints; or else of the newest commits.
+    """Problems of a log by file: of commits; or else of checkpoints and of the newest commits.
 
     Raises:
         AccessError: if the log can't be read at the moment.
     """
-    if log.damaged:
-        return log.damaged
-    kept, files = sorted(remaining(table.location)), checkpoints(table.place)
-    after = {kept[i]: name for version, name in files.items() if (i := bisect_left(kept, version)) < len(kept)}
-    last = {version: commit_file(version) for version in (table.version, log.newest) if version in kept}
-    return _mismatches(table, after) or _mismatches(table, last)
+    return log.damaged or {**checkpoint_problems(table, log), **_mismatches(table, log)}
 
 
-def _mismatches(table: Table, blamed: Mapping[int, str]) -> dict[str, str]:
-    """Files that are to blame for versions which Delta does not read as their commits describe, with the problem."""
+def checkpoint_problems(table: Table, log: Log) -> dict[str, str]:
+    """Damaged checkpoints by file, each with its problem; the table can be read without them.
+
+    Raises:
+        AccessError: if the log can't be read at the moment.
+    """
+    there = list_log(table.place)[1]
+    found = {
+        names[0]: problem
+        for version, names in there.items()
+        if version in log.versions and (problem := checkpoint_problem(table.place, version, names))
+    }
+    hint = hinted(table.place)
+    if hint not in there and any(file.name == LAST_CHECKPOINT for file in table.place.files(LOG)):
+        found[LAST_CHECKPOINT] = "names no checkpoint that exists" if hint else "can't be read"
+    return found
+
+
+def renew_checkpoints(table: Table, log: Log) -> list[str]:
+    """Write damaged checkpoints anew, from the commits; returns their files.
+
+    Raises:
+        OSError: if a file can't be read or written.
+    """
+    found, there = checkpoint_problems(table, log), list_log(table.place)[1]
+    if found:
+        damaged = {version for version, names in there.items() if names[0] in found}
+        made = [
+            write_checkpoint(table.place, version)
+            for version in sorted({*damaged, max(there, default=log.newest)})  # the last one is the newest
+        ]
+        for name in {name for version in damaged for name in there[version]}.difference(made):
+            table.place.delete(name)
+    return list(found)
+
+
+def _mismatches(table: Table, log: Log) -> dict[str, str]:
+    """Commits of the given and the newest version, if they do not match the log before them, with the problem."""
     found = {}
-    for version, name in blamed.items():
+    kept = remaining(table.location)
+    for version in kept.intersection((table.version, log.newest)):
         try:
             Table.open(f"{table.location}@{version}").shards()
         except IntegrityError as error:
-            found[name] = str(error).splitlines()[0]
+            found[commit_file(version)] = str(error).splitlines()[0]
     return found
 
 
@@ -154,12 +182,10 @@ class _Replay:
     def _step(self, version: int, action: dict[str, Any]) -> None:
         """Replay one line of a commit."""
         if "add" in action:
-            add = action["add"]
-            path = unquote(add["path"])
-            rows = json.loads(add.get("stats") or "{}").get("numRecords", 0)
-            self._add(version, path, Shard(path, add["partitionValues"][PARTITION], rows, add["size"]))
+            shard = added_shard(action["add"])
+            self._add(version, shard.path, shard)
         elif "remove" in action:
-            self._remove(version, unquote(action["remove"]["path"]))
+            self._remove(version, named_path(action["remove"]["path"]))
         elif "metaData" in action:
             properties = action["metaData"]["configuration"]
             self._name_sidecars(version, [properties[name] for name in _SIDECAR_PROPERTIES])

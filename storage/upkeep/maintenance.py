@@ -1,5 +1,7 @@
 """Deletes files that no version of a table uses and nobody is writing; on request, also those of old versions.
 
+Also renews what only makes a table faster to use: damaged checkpoints of the log, and the files of keys.
+
 Writers that were killed, or lost a race, leave such files: unfinished shards, shards that were never committed, shards
 of an unfinished rewrite, and unused copies of the vocabulary and tokenizer. A vacuum also drops old versions, but never
 the newest, nor one with a tag or a pin.
@@ -24,12 +26,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from softlabel.storage.errors import TableError, UsageError
+from softlabel.storage.key_index import tidy
 from softlabel.storage.log_files import LOG
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, WRITING, File, Place
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.log import Log, read_log
+from softlabel.storage.upkeep.log import Log, checkpoint_problems, read_log, renew_checkpoints
 from softlabel.storage.upkeep.rewrite import REWRITTEN
 from softlabel.storage.versions import needed, retire, vacuumed
 
@@ -63,6 +66,8 @@ class Maintenance:
     """Not needed either, but kept: younger than the grace period, or being written."""
     vacuumed: tuple[int, ...]
     """Versions that can no longer be opened because of this."""
+    renewed: tuple[str, ...] = ()
+    """Damaged checkpoints of the log that were written anew, or would be."""
 
     @property
     def bytes(self) -> int:
@@ -98,16 +103,18 @@ def maintain(
             limit = now - round(grace_hours * 3600e9)
             # List the files before reading the log, so that the log has every commit of a listed file.
             files = sorted(place.files(), key=lambda file: file.name)
-            log = read_log(Table.open(location))
+            table = Table.open(location)
+            log = read_log(table)
+            renewed = tuple(checkpoint_problems(table, log)) if dry_run else tuple(renew_checkpoints(table, log))
             dropped = _dropped(location, log, keep_versions)
             kept = sorted(set(log.versions) - vacuumed(location) - dropped)
             found = list(_leftovers(files, log, kept))
             deleted = [leftover for leftover, changed in found if not _is_young(place, leftover, changed, limit)]
             lost = _lost(log, {leftover.path for leftover in deleted}, dropped)
             if not dry_run:
-                if lost:
-                    retire(location, lost)
+                retire(location, lost)
                 deleted = [leftover for leftover in deleted if _delete(place, leftover, limit)]
+                tidy(Table.open(location))
     except OSError as error:
         raise TableError(
             "some files that the table does not need could not be deleted; the table is intact",
@@ -117,7 +124,7 @@ def maintain(
             do="fix the folder's permissions, then run the same command again",
         ) from error
     spared = tuple(leftover for leftover, _ in found if leftover not in deleted)
-    return Maintenance(location, log.newest, dry_run, tuple(deleted), spared, tuple(sorted(lost)))
+    return Maintenance(location, log.newest, dry_run, tuple(deleted), spared, tuple(sorted(lost)), renewed)
 
 
 def _dropped(location: str, log: Log, keep_versions: int | None) -> set[int]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.storage.errors import AccessError, IntegrityError, TableError
+from softlabel.storage.key_index import tidy
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, reading
 from softlabel.storage.reader import outline
@@ -122,6 +123,7 @@ def _delete(newest: Table, record: Purge, version: int) -> Purged:
     record = record_deletion(newest.location, record, version, [name for name in to_delete if name in named], lost)
     for name in [*to_delete, *abandoned]:
         place.delete(name)
+    tidy(newest)  # so that nothing is left of the keys of these documents
     return Purged(
         documents=len(record.documents),
         found=len(found),

@@ -18,6 +18,7 @@ from deltalake.transaction import RemoveAction
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
 from softlabel.storage.identity import circumstances
+from softlabel.storage.key_index import damaged_files
 from softlabel.storage.log_files import LOG
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
 from softlabel.storage.reader import outline
@@ -32,9 +33,10 @@ from softlabel.storage.versions import damaged_records, vacuumed
 
 _KNOWN_FILES = re.compile(
     rf"{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
-    rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged)/.*\.json|maintenance\.lock)"
+    rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged)/.*\.json|keys/[0-9a-f]{{32}}\.parquet|maintenance\.lock)"
 )
 """Files that belong to a table although no version uses them."""
+_KEYS_DAMAGED = "this file of keys does not match the hash in its name; nothing uses it, and maintain replaces it"
 _THREADS = 4
 """Shards that are checked in parallel, each with one row group in memory."""
 _SHOWN = 20
@@ -107,6 +109,7 @@ def verify(
         IntegrityError: if the table's log can't be read; other problems are returned as findings.
         AccessError: if something can't be read at the moment.
     """
+    table = table.unchecked()
     log, versions = replay(table), _Versions(table)
     findings = [Finding(*problem) for problem in problems(table, log).items()]
     shards = dict.fromkeys(table.listed, table.version)
@@ -117,6 +120,7 @@ def verify(
     for version in sorted(set(shards.values()) | {table.version}):
         findings += versions.sidecar_findings(version)
     findings += [Finding(name, "the record is damaged") for name in damaged_records(table.location)]
+    findings += [Finding(name, _KEYS_DAMAGED) for name in damaged_files(table.place)]
     spans: dict[str, list[range]] = defaultdict(list)
     for named in log.named:
         spans[named.path].append(named.versions)
@@ -196,7 +200,7 @@ class _Versions:
 
     def __getitem__(self, version: int) -> Table:
         if version not in self._versions:
-            self._versions[version] = Table.open(f"{self._table.location}@{version}")
+            self._versions[version] = Table.open(f"{self._table.location}@{version}").unchecked()
         return self._versions[version]
 
     def sidecar_findings(self, version: int) -> Iterator[Finding]:

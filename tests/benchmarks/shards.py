@@ -4,6 +4,10 @@
 that handles all of them. Each operation runs in its own process. Seconds are CPU time over all threads, so that a busy
 machine does not change them. They, and the rise of resident memory, cover only the operation, without imports. The
 files are on a local disk and in the system's cache.
+
+Then it prints the cost of commits to tables of 100 to 100,000 shards. Commits read no shard that they share no key
+with, so these shards are only in the log and in the files of keys; their own files do not exist. Last, it writes a
+table shard by shard, each in a commit of its own.
 """
 
 import argparse
@@ -19,10 +23,13 @@ import pyarrow as pa
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
+from softlabel.storage.checkpoints import write_checkpoint
 from softlabel.storage.codec import encode
 from softlabel.storage.committing import try_commit
+from softlabel.storage.key_index import KeyIndex
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.shard_file import ShardFile, add_action
+from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.upkeep.verification import verify
@@ -120,6 +127,36 @@ WORK: dict[str, Callable[[str], Callable[[], object]]] = {
 }
 
 
+def make_named(folder: Path, shards: int) -> Table:
+    """Create a table whose shards are only named: in its log, with a checkpoint, and in its files of keys."""
+    table = make_table(folder, Captured(LABELS, np.full(SEQUENCES, POSITIONS), 49_152))
+    names = [f"split=train/{number:032x}.parquet" for number in range(shards)]
+    named = [Shard(name, "train", SEQUENCES, 1000) for name in names]
+    for first in range(0, shards, max(SHARDS_PER_COMMIT, shards // 100)):
+        try_commit(table.newest(), [add_action(s) for s in named[first : first + max(100, shards // 100)]], {})
+    index, chance = KeyIndex(), np.random.default_rng(0)
+    for shard in named:
+        index.add(shard, [chance.bytes(16) for _ in range(SEQUENCES)])
+    index.save(table.newest())
+    write_checkpoint(table.place, table.newest().version)
+    return table.newest()
+
+
+def shard_by_shard(folder: Path, shards: int) -> None:
+    """Write a table of this number of shards, each in its own commit, and print the seconds of the commits."""
+    table = make_table(folder, Captured(LABELS, np.full(SEQUENCES, POSITIONS), 49_152))
+    seconds = []
+    for number in range(shards):
+        with ShardWriter(table) as writer:
+            writer.append_encoded(rows(table, number))
+            start = time.process_time()
+            writer.commit({})
+            seconds.append(time.process_time() - start)
+    first, last = sum(seconds[: shards // 10]), sum(seconds[-shards // 10 :])
+    print(f"\n{shards:,} commits of one shard each: {sum(seconds):.1f} CPU s")
+    print(f"a tenth of them: at first {first:.1f} CPU s, in the end {last:.1f}")
+
+
 def measure(name: str, location: str) -> None:
     """Print the seconds of an operation, and the peak rise of resident memory in bytes; runs in its own process."""
     work = WORK[name](location)
@@ -133,6 +170,7 @@ def measure(name: str, location: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--commits", type=int, nargs="*", default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--measure", nargs=2, metavar=("WORK", "TABLE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -143,11 +181,23 @@ def main() -> None:
         print(f"{arguments.shards:,} shards of {SEQUENCES} sequences and {SEQUENCES * POSITIONS} positions")
         print(f"{'':<34}{'CPU s':>8}{'shards/s':>10}{'peak MB':>9}")
         for name in WORK:
-            command = [sys.executable, "-m", "tests.benchmarks.shards", "--measure", name, location]
-            seconds, peak = map(
-                float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-            )
+            seconds, peak = measured(name, location)
             print(f"{name:<34}{seconds:>8.2f}{arguments.shards / seconds:>10,.0f}{peak / 1e6:>9.0f}")
+    print(f"\n{'shards in the log':<34}{'first commit, CPU s':>20}{'second':>9}")
+    for shards in arguments.commits:
+        with tempfile.TemporaryDirectory() as scratch:
+            location = make_named(Path(scratch), shards).location
+            first, second = (measured(name, location)[0] for name in list(WORK)[-2:])
+            print(f"{shards:<34,}{first:>20.2f}{second:>9.2f}")
+    with tempfile.TemporaryDirectory() as scratch:
+        shard_by_shard(Path(scratch), 2_000)
+
+
+def measured(name: str, location: str) -> tuple[float, float]:
+    """Seconds of an operation and the rise of memory, in bytes; it runs in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.shards", "--measure", name, location]
+    seconds, peak = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    return seconds, peak
 
 
 if __name__ == "__main__":

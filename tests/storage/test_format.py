@@ -140,6 +140,8 @@ def test_hashes_of_the_log_and_of_records_are_as_documented(table: Table):
         info = about["softlabel"]
         assert info["state"] == run("state")["state"](DeltaTable(table.location, version=version))
         assert info.get("previous", "") == last
+        own = hashlib.blake2b(content.replace(info["hash"].encode(), b"0" * 32, 1), digest_size=16).hexdigest()
+        assert own == info["hash"]
         last = hashlib.blake2b(content, digest_size=16).hexdigest()
     tag(table.location, 1, "paper")
     record = json.loads(Path(table.location, "_softlabel/tags/paper.json").read_text())

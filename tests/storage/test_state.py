@@ -77,7 +77,7 @@ def test_any_flipped_byte_is_named_or_changes_nothing(known: Table, pattern: str
     for path in sorted(Path(known.location).glob(pattern)):
         for at in flips(path, 12):
             found = problems_of(known.location)
-            if path.suffix == ".json" and path != log(known, known.version):
+            if path.suffix == ".json":
                 assert path.name in found or "softlabel.format" in found, f"byte {at} of {path}: {found}"
             assert found or contents(known.location) == before, f"byte {at} of {path}"
     assert problems_of(known.location) == ""
