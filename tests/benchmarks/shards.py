@@ -70,6 +70,7 @@ def rows(table: Table, number: int) -> pa.Table:
 def make(folder: Path, shards: int) -> Table:
     """Create a table with this number of shards."""
     table = make_table(folder, Captured(LABELS, np.full(SEQUENCES, POSITIONS), 49_152))
+    index = KeyIndex()
     for first in range(0, shards, SHARDS_PER_COMMIT):
         added = []
         for number in range(first, min(first + SHARDS_PER_COMMIT, shards)):
@@ -77,9 +78,11 @@ def make(folder: Path, shards: int) -> Table:
             file.append(rows(table, number))
             file.finish()
             added.append(add_action(file.shard))
+            index.add(file.shard, [row[-1] for row in file.keys])
             file.publish()
             file.discard()
         try_commit(table.newest(), added, {})
+        index.save(table)
         print(f"\rshard {first + len(added):,} of {shards:,}", end="", file=sys.stderr, flush=True)
     print("\r" + " " * 40, end="\r", file=sys.stderr)
     return table.newest()
@@ -137,7 +140,7 @@ def make_named(folder: Path, shards: int) -> Table:
     index, chance = KeyIndex(), np.random.default_rng(0)
     for shard in named:
         index.add(shard, [chance.bytes(16) for _ in range(SEQUENCES)])
-    index.save(table.newest())
+    index.save(table)
     write_checkpoint(table.place, table.newest().version)
     return table.newest()
 
