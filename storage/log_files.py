@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from softlabel.storage.commit_message import COMMIT_MESSAGE
@@ -89,7 +90,9 @@ def write_commit(
     try:
         place.write(name, content, replace=False)
     except FileExistsError:  # the client may have sent the request twice, because the first answer was lost
-        return read_bytes(place, version) == content
+        with suppress(FileNotFoundError):  # another process is about to write it
+            return read_bytes(place, version) == content
+        return False
     return True
 
 

@@ -23,6 +23,7 @@ from softlabel.storage.errors import AccessError, TableError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline, read
 from softlabel.storage.schema import ROW_KEY
+from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import refuse
 from softlabel.storage.upkeep.examination import examine
@@ -37,9 +38,9 @@ from tests.storage.tables import add, identity, make_table
 REFUSED = "a0"
 
 
-def operations(table: Table) -> dict[str, Callable[[], object]]:
-    """Every operation that reads a table, or might remove something from it or add something."""
-    shard = table.shards()[0]
+def operations(table: Table, shard: Shard | None = None) -> dict[str, Callable[[], object]]:
+    """Every operation that reads a table or one of its shards, or might remove something from it or add something."""
+    shard = shard or table.shards()[0]
     return {
         "verify": lambda: remove_damaged(verify(table, all_versions=True)),
         "read": lambda: read(table, shard),
@@ -105,8 +106,7 @@ def try_without_permission(location: str) -> None:
         shard = next((s for s in table.shards() if s.path.startswith(str(path.relative_to(location)))), None)
         for name in names:
             with without_permission(path):
-                work = (lambda s=shard: read(table, s)) if shard and name == "read" else operations(table)[name]
-                found = message_of(work)
+                found = message_of(operations(table, shard)[name])
             assert str(path) in found, f"{name} without {pattern}: {found}"
             assert "ermission denied" in found
     shard, log = Path(location, table.shards()[0].path), Path(location, "_delta_log")
