@@ -60,8 +60,8 @@ def read_checkpoint(place: Place, names: Sequence[str]) -> tuple[dict[str, Any],
         adds = rows["add"].drop_null()
         paths, sizes, stats = (pc.struct_field(adds, name).to_pylist() for name in ("path", "size", "stats"))
         splits = pc.map_lookup(pc.struct_field(adds, "partitionValues"), PARTITION, "first").to_pylist()
-        counts = [json.loads(text)["numRecords"] for text in stats]
-        shards = map(Shard, map(named_path, paths), splits, counts, sizes)
+        counts = {text: json.loads(text)["numRecords"] for text in set(stats)}
+        shards = map(Shard, map(named_path, paths), splits, map(counts.__getitem__, stats), sizes)
         return metadata[0], {shard.path: shard for shard in shards}
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise ValueError(f"not a checkpoint: {error}") from error

@@ -285,7 +285,7 @@ class Table:
     @cached_property
     def listed(self) -> list[Shard]:
         """The shards in the log, in the order of their names, without checking the log."""
-        return sorted(self._snapshot.shards.values())
+        return [self._snapshot.shards[path] for path in sorted(self._snapshot.shards)]
 
     def next_commit(
         self, added: Iterable[Shard], removed: Iterable[str], identity: Identity | None
