@@ -1,6 +1,7 @@
 """Quality of a classifier, compared with the documents' labels and with its teacher.
 
-scikit-learn's metrics, each with a standard error over documents. Trains nothing and reads no files.
+The metrics are scikit-learn's, each with a standard error over documents. Precision, recall and F1 are derived from the
+confusion matrix. Trains nothing and reads no files.
 """
 
 from collections.abc import Iterable
@@ -107,33 +108,38 @@ def compare(
 
 
 def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: list[str]) -> Quality:
-    from sklearn.metrics import confusion_matrix  # imported here: it takes a second, and only classifiers need it
-
-    predicted, numbers = logprobs.argmax(1), range(len(names))
-    present = sorted(set(labels.tolist()))
-    averages = ("precision", "recall", "f1")
-    macro = _scores(labels, predicted, present, "macro")[:3]
-    confusion = confusion_matrix(labels, predicted, labels=numbers)
-    errors = _bootstrap_errors(confusion)
-    by_label = zip(names, *_scores(labels, predicted, numbers, None), strict=True)
+    predicted = logprobs.argmax(1)
+    confusion = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
+    scores, documents = _scores(confusion), confusion.sum(1)
+    means, errors = scores[:, documents > 0].mean(1), _bootstrap_errors(confusion)
+    precision, recall, f1 = (
+        MeanWithError(float(mean), float(error) if len(labels) > 1 else None)
+        for mean, error in zip(means, errors, strict=True)
+    )
     return Quality(
         documents=len(labels),
         accuracy=mean(predicted == labels),
+        precision=precision,
+        recall=recall,
+        f1=f1,
         cross_entropy=mean(-logprobs[np.arange(len(labels)), labels]),
-        by_label=tuple(ClassQuality(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in by_label),
+        by_label=tuple(map(ClassQuality, names, *scores.tolist(), documents.tolist())),
         confusion=tuple(map(tuple, confusion.tolist())),
-        **{
-            name: MeanWithError(float(mean), float(error) if len(labels) > 1 else None)
-            for name, mean, error in zip(averages, macro, errors, strict=True)
-        },
     )
 
 
-def _scores(labels: Any, predicted: Any, numbers: Any, average: str | None) -> Any:
-    """Precision, recall, F1 and support, by label or averaged."""
-    from sklearn.metrics import precision_recall_fscore_support
+def _scores(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Precision, recall and F1 of each label; 0 where there is nothing to divide by.
 
-    return precision_recall_fscore_support(labels, predicted, labels=list(numbers), average=average, zero_division=0)
+    Args:
+        confusion: (..., labels, labels) documents by label and by prediction.
+
+    Returns:
+        (3, ..., labels)
+    """
+    hits, actual, predicted = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
+    counts = np.stack([predicted, actual, (predicted + actual) / 2])
+    return hits / np.where(counts > 0, counts, 1)
 
 
 def _bootstrap_errors(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -142,16 +148,10 @@ def _bootstrap_errors(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     Args:
         confusion: (labels, labels) documents by label and by prediction; the means depend on nothing else.
     """
-    total, present = int(confusion.sum()), np.flatnonzero(confusion.sum(1))
+    total, present = confusion.sum(), confusion.sum(1) > 0
     draws = np.random.default_rng(0).multinomial(total, confusion.ravel() / total, _RESAMPLES)
-    draws = draws.reshape(_RESAMPLES, *confusion.shape)
-    hits, actual, predicted = draws[:, present, present], draws.sum(2)[:, present], draws.sum(1)[:, present]
-    ratios = [
-        hits / np.maximum(predicted, 1),
-        hits / np.maximum(actual, 1),
-        2 * hits / np.maximum(predicted + actual, 1),
-    ]
-    errors: NDArray[np.float64] = np.stack([ratio.mean(1) for ratio in ratios]).std(1, ddof=1)
+    means = _scores(draws.reshape(_RESAMPLES, *confusion.shape))[..., present].mean(-1)
+    errors: NDArray[np.float64] = means.std(1, ddof=1)
     return errors
 
 

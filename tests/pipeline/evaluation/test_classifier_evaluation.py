@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    precision_score,
+    recall_score,
+)
 from transformers import AutoModelForSequenceClassification
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
@@ -60,6 +69,30 @@ def test_metrics_equal_those_that_scikit_learn_computes(table, students, tmp_pat
     assert report.students[0].kl == pytest.approx(kl, rel=1e-4)
     assert report.teacher.kl == pytest.approx(0, abs=1e-6)
     assert report.unmapped == pytest.approx(0, abs=1e-6)
+
+
+@st.composite
+def documents_by_label_and_prediction(draw):
+    """Names of labels, the documents' labels, and predictions; some labels never occur or are never predicted."""
+    names = [f"label {number}" for number in range(draw(st.integers(1, 6)))]
+    label = st.integers(0, len(names) - 1)
+    labels, predicted = zip(*draw(st.lists(st.tuples(label, label), min_size=1, max_size=40)), strict=True)
+    return names, np.array(labels), np.array(predicted)
+
+
+@given(documents_by_label_and_prediction())
+def test_all_metrics_of_labels_and_predictions_are_those_of_scikit_learn(drawn):
+    names, labels, predicted = drawn
+    logprobs = np.log(np.where(np.eye(len(names))[predicted] > 0, 0.9, 0.01)).astype(np.float32)
+    quality = compare(logprobs, labels, logprobs, names).quality
+    known = {"labels": np.arange(len(names)), "zero_division": 0}
+    by_label = np.array([[each.precision, each.recall, each.f1, each.documents] for each in quality.by_label])
+    np.testing.assert_allclose(by_label.T, precision_recall_fscore_support(labels, predicted, **known), rtol=1e-12)
+    known["labels"] = np.unique(labels)
+    macro = precision_recall_fscore_support(labels, predicted, average="macro", **known)[:3]
+    np.testing.assert_allclose([quality.precision.mean, quality.recall.mean, quality.f1.mean], macro, rtol=1e-12)
+    np.testing.assert_array_equal(quality.confusion, confusion_matrix(labels, predicted, labels=range(len(names))))
+    assert quality.accuracy.mean == pytest.approx(accuracy_score(labels, predicted))
 
 
 def test_the_page_and_the_json_show_all_results(table, students, tmp_path):  # noqa: F811
