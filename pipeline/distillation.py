@@ -14,6 +14,7 @@ from softlabel.pipeline.evaluation.report import EvaluationReport
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.training.trackers import require_trackers
 from softlabel.pipeline.training.train import TrainReport, train
 
 
@@ -57,6 +58,7 @@ def distill_in_stages(
     objective.require_fitting(config.student)
     for settings in config.train().values():
         objective.require_loss(settings)
+        require_trackers(settings.optimizer)
     captured = capture(config.capture())
     trained = {name: train(settings) for name, settings in config.train().items()}
     return DistillReport(captured, trained, evaluate(config.evaluate()))

@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("storage", "pipeline", "flows")
@@ -83,11 +86,16 @@ def package_of(module: str) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Full names of the modules that a file imports anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    yield from imported(ast.parse(path.read_text()))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules that a piece of code imports anywhere in it."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports name their package"
+            assert node.level == 0, "imports name their package"
             module = node.module or ""
             for alias in node.names:
                 below = (ROOT / module.removeprefix("softlabel.").replace(".", "/")) / alias.name
@@ -112,6 +120,30 @@ def test_imports_run_one_way(path: Path):
     allowed = below(package_of(".".join(own).removesuffix(".__init__")))
     ours = {name: package_of(name.removeprefix("softlabel.")) for name in found if name.startswith("softlabel.")}
     assert not {name: package for name, package in ours.items() if package not in allowed}
+
+
+def packages(requirements: Iterable[str]) -> set[str]:
+    """Names of the required packages."""
+    parsed = map(Requirement, requirements)
+    return {canonicalize_name(each.name) for each in parsed if not each.marker or each.marker.evaluate({"extra": ""})}
+
+
+def test_a_plain_install_has_every_package_that_is_imported():
+    """Packages of an extra are imported only inside functions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    plain = packages(project["dependencies"])
+    plain |= packages(each for name in plain for each in requires(name) or [])
+    extras = project["optional-dependencies"]
+    optional = packages(each for name in extras.keys() - {"dev"} for each in extras[name])
+    owners = {"liger_kernel": ["liger-kernel"], **packages_distributions()}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        everywhere = list(imported(tree))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            function.body = []
+        for names, known in ((everywhere, plain | optional), (imported(tree), plain)):
+            foreign = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"softlabel"}
+            assert not {each for each in foreign if not known & set(map(canonicalize_name, owners[each]))}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -181,6 +181,10 @@ class OptimizerConfig(Settings):
     fit on one GPU. It has no effect with one process."""
     seed: int = 0
     """Seed of the student's random numbers."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that show the curves during training; each needs its package. tensorboard writes into the student's
+    folder; the others are configured by their own environment variables, as in transformers. The student's record and
+    the report have the curves in any case."""
 
     @property
     def keeps_best(self) -> bool:

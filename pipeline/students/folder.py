@@ -1,9 +1,9 @@
 """A student's folder, which appears only when it is complete, and the folder of its unfinished run.
 
     STUDENT/                   model, tokenizer, README.md (model card), softlabel.json (record of the training),
-                               tensorboard/
+                               and tensorboard/, if it was asked for
     STUDENT.training/          until it is finished: its last checkpoints, each with the settings of its run
-                               (run.json), the best weights so far, and the curves
+                               (run.json), and the best weights so far
     .STUDENT.softlabel.lock    held by the process that trains it
 
 Decides whether a run is new, is resumed, or is already finished, and refuses to mix two runs. Never trains.
@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import TrainConfig
@@ -45,8 +44,6 @@ RECORD = "softlabel.json"
 """File of the record in a student's folder."""
 RUN = "run.json"
 """File in each checkpoint: the record of its run, and the position in its stream."""
-CURVES = "tensorboard"
-"""Folder of the curves, in the folder of the run and then in that of the student."""
 _MAY_CHANGE = {
     *("output", "table", "student.revision"),  # table and source are compared by content
     *(
@@ -56,9 +53,10 @@ _MAY_CHANGE = {
         "optimizer.sharding",
         "optimizer.save_steps",
         "optimizer.gradient_checkpointing",
+        "optimizer.report_to",
     ),
 }
-"""Settings that affect where and how fast a student is trained, but not the result."""
+"""Settings that affect where and how fast a student is trained, and what is shown meanwhile, but not the result."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,8 @@ class StudentFolder:
 
     @property
     def curves(self) -> Path:
-        """Folder of the run's TensorBoard logs."""
-        return self.run / CURVES
+        """Folder of TensorBoard's curves; a resumed run draws all of them again."""
+        return self.scratch / "tensorboard"
 
     @property
     def checkpoint(self) -> Path | None:
@@ -176,14 +174,6 @@ class StudentFolder:
                 durable.remove_folder(checkpoint, self.scratch)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def open_curves(self, step: int) -> SummaryWriter:
-        """A writer of the curves after a step; later points of a killed run are dropped."""
-        # TensorBoard reads files in the order of their names, which begin with a timestamp in seconds. After two runs
-        # within a second, or a clock set back, it would drop the new run's points instead of the old one's.
-        for number, file in enumerate(sorted(self.curves.glob("*tfevents*"))):
-            durable.publish(file, self.curves / f"{number:04}.tfevents")
-        return SummaryWriter(str(self.curves), purge_step=step + 1 if step else 0)
-
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Turn errors of writing a student into a TrainingError.
@@ -217,7 +207,8 @@ class StudentFolder:
         """
         complete = self.scratch / "student"
         student.save_pretrained(complete)
-        shutil.copytree(self.curves, complete / CURVES, dirs_exist_ok=True)
+        if self.curves.is_dir():
+            self.curves.rename(complete / self.curves.name)
         for weights in complete.glob("*.safetensors"):
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)

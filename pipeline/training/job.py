@@ -12,6 +12,7 @@ from softlabel.pipeline.students.folder import RUN, StudentFolder, run_record
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import Cursor, RunRecord, read_record
 from softlabel.pipeline.students.source import StudentSource
+from softlabel.pipeline.training.trackers import require_trackers
 from softlabel.storage.views.view import AnyTable
 
 
@@ -44,9 +45,11 @@ class TrainingJob:
             table: from ``StudentFolder.open_table``.
 
         Raises:
-            UsageError: if the loss can't be computed from the table, or if the source has changed since the run began.
+            UsageError: if the loss can't be computed from the table, if the source has changed since the run began, or
+                if a tracker is not installed.
             StudentError: if the source can't be found.
         """
+        require_trackers(config.optimizer)
         origin = Origin.of(table)
         objective = objective_of(origin)
         target = objective.require_loss(config)

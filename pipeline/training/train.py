@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.exclusive import lock_output
@@ -33,6 +32,7 @@ from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
 from softlabel.pipeline.training.signals import stop_on_signals
 from softlabel.pipeline.training.stop import Stop, StoppedError
+from softlabel.pipeline.training.trackers import TensorBoard
 from softlabel.pipeline.training.trainer import DistillationTrainer
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
@@ -224,7 +224,8 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
         ignore_data_skip=True,  # the dataset already starts where the checkpoint was taken
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
-        report_to="none",
+        run_name=job.folder.path.name,
+        report_to=[tracker for tracker in settings.report_to if tracker != "tensorboard"],
     )
     arguments._n_gpu = min(
         arguments.n_gpu, 1
@@ -241,8 +242,8 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
     if settings.sharding == "full" and ranks.num_processes > 1:
         shard(trainable.module, ranks.device, settings.bf16)
     trainer = DistillationTrainer(job, trainable, arguments, dataset, watch, stop)
-    if ranks.is_main_process:
-        trainer.add_callback(TensorBoardCallback(job.folder.open_curves(job.start.step)))
+    if "tensorboard" in settings.report_to:
+        trainer.add_callback(TensorBoard(job.folder.curves))
     return trainer
 
 

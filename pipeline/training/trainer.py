@@ -27,7 +27,7 @@ from transformers import (
 from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Progress, Watch
-from softlabel.pipeline.students.folder import CURVES, RUN, best_weights, checkpoints, newest_checkpoint, step_of
+from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
 from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.training.fsdp import (
     gathered,
@@ -231,8 +231,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         (written / RUN).write_text(record.to_json(), encoding="utf-8")
         final = self._run / written.name
         seal(written, final, [best_weights(self._run, best_step(history)) / _WEIGHTS] if keeps_best else [])
-        if (self._run / CURVES).is_dir():
-            durable.sync(self._run / CURVES)  # the run that goes on from here won't draw these points again
         durable.publish(written, final)
         for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
             durable.remove_folder(old, Path(self.args.output_dir))

@@ -48,7 +48,7 @@ def test_a_cancelled_training_saves_its_last_step_and_ends_as_cancelled(tiny_tea
     run_folder = tmp_path / "student.training"
     try:
         with get_client(sync_client=True) as client:
-            wait_until(lambda: any(run_folder.glob("tensorboard/*")), seconds=120)
+            wait_until(lambda: any(run_folder.glob("scratch/tensorboard/*")), seconds=120)
             time.sleep(3)  # a few steps
             (run,) = [run for run in client.read_flow_runs() if run.name == f"train {config.output}"]
             client.set_flow_run_state(run.id, Cancelling(), force=True)

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 
 STREAM = {"max_length": 40, "batch_size": 8, "micro_batch_size": 3}
 OPTIMIZER = {"num_train_epochs": 3, "eval_steps": 5, "save_steps": 4, "learning_rate": 1e-3, "device": "cpu"}
+OPTIMIZER |= {"report_to": ["tensorboard"]}
 
 CHILD = """
 import json, os, signal, sys

@@ -48,6 +48,7 @@ def record(student):
     path = Path(student.output) / "softlabel.json"
     today = path.read_text()
     config = json.loads(today)["config"]
+    del config["optimizer"]["report_to"]  # newer than these names
     renamed = {
         OLD_NAMES.get(section, section): {OLD_NAMES.get(name, name): value for name, value in values.items()}
         if isinstance(values, dict)

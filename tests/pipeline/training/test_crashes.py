@@ -53,16 +53,7 @@ def test_a_power_cut_at_any_moment_leaves_the_last_checkpoint_or_the_student(tab
     with recorded(disk) as recording:
         train(keeping_best(table, disk / "new" / "student"))
     complete = {name: content for name, content in recording.moments[-1][0] if name.startswith("new/student/")}
-    seen, drawn, points = {}, {}, curve(whole, "loss")
-
-    def drawn_in(tree, student):
-        files = frozenset(file for file in tree if "tfevents" in file[0])
-        if files not in drawn:
-            drawn[files] = curve(student.run, "loss")
-        return drawn[files]
-
-    def points_until(step, points):
-        return [point for point in points if point[0] <= step]
+    seen = {}
 
     def progress(tree):
         """Steps that are not lost; the student is finished after the last."""
@@ -73,8 +64,6 @@ def test_a_power_cut_at_any_moment_leaves_the_last_checkpoint_or_the_student(tab
                 seen[tree] = 11
             else:
                 seen[tree] = step_of(student.checkpoint) if student.checkpoint else 0
-                if seen[tree]:
-                    assert points_until(seen[tree], drawn_in(tree, student)) == points_until(seen[tree], points)
             shutil.rmtree(tmp_path / str(list(seen).index(tree)))
         return seen[tree]
 
