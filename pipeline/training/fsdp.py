@@ -38,6 +38,7 @@ def shard(module: nn.Module, device: torch.device, bf16: bool) -> None:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     register_fsdp_forward_method(module, "measured")
+    module._is_accelerate_prepared = True  # type: ignore[assignment]  # accelerate then doesn't wrap it in DDP
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1,12 +1,18 @@
 """The training loop: transformers' Trainer with softlabel's batches, checkpoints and early stopping.
 
-When a run stops, and which weights it keeps, depends only on the evaluations in its log, so that a resumed run decides
-as an uninterrupted one would.
+Some things that the Trainer can do are done here or in ``checkpoints``, because a run that was killed has to go on as
+if it had not been:
+
+- Best weights (``load_best_model_at_end``): the Trainer keeps them only where it takes a checkpoint, and forgets the
+  evaluation before the first step.
+- Early stopping (``EarlyStoppingCallback``): it counts evaluations in a state of its own, which earlier checkpoints
+  lack. Here, both depend only on the evaluations in the run's log.
+- Rotation (``save_total_limit``): the Trainer writes a checkpoint under its final name, and deletes the one before
+  whether or not the new one is durable.
 """
 
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +33,16 @@ from transformers import (
 from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Progress, Watch
-from softlabel.pipeline.students.folder import RUN, best_weights, checkpoints, newest_checkpoint, step_of
-from softlabel.pipeline.students.manifest import seal
+from softlabel.pipeline.students.folder import best_weights, newest_checkpoint
+from softlabel.pipeline.training.checkpoints import (
+    WEIGHTS,
+    best_step,
+    drop_superseded,
+    evaluations_since_best,
+    publish,
+)
 from softlabel.pipeline.training.fsdp import (
     gathered,
-    is_sharded,
     load_optimizer,
     load_weights,
     reshard,
@@ -43,33 +54,7 @@ from softlabel.pipeline.training.stop import Stop
 from softlabel.storage.errors import TrainingError
 from softlabel.storage.places import durable
 
-History = Sequence[Mapping[str, float]]
-"""The Trainer's log; an entry with ``eval_kl`` is an evaluation after its ``step``."""
-
-
-def best_step(history: History, until: float = math.inf) -> int:
-    """Step of the evaluation with the lowest eval_kl (the first of several) up to a step."""
-    evaluated = [entry for entry in history if "eval_kl" in entry and entry["step"] <= until]
-    return int(min(evaluated, key=lambda entry: entry["eval_kl"])["step"])
-
-
-def evaluations_since_best(history: History) -> int:
-    """Number of evaluations since the best one."""
-    best = best_step(history)
-    return sum("eval_kl" in entry and entry["step"] > best for entry in history)
-
-
-def drop_superseded(run: Path, history: History) -> None:
-    """Delete formerly best weights, except those that a run resumed from a checkpoint would still need."""
-    last_steps = [math.inf, *map(step_of, checkpoints(run))]
-    needed = {best_weights(run, best_step(history, until)) for until in last_steps}
-    for superseded in set(run.glob("best-*")) - needed:
-        shutil.rmtree(superseded)
-
-
-_WEIGHTS, _OPTIMIZER, _SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
-_KEPT_CHECKPOINTS = 2
-"""If the last one is damaged, training goes on from the one before."""
+_OPTIMIZER, _SCHEDULE = "optimizer.pt", "scheduler.pt"
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -97,7 +82,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             durable.make_folder(Path(arguments.output_dir))
         super().__init__(trainable.module, arguments, train_dataset=dataset, eval_dataset=list(trainable.evaluation))
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Callback(watch, stop))
+        self.add_callback(_Callback(watch, stop, self._publish_checkpoint))
+        self.loss_is_scaled_for_ga = True  # each micro-batch's loss is a share of its step's
         self._run = job.folder.run
         self._record = job.record
         self._optimizer = job.config.optimizer
@@ -113,22 +99,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.train_dataset, batch_size=None, collate_fn=_as_inputs, pin_memory=pinned, generator=generator
         )
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: object = None) -> Tensor:
-        """Forward and backward pass of one micro-batch, without the Trainer's division by their number."""
-        model.train()
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: object = None
+    ) -> Tensor:
+        """A micro-batch's share of the loss of its step; the loss has its weights at this step."""
         self.model.loss = self._loss.at(self.state.global_step / max(1, self.state.max_steps - 1))
         batch = inputs["batch"].to(self.args.device, non_blocking=True)
-        with self.compute_loss_context_manager():
-            loss, parts = model(batch)
+        share, parts = model(batch)
         # DDP averages the ranks' gradients, and the log averages their losses; both should be sums.
-        loss = loss * self.args.world_size
-        self.accelerator.backward(loss)
-        trained: Tensor = loss.detach()
-        self._step_loss += trained
+        loss: Tensor = share * self.args.world_size
+        self._step_loss += loss.detach()
         self._parts += torch.cat([parts, parts.new_tensor([len(batch.positions)])])
-        return trained
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # The only place between the backward pass and the step that sees the norm, also of a sharded student.
         norm = whole(super()._clip_grad_norm(model))
         if not torch.isfinite(self._step_loss + norm):
             found = f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}"
@@ -186,7 +171,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             unfinished, best = Path(self.args.output_dir, "best"), best_weights(self._run, step)
             self.save_model(str(unfinished))
             if self.args.should_save:
-                durable.publish(unfinished / _WEIGHTS, best / _WEIGHTS)
+                durable.publish(unfinished / WEIGHTS, best / WEIGHTS)
                 drop_superseded(self._run, history)
         if self._lost_patience:
             self.control.should_training_stop = True
@@ -212,30 +197,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self._optimizer.keeps_best:
             step = best_step(self.state.log_history)
             self.accelerator.wait_for_everyone()
-            load_weights(self.model.student, load_file(best_weights(self._run, step) / _WEIGHTS))
+            load_weights(self.model.student, load_file(best_weights(self._run, step) / WEIGHTS))
             self.accelerator.wait_for_everyone()  # the first rank deletes the file once it has saved the student
         self._require_finite()
         return step
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _publish_checkpoint(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._publish_checkpoint(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+            step: int = self.state.global_step
+            written = Path(self.args.output_dir, f"checkpoint-{step}")
+            record = self._record.at(self.train_dataset.state(step))
+            publish(written, self._run, record, self.state.log_history, self._optimizer.keeps_best)
         self.accelerator.wait_for_everyone()
-
-    def _publish_checkpoint(self, written: Path) -> None:
-        """Move a checkpoint to the run's folder, and then delete what it supersedes."""
-        history, keeps_best = self.state.log_history, self._optimizer.keeps_best
-        record = self._record.at(self.train_dataset.state(self.state.global_step))
-        (written / RUN).write_text(record.to_json(), encoding="utf-8")
-        final = self._run / written.name
-        seal(written, final, [best_weights(self._run, best_step(history)) / _WEIGHTS] if keeps_best else [])
-        durable.publish(written, final)
-        for old in checkpoints(self._run)[:-_KEPT_CHECKPOINTS]:
-            durable.remove_folder(old, Path(self.args.output_dir))
-        if keeps_best:
-            drop_superseded(self._run, history)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student's weights, by the student's own names, gathered from all ranks.
@@ -248,7 +222,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    # The Trainer knows the student only as part of its objective's module, and can't gather or divide the state of a
+    # student that is sharded on CPUs. On GPUs, it would load the whole of it onto each.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = gathered(self.optimizer.state_dict())
@@ -257,7 +234,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.model.student, load_file(Path(resume_from_checkpoint, _WEIGHTS)))
+        load_weights(self.model.student, load_file(Path(resume_from_checkpoint, WEIGHTS)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -265,17 +242,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             load_optimizer(self.optimizer, state)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # A wrapper without effect keeps accelerate from wrapping a sharded student in DDP.
-        return nn.Sequential(model) if is_sharded(model) else super()._wrap_model(model, training, dataloader)
-
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
     """Reports progress, and decides when to log, evaluate, save and stop."""
 
-    def __init__(self, watch: Watch, stop: Stop) -> None:
+    def __init__(self, watch: Watch, stop: Stop, publish_checkpoint: Callable[[], None]) -> None:
         self._watch = watch
         self._stop = stop
+        self._publish_checkpoint = publish_checkpoint
         self._asked = False
         self._details: dict[str, float] = {}
 
@@ -297,6 +271,9 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
         control.should_save = control.should_save and not last  # the finished student is saved instead
         # Log at each checkpoint, so that a resumed run's log equals that of an uninterrupted run.
         control.should_log = control.should_log or control.should_save or control.should_evaluate or last
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._publish_checkpoint()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if (

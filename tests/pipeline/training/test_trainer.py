@@ -9,16 +9,14 @@ from softlabel.pipeline.training.trainer import DistillationTrainer
 
 OVERRIDDEN = {
     "get_train_dataloader": "self",
-    "training_step": "self, model, inputs, num_items_in_batch",
+    "compute_loss": "self, model, inputs, return_outputs, num_items_in_batch",
     "log": "self, logs, start_time",
     "evaluate": "self, eval_dataset, ignore_keys, metric_key_prefix",
     "save_model": "self, output_dir, _internal_call",
     "_clip_grad_norm": "self, model",
-    "_save_checkpoint": "self, model, trial",
     "_save_optimizer_and_scheduler": "self, output_dir",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "self, checkpoint",
-    "_wrap_model": "self, model, training, dataloader",
 }
 """Methods of the Trainer that ours replaces, with their parameters as transformers has them."""
 
