@@ -3,6 +3,10 @@
 A layer's weights are gathered while it computes; those of embedding and head for a whole step, since the loss
 multiplies with them directly. Checkpoints are written whole and sharded when they are read, so they do not depend on
 the number of ranks. The functions also accept a student that is not sharded, and return its tensors as they are.
+
+torch.distributed.checkpoint.state_dict has functions for this, too. They were tried: they return a tied weight of a
+sharded model once for each of its names, and know an optimizer's state only by the names of the weights, so that no
+existing checkpoint could be loaded.
 """
 
 from collections.abc import Mapping
