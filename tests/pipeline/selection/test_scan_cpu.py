@@ -13,12 +13,8 @@ from softlabel.pipeline.selection.scan import Draws
 from tests.pipeline.selection.test_select import zipf
 
 
-@pytest.fixture(params=["torch's threads", "its own"], autouse=True)
-def threads(request, monkeypatch):
-    if request.param == "its own":
-        monkeypatch.setattr(scan_cpu, "_PARALLEL", None)  # as where torch's OpenMP is not GCC's
-    else:
-        assert scan_cpu._PARALLEL is not None
+@pytest.fixture(autouse=True)
+def threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
