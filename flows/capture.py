@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
-from softlabel.pipeline.capturing.capture import CaptureReport, P, R, capture
+from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.capturing.steps import P, R
 from softlabel.pipeline.config.capture import CaptureConfig
 
 RUN_NAMES = {

@@ -5,8 +5,9 @@ never sent to the teacher again. The plan consists of files, one for each future
 any shard, and a plan over millions of documents takes little more memory than one over thousands.
 """
 
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
+from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from softlabel.pipeline.documents.documents import DocumentBatch, Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.progress import Progress, Watch, unwatched
-from softlabel.pipeline.selection.select import selection_of
-from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.pipeline.sequences.whole_documents import MASK, WholeDocuments
 from softlabel.storage.errors import DocumentsError, UsageError
-from softlabel.storage.identity import Identity, SelectionIdentity, SequencesIdentity
+from softlabel.storage.identity import Identity
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import SEQUENCE
@@ -59,6 +56,15 @@ class CapturePlan:
     """Documents that were truncated to the longest sequence that a classifier reads; always 0 for language models."""
     rejects_file: str | None
     """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects."""
+    folder: Path
+    """Folder of the plan's files."""
+    seconds: float
+    """Time that planning took."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.shards and not self.copies
 
 
 def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> CapturePlan:
@@ -75,19 +81,20 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         TeacherError: if there is no such teacher.
         UsageError: if the table is given with a version, or the teacher can't read sequences that long.
     """
-    table, version = parse(config.table)
+    started = time.monotonic()
+    location, version = parse(config.table)
     if version is not None:
         raise UsageError(
             "rows can only be added to the newest version of a table",
-            expected=f"the table without a version or tag: {table}",
+            expected=f"the table without a version or tag: {location}",
             found=config.table,
             do="leave out the version or tag",
         )
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
-    tokenizer = DocumentTokenizer(checkpoint, config.sequences, config.columns.content)
-    whole = None if checkpoint.classes is None else whole_documents(config, checkpoint)
-    identity = identify(config, checkpoint, tokenizer)
+    table = Table.open(config.table) if Table.exists(config.table) else None
+    sequencer = Sequencer(config, checkpoint, table)
+    identity = sequencer.identity
     known = Known(config, identity, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
@@ -96,10 +103,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
     found = unchanged = 0
     for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
-        if whole is None:
-            sequences, refused = to_sequences(changed, tokenizer, config.sequences, config.shards.eval_fraction)
-        else:
-            sequences, refused = whole.sequences(changed, config.shards.eval_fraction)
+        sequences, refused = sequencer.sequences(changed, config.shards.eval_fraction)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
             advice = "; or leave out strict, so that such documents are skipped and listed"
@@ -127,60 +131,11 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         unchanged=unchanged,
         taken_down=known.taken_down,
         rejects=rejects.count,
-        truncated=0 if whole is None else whole.truncated,
+        truncated=sequencer.truncated,
         rejects_file=rejects.publish(place_of(config.table)),
+        folder=folder,
+        seconds=time.monotonic() - started,
     )
-
-
-def identify(config: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Identity:
-    """Everything that the soft labels of this capture depend on.
-
-    Raises:
-        UsageError: if the teacher can't read sequences that long, or does not support the selection.
-    """
-    classes = checkpoint.classes
-    selection = asdict(selection_of(config.selection, classes))
-    return Identity(
-        teacher=checkpoint.identity,
-        tokenizer=tokenizer.identity,
-        vocabulary=checkpoint.vocabulary,
-        padded_vocabulary=checkpoint.padded_vocabulary,
-        classes=classes,
-        temperatures=selection.pop("temperatures"),
-        selection=SelectionIdentity(**selection),
-        sequences=SequencesIdentity(
-            max_tokens=longest(checkpoint, config.sequences),
-            context=config.sequences.context if classes is None else 0,
-            mask=tokenizer.mask if classes is None else MASK,
-            special_tokens=config.sequences.special_tokens,
-            eval_fraction=config.shards.eval_fraction,
-        ),
-    )
-
-
-def whole_documents(config: CaptureConfig, checkpoint: Checkpoint) -> WholeDocuments:
-    """Makes sequences from documents for a classifier.
-
-    Raises:
-        UsageError: if the documents are not plain text, or ``teacher.labels`` is given without ``columns.label``.
-    """
-    if config.columns.content != "text":
-        raise UsageError(
-            "a classifier reads only plain text, not chats or prompts",
-            expected="columns.text",
-            found=", ".join(f"columns.{setting}: {name}" for setting, name in config.columns.contents.items()),
-            where=checkpoint.folder,
-            do="put the whole text of each document into one column, and name it in columns.text "
-            "(without columns.messages, prompt and completion)",
-        )
-    if checkpoint.labels and config.columns.label is None:
-        raise UsageError(
-            "teacher.labels stores the documents' own labels, but no column for them is given",
-            expected="columns.label as well as teacher.labels",
-            found=f"teacher.labels: {' '.join(checkpoint.labels)}",
-            do="set columns.label to the column that holds the labels",
-        )
-    return WholeDocuments(checkpoint, config.sequences)
 
 
 class Known:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from softlabel.pipeline.capturing.capture import capture_shard
+from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.files import remember
 from softlabel.pipeline.processes import message_sender, serialized

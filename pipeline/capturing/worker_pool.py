@@ -83,7 +83,7 @@ class Worker:
         self._lock = Lock()
 
     def capture_shard(self, config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
-        """Run ``pipeline.capturing.capture.capture_shard`` in the process.
+        """Run ``pipeline.capturing.shard.capture_shard`` in the process.
 
         Raises:
             WorkerError: if the process dies; nothing of the shard is committed then.

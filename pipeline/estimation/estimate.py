@@ -12,20 +12,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.pipeline.capturing.plan import identify, whole_documents
+from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
-from softlabel.pipeline.estimation.sample import Sample, Sequencer, draw_sample
+from softlabel.pipeline.estimation.sample import Sample, draw_sample
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass, squared_error
-from softlabel.pipeline.selection.select import Selection, selection_of
-from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
+from softlabel.pipeline.selection.selection import Selection, selection_of
 from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
@@ -135,10 +133,9 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         documents = Documents(capture.documents, capture.columns)
         started = time.perf_counter()
         checkpoint = Checkpoint.find(capture.teacher)
-        tokenizer = DocumentTokenizer(checkpoint, capture.sequences, capture.columns.content)
-        identity = identify(capture, checkpoint, tokenizer)
+        sequencer = Sequencer(capture, checkpoint)
+        identity = sequencer.identity
         load = time.perf_counter() - started
-        sequencer = _sequencer(capture, checkpoint, tokenizer)
         sample = draw_sample(capture, documents, sequencer, identity, config.sample.megabytes * 1e6, watch)
         found = Estimate(
             documents=sample.documents,
@@ -187,14 +184,6 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         bytes=estimates[0].bytes,
         selections=tuple(estimates),
     )
-
-
-def _sequencer(capture: CaptureConfig, checkpoint: Checkpoint, tokenizer: DocumentTokenizer) -> Sequencer:
-    """A function that makes sequences of documents, as the plan of this capture would."""
-    if checkpoint.classes is None:
-        return lambda documents: to_sequences(documents, tokenizer, capture.sequences, eval_fraction=0)[0]
-    whole = whole_documents(capture, checkpoint)
-    return lambda documents: whole.sequences(documents, eval_fraction=0)[0]
 
 
 def _selections(requested: SelectionConfig, identity: Identity) -> dict[str, Selection]:

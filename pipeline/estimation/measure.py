@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.estimation.sample import Sample, Weighted
 from softlabel.pipeline.selection.fidelity import Doubles, collisions
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels

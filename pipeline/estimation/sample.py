@@ -7,7 +7,7 @@ their soft labels.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.plan import Known
+from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.progress import Progress, Watch
@@ -26,8 +27,6 @@ from softlabel.storage.identity import Identity
 
 _PIECE = 12
 """Characters per token in a piece of a long text: enough for a sequence of full length."""
-
-Sequencer = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def draw_sample(
     choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
     pieces, origins = _read_pieces(known, documents, choice, piece)
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
-    sequences = sequencer(pieces)
+    sequences, _ = sequencer.sequences(pieces, eval_fraction=0)
     numbers, weights = _weights(sequences, origins, config)
     statuses = known.statuses(sequences).to_numpy(zero_copy_only=False)
     counted, is_copy = (statuses != "present") & (weights > 0), (statuses == "copy") | repeated[numbers]

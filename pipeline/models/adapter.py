@@ -6,6 +6,7 @@ The merged teacher is an ordinary model, whose forward pass costs no more than w
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,12 @@ class Adapter:
             TeacherError: if there is no adapter in safetensors.
             UsageError: if peft is not installed.
         """
-        try:
-            import peft  # noqa: F401
-        except ImportError:
+        if find_spec("peft") is None:
             raise UsageError(
                 "an adapter needs the peft package, which is not installed",
                 found=f"teacher.adapter: {name}",
                 do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
-            ) from None
+            )
         folder, _ = locate(name, "adapter")
         if not all((folder / file).is_file() for file in _FILES):
             raise TeacherError(

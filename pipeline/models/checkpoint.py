@@ -11,13 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.adapter import Adapter
 from softlabel.pipeline.models.files import MODEL_FILES, broken, first_line, locate, sha256, weight_files
-from softlabel.pipeline.models.pretrained import fresh_model, load_config, load_model, load_tokenizer
+from softlabel.pipeline.models.pretrained import blank_model, load_config, load_model, load_tokenizer, transformers
 from softlabel.storage.errors import TeacherError
 from softlabel.storage.identity import TeacherIdentity
 
@@ -41,8 +38,7 @@ class Checkpoint:
         """The files of the teacher that the settings name; a hub model's are downloaded if they are not cached.
 
         Raises:
-            TeacherError: if there is no such model, or it is neither a causal language model nor a classifier in
-                safetensors.
+            TeacherError: if there is no such model, or it has no configuration or no weights in safetensors.
             UsageError: if a revision of a folder is given.
         """
         files = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
@@ -50,10 +46,8 @@ class Checkpoint:
         adapter = None if config.adapter is None else Adapter.find(config.adapter)
         checkpoint = cls(folder, revision, config.trust_remote_code, config.dtype, config.labels, adapter)
         _require_config(checkpoint)
-        if checkpoint.classes is None:
-            _require_causal(checkpoint)
-        elif not config.labels:
-            _require_classifier(checkpoint)
+        if not config.labels:
+            _ = checkpoint.weights
         return checkpoint
 
     @cached_property
@@ -118,10 +112,19 @@ class Checkpoint:
 
     @cached_property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes in the order of their ids; None for a language model."""
-        if self.labels or not is_classifier(self.config):
-            return self.labels or None
-        return class_names(self.config)
+        """Names of the classes in the order of their ids; None for a language model.
+
+        Raises:
+            TeacherError: if the model is neither a causal language model nor a classifier with distinct classes.
+        """
+        if self.labels:
+            return self.labels
+        if not is_classifier(self.config):
+            _require_causal(self)
+            return None
+        names = class_names(self.config)
+        _require_classifier(self, names)
+        return names
 
     @property
     def padded_vocabulary(self) -> int:
@@ -140,7 +143,8 @@ class Checkpoint:
 
     @property
     def _architecture(self) -> Any:
-        return AutoModelForCausalLM if self.classes is None else AutoModelForSequenceClassification
+        library = transformers()
+        return library.AutoModelForCausalLM if self.classes is None else library.AutoModelForSequenceClassification
 
     def blank(self) -> Any:
         """The model without weights, for inspection; it takes no memory.
@@ -149,8 +153,7 @@ class Checkpoint:
             TeacherError: if no model can be built from its configuration.
         """
         try:
-            with torch.device("meta"):
-                return fresh_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
+            return blank_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # architectures raise many kinds of errors for wrong settings
             raise broken("no model can be built from the teacher's config.json", self.folder, error) from error
 
@@ -170,11 +173,11 @@ class Checkpoint:
                 self.folder,
                 trust_remote_code=self.trust_remote_code,
                 config=self.config,
-                dtype=getattr(torch, self.dtype),
+                dtype=self.dtype,
                 attn_implementation=None if attention == "auto" else attention,
                 device_map=device_map,
             )
-        except torch.OutOfMemoryError:
+        except MemoryError:
             raise TeacherError(
                 "the teacher does not fit on the device",
                 expected=f"memory for {sum(path.stat().st_size for path in self.weights) / 1e9:.1f} GB of weights",
@@ -220,10 +223,9 @@ def class_names(config: Any) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
-def _require_classifier(checkpoint: Checkpoint) -> None:
+def _require_classifier(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
     """Refuse a classifier that does not give one distribution over classes with different names."""
-    config, names = checkpoint.config, checkpoint.classes or ()
-    kind = config.problem_type or "single_label_classification"
+    kind = checkpoint.config.problem_type or "single_label_classification"
     if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
         raise TeacherError(
             "this classifier does not give one probability distribution over its classes",
@@ -233,7 +235,6 @@ def _require_classifier(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder / "config.json",
             do="correct config.json if it is wrong, or use another classifier",
         )
-    _ = checkpoint.weights
 
 
 def _require_config(checkpoint: Checkpoint) -> None:
@@ -249,9 +250,9 @@ def _require_config(checkpoint: Checkpoint) -> None:
 
 
 def _require_causal(checkpoint: Checkpoint) -> None:
-    """Refuse anything but a causal language model in safetensors, before any weight is loaded."""
+    """Refuse anything but a causal language model, before any weight is loaded."""
     architectures = checkpoint.config.architectures or []
-    causal = AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
+    causal = transformers().AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
     remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(
@@ -261,4 +262,3 @@ def _require_causal(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder / "config.json",
             do="use a model that predicts the next token, or one that was saved as a sequence classifier",
         )
-    _ = checkpoint.weights

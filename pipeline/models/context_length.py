@@ -6,8 +6,6 @@ rotary position embeddings, can compute any position.
 
 from typing import Any
 
-from torch import nn
-
 from softlabel.pipeline.config.capture import SequencesConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.storage.errors import UsageError
@@ -63,9 +61,10 @@ def _table_length(model: Any, positions: int) -> int | None:
         positions: number of positions in its configuration; the table is recognized by having as many rows.
     """
     for module in model.modules():
-        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+        rows = getattr(module, "num_embeddings", None)  # only an embedding has them
+        if rows is None or module is model.get_input_embeddings():
             continue
-        if 0 <= module.num_embeddings - positions <= _ROWS_BEFORE:
+        if 0 <= rows - positions <= _ROWS_BEFORE:
             # RoBERTa and similar models count positions from the row after the padding token's.
             return positions if module.padding_idx is None else positions - module.padding_idx - 1
     fixed = (values for name, values in model.named_buffers() if "pos" in name.rpartition(".")[2])

@@ -5,20 +5,17 @@ takes a few passes over the vocabulary: the head is found with the maxima of blo
 sums, so only ids that might be stored are sorted. This module never loads a teacher or writes a file.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.selection import counter_rng as counters
 from softlabel.pipeline.selection import scan_torch
 from softlabel.pipeline.selection.scan import LEAST, Draws, Scan
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.codec import SoftLabels
-from softlabel.storage.errors import TeacherError, UsageError
+from softlabel.storage.errors import TeacherError
 
 _ROWS = 512
 """Positions processed at a time."""
@@ -26,27 +23,6 @@ _SINGLES = 16
 """Least number of highest ids that are scanned one by one, so that the likeliest draws need no search in a block."""
 _MANY = 2000
 """More highest ids than this are found faster by torch's sort, even on a CPU."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A selection with all defaults resolved: the settings that the numbers of a table depend on."""
-
-    top_p: float
-    min_k: int
-    max_k: int
-    draws: int
-    temperatures: tuple[float, ...]
-    """The first is 1."""
-    seed: int
-
-    @classmethod
-    def of(cls, config: SelectionConfig) -> Self:
-        """Resolve the settings; top_k is a shorthand for top_p 1, min_k = max_k = top_k, draws 0."""
-        chosen = {field.name: getattr(config, field.name) for field in fields(cls)}
-        if config.top_k is not None:
-            chosen |= {"top_p": 1.0, "min_k": config.top_k, "max_k": config.top_k, "draws": 0}
-        return cls(**chosen)
 
 
 class NotADistributionError(TeacherError):
@@ -176,22 +152,3 @@ def _draw(
     uniforms = counters.uniform(seeds[:, None], steps).view(len(seeds), selection.draws, 2)
     drawn: Draws = _passes(logits.device, outside.shape[1]).draw(logits, scan, outside, counts, uniforms)
     return drawn
-
-
-def selection_of(config: SelectionConfig, classes: Sequence[str] | None) -> Selection:
-    """The selection of the settings; of a distribution over classes, everything is kept.
-
-    Raises:
-        UsageError: if a selection is set for a classifier.
-    """
-    if classes is None:
-        return Selection.of(config)
-    if config != SelectionConfig():
-        given = config.model_dump(exclude_defaults=True)
-        raise UsageError(
-            "selection settings don't apply to a classifier: every class is kept, at every temperature",
-            expected="no selection settings",
-            found=", ".join(f"selection.{name}: {value}" for name, value in given.items()),
-            do="leave these settings out",
-        )
-    return Selection(top_p=1.0, min_k=len(classes), max_k=len(classes), draws=0, temperatures=(1.0,), seed=0)

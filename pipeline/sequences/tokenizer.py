@@ -23,7 +23,6 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import sha256
 from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, RenderedChat
 from softlabel.storage.errors import UsageError
-from softlabel.storage.identity import TokenizerIdentity
 
 _FILES = (
     "tokenizer*",
@@ -87,10 +86,6 @@ class DocumentTokenizer:
         added = self._backend.get_added_tokens_decoder().items()
         self._greedy = {i for i, token in added if token.lstrip or token.rstrip}
         self._content = content
-        answers = "assistant" if settings.assistant_turns == "all" else "last_assistant"
-        self.mask = answers if content == "chat" else content
-        """Name of the rule that says which tokens are captured: all of a text that can be predicted ("text"), every
-        turn of the assistant or the last ("assistant", "last_assistant"), what follows the prompt ("completion")."""
         if content == "chat":
             _ = self._template
         if settings.max_tokens <= len(self.prefix) + settings.context:
@@ -102,15 +97,9 @@ class DocumentTokenizer:
                 do="set sequences.max_tokens higher",
             )
 
-    @cached_property
-    def files(self) -> list[Path]:
-        """The tokenizer's files; they can be loaded without the hub."""
-        found = chain.from_iterable(self._checkpoint.folder.glob(pattern) for pattern in _FILES)
-        return sorted({path for path in found if path.is_file()})
-
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files into a folder, in a form that loads without any code that came with them."""
-        for path in self.files:
+        for path in tokenizer_files(self._checkpoint.folder):
             shutil.copy(path, folder)
         config = folder / "tokenizer_config.json"
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -118,17 +107,6 @@ class DocumentTokenizer:
             plain = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
             config.write_text(json.dumps(plain, indent=2), encoding="utf-8")
             self._checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-
-    @cached_property
-    def identity(self) -> TokenizerIdentity:
-        """The tokenizer's identity: hashes of its files and its chat template, and the template's date."""
-        lines = "".join(f"{path.name} {sha256(path)}\n" for path in self.files)
-        template = self._checkpoint.tokenizer.chat_template
-        return TokenizerIdentity(
-            files=hashlib.sha256(lines.encode()).hexdigest(),
-            chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
-            chat_template_date=self._settings.chat_template_date,
-        )
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -249,6 +227,31 @@ class DocumentTokenizer:
             texts = [text for text, is_quoted in pieces if is_quoted == quoted]
             encoded[quoted] = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         return (next(encoded[quoted]) for _, quoted in pieces)
+
+
+def mask_rule(content: Content, settings: SequencesConfig) -> str:
+    """Name of the rule that says which tokens are captured: all of a text that can be predicted ("text"), every turn of
+    the assistant or the last ("assistant", "last_assistant"), what follows the prompt ("completion")."""
+    answers = "assistant" if settings.assistant_turns == "all" else "last_assistant"
+    return answers if content == "chat" else content
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer; they can be loaded without the hub."""
+    found = chain.from_iterable(folder.glob(pattern) for pattern in _FILES)
+    return sorted({path for path in found if path.is_file()})
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 over the files of a tokenizer."""
+    lines = "".join(f"{path.name} {sha256(path)}\n" for path in tokenizer_files(folder))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def template_hash(checkpoint: Checkpoint) -> str | None:
+    """SHA-256 of the chat template; None without one."""
+    template = checkpoint.tokenizer.chat_template
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
 
 
 def _prefix(backend: Tokenizer) -> list[int]:

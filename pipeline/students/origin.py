@@ -16,7 +16,7 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.models.files import first_line
 from softlabel.pipeline.models.pretrained import load_tokenizer
-from softlabel.pipeline.selection.select import selection_of
+from softlabel.pipeline.selection.selection import selection_of
 from softlabel.storage.errors import TableError
 from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.upkeep.inspection import last_capture

@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from softlabel.pipeline.selection.select import Selection, position_seeds
+from softlabel.pipeline.selection.select import position_seeds
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.sequences.whole_documents import class_ids
 from softlabel.storage.identity import TeacherIdentity
 

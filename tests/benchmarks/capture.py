@@ -42,9 +42,9 @@ import pyarrow.parquet as pq
 import torch
 
 import softlabel.flows  # noqa: F401, sets the environment variables of a capture
-from softlabel.pipeline.capturing import capture as capturing
-from softlabel.pipeline.capturing.capture import capture_shard
+from softlabel.pipeline.capturing import shard
 from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, SequencesConfig, TeacherConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
 from softlabel.pipeline.examples.language_model import prepare_teacher
@@ -101,7 +101,7 @@ class Bench:
             checkpoint = RandomWeights(checkpoint.folder, None, False, "bfloat16")
         self.teacher = TransformersTeacher(settings, checkpoint)
         self._folder, self._tokens, self._batch_tokens = folder, tokens, batch * tokens
-        capturing.load_teacher = lambda config: self.teacher
+        shard.load_teacher = lambda config: self.teacher
         self._configs: dict[str, CaptureConfig] = {}
         self._plans: dict[str, Path] = {}
         measured = documents(folder / "measured.parquet", name, 1, sequences, tokens)
@@ -196,12 +196,12 @@ class Bench:
             spent[name] += time.perf_counter() - started
             return result
 
-        originals = capturing.select, ShardWriter.append, ShardWriter.commit
-        capturing.select = partial(clocked, "selection", originals[0])
+        originals = shard.select, ShardWriter.append, ShardWriter.commit
+        shard.select = partial(clocked, "selection", originals[0])
         ShardWriter.append = lambda *a: clocked("writing", originals[1], *a)  # type: ignore[method-assign]
         ShardWriter.commit = lambda *a: clocked("commit", originals[2], *a)  # type: ignore[method-assign]
         spent["whole"] = self.capture(selection, {})
-        capturing.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
+        shard.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
         return spent
 
     def peak(self, work: Callable[[], object]) -> float:

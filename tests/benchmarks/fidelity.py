@@ -36,7 +36,8 @@ from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import CompactTargets, Target, decode_targets
-from softlabel.pipeline.selection.select import Selection, position_seeds, select
+from softlabel.pipeline.selection.select import position_seeds, select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.students.build import hidden_states, output_head, prune
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.codec import SoftLabels, encode, flatten

@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabel.pipeline.capturing import capture as capturing
+from softlabel.pipeline.capturing import shard
+from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
@@ -115,8 +116,8 @@ def planned(config: CaptureConfig) -> None:
 
 def captured(config: CaptureConfig) -> None:
     """A whole capture."""
-    capturing.load_teacher = load_stub  # type: ignore[assignment]
-    capturing.capture(config)
+    shard.load_teacher = load_stub  # type: ignore[assignment]
+    capture(config)
 
 
 def measured(work: Callable[[CaptureConfig], None], config: CaptureConfig) -> tuple[int, int, float, int]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from softlabel.pipeline.config.capture import SelectionConfig
-from softlabel.pipeline.selection.select import Selection, position_seeds, select
+from softlabel.pipeline.selection.select import position_seeds, select
+from softlabel.pipeline.selection.selection import Selection
 
 PEER = "topk + log_softmax, k=64"
 SELECTIONS = {

@@ -92,10 +92,11 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     import torch
     from transformers import AutoTokenizer
 
-    from softlabel.pipeline.capturing.capture import VOCABULARY_SAMPLE
+    from softlabel.pipeline.capturing.shard import VOCABULARY_SAMPLE
     from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
     from softlabel.pipeline.examples.language_model import prepare_teacher
-    from softlabel.pipeline.selection.select import Selection, position_seeds, select
+    from softlabel.pipeline.selection.select import position_seeds, select
+    from softlabel.pipeline.selection.selection import Selection
     from softlabel.pipeline.teachers.teacher import TransformersTeacher
 
     folder = Path(".demo/teacher")

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlabel.pipeline.models.files import sha256
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import (
     Identity,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softlabel.pipeline.capturing.capture import CaptureReport, capture, capture_shard
+from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.capturing import capture as capturing
-from softlabel.pipeline.capturing.plan import Known, identify, plan
+from softlabel.pipeline.capturing import shard
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.identity import identify
+from softlabel.pipeline.capturing.plan import Known, plan
 from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
@@ -33,8 +35,8 @@ def test_only_new_documents_are_tokenized_and_the_plan_stays_small_in_memory(
         teacher=TeacherConfig(model=str(tiny_teacher)),
         selection=SelectionConfig(top_k=1),
     )
-    monkeypatch.setattr(capturing, "load_teacher", load_stub)
-    assert capturing.capture(config).sequences == MANY
+    monkeypatch.setattr(shard, "load_teacher", load_stub)
+    assert capture(config).sequences == MANY
     write_documents(tmp_path / "d.parquet", words, MANY + 10)
 
     tokenized: list[str] = []
@@ -50,7 +52,7 @@ def test_only_new_documents_are_tokenized_and_the_plan_stays_small_in_memory(
     assert len(tokenized) == 10
 
     checkpoint = Checkpoint.find(config.teacher)
-    identity = identify(config, checkpoint, DocumentTokenizer(checkpoint, config.sequences, "text"))
+    identity = identify(config, checkpoint)
     carried = Documents(config.documents, config.columns).carried
     tracemalloc.start()
     known = Known(config, identity, carried)

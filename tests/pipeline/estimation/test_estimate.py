@@ -14,7 +14,8 @@ from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.config.estimate import EstimateConfig, SampleConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 from softlabel.pipeline.selection.fidelity import bucket_kl, collisions, squared_error
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.errors import UsageError
 from tests.conftest import topics
 from tests.pipeline.capturing.test_capture import settings, texts, write

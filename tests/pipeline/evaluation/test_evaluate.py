@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.stream.holdout import Holdout
 from softlabel.pipeline.students.record import table_record
 from softlabel.storage.codec import SoftLabels

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from softlabel.pipeline.evaluation.metrics import measure
 from softlabel.pipeline.loss.targets import CompactTargets
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.stream.batch import Batch
 from softlabel.storage.codec import encode
 from softlabel.storage.schema import SOFT_LABELS

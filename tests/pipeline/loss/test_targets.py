@@ -5,7 +5,8 @@ import torch
 from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.loss.targets import CompactTargets, decode_targets, resolve_target
-from softlabel.pipeline.selection.select import Selection, select
+from softlabel.pipeline.selection.select import select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.codec import SoftLabels, encode
 from softlabel.storage.codec import decode as decode_rows
 from softlabel.storage.errors import UsageError

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.capturing.capture import capture, capture_shard
+from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.plan import plan
+from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.storage.errors import ProvenanceError, TeacherError

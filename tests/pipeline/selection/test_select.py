@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.selection import select as module
-from softlabel.pipeline.selection.select import NotADistributionError, Selection, position_seeds, select
+from softlabel.pipeline.selection.select import NotADistributionError, position_seeds, select
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.codec import SoftLabels, trim_log_masses
 
 pytestmark = pytest.mark.usefixtures("one_thread", "passes")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softlabel.pipeline.selection import select as module
-from softlabel.pipeline.selection.select import Selection
+from softlabel.pipeline.selection.selection import Selection
 from tests.pipeline.selection.test_select import DEFAULT, RS_50, SELECTIONS, run, split, zipf
 
 pytestmark = pytest.mark.usefixtures("one_thread", "passes")

@@ -15,7 +15,7 @@ from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, Te
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chunking import cut, split_of, to_sequences
-from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded, tokenizer_files, tokenizer_hash
 from softlabel.storage.errors import UsageError
 from softlabel.storage.schema import SEQUENCE
 
@@ -193,16 +193,11 @@ def test_the_split_depends_only_on_the_id_and_grows_with_the_fraction() -> None:
     assert all(more for less, more in zip(splits[0.1], splits[0.5], strict=True) if less), "a larger share keeps it"
 
 
-def test_identity_is_the_tokenizers_files_and_the_template_with_its_date(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    tokenizer = DocumentTokenizer(checkpoint, SMALL, "text")
-    assert [path.name for path in tokenizer.files] == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-    later = SequencesConfig(chat_template_date="2027-01-01")
-    other = DocumentTokenizer(with_tokenizer(checkpoint, tmp_path, bos=True), SMALL, "text")
-    identities = [tokenizer.identity, other.identity, DocumentTokenizer(checkpoint, later, "text").identity]
-    assert len(set(identities)) == 3
-    assert DocumentTokenizer(checkpoint, SequencesConfig(), "chat").identity == tokenizer.identity
+def test_a_tokenizer_is_identified_by_its_files(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    files = tokenizer_files(checkpoint.folder)
+    assert [path.name for path in files] == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    other = with_tokenizer(checkpoint, tmp_path, bos=True)
+    assert tokenizer_hash(other.folder) != tokenizer_hash(checkpoint.folder)
 
 
 def test_no_room_for_a_prediction_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from softlabel.pipeline.config.capture import ColumnsConfig, SequencesConfig, Te
 from softlabel.pipeline.documents.documents import Documents, Reject
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.chunking import to_sequences
-from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, mask_rule
 from softlabel.storage.errors import UsageError
 
 CHAT = [
@@ -215,7 +215,7 @@ def test_a_chat_whose_turns_can_not_be_counted_is_rejected(checkpoint: Checkpoin
     assert rejects == [Reject("0", "the chat template writes 4 turns for 2 assistant messages")]
 
 
-def test_each_capture_rule_has_a_name(checkpoint: Checkpoint) -> None:
+def test_each_capture_rule_has_a_name() -> None:
     last = SequencesConfig(assistant_turns="last")
     rules = [
         ("text", SequencesConfig()),
@@ -223,7 +223,7 @@ def test_each_capture_rule_has_a_name(checkpoint: Checkpoint) -> None:
         ("chat", last),
         ("completion", SequencesConfig()),
     ]
-    names = [DocumentTokenizer(checkpoint, settings, content).mask for content, settings in rules]
+    names = [mask_rule(content, settings) for content, settings in rules]
     assert names == ["text", "assistant", "last_assistant", "completion"]
 
 

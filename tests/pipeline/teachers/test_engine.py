@@ -99,7 +99,7 @@ def test_a_batch_is_written_while_the_next_one_runs(
     tiny_teacher: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writing each of the first batches waits until the teacher has begun the next one."""
-    monkeypatch.setattr("softlabel.pipeline.capturing.capture.VOCABULARY_SAMPLE", 1)
+    monkeypatch.setattr("softlabel.pipeline.capturing.shard.VOCABULARY_SAMPLE", 1)
     monkeypatch.setattr(Signalling, "batches", tuple(Event() for _ in range(4)))
     monkeypatch.setattr(Signalling, "begun", 0)
     append, in_time = ShardWriter.append, list[bool]()
