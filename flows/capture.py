@@ -1,17 +1,20 @@
 """The flow that brings a table up to date with its documents: one task plans, then one task captures each shard."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-from prefect import flow, task
+from prefect import Flow, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from softlabel.flows.artifacts import progress_artifact
 from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
-from softlabel.pipeline.capturing.steps import P, R
+from softlabel.pipeline.capturing.steps import P, R, StepDecorator
 from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.progress import Watch
 
 RUN_NAMES = {
     "plan": "plan {config.table}",
@@ -27,10 +30,27 @@ def as_task(step: Callable[P, R], /) -> Callable[P, R]:
     return task(name=name, task_run_name=RUN_NAMES[name], persist_result=False, cache_policy=NO_CACHE)(step)
 
 
-@flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
-def capture_flow(config: CaptureConfig) -> CaptureReport:
-    """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
-    with retrying(), watching("capture-progress") as watch, announcing(config.table, "capture"):
-        report = capture(config, watch, as_task)
-    create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
-    return report
+class CaptureFunction(Protocol):
+    """``capture``, or what is left to do of it."""
+
+    def __call__(self, config: CaptureConfig, watch: Watch, decorate: StepDecorator) -> CaptureReport:
+        """Capture, and report."""
+        ...
+
+
+def flow_of(work: CaptureFunction) -> Flow[[CaptureConfig], CaptureReport]:
+    """The flow that does this work."""
+
+    @flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
+    def capture_flow(config: CaptureConfig) -> CaptureReport:
+        """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
+        shown = progress_artifact("capture-progress")
+        with retrying(), watching(shown) as watch, announcing(config.table, "capture"):
+            report = work(config, watch, as_task)
+        create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
+        return report
+
+    return capture_flow
+
+
+capture_flow = flow_of(capture)

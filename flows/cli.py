@@ -26,6 +26,7 @@ from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.processes import open_standard_files
 from softlabel.storage.credentials import masked
 from softlabel.storage.errors import SoftlabelError, UsageError
 
@@ -53,6 +54,7 @@ app = App(
 
 def main() -> None:
     """Run the command line of this process, and exit with its code."""
+    open_standard_files()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 

@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, otherwise a log line every few seconds, and a Prefect artifact.
+"""Progress of long work: bars on a terminal, otherwise a log line every few seconds, and what a flow adds.
 
 Each of them shows how much of a stage is done, its rate and the time left. This module measures only time; the
 counts come from the pipeline.
@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from time import monotonic
-from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import FlowRunContext
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
@@ -33,15 +30,13 @@ _lines = logger.getChild("progress")
 
 
 @contextmanager
-def watching(artifact: str | None = None) -> Iterator[Watch]:
+def watching(*more: Show) -> Iterator[Watch]:
     """Report progress while the block runs: in bars if stderr is a terminal, otherwise in log lines.
 
     Args:
-        artifact: key of a Prefect progress artifact to update as well, if a flow is running.
+        more: further ways to show it, every few seconds.
     """
-    shown = [_throttled(_log)]
-    if artifact and FlowRunContext.get():
-        shown.append(_throttled(_artifact(artifact)))
+    shown = [_throttled(show) for show in (_log, *more)]
     with _bars() if sys.stderr.isatty() else nullcontext() as bars:
         if bars:
             shown.append(bars)
@@ -155,26 +150,3 @@ def _no_lines_on_terminals() -> Iterator[None]:
 
 def _is_not_progress(record: logging.LogRecord) -> bool:
     return record.name != _lines.name
-
-
-def _artifact(key: str) -> Show:
-    artifact = create_progress_artifact(0.0, key=key)
-    assert isinstance(artifact, UUID)  # not a coroutine: our flows are synchronous
-
-    reachable = True
-
-    def show(progress: Progress, text: str, parts: Mapping[str, str]) -> None:
-        nonlocal reachable
-        total = progress.total
-        share = (
-            0.0 if total is None else 100.0 * progress.done / total if total else 100.0
-        )  # nothing to do counts as done
-        try:
-            if reachable:
-                lines = [f"{progress.stage}: {text}", *(f"{name}: {part}" for name, part in parts.items())]
-                update_progress_artifact(artifact, share, description="  \n".join(lines))
-        except Exception as error:  # an unreachable server must not end hours of work
-            reachable = False
-            logger.warning("Prefect's progress artifact can't be updated, and will not be tried again: %s", error)
-
-    return show

@@ -1,27 +1,30 @@
-"""Runs one flow for the command line, in this process, with the configured Prefect server or a temporary one.
+"""Runs one verb for the command line, in this process, and records it in Prefect.
 
-Prefect's own log lines go to its server, not to the terminal. Prefect takes its settings only from its profile and the
-environment: by default it would also read files in the working folder, which can name code to run.
+With a Prefect server configured, each verb is a run of its flow there. Otherwise, what is refused because an input is
+missing, and a capture that finds nothing to do, end here, before Prefect is loaded; all other runs are flows on a
+server of their own, which starts while the work is loaded.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from softlabel.flows import server
+from softlabel.flows.progress import watching
 from softlabel.pipeline.config.base import Settings
-from softlabel.pipeline.processes import NEUTRAL
-
-if home := os.environ.get("PREFECT_HOME"):
-    os.environ["PREFECT_HOME"] = str(Path(home).expanduser().absolute())
-with chdir(NEUTRAL):
-    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
-
-    from softlabel.flows import server
+from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
+from softlabel.pipeline.config.estimate import EstimateConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
+from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.exclusive import scratch
+from softlabel.pipeline.processes import NEUTRAL, Child
 
 # Progress bars of huggingface_hub and transformers would break ours and clutter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -33,25 +36,74 @@ def run(name: str, config: Settings) -> Any:
     Raises:
         SoftlabelError: if the flow fails with one.
     """
-    embedded = None if get_current_settings().api.url else server.start()
+    os.environ["PREFECT_HOME"] = str(server.home())  # absolute, as the working folder changes while Prefect is loaded
+
+    def load() -> Any:
+        return getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")
+
+    with _lines():
+        if server.is_configured():
+            return _run_flow(load, config)
+        if isinstance(config, CaptureConfig):
+            return _capture(config)
+        _require_inputs(config)
+        return _run_flow(load, config, server.start())
+
+
+def _capture(config: CaptureConfig) -> Any:
+    """Plan a capture, and run the flow for the rest only if there is something to do."""
+    from softlabel.pipeline.capturing.capture import carry_out
+    from softlabel.pipeline.capturing.plan import plan
+
+    with scratch() as folder:
+        with watching() as watch:
+            todo = plan(config, folder, watch)
+            if todo.is_empty:
+                return carry_out(todo, config, watch)
+        started = server.start()
+        rest = partial(carry_out, todo)
+        return _run_flow(lambda: import_module("softlabel.flows.capture").flow_of(rest), config, started)
+
+
+def _require_inputs(config: Settings) -> None:
+    """Refuse tables and documents that do not exist, as the flow would.
+
+    Raises:
+        SoftlabelError: if there is no such table, or there are no such documents.
+    """
+    from softlabel.pipeline.documents.readers import find
+    from softlabel.storage.opening import exists
+    from softlabel.storage.views.view import open_table
+
+    tables: tuple[str, ...] = ()
+    match config:
+        case EstimateConfig() | DistillConfig():
+            find(config.documents)
+        case MixConfig():
+            tables = config.tables
+        case ReprocessConfig():
+            tables = (config.source,)
+        case TrainConfig() | EvaluateConfig() | VerifyConfig() | MaintainConfig():
+            tables = (config.table,)
+    for table in tables:
+        if not exists(table):
+            open_table(table)
+
+
+def _run_flow(load: Callable[[], Any], config: Settings, embedded: Child | None = None) -> Any:
     with ExitStack() as stack:
         with chdir(NEUTRAL):
             # Importing the flow takes seconds, and so does starting the server: both go on at the same time.
-            flow = getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")
+            engine, flow = import_module("softlabel.flows.engine"), load()
             if embedded:
-                server.wait(embedded)
-                stack.enter_context(temporary_settings({PREFECT_API_URL: embedded}))
-        stack.enter_context(_quiet())
-        return flow(config)
+                stack.enter_context(engine.connected(server.address()))
+        return engine.run(flow, config)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Send Prefect's log records only to its server, and ours to stderr as plain lines."""
-    terminal, ours = logging.getLogger().handlers, logging.getLogger("softlabel")
-    lines = logging.StreamHandler(sys.stderr)
-    for handler in terminal:
-        handler.addFilter(_not_prefects)
+def _lines() -> Iterator[None]:
+    """Print our log records on stderr, as plain lines."""
+    ours, lines = logging.getLogger("softlabel"), logging.StreamHandler(sys.stderr)
     ours.addHandler(lines)
     ours.propagate = False
     try:
@@ -59,9 +111,3 @@ def _quiet() -> Iterator[None]:
     finally:
         ours.propagate = True
         ours.removeHandler(lines)
-        for handler in terminal:
-            handler.removeFilter(_not_prefects)
-
-
-def _not_prefects(record: logging.LogRecord) -> bool:
-    return not record.name.startswith("prefect")

@@ -40,6 +40,7 @@ def start(
         environment: environment variables; this process's by default.
         settings: further arguments of ``subprocess.Popen``.
     """
+    open_standard_files()
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
@@ -47,6 +48,20 @@ def start(
         env={**(os.environ if environment is None else environment), **same_modules()},
         **settings,
     )
+
+
+def open_standard_files() -> None:
+    """Open the null device on each of the descriptors 0 to 2 that is closed.
+
+    Otherwise the next file, pipe or socket that is opened gets that number, and whatever is printed goes there.
+    """
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def same_modules() -> dict[str, str]:
@@ -80,12 +95,22 @@ class Child:
         arguments: its command-line arguments.
         log: file for everything else that it prints.
         environment: environment variables; this process's by default.
+        cwd: its working folder; this process's by default.
     """
 
-    def __init__(self, module: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> None:
         self._log = log
         with log.open("wb") as file:
-            self.process = start(module, *arguments, environment=environment, stdout=subprocess.PIPE, stderr=file)
+            self.process = start(
+                module, *arguments, environment=environment, stdout=subprocess.PIPE, stderr=file, cwd=cwd
+            )
         assert self.process.stdin
         assert self.process.stdout
         self._stdin, self.stdout = self.process.stdin, self.process.stdout
