@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from softlabel.flows import server
 from softlabel.pipeline.config.base import Settings
+from softlabel.storage.errors import SoftlabelError
 
 
 @contextmanager
@@ -27,12 +28,25 @@ def connected(url: str) -> Iterator[None]:
 
 
 def run(flow: Any, config: Settings) -> Any:
-    """Run a flow and return its result."""
+    """Run a flow and return its result.
+
+    Raises:
+        SoftlabelError: if the flow fails with one, or the server can't be reached.
+    """
     terminal = logging.getLogger().handlers
     for handler in terminal:
         handler.addFilter(_is_not_prefects)
     try:
         return flow(config)
+    except RuntimeError as error:
+        if not str(error).startswith("Failed to reach API"):
+            raise
+        raise SoftlabelError(
+            "the configured Prefect server can't be reached",
+            expected="a running server, whose address is PREFECT_API_URL in the environment or in Prefect's profile",
+            found=f"{error}: {error.__cause__}" if error.__cause__ else error,
+            do="start that server or correct the address; without a configured server, softlabel starts its own",
+        ) from None
     finally:
         for handler in terminal:
             handler.removeFilter(_is_not_prefects)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from softlabel.flows import server
 from softlabel.flows.progress import watching
@@ -44,8 +44,8 @@ def run(name: str, config: Settings) -> Any:
     with _lines():
         if server.is_configured():
             return _run_flow(load, config)
-        if isinstance(config, CaptureConfig):
-            return _capture(config)
+        if name == "capture":
+            return _capture(cast("CaptureConfig", config))
         _require_inputs(config)
         return _run_flow(load, config, server.start())
 

@@ -136,10 +136,10 @@ def _end_with_parent(running: list[Any]) -> None:
 
 
 async def _serve(running: list[Any], send: Callable[[str, Any], None]) -> None:
+    home().mkdir(parents=True, exist_ok=True)
     import uvicorn
     from prefect.server.api.server import create_app
 
-    home().mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         # Of several first starts at once, one creates the database.
         with FileLock(home() / _LOCK, timeout=_SECONDS_TO_START):

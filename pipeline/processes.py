@@ -40,7 +40,6 @@ def start(
         environment: environment variables; this process's by default.
         settings: further arguments of ``subprocess.Popen``.
     """
-    open_standard_files()
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
@@ -106,6 +105,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         cwd: str | None = None,
     ) -> None:
+        open_standard_files()
         self._log = log
         with log.open("wb") as file:
             self.process = start(

@@ -36,7 +36,7 @@ def main() -> None:
     if sys.argv[1] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     send("error", serialized(RAISED[sys.argv[1]]))
-    sys.stdin.read()
+    assert not sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -95,3 +95,29 @@ def modules(command: list[str], path: str, folder: Path) -> list[str]:
     environment = os.environ | {"PYTHONPATH": path.format(root=ROOT, here=folder, other="/nowhere")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip().split(os.pathsep)
+
+
+CLOSED = """
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from softlabel.pipeline.processes import Child, messages
+
+child = Child("tests.pipeline.speaking", "ours", log=Path(sys.argv[1], "log"))
+for descriptor in (1, 2):  # as native libraries print
+    with suppress(OSError):
+        os.write(descriptor, b"what this process prints\\n")
+Path(sys.argv[1], "received").write_text(next(messages([child]))[1])
+child.process.stdin.close()
+assert child.process.wait() == 0
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_child_needs_none_of_its_parents_standard_descriptors(closed: str, tmp_path: Path):
+    command = f'exec "$0" -c "$1" "$2" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, CLOSED, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "received").read_text() == "progress"
+    assert (tmp_path / "log").read_text() == "what a library prints\n"
