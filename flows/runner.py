@@ -1,17 +1,18 @@
 """Runs one verb for the command line, in this process, and records it in Prefect.
 
 With a Prefect server configured, each verb is a run of its flow there. Otherwise, what is refused because an input is
-missing, and a capture that finds nothing to do, end here, before Prefect is loaded; all other runs are flows on a
-server of their own, which starts while the work is loaded.
+missing, and what is already done, ends here, before Prefect is loaded, and is recorded nowhere. All other runs are
+flows on a server of this process, which starts while the rest of the work is loaded.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from softlabel.flows import server
@@ -25,6 +26,7 @@ from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, Reproces
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.processes import NEUTRAL, Child
+from softlabel.pipeline.students.record import RECORD
 
 # Progress bars of huggingface_hub and transformers would break ours and clutter a log.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -38,16 +40,16 @@ def run(name: str, config: Settings) -> Any:
     """
     os.environ["PREFECT_HOME"] = str(server.home())  # absolute, as the working folder changes while Prefect is loaded
 
-    def load() -> Any:
-        return getattr(import_module(f"softlabel.flows.{name}"), f"{name}_flow")
-
     with _lines():
         if server.is_configured():
-            return _run_flow(load, config)
-        if name == "capture":
-            return _capture(cast("CaptureConfig", config))
-        _require_inputs(config)
-        return _run_flow(load, config, server.start())
+            return _run_flow(name, config)
+        match name:
+            case "capture":
+                return _capture(cast("CaptureConfig", config))
+            case "train":
+                return _train(cast("TrainConfig", config))
+            case _:
+                return _run_here(name, config)
 
 
 def _capture(config: CaptureConfig) -> Any:
@@ -60,9 +62,25 @@ def _capture(config: CaptureConfig) -> Any:
             todo = plan(config, folder, watch)
             if todo.is_empty:
                 return carry_out(todo, config, watch)
-        started = server.start()
-        rest = partial(carry_out, todo)
-        return _run_flow(lambda: import_module("softlabel.flows.capture").flow_of(rest), config, started)
+        return _run_flow("capture", config, server.start(), partial(carry_out, todo))
+
+
+def _train(config: TrainConfig) -> Any:
+    """Run the flow, unless there is a finished student already: it is reported, or refused if its settings differ."""
+    if Path(config.output, RECORD).exists():
+        # Imported here, as they take seconds: the flow imports them beside the start of the server.
+        from softlabel.pipeline.students.folder import StudentFolder
+        from softlabel.pipeline.training.train import train
+
+        if StudentFolder(Path(config.output).absolute()).finished() is not None:
+            return train(config)
+    return _run_here("train", config)
+
+
+def _run_here(name: str, config: Settings) -> Any:
+    """Run a flow on a server of this process, if its inputs exist."""
+    _require_inputs(config)
+    return _run_flow(name, config, server.start())
 
 
 def _require_inputs(config: Settings) -> None:
@@ -90,11 +108,13 @@ def _require_inputs(config: Settings) -> None:
             open_table(table)
 
 
-def _run_flow(load: Callable[[], Any], config: Settings, embedded: Child | None = None) -> Any:
+def _run_flow(name: str, config: Settings, embedded: Child | None = None, work: Any = None) -> Any:
+    """Run the flow of that name, or one that does this part of its work, on the configured or the embedded server."""
     with ExitStack() as stack:
         with chdir(NEUTRAL):
             # Importing the flow takes seconds, and so does starting the server: both go on at the same time.
-            engine, flow = import_module("softlabel.flows.engine"), load()
+            engine, module = import_module("softlabel.flows.engine"), import_module(f"softlabel.flows.{name}")
+            flow = getattr(module, f"{name}_flow") if work is None else module.flow_of(work)
             if embedded:
                 stack.enter_context(engine.connected(server.address()))
         return engine.run(flow, config)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softlabel.pipeline.students.folder import RECORD
-from softlabel.pipeline.students.record import StudentRecord, TableRecord, read_record
+from softlabel.pipeline.students.record import RECORD, StudentRecord, TableRecord, read_record
 from softlabel.storage.errors import StudentError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.table import Table

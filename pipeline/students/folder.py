@@ -26,6 +26,7 @@ from softlabel.pipeline.students.manifest import problem_of
 from softlabel.pipeline.students.model_card import model_card
 from softlabel.pipeline.students.origin import KnownTeacher
 from softlabel.pipeline.students.record import (
+    RECORD,
     R,
     RunRecord,
     StudentRecord,
@@ -40,8 +41,6 @@ from softlabel.storage.places import durable
 from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
-RECORD = "softlabel.json"
-"""File of the record in a student's folder."""
 RUN = "run.json"
 """File in each checkpoint: the record of its run, and the position in its stream."""
 _MAY_CHANGE = {

@@ -19,6 +19,8 @@ from softlabel.storage.location import require_clean
 from softlabel.storage.table import Table
 from softlabel.storage.views.view import AnyTable, How
 
+RECORD = "softlabel.json"
+"""File of the record in a student's folder."""
 FORMAT = 2
 """Format of the records that this version writes."""
 _RENAMED = {

@@ -12,8 +12,11 @@ from softlabel.flows import runner, server
 from softlabel.flows.cli import run
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.training.train import train
 from tests.conftest import ROOT
+from tests.pipeline.captured import make_table
 from tests.pipeline.capturing.test_capture import settings, texts, write
+from tests.pipeline.trainings import settings as training
 
 HEAVY = ("torch", "transformers", "prefect")
 SCRIPT = f"""
@@ -108,3 +111,17 @@ def test_an_input_that_does_not_exist_is_refused_before_a_server_starts(verb, tm
     }
     assert run([verb, *arguments.get(verb, [nowhere])]) in (1, 2)
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_finished_student_is_reported_before_a_server_starts(tiny_teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(server, "is_configured", lambda: False)
+    monkeypatch.setattr(server, "start", None)
+    table = make_table(tmp_path / "table", tiny_teacher, 4, 0)
+    config = training(table, tmp_path / "student", optimizer={"max_steps": 1})
+    train(config)
+    file = tmp_path / "train.yaml"
+    file.write_text(config.model_dump_json())  # JSON is YAML
+    assert run(["train", "--config", str(file)]) == 0
+    assert "was trained already" in capsys.readouterr().out
+    assert run(["train", "--config", str(file), "--loss.soft-weight", "0.5"]) == 2
+    assert "soft_weight" in capsys.readouterr().err
