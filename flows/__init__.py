@@ -1,12 +1,17 @@
 """Prefect flows and the command line: when and where the pipeline runs. Never opens Parquet or handles tensors."""
 
+import logging
 import os
+import sys
 
 # Prefect reads these on import, and so does the server that it starts: neither may contact the internet.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 # Attach our own log lines to the Prefect run that they are about.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "softlabel")
+if "prefect" in sys.modules:  # a worker loads a flow when Prefect has already configured its logging
+    for handler in logging.getLogger("prefect.extra").handlers:
+        logging.getLogger("softlabel").addHandler(handler)
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 # Torch reads this at its first tensor. Large tensors then use huge pages, if the system leaves the choice to the
 # program. Without them, a CPU spends a twentieth of a capture on handing out small pages.

@@ -100,6 +100,8 @@ class Worker:
                 watch(Progress(**value))
         except ChildDiedError:
             self.deaths += 1
+        if self.closed:
+            raise WorkerError("this shard was not captured, because the capture was ended")
         raise WorkerError(f"worker {self.name} died; its shard was not captured", found=child.death())
 
     def close(self) -> None:

@@ -16,6 +16,20 @@ from tests.flows.servers import wait_until
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
+CONFIGURED_BEFORE = """
+import prefect.main  # as in the process in which a worker runs a flow
+import logging, softlabel.flows.capture
+
+print(*(type(handler).__name__ for handler in logging.getLogger("softlabel").handlers))
+"""
+
+
+def test_a_workers_log_lines_reach_the_server():
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_LOGGING_EXTRA_LOGGERS"}
+    command = [sys.executable, "-c", CONFIGURED_BEFORE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["APILogHandler"]
+
 
 @pytest.mark.long
 @pytest.mark.usefixtures("prefect")

@@ -30,6 +30,9 @@ def main() -> None:
     if sys.argv[1] == "modules":
         print(same_modules()["PYTHONPATH"])
         return
+    if sys.argv[1] == "waits":
+        sys.stdin.read()
+        return
     send = message_sender()
     print("what a library prints")
     send("progress", {"text": "long " * 100_000})

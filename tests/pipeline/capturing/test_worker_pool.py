@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
@@ -18,6 +19,7 @@ from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.worker_pool import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, split_shards
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models import files as model_folder
+from softlabel.pipeline.processes import Child
 from softlabel.pipeline.progress import Progress
 from softlabel.storage.errors import TeacherError, WorkerError
 from softlabel.storage.table import Table
@@ -113,6 +115,19 @@ def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> No
     assert len(workers) == 2
     assert all(map(gone, workers))
     assert not list((tmp_path / "t" / "_softlabel" / "writing").glob("*.parquet")), "partly written shards are deleted"
+
+
+def test_a_shard_that_is_given_up_is_not_said_to_be_the_death_of_its_worker(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = settings(tiny_teacher, tmp_path, tmp_path / "table")
+    worker = Worker("cpu", "cpu", 1, tmp_path / "log")
+    worker._child = Child("tests.pipeline.speaking", "waits", log=tmp_path / "log")
+    with ThreadPoolExecutor(1) as thread:
+        shard = thread.submit(worker.capture_shard, config, tmp_path / "shard.parquet")
+        time.sleep(0.1)
+        worker.close()
+        with pytest.raises(WorkerError, match="because the capture was ended") as error:
+            shard.result()
+    assert "died" not in str(error.value)
 
 
 def test_a_workers_error_names_the_document_whatever_the_current_folder(
