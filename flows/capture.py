@@ -7,9 +7,8 @@ from prefect import Flow, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from softlabel.flows.artifacts import progress_artifact
+from softlabel.flows.artifacts import publishing_progress
 from softlabel.flows.events import announcing
-from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.steps import P, R, StepDecorator
@@ -44,8 +43,7 @@ def flow_of(work: CaptureFunction) -> Flow[[CaptureConfig], CaptureReport]:
     @flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
     def capture_flow(config: CaptureConfig) -> CaptureReport:
         """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
-        shown = progress_artifact("capture-progress")
-        with retrying(), watching(shown) as watch, announcing(config.table, "capture"):
+        with retrying(), publishing_progress("capture-progress") as watch, announcing(config.table, "capture"):
             report = work(config, watch, as_task)
         create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
         return report
