@@ -79,7 +79,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         DocumentsError: if there is no usable document; with ``strict``, at the first one that can't be used.
         ProvenanceError: if the existing table was made with another teacher or other settings.
         TeacherError: if there is no such teacher.
-        UsageError: if the table is given with a version, or the teacher can't read sequences that long.
+        UsageError: if the table is given with a version, this machine does not have the teacher's device, or the
+            teacher can't read sequences that long.
     """
     started = time.monotonic()
     location, version = parse(config.table)
@@ -90,6 +91,11 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
             found=config.table,
             do="leave out the version or tag",
         )
+    if config.teacher.device not in ("auto", "cpu"):
+        # Imported here: torch takes over a second, and every machine has these two.
+        from softlabel.pipeline.devices import device
+
+        device(config.teacher.device)
     documents = Documents(config.documents, config.columns)
     checkpoint = Checkpoint.find(config.teacher)
     table = Table.open(config.table) if Table.exists(config.table) else None

@@ -16,7 +16,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, Sele
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.storage.errors import DocumentsError
+from softlabel.storage.errors import DocumentsError, UsageError
 from tests.benchmarks.planning import load_stub, write_documents
 
 MANY = 20_000
@@ -114,3 +114,10 @@ def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path,
     assert "found:       first: the chat has no assistant message" in str(caught.value)
     assert "second" not in str(caught.value)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_device_that_this_machine_lacks_is_refused_before_the_documents_are_read(tiny_teacher: Path, tmp_path: Path):
+    teacher = TeacherConfig(model=str(tiny_teacher), device="cuda:99")
+    config = CaptureConfig(documents=str(tmp_path / "nowhere"), table=str(tmp_path / "table"), teacher=teacher)
+    with pytest.raises(UsageError, match="no device 'cuda:99'"):
+        plan(config, tmp_path / "plan")
