@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from functools import cache, partialmethod
 from typing import Any
 
+import httpx
 from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from softlabel.flows import server
 from softlabel.pipeline.config.base import Settings
+from softlabel.pipeline.models.files import first_line
 from softlabel.storage.errors import SoftlabelError
 
 
@@ -38,6 +40,13 @@ def run(flow: Any, config: Settings) -> Any:
         handler.addFilter(_is_not_prefects)
     try:
         return flow(config)
+    except httpx.HTTPError as error:
+        raise SoftlabelError(
+            "the Prefect server failed while it recorded this run",
+            expected="a server that answers until the run has ended",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            do="run the same command again: finished work is kept, and is not repeated",
+        ) from error
     except RuntimeError as error:
         if not str(error).startswith("Failed to reach API"):
             raise

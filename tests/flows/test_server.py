@@ -15,8 +15,9 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from softlabel.flows import server
+from softlabel.flows import engine, server
 from softlabel.flows.cli import run
+from softlabel.pipeline.config.base import Settings
 from softlabel.storage.errors import SoftlabelError
 from tests.conftest import ROOT
 from tests.flows.servers import answers, wait_until
@@ -199,6 +200,16 @@ def test_a_configured_server_that_can_not_be_reached_gives_one_clear_error(tiny_
     assert shown.startswith("softlabel: the configured Prefect server can't be reached")
     assert "http://127.0.0.1:9/api" in shown
     assert len(shown.splitlines()) < 8
+
+
+def test_a_server_that_fails_during_a_run_gives_one_clear_error():
+    def flow(_: object) -> None:
+        raise httpx.ReadError("the connection was closed\nand more")
+
+    with pytest.raises(SoftlabelError, match="failed while it recorded this run") as error:
+        engine.run(flow, Settings())
+    assert "ReadError: the connection was closed" in str(error.value)
+    assert "and more" not in str(error.value)
 
 
 @pytest.mark.parametrize(
