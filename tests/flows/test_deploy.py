@@ -19,7 +19,6 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from softlabel.flows.cli import run
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
-from softlabel.flows.events import announcing
 from tests.flows.commands import softlabel
 from tests.flows.servers import prefect_server, wait_until
 from tests.pipeline.captured import make_table
@@ -149,14 +148,27 @@ def test_a_new_version_of_a_table_starts_the_training_that_waits_for_it(site: Pa
         def runs() -> list[FlowRun]:
             return [run for run in client.read_flow_runs() if run.deployment_id == training.id]
 
-        with announcing(str(site.parent / "other"), "capture"):
-            make_table(site.parent / "other", tiny_teacher, train=2, held_out=0)
-        with announcing(str(site.parent / "table"), "capture"):
-            make_table(site.parent / "table", tiny_teacher, train=2, held_out=0)
-        with announcing(str(site.parent / "table"), "capture"):
-            pass  # nothing new
+        # In a process of its own: Prefect sends all events of a process to the first server that it used.
+        subprocess.run([sys.executable, "-c", ANNOUNCING, site.parent, tiny_teacher], env=of_server(), check=True)
         wait_until(runs, seconds=60)
         assert len(runs()) == 1
+
+
+ANNOUNCING = """
+import sys
+from pathlib import Path
+
+from softlabel.flows.events import announcing
+from tests.pipeline.captured import make_table
+
+folder, teacher = map(Path, sys.argv[1:])
+for name in ("other", "table"):
+    with announcing(str(folder / name), "capture"):
+        make_table(folder / name, teacher, train=2, held_out=0)
+with announcing(str(folder / "table"), "capture"):
+    pass  # nothing new
+"""
+"""Makes two tables, and announces their versions."""
 
 
 def test_without_a_server_to_deploy_to_the_error_says_how_to_name_one(capsys: pytest.CaptureFixture[str]):
@@ -200,7 +212,12 @@ def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(ti
 def start_worker(*flags: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "prefect", "worker", "start", "--pool", "softlabel", *flags],
-        env=os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"},
+        env=of_server(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def of_server() -> dict[str, str]:
+    """The environment of a process that uses the server of this one."""
+    return os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"}
