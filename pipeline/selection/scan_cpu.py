@@ -2,8 +2,7 @@
 
 In threads of its own. torch's OpenMP threads could run it, too, since they stay awake for a moment after an operator,
 but on two cores of a busy AMD EPYC that saved 1 to 3 ms (best rounds of 64 and of 256 positions of SmolLM2; nothing at
-the 682 of a whole chunk), and the forward pass of such a chunk took 2.5 s. numba's threads were no faster than
-OpenMP's.
+the 682 of a whole chunk), and the forward pass of such a chunk took 2.5 s. numba's threads took as long as OpenMP's.
 """
 
 from collections.abc import Callable
