@@ -24,7 +24,7 @@ def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     create_table_artifact(
         [asdict(score) for score in (report.teacher, *report.students)],
         key="students",
-        description=f"Scores on {_size(report)} of {report.table}@{report.version}",
+        description=f"Scores on {report.measured} of {report.table}@{report.version}",
     )
     create_markdown_artifact("\n\n".join(_markdown(report)), key="report", description="Report of the evaluation")
     return report
@@ -44,16 +44,10 @@ def _markdown(report: EvaluationReport | ClassEvaluation) -> Iterator[str]:
         for score in (report.teacher, *report.students)
     ]
     yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    yield f"On {_size(report)} of {_plain(report.table)}@{report.version}."
+    yield f"On {report.measured} of {_plain(report.table)}@{report.version}."
     for title, svg in pictures(Path(report.html)):
         yield f"### {_plain(title)}\n\n![{_plain(title)}](data:image/svg+xml;base64,{b64encode(svg.encode()).decode()})"
     yield f"The whole report is in `{Path(report.html).absolute().as_posix().replace('`', '')}`."
-
-
-def _size(report: EvaluationReport | ClassEvaluation) -> str:
-    if isinstance(report, ClassEvaluation):
-        return f"{report.documents:,} held-out documents"
-    return f"{report.positions:,} held-out positions"
 
 
 def _cell(value: float | None) -> str:

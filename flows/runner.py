@@ -66,13 +66,13 @@ def _capture(config: CaptureConfig) -> Any:
 
 
 def _train(config: TrainConfig) -> Any:
-    """Run the flow, unless there is a finished student already: it is reported, or refused if its settings differ."""
+    """Run the flow, unless there is a finished student and nothing to train: it is reported, or refused."""
     if Path(config.output, RECORD).exists():
         # Imported here, as they take seconds: the flow imports them beside the start of the server.
         from softlabel.pipeline.students.folder import StudentFolder
         from softlabel.pipeline.training.train import train
 
-        if StudentFolder(Path(config.output).absolute()).finished() is not None:
+        if not StudentFolder(Path(config.output).absolute()).has_work(config):
             return train(config)
     return _run_here("train", config)
 

@@ -42,6 +42,10 @@ class Disk:
                 (at / name).write_bytes(self._contents[content])
         return at
 
+    def is_content(self, key: str | None, content: bytes) -> bool:
+        """Whether these are the bytes of a file of a tree."""
+        return key is not None and self._contents[key] == content
+
     def look(self) -> None:
         """Note the moment."""
         entries, files = self._scan()

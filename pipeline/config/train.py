@@ -143,13 +143,14 @@ class OptimizerConfig(Settings):
     """How long and how fast the student is trained."""
 
     num_train_epochs: PositiveFloat = 1.0
-    """Passes over the train split."""
+    """Passes over the train split; a finished student that gets more of them is trained further."""
     max_steps: PositiveInt | None = None
-    """Number of optimizer steps; replaces num_train_epochs."""
+    """Number of optimizer steps; replaces num_train_epochs. A finished student that gets more is trained further."""
     learning_rate: PositiveFloat = 5e-4
     """Peak learning rate of AdamW."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises. When a finished student is trained further, it rises and
+    falls again over the further steps."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate changes after the warmup."""
     weight_decay: float = Field(default=0.0, ge=0)

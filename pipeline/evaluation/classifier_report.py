@@ -93,6 +93,11 @@ class ClassEvaluation:
     verdict: str | None
     """Which student is the most accurate, in a sentence; None for a single student, or without labels."""
 
+    @property
+    def measured(self) -> str:
+        """How much was measured, in words."""
+        return f"{self.documents:,} held-out documents"
+
     @classmethod
     def of(cls, report: ClassReport, html: Path, json: Path) -> Self:
         """The main numbers of a report that was written."""

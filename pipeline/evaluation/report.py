@@ -59,6 +59,8 @@ class TrainedStudent:
     """Training and evaluation records in the order of their steps."""
     trained_on: str
     """TABLE@version."""
+    runs: tuple[str, ...] = ()
+    """The steps of each run, if there were several."""
     config: dict[str, Any]
     circumstances: dict[str, Any]
     warnings: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class TrainedStudent:
             objective=record.objective,
             history=record.history,
             trained_on=f"{record.table.location}@{record.table.version}",
+            runs=record.runs_in_words,
             config=record.config.model_dump(mode="json"),
             circumstances=dict(record.circumstances),
             warnings=tuple(warnings),
@@ -164,6 +167,11 @@ class EvaluationReport:
     """Which student is closest to the teacher, in a sentence; None for a single student."""
     kl_kind: str
     """How the KL was estimated: see ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
+
+    @property
+    def measured(self) -> str:
+        """How much was measured, in words."""
+        return f"{self.positions:,} held-out positions"
 
     @classmethod
     def of(cls, report: Report, html: Path, json: Path) -> Self:

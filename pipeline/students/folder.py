@@ -2,11 +2,14 @@
 
     STUDENT/                   model, tokenizer, README.md (model card), softlabel.json (record of the training),
                                and tensorboard/, if it was asked for
+    STUDENT/training-state/    checkpoint of the last step, and the best weights if these were kept: a longer training
+                               goes on from there. Nothing else needs it
     STUDENT.training/          until it is finished: its last checkpoints, each with the settings of its run
                                (run.json), and the best weights so far
     .STUDENT.softlabel.lock    held by the process that trains it
 
-Decides whether a run is new, is resumed, or is already finished, and refuses to mix two runs. Never trains.
+Decides whether a run is new, is resumed, takes a finished student further, or is already finished, and refuses to mix
+two runs. Never trains.
 """
 
 import shutil
@@ -16,11 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.manifest import problem_of
 from softlabel.pipeline.students.model_card import model_card
@@ -31,18 +35,23 @@ from softlabel.pipeline.students.record import (
     RunRecord,
     StudentRecord,
     TeacherRecord,
+    TrainingRun,
     flatten,
     read_record,
     table_record,
 )
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.storage.errors import TrainingError, UsageError
+from softlabel.storage.errors import StudentError, TrainingError, UsageError
 from softlabel.storage.places import durable
 from softlabel.storage.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
 RUN = "run.json"
 """File in each checkpoint: the record of its run, and the position in its stream."""
+STATE = "training-state"
+"""Folder in that of a finished student, with the state of its last step."""
+_LENGTH = {"optimizer.max_steps", "optimizer.num_train_epochs"}
+"""Settings with which a finished student is trained further."""
 _MAY_CHANGE = {
     *("output", "table", "student.revision"),  # table and source are compared by content
     *(
@@ -56,6 +65,33 @@ _MAY_CHANGE = {
     ),
 }
 """Settings that affect where and how fast a student is trained, and what is shown meanwhile, but not the result."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the training has come that some settings ask for."""
+
+    finished: StudentRecord | None = None
+    """The student that is there, if there is nothing to train: these settings ask for it, or it has to be refused."""
+    earlier: StudentRecord | None = None
+    """The finished student that is trained further."""
+    unfinished: RunRecord | None = None
+    """The run that goes on."""
+    checkpoint: Path | None = None
+    """Checkpoint that the training goes on from: of the unfinished run, or else the state of the earlier student."""
+
+    @property
+    def recorded(self) -> StudentRecord | RunRecord | None:
+        """What is there and has to be the same; None for a new student."""
+        return self.finished or self.unfinished or self.earlier
+
+    @property
+    def runs(self) -> tuple[TrainingRun, ...]:
+        """The runs of the student that is trained further."""
+        return self.earlier.runs if self.earlier else ()
+
+
+_NEW = Standing()
 
 
 @dataclass(frozen=True)
@@ -99,13 +135,42 @@ class StudentFolder:
         """Record of the finished student; None if it is not finished."""
         return _record_at(self.path / RECORD, StudentRecord)
 
-    def open_table(self, config: TrainConfig) -> AnyTable:
-        """The table that this run reads: at the version of the unfinished run, if there is one.
+    def has_work(self, config: TrainConfig) -> bool:
+        """Whether these settings may ask for steps that are not done; ``standing`` knows, but reads more.
 
         Raises:
-            UsageError: if the folder holds anything other than a student with these settings, finished or not; or if
-                the folder of its unfinished run is a link.
+            UsageError: if something else has the name of one of the folders.
         """
+        self._require_folders()
+        finished = self.finished()
+        if finished is None:
+            return True
+        return bool(_changed(finished.config, config)) and (
+            self.run.is_dir() or _goes_further(finished, config.optimizer)
+        )
+
+    def standing(self, config: TrainConfig) -> Standing:
+        """How far the training has come that these settings ask for.
+
+        Raises:
+            UsageError: if something else has the name of one of the folders.
+            StudentError: if a record can't be read; or if a finished student should be trained further, and the state
+                of its training was not kept.
+        """
+        self._require_folders()
+        finished, unfinished = self.finished(), self._unfinished()
+        if finished is None:
+            return Standing(unfinished=unfinished, checkpoint=self.checkpoint)
+        changed = _changed(finished.config, config)
+        if not changed:
+            return Standing(finished=finished)
+        if unfinished is not None and unfinished.runs and unfinished.runs == finished.runs:
+            return Standing(earlier=finished, unfinished=unfinished, checkpoint=self.checkpoint)
+        if changed.keys() <= _LENGTH and _goes_further(finished, config.optimizer):
+            return Standing(earlier=finished, checkpoint=self._kept(finished))
+        return Standing(finished=finished)
+
+    def _require_folders(self) -> None:
         if self.run.is_symlink():
             raise UsageError(
                 "the folder for this student's checkpoints is a link, and softlabel does not write through links",
@@ -122,14 +187,44 @@ class StudentFolder:
                 where=self.path,
                 do="choose another output",
             )
-        finished, unfinished = self.finished(), self._unfinished()
+
+    def _kept(self, finished: StudentRecord) -> Path:
+        """The checkpoint of a finished student's last step."""
+        checkpoint = newest_checkpoint(self.path / STATE)
+        problem = "there is none" if checkpoint is None else problem_of(checkpoint)
+        if checkpoint is None or problem is not None:
+            raise StudentError(
+                "this student can't be trained further, because the state of its training is missing or damaged",
+                expected=f"weights and optimizer state of step {finished.last_step}, which softlabel keeps "
+                "with each finished student",
+                found=problem,
+                where=self.path / STATE,
+                do="restore that folder from a copy; or train a new student in another folder: from the beginning, or "
+                f"from this student's weights, with student.model {self.path}",
+            )
+        return checkpoint
+
+    def begin_run(self, standing: Standing) -> None:
+        """Copy what a run needs besides its checkpoint, if it begins to take a finished student further."""
+        if standing.earlier is None or standing.unfinished is not None:
+            return
+        shutil.rmtree(self.run, ignore_errors=True)
+        durable.make_folder(self.scratch)
+        for best in (self.path / STATE).glob("best-*"):
+            durable.publish(shutil.copytree(best, self.scratch / best.name), self.run / best.name)
+
+    def open_table(self, config: TrainConfig, standing: Standing) -> AnyTable:
+        """The table that this run reads: at the version of the unfinished run, if there is one.
+
+        Raises:
+            UsageError: if the folder holds anything other than a student with these settings, finished or not.
+        """
         location = config.table
-        if finished is None and unfinished is not None and parse(location)[1] is None:
-            location = f"{location}@{unfinished.table.version}"
+        if standing.unfinished is not None and parse(location)[1] is None:
+            location = f"{location}@{standing.unfinished.table.version}"
         table = open_table(location)
-        recorded = finished or unfinished
-        if recorded is not None:
-            self._require_same(recorded, config, table)
+        if standing.recorded is not None:
+            self._require_same(standing, config, table)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(
                 "the output folder already holds other files",
@@ -140,33 +235,42 @@ class StudentFolder:
             )
         return table
 
-    def require_source(self, source: StudentSource) -> None:
+    def require_source(self, source: StudentSource, standing: Standing) -> None:
         """Refuse to resume, or return as finished, a student that was made from other files.
 
         Raises:
             UsageError: with the files that differ.
         """
-        recorded = self.finished() or self._unfinished()
+        recorded = standing.recorded
         if recorded is not None and recorded.source is not None:
             before, folder = recorded.source.files, source.path if source.path.is_dir() else source.path.parent
             changed = [name for name, hash in source.files.items() if before.get(name) != hash]
-            self._refuse([f"{folder / name}: its content has changed" for name in changed])
+            self._refuse([f"{folder / name}: its content has changed" for name in changed], standing)
 
-    def clear(self) -> None:
+    def recover(self) -> None:
+        """Let a finished student replace the one before, if a kill came between its completion and that."""
+        if self._complete.is_dir() and not self.run.is_symlink():
+            self._put_in_place()
+
+    def clear(self, standing: Standing = _NEW) -> None:
         """Delete files that no run goes on from; warn of damaged checkpoints among them.
 
-        These are the half-written files of a killed run or, once the student is finished, all files of its run.
+        These are the half-written files of a killed run or, once the student is finished, all files of its run. A run
+        that takes the student further stays, even if these settings don't ask for it.
         """
-        if self.finished():
-            if self.run.is_dir():
+        finished = self.finished()
+        if finished is not None and standing.earlier is None:
+            unfinished = self._unfinished()
+            if self.run.is_dir() and (unfinished is None or unfinished.runs != finished.runs or not finished.runs):
                 durable.sync_names(self.path)  # a killed process may have renamed the student, and no more than that
                 shutil.rmtree(self.run, ignore_errors=True)
             return
         whole, problems = self._newest_first
+        beginning = "the beginning" if standing.earlier is None else f"step {standing.earlier.last_step}"
         for checkpoint, problem in problems.items():
             warnings.warn(
                 f"{checkpoint} is damaged or incomplete, and is skipped: {problem}.\n"
-                f"Training continues from {whole.name if whole else 'the beginning'}.",
+                f"Training continues from {whole.name if whole else beginning}.",
                 stacklevel=3,
             )
             with self.writing():
@@ -195,7 +299,7 @@ class StudentFolder:
                 do="free some space or fix the permissions, then run the same command again",
             ) from error
 
-    def finish(self, student: PreTrainedModel, tokenizer: Path, record: StudentRecord, task: str) -> None:
+    def finish(self, student: PreTrainedModel, tokenizer: Path, record: StudentRecord, task: str, state: Path) -> None:
         """Write the finished student, move it into place, and delete its run once the student is durable.
 
         Args:
@@ -203,17 +307,36 @@ class StudentFolder:
             tokenizer: folder of the tokenizer.
             record: the student's record.
             task: what the model does: see ``model_card``.
+            state: checkpoint of the last step, in ``scratch``.
         """
         complete = self.scratch / "student"
         student.save_pretrained(complete)
+        (complete / STATE).mkdir()
+        state.rename(complete / STATE / state.name)
+        for best in self.run.glob("best-*"):
+            shutil.copytree(best, complete / STATE / best.name)
         if self.curves.is_dir():
             self.curves.rename(complete / self.curves.name)
-        for weights in complete.glob("*.safetensors"):
+        for weights in complete.rglob("*.safetensors"):
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
         (complete / "README.md").write_text(model_card(record, task), encoding="utf-8")
         (complete / RECORD).write_text(record.to_json(), encoding="utf-8")
-        durable.publish(complete, self.path)
+        if self.finished() is None:
+            durable.publish(complete, self.path)
+            shutil.rmtree(self.run)
+        else:
+            durable.publish(complete, self._complete)
+            self._put_in_place()
+
+    @property
+    def _complete(self) -> Path:
+        """A student that is complete and durable, and only has to replace another one; it does so even after a kill."""
+        return self.run / "student"
+
+    def _put_in_place(self) -> None:
+        durable.replace_folder(self._complete, self.path, self.scratch)
+        durable.remove_folder(self._complete, self.scratch)
         shutil.rmtree(self.run)
 
     def _unfinished(self) -> RunRecord | None:
@@ -221,28 +344,46 @@ class StudentFolder:
         checkpoint = self.checkpoint
         return _record_at(checkpoint / RUN, RunRecord) if checkpoint else None
 
-    def _require_same(self, recorded: StudentRecord | RunRecord, config: TrainConfig, table: AnyTable) -> None:
-        before, now = (flatten(each.model_dump(mode="json")) for each in (recorded.config, config))
-        names = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
-        differences = [f"{name}: {before[name]} then, {now[name]} now" for name in names]
+    def _require_same(self, standing: Standing, config: TrainConfig, table: AnyTable) -> None:
+        recorded = standing.recorded
+        assert recorded is not None
+        changed = _changed(recorded.config, config)
+        if recorded is standing.earlier:
+            changed = {name: values for name, values in changed.items() if name not in _LENGTH}
+        differences = [f"{name}: {before} then, {now} now" for name, (before, now) in changed.items()]
         if recorded.source is None:
             differences.append("an earlier version of softlabel made it, and did not record from which files")
         then = recorded.table
         if then.content != table.content:
             differences.append(f"table: {then.location}@{then.version} then, {table.place.address}@{table.version} now")
-        self._refuse(differences)
+        self._refuse(differences, standing)
 
-    def _refuse(self, differences: Sequence[str]) -> None:
+    def _refuse(self, differences: Sequence[str], standing: Standing) -> None:
         if differences:
-            finished = self.finished() is not None
+            finished = standing.unfinished is None
             raise UsageError(
                 f"the output already holds {'a' if finished else 'an unfinished'} student that was made differently",
                 expected="the same settings, files and table version, or a new folder",
                 found="\n               ".join(differences),
                 where=self.path if finished else self.run,
                 do="choose another output, or delete that folder; to train on the same version of "
-                "the table as before, write TABLE@VERSION",
+                "the table as before, write TABLE@VERSION; to train a finished student further, give it a larger "
+                "optimizer.max_steps or optimizer.num_train_epochs and change nothing else",
             )
+
+
+def _changed(before: TrainConfig, now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that affect the student and differ, by name, with both values."""
+    old, new = (flatten(each.model_dump(mode="json")) for each in (before, now))
+    return {name: (old[name], new[name]) for name in new if name not in _MAY_CHANGE and old[name] != new[name]}
+
+
+def _goes_further(finished: StudentRecord, now: OptimizerConfig) -> bool:
+    """Whether the length that the settings ask for is beyond that of a finished training, as far as they show it."""
+    before = finished.config.optimizer
+    if now.max_steps is not None:
+        return now.max_steps > max(finished.last_step, before.max_steps or 0)
+    return before.max_steps is not None or now.num_train_epochs > before.num_train_epochs
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -265,7 +406,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, target: Target | None) -> RunRecord:
+def run_record(
+    config: TrainConfig, table: AnyTable, source: StudentSource, target: Target | None, runs: tuple[TrainingRun, ...]
+) -> RunRecord:
     """Record of what a student is made from.
 
     Args:
@@ -273,6 +416,7 @@ def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, targ
         table: the table version that it is trained on.
         source: the files that it starts from.
         target: target of the soft loss; None if there is none, or for a classifier.
+        runs: the runs before this one.
     """
     return RunRecord(
         config=config,
@@ -280,6 +424,7 @@ def run_record(config: TrainConfig, table: AnyTable, source: StudentSource, targ
         source=source.record,
         teachers=tuple(_teacher_record(teacher) for teacher in source.origin.teachers()),
         table=table_record(table),
+        runs=runs,
     )
 
 

@@ -36,6 +36,7 @@ def model_card(record: StudentRecord, task: str) -> str:
         "teacher": ", ".join(map(_named, record.teachers)) or "not named in the table's history",
         "table": record.table.in_words,
         "loss": record.objective,
+        "trained in several runs": ", then ".join(record.runs_in_words) or None,
         **{name.replace("_", " "): f"{value:.4g}" for name, value in record.last_evaluation.items()},
     }
     return _TEMPLATE.format(

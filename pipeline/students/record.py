@@ -126,6 +126,18 @@ class Cursor:
     """Packs of that epoch that have been trained on, over all ranks."""
 
 
+class TrainingRun(_Part):
+    """A finished run: the first, or one that took a finished student further."""
+
+    first_step: int
+    last_step: int
+    num_train_epochs: float
+    max_steps: int | None
+    """Settings that said how far it should go; max_steps replaces num_train_epochs."""
+    circumstances: dict[str, str] = {}
+    """Library versions, device and ranks."""
+
+
 class _Record(_Part):
     """What a student is made from."""
 
@@ -137,6 +149,8 @@ class _Record(_Part):
     """None if an earlier version of softlabel did not record it."""
     teachers: tuple[TeacherRecord, ...] = ()
     table: TableRecord | ViewRecord
+    runs: tuple[TrainingRun, ...] = ()
+    """All runs that have finished, in their order; a record of format 1 has none."""
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -168,7 +182,13 @@ class StudentRecord(_Record):
     history: tuple[dict[str, int | float], ...]
     """Training and evaluation in the order of their steps: values by name, among them ``step``."""
     circumstances: dict[str, str] = {}
-    """Library versions, device and ranks of its training."""
+    """Library versions, device and ranks of its last run."""
+
+    @property
+    def runs_in_words(self) -> tuple[str, ...]:
+        """The steps of each run, if there were several."""
+        several = self.runs if len(self.runs) > 1 else ()
+        return tuple(f"steps {run.first_step:,} to {run.last_step:,}" for run in several)
 
     @property
     def last_step(self) -> int:

@@ -24,9 +24,9 @@ def best_step(history: History, until: float = math.inf) -> int:
     return int(min(evaluated, key=lambda entry: entry["eval_kl"])["step"])
 
 
-def evaluations_since_best(history: History) -> int:
-    """Number of evaluations since the best one."""
-    best = best_step(history)
+def evaluations_since_best(history: History, steps_before: int = 0) -> int:
+    """Number of evaluations since the best one; of earlier runs, whose steps are ``steps_before``, none counts."""
+    best = max(best_step(history), steps_before)
     return sum("eval_kl" in entry and entry["step"] > best for entry in history)
 
 
@@ -39,7 +39,17 @@ def drop_superseded(run: Path, history: History) -> None:
 
 
 def publish(written: Path, run: Path, record: RunRecord, history: History, keeps_best: bool) -> None:
-    """Move a checkpoint into the run's folder, and delete what it supersedes once it is durable.
+    """Move a checkpoint into the run's folder, and delete what it supersedes once it is durable; see ``complete``."""
+    complete(written, run, record, history, keeps_best)
+    durable.publish(written, run / written.name)
+    for old in checkpoints(run)[:-_KEPT]:
+        durable.remove_folder(old, written.parent)
+    if keeps_best:
+        drop_superseded(run, history)
+
+
+def complete(written: Path, run: Path, record: RunRecord, history: History, keeps_best: bool) -> None:
+    """Write the record and the manifest of a checkpoint.
 
     Args:
         written: the checkpoint under its temporary name, without its record.
@@ -49,10 +59,4 @@ def publish(written: Path, run: Path, record: RunRecord, history: History, keeps
         keeps_best: whether a run that goes on from it needs the best weights so far.
     """
     (written / RUN).write_text(record.to_json(), encoding="utf-8")
-    final = run / written.name
-    seal(written, final, [best_weights(run, best_step(history)) / WEIGHTS] if keeps_best else [])
-    durable.publish(written, final)
-    for old in checkpoints(run)[:-_KEPT]:
-        durable.remove_folder(old, written.parent)
-    if keeps_best:
-        drop_superseded(run, history)
+    seal(written, run / written.name, [best_weights(run, best_step(history)) / WEIGHTS] if keeps_best else [])

@@ -8,7 +8,7 @@ from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.objectives.objective import Objective
-from softlabel.pipeline.students.folder import RUN, StudentFolder, run_record
+from softlabel.pipeline.students.folder import RUN, Standing, StudentFolder, run_record
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import Cursor, RunRecord, read_record
 from softlabel.pipeline.students.source import StudentSource
@@ -30,19 +30,30 @@ class TrainingJob:
     source: StudentSource
     record: RunRecord
     """What the student is made from, as its record will say."""
-    checkpoint: Path | None
-    """Checkpoint that the run goes on from; None if it begins."""
+    standing: Standing
+    """How far the training has come."""
     start: Cursor
     """Position in the stream from which on the student is trained."""
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """Checkpoint that the training goes on from; None if it begins."""
+        return self.standing.checkpoint
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the finished runs before this one."""
+        return self.record.runs[-1].last_step if self.record.runs else 0
+
     @classmethod
-    def resolve(cls, config: TrainConfig, folder: StudentFolder, table: AnyTable) -> Self:
+    def resolve(cls, config: TrainConfig, folder: StudentFolder, table: AnyTable, standing: Standing) -> Self:
         """Decide on the objective, find the student's source, and compare both with the run so far.
 
         Args:
             config: the settings.
             folder: the student's folder.
             table: from ``StudentFolder.open_table``.
+            standing: from ``StudentFolder.standing``.
 
         Raises:
             UsageError: if the loss can't be computed from the table, if the source has changed since the run began, or
@@ -54,8 +65,7 @@ class TrainingJob:
         objective = objective_of(origin)
         target = objective.require_loss(config)
         source = StudentSource.find(config.student, origin)
-        folder.require_source(source)
-        record = run_record(config, table, source, target)
-        checkpoint = folder.checkpoint
-        start = read_record(checkpoint / RUN, RunRecord).cursor if checkpoint else Cursor()
-        return cls(config, folder, table, objective, target, source, record, checkpoint, start)
+        folder.require_source(source, standing)
+        record = run_record(config, table, source, target, standing.runs)
+        start = Cursor() if standing.checkpoint is None else read_record(standing.checkpoint / RUN, RunRecord).cursor
+        return cls(config, folder, table, objective, target, source, record, standing, start)

@@ -76,10 +76,12 @@ def stop_on_signals(folder: StudentFolder) -> Iterator[Stop]:
 
 def _outcome(folder: StudentFolder, reached: Progress | None) -> str:
     """How far a training came that a signal has ended, and what the same command does next."""
-    if folder.finished() is not None:
-        return "the student is finished"
     checkpoint = newest_checkpoint(folder.run)  # not folder.checkpoint, which would read and hash all of its files
-    saved = step_of(checkpoint) if checkpoint else 0
+    finished = folder.finished()
+    done = finished.last_step if finished else 0
+    if finished and (reached.done <= done if reached else checkpoint is None):
+        return "the student is finished"
+    saved = step_of(checkpoint) if checkpoint else done
     further = f"run the same command again to {f'go on from step {saved:,}' if saved else 'begin'}"
     if reached is None:
         return f"nothing {'more ' if saved else ''}was trained yet; {further}"

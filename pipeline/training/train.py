@@ -1,8 +1,8 @@
 """Trains a student from a soft-label table and writes it, with its record, to its folder.
 
-Idempotent: a finished student is left unchanged, and an unfinished one continues from its last checkpoint. ``job``
-resolves what a run does; its ``objective`` builds the student; the loop is in ``trainer``; ``students.folder`` manages
-the student's folder.
+Idempotent: a finished student is left unchanged, and an unfinished one continues from its last checkpoint. A finished
+one that gets more steps or epochs goes on from its last step. ``job`` resolves what a run does; its ``objective``
+builds the student; the loop is in ``trainer``; ``students.folder`` manages the student's folder.
 """
 
 import time
@@ -22,9 +22,9 @@ from softlabel.pipeline.exclusive import lock_output
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.build import parameters
-from softlabel.pipeline.students.folder import StudentFolder
+from softlabel.pipeline.students.folder import Standing, StudentFolder
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.record import StudentRecord
+from softlabel.pipeline.students.record import StudentRecord, TrainingRun
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.adapters import adapt, use_liger
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
@@ -71,7 +71,7 @@ class TrainReport:
 
 
 def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
-    """Train a student until it is finished, from its last checkpoint if it has one.
+    """Train a student until it is finished, from its last checkpoint if it has one, or further if it is finished.
 
     With several processes, it starts them, and each calls this function as a rank. It can also be called from each rank
     of torchrun.
@@ -87,7 +87,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     folder = _folder(config)
     with stop_on_signals(folder) as stop:
         processes = to_start(config.optimizer)
-        if processes and folder.finished() is None:
+        if processes and folder.has_work(config):
             return TrainReport(**train_by(processes, config, stop.noting(watch), stop))
         return train_here(config, stop.noting(watch), stop)
 
@@ -111,14 +111,18 @@ def _folder(config: TrainConfig) -> StudentFolder:
 
 def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, began: float) -> TrainReport:
     """Train the student of a folder, unless it is finished."""
-    table = _agree(folder.open_table(config))
-    if PartialState().is_main_process:
-        folder.clear()
-    finished = folder.finished()
-    if finished is not None:
-        _require_source(config, table, folder)
-        return _report(config, finished, 0, None, time.monotonic() - began)
-    job = TrainingJob.resolve(config, folder, table)
+    ranks = PartialState()
+    if ranks.is_main_process:
+        folder.recover()
+    ranks.wait_for_everyone()
+    standing = folder.standing(config)
+    table = _agree(folder.open_table(config, standing))
+    if ranks.is_main_process:
+        folder.clear(standing)
+    if standing.finished is not None:
+        _require_source(config, table, folder, standing)
+        return _report(config, standing.finished, 0, None, time.monotonic() - began)
+    job = TrainingJob.resolve(config, folder, table, standing)
     record = _train(job, _named(watch, folder.path.name), stop)
     resumed_from = job.start.step if job.checkpoint else None
     return _report(config, record, record.last_step - job.start.step, resumed_from, time.monotonic() - began)
@@ -133,6 +137,8 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
         use_liger(student)
     trainable = job.objective.trainable(job.config, job.table, student, job.target)
     with job.folder.writing():
+        if ranks.is_main_process:
+            job.folder.begin_run(job.standing)
         trainer = _trainer(job, trainable, watch, stop)
         if ranks.is_main_process:
             _pin(job.table, job.folder.path)
@@ -140,6 +146,8 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
     if not trainer.complete:
         raise StoppedError
 
+    with job.folder.writing():
+        state = trainer.save_state()
     step = trainer.choose()
     unshard(student)
     if merge:
@@ -147,19 +155,19 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
     record = _finished(job, student, trainer, step)
     if ranks.is_main_process:
         with job.folder.writing():
-            job.folder.finish(student, job.table.tokenizer, record, job.objective.task)
+            job.folder.finish(student, job.table.tokenizer, record, job.objective.task, state)
     ranks.wait_for_everyone()
     return record
 
 
-def _require_source(config: TrainConfig, table: AnyTable, folder: StudentFolder) -> None:
+def _require_source(config: TrainConfig, table: AnyTable, folder: StudentFolder, standing: Standing) -> None:
     """Refuse a finished student made from other files; if the files no longer exist, it is accepted."""
     try:
         source = StudentSource.find(config.student, Origin.of(table))
         _ = source.files
     except (StudentError, UsageError):
         return
-    folder.require_source(source)
+    folder.require_source(source, standing)
 
 
 def _named(watch: Watch, student: str) -> Watch:
@@ -195,6 +203,8 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
     )
+    if dataset.total_steps <= job.steps_before:
+        raise _not_further(job, dataset.total_steps)
     if settings.gradient_checkpointing:
         # Newer transformers deprecate the older name, the only one that older transformers have.
         student: Any = trainable.module.student
@@ -208,7 +218,7 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
         lr_scheduler_type="constant_with_warmup"
         if settings.lr_scheduler_type == "constant"
         else settings.lr_scheduler_type,
-        warmup_steps=round(settings.warmup_ratio * dataset.total_steps),
+        warmup_steps=round(settings.warmup_ratio * (dataset.total_steps - job.steps_before)),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
@@ -247,21 +257,41 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
     return trainer
 
 
+def _not_further(job: TrainingJob, total: int) -> UsageError:
+    settings = job.config.optimizer
+    return UsageError(
+        "the output holds a finished student that was trained for at least as many steps",
+        expected=f"more than {job.steps_before} steps",
+        found=f"{total} steps (optimizer.max_steps: {settings.max_steps}, optimizer.num_train_epochs: "
+        f"{settings.num_train_epochs:g})",
+        where=job.folder.path,
+        do="raise these settings, use the ones that the student was trained with, or choose another output",
+    )
+
+
 def _finished(job: TrainingJob, student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> StudentRecord:
     """The record of a student whose weights are those of a step."""
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
     ]
+    around = circumstances(
+        device=str(trainer.args.device),
+        ranks=str(trainer.args.world_size),
+        sharding="full" if is_sharded(trainer.model) else "none",
+    )
+    run = TrainingRun(
+        first_step=job.steps_before + 1,
+        last_step=trainer.state.global_step,
+        num_train_epochs=job.config.optimizer.num_train_epochs,
+        max_steps=job.config.optimizer.max_steps,
+        circumstances=around,
+    )
     return StudentRecord(
-        **job.record.made_from,
+        **{**job.record.made_from, "runs": (*job.record.runs, run)},
         parameters=parameters(student),
         step=step,
         history=tuple(entry for entry in history if len(entry) > 1),
-        circumstances=circumstances(
-            device=str(trainer.args.device),
-            ranks=str(trainer.args.world_size),
-            sharding="full" if is_sharded(trainer.model) else "none",
-        ),
+        circumstances=around,
     )
 
 

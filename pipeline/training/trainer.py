@@ -34,9 +34,12 @@ from softlabel.pipeline.models.student_loading import finite
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.pipeline.students.folder import best_weights, newest_checkpoint
+from softlabel.pipeline.students.record import RunRecord
 from softlabel.pipeline.training.checkpoints import (
     WEIGHTS,
+    History,
     best_step,
+    complete,
     drop_superseded,
     evaluations_since_best,
     publish,
@@ -85,6 +88,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_Callback(watch, stop, self._publish_checkpoint))
         self.loss_is_scaled_for_ga = True  # each micro-batch's loss is a share of its step's
         self._run = job.folder.run
+        self._steps_before = job.steps_before
         self._record = job.record
         self._optimizer = job.config.optimizer
         self._loss: Any = trainable.module.loss
@@ -103,7 +107,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: object = None
     ) -> Tensor:
         """A micro-batch's share of the loss of its step; the loss has its weights at this step."""
-        self.model.loss = self._loss.at(self.state.global_step / max(1, self.state.max_steps - 1))
+        self.model.loss = self._loss.at(self._share_done)
         batch = inputs["batch"].to(self.args.device, non_blocking=True)
         share, parts = model(batch)
         # DDP averages the ranks' gradients, and the log averages their losses; both should be sums.
@@ -111,6 +115,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._step_loss += loss.detach()
         self._parts += torch.cat([parts, parts.new_tensor([len(batch.positions)])])
         return loss
+
+    @property
+    def _share_done(self) -> float:
+        """Share of the run for the weights of the loss; a run after the first keeps those of the first one's end."""
+        return 1.0 if self._steps_before else self.state.global_step / max(1, self.state.max_steps - 1)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A schedule of the learning rate for the steps of this run only: the run before had its own."""
+        return super().create_scheduler(num_training_steps - self._steps_before, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # The only place between the backward pass and the step that sees the norm, also of a sharded student.
@@ -185,7 +198,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     @property
     def _lost_patience(self) -> bool:
         patience = self._optimizer.early_stopping_patience
-        return patience is not None and evaluations_since_best(self.state.log_history) >= patience
+        return patience is not None and evaluations_since_best(self.state.log_history, self._steps_before) >= patience
 
     def choose(self) -> int:
         """Load the final weights into the student, and return their step.
@@ -202,13 +215,31 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._require_finite()
         return step
 
+    def save_state(self) -> Path:
+        """Write a checkpoint of the last step, from which a longer training can go on; returns its folder.
+
+        All ranks have to call it, before ``choose``.
+        """
+        self._save_checkpoint(self.model, None)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            complete(self._written, self._run, *self._about_checkpoint)
+        return self._written
+
+    @property
+    def _written(self) -> Path:
+        """The checkpoint of this step, under its temporary name."""
+        return Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+
+    @property
+    def _about_checkpoint(self) -> tuple[RunRecord, History, bool]:
+        record = self._record.at(self.train_dataset.state(self.state.global_step))
+        return record, self.state.log_history, self._optimizer.keeps_best
+
     def _publish_checkpoint(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step: int = self.state.global_step
-            written = Path(self.args.output_dir, f"checkpoint-{step}")
-            record = self._record.at(self.train_dataset.state(step))
-            publish(written, self._run, record, self.state.log_history, self._optimizer.keeps_best)
+            publish(self._written, self._run, *self._about_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -240,7 +271,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is not None:
             state = torch.load(Path(checkpoint, _OPTIMIZER), map_location="cpu", weights_only=True, mmap=True)
             load_optimizer(self.optimizer, state)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
+            if self.state.global_step > self._steps_before:
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULE), weights_only=True))
+            else:  # the optimizer of the run before has the rate that its schedule ended with
+                for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                    group["lr"] = rate
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]

@@ -45,6 +45,25 @@ def publish(source: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def replace_folder(source: Path, target: Path, scratch: Path) -> None:
+    """Give the content of a durable folder a second name, in place of the folder that may have it.
+
+    The first name stays, so that a caller can repeat this after a kill: for a moment, nothing has the second one.
+
+    Args:
+        source: the folder.
+        target: the second name.
+        scratch: folder on the same file system, for what is not in use.
+    """
+    copy = scratch / f"{target.name}.{uuid.uuid4().hex}"
+    shutil.copytree(source, copy, copy_function=_link)
+    sync(copy)
+    if target.is_dir():
+        target.replace(scratch / f"{target.name}.{uuid.uuid4().hex}")
+    copy.replace(target)
+    _sync(target.parent)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, as far as they are missing.
 
@@ -86,6 +105,14 @@ def remove_folder(path: Path, scratch: Path) -> None:
     path.replace(aside)
     _sync(path.parent)
     shutil.rmtree(aside)
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name or, on a file system without these, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sync(path: Path) -> None:

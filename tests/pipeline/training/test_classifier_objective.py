@@ -191,6 +191,17 @@ def test_an_interrupted_training_resumes_bit_for_bit(table, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_a_finished_classifier_that_gets_more_steps_equals_one_trained_in_a_single_run(table, tmp_path):
+    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_steps": 50}
+    for name, steps in (("whole", (14,)), ("student", (5, 14))):
+        for number in steps:
+            report = train(settings(table, tmp_path / name, optimizer={**steady, "max_steps": number}))
+    assert (report.steps, report.resumed_from) == (14, 5)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "student").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_head_for_the_same_labels_is_kept_and_another_is_reset(table, teacher):
     head = load_file(teacher / "model.safetensors")["classifier.weight"]
     same = built(StudentConfig(model=str(teacher)), table)

@@ -169,6 +169,15 @@ def test_before_the_first_step_a_signal_ends_at_once_and_says_so(number, table, 
     assert "student: nothing more was trained yet; run the same command again to go on from step 2" in caplog.text
 
 
+def test_a_signal_during_the_steps_after_a_finished_training_says_where_these_go_on(table, tmp_path, caplog):
+    train(settings(table, tmp_path / "student", optimizer={"max_steps": 2}))
+    further = settings(table, tmp_path / "student", optimizer={"max_steps": 6})
+    with pytest.raises(KeyboardInterrupt):
+        train(further, signalled(4, signal.SIGINT))
+    assert "student: stopped at step 4 of 6, saved; run the same command again to go on from step 4" in caplog.text
+    assert train(further).resumed_from == 4
+
+
 def test_a_callers_own_handlers_are_called_after_the_checkpoint_and_put_back(table, tmp_path):
     seen = []
 
