@@ -13,6 +13,7 @@ from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.evaluation.report import EvaluationReport
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.progress import Watch, unwatched
+from softlabel.pipeline.students.compatibility import require_same_tokens_elsewhere
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.training.trackers import require_trackers
 from softlabel.pipeline.training.train import TrainReport, train
@@ -54,8 +55,9 @@ def distill_in_stages(
     evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
 ) -> DistillReport:
     """Like ``distill``, with functions that run the stages, so that a scheduler can run each as a flow."""
-    objective = objective_of(Origin.of_capture(config))
-    objective.require_fitting(config.student)
+    origin = Origin.of_capture(config)
+    objective = objective_of(origin)
+    require_same_tokens_elsewhere(objective.require_fitting(config.student), origin)
     for settings in config.train().values():
         objective.require_loss(settings)
         require_trackers(settings.optimizer)

@@ -7,17 +7,24 @@ Transformers and torch are imported on first use: together they take two seconds
 only compares the hashes of the teacher's files.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from softlabel.pipeline.models.files import UntrustedCodeError
+from softlabel.pipeline.models.tokenizer_rules import differing_rules
 
 if TYPE_CHECKING:
     import torch
 
 _ADAPTER = "adapter_config.json"
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_MODULES_OF_CODE = "transformers_modules"
+"""Package in which transformers puts code that comes with a model."""
 
 
 def transformers() -> Any:
@@ -48,9 +55,80 @@ def load_config(path: Path, *, trust_remote_code: bool = False, **settings: Any)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, **settings: Any) -> Any:
-    """A tokenizer; see ``load_config``."""
+    """A tokenizer with exactly the rules of its tokenizer.json, if it has one; see ``load_config``.
+
+    Transformers builds many tokenizers anew, by the rules of a class that a setting or the kind of the model names. If
+    these differ from the file's, the file is loaded as it is; only the special tokens that the class names are kept.
+
+    Raises:
+        ValueError: if transformers does not load the file as it is.
+    """
     with _untrusted_code_errors(trust_remote_code):
-        return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)
+        tokenizer = transformers().AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **settings
+        )
+    file = Path(folder) / _TOKENIZER
+    is_code = type(tokenizer).__module__.startswith(_MODULES_OF_CODE)
+    if is_code or not file.is_file():
+        return tokenizer
+    rules = Tokenizer.from_file(str(file))
+    if tokenizer.is_fast and not differing_rules(tokenizer.backend_tokenizer, rules, may_add=True):
+        return tokenizer
+    return _as_in_the_file(folder, rules, tokenizer)
+
+
+def _as_in_the_file(folder: Path, rules: Tokenizer, tokenizer: Any) -> Any:
+    """The tokenizer with these rules, and with the special tokens that another tokenizer names."""
+    plain = transformers().PreTrainedTokenizerFast.from_pretrained(folder)
+    for token in rules.get_added_tokens_decoder().values():  # other settings may have changed how they are found
+        (plain.backend_tokenizer.add_special_tokens if token.special else plain.backend_tokenizer.add_tokens)([token])
+    known = plain.get_vocab()
+    for name, token in tokenizer.special_tokens_map.items():
+        if name in plain.SPECIAL_TOKENS_ATTRIBUTES and getattr(plain, name) is None and token in known:
+            setattr(plain, name, token)
+    different = differing_rules(plain.backend_tokenizer, rules, may_add=True)
+    if different:
+        raise ValueError(f"transformers does not load {_TOKENIZER} as it is: {', '.join(different)} would differ")
+    return plain
+
+
+def keep_rules(folder: Path, tokenizer: Any) -> None:
+    """Make sure that transformers loads this tokenizer, with the same rules, from a folder with its files.
+
+    If transformers would apply the rules of a class instead, the folder's files are rewritten so that it does not.
+
+    Raises:
+        ValueError: if it does so in any case, because of the kind of the model in the folder.
+    """
+    if not _differing(folder, tokenizer):
+        return
+    path = folder / _TOKENIZER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in ("auto_map", "added_tokens_decoder"):
+        settings.pop(name, None)
+    named = {name: getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
+    different = _differing(folder, tokenizer)
+    if different:
+        raise ValueError(
+            f"transformers replaces the rules of {_TOKENIZER} ({', '.join(different)}) by those of "
+            f"{type(transformers().AutoTokenizer.from_pretrained(folder)).__name__}, whatever the tokenizer's files say"
+        )
+
+
+def _differing(folder: Path, tokenizer: Any) -> list[str]:
+    """In what transformers' own way to load a folder's tokenizer differs from a tokenizer."""
+    try:
+        loaded = transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # code that is not in the folder, a class that transformers does not know, ...
+        return ["it can't be loaded"]
+    if not loaded.is_fast:
+        return ["the tokenizer's class"]
+    different = differing_rules(loaded.backend_tokenizer, tokenizer.backend_tokenizer)
+    names = [name for name in loaded.SPECIAL_TOKENS_ATTRIBUTES if getattr(loaded, name) != getattr(tokenizer, name)]
+    return different + names
 
 
 def load_model(

@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer
 from softlabel.pipeline.config.capture import Content, SequencesConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import sha256
+from softlabel.pipeline.models.pretrained import keep_rules
 from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, RenderedChat
 from softlabel.storage.errors import UsageError
 
@@ -98,15 +99,10 @@ class DocumentTokenizer:
             )
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a folder, in a form that loads without any code that came with them."""
+        """Copy the tokenizer's files into a folder, in a form that transformers loads with the same rules, no code."""
         for path in tokenizer_files(self._checkpoint.folder):
             shutil.copy(path, folder)
-        config = folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if self._checkpoint.trust_remote_code and settings.pop("auto_map", None):
-            plain = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
-            config.write_text(json.dumps(plain, indent=2), encoding="utf-8")
-            self._checkpoint.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        keep_rules(folder, self._checkpoint.tokenizer)
 
     @cached_property
     def _template(self) -> ChatTemplate:

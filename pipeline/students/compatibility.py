@@ -4,18 +4,16 @@ The same checks run before a capture, when only the teacher's files exist, and b
 Loads no weights.
 """
 
-import hashlib
-import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.context_length import configured_positions
-from softlabel.pipeline.models.pretrained import load_config, load_tokenizer
+from softlabel.pipeline.models.pretrained import keep_rules, load_config, load_tokenizer
 from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
 from softlabel.pipeline.models.student_loading import load_or_raise
+from softlabel.pipeline.models.tokenizer_rules import differing_rules
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError
@@ -53,6 +51,29 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
     return source
 
 
+def require_same_tokens_elsewhere(source: StudentSource, origin: Origin) -> None:
+    """Refuse a student whose finished folder transformers would load with other rules for splitting text into tokens.
+
+    Raises:
+        StudentError: if transformers has rules of its own for this kind of model, which differ from the teacher's.
+    """
+    settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
+    tokenizer = origin.tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        settings.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        try:
+            keep_rules(Path(folder), tokenizer)
+        except ValueError as error:
+            raise StudentError(
+                "transformers would split text differently for a student of this kind than for the teacher",
+                expected=f"a kind of model that transformers loads with the teacher's tokenizer ({origin.location})",
+                found=f"model_type {settings.model_type}: {error}",
+                where=source.path,
+                do="choose a student of another architecture: llama and most others take any tokenizer",
+            ) from error
+
+
 def _require_tokenizer(source: Path, origin: Origin) -> None:
     """Refuse a model whose token ids mean other tokens, or that splits text differently."""
     student_tokenizer = load_or_raise(source, "tokenizer", lambda: load_tokenizer(source))
@@ -61,7 +82,9 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
     if found != expected:
         different = {token for token, _ in found.items() ^ expected.items()}
         detail = f"{len(found)} tokens; {len(different)} differ, the first is {min(different)!r}"
-    elif _rules(student_tokenizer) != _rules(teacher_tokenizer):
+    elif not student_tokenizer.is_fast:
+        detail = f"a tokenizer without tokenizer.json ({type(student_tokenizer).__name__})"
+    elif differing_rules(student_tokenizer.backend_tokenizer, teacher_tokenizer.backend_tokenizer):
         detail = "the same tokens, but different rules for splitting text into them"
     else:
         return
@@ -73,15 +96,6 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
         do="choose a student of the teacher's family, prune the teacher (student.layers), or capture from a teacher "
         "with this tokenizer",
     )
-
-
-def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of the tokenization rules, without padding and truncation, which calls may have changed."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def _require_vocabulary(settings: Any, origin: Origin) -> None:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
 from softlabel.pipeline.loss.targets import Target
+from softlabel.pipeline.models.pretrained import keep_rules, load_tokenizer
 from softlabel.pipeline.students.manifest import problem_of
 from softlabel.pipeline.students.model_card import model_card
 from softlabel.pipeline.students.origin import KnownTeacher
@@ -320,6 +321,7 @@ class StudentFolder:
         for weights in complete.rglob("*.safetensors"):
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
+        keep_rules(complete, load_tokenizer(tokenizer))
         (complete / "README.md").write_text(model_card(record, task), encoding="utf-8")
         (complete / RECORD).write_text(record.to_json(), encoding="utf-8")
         if self.finished() is None:

@@ -8,6 +8,7 @@ from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.objectives.objective import Objective
+from softlabel.pipeline.students.compatibility import require_same_tokens_elsewhere
 from softlabel.pipeline.students.folder import RUN, Standing, StudentFolder, run_record
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import Cursor, RunRecord, read_record
@@ -58,7 +59,7 @@ class TrainingJob:
         Raises:
             UsageError: if the loss can't be computed from the table, if the source has changed since the run began, or
                 if a tracker is not installed.
-            StudentError: if the source can't be found.
+            StudentError: if the source can't be found, or transformers would split text differently for its students.
         """
         require_trackers(config.optimizer)
         origin = Origin.of(table)
@@ -66,6 +67,7 @@ class TrainingJob:
         target = objective.require_loss(config)
         source = StudentSource.find(config.student, origin)
         folder.require_source(source, standing)
+        require_same_tokens_elsewhere(source, origin)
         record = run_record(config, table, source, target, standing.runs)
         start = Cursor() if standing.checkpoint is None else read_record(standing.checkpoint / RUN, RunRecord).cursor
         return cls(config, folder, table, objective, target, source, record, standing, start)
