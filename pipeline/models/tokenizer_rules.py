@@ -1,7 +1,4 @@
-"""The rules by which a tokenizer turns text into ids, and how two tokenizers differ in them.
-
-Only what can change ids counts: two ways to write the same rule are the same.
-"""
+"""The rules by which a tokenizer turns text into ids: in which of them two tokenizers differ, and how to drop one."""
 
 import json
 from typing import Any
@@ -34,6 +31,35 @@ def differing_rules(ours: Tokenizer, theirs: Tokenizer, *, may_add: bool = False
     if not different and _with_template(ours) != _with_template(theirs):
         different.append("post_processor")
     return different
+
+
+def without_dummy_prefix(tokenizer: Tokenizer) -> Tokenizer | None:
+    """The same tokenizer, but one that puts no space before a text, for text that continues other text.
+
+    None if the tokenizer puts none there.
+    """
+    rules = json.loads(tokenizer.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        rules[name] = _bare(rules[name])
+    return None if rules == json.loads(tokenizer.to_str()) else Tokenizer.from_str(json.dumps(rules))
+
+
+def _bare(rule: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A rule, and the rules inside it, without the space that it puts before a text; None if nothing else remains."""
+    if rule is None:
+        return None
+    match rule:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return rule | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return rule | {"add_prefix_space": False}
+        case {"type": "Sequence", "normalizers": parts}:
+            return rule | {"normalizers": [part for part in map(_bare, parts) if part is not None]}
+        case {"type": "Sequence", "pretokenizers": parts}:
+            return rule | {"pretokenizers": [part for part in map(_bare, parts) if part is not None]}
+    return rule
 
 
 def _model(rules: dict[str, Any]) -> dict[str, Any]:

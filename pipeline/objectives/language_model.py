@@ -131,7 +131,7 @@ class Distillation(nn.Module):
             targets,
             self.loss,
             bias=head.bias,
-            vocabulary_size=len(self.vocabulary),
+            vocabulary_size=min(len(self.vocabulary), len(head.weight)),  # a smaller student lacks only unused ids
             soft_cap=head.soft_cap,
             logit_scale=head.scale,
             normalizer=positions,

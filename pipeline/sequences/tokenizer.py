@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from softlabel.pipeline.config.capture import Content, SequencesConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import sha256
 from softlabel.pipeline.models.pretrained import keep_rules
+from softlabel.pipeline.models.tokenizer_rules import without_dummy_prefix
 from softlabel.pipeline.sequences.chat import ChatRefusedError, ChatTemplate, RenderedChat
 from softlabel.storage.errors import UsageError
 
@@ -56,6 +57,17 @@ class _Row(NamedTuple):
     refused: str | None = None
 
 
+class _Tokens(NamedTuple):
+    """Tokens of a text, and the range of characters of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> Self:
+        return cls(encoding.ids, encoding.offsets)
+
+
 class DocumentTokenizer:
     """Turns documents into token ids with the teacher's tokenizer.
 
@@ -84,8 +96,9 @@ class DocumentTokenizer:
         self.prefix = np.array(_prefix(self._backend), np.int32)
         """Ids that the tokenizer puts before a text; every sequence of a text begins with them."""
         self._backend.post_processor = None  # it may trim space from the tokens' offsets
-        added = self._backend.get_added_tokens_decoder().items()
-        self._greedy = {i for i, token in added if token.lstrip or token.rstrip}
+        self._continuing = without_dummy_prefix(self._backend)
+        self._added = self._backend.get_added_tokens_decoder()
+        self._greedy = {i for i, token in self._added.items() if token.lstrip or token.rstrip}
         self._content = content
         if content == "chat":
             _ = self._template
@@ -138,7 +151,8 @@ class DocumentTokenizer:
         """Encode texts, each a prompt (which may be empty) and a completion, whose tokens are wanted.
 
         The prompt is encoded separately, as it is when a student is used. The completion gets the remaining ids of the
-        whole text; if a token of the whole text would span both, the completion is encoded separately, too.
+        whole text; if a token of the whole text would span both, the completion is encoded separately, too, and without
+        the space that some tokenizers put before a text.
         """
         prompts = self._ids([prompt for prompt, _ in pairs])
         texts = [prompt + completion for prompt, completion in pairs]
@@ -148,7 +162,7 @@ class DocumentTokenizer:
             torn = [i for i, e in enumerate(encodings) if self._spans_both(e, pairs[i][0], prompts[i])]
         else:
             wholes, torn = self._ids(texts), []
-        for i, completion in zip(torn, self._ids([pairs[i][1] for i in torn]), strict=True):
+        for i, completion in zip(torn, self._ids([pairs[i][1] for i in torn], continue_a_text=True), strict=True):
             wholes[i] = prompts[i] + completion
         start, end = self.prefix.tolist(), [] if self._eos is None else [self._eos]
         rows = []
@@ -159,7 +173,7 @@ class DocumentTokenizer:
             # A text may already contain both if special tokens in it are parsed.
             before = [] if whole[: len(start)] == start else start
             ids = before + whole + (end if whole[-1:] != end else [])
-            rows.append(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt)))
+            rows.append(self._readable(_Row(ids, np.arange(len(ids)) >= len(before) + len(prompt))))
         return rows
 
     def _spans_both(self, whole: Encoding, prompt: str, ids: list[int]) -> bool:
@@ -170,8 +184,11 @@ class DocumentTokenizer:
         _, end = self._bare(ids[-1], prompt, *whole.offsets[len(ids) - 1])
         return end > len(prompt)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        self._backend.encode_special_tokens = self._settings.special_tokens == "text"
+    def _ids(self, texts: list[str], continue_a_text: bool = False) -> list[list[int]]:
+        quoted = self._settings.special_tokens == "text"
+        if continue_a_text and self._continuing is not None:
+            return [self._tokens(text, continues=True, quoted=quoted).ids for text in texts]
+        self._backend.encode_special_tokens = quoted
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_chats(self, chats: Sequence[str]) -> list[_Row]:
@@ -181,23 +198,21 @@ class DocumentTokenizer:
                 rendered.append(self._template.write(content, self._settings.assistant_turns))
             except ChatRefusedError as reason:
                 rendered.append(str(reason))
-        pieces = self._encode_pieces(
-            [piece for chat in rendered if isinstance(chat, RenderedChat) for piece in chat.pieces]
-        )
+        chats_with_pieces = [chat.pieces for chat in rendered if isinstance(chat, RenderedChat)]
+        pieces = self._encode_pieces([(*piece, i > 0) for chat in chats_with_pieces for i, piece in enumerate(chat)])
         return [_Row([], np.zeros(0, bool), c) if isinstance(c, str) else self._row(c, pieces) for c in rendered]
 
-    def _row(self, chat: RenderedChat, pieces: Iterator[Encoding]) -> _Row:
+    def _row(self, chat: RenderedChat, pieces: Iterator[_Tokens]) -> _Row:
         """The row of a chat with these pieces. A token is wanted if it overlaps a turn of the assistant."""
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
         position = 0
         for text, _ in chat.pieces:
-            encoding = next(pieces)
-            offsets = encoding.offsets
-            if not self._greedy.isdisjoint(encoding.ids):
-                offsets = [self._bare(i, text, *at) for i, at in zip(encoding.ids, offsets, strict=True)]
-            ids += encoding.ids
+            tokens_of_piece, offsets = next(pieces)
+            if not self._greedy.isdisjoint(tokens_of_piece):
+                offsets = [self._bare(i, text, *at) for i, at in zip(tokens_of_piece, offsets, strict=True)]
+            ids += tokens_of_piece
             starts += [position + start for start, _ in offsets]
             ends += [position + end for _, end in offsets]
             position += len(text)
@@ -207,7 +222,7 @@ class DocumentTokenizer:
             return _Row([], wanted[:0], "the tokenizer has no tokens for the text to capture")
         if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
             return _Row([], wanted[:0], "a token covers text of both the assistant and another message")
-        return _Row(ids, wanted)
+        return self._readable(_Row(ids, wanted))
 
     def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
         """Character range of a token, without the surrounding space that some special tokens include."""
@@ -216,13 +231,38 @@ class DocumentTokenizer:
             return end - len(taken.lstrip()), start + len(taken.rstrip())
         return start, end
 
-    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> Iterator[Encoding]:
+    def _encode_pieces(self, pieces: list[tuple[str, bool, bool]]) -> Iterator[_Tokens]:
+        """Encode pieces of chats: texts, each with whether special tokens in it are plain text, and what it follows."""
+        if self._continuing is not None and any(continues for _, _, continues in pieces):
+            return (self._tokens(text, continues, quoted) for text, quoted, continues in pieces)
         encoded = {}
         for quoted in (False, True):
             self._backend.encode_special_tokens = quoted
-            texts = [text for text, is_quoted in pieces if is_quoted == quoted]
+            texts = [text for text, is_quoted, _ in pieces if is_quoted == quoted]
             encoded[quoted] = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        return (next(encoded[quoted]) for _, quoted in pieces)
+        return (_Tokens.of(next(encoded[quoted])) for _, quoted, _ in pieces)
+
+    def _tokens(self, text: str, continues: bool, quoted: bool) -> _Tokens:
+        """Tokens of a text; if it continues another one, they begin without the space that is put before a text."""
+        self._backend.encode_special_tokens = quoted
+        tokens = _Tokens.of(self._backend.encode(text, add_special_tokens=False))
+        if self._continuing is None or not continues:
+            return tokens
+        # After an added token, the tokenizer's own rules say whether there is a space.
+        count = next((i for i, token in enumerate(tokens.ids) if token in self._added), len(tokens.ids))
+        end = tokens.offsets[count][0] if count < len(tokens.ids) else len(text)
+        self._continuing.encode_special_tokens = quoted
+        start = _Tokens.of(self._continuing.encode(text[:end], add_special_tokens=False))
+        return _Tokens(start.ids + tokens.ids[count:], start.offsets + tokens.offsets[count:])
+
+    def _readable(self, row: _Row) -> _Row:
+        """The row, refused if the teacher has no embedding for one of its tokens."""
+        highest, rows = max(row.ids, default=0), self._checkpoint.padded_vocabulary
+        if highest < rows:
+            return row
+        name = self._backend.id_to_token(highest)
+        reason = f"the teacher has no embedding for the token {name!r} (its id is {highest}, and there are {rows} rows)"
+        return _Row([], row.wanted[:0], reason)
 
 
 def mask_rule(content: Content, settings: SequencesConfig) -> str:

@@ -31,7 +31,7 @@ class WholeDocuments:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig) -> None:
-        self._labels = checkpoint.labels
+        self._labels, self._rows = checkpoint.labels, checkpoint.padded_vocabulary
         self._backend = Tokenizer.from_str(checkpoint.tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.encode_special_tokens = settings.special_tokens == "text"
@@ -59,6 +59,8 @@ class WholeDocuments:
         reasons = [
             "it has no tokens"
             if not encoding.ids
+            else f"the teacher has no embedding for the token id {max(encoding.ids)} (there are {self._rows} rows)"
+            if max(encoding.ids) >= self._rows
             else "it has no label"
             if self._labels and label is None
             else f"its label is {label!r}, which is not in teacher.labels"

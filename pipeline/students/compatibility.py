@@ -99,12 +99,17 @@ def _require_tokenizer(source: Path, origin: Origin) -> None:
 
 
 def _require_vocabulary(settings: Any, origin: Origin) -> None:
+    """Refuse a model without a row for an id that occurs; ids that never occur (spare ones) need none."""
     rows, ids = settings.get_text_config().vocab_size, origin.token_ids
-    if rows < ids:
+    if rows >= ids:
+        return
+    highest = origin.highest()
+    if rows <= highest:
         raise StudentError(
             "the student's vocabulary is smaller than the table's",
-            expected=f"at least {ids} rows in its embedding and output layer (any further rows are padding)",
-            found=f"{rows} rows",
+            expected=f"at least {ids} rows in its embedding and output layer (any further rows are padding); or fewer, "
+            "if the table never has the last ids",
+            found=f"{rows} rows, and the token id {highest} occurs",
             where=settings.name_or_path or "student.config",
             do=f"set vocab_size to {origin.padded_vocabulary} in its configuration",
         )

@@ -20,7 +20,7 @@ from softlabel.pipeline.selection.selection import selection_of
 from softlabel.storage.errors import TableError
 from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.upkeep.inspection import last_capture
-from softlabel.storage.views.row_groups import outlines
+from softlabel.storage.views.row_groups import flat, load, outlines
 from softlabel.storage.views.view import AnyTable, View
 
 
@@ -59,6 +59,9 @@ class Origin:
     longest: Callable[[], int]
     """Computes the tokens of the longest sequence (their maximum before the capture); a function because it reads the
     table."""
+    highest: Callable[[], int]
+    """Finds the highest token id that a student needs: the tokenizer's before the capture, otherwise the highest in any
+    sequence or distribution; a function because it reads the whole table."""
     classes: tuple[str, ...] | None
     """Classes of a classifier; None for a language model."""
     temperatures: tuple[float, ...]
@@ -88,6 +91,7 @@ class Origin:
             padded_vocabulary=identity.padded_vocabulary,
             max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
             longest=partial(_longest_of, table),
+            highest=partial(_highest_of, table),
             classes=identity.classes,
             temperatures=table.temperatures,
             draws=table.draws,
@@ -113,6 +117,7 @@ class Origin:
             padded_vocabulary=teacher.padded_vocabulary,
             max_tokens=max_tokens,
             longest=lambda: max_tokens,
+            highest=lambda: max(teacher.tokenizer.get_vocab().values()),
             classes=teacher.classes,
             temperatures=selection.temperatures,
             draws=selection.draws > 0,
@@ -148,3 +153,17 @@ def _teachers_of(table: AnyTable) -> list[KnownTeacher]:
 
 def _longest_of(table: AnyTable) -> int:
     return max((pc.max(rows.column("tokens")).as_py() or 0 for _, rows in outlines(table, ["tokens"])), default=0)
+
+
+def _highest_of(table: AnyTable) -> int:
+    ranked = [] if table.tables[0].identity.classes is not None else ["head_ids", "tail_ids"]
+    highest = 0
+    for group, _ in outlines(table, ["key"]):
+        rows = load(table, group, ["token_ids", *ranked])
+        for name in rows.column_names:
+            column = name.partition(":")[0]
+            if column in ("token_ids", *ranked):
+                values = flat(rows, name)[0]
+                ids = values if column == "token_ids" else table.vocabulary[values]
+                highest = max(highest, int(ids.max(initial=0)))
+    return highest

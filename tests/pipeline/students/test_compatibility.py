@@ -7,13 +7,26 @@ from dataclasses import replace
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
+from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.training.train import train
+from softlabel.storage.codec import decode
 from softlabel.storage.errors import StudentError, UsageError
+from softlabel.storage.reader import read
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.table import Table
+from softlabel.storage.views.row_groups import flat
 from tests.pipeline.building import built
 from tests.pipeline.classifiers import save_classifier
+from tests.pipeline.students.test_build import SIZES
+from tests.pipeline.trainings import settings
+
+ONE_STEP = {"max_steps": 1, "num_train_epochs": 1}
 
 BAD = [
     ({"layers": (0, 2)}, UsageError, "distinct layers between 0 and 1"),
@@ -62,6 +75,39 @@ def test_a_suitable_student_is_accepted_before_the_capture_and_before_training(t
     for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
         assert objective_of(origin).require_fitting(StudentConfig(depth=2)).path == tiny_teacher
         assert origin.tokenizer().get_vocab()
+
+
+def test_a_student_without_rows_for_ids_that_never_occur_is_trained_and_evaluated(tiny_teacher, tmp_path):
+    """The tokenizer's last ids are often spare ones."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"id": i, "text": f"Mars has {i} moons."}) + "\n" for i in range(8)))
+    capture(
+        CaptureConfig(
+            documents=str(documents),
+            table=str(tmp_path / "table"),
+            teacher={"model": str(tiny_teacher), "device": "cpu"},
+            selection={"max_k": 2, "draws": 1},
+            sequences={"max_tokens": 40},
+            shards={"eval_fraction": 0.4},
+        )
+    )
+    table = Table.open(str(tmp_path / "table"))
+    soft = [decode(read(table, shard, SOFT_LABELS.names), table.vocabulary) for shard in table.shards()]
+    ids = [part for labels in soft for part in (labels.head_ids, labels.tail_ids)]
+    ids += [flat(read(table, shard, ["token_ids"]), "token_ids")[0] for shard in table.shards()]
+    used = max(int(part.max()) for part in ids)
+    assert 300 < used < table.identity.vocabulary - 1
+
+    def config(rows):
+        path = tmp_path / f"{rows}.json"
+        path.write_text(LlamaConfig(**{**SIZES, "vocab_size": rows}).to_json_string())
+        return settings(table, tmp_path / "student", student={"layers": None, "config": str(path)}, optimizer=ONE_STEP)
+
+    with pytest.raises(StudentError, match=f"{used} rows, and the token id {used} occurs"):
+        train(config(used))
+    report = train(config(used + 1))
+    score = evaluate(EvaluateConfig(table=table.location, students=(report.output,), report=str(tmp_path / "report")))
+    assert 0 < score.students[0].kl < 20
 
 
 @pytest.mark.parametrize("config", [BloomConfig(vocab_size=512), GPT2Config(vocab_size=512, n_positions=40)])
