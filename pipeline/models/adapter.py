@@ -1,20 +1,27 @@
-"""Merge a peft adapter into a teacher's weights when they are loaded. Adapters are read from safetensors only.
+"""Merge a peft adapter into a model's weights: a teacher's when they are loaded, from safetensors only.
 
-The merged teacher is an ordinary model, whose forward pass costs no more than without the adapter.
+The merged model is an ordinary one, whose forward pass costs no more than without the adapter.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softlabel.pipeline.models.files import broken, locate, sha256
 from softlabel.pipeline.models.pretrained import load_adapter_config
-from softlabel.storage.errors import TeacherError, UsageError
+from softlabel.storage.errors import SoftlabelError, TeacherError, UsageError
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PROBE = 16
+"""Tokens whose logits are compared before and after merging."""
+_MERGE_NOISE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3}
+"""Share of the spread of the logits by which rounding may change them, with weights of each precision."""
 
 
 @dataclass(frozen=True)
@@ -89,4 +96,60 @@ class Adapter:
                 where=self.folder,
                 do="set teacher.model to the model that the adapter was trained on, or download the adapter again",
             )
-        return adapted.merge_and_unload()
+        return merge(adapted, self.folder, TeacherError)
+
+
+@torch.no_grad()
+def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
+    """The model with its adapter merged into its weights. It gives the same logits as before, or is refused.
+
+    An adapted weight that the model also uses elsewhere (an output layer tied to the embedding) gets a copy of its own,
+    because an adapter has an effect only where it was trained.
+
+    Args:
+        adapted: a peft model.
+        where: where the adapter is from, for the error.
+        error: class of the error.
+
+    Raises:
+        SoftlabelError: of that class, if merging changes the logits by more than rounding.
+    """
+    adapted.eval()
+    _untie(adapted)
+    before = _probe(adapted)
+    merged = adapted.merge_and_unload()
+    after = _probe(merged)
+    scale = float((before - before.mean(-1, keepdim=True)).square().mean().sqrt())
+    difference = float((after - before).square().mean().sqrt())
+    if not difference <= _MERGE_NOISE[merged.dtype] * scale:
+        raise error(
+            "merging the adapter into the model changes what the model computes",
+            expected=f"the same logits as before, but for rounding; they vary by {scale:.3g}",
+            found=f"logits that differ by {difference:.3g}",
+            where=where,
+            do="use another kind of adapter, or merge it yourself and use the merged model",
+        )
+    return merged
+
+
+def _untie(adapted: Any) -> None:
+    """Give each adapted layer weights of its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    uses = Counter(id(weight) for part in adapted.modules() for weight in part.parameters(recurse=False))
+    for part in adapted.modules():
+        if not isinstance(part, BaseTunerLayer):
+            continue
+        layer = part.get_base_layer()
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if uses[id(weight)] > 1:
+                setattr(layer, name, torch.nn.Parameter(weight.clone(), weight.requires_grad))
+                adapted.config.tie_word_embeddings = False
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """Logits for some tokens, in float64."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(_PROBE, device=model.device) * max(1, rows // _PROBE) % rows
+    logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits
+    return logits.double()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.storage.errors import UsageError
+from softlabel.pipeline.models.adapter import merge
+from softlabel.storage.errors import StudentError, UsageError
 
 
 def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]:
@@ -22,7 +23,7 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
         config: settings of the student, with ``lora_r``.
 
     Returns:
-        A function that merges the trained adapters into the weights.
+        A function that merges the trained adapters into the weights; see ``pipeline.models.adapter.merge``.
 
     Raises:
         UsageError: if peft is not installed, or ``lora_target_modules`` names layers that the student does not have.
@@ -48,7 +49,7 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
         )
     targets = list(config.lora_target_modules) or "all-linear"
     adapted = get_peft_model(student, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets))
-    return lambda: adapted.merge_and_unload() and None
+    return lambda: merge(adapted, student.config.name_or_path or "the student", StudentError) and None
 
 
 def use_liger(student: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from softlabel.pipeline.config.capture import TeacherConfig
@@ -57,6 +57,49 @@ def test_a_merged_adapter_gives_the_logits_of_peft(tiny_teacher: Path, tmp_path:
         tmp_path / "other", tiny_teacher, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     assert Checkpoint.find(settings(tiny_teacher, adapter=str(other))).identity.adapter != identity.adapter
+
+
+TIED = {
+    "output layer": LoraConfig(target_modules=["lm_head"]),
+    "embedding": LoraConfig(target_modules=["embed_tokens"]),
+    "both": LoraConfig(target_modules=["embed_tokens", "lm_head", "v_proj"]),
+    "both, tied": LoraConfig(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+    "output layer, saved whole": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embedding, saved whole": LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "scales of the output layer": IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    "DoRA": LoraConfig(target_modules=["lm_head"], use_dora=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("kind", TIED)
+def test_an_adapter_of_tied_weights_gives_the_logits_of_peft(kind: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    """The tiny teacher's output layer has the embedding's weights."""
+    torch.manual_seed(5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), TIED[kind])
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.add_(torch.randn_like(weight), alpha=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    sequences, positions = texts()
+    model.eval()
+    with torch.no_grad():
+        every = [model(torch.from_numpy(sequence[None]).long()).logits[0, :, :500] for sequence in sequences]
+    expected = torch.cat([logits[at - 1] for logits, at in zip(every, positions, strict=True)])
+    adapted = settings(tiny_teacher, adapter=str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits_of(TransformersTeacher(adapted)), expected, rtol=1e-4, atol=1e-3)
+    assert (expected - logits_of(TransformersTeacher(settings(tiny_teacher)))).abs().max() > 0.1
+    half = logits_of(TransformersTeacher(settings(tiny_teacher, adapter=adapted.adapter, dtype="bfloat16")))
+    assert (half.float() - expected).abs().mean() < 0.1 * expected.std(), "rounding is not refused"
+
+
+def test_a_merge_that_changes_the_logits_is_refused(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter(tmp_path / "adapter", tiny_teacher)
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.get_delta_weight", lambda layer, name: layer.weight * 0.5)
+    with pytest.raises(TeacherError, match=r"(?s)changes what the model computes.*logits that differ by"):
+        TransformersTeacher(settings(tiny_teacher, adapter=str(folder)))
 
 
 @pytest.mark.parametrize(
