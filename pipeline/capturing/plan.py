@@ -101,6 +101,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
     table = Table.open(config.table) if Table.exists(config.table) else None
     sequencer = Sequencer(config, checkpoint, table)
     identity = sequencer.identity
+    if table is None:
+        _require_trained_positions(config, checkpoint, is_new=True)
     known = Known(config, identity, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
     pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
@@ -128,6 +130,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         )
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
+    if table is not None and pending.sequences:
+        _require_trained_positions(config, checkpoint, is_new=False)
     return CapturePlan(
         shards=pending.close(),
         copies=copies.close(),
@@ -142,6 +146,12 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         folder=folder,
         seconds=time.monotonic() - started,
     )
+
+
+def _require_trained_positions(config: CaptureConfig, checkpoint: Checkpoint, is_new: bool) -> None:
+    from softlabel.pipeline.models.context_length import require_trained_positions  # imports torch
+
+    require_trained_positions(checkpoint, config.sequences, is_new)
 
 
 class Known:

@@ -21,6 +21,7 @@ from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBat
 from softlabel.pipeline.estimation.sample import Sample, draw_sample
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass, squared_error
 from softlabel.pipeline.selection.selection import Selection, selection_of
@@ -32,6 +33,7 @@ from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.table import Table
 
 ALTERNATIVES = {
     "default": SelectionConfig(),
@@ -135,6 +137,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         checkpoint = Checkpoint.find(capture.teacher)
         sequencer = Sequencer(capture, checkpoint)
         identity = sequencer.identity
+        require_trained_positions(checkpoint, capture.sequences, is_new=not Table.exists(capture.table))
         load = time.perf_counter() - started
         sample = draw_sample(capture, documents, sequencer, identity, config.sample.megabytes * 1e6, watch)
         found = Estimate(

@@ -4,6 +4,8 @@ Some architectures have a table with one row per position and can't read longer 
 rotary position embeddings, can compute any position.
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from softlabel.pipeline.config.capture import SequencesConfig
@@ -18,6 +20,50 @@ def configured_positions(config: Any) -> int | None:
     """Number of positions that a model's configuration gives, if it does; XLNet, which has no limit, gives -1."""
     positions: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     return positions if positions > 0 else None
+
+
+def trained_positions(config: Any) -> int | None:
+    """Number of positions that a model is meant for, after the scaling of its rotary embeddings; None without limit."""
+    positions = configured_positions(config)
+    if positions is None or getattr(config.get_text_config(), "alibi", False):
+        return None
+    given = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [rope for rope in (given, *given.values()) if isinstance(rope, dict)]  # some models have one for each kind
+    return max([positions, *(_scaled(rope, positions) for rope in each)])
+
+
+def _scaled(rope: Mapping[str, Any], positions: int) -> int:
+    """Number of positions of rotary embeddings with these settings."""
+    if rope.get("rope_type") == "yarn":
+        positions = rope.get("original_max_position_embeddings") or positions
+    elif rope.get("rope_type") not in ("linear", "dynamic"):  # the others are scaled to the configured number
+        return positions
+    return int(positions * (rope.get("factor") or 1))
+
+
+def require_trained_positions(checkpoint: Checkpoint, settings: SequencesConfig, is_new: bool) -> None:
+    """Refuse sequences that are longer than a language model is meant for; for a table that exists, only warn.
+
+    Raises:
+        UsageError: if they are, and the table is new.
+    """
+    limit = None if checkpoint.classes is not None else trained_positions(checkpoint.config)
+    if limit is None or settings.max_tokens <= limit:
+        return
+    error = UsageError(
+        "the teacher is not meant for sequences of this length, so its predictions far into them would be poor",
+        expected=f"sequences.max_tokens of at most {limit}, the teacher's positions (max_position_embeddings, and the "
+        "scaling of its rotary embeddings)",
+        found=f"sequences.max_tokens: {settings.max_tokens}",
+        where=checkpoint.folder / "config.json",
+        do=f"set sequences.max_tokens to {limit} or less; longer documents are then cut into more chunks"
+        if is_new
+        else "go on if the table's documents are shorter than that; otherwise make a new table with a smaller "
+        "sequences.max_tokens",
+    )
+    if is_new:
+        raise error
+    warnings.warn(str(error), stacklevel=2)
 
 
 def longest(checkpoint: Checkpoint, settings: SequencesConfig) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.pipeline.models.context_length import configured_positions
+from softlabel.pipeline.models.context_length import trained_positions
 from softlabel.pipeline.models.pretrained import keep_rules, load_config, load_tokenizer
 from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
 from softlabel.pipeline.models.student_loading import load_or_raise
@@ -117,7 +117,7 @@ def _require_vocabulary(settings: Any, origin: Origin) -> None:
 
 def _require_positions(settings: Any, origin: Origin) -> None:
     """Refuse a model for shorter sequences, which has no positions, or only untrained ones, for the longest."""
-    limit = configured_positions(settings)
+    limit = trained_positions(settings)
     if limit is None or limit >= origin.max_tokens:
         return
     needed = origin.longest()
