@@ -41,6 +41,7 @@ from softlabel.pipeline.students.record import (
     read_record,
     table_record,
 )
+from softlabel.pipeline.students.serving import write_older_names
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError, TrainingError, UsageError
 from softlabel.storage.places import durable
@@ -322,6 +323,7 @@ class StudentFolder:
             shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
         keep_rules(complete, load_tokenizer(tokenizer))
+        write_older_names(complete)
         (complete / "README.md").write_text(model_card(record, task), encoding="utf-8")
         (complete / RECORD).write_text(record.to_json(), encoding="utf-8")
         if self.finished() is None:

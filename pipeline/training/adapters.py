@@ -3,6 +3,7 @@
 Both change the student in place; loss and head remain softlabel's own. The saved student needs neither library.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,20 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
     targets = list(config.lora_target_modules) or "all-linear"
     adapted = get_peft_model(student, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets))
     return lambda: merge(adapted, student.config.name_or_path or "the student", StudentError) and None
+
+
+def warn_of_experts(student: PreTrainedModel, adapted: bool) -> None:
+    """Say what is not trained of a student with experts (MoE): its router's balance and, with adapters, its experts."""
+    experts = [
+        part for name, part in student.named_modules() if "Experts" in type(part).__name__ or name.endswith(".experts")
+    ]
+    if not experts:
+        return
+    missing = ["the loss that keeps its router's load balanced is not part of the training"]
+    fused = [part for part in experts if not any(isinstance(layer, nn.Linear) for layer in part.modules())]
+    if adapted and fused:
+        missing.append("student.lora_r adapts linear layers only, not the experts, whose weights are fused")
+    warnings.warn(f"the student is a mixture of experts: {'; '.join(missing)}.", stacklevel=2)
 
 
 def use_liger(student: PreTrainedModel) -> None:

@@ -25,8 +25,9 @@ from softlabel.pipeline.students.build import parameters
 from softlabel.pipeline.students.folder import Standing, StudentFolder
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import StudentRecord, TrainingRun
+from softlabel.pipeline.students.serving import name_end_tokens
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.pipeline.training.adapters import adapt, use_liger
+from softlabel.pipeline.training.adapters import adapt, use_liger, warn_of_experts
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
 from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
@@ -132,6 +133,8 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
     ranks, settings = PartialState(), job.config.student
     set_seed(job.config.optimizer.seed)
     student = job.objective.build(settings, job.table, job.config.stream.packing, job.source)
+    if ranks.is_main_process:
+        warn_of_experts(student, adapted=settings.lora_r is not None)
     merge = adapt(student, settings) if settings.lora_r else None
     if job.config.optimizer.use_liger_kernel:
         use_liger(student)
@@ -152,6 +155,7 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
     unshard(student)
     if merge:
         merge()
+    name_end_tokens(student, job.table, Origin.of(job.table).tokenizer())
     record = _finished(job, student, trainer, step)
     if ranks.is_main_process:
         with job.folder.writing():
