@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from softlabel.pipeline.models.files import broken, locate, sha256
 from softlabel.pipeline.models.pretrained import load_adapter_config
 from softlabel.storage.errors import SoftlabelError, TeacherError, UsageError
 
+if TYPE_CHECKING:
+    import torch
+
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PROBE = 16
 """Tokens whose logits are compared before and after merging."""
-_MERGE_NOISE = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-3}
+_MERGE_NOISE = {"torch.bfloat16": 0.1, "torch.float16": 0.02, "torch.float32": 1e-3}
 """Share of the spread of the logits by which rounding may change them, with weights of each precision."""
 
 
@@ -99,7 +100,6 @@ class Adapter:
         return merge(adapted, self.folder, TeacherError)
 
 
-@torch.no_grad()
 def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
     """The model with its adapter merged into its weights. It gives the same logits as before, or is refused.
 
@@ -121,7 +121,7 @@ def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
     after = _probe(merged)
     scale = float((before - before.mean(-1, keepdim=True)).square().mean().sqrt())
     difference = float((after - before).square().mean().sqrt())
-    if not difference <= _MERGE_NOISE[merged.dtype] * scale:
+    if not difference <= _MERGE_NOISE[str(merged.dtype)] * scale:
         raise error(
             "merging the adapter into the model changes what the model computes",
             expected=f"the same logits as before, but for rounding; they vary by {scale:.3g}",
@@ -134,6 +134,7 @@ def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
 
 def _untie(adapted: Any) -> None:
     """Give each adapted layer weights of its own."""
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     uses = Counter(id(weight) for part in adapted.modules() for weight in part.parameters(recurse=False))
@@ -143,13 +144,16 @@ def _untie(adapted: Any) -> None:
         layer = part.get_base_layer()
         for name, weight in list(layer.named_parameters(recurse=False)):
             if uses[id(weight)] > 1:
-                setattr(layer, name, torch.nn.Parameter(weight.clone(), weight.requires_grad))
+                setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), weight.requires_grad))
                 adapted.config.tie_word_embeddings = False
 
 
-def _probe(model: Any) -> torch.Tensor:
+def _probe(model: Any) -> "torch.Tensor":
     """Logits for some tokens, in float64."""
+    import torch
+
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(_PROBE, device=model.device) * max(1, rows // _PROBE) % rows
-    logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits
     return logits.double()

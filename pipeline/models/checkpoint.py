@@ -14,6 +14,7 @@ from typing import Any
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.adapter import Adapter
 from softlabel.pipeline.models.files import MODEL_FILES, broken, first_line, locate, sha256, weight_files
+from softlabel.pipeline.models.multimodal import architecture_of, text_model
 from softlabel.pipeline.models.pretrained import blank_model, load_config, load_model, load_tokenizer, transformers
 from softlabel.storage.errors import TeacherError
 from softlabel.storage.identity import TeacherIdentity
@@ -143,8 +144,9 @@ class Checkpoint:
 
     @property
     def _architecture(self) -> Any:
-        library = transformers()
-        return library.AutoModelForCausalLM if self.classes is None else library.AutoModelForSequenceClassification
+        if self.classes is not None:
+            return transformers().AutoModelForSequenceClassification
+        return architecture_of(self.config)
 
     def blank(self) -> Any:
         """The model without weights, for inspection; it takes no memory.
@@ -187,6 +189,8 @@ class Checkpoint:
                 "teacher.device_map auto",
             ) from None
         except Exception as error:  # damaged files raise many kinds of errors
+            if getattr(self.config, "quantization_config", None) is not None:
+                raise _quantized(self.config, self.folder, error) from error
             if attention != "auto" and "attention" in str(error).lower():
                 raise _no_attention(attention, self.folder, error) from error
             raise broken("the teacher can't be loaded", self.folder, error) from error
@@ -199,7 +203,8 @@ class Checkpoint:
                 where=self.folder,
                 do="download or save the model again",
             )
-        return (model if self.adapter is None else self.adapter.merged(model)).eval()
+        model = (model if self.adapter is None else self.adapter.merged(model)).eval()
+        return text_model(model) if self.classes is None else model
 
 
 def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
@@ -210,6 +215,19 @@ def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherErro
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="install the package that it needs, or leave out teacher.attn_implementation",
+    )
+
+
+def _quantized(config: Any, folder: Path, error: Exception) -> TeacherError:
+    """The error for a quantized model that this machine can't load."""
+    settings = config.quantization_config
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return TeacherError(
+        "this quantized teacher can't be loaded on this machine",
+        expected="the packages and the device that its quantization needs",
+        found=f"quant_method {settings.get('quant_method')}; {type(error).__name__}: {first_line(error)}",
+        where=folder / "config.json",
+        do="install these packages and use a GPU, or use the same model without quantization",
     )
 
 
@@ -252,7 +270,7 @@ def _require_config(checkpoint: Checkpoint) -> None:
 def _require_causal(checkpoint: Checkpoint) -> None:
     """Refuse anything but a causal language model, before any weight is loaded."""
     architectures = checkpoint.config.architectures or []
-    causal = transformers().AutoModelForCausalLM._model_mapping.get(type(checkpoint.config), None)
+    causal = architecture_of(checkpoint.config)._model_mapping.get(type(checkpoint.config), None)
     remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(

@@ -16,6 +16,9 @@ from softlabel.storage.errors import StudentError, UsageError
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 """The three matrices of a gated feed-forward layer, as Llama, Qwen, Mistral, Gemma and similar models name them."""
 
+_PLACES = ("layer_idx", "layer_id", "layer_number", "training")
+"""Names of a layer's place, which pruning changes, and of what is not a setting."""
+
 
 def spread(depth: int, count: int) -> tuple[int, ...]:
     """Numbers of ``depth`` out of ``count`` layers, evenly spread, with the first and the last.
@@ -39,22 +42,82 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
 
     Raises:
         UsageError: if the layers are not distinct layers of the teacher.
+        StudentError: if a model of this architecture can't have these layers in this order.
     """
     config = teacher.config
-    count = config.num_hidden_layers
     require_layers(config, layers)
     name, stack = layer_stack(teacher)
-    settings = {
-        key: [value[layer] for layer in layers] if isinstance(value, list) and len(value) == count else value
-        for key, value in config.to_dict().items()
-    }
-    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    student = type(teacher)(type(config).from_dict(settings)).to(teacher.dtype)
-    teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
-    student.load_state_dict(teacher.state_dict())
+    try:
+        student = type(teacher)(type(config).from_dict(_settings(config, layers))).to(teacher.dtype)
+        _require_same_layers(student, [stack[layer] for layer in layers], layers)
+        teacher.set_submodule(name, nn.ModuleList(stack[layer] for layer in layers))
+        student.load_state_dict(teacher.state_dict())
+    except StudentError:
+        raise
+    except Exception as error:  # architectures raise many kinds of errors for layers that don't go together
+        raise _irregular(teacher, layers, str(error).strip().splitlines()[0][:200]) from error
     if student.can_generate():
         student.generation_config = teacher.generation_config
     return student
+
+
+def _settings(config: Any, layers: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a model with only these layers."""
+    count: int = config.num_hidden_layers
+    settings: dict[str, Any] = config.to_dict()
+    for name, value in settings.items():
+        if not isinstance(value, list):
+            continue
+        if name in ("moe_layers", "mlp_only_layers"):  # numbers of layers
+            settings[name] = [place for place, layer in enumerate(layers) if layer in value]
+        elif len(value) == count:  # a value for each layer
+            settings[name] = [value[layer] for layer in layers]
+    step = settings.get("decoder_sparse_step")
+    if step:  # each layer says for itself whether it has experts
+        dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.mlp_only_layers or ())
+        settings["mlp_only_layers"] = [place for place, layer in enumerate(layers) if layer in dense]
+        settings["decoder_sparse_step"] = 1
+    if "first_k_dense_replace" in settings:
+        settings["first_k_dense_replace"] = sum(layer < config.first_k_dense_replace for layer in layers)
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return settings
+
+
+def _require_same_layers(student: PreTrainedModel, kept: Sequence[nn.Module], layers: Sequence[int]) -> None:
+    """Refuse a student whose layers are of another kind than those that they take the weights of.
+
+    Some architectures decide by a layer's place what it does (its attention, its rotary embeddings, its experts).
+    """
+    for place, (new, old) in enumerate(zip(layer_stack(student)[1], kept, strict=True)):
+        differing = sorted(set(_kind(old).items()) ^ set(_kind(new).items()))
+        if differing:
+            (name, setting), _ = differing[0]
+            part = f"{name}.{setting}".strip(".")
+            raise _irregular(
+                student, layers, f"layer {layers[place]} differs in {part} from layer {place} of such a model"
+            )
+
+
+def _kind(layer: nn.Module) -> dict[tuple[str, str], str]:
+    """What a layer consists of and how its parts are set, by their names, without its place."""
+    kind = {}
+    for name, part in layer.named_modules():
+        kind[name, "class"] = type(part).__name__
+        for setting, value in vars(part).items():
+            plain = isinstance(value, bool | int | float | str | type(None))
+            if plain and not setting.startswith("_") and setting not in _PLACES:
+                kind[name, setting] = repr(value)
+    return kind
+
+
+def _irregular(model: PreTrainedModel, layers: Sequence[int], found: str) -> StudentError:
+    return StudentError(
+        "these layers of the teacher do not make a model of its architecture",
+        expected=f"layers that {type(model).__name__} can have in this order, with student.layers or student.depth",
+        found=f"layers {' '.join(map(str, layers))}: {found}",
+        where=model.config.name_or_path,
+        do="keep layers in the pattern of the teacher, from its beginning; or use student.model or student.config",
+    )
 
 
 @torch.no_grad()
@@ -91,6 +154,8 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
         for name in ("gate_proj", "up_proj"):
             _keep(getattr(layer, name), active, dimension=0)
         _keep(layer.down_proj, active, dimension=1)
+        if hasattr(layer, "intermediate_size"):
+            layer.intermediate_size = neurons
     config.intermediate_size = neurons
     return teacher
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.models.multimodal import architecture_of, text_model
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
@@ -84,6 +85,8 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         position_ids: (rows, L) int64, restarting at 0 with each sequence.
     """
     body = model.get_decoder()
+    if body is model:  # Llama 4 does not name its body as transformers expects
+        body = next(part for part in model.children() if isinstance(part, PreTrainedModel))
     # With neither a cache nor a mask, transformers detects packed sequences by their position ids.
     hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return hidden
@@ -111,8 +114,26 @@ def parameters(model: nn.Module) -> int:
 
 
 def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
-    student, wrong = load_student_model(AutoModelForCausalLM, source, dtype)
-    require_weights(student, source, wrong)
+    config = load_or_raise(source, "configuration", lambda: load_config(source))
+    if getattr(config, "quantization_config", None) is not None:
+        raise StudentError(
+            "a student can't be made from a quantized model",
+            expected="weights in float32, bfloat16 or float16",
+            found="a quantization_config",
+            where=source / "config.json",
+            do="use the same model without quantization",
+        )
+    model, wrong = load_student_model(architecture_of(config), source, dtype)
+    require_weights(model, source, wrong)
+    student = text_model(model)
+    if config.get_text_config() is not config and student.config.get_text_config() is not student.config:
+        raise StudentError(
+            "this model also reads images, and its text model can't be used alone",
+            expected="a text model for which transformers has a class of its own",
+            found=f"{type(model).__name__}, with a {type(config.get_text_config()).__name__}",
+            where=source,
+            do="start the student from another model; as a teacher, this one works",
+        )
     return student
 
 

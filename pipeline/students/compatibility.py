@@ -39,12 +39,14 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
     settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
     if config.config is None:
         _require_tokenizer(source.path, origin)
+    text = settings.get_text_config()
+    text.name_or_path = settings.name_or_path
     if config.depth is not None:
-        spread(config.depth, settings.num_hidden_layers)
+        spread(config.depth, text.num_hidden_layers)
     if config.layers is not None:
-        require_layers(settings, config.layers)
+        require_layers(text, config.layers)
     if config.intermediate_size is not None:
-        require_neurons(settings, config.intermediate_size)
+        require_neurons(text, config.intermediate_size)
     _require_vocabulary(settings, origin)
     _require_positions(settings, origin)
     source.require_unchanged()
@@ -57,7 +59,7 @@ def require_same_tokens_elsewhere(source: StudentSource, origin: Origin) -> None
     Raises:
         StudentError: if transformers has rules of its own for this kind of model, which differ from the teacher's.
     """
-    settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
+    settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path)).get_text_config()
     tokenizer = origin.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         settings.save_pretrained(folder)

@@ -4,16 +4,22 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
-from softlabel.pipeline.models.pruning import narrow, prune, spread
-from softlabel.pipeline.students.build import parameters
+from softlabel.pipeline.models.pruning import layer_stack, narrow, prune, spread
+from softlabel.pipeline.students.build import _require_head, parameters
 from softlabel.storage.errors import StudentError, UsageError
 from tests.pipeline.students.test_build import SIZES
 
@@ -93,3 +99,82 @@ def test_more_neurons_or_another_kind_of_layer_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(StudentError, match="2 feed-forward layers of one size with gate_proj"):
         narrow(gpt2, 16, [])
+
+
+MOE = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "initializer_range": 0.3}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
+DEEPSEEK |= {**LATENT, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+DEEPSEEK |= {"moe_intermediate_size": 16, "first_k_dense_replace": 2, "initializer_range": 0.3}
+MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "num_experts": 2}
+IRREGULAR = {
+    "dense layers by number": lambda: Qwen3MoeConfig(**MOE, mlp_only_layers=[1, 2]),
+    "every second layer": lambda: Qwen3MoeConfig(**MOE, decoder_sparse_step=2),
+    "dense at first": lambda: DeepseekV3Config(**DEEPSEEK),
+    "experts by number": lambda: Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, moe_layers=[1, 3], no_rope_layers=[1, 0, 1, 1]
+    ),
+    "attention by place": lambda: JambaConfig(
+        **{n: v for n, v in SIZES.items() if n != "head_dim"}, **MAMBA, attn_layer_period=2, attn_layer_offset=1
+    ),
+    "kinds of attention": lambda: Gemma3TextConfig(
+        **SIZES, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4
+    ),
+    "shared keys": lambda: Gemma3nTextConfig(
+        **{**SIZES, "vocab_size": 64},
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+}
+RIGHT = {
+    "dense layers by number": [(0, 1), (1, 3), (0, 2, 3)],
+    "every second layer": [(0, 1), (1, 3), (0, 2)],
+    "dense at first": [(0, 2), (1, 3), (2, 3)],
+    "experts by number": [(0, 1), (1, 2), (0, 3)],
+    "attention by place": [(0, 1), (2, 3)],
+    "kinds of attention": [(0, 1), (1, 3), (1, 2)],
+    "shared keys": [],
+}
+WRONG = {"attention by place": [(0, 2), (1, 3), (1,)], "dense at first": [(2, 0)], "shared keys": [(0, 1), (2, 3)]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IRREGULAR)
+def test_layers_of_an_irregular_stack_keep_their_kind_or_are_refused(name, tmp_path):
+    """Each layer of the student gives the same output as the teacher's, after a reload too."""
+    torch.manual_seed(0)
+    config = IRREGULAR[name]()
+    config.save_pretrained(tmp_path / "teacher")
+    first = AutoModelForCausalLM.from_config(config).eval()
+    weights = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+
+    def teacher():
+        model = AutoModelForCausalLM.from_config(IRREGULAR[name]()).eval()
+        model.load_state_dict(weights)
+        return model
+
+    for layers in RIGHT[name]:
+        stack = layer_stack(teacher())[1]
+        student = prune(teacher(), layers).eval()
+        for new, layer in zip(layer_stack(student)[1], layers, strict=True):
+            assert {n: type(part) for n, part in new.named_modules()} == {
+                n: type(part) for n, part in stack[layer].named_modules()
+            }
+            for setting in ("use_rope", "attention_type", "sliding_window", "is_moe_layer"):
+                for (_, a), (_, b) in zip(new.named_modules(), stack[layer].named_modules(), strict=True):
+                    assert getattr(a, setting, None) == getattr(b, setting, None), setting
+            for key, tensor in new.state_dict().items():
+                assert torch.equal(tensor, stack[layer].state_dict()[key])
+        folder = tmp_path / "-".join(map(str, layers))
+        student.save_pretrained(folder)
+        ids = torch.arange(3, 13)[None]
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(again(input_ids=ids).logits, student(input_ids=ids).logits)
+        _require_head(again)
+    for layers in WRONG.get(name, []):
+        with pytest.raises(StudentError, match="do not make a model of its architecture"):
+            prune(teacher(), layers)
