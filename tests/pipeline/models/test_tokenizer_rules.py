@@ -17,7 +17,7 @@ from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.distillation import distill_in_stages
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
+from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, tokenizer_files
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import StudentError
 from tests.pipeline.building import built
@@ -149,7 +149,7 @@ def test_the_files_of_a_tokenizer_that_transformers_loads_right_are_copied_uncha
     tokenizer = DocumentTokenizer(Checkpoint.find(TeacherConfig(model=str(tiny_teacher))), SequencesConfig(), "text")
     tokenizer.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        path.name: path.read_bytes() for path in tokenizer.files
+        path.name: path.read_bytes() for path in tokenizer_files(tiny_teacher)
     }
 
 
