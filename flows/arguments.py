@@ -10,7 +10,7 @@ neither sections that may be empty nor settings that a file sets twice.
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -49,6 +49,11 @@ class Setting:
         """Name of the setting on the command line."""
         return _flag(self.path)
 
+    @property
+    def takes_several(self) -> bool:
+        """Whether the setting is one value or several."""
+        return {str, tuple[str, ...]} <= set(get_args(self.type))
+
     def parameter(self, positional: bool) -> inspect.Parameter:
         """The setting as a parameter from which cyclopts makes a flag, and an argument as well if it is positional."""
         required = self.default is inspect.Parameter.empty
@@ -65,7 +70,8 @@ class Setting:
             negative_iterable=(),
         )
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-        annotation = Annotated[self.type | None, described]  # type: ignore[name-defined]
+        read_as = tuple[str, ...] if self.takes_several else self.type  # of a union, cyclopts would read only one
+        annotation = Annotated[read_as | None, described]  # type: ignore[operator]
         return inspect.Parameter("__".join(self.path), kind, default=default, annotation=annotation)
 
 
@@ -91,6 +97,38 @@ def _settings(
     for order, (name, section, default, section_optional) in enumerate(sections, 1):
         section_group = Group(name.capitalize(), help=inspect.getdoc(section) or "", sort_key=order)
         yield from _settings(section, default, (*path, name), section_group, section_optional)
+
+
+def placed(arguments: Sequence[str], given: Set[str], several: str, last: str) -> dict[str, Any]:
+    """Settings from positional arguments like those of ``cp``: several values of one setting, then one of another.
+
+    Args:
+        arguments: the positional arguments. If there is only one, or the last setting has a flag, they are all values
+            of the first.
+        given: settings that have flags.
+        several: name of the setting that takes several values.
+        last: name of the setting that takes the last argument.
+
+    Raises:
+        UsageError: if the first setting has both arguments and a flag, or the last argument is a file.
+    """
+    *values, end = (*arguments, None) if last in given or len(arguments) < 2 else arguments
+    if values and several in given:
+        raise UsageError(
+            f"{several} are given twice",
+            expected=f"{several} either as arguments or with {_flag((several,))}",
+            found=" ".join(arguments),
+            do=f"leave one of them out; to give the {last} as well, use {_flag((last,))}",
+        )
+    if end is not None and Path(end).is_file():
+        raise UsageError(
+            f"the last of several arguments is the {last}, but it is a file",
+            expected=f"{several.upper()}... {last.upper()}, or {_flag((last,))}",
+            found=end,
+            do=f"give the {last} after the {several}; put a glob in quotes, so that the shell does not expand it",
+        )
+    found = {several: tuple(values) or None, last: end}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from pydantic_core import to_json
 
-from softlabel.flows.arguments import read_file, resolve, settings
+from softlabel.flows.arguments import placed, read_file, resolve, settings
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
@@ -108,10 +108,23 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
         SHOW[verb](result)
 
 
+def _several_then_one(several: str, last: str) -> inspect.Parameter:
+    """The positional arguments of a verb that takes several values of one setting, then one of another."""
+    described = Parameter(
+        name=f"{several.upper()}... {last.upper()}",
+        group=Group("Settings", sort_key=0),
+        help=f"The same as --{several} and --{last}; the last of several arguments is the {last}.",
+    )
+    return inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, described])
+
+
 def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
     """Add a verb that takes the settings of a model and runs the flow of the same name."""
     known = {"__".join(setting.path): setting for setting in settings(model)}
-    parameters = [setting.parameter(key in positional) for key, setting in known.items()]
+    like_cp = len(positional) > 1 and known[positional[0]].takes_several
+    parameters = [setting.parameter(key in positional and not like_cp) for key, setting in known.items()]
+    if like_cp:
+        parameters.append(_several_then_one(*positional))
     parameters.sort(key=lambda parameter: parameter.kind)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter("file", keyword, default=None, annotation=File))
@@ -120,6 +133,8 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
 
     def verb(*args: Any, **kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs).arguments
+        if like_cp:
+            given |= placed(given.pop("arguments", ()), given.keys(), *positional)
         file, as_json = given.pop("file", None), given.pop("as_json", False)
         flags = {known[key].path: value for key, value in given.items() if value is not None}
         config = resolve(model, flags, file, positional)

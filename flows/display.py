@@ -148,6 +148,8 @@ def _capture_line(report: "CaptureReport") -> None:
         )
     if report.truncated:
         console.print(f"[yellow]{count(report.truncated, 'document')} cut short[/] to the classifier's longest input")
+    if report.repeated:
+        console.print(f"{count(report.repeated, 'document')} left out: another one has the same content")
     if report.taken_down:
         console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
     if report.rejects:

@@ -9,7 +9,7 @@ from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 
 
-@flow(name="estimate", flow_run_name="estimate {config.documents}", persist_result=False)
+@flow(name="estimate", flow_run_name="estimate {config.sources}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
     """Estimate the size, cost and time of a capture from a small sample; nothing is captured."""
     with retrying(), watching() as watch:
@@ -18,6 +18,6 @@ def estimate_flow(config: EstimateConfig) -> Estimate:
         create_table_artifact(
             [vars(selection) for selection in report.selections],
             key="selections",
-            description=f"Estimate for {report.positions:,} positions of {config.documents}, by selection",
+            description=f"Estimate for {report.positions:,} positions of {config.sources}, by selection",
         )
     return report

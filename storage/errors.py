@@ -26,6 +26,14 @@ from softlabel.storage.credentials import masked
 _CAUSE = re.compile(r"↳(?:\x1b\[0m)? ")
 
 
+def printable(text: str, kept: str = "") -> str:
+    r"""The text with unprintable characters and terminal controls escaped, like \x1b, but for those that are kept."""
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
+
+
 def cause(error: Exception) -> str:
     """An error's message in one line. delta-rs prints its causes as a tree; of that, the last two levels."""
     return ": ".join(part.splitlines()[0] for part in _CAUSE.split(str(error) or type(error).__name__)[-2:])
@@ -35,7 +43,8 @@ class SoftlabelError(Exception):
     """An error that a user can understand and act on.
 
     Its text fits on one screen: a summary, then what was expected, what was found, where, and what to do. Locations
-    with credentials are masked. ``details`` holds the full result, for programs, where it is too long for the text.
+    with credentials are masked, and terminal controls, which names and values may contain, are escaped. ``details``
+    holds the full result, for programs, where it is too long for the text.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class SoftlabelError(Exception):
         for name, text in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):
             if text is not None:
                 lines.append(f"  {name + ':':<12} {text}")
-        super().__init__(masked("\n".join(lines)))
+        super().__init__(printable(masked("\n".join(lines)), kept="\n"))
         self.details = details
 
 

@@ -52,14 +52,34 @@ SOFT_LABELS = pa.schema(
 ROW_KEY = ("document_id", "chunk", "key")
 """Columns whose values together are unique in a table."""
 
-_CARRIED_TYPES = (pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.date32())
+_CARRIED_TYPES = (
+    pa.string(),
+    pa.binary(),
+    pa.int64(),
+    pa.float64(),
+    pa.bool_(),
+    pa.date32(),
+    pa.timestamp("us"),
+    pa.timestamp("us", "UTC"),
+)
+
+
+def _can_be_carried(kind: pa.DataType) -> bool:
+    if pa.types.is_decimal128(kind):
+        return 0 <= kind.scale <= kind.precision
+    if pa.types.is_list(kind):
+        return _can_be_carried(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.num_fields > 0 and all(_can_be_carried(field.type) for field in kind)
+    return kind in _CARRIED_TYPES
 
 
 def row_schema(carried: pa.Schema) -> pa.Schema:
     """Schema of a table whose documents carry the given columns.
 
     Args:
-        carried: names and types of the carried columns: string, int64, float64, bool or date32.
+        carried: names and types of the carried columns: ``_CARRIED_TYPES``, decimals of up to 38 digits, and lists and
+            structs of these.
 
     Raises:
         UsageError: if a carried column has the name of another column, or an unsupported type.
@@ -73,10 +93,11 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
                 found=f"columns.carry: {field.name}",
                 do="rename the column in the documents",
             )
-        if field.type not in _CARRIED_TYPES:
+        if not _can_be_carried(field.type):
             raise UsageError(
                 f"column {field.name!r} can't be carried: its type is not supported",
-                expected=f"one of the types {', '.join(map(str, _CARRIED_TYPES))}",
+                expected=f"{', '.join(map(str, _CARRIED_TYPES))},\n"
+                "               decimal of at most 38 digits, or a list or struct of these",
                 found=str(field.type),
                 do="cast it in the documents, or leave it out of columns.carry",
             )

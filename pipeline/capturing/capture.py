@@ -44,6 +44,8 @@ class CaptureReport:
     bytes: int
     """Size of the new shards."""
     seconds: float
+    repeated: int = 0
+    """Documents without an id that were left out because another one has the same content."""
 
 
 def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated) -> CaptureReport:
@@ -99,4 +101,5 @@ def _summarize(
         positions=sum(commit.positions for commit in commits),
         bytes=sum(commit.bytes for commit in (*commits, *copies)),
         seconds=seconds,
+        repeated=todo.repeated,
     )

@@ -50,6 +50,8 @@ class CapturePlan:
     """Usable documents that the table already holds completely."""
     taken_down: int
     """Documents left out because they are on the table's refuse list."""
+    repeated: int
+    """Documents without an id that were left out because another one has the same content."""
     rejects: int
     """Documents that can't be used."""
     truncated: int
@@ -108,7 +110,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
     pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
     copies = PlanFiles(folder / "copies", schema, config.shards.positions, identity)
     rejects = Rejects(folder / "rejects.jsonl")
-    found = unchanged = 0
+    found = unchanged = repeated = 0
     for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
         sequences, refused = sequencer.sequences(changed, config.shards.eval_fraction)
@@ -121,6 +123,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         copies.add(sequences.filter(pc.equal(statuses, "copy")))
         found += batch.documents.num_rows - len(refused)
         unchanged += batch.documents.num_rows - changed.num_rows
+        repeated += batch.repeated
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
     if not found:
         listed = (
@@ -140,6 +143,7 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         documents=found,
         unchanged=unchanged,
         taken_down=known.taken_down,
+        repeated=repeated,
         rejects=rejects.count,
         truncated=sequencer.truncated,
         rejects_file=rejects.publish(place_of(config.table)),
@@ -221,6 +225,6 @@ def _unusable(summary: str, found: str, config: CaptureConfig, advice: str = "")
         summary,
         expected="documents with an id and a text of at least one token to predict",
         found=found,
-        where=config.documents,
+        where=config.sources,
         do=f"fix the documents, or set columns.* to the columns that hold their ids and texts{advice}",
     )

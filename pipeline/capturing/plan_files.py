@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.documents.documents import Reject
 from softlabel.storage.committing import all_or_nothing
-from softlabel.storage.errors import ProvenanceError
+from softlabel.storage.errors import ProvenanceError, printable
 from softlabel.storage.identity import Identity
 from softlabel.storage.places.place import REJECTS, Place
 
@@ -117,7 +117,7 @@ class Rejects:
             for reject in rejects:
                 self.count += 1
                 if len(self._shown) < _SHOWN:
-                    self._shown.append(f"{reject.document_id}: {reject.reason}")
+                    self._shown.append(printable(f"{reject.document_id}: {reject.reason}"))
                 print(json.dumps(reject._asdict(), ensure_ascii=False), file=file)
 
     @property

@@ -49,3 +49,6 @@ Location = Annotated[
     WithJsonSchema({"type": "string", "pattern": WITHOUT_CREDENTIALS}),  # Prefect's server checks this before we can
 ]
 """Type of every setting that names a file, a folder, a bucket or a hub model: expands ``~`` and refuses credentials."""
+
+Locations = Location | tuple[Location, ...]
+"""One location or several."""

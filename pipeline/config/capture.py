@@ -4,9 +4,9 @@ from datetime import date
 from pkgutil import resolve_name
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
-from softlabel.pipeline.config.base import Location, Settings
+from softlabel.pipeline.config.base import Location, Locations, Settings
 
 Content = Literal["text", "chat", "completion"]
 """What a document is: a text, a chat, or a prompt and its completion."""
@@ -15,8 +15,9 @@ Content = Literal["text", "chat", "completion"]
 class ColumnsConfig(Settings):
     """Which columns hold the documents' ids, texts and labels."""
 
-    id: str = "id"
-    """Column with the document's id, a unique string or integer. The id of a plain text file is its path."""
+    id: str | None = "id"
+    """Column with the document's id, a unique string or integer. The id of a plain text file is its path. none if the
+    documents have no ids: a document's id is then the hash of its content, and equal contents are one document."""
     text: str = "text"
     """Column with plain text."""
     messages: str | None = None
@@ -29,6 +30,11 @@ class ColumnsConfig(Settings):
     """Column with a class label, stored in addition to the soft labels."""
     carry: tuple[str, ...] = ()
     """Further columns to store with every row, such as source or language, so that rows can be filtered by them."""
+
+    @field_validator("id")
+    @classmethod
+    def _none_is_no_column(cls, name: str | None) -> str | None:
+        return None if name == "none" else name
 
     @model_validator(mode="after")
     def _one_kind_of_content(self) -> Self:
@@ -182,11 +188,18 @@ class ShardsConfig(Settings):
     """Share of the documents, chosen by a hash of their ids, that goes to the eval split."""
 
 
+def _one_or_several(locations: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not locations:
+        raise ValueError("give at least one file, folder or glob")
+    return locations[0] if isinstance(locations, tuple) and len(locations) == 1 else locations
+
+
 class CaptureConfig(Settings):
     """Run a teacher once over documents and store its predictions in a table."""
 
-    documents: Location
-    """File, folder or glob of documents, local or in s3://BUCKET/: Parquet, JSON lines or plain text."""
+    documents: Annotated[Locations, AfterValidator(_one_or_several)]
+    """File, folder or glob of documents, or several: Parquet, Arrow, CSV, JSON (lines or an array) or plain text, on
+    this machine or at s3://, gs://, abfss:// or hf://."""
     table: Location
     """Folder of the table, or s3://BUCKET/PREFIX. It is created if it does not exist; otherwise new rows are added
     to it."""
@@ -198,6 +211,11 @@ class CaptureConfig(Settings):
     strict: bool = False
     """Stop at the first document that can't be used, instead of counting it and listing it in the table's
     _softlabel/rejects.jsonl."""
+
+    @property
+    def sources(self) -> str:
+        """Where the documents are, as text."""
+        return self.documents if isinstance(self.documents, str) else ", ".join(self.documents)
 
     @model_validator(mode="after")
     def _assistant_turns_need_chats(self) -> Self:

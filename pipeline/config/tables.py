@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from softlabel.pipeline.config.base import Location, Settings
+from softlabel.pipeline.config.base import Location, Locations, Settings
 from softlabel.pipeline.config.capture import ColumnsConfig, ShardsConfig, TeacherConfig
 
 _TAG = r"[A-Za-z][A-Za-z0-9_.-]*(=\d+)?"
@@ -134,9 +134,9 @@ class ReprocessConfig(Settings):
     may contain columns (carried ones too), literals, operators and a few functions; an error message lists them."""
     drop: Location | None = None
     """File with one document id per line: drop these documents."""
-    stale: Location | None = None
-    """File, folder or glob of documents, read with the columns.* settings: where a document has changed since its
-    capture, drop the rows of its earlier text. Rows of other documents stay."""
+    stale: Locations | None = None
+    """File, folder or glob of documents, or several, read with the columns.* settings: where a document has changed
+    since its capture, drop the rows of its earlier text. Rows of other documents stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None
@@ -155,6 +155,8 @@ class ReprocessConfig(Settings):
         if self.purge and (changes or self.destination):
             others = ", ".join(changes) or "the destination"
             raise ValueError(f"purge can't be combined with other changes or a destination; leave out {others}")
+        if self.stale and self.columns.id is None:
+            raise ValueError("stale compares documents by their ids, so columns.id can't be none")
         if not (changes or self.purge or self.destination):
             raise ValueError(
                 "nothing to do; give destination, selection, where, drop, stale, compact, shards.eval_fraction or purge"

@@ -7,6 +7,7 @@ value is stored unchanged, or its document is rejected.
 import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
@@ -17,18 +18,39 @@ _MISFIT = (pa.ArrowException, OverflowError, UnicodeError)
 def carried_field(field: pa.Field) -> pa.Field:
     """The column with the type that tables store it as (see ``storage.schema.row_schema``), if that loses nothing.
 
-    uint64 keeps its type, which ``row_schema`` refuses: its upper half does not fit into int64.
+    A type that no table can hold is kept, and ``row_schema`` refuses it; so is uint64, whose upper half does not fit
+    into int64.
     """
-    kind = field.type
+    return pa.field(field.name, _stored(field.type))
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+        return _stored(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
-        kind = pa.string()
-    elif pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
-        kind = pa.int64()
-    elif pa.types.is_floating(kind):
-        kind = pa.float64()
-    return pa.field(field.name, kind)
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
+        return pa.int64()
+    if pa.types.is_floating(kind):
+        return pa.float64()
+    if pa.types.is_date(kind):
+        return pa.date32()
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz and "UTC")
+    if pa.types.is_decimal(kind) and kind.precision <= 38:
+        return pa.decimal128(kind.precision, kind.scale)
+    if pa.types.is_struct(kind):
+        return pa.struct([carried_field(field) for field in kind])
+    if _is_list(kind):
+        return pa.list_(_stored(kind.value_type))
+    return kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+    return any(is_one(kind) for is_one in lists)
 
 
 def carried(values: Sequence[Any], kind: pa.DataType) -> tuple[pa.Array, set[int]]:
@@ -53,8 +75,14 @@ def _converted(value: Any, kind: pa.DataType) -> Any:
 
 
 def _are_same(value: Any, converted: Any) -> bool:
-    if isinstance(value, bytes):  # a Parquet string; None if it is not valid UTF-8
+    if isinstance(value, bytes) and not isinstance(converted, bytes):  # a Parquet string; None if not valid UTF-8
         return converted is not None and value == converted.encode()
+    if isinstance(value, dict) and isinstance(converted, dict):  # a key that others have is null here
+        return all(_are_same(value.get(key), converted.get(key)) for key in value.keys() | converted.keys())
+    if isinstance(value, list) and isinstance(converted, list):
+        return len(value) == len(converted) and all(map(_are_same, value, converted))
+    if isinstance(value, datetime.datetime) and isinstance(converted, datetime.datetime):
+        return bool(value == converted)
     if isinstance(value, bool | datetime.date) and type(value) is not type(converted):
         return False  # True equals 1
     return bool(value == converted) or (value != value and converted != converted)  # NaN does not equal itself
@@ -97,6 +125,11 @@ def id_of(value: Any) -> str:
         raise UnfitError("the id is empty")
     encoded(text, "id")
     return text
+
+
+def content_id(content: str) -> str:
+    """The id of a document without one: a 128-bit BLAKE2b of its content, in hexadecimal digits."""
+    return blake2b(encoded(content, "text"), digest_size=16).hexdigest()
 
 
 def _text(value: Any) -> str:

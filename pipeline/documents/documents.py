@@ -1,14 +1,14 @@
-"""Read documents from Parquet, JSON lines or plain text as a stream of small tables with a fixed schema.
+"""Read documents of any known format as a stream of small tables with a fixed schema.
 
 A problem with the input as a whole (no such path, no such column, a damaged file) is an error. A problem with one
 document is a ``Reject`` with a reason, and never stops the stream. Nothing is tokenized here, and no file is read into
 memory as a whole except plain text files, each of which is one document.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.pipeline.config.capture import ColumnsConfig
-from softlabel.pipeline.digests import DigestSet, digests
-from softlabel.pipeline.documents.columns import CONTENTS, UnfitError, carried, carried_field, encoded, id_of, label_of
+from softlabel.pipeline.digests import DigestSet, as_digests, digests, side_by_side
+from softlabel.pipeline.documents.columns import (
+    CONTENTS,
+    UnfitError,
+    carried,
+    carried_field,
+    content_id,
+    encoded,
+    id_of,
+    label_of,
+)
 from softlabel.pipeline.documents.readers import Piece, find
-from softlabel.storage.errors import DocumentsError, UsageError
+from softlabel.storage.errors import DocumentsError, UsageError, printable
 from softlabel.storage.schema import row_schema
 
 DOCUMENT = pa.schema(
@@ -48,6 +57,8 @@ class DocumentBatch(NamedTuple):
     rejects: list[Reject]
     names: list[str]
     """Name of each record, in their order: its document's id, or its position in the file if it has no id."""
+    repeated: int = 0
+    """Records left out because an earlier one has the same content; only if the documents have no ids."""
 
     def in_order(self, rejects: Iterable[Reject]) -> list[Reject]:
         """Rejects of this batch in the order of their records; of two records with one id, the later is rejected."""
@@ -64,25 +75,28 @@ class DocumentBatch(NamedTuple):
 
 
 class Documents:
-    """The documents at a path: a file, a folder or a glob, on this machine or in s3://BUCKET/.
+    """The documents at some paths: files, folders or globs, on this machine or in one of ``documents.stores``.
 
     Args:
-        path: where there are Parquet (.parquet), JSON lines (.jsonl, .ndjson) or plain text files (.txt, .md, .rst),
-            the latter two also compressed (.gz, .zst). A plain text file is one document; its id is the file's path
-            below the folder or glob.
-        columns: names of the columns to read.
+        paths: one or several. At each of them are files of one kind: Parquet, Arrow, CSV, JSON or plain text (see
+            ``documents.readers``), all but the first two also compressed (.gz, .zst). A plain text file is one
+            document; its id is the file's path below the folder or glob.
+        columns: names of the columns to read. Without an id column, a document's id is the hash of its content.
 
     Raises:
-        UsageError: if there is nothing at the path, or a column does not exist.
+        UsageError: if there is nothing at a path, or a column does not exist.
         DocumentsError: if a file can't be read.
     """
 
-    def __init__(self, path: str, columns: ColumnsConfig) -> None:
-        self.path = path
+    def __init__(self, paths: str | Sequence[str], columns: ColumnsConfig) -> None:
+        each = (paths,) if isinstance(paths, str) else tuple(paths)
+        self.path = ", ".join(each)
         self._columns = columns
-        self._source = find(path)
-        known = self._source.schema()
-        self._require_columns(known.names)
+        self._sources = find(each)
+        schemas = [(path, source.schema()) for path, source in self._sources]
+        for path, known in schemas:
+            self._require_columns(known.names, path)
+        known = schemas[0][1]
         self.carried: pa.Schema = pa.schema(
             [carried_field(known.field(known.names.index(name))) for name in columns.carry]
         )
@@ -96,23 +110,40 @@ class Documents:
             DocumentsError: if a file is damaged, or there are no documents at all.
         """
         c = self._columns
-        wanted = [c.id, *c.contents.values(), *([c.label] if c.label else []), *c.carry]
-        seen = DigestSet()
+        wanted = [c.id, *c.contents.values(), c.label, *c.carry]
+        names = list(dict.fromkeys(name for name in wanted if name is not None))
+        distinct = self._by_content if c.id is None else self._by_id
+        seen, versions = DigestSet(), DigestSet()
         empty = True
-        for piece in self._source.read(list(dict.fromkeys(wanted))):
-            checked = self._checked(piece)
-            duplicates = ~seen.add(digests(checked.documents.column("document_id").to_pylist()))
-            batch = checked.without(duplicates, "another document has this id")
-            empty = empty and not batch.documents.num_rows and not batch.rejects
+        for piece in chain.from_iterable(source.read(names) for _, source in self._sources):
+            batch = distinct(self._checked(piece), seen, versions)
+            empty = empty and not piece.places
             yield batch
         if empty:
             raise DocumentsError(
                 "there are no documents",
                 expected="at least one document",
                 found="files without any records",
-                where=self.path,
+                where=printable(self.path),
                 do="check that these are the right files and that they are complete",
             )
+
+    @staticmethod
+    def _by_id(batch: DocumentBatch, seen: DigestSet, _: DigestSet) -> DocumentBatch:
+        """The batch without documents whose ids were seen before, which are rejected."""
+        known = ~seen.add(digests(batch.documents.column("document_id").to_pylist()))
+        return batch.without(known, "another document has this id")
+
+    @staticmethod
+    def _by_content(batch: DocumentBatch, seen: DigestSet, versions: DigestSet) -> DocumentBatch:
+        """The batch without documents whose contents were seen before; one with another label is rejected."""
+        ids = digests(batch.documents.column("document_id").to_pylist())
+        known = ~seen.add(ids)
+        is_other = versions.add(side_by_side(ids, as_digests(batch.documents.column("fingerprint"))))
+        repeated = known & ~is_other
+        labelled = batch.without(known & is_other, "another document has the same content and another label")
+        kept = labelled.documents.filter(pa.array(~repeated[~(known & is_other)]))
+        return labelled._replace(documents=kept, repeated=int(repeated.sum()))
 
     def _checked(self, piece: Piece) -> DocumentBatch:
         """The usable records as a table, and the rest as rejects."""
@@ -122,12 +153,17 @@ class Documents:
         columns = {field: carried(values[field.name], field.type) for field in self.carried}
         misfits = {i: field for field, (_, unfit) in columns.items() for i in unfit}
         rejects, rows, usable = [], [], []
-        for i, (name, content, label) in enumerate(zip(values[c.id], contents, labels, strict=True)):
+        ids = values[c.id] if c.id else [None] * len(names)
+        for i, (name, columns_of_content, label) in enumerate(zip(ids, contents, labels, strict=True)):
             try:
                 if i in piece.unreadable:
                     raise UnfitError(piece.unreadable[i])
-                names[i] = id_of(name)
-                row = _document(names[i], CONTENTS[c.content](*content), label_of(label))
+                if c.id:
+                    names[i] = id_of(name)
+                content = CONTENTS[c.content](*columns_of_content)
+                if not c.id:
+                    names[i] = content_id(content)
+                row = _document(names[i], content, label_of(label))
                 if i in misfits:
                     raise UnfitError(f"the value of column {misfits[i].name!r} can't be stored as {misfits[i].type}")
             except UnfitError as unfit:
@@ -140,7 +176,7 @@ class Documents:
         arrays += [column.take(pa.array(usable, pa.int64())) for column, _ in columns.values()]
         return DocumentBatch(pa.table(arrays, schema=pa.schema([*DOCUMENT, *self.carried])), rejects, names)
 
-    def _require_columns(self, found: list[str]) -> None:
+    def _require_columns(self, found: list[str], path: str) -> None:
         c = self._columns
         wanted = {"columns.id": c.id, "columns.label": c.label}
         wanted |= {f"columns.{setting}": name for setting, name in c.contents.items()}
@@ -151,9 +187,10 @@ class Documents:
                 raise UsageError(
                     f"the documents have no column {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
                     expected=f"{setting}: the name of an existing column",
-                    found=", ".join(islice(found, 40)) or "no columns",
-                    where=self.path,
-                    do=f"set {setting.partition('[')[0]} to one of these columns, or add the column to the documents",
+                    found=printable(", ".join(islice(found, 40))) or "no columns",
+                    where=printable(path),
+                    do=f"set {setting.partition('[')[0]} to one of these columns, or add the column to the documents"
+                    + ("; or to none, if the documents have no ids" if setting == "columns.id" else ""),
                 )
 
 

@@ -1,6 +1,6 @@
-"""Find the files that a documents path names, on this machine or in an S3 bucket; readers treat both alike.
+"""Find the files that a documents path names: on this machine, in a bucket or on the Hugging Face hub.
 
-Buckets are configured like those of tables, see ``storage.places.bucket``.
+Readers treat all of them alike. An S3 bucket is configured like those of tables, see ``storage.places.bucket``.
 """
 
 import os
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from softlabel.storage.errors import DocumentsError, TableError, UsageError
+from softlabel.pipeline.documents.stores import Store, store_of
+from softlabel.storage.errors import DocumentsError, TableError, UsageError, printable
 from softlabel.storage.location import located
 
 
@@ -27,11 +28,19 @@ class File(NamedTuple):
     """Path or URL."""
     open: Callable[[], pa.NativeFile]
     """Opens the file for random or sequential reading."""
+    mapped: Callable[[], pa.NativeFile]
+    """The same; a file on this machine is mapped into memory, and read only as far as it is used."""
 
     @property
-    def suffixes(self) -> list[str]:
-        """Like ``Path.suffixes``, in lower case."""
-        return PurePosixPath(self.name.lower()).suffixes
+    def ending(self) -> str:
+        """Like ``Path.suffix``, in lower case."""
+        return PurePosixPath(self.name.lower()).suffix
+
+    @property
+    def format(self) -> str:
+        """The ending without that of a compression."""
+        path = PurePosixPath(self.name.lower())
+        return PurePosixPath(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
 class Found(NamedTuple):
@@ -43,41 +52,41 @@ class Found(NamedTuple):
 
 
 def find_files(path: str) -> Found:
-    """The files that a path names: a file, a folder or a glob, or s3://BUCKET/ followed by one of these.
+    """The files that a path names: a file, a folder or a glob, on this machine or behind the scheme of a store.
 
     Raises:
         UsageError: if there is nothing there, or the path contains credentials.
-        DocumentsError: if the bucket can't be read.
+        DocumentsError: if the folder or the store can't be read.
     """
     path = located(path)
     scheme, is_url, rest = path.partition("://")
-    if is_url and (scheme != "s3" or rest.startswith("/") or not rest):
-        raise UsageError(
-            "softlabel can't read documents from this kind of address",
-            expected="a path on this machine, or s3://BUCKET/PATH",
-            found=path,
-            do="copy the documents to this machine or to an S3 bucket",
-        )
-    with bucket_errors():
-        found = _in_bucket(*rest.partition("/")[::2]) if is_url else _on_disk(path)
+    with store_errors():
+        if is_url:
+            root, _, key = rest.partition("/")
+            found = _in_store(store_of(scheme, root, path), key.strip("/"))
+        else:
+            found = _on_disk(path)
     if not found.files and not found.is_folder:
+        is_special = not is_url and Path(path).exists()
         raise UsageError(
             "there are no documents at this path",
             expected="a file, a folder or a glob",
-            found="nothing there",
-            where=path,
-            do="check the path; put a glob in quotes, so that the shell does not expand it",
+            found="a pipe, a socket or a device" if is_special else "nothing there",
+            where=printable(path),
+            do="write the documents to a file first"
+            if is_special
+            else "check the path; put a glob in quotes, so that the shell does not expand it",
         )
     files = [file for file in found.files if not found.is_folder or _is_visible(file.name)]
     return found._replace(files=sorted(files, key=lambda file: file.name.split("/")))
 
 
 @contextmanager
-def bucket_errors() -> Iterator[None]:
-    """Turn the errors of a bucket into errors about documents.
+def store_errors() -> Iterator[None]:
+    """Turn the errors of a store into errors about documents.
 
     Raises:
-        DocumentsError: if the bucket can't be read.
+        DocumentsError: if the store can't be read.
     """
     try:
         yield
@@ -88,37 +97,47 @@ def bucket_errors() -> Iterator[None]:
 def _on_disk(path: str) -> Found:
     root = Path(path)
     if is_folder := root.is_dir():
-        paths = list(root.rglob("*"))
+        paths = [Path(folder, name) for folder, _, names in os.walk(root, onerror=_unreadable) for name in names]
     elif root.is_file():
         root, paths = root.parent, [root]
     else:
         root = Path(*_fixed(root.parts))
         pattern = Path(path).relative_to(root).as_posix()
         paths = list(root.glob(pattern)) if pattern != "." else []
-    found = [path for path in paths if path.is_file()]
-    # As bytes, because a file name need not be valid UTF-8.
-    files = [File(p.relative_to(root).as_posix(), str(p), partial(pa.OSFile, os.fsencode(p))) for p in found]
-    return Found(files, is_folder)
+    found = [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
+    return Found([_file_on_disk(path, path.relative_to(root).as_posix()) for path in found], is_folder)
 
 
-def _in_bucket(name: str, key: str) -> Found:
-    from softlabel.storage.places.bucket import (
-        Bucket,
-    )  # imported here, so that its library loads only when there is a bucket
+def _file_on_disk(path: Path, name: str) -> File:
+    raw = os.fsencode(path)  # a file name need not be valid UTF-8
+    return File(name, str(path), partial(pa.OSFile, raw), partial(pa.memory_map, raw))
 
-    bucket, key = Bucket(f"s3://{name}"), key.strip("/")
 
+def _unreadable(error: OSError) -> None:
+    raise DocumentsError(
+        "a folder of documents can't be read",
+        expected="a folder whose names you may list",
+        found=error.strerror,
+        where=printable(os.fsdecode(error.filename)),
+        do="check its permissions, or select the files that you need with a glob",
+    )
+
+
+def _in_store(store: Store, key: str) -> Found:
     def file(key: str, name: str) -> File:
-        return File(name, bucket.where(key), lambda: pa.PythonFile(bucket.open(key)[0], "r"))
+        def open_file() -> pa.NativeFile:
+            return pa.PythonFile(store.open(key)[0], "r")
+
+        return File(name, store.where(key), open_file, open_file)
 
     def below(root: str) -> list[File]:
         lead = f"{root}/" if root else ""
         # A folder may be an object itself.
-        return [file(o.name, o.name.removeprefix(lead)) for o in bucket.files(root) if o.name != root]
+        return [file(o.name, o.name.removeprefix(lead)) for o in store.files(root) if o.name != root]
 
     with suppress(FileNotFoundError):
         if key:
-            bucket.stat(key)
+            store.stat(key)
             return Found([file(key, PurePosixPath(key).name)], is_folder=False)
     if folder := below(key):
         return Found(folder, is_folder=True)

@@ -103,7 +103,7 @@ def draw_sample(
         raise DocumentsError(
             "no document can be used",
             found=f"{rejects:,} documents that can't be used, and {known.taken_down:,} that were taken down",
-            where=config.documents,
+            where=config.sources,
             do="check columns.id and columns.text (or .messages, .prompt, .completion); capture lists the reasons",
         )
     read, size = time.perf_counter() - started, np.concatenate(sizes)

@@ -13,9 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.pipeline.tables import sql_values as sql
-from softlabel.pipeline.tables.sql_tokens import RefusedError, Token, pointed, printable, tokens
+from softlabel.pipeline.tables.sql_tokens import RefusedError, Token, pointed, tokens
 from softlabel.pipeline.tables.sql_values import Kind, Value
-from softlabel.storage.errors import UsageError
+from softlabel.storage.errors import UsageError, printable
 
 _BINDING = {
     **{"OR": 1, "AND": 2, "IS": 4, "LIKE": 5, "ILIKE": 5, "IN": 6, "BETWEEN": 6},

@@ -84,10 +84,10 @@ def listed(path: str) -> frozenset[str]:
     return lines
 
 
-def _unless_stale(path: str, columns: ColumnsConfig) -> Predicate:
-    """Keeps the rows of current versions, and of documents that are not among those at the path."""
+def _unless_stale(paths: str | tuple[str, ...], columns: ColumnsConfig) -> Predicate:
+    """Keeps the rows of current versions, and of documents that are not among those at the paths."""
     current: dict[str, bytes] = {}
-    for batch in Documents(path, columns).batches():
+    for batch in Documents(paths, columns).batches():
         pair = (batch.documents.column(name).to_pylist() for name in ("document_id", "fingerprint"))
         current.update(zip(*pair, strict=True))
 

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+from softlabel.storage.errors import printable
+
 LONGEST = 50_000
 """Most characters: enough for the ids of a thousand documents, and any expression is evaluated within a second."""
 
@@ -82,11 +84,3 @@ def pointed(text: str, start: int, end: int) -> tuple[str, str]:
     before, place = "…" * (first > 0) + printable(text[first:start]), printable(text[start:end])
     after = printable(text[end:last]) + "…" * (last < len(text))
     return before + place + after, " " * len(before) + "^" * max(len(place), 1)
-
-
-def printable(text: str) -> str:
-    r"""The text with unprintable characters and terminal controls escaped, like \x1b."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )

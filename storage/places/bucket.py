@@ -1,7 +1,8 @@
 """A place in a bucket of S3 or an S3-compatible store, configured by the same environment variables as deltalake.
 
-These are AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ALLOW_HTTP and the others that
-object_store reads. Objects are written atomically; one that must not be replaced is written with a conditional put.
+Documents can be in buckets of Google and Azure, too; tables are only in S3. For S3, the variables are
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ALLOW_HTTP and the others that object_store
+reads. Objects are written atomically; one that must not be replaced is written with a conditional put.
 Shards are written to unnamed local files, which vanish with their process. There are no locks: a writer uploads a file
 again to make it young, checks after its commit that the file exists, and restores it if maintenance has deleted it.
 """
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import S3Store
+from obstore.store import from_url
 
 from softlabel.storage.errors import AccessError
 from softlabel.storage.places.place import LARGEST_FILE, SIDE_FOLDER, Draft, File, PendingFile, require_small
@@ -27,6 +28,15 @@ _TAIL = 1 << 16
 """Bytes to fetch from the end of an object when it is opened: pyarrow reads as many first, to find the footer."""
 _TIMEOUT = "10 minutes"
 """Timeout of one request: long enough for a shard over a slow network."""
+_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
+_SETTINGS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL\n"
+    "               (if it is http://, with AWS_ALLOW_HTTP=true)",
+    "gs": "GOOGLE_SERVICE_ACCOUNT or GOOGLE_APPLICATION_CREDENTIALS",
+    "abfss": "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+"""Environment variables to check when a bucket can't be used, by the scheme of its URL."""
 _COPIES: dict[tuple[str, frozenset[File]], "tempfile.TemporaryDirectory[str]"] = {}
 """Temporary copies of fetched folders, by address and content."""
 
@@ -42,7 +52,7 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.address = url.rstrip("/")
-        self._store = _store(self.address, tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_"))))
+        self._store = _store(self.address, tuple(sorted(i for i in os.environ.items() if i[0].startswith(_PREFIXES))))
 
     def where(self, name: str) -> str:
         """URL of the object."""
@@ -174,14 +184,7 @@ class Bucket:
             code = _code(str(error))
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise FileNotFoundError(f"no such object: {self.where(name)}") from None
-            raise AccessError(
-                "the bucket can't be used",
-                expected="an S3 endpoint that has this bucket, and credentials that it accepts",
-                found=code,
-                where=self.where(name),
-                do="check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL\n"
-                "               (if it is http://, with AWS_ALLOW_HTTP=true), then run the same command again",
-            ) from None  # the store's message may repeat the credentials
+            raise _unusable(self.where(name), code) from None  # the store's message may repeat the credentials
 
 
 class _Object(io.RawIOBase):
@@ -264,6 +267,18 @@ def _on_this_machine() -> Iterator[None]:
         ) from error
 
 
+def _unusable(url: str, found: str) -> AccessError:
+    scheme = url.partition(":")[0]
+    return AccessError(
+        "the bucket can't be used",
+        expected=f"{'an S3 endpoint' if scheme == 's3' else 'a store'} that has this bucket, and credentials that it"
+        " accepts",
+        found=found,
+        where=url,
+        do=f"check the bucket's name, {_SETTINGS[scheme]}, then run the same command again",
+    )
+
+
 def _exists(bucket: Bucket, name: str) -> bool:
     try:
         bucket.stat(name)
@@ -273,11 +288,14 @@ def _exists(bucket: Bucket, name: str) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _store(url: str, environment: tuple[tuple[str, str], ...]) -> S3Store:
+def _store(url: str, environment: tuple[tuple[str, str], ...]) -> Any:
     """One store for each place and configuration, so that its connections are reused."""
     # Options given here override those in the environment, so we pass on the one that matters.
     http = dict(environment).get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
-    return S3Store.from_url(url, client_options={"timeout": _TIMEOUT, "allow_http": http})
+    try:
+        return from_url(url, client_options={"timeout": _TIMEOUT, "allow_http": http})
+    except (BaseError, ValueError) as error:
+        raise _unusable(url, _code(str(error))) from None
 
 
 def _file(name: str, meta: Any) -> File:

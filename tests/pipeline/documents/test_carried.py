@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,7 +91,17 @@ def test_values_of_later_files_that_do_not_fit_the_type_are_rejected_and_never_r
     assert len(rejects) == len(second) - len(kept)
 
 
-@pytest.mark.parametrize("values", [pa.array([["p"]]), pa.array([2**64 - 1], pa.uint64())])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([2**64 - 1], pa.uint64()),
+        pa.array([[2**64 - 1]], pa.list_(pa.uint64())),
+        pa.array([datetime.time(1)], pa.time64("us")),
+        pa.array([{"a": datetime.timedelta(1)}], pa.struct([("a", pa.duration("us"))])),
+        pa.array([Decimal(10) ** 45], pa.decimal256(50, 2)),
+        pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+    ],
+)
 def test_a_column_of_an_unsupported_type_is_refused(values: pa.Array, tmp_path: Path) -> None:
     parquet(tmp_path / "x.parquet", values)
     with pytest.raises(UsageError, match="'value' can't be carried"):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from softlabel.pipeline.config.capture import ColumnsConfig
-from softlabel.pipeline.documents import readers as sources
+from softlabel.pipeline.documents import json_records
 from softlabel.pipeline.documents.documents import DOCUMENT, Documents, Reject
 from softlabel.storage.errors import DocumentsError, UsageError
 
@@ -216,7 +216,7 @@ def test_rejects_can_be_put_in_the_order_of_their_records(tmp_path: Path) -> Non
 def test_finding_the_columns_does_not_read_all_large_lines_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_records, "SAMPLE_BYTES", 1 << 20)
     path = lines(tmp_path / "x.jsonl", [{"id": i, "text": "some words " * 10_000} for i in range(100)])
     tracemalloc.start()
     Documents(str(path), ColumnsConfig())
@@ -275,12 +275,12 @@ def test_files_without_documents_are_an_error(tmp_path: Path) -> None:
         one_screen(caught.value, str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz", "x.csv", "mixed"])
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz", "x.arrow", "x.pdf", "mixed"])
 def test_files_that_can_not_be_read_are_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.txt").write_text("x")
     lines(tmp_path / "mixed" / "b.jsonl", RECORDS)
-    for damaged in ("x.parquet", "x.jsonl.gz", "x.csv"):
+    for damaged in ("x.parquet", "x.jsonl.gz", "x.arrow", "x.pdf"):
         (tmp_path / damaged).write_bytes(b"garbage" * 50)
     with pytest.raises(DocumentsError) as caught:
         read(tmp_path / name)

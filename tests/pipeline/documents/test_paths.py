@@ -89,7 +89,7 @@ def test_a_missing_object_or_bucket_is_an_error(bucket: str) -> None:
     for path in ("nowhere.parquet", "nowhere/*.parquet", "text/*.parquet", "lines/2024/a.json"):
         fails(f"{bucket}/{path}", "nothing there", f"{bucket}/{path}")
     fails("s3://no-such-bucket/x.parquet", "NoSuchBucket", "s3://no-such-bucket")
-    for path in ("gs://bucket/x.parquet", "s3://", "s3:///x.parquet"):
+    for path in ("ftp://bucket/x.parquet", "s3://", "s3:///x.parquet", "hf://"):
         fails(path, "s3://BUCKET/PATH", path)
 
 
