@@ -96,6 +96,8 @@ def reading(file: File, kind: str) -> Iterator[None]:
         if "requires too much memory" in str(error):  # zstd's own words
             expected = "a file that zstd compressed with a window of at most 128 MB (without --long, or --long=27)"
             do = "compress it again: zstd -dc --long=31 FILE | zstd -o NEW_FILE"
+        elif "implemented" in str(error):  # pyarrow's own words
+            expected, do = f"a {kind} file that pyarrow can read", "write the file again with a usual encoding"
         elif isinstance(error, PermissionError | FileNotFoundError):
             expected, do = "a file that exists and that you may read", "check the file and its permissions"
         raise DocumentsError(

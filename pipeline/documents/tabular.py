@@ -230,22 +230,28 @@ def _pieces_of(batches: Iterable[pa.RecordBatch], file: File, columns: list[str]
 
 
 def _row_bytes(batch: pa.RecordBatch) -> NDArray[np.float64]:
-    """(R,) decoded size of each row; values of other types than strings count as evenly spread."""
-    sizes = np.zeros(len(batch))
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            entries = _value_bytes(column.dictionary)
-            sizes += pa.array(entries).take(column.indices).fill_null(0).to_numpy(zero_copy_only=False)
-        else:
-            sizes += _value_bytes(column)
-    return sizes
+    """(R,) decoded size of each row."""
+    return np.sum([_value_bytes(column) for column in batch.columns], axis=0)
 
 
 def _value_bytes(column: pa.Array) -> NDArray[np.float64]:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_binary(column.type):
-        lengths: NDArray[np.float64] = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-        return lengths.astype(np.float64)
+    """(R,) decoded size of each value; of other types than strings and what contains them, the mean."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _floats(pa.array(_value_bytes(column.dictionary)).take(column.indices))
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        return _floats(pc.binary_length(column))
+    if pa.types.is_struct(kind):
+        return np.sum([np.zeros(len(column)), *map(_value_bytes, column.flatten())], axis=0)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        ends = np.concatenate([[0.0], np.cumsum(_value_bytes(column.values))])
+        return np.diff(ends[column.offsets.to_numpy()])
     return np.full(len(column), column.nbytes / max(1, len(column)))
+
+
+def _floats(sizes: pa.Array) -> NDArray[np.float64]:
+    floats: NDArray[np.float64] = sizes.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    return floats
 
 
 def _require_each_once(columns: list[str], found: list[str], file: File) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import Schema as DeltaSchema
 from pydantic import ValidationError
 
 from softlabel.pipeline.config.capture import ColumnsConfig
 from softlabel.pipeline.documents.documents import Documents, Reject
 from softlabel.storage.errors import UsageError
+from softlabel.storage.schema import row_schema
 
 DAY = datetime.date(2024, 2, 29)
 
@@ -111,3 +113,63 @@ def test_a_column_of_an_unsupported_type_is_refused(values: pa.Array, tmp_path: 
 def test_a_column_named_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="carry lists a column more than once: text"):
         ColumnsConfig(carry=("text", "text"))
+
+
+UTC = datetime.UTC
+RICH = pa.table(
+    {
+        "id": ["a", "b"],
+        "text": ["x", "y"],
+        "at": pa.array([datetime.datetime(2024, 2, 29, 5, 6, 7, 8, UTC), None], pa.timestamp("us", "Europe/Berlin")),
+        "local": pa.array([datetime.datetime(2024, 2, 29, 5), None], pa.timestamp("ns")),
+        "second": pa.array([1, None], pa.timestamp("s", "UTC")),
+        "price": pa.array([Decimal("1.50"), None], pa.decimal256(20, 2)),
+        "tags": pa.array([["p", None], []], pa.large_list(pa.large_string())),
+        "pair": pa.array([[1, 2], None], pa.list_(pa.int32(), 2)),
+        "meta": pa.array([{"a": [{"at": None, "n": 1}]}, {"a": None}], None),
+        "raw": pa.array([b"\xff\0", None], pa.large_binary()),
+    }
+)
+
+
+def test_timestamps_decimals_lists_and_structs_are_carried_unchanged(tmp_path: Path) -> None:
+    pq.write_table(RICH, tmp_path / "x.parquet")
+    carry = RICH.column_names[2:]
+    documents, rejects = read(tmp_path / "x.parquet", *carry)
+    assert not rejects
+    found, written = documents.select(carry).to_pylist(), RICH.select(carry).to_pylist()
+    assert found == written
+    kinds = {name: str(documents.schema.field(name).type) for name in carry}
+    assert kinds["at"] == kinds["second"] == "timestamp[us, tz=UTC]"
+    assert (kinds["local"], kinds["price"], kinds["raw"]) == ("timestamp[us]", "decimal128(20, 2)", "binary")
+
+
+def test_a_table_stores_these_columns_and_filters_by_them(tmp_path: Path) -> None:
+    pq.write_table(RICH, tmp_path / "x.parquet")
+    carry = RICH.column_names[2:]
+    carried = Documents(str(tmp_path / "x.parquet"), ColumnsConfig(carry=tuple(carry))).carried
+    schema = pa.schema(DeltaSchema.from_arrow(row_schema(carried)))
+    assert schema.equals(row_schema(carried)), "Delta has the same types"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (pa.array([1], pa.timestamp("ns")), "timestamp[us]"),
+        (pa.array([2**60], pa.timestamp("us")), "timestamp[us]"),
+    ],
+)
+def test_a_timestamp_that_microseconds_can_not_hold_is_rejected(values: pa.Array, reason: str, tmp_path: Path) -> None:
+    parquet(tmp_path / "x.parquet", values)
+    documents, rejects = read(tmp_path / "x.parquet", "value")
+    assert not len(documents)
+    assert reason in rejects[0].reason
+
+
+def test_objects_in_json_lines_keep_every_key_or_are_rejected(tmp_path: Path) -> None:
+    values: list[object] = [{"a": 1}, {"b": ["x"]}, {}, None] * 250
+    path = lines(tmp_path / "x.jsonl", [*values, {"a": 1, "new": 2}, {"b": [1]}, [], {"a": 2}])
+    documents, rejects = read(path, "value")
+    assert documents["value"].to_pylist()[:3] == [{"a": 1, "b": None}, {"a": None, "b": ["x"]}, {"a": None, "b": None}]
+    assert documents["value"].to_pylist()[-1] == {"a": 2, "b": None}
+    assert [reject.document_id for reject in rejects] == ["1000", "1001", "1002"]
