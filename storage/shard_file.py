@@ -13,7 +13,7 @@ from deltalake.transaction import AddAction
 
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.places.place import content_hash
-from softlabel.storage.schema import PARTITION, row_keys, without
+from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys, without
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
@@ -132,7 +132,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     Codes repeat from position to position, which only a higher level finds. A ``tests.benchmarks`` command shows the
     bytes by column.
     """
-    numbers = [field.name for field in schema if pa.types.is_list(field.type) and field.name != "loss_mask"]
+    own = [field.name for field in (*SEQUENCE, *SOFT_LABELS) if pa.types.is_list(field.type)]
+    numbers = [name for name in own if name != "loss_mask" and name in schema.names]
     levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}
     return {
         "compression": "zstd",

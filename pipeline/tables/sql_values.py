@@ -54,7 +54,7 @@ _TYPES: dict[Kind, pl.DataType] = {
     **{Kind.DATE: pl.Date(), Kind.BYTES: pl.Binary(), Kind.LIST: pl.List(pl.Int64())},
 }
 _KINDS = {type(dtype): kind for kind, dtype in _TYPES.items()} | {pl.Int32: Kind.NUMBER, pl.Float64: Kind.NUMBER}
-"""The kind of every type that a table's column can have."""
+"""The kind of every type that rows can be filtered by; a carried column may have other types."""
 
 FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind, Callable[..., pl.Expr]]] = {
     "ABS": ((Kind.NUMBER,), Kind.NUMBER, pl.Expr.abs),
@@ -103,6 +103,8 @@ def column(part: Token, name: str, schema: pl.Schema) -> Value:
     """A column; integers become 64 bits wide, so that products of counts do not overflow."""
     if name not in schema:
         refuse(f"no column {part}", part)
+    if type(schema[name]) not in _KINDS:
+        refuse(f"column {part} of type {schema[name]}, by which rows can't be filtered", part)
     expr = cs.by_name(name).as_expr()  # pl.col would read ^...$ as a pattern of names
     expr = expr.cast(pl.Int64) if schema[name] == pl.Int32 else expr
     return Value(expr, _KINDS[type(schema[name])], part.start, part.end)

@@ -1,10 +1,14 @@
 """Settings from flags and files: which one wins, and how errors explain what is wrong."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 
 from softlabel.flows.arguments import read_file, resolve, settings
+from softlabel.flows.cli import run
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
@@ -28,6 +32,47 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
     config = resolve(CaptureConfig, {("table",): "mine", ("selection", "draws"): 5}, file)
     assert (config.documents, config.table, config.teacher.dtype) == ("a", "mine", "float32")
     assert (config.selection.seed, config.selection.draws, config.selection.max_k) == (3, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "documents", "table"),
+    [
+        ("a t", "a", "t"),
+        ("a b s3://x/*.json t", ("a", "b", "s3://x/*.json"), "t"),
+        ("a --table t", "a", "t"),
+        ("a b --table t", ("a", "b"), "t"),
+        ("--table t a b", ("a", "b"), "t"),
+        ("--documents a b --table t", ("a", "b"), "t"),
+        ("--documents a --table t", "a", "t"),
+        ("a b --config FILE", "a", "b"),
+        ("--config FILE", ("c", "d"), "e"),
+        ("a --config FILE", "a", "e"),
+        ("--documents a b --config FILE", ("a", "b"), "e"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["capture", "estimate"])
+def test_several_documents_are_given_like_the_sources_of_cp(
+    verb: str, arguments: str, documents: object, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = write(tmp_path, "documents: [c, d]\ntable: e")
+    found: list[CaptureConfig] = []
+    monkeypatch.setattr("softlabel.flows.cli.answer", lambda verb, work, as_json: work())
+    monkeypatch.setattr(
+        "softlabel.flows.cli.import_module", lambda _: SimpleNamespace(run=lambda _, c: found.append(c))
+    )
+    assert (
+        run([verb, *arguments.replace("FILE", str(file)).split(), "--teacher.model", "m", "--columns.id", "none"]) == 0
+    )
+    assert (found[0].documents, found[0].table, found[0].columns.id) == (documents, table, None)
+
+
+def test_documents_of_one_path_or_several_are_valid_in_prefects_form():
+    [schema] = (CaptureConfig.model_json_schema()["properties"]["documents"],)
+    for value, valid in [("a", True), (["a", "b"], True), ("s3://key:secret@b", False), (["a", "s3://k:s@b"], False)]:
+        assert Draft202012Validator(schema).is_valid(value) == valid
+    for value in ([], "s3://key:secret@b", ["a", "s3://k:s@b"]):
+        with pytest.raises(ValidationError):
+            CaptureConfig(documents=value, table="t", teacher={"model": "m"})
 
 
 def test_flags_are_enough_without_a_file():

@@ -5,6 +5,8 @@ import multiprocessing
 import random
 import shutil
 from collections import Counter
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,15 @@ from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
+from softlabel.pipeline.config.tables import ReprocessConfig, VerifyConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress
+from softlabel.pipeline.tables.reprocess import reprocess
+from softlabel.pipeline.tables.verify import verify
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.codec import decode
-from softlabel.storage.errors import ProvenanceError, TableError, TeacherError
+from softlabel.storage.errors import ProvenanceError, TableError, TeacherError, UsageError
 from softlabel.storage.reader import read
 from softlabel.storage.schema import ROW_KEY, row_keys
 from softlabel.storage.table import Table
@@ -191,6 +196,44 @@ def test_carried_columns_are_stored_and_required_of_later_captures(
     assert set(counts["source"]) == {"short", "long"}
     with pytest.raises(ProvenanceError, match=r"columns\.carry"):
         capture(config.model_copy(update={"columns": config.columns.model_copy(update={"carry": ()})}))
+
+
+def test_timestamps_decimals_and_nested_values_are_stored_and_rows_filtered_beside_them(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    rich = {
+        "at": pa.array([datetime(2024, 2, 29, 5, tzinfo=UTC), None, None], pa.timestamp("us", "UTC")),
+        "local": pa.array([datetime(2024, 2, 29, 5), None, None], pa.timestamp("us")),
+        "price": pa.array([Decimal("1.50"), None, Decimal("2.25")], pa.decimal128(20, 2)),
+        "tags": pa.array([["p", None], [], None], pa.list_(pa.string())),
+        "meta": pa.array([{"a": [{"n": 1}]}, {"a": None}, None]),
+    }
+    documents = pa.table({"id": ["a", "b", "c"], "text": ["A text.", "Another.", "A third."], **rich})
+    pq.write_table(documents, tmp_path / "d.parquet")
+    config = settings(tiny_teacher, tmp_path / "d.parquet", tmp_path / "t", columns={"carry": list(rich)})
+    capture(config)
+    assert capture(config).unchanged == 3, "the types are those of the table"
+    verify(VerifyConfig(table=config.table))
+    reprocess(ReprocessConfig(source=config.table, destination=str(tmp_path / "n"), where="document_id <> 'b'"))
+    for table, names in ((tmp_path / "t", ["a", "b", "c"]), (tmp_path / "n", ["a", "c"])):
+        rows = Table.open(str(table)).scan().collect().to_arrow().select(["document_id", *rich]).to_pylist()
+        expected = documents.drop_columns(["text"]).rename_columns({"id": "document_id"}).to_pylist()
+        kept = sorted(rows, key=lambda row: row["document_id"])
+        assert kept == [row for row in expected if row["document_id"] in names]
+    with pytest.raises(UsageError, match="column price of type Decimal"):
+        reprocess(ReprocessConfig(source=config.table, where="price > 1"))
+
+
+def test_documents_of_several_paths_without_ids_are_captured_once_each(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "Mars is red."}, {"text": "Venus is hot."}]')
+    (tmp_path / "b.csv").write_text("text\nVenus is hot.\nThe sun is far.\n")
+    config = settings(tiny_teacher, tmp_path / "a.json", tmp_path / "t", columns={"id": "none"})
+    assert capture(config).documents == 2
+    both = config.model_copy(update={"documents": (config.documents, str(tmp_path / "b.csv"))})
+    report = capture(both)
+    assert (report.documents, report.unchanged, report.repeated, report.rejects, report.sequences) == (3, 2, 1, 0, 1)
+    assert capture(both).sequences == 0
+    assert CaptureConfig.model_validate_json(both.model_dump_json()) == both
 
 
 def test_another_selection_is_refused_and_named_by_field(tiny_teacher: Path, tmp_path: Path) -> None:

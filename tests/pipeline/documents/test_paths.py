@@ -8,10 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from obstore.store import MemoryStore
 
 from softlabel.pipeline.config.capture import ColumnsConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.storage.errors import DocumentsError, UsageError
+from softlabel.storage.places import bucket as places_bucket
 from tests import buckets
 
 RECORDS = [{"id": f"d{i}", "text": f"text {i} é"} for i in range(50)]
@@ -104,3 +107,54 @@ def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPa
 def test_a_damaged_object_is_named(folder: Path, bucket: str, moto: str) -> None:
     buckets.put(moto, "documents/bad/x.parquet", (folder / "table/x.parquet").read_bytes()[:-20])
     fails(f"{bucket}/bad", f"{BUCKET}/bad/x.parquet", "a complete, undamaged Parquet file")
+
+
+def test_buckets_of_google_and_azure_are_read_like_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()  # in place of services that only the internet has
+    for path in folder.rglob("*.*"):
+        store.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    opened: list[str] = []
+    monkeypatch.setattr(places_bucket, "from_url", lambda url, **_: opened.append(url) or store)
+    for address in ("gs://google", "abfss://docs@account.dfs.core.windows.net", "az://azure"):
+        for path in ("lines", "table/x.parquet", "*/*/*.jsonl"):
+            assert read(f"{address}/{path}")[0].equals(read(f"{folder}/{path}")[0])
+        assert opened[-1] == address
+        fails(f"{address}/nowhere.parquet", "nothing there", address)
+    for secret in ("docs@account.dfs.core.windows.net/a?sig=a-secret-key=", "name:key@account.dfs.core.windows.net/a"):
+        fails(f"abfss://{secret}", "credentials")
+
+
+def test_a_bucket_without_its_settings_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    fails("az://docs-of-nobody/a", "AZURE_STORAGE_ACCOUNT_NAME", "Account must be specified")
+
+
+class HubOfFiles(LocalFileSystem):  # type: ignore[misc]
+    """The hub's file system, with a folder of this machine in place of the hub."""
+
+    root = ""
+
+    def _strip(self, path: str) -> str:
+        return f"{self.root}/{path.removeprefix('datasets/')}"
+
+    def find(self, path: str, **_: object) -> list[str]:
+        return [f"datasets/{name.removeprefix(self.root + '/')}" for name in super().find(self._strip(path))]
+
+    def isfile(self, path: str) -> bool:
+        return bool(super().isfile(self._strip(path)))
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> object:
+        return super().open(self._strip(path), mode)
+
+
+def test_a_data_set_on_the_hub_is_read_like_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    HubOfFiles.root = str(folder)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", HubOfFiles)
+    for path in ("lines", "table/x.parquet", "*/*/*.jsonl", "text"):
+        assert read(f"hf://datasets/{path}")[0].equals(read(f"{folder}/{path}")[0])
+    fails("hf://datasets/nowhere", "nothing there")
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fails("hf://datasets/owner/name/x.parquet", "hf://datasets/owner/name/x.parquet", "HF_HUB_OFFLINE")
