@@ -57,12 +57,10 @@ def test_several_documents_are_given_like_the_sources_of_cp(
     file = write(tmp_path, "documents: [c, d]\ntable: e")
     found: list[CaptureConfig] = []
     monkeypatch.setattr("softlabel.flows.cli.answer", lambda verb, work, as_json: work())
-    monkeypatch.setattr(
-        "softlabel.flows.cli.import_module", lambda _: SimpleNamespace(run=lambda _, c: found.append(c))
-    )
-    assert (
-        run([verb, *arguments.replace("FILE", str(file)).split(), "--teacher.model", "m", "--columns.id", "none"]) == 0
-    )
+    runner = SimpleNamespace(run=lambda verb, config: found.append(config))
+    monkeypatch.setattr("softlabel.flows.cli.import_module", lambda _: runner)
+    given = arguments.replace("FILE", str(file)).split()
+    assert run([verb, *given, "--teacher.model", "m", "--columns.id", "none"]) == 0
     assert (found[0].documents, found[0].table, found[0].columns.id) == (documents, table, None)
 
 
