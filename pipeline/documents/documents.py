@@ -89,10 +89,9 @@ class Documents:
     """
 
     def __init__(self, paths: str | Sequence[str], columns: ColumnsConfig) -> None:
-        each = (paths,) if isinstance(paths, str) else tuple(paths)
-        self.path = ", ".join(each)
+        self.path = paths if isinstance(paths, str) else ", ".join(paths)
         self._columns = columns
-        self._sources = find(each)
+        self._sources = find(paths)
         schemas = [(path, source.schema()) for path, source in self._sources]
         for path, known in schemas:
             self._require_columns(known.names, path)

@@ -3,7 +3,7 @@
 The values are checked by ``documents.documents``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
@@ -18,7 +18,7 @@ TEXT_COLUMNS = ("id", "text")
 """Columns of a plain text file: its path below the folder, and its content."""
 
 
-def find(paths: tuple[str, ...]) -> list[tuple[str, Reader]]:
+def find(paths: str | Sequence[str]) -> list[tuple[str, Reader]]:
     """Each path, folder or glob with the reader of its files; a file that two of them name is read once.
 
     Raises:
@@ -27,7 +27,7 @@ def find(paths: tuple[str, ...]) -> list[tuple[str, Reader]]:
     """
     seen = set[str]()
     found = []
-    for path in paths:
+    for path in (paths,) if isinstance(paths, str) else paths:
         reader, files = _reader_of(path)
         files = [file for file in files if file.address not in seen]
         seen |= {file.address for file in files}
