@@ -71,7 +71,7 @@ class Setting:
         )
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
         read_as = tuple[str, ...] if self.takes_several else self.type  # of a union, cyclopts would read only one
-        annotation = Annotated[read_as | None, described]  # type: ignore[operator]
+        annotation = Annotated[read_as | None, described]  # type: ignore[valid-type]
         return inspect.Parameter("__".join(self.path), kind, default=default, annotation=annotation)
 
 

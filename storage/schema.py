@@ -71,7 +71,7 @@ def _can_be_carried(kind: pa.DataType) -> bool:
         return _can_be_carried(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.num_fields > 0 and all(_can_be_carried(field.type) for field in kind)
-    return kind in _CARRIED_TYPES
+    return bool(kind in _CARRIED_TYPES)
 
 
 def row_schema(carried: pa.Schema) -> pa.Schema:
