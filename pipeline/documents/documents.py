@@ -27,7 +27,8 @@ from softlabel.pipeline.documents.columns import (
     id_of,
     label_of,
 )
-from softlabel.pipeline.documents.readers import Piece, find
+from softlabel.pipeline.documents.readers import find
+from softlabel.pipeline.documents.reading import Piece
 from softlabel.storage.errors import DocumentsError, UsageError, printable
 from softlabel.storage.schema import row_schema
 

@@ -69,7 +69,8 @@ class Hub:
     def __init__(self, root: str) -> None:
         from huggingface_hub import HfFileSystem
 
-        self._root, self._files = root, HfFileSystem()
+        self._root = root
+        self._files: Any = HfFileSystem()
 
     def where(self, name: str) -> str:
         """URL of the file."""

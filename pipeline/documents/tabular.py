@@ -231,7 +231,7 @@ def _pieces_of(batches: Iterable[pa.RecordBatch], file: File, columns: list[str]
 
 def _row_bytes(batch: pa.RecordBatch) -> NDArray[np.float64]:
     """(R,) decoded size of each row."""
-    return np.sum([_value_bytes(column) for column in batch.columns], axis=0)
+    return sum(map(_value_bytes, batch.columns), start=np.zeros(len(batch)))
 
 
 def _value_bytes(column: pa.Array) -> NDArray[np.float64]:
@@ -242,7 +242,7 @@ def _value_bytes(column: pa.Array) -> NDArray[np.float64]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         return _floats(pc.binary_length(column))
     if pa.types.is_struct(kind):
-        return np.sum([np.zeros(len(column)), *map(_value_bytes, column.flatten())], axis=0)
+        return sum(map(_value_bytes, column.flatten()), start=np.zeros(len(column)))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         ends = np.concatenate([[0.0], np.cumsum(_value_bytes(column.values))])
         return np.diff(ends[column.offsets.to_numpy()])
