@@ -66,7 +66,7 @@ _CARRIED_TYPES = (
 
 def _can_be_carried(kind: pa.DataType) -> bool:
     if pa.types.is_decimal128(kind):
-        return 0 <= kind.scale <= kind.precision
+        return bool(0 <= kind.scale <= kind.precision)
     if pa.types.is_list(kind):
         return _can_be_carried(kind.value_type)
     if pa.types.is_struct(kind):
