@@ -136,7 +136,7 @@ def test_creating_again_opens_the_table_or_refuses_another_identity(filled: Tabl
 
 @pytest.mark.parametrize(
     "field",
-    [pa.field("positions", pa.int64()), pa.field("when", pa.timestamp("us")), pa.field("xs", pa.list_(pa.int64()))],
+    [pa.field("positions", pa.int64()), pa.field("when", pa.time64("us")), pa.field("xs", pa.list_(pa.uint64()))],
 )
 def test_columns_that_cannot_be_carried_are_refused(tmp_path: Path, field: pa.Field):
     (tmp_path / "tokenizer").mkdir()
