@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from softlabel.pipeline.config.flags import flag_of
 from softlabel.storage.credentials import masked
 from softlabel.storage.errors import UsageError
 from softlabel.storage.location import located
@@ -298,4 +299,4 @@ def _shown(default: Any) -> str:
 
 
 def _flag(path: Sequence[str]) -> str:
-    return "--" + ".".join(path).replace("_", "-")
+    return flag_of(".".join(path))

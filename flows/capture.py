@@ -16,9 +16,9 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.progress import Watch
 
 RUN_NAMES = {
-    "plan": "plan {config.table}",
-    "capture_shard": "capture {path.stem} {config.table}",
-    "copy_rows": "copy {path.stem} {config.table}",
+    "plan": "plan {job.table}",
+    "capture_shard": "capture {path.stem} {job.table}",
+    "copy_rows": "copy {path.stem} {job.table}",
 }
 """Name of the task run of each step; ``path.stem`` is the number of a shard in the plan."""
 

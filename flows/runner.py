@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -55,14 +54,16 @@ def run(name: str, config: Settings) -> Any:
 def _capture(config: CaptureConfig) -> Any:
     """Plan a capture, and run the flow for the rest only if there is something to do."""
     from softlabel.pipeline.capturing.capture import carry_out
+    from softlabel.pipeline.capturing.job import resolve
     from softlabel.pipeline.capturing.plan import plan
 
+    job = resolve(config)
     with scratch() as folder:
         with watching() as watch:
-            todo = plan(config, folder, watch)
+            todo = plan(job, folder, watch)
             if todo.is_empty:
-                return carry_out(todo, config, watch)
-        return _run_flow("capture", config, server.start(), partial(carry_out, todo))
+                return carry_out(job, todo, watch)
+        return _run_flow("capture", config, server.start(), lambda _, *rest: carry_out(job, todo, *rest))
 
 
 def _train(config: TrainConfig) -> Any:

@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from softlabel.flows.console import bytes_of, console, count, facts, table_of, try_next
+from softlabel.pipeline.config.flags import as_flag
 from softlabel.storage.versions import spans
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     needed = ", ".join(_needed_by(inspection.version, report.tags, report.pins))
     needed_by = {"needed by": needed} if needed else {}
     facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by | needed_by)
+    taken = "" if report.identity.derived_from else ", which a capture into this table takes where they are left out"
+    console.print(f"[dim]settings{taken}[/]")
+    for name, value in report.settings.items():
+        console.print(f"  {escape(as_flag(name, value))}")
     splits = table_of("split", "shards", "documents", "sequences", "tokens", "positions", "bytes")
     for name, size in inspection.splits.items():
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
@@ -55,7 +56,8 @@ def distill_in_stages(
     evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
 ) -> DistillReport:
     """Like ``distill``, with functions that run the stages, so that a scheduler can run each as a flow."""
-    origin = Origin.of_capture(config)
+    job = resolve(config.capture())
+    origin = Origin.of_capture(job.checkpoint, job.teacher, job.identity)
     objective = objective_of(origin)
     require_same_tokens_elsewhere(objective.require_fitting(config.student), origin)
     for settings in config.train().values():

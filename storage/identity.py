@@ -8,6 +8,7 @@ import getpass
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -92,21 +93,33 @@ class Identity(_Part):
             if mine.get(name) != theirs.get(name)
         }
 
-    def require(self, other: "Identity", where: str) -> None:
+    def require(
+        self, other: "Identity", where: str, matching: Mapping[str, str] | None = None, further: Sequence[str] = ()
+    ) -> None:
         """Refuse to add rows of another identity to a table of this identity.
+
+        Args:
+            other: identity of the rows.
+            where: location of the table.
+            matching: for a field, the flags with which it would match.
+            further: further differences, one per line.
 
         Raises:
             ProvenanceError: if they differ; it names each field that does.
         """
         differences = self.differences(other)
-        if differences:
+        if differences or further:
             one_is_reduced = (self.derived_from is None) != (other.derived_from is None)
             lines = [
-                f"{name}: the table has {a}, this run {b}"
+                f"{name}: the table has {a}, this run {b}{_to_match((matching or {}).get(name))}"
                 for name, (a, b) in differences.items()
                 if not (one_is_reduced and name.startswith("derived_from"))
             ]
-            do = "use the table's settings (softlabel inspect shows them), or make a new table in another folder"
+            lines += further
+            do = (
+                "leave these settings out, because a capture takes them from the table (softlabel inspect shows them);"
+                " or make a new table in another folder"
+            )
             if one_is_reduced and self.derived_from is not None:
                 lines.append("derived_from: softlabel reprocess has reduced the table, but not the rows of this run")
                 do = (
@@ -122,6 +135,10 @@ class Identity(_Part):
                 where=where,
                 do=do,
             )
+
+
+def _to_match(flags: str | None) -> str:
+    return f" (to match: {flags})" if flags else ""
 
 
 def circumstances(**more: str) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Capture: run a teacher once over documents, and store its predictions in a table.
 
-``capture`` does the whole job in steps: ``plan`` finds out what is missing, ``shard.capture_shard`` and
-``copies.copy_rows`` each process one file of the plan, in any process, and commit all of it or nothing.
+``capture`` goes through these steps: ``job.resolve`` makes a job of the settings, ``plan`` finds out what is missing,
+``shard.capture_shard`` and ``copies.copy_rows`` each process one file of the plan, in any process, and commit all of it
+or nothing.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.plan import CapturePlan, plan
 from softlabel.pipeline.capturing.steps import StepDecorator, undecorated
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -61,35 +63,36 @@ def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecor
     Raises:
         SoftlabelError: if documents, teacher or table can't be used; shards that are already committed stay.
     """
+    job = resolve(config)
     with scratch() as folder:
-        return carry_out(decorate(plan)(config, folder, watch), config, watch, decorate)
+        return carry_out(job, decorate(plan)(job, folder, watch), watch, decorate)
 
 
 def carry_out(
-    todo: CapturePlan, config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated
+    job: CaptureJob, todo: CapturePlan, watch: Watch = unwatched, decorate: StepDecorator = undecorated
 ) -> CaptureReport:
     """Do what a capture's plan says; see ``capture``. The plan's files must still be there."""
     started = time.monotonic()
     if todo.shards:
-        require_writable(config.table)
+        require_writable(job.table)
     else:
         watch(Progress("capture", 0, 0, "positions"))
     if todo.is_empty:
-        return _summarize(config, todo, (), (), todo.seconds)
+        return _summarize(job.table, todo, (), (), todo.seconds)
     # Imported here: torch takes seconds, and a capture that finds nothing to do never needs it.
     from softlabel.pipeline.capturing.run_plan import run_plan
 
-    commits, copies = run_plan(todo, config, watch, decorate)
-    return _summarize(config, todo, commits, copies, todo.seconds + time.monotonic() - started)
+    commits, copies = run_plan(job, todo, watch, decorate)
+    return _summarize(job.table, todo, commits, copies, todo.seconds + time.monotonic() - started)
 
 
 def _summarize(
-    config: CaptureConfig, todo: CapturePlan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
+    table: str, todo: CapturePlan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
 ) -> CaptureReport:
     """The report on a plan and the commits that carried it out."""
     return CaptureReport(
-        table=config.table,
-        version=Table.open(config.table).version,
+        table=table,
+        version=Table.open(table).version,
         documents=todo.documents,
         unchanged=todo.unchanged,
         taken_down=todo.taken_down,

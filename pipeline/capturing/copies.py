@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabel.pipeline.capturing.plan_files import planned_identity
-from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.identity import circumstances
 from softlabel.storage.table import Table
@@ -28,26 +27,26 @@ def own_order(shards: Sequence[Path], table: str) -> Sequence[Path]:
     return [*shards[:first], *random.SystemRandom().sample(shards[first:], len(shards[first:]))]
 
 
-def still_pending(config: CaptureConfig, path: Path) -> pa.Table:
+def still_pending(job: CaptureJob, path: Path) -> pa.Table:
     """The sequences of one file of a plan that the teacher still has to run over.
 
     Sequences that the table has are left out. Those whose key it has under another document are written to a file of
     their own, ``late_copies(path)``, for ``copy_rows``.
 
     Args:
-        config: settings of the capture.
-        path: Parquet file of sequences, from ``Plan.shards``.
+        job: the capture.
+        path: Parquet file of sequences, from ``CapturePlan.shards``.
 
     Raises:
         ProvenanceError: if another run has meanwhile created a different table.
     """
     sequences = pq.read_table(path)
-    if not Table.exists(config.table):
+    if not Table.exists(job.table):
         return sequences
-    table, identity = Table.open(config.table), planned_identity(sequences)
-    table.identity.require(identity, config.table)
+    table = Table.open(job.table)
+    table.identity.require(job.identity, job.table)
     rows, keys = present_rows(table, sequences)
-    if identity.classes is not None:  # a classifier's row holds its document's label, so it can't be copied
+    if job.identity.classes is not None:  # a classifier's row holds its document's label, so it can't be copied
         keys = rows
     if (keys & ~rows).any():
         pq.write_table(sequences.filter(pa.array(keys & ~rows)), late_copies(path))
@@ -59,21 +58,21 @@ def late_copies(path: Path) -> Path:
     return path.with_name(f"{path.stem}-copies.parquet")
 
 
-def copy_rows(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
+def copy_rows(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
     """Copy to the sequences of one file of a plan the soft labels that the table has for the same keys.
 
     Args:
-        config: settings of the capture.
-        path: Parquet file of sequences, from ``Plan.copies``; the plan's shards must be committed.
+        job: the capture.
+        path: Parquet file of sequences, from ``CapturePlan.copies``; the plan's shards must be committed.
         watch: called before and after, in sequences of this file.
 
     Raises:
         ProvenanceError: if the table is no longer the one that was planned for.
     """
-    sequences, table = pq.read_table(path), Table.open(config.table)
-    table.identity.require(planned_identity(sequences), config.table)
+    sequences, table = pq.read_table(path), Table.open(job.table)
+    table.identity.require(job.identity, job.table)
     watch(Progress("copy", 0, len(sequences), "sequences"))
-    with ShardWriter(table, config.shards.row_group_sequences) as writer:
+    with ShardWriter(table, job.settings.shards.row_group_sequences) as writer:
         writer.append_copies(sequences)
         commit = writer.commit({"operation": "copy", "circumstances": circumstances()})
     watch(Progress("copy", len(sequences), len(sequences), "sequences"))

@@ -15,21 +15,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
 from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from softlabel.pipeline.documents.documents import DocumentBatch, Documents
-from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.progress import Progress, Watch, unwatched
-from softlabel.storage.errors import DocumentsError, UsageError
-from softlabel.storage.identity import Identity
+from softlabel.storage.errors import DocumentsError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import refusal
-from softlabel.storage.versions import parse
 
 
 @dataclass(frozen=True)
@@ -69,46 +68,28 @@ class CapturePlan:
         return not self.shards and not self.copies
 
 
-def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> CapturePlan:
+def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan:
     """Find out what a capture has to do, and write it to files. The table's rows are not touched.
 
     Args:
-        config: settings of the capture.
+        job: the capture.
         folder: for the plan's files.
         watch: called after each batch of documents.
 
     Raises:
         DocumentsError: if there is no usable document; with ``strict``, at the first one that can't be used.
         ProvenanceError: if the existing table was made with another teacher or other settings.
-        TeacherError: if there is no such teacher.
-        UsageError: if the table is given with a version, this machine does not have the teacher's device, or the
-            teacher can't read sequences that long.
+        TeacherError: if the tokenizer can't be loaded.
+        UsageError: if a column does not exist, or the settings contradict the teacher.
     """
     started = time.monotonic()
-    location, version = parse(config.table)
-    if version is not None:
-        raise UsageError(
-            "rows can only be added to the newest version of a table",
-            expected=f"the table without a version or tag: {location}",
-            found=config.table,
-            do="leave out the version or tag",
-        )
-    if config.teacher.device not in ("auto", "cpu"):
-        # Imported here: torch takes over a second, and every machine has these two.
-        from softlabel.pipeline.devices import device
-
-        device(config.teacher.device)
+    config = job.settings
     documents = Documents(config.documents, config.columns)
-    checkpoint = Checkpoint.find(config.teacher)
-    table = Table.open(config.table) if Table.exists(config.table) else None
-    sequencer = Sequencer(config, checkpoint, table)
-    identity = sequencer.identity
-    if table is None:
-        _require_trained_positions(config, checkpoint, is_new=True)
-    known = Known(config, identity, documents.carried)
+    sequencer = Sequencer(job)
+    known = Known(job, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
-    pending = PlanFiles(folder / "shards", schema, config.shards.positions, identity)
-    copies = PlanFiles(folder / "copies", schema, config.shards.positions, identity)
+    pending = PlanFiles(folder / "shards", schema, config.shards.positions)
+    copies = PlanFiles(folder / "copies", schema, config.shards.positions)
     rejects = Rejects(folder / "rejects.jsonl")
     found = unchanged = repeated = 0
     for batch in known.permitted(documents):
@@ -133,8 +114,8 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
         )
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
-    if table is not None and pending.sequences:
-        _require_trained_positions(config, checkpoint, is_new=False)
+    if pending.sequences and Table.exists(job.table):
+        require_trained_positions(job.checkpoint, config.sequences, is_new=False)
     return CapturePlan(
         shards=pending.close(),
         copies=copies.close(),
@@ -152,28 +133,24 @@ def plan(config: CaptureConfig, folder: Path, watch: Watch = unwatched) -> Captu
     )
 
 
-def _require_trained_positions(config: CaptureConfig, checkpoint: Checkpoint, is_new: bool) -> None:
-    from softlabel.pipeline.models.context_length import require_trained_positions  # imports torch
-
-    require_trained_positions(checkpoint, config.sequences, is_new)
-
-
 class Known:
     """What the table holds, and what this plan has seen so far: tells which sequences are still to be captured.
 
     Takes about a hundred bytes per row of the table, whatever is in it.
     """
 
-    def __init__(self, config: CaptureConfig, identity: Identity, carried: pa.Schema) -> None:
-        self._table = config.table
+    def __init__(self, job: CaptureJob, carried: pa.Schema) -> None:
+        self._table = job.table
         self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
         self.taken_down = 0
         """Documents that ``permitted`` has left out."""
-        self._copies = identity.classes is None  # a classifier's row holds its document's label, so it is not copied
-        if not Table.exists(config.table):
+        self._copies = (
+            job.identity.classes is None
+        )  # a classifier's row holds its document's label, so it is not copied
+        if not Table.exists(job.table):
             return
-        table = Table.open(config.table)
-        table.identity.require(identity, config.table)
+        table = Table.open(job.table)
+        table.identity.require(job.identity, job.table)
         table.require_carried(carried)
         columns = ["document_id", "chunk", "key", "fingerprint", "chunks"]
         parts = [_compact(rows) for shard in table.shards() for rows in outline(table, shard, columns)]

@@ -1,7 +1,7 @@
 """The files of a plan: sequences, one file for each future shard, and the documents that can't be used.
 
-Files are written batch by batch, so that memory use does not grow with the corpus. Each file of sequences records the
-table's identity that it was planned for. Nothing here decides what is pending.
+Files are written batch by batch, so that memory use does not grow with the corpus. Nothing here decides what is
+pending.
 """
 
 import json
@@ -15,11 +15,9 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.documents.documents import Reject
 from softlabel.storage.committing import all_or_nothing
-from softlabel.storage.errors import ProvenanceError, printable
-from softlabel.storage.identity import Identity
+from softlabel.storage.errors import printable
 from softlabel.storage.places.place import REJECTS, Place
 
-_IDENTITY = b"softlabel.identity"
 _SHOWN = 5
 """Rejects that an error message lists."""
 
@@ -31,13 +29,11 @@ class PlanFiles:
         folder: for the files; is created.
         schema: of the rows.
         limit: most captured positions of a file; only a single longer sequence exceeds it.
-        identity: of the table that the rows are planned for.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, limit: int, identity: Identity) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, limit: int) -> None:
         folder.mkdir(parents=True)
-        self._schema = schema.with_metadata({_IDENTITY: identity.model_dump_json()})
-        self._folder, self._limit = folder, limit
+        self._folder, self._schema, self._limit = folder, schema, limit
         self._paths: list[Path] = []
         self._writer: pq.ParquetWriter | None = None
         self._room = 0
@@ -52,7 +48,7 @@ class PlanFiles:
                 self._start()
                 count = max(1, int(np.searchsorted(ends, self._limit, side="right")))
             assert self._writer is not None
-            self._writer.write_table(rows.slice(0, count).replace_schema_metadata(self._schema.metadata))
+            self._writer.write_table(rows.slice(0, count))
             self._room -= int(ends[count - 1])
             self.sequences += count
             self.positions += int(ends[count - 1])
@@ -69,33 +65,6 @@ class PlanFiles:
         self._paths.append(self._folder / f"{len(self._paths):06}.parquet")
         self._writer = pq.ParquetWriter(self._paths[-1], self._schema)
         self._room = self._limit
-
-
-def planned_identity(sequences: pa.Table) -> Identity:
-    """Identity of the table that sequences, as read from a plan's file, were planned for."""
-    return Identity.model_validate_json(sequences.schema.metadata[_IDENTITY])
-
-
-def require_planned(sequences: pa.Table, identity: Identity, teacher: Path) -> None:
-    """Refuse to run a different teacher over a plan's sequences than the one they were planned for.
-
-    Args:
-        sequences: as read from a plan's file.
-        identity: of what is about to be captured.
-        teacher: the teacher's folder.
-
-    Raises:
-        ProvenanceError: naming each field that differs.
-    """
-    differences = planned_identity(sequences).differences(identity)
-    if differences:
-        raise ProvenanceError(
-            "the teacher has changed since this capture was planned; this shard was not stored",
-            expected="the same files, or the same commit of a hub model, for the whole capture",
-            found="\n               ".join(f"{name}: {a} then, {b} now" for name, (a, b) in differences.items()),
-            where=teacher,
-            do="run the same command again; to pin the commit of a hub model, set teacher.revision",
-        )
 
 
 class Rejects:

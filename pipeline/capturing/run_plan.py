@@ -6,30 +6,30 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing.copies import copy_rows, late_copies, own_order
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan import CapturePlan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.capturing.steps import StepDecorator
 from softlabel.pipeline.capturing.worker_pool import Workers, split_shards
-from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.progress import CombinedProgress, Progress, Watch
 from softlabel.storage.writer import Commit
 
-ShardStep = Callable[[CaptureConfig, Path, Watch], Commit]
+ShardStep = Callable[[CaptureJob, Path, Watch], Commit]
 
 
 def run_plan(
-    todo: CapturePlan, config: CaptureConfig, watch: Watch, decorate: StepDecorator
+    job: CaptureJob, todo: CapturePlan, watch: Watch, decorate: StepDecorator
 ) -> tuple[list[Commit], list[Commit]]:
     """Process every file of a plan, and return the commits of the shards and of the copies."""
-    devices = worker_devices(config.teacher)
+    devices = worker_devices(job.settings.teacher)
 
     def run_step(worker: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:
         with stage.piece(worker) as watch_piece:
-            return decorate(step)(config, path, watch_piece)
+            return decorate(step)(job, path, watch_piece)
 
     capturing = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
-    shards = own_order(split_shards(todo.shards, len(devices)), config.table)
+    shards = own_order(split_shards(todo.shards, len(devices)), job.table)
     if min(len(devices), len(shards)) > 1:
         with Workers(devices[: len(shards)], todo.folder) as workers:
             commits = workers.each(shards, lambda w, path: run_step(w.name, w.capture_shard, path, capturing))

@@ -14,20 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.copies import still_pending
-from softlabel.pipeline.capturing.identity import identify
-from softlabel.pipeline.capturing.plan_files import require_planned
-from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.select import NotADistributionError, select
-from softlabel.pipeline.selection.selection import selection_of
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels
-from softlabel.storage.errors import ProvenanceError, TeacherError
-from softlabel.storage.identity import Identity, circumstances
+from softlabel.storage.errors import TeacherError
+from softlabel.storage.identity import circumstances
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter
@@ -38,7 +35,7 @@ VOCABULARY_SAMPLE = 65_536
 Labelled = tuple[pa.Table, SoftLabels]
 
 
-def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
+def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
     """Run the teacher over the sequences of one file of a plan that the table lacks, and commit the soft labels.
 
     The table is created if it does not exist. The teacher stays loaded for the next shard of this process. Sequences
@@ -46,7 +43,7 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
     ``pipeline.capturing.copies.late_copies(path)``.
 
     Args:
-        config: settings of the capture.
+        job: the capture.
         path: Parquet file of sequences, from ``CapturePlan.shards``.
         watch: called after each batch, in positions of this shard; those committed by another run count as done.
 
@@ -55,34 +52,29 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
         TeacherError: if the teacher's logits are not a distribution; names the document.
         TableError: if the table can't be written.
     """
-    sequences, total = still_pending(config, path), _positions(pq.read_table(path, columns=["positions"]))
+    sequences, total = still_pending(job, path), _positions(pq.read_table(path, columns=["positions"]))
     done = total - _positions(sequences)
     if done:
         watch(Progress("capture", done, total, "positions"))
     if not len(sequences):
-        return Commit(Table.open(config.table).version, 0, 0, 0)
-    teacher = load_teacher(config.teacher)
-    tokenizer = DocumentTokenizer(teacher.checkpoint, config.sequences, config.columns.content)
-    identity = identify(config, teacher.checkpoint)
-    try:
-        require_planned(sequences, identity, teacher.checkpoint.folder)
-    except ProvenanceError:
-        load_teacher.cache_clear()  # this process may have loaded the teacher before its files changed
-        raise
+        return Commit(Table.open(job.table).version, 0, 0, 0)
+    job.require_unchanged()
+    teacher = load_teacher(job.settings.teacher, job.checkpoint)
     details: dict[str, float] = {}
-    batches = _watched(_labelled(config, teacher, identity, sequences), done, total, watch, details)
-    if not Table.exists(config.table):
+    batches = _watched(_labelled(job, teacher, sequences), done, total, watch, details)
+    if not Table.exists(job.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
         carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
+        tokenizer = DocumentTokenizer(job.checkpoint, job.settings.sequences, job.settings.columns.content)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # deleted with the plan in any case
             tokenizer.save(Path(folder))
-            Table.create(config.table, identity, carried, sample, Path(folder))
+            Table.create(job.table, job.identity, carried, sample, Path(folder))
         batches = chain(first, batches)
-    table = Table.open(config.table)
-    table.identity.require(identity, config.table)  # another capture may have created it meanwhile
+    table = Table.open(job.table)
+    table.identity.require(job.identity, job.table)  # another capture may have created it meanwhile
     # Encoding and writing overlap with the teacher's next batch; both release the interpreter's lock.
-    with ShardWriter(table, config.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
+    with ShardWriter(table, job.settings.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
         written: Future[None] = io.submit(lambda: None)
         for rows, labels in batches:
             written.result()
@@ -90,26 +82,24 @@ def capture_shard(config: CaptureConfig, path: Path, watch: Watch = unwatched) -
                 details["bytes per position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
-        return writer.commit({"operation": "capture", **_history_entry(config, teacher)})
+        return writer.commit({"operation": "capture", **_history_entry(job, teacher)})
 
 
 def _positions(sequences: pa.Table) -> int:
     return pc.sum(sequences.column("positions")).as_py() or 0
 
 
-def _labelled(
-    config: CaptureConfig, teacher: Teacher | LabelTeacher, identity: Identity, sequences: pa.Table
-) -> Iterator[Labelled]:
+def _labelled(job: CaptureJob, teacher: Teacher | LabelTeacher, sequences: pa.Table) -> Iterator[Labelled]:
     """The sequences with their soft labels, batch by batch."""
     if isinstance(teacher, LabelTeacher):
         yield from teacher.answers(sequences)
         return
-    selection = selection_of(config.selection, identity.classes)
-    queries = Queries(sequences, identity.classes)
+    selection = job.selection
+    queries = Queries(sequences, job.identity.classes)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))
-        next_ids, seeds = queries.next_ids(batch), queries.seeds(batch, selection, identity.teacher)
+        next_ids, seeds = queries.next_ids(batch), queries.seeds(batch, selection, job.identity.teacher)
         parts: list[SoftLabels] = []
         start = 0
         for logits in chunks:
@@ -121,7 +111,7 @@ def _labelled(
             start += len(logits)
         return rows, SoftLabels.concatenate(parts)
 
-    yield from each_batch(teacher, queries.tokens, queries.positions, select_batch, config.teacher.batch_tokens)
+    yield from each_batch(teacher, queries.tokens, queries.positions, select_batch, job.settings.teacher.batch_tokens)
 
 
 def _watched(
@@ -161,13 +151,13 @@ def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherErro
     )
 
 
-def _history_entry(config: CaptureConfig, teacher: Teacher | LabelTeacher) -> dict[str, object]:
+def _history_entry(job: CaptureJob, teacher: Teacher | LabelTeacher) -> dict[str, object]:
     """What the table's history records about a capture."""
-    folder = Path(config.teacher.model)
+    settings = job.settings
     return {
-        "teacher": str(folder.absolute()) if folder.is_dir() else config.teacher.model,
-        "revision": teacher.checkpoint.revision,
+        "teacher": job.teacher,
+        "revision": job.checkpoint.revision,
         "parameters": teacher.parameters,
-        "config": config.model_dump(mode="json"),
-        "circumstances": circumstances(device=str(teacher.device), attention=config.teacher.attn_implementation),
+        "config": settings.model_dump(mode="json"),
+        "circumstances": circumstances(device=str(teacher.device), attention=settings.teacher.attn_implementation),
     }

@@ -8,16 +8,15 @@ import json
 import os
 import signal
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
 
 import torch
 
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.shard import capture_shard
-from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.files import remember
 from softlabel.pipeline.processes import message_sender, serialized
 from softlabel.storage.errors import SoftlabelError
@@ -28,19 +27,25 @@ def main() -> None:
     answer = message_sender()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that a partly written shard is deleted
     watch = partial(answer, "progress")
-    requests: SimpleQueue[tuple[Any, str, dict[str, str]]] = SimpleQueue()
+    requests: SimpleQueue[tuple[str, str, dict[str, str]]] = SimpleQueue()
     Thread(target=_read_requests, args=(requests,), daemon=True).start()
     torch.set_num_threads(int(sys.argv[1]))
     while True:
-        settings, path, hashes = requests.get()
+        job, path, hashes = requests.get()
         remember(hashes)  # hashing the teacher's files takes minutes
         try:
-            answer("commit", capture_shard(CaptureConfig.model_validate(settings), Path(path), watch))
+            answer("commit", capture_shard(_read_job(job), Path(path), watch))
         except SoftlabelError as error:
             answer("error", serialized(error))
 
 
-def _read_requests(requests: "SimpleQueue[tuple[Any, str, dict[str, str]]]") -> None:
+@lru_cache(maxsize=1)
+def _read_job(text: str) -> CaptureJob:
+    """The job of a request; all requests of a capture have the same."""
+    return CaptureJob.from_json(text)
+
+
+def _read_requests(requests: "SimpleQueue[tuple[str, str, dict[str, str]]]") -> None:
     for line in sys.stdin:
         requests.put(json.loads(line))
     os._exit(1)  # even in the middle of a shard: the process that wants it is gone

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.models.files import known_hashes
 from softlabel.pipeline.processes import Child, ChildDiedError, messages
 from softlabel.pipeline.progress import Progress, Watch, unwatched
@@ -82,17 +82,15 @@ class Worker:
         self._child: Child | None = None
         self._lock = Lock()
 
-    def capture_shard(self, config: CaptureConfig, path: Path, watch: Watch = unwatched) -> Commit:
+    def capture_shard(self, job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
         """Run ``pipeline.capturing.shard.capture_shard`` in the process.
 
         Raises:
             WorkerError: if the process dies; nothing of the shard is committed then.
         """
-        pinned = config.teacher.model_copy(update={"device": self._device, "workers": 1})
-        settings = config.model_copy(update={"teacher": pinned}).model_dump(mode="json")
         child = self._running()
         try:
-            child.send([settings, str(path), known_hashes()])
+            child.send([job.on(self._device).to_json(), str(path), known_hashes()])
             for _, kind, value in messages([child]):
                 if kind == "commit":
                     self.deaths = 0

@@ -2,11 +2,24 @@
 
 The same frozen models define the Python arguments, the YAML file, the command line's flags and the Prefect form; the
 docstring of a field is its help text in all of them.
+
+A setting is *given* if a flag, a file, a form or a Python call sets it, even to its default value. Settings remember
+this, also as JSON: only a setting that is left out may be taken from a table or a student that exists already.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -34,6 +47,35 @@ class Settings(BaseModel):
         for position, setting in enumerate(handler.resolve_ref_schema(schema).get("properties", {}).values()):
             setting["position"] = position
         return schema
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Prefect, a file or another process gets what was given, so that reading it back gives the same settings."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
+    def completed(self) -> Self:
+        """The same settings with every default filled in, as if all of them were given; for records.
+
+        Raises:
+            ValidationError: if a given setting contradicts a default.
+        """
+        values = {name: value.completed() if isinstance(value, Settings) else value for name, value in self}
+        return type(self).model_validate(values)
+
+    def taking(self, values: Mapping[str, Any]) -> Self:
+        """The same settings, with these values for those that are left out."""
+        return self.model_copy(update={name: values[name] for name in values if not self.gives(name)})
+
+    def gives(self, *names: str) -> bool:
+        """Whether all of these settings are given."""
+        return self.model_fields_set.issuperset(names)
+
+
+def summary(invalid: ValidationError) -> str:
+    """The first error of invalid settings, with the name of the setting or section."""
+    error = invalid.errors()[0]
+    name = ".".join(map(str, error["loc"])) or "settings"
+    return f"invalid {name}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _located(location: str) -> str:

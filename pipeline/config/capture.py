@@ -11,6 +11,13 @@ from softlabel.pipeline.config.base import Location, Locations, Settings
 Content = Literal["text", "chat", "completion"]
 """What a document is: a text, a chat, or a prompt and its completion."""
 
+CONTENT_COLUMNS = ("text", "messages", "prompt", "completion")
+"""Settings for the columns of the documents' content; which of them are set tells what a document is."""
+
+
+HEAD_AND_TAIL = ("top_p", "min_k", "max_k", "draws")
+"""Settings of the selection that top_k is short for."""
+
 
 class ColumnsConfig(Settings):
     """Which columns hold the documents' ids, texts and labels."""
@@ -47,6 +54,11 @@ class ColumnsConfig(Settings):
         return self
 
     @property
+    def gives_content(self) -> bool:
+        """Whether the columns of the documents' content are given."""
+        return not self.model_fields_set.isdisjoint(CONTENT_COLUMNS)
+
+    @property
     def content(self) -> Content:
         """What kind of documents these columns hold."""
         return "chat" if self.messages else "completion" if self.prompt else "text"
@@ -61,14 +73,14 @@ class ColumnsConfig(Settings):
 class TeacherConfig(Settings):
     """The model whose predictions are stored: of the next token, or of a document's class."""
 
-    model: Location
-    """Folder or hub name of a causal language model or of a sequence classifier; its config.json tells which it
-    is."""
+    model: Location | None = None
+    """Folder or hub name of a causal language model or of a sequence classifier; its config.json tells which it is.
+    Left out, the teacher of the table's newest capture; a new table needs it."""
     labels: tuple[str, ...] = ()
     """Class labels that the documents have. If given, no model is run: the table stores each document's own label
     with probability 1, so that a teacher can be trained from it. The model provides only the tokenizer."""
     revision: str | None = None
-    """Commit, tag or branch of a hub model."""
+    """Commit, tag or branch of a hub model; left out, the commit that the table was captured with."""
     adapter: Location | None = None
     """Folder or hub name of a PEFT adapter to merge into the model; needs the package peft."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -133,7 +145,7 @@ class SequencesConfig(Settings):
 
     @model_validator(mode="after")
     def _chunks_advance(self) -> Self:
-        if self.context >= self.max_tokens:
+        if self.gives("context", "max_tokens") and self.context >= self.max_tokens:
             raise ValueError(f"context ({self.context}) must be less than max_tokens ({self.max_tokens})")
         return self
 
@@ -160,16 +172,14 @@ class SelectionConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_k is not None:
-            # Compare values, not what was set: a dumped model sets every field, and must load again.
+            # Compare values, not what is given: completed settings give everything.
             fields = type(self).model_fields
-            clash = [
-                name for name in ("top_p", "min_k", "max_k", "draws") if getattr(self, name) != fields[name].default
-            ]
+            clash = [name for name in HEAD_AND_TAIL if getattr(self, name) != fields[name].default]
             if clash:
                 raise ValueError(f"top_k can't be combined with {', '.join(clash)}; give one or the other")
-        elif self.min_k > self.max_k:
+        elif self.gives("min_k", "max_k") and self.min_k > self.max_k:
             raise ValueError(f"min_k ({self.min_k}) must not exceed max_k ({self.max_k})")
-        elif self.max_k == 0 and self.draws == 0:
+        elif self.gives("max_k", "draws") and self.max_k == self.draws == 0:
             raise ValueError("max_k 0 and draws 0 would store nothing; set one of them above 0")
         if self.temperatures[:1] != (1.0,) or len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures must be distinct and start with 1; found {self.temperatures}")
@@ -195,7 +205,11 @@ def _one_or_several(locations: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 class CaptureConfig(Settings):
-    """Run a teacher once over documents and store its predictions in a table."""
+    """Run a teacher once over documents and store its predictions in a table.
+
+    If the table exists, what is left out of teacher, columns, sequences, selection and shards.eval_fraction is taken
+    from the table (softlabel inspect shows it), whatever the defaults are.
+    """
 
     documents: Annotated[Locations, AfterValidator(_one_or_several)]
     """File, folder or glob of documents, or several: Parquet, Arrow, CSV, JSON (lines or an array) or plain text, on
@@ -203,7 +217,7 @@ class CaptureConfig(Settings):
     table: Location
     """Folder of the table, or s3://BUCKET/PREFIX. It is created if it does not exist; otherwise new rows are added
     to it."""
-    teacher: TeacherConfig
+    teacher: TeacherConfig = TeacherConfig()
     columns: ColumnsConfig = ColumnsConfig()
     sequences: SequencesConfig = SequencesConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -219,7 +233,8 @@ class CaptureConfig(Settings):
 
     @model_validator(mode="after")
     def _assistant_turns_need_chats(self) -> Self:
-        if self.sequences.assistant_turns == "last" and self.columns.content != "chat":
+        of_chats = self.columns.content == "chat" or not self.columns.gives_content
+        if self.sequences.assistant_turns == "last" and not of_chats:
             raise ValueError(
                 "sequences.assistant_turns applies only to chats; give columns.messages, or leave assistant_turns out"
             )

@@ -11,6 +11,13 @@ from softlabel.pipeline.config.capture import ColumnsConfig, ShardsConfig, Teach
 _TAG = r"[A-Za-z][A-Za-z0-9_.-]*(=\d+)?"
 
 
+class NamedTeacherConfig(TeacherConfig):
+    """The model whose predictions are stored; here it has to be named."""
+
+    model: Location
+    """Folder or hub name of the model that made the table."""
+
+
 class VerifyConfig(Settings):
     """Check every byte of a table, and list the files that are damaged, missing or not part of it.
 
@@ -24,7 +31,7 @@ class VerifyConfig(Settings):
     remove_damaged: bool = False
     """Remove damaged shards from the newest version; capturing the same documents again then restores their
     rows."""
-    teacher: TeacherConfig | None = None
+    teacher: NamedTeacherConfig | None = None
     """The teacher that made the table, to run it again."""
     sequences: PositiveInt = 32
     """Random sequences to run through the teacher again. To find an error in 1 of n sequences with 95 % certainty,
@@ -135,8 +142,9 @@ class ReprocessConfig(Settings):
     drop: Location | None = None
     """File with one document id per line: drop these documents."""
     stale: Locations | None = None
-    """File, folder or glob of documents, or several, read with the columns.* settings: where a document has changed
-    since its capture, drop the rows of its earlier text. Rows of other documents stay."""
+    """File, folder or glob of documents, or several, read with the columns.* settings (left out, those of the table's
+    newest capture): where a document has changed since its capture, drop the rows of its earlier text. Rows of other
+    documents stay."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None

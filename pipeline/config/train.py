@@ -6,6 +6,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
 
+SOURCES = ("model", "layers", "depth", "config")
+"""Settings that say what a student starts from: exactly one is needed."""
+
 
 class StudentConfig(Settings):
     """The model to train: give exactly one of model, layers, depth and config."""
@@ -41,21 +44,25 @@ class StudentConfig(Settings):
 
     @model_validator(mode="after")
     def _intermediate_size_needs_pruning(self) -> Self:
-        if self.intermediate_size is not None and self.layers is None and self.depth is None:
+        if self._source_is_known and self.intermediate_size and self.layers is None and self.depth is None:
             raise ValueError("intermediate_size applies only to a pruned teacher; give layers or depth too")
         return self
 
     @model_validator(mode="after")
     def _revision_needs_a_hub_model(self) -> Self:
-        if self.revision is not None and not (self.model or self.teacher or self.config):
+        if self._source_is_known and self.revision and not (self.model or self.teacher or self.config):
             raise ValueError("revision applies only to a hub model; give model, teacher or config too")
         return self
 
     @property
+    def _source_is_known(self) -> bool:
+        """Whether the student's source is not left out, and so can't come from an earlier run's record."""
+        return not self.model_fields_set.isdisjoint(SOURCES)
+
+    @property
     def given(self) -> tuple[str, ...]:
         """Names of the settings given for where the student comes from; a student needs exactly one."""
-        sources = ("model", "layers", "depth", "config")
-        return tuple(f"student.{name}" for name in sources if getattr(self, name) is not None)
+        return tuple(f"student.{name}" for name in SOURCES if getattr(self, name) is not None)
 
 
 class LossConfig(Settings):
@@ -84,8 +91,10 @@ class LossConfig(Settings):
 
     @model_validator(mode="after")
     def _weights_are_not_both_zero(self) -> Self:
-        for moment, loss, end in (("first", self.at(0.0), ""), ("last", self.at(1.0), "_end")):
-            if loss.hard_weight == 0 and loss.soft_weight == 0:
+        for moment, end in (("first", ""), ("last", "_end")):
+            each = [(f"{name}{end}", name) for name in ("hard_weight", "soft_weight")]
+            now = [next(name for name in names if getattr(self, name) is not None) for names in each]
+            if all(self.gives(name) and getattr(self, name) == 0 for name in now):
                 raise ValueError(
                     f"hard_weight and soft_weight are both 0 at the {moment} step, so nothing would be learned; set"
                     f" hard_weight{end} or soft_weight{end} above 0"

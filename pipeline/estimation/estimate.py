@@ -12,26 +12,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.sequencer import Sequencer
-from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig
+from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
 from softlabel.pipeline.devices import worker_devices
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
 from softlabel.pipeline.estimation.sample import Sample, draw_sample
 from softlabel.pipeline.exclusive import scratch
-from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass, squared_error
-from softlabel.pipeline.selection.selection import Selection, selection_of
+from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher
 from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import UsageError
-from softlabel.storage.identity import Identity
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 
@@ -128,18 +127,17 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
     Raises:
         SoftlabelError: if documents, teacher or table can't be used, as in a capture.
     """
-    if config.teacher.labels:
-        raise UsageError("there is nothing to estimate: teacher.labels runs no model", do="run softlabel capture")
+    _require_model(config.teacher)
     with scratch() as folder:
-        capture = config.capture(config.table or str(folder / "table"))
-        documents = Documents(capture.documents, capture.columns)
         started = time.perf_counter()
-        checkpoint = Checkpoint.find(capture.teacher)
-        sequencer = Sequencer(capture, checkpoint)
-        identity = sequencer.identity
-        require_trained_positions(checkpoint, capture.sequences, is_new=not Table.exists(capture.table))
+        job = resolve(config.capture(config.table or str(folder / "table")))
+        _require_model(job.settings.teacher)
+        capture, sequencer = job.settings, Sequencer(job)
+        if Table.exists(job.table):
+            require_trained_positions(job.checkpoint, capture.sequences, is_new=False)
         load = time.perf_counter() - started
-        sample = draw_sample(capture, documents, sequencer, identity, config.sample.megabytes * 1e6, watch)
+        documents = Documents(capture.documents, capture.columns)
+        sample = draw_sample(job, documents, sequencer, config.sample.megabytes * 1e6, watch)
         found = Estimate(
             documents=sample.documents,
             pending=sample.pending,
@@ -150,24 +148,24 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             gpu_utilization=config.gpu_utilization,
         )
         if not len(sample.sequences.rows):
-            return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, capture))
+            return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, job.table))
         started = time.perf_counter()
-        teacher = load_teacher(capture.teacher)
+        teacher = load_teacher(capture.teacher, job.checkpoint)
         assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
-        selections = _selections(capture.selection, identity)
+        selections = _selections(job)
         batches = Batches(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)
         chosen = batches.spread(config.sample.batches)
         groups = [batches.batches[i] for i in chosen]
-        timed = list(_time_batches(teacher, identity, sample, groups, selections, capture, watch))
+        timed = list(_time_batches(teacher, job, sample, groups, selections, watch))
         flops = batches.estimated_total(chosen, [batch.flops for batch in timed])
         rows = sample.sequences.rows.take(pa.array(np.concatenate(groups)))
         collisions = np.concatenate([batch.collisions for batch in timed])
         estimates, copy_seconds = [], 0.0
         for i, (name, selection) in enumerate(selections.items()):
             labels = SoftLabels.concatenate([batch.labels[i] for batch in timed])
-            table = SampleTable.write(folder / f"selection-{i}", capture, identity, rows, labels)
-            size = table.estimated_bytes(sample, capture)
+            table = SampleTable.write(folder / f"selection-{i}", job, rows, labels)
+            size = table.estimated_bytes(sample, capture.shards)
             estimates.append(_selection_estimate(name, selection, labels, collisions, teacher.vocabulary, table, size))
             if not i:
                 copy_seconds = table.copy_seconds(sample)
@@ -189,12 +187,17 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
     )
 
 
-def _selections(requested: SelectionConfig, identity: Identity) -> dict[str, Selection]:
+def _require_model(teacher: TeacherConfig) -> None:
+    if teacher.labels:
+        raise UsageError("there is nothing to estimate: teacher.labels runs no model", do="run softlabel capture")
+
+
+def _selections(job: CaptureJob) -> dict[str, Selection]:
     """The requested selection, then the alternatives at the same temperatures; a classifier has only one selection."""
-    first = selection_of(requested, identity.classes)
-    if identity.classes is not None:
+    first = job.selection
+    if job.identity.classes is not None:
         return {"all classes": first}
-    shared = {"temperatures": requested.temperatures, "seed": requested.seed}
+    shared = {"temperatures": first.temperatures, "seed": first.seed}
     alternatives = {name: Selection.of(each.model_copy(update=shared)) for name, each in ALTERNATIVES.items()}
     name = next((name for name, each in alternatives.items() if each == first), "requested")
     return {name: first} | alternatives
@@ -202,21 +205,20 @@ def _selections(requested: SelectionConfig, identity: Identity) -> dict[str, Sel
 
 def _time_batches(
     teacher: Teacher,
-    identity: Identity,
+    job: CaptureJob,
     sample: Sample,
     batches: Sequence[NDArray[np.int64]],
     selections: Mapping[str, Selection],
-    capture: CaptureConfig,
     watch: Watch,
 ) -> Iterator[TimedBatch]:
     """Time the teacher on each batch in turn."""
-    queries, done = Queries(sample.sequences.rows, identity.classes), 0
+    queries, done = Queries(sample.sequences.rows, job.identity.classes), 0
     tokens = sample.sequences.tokens
     total = int(sum(tokens[batch].sum() for batch in batches))
     watch(Progress("estimate", done, total, "tokens"))
     for batch in batches:
         each = list(selections.values())
-        yield time_batch(teacher, identity.teacher, queries, batch, each, capture.teacher.batch_tokens)
+        yield time_batch(teacher, job.identity.teacher, queries, batch, each, job.settings.teacher.batch_tokens)
         done += int(tokens[batch].sum())
         watch(Progress("estimate", done, total, "tokens"))
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.capturing.job import CaptureJob
+from softlabel.pipeline.config.capture import ShardsConfig
 from softlabel.pipeline.estimation.sample import Sample, Weighted
 from softlabel.pipeline.selection.fidelity import Doubles, collisions
 from softlabel.pipeline.selection.select import select
@@ -24,7 +25,7 @@ from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels
-from softlabel.storage.identity import Identity, TeacherIdentity
+from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import column_bytes
@@ -43,21 +44,19 @@ class SampleTable:
     """Total size, footers included."""
 
     @classmethod
-    def write(
-        cls, folder: Path, capture: CaptureConfig, identity: Identity, rows: pa.Table, labels: SoftLabels
-    ) -> "SampleTable":
+    def write(cls, folder: Path, job: CaptureJob, rows: pa.Table, labels: SoftLabels) -> "SampleTable":
         """Write the rows and their soft labels as a capture would."""
         carried = pa.schema([column for column in rows.schema if column.name not in SEQUENCE.names])
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True)
-        table = Table.create(str(folder / "table"), identity, carried, labels, tokenizer)
-        with ShardWriter(table, capture.shards.row_group_sequences) as writer:
+        table = Table.create(str(folder / "table"), job.identity, carried, labels, tokenizer)
+        with ShardWriter(table, job.settings.shards.row_group_sequences) as writer:
             writer.append(rows, labels)
             size = writer.commit({"operation": "estimate"}).bytes
         table = table.newest()
         return cls(table, rows, column_bytes(table), size)
 
-    def estimated_bytes(self, sample: Sample, capture: CaptureConfig) -> int:
+    def estimated_bytes(self, sample: Sample, shards: ShardsConfig) -> int:
         """Bytes of all pending rows.
 
         The size of soft labels is proportional to the positions, that of ids and masks to the tokens, that of the other
@@ -69,9 +68,9 @@ class SampleTable:
         for name, size in self.columns.items():
             unit = units.get(name)
             total += size * sum(part.total(unit) for part in pending) / self._total(unit)
-        groups = sum(_row_groups(part, capture) for part in pending)
+        groups = sum(_row_groups(part, shards) for part in pending)
         footers = self.bytes - sum(self.columns.values())
-        return round(total + footers * groups / -(-len(self.rows) // capture.shards.row_group_sequences))
+        return round(total + footers * groups / -(-len(self.rows) // shards.row_group_sequences))
 
     def copy_seconds(self, sample: Sample) -> float:
         """Seconds to copy soft labels to all pending copies, at the rate measured on these rows.
@@ -92,17 +91,17 @@ class SampleTable:
         return pc.sum(self.rows.column(column)).as_py() if column else len(self.rows)
 
 
-def bytes_of_copies(sample: Sample, capture: CaptureConfig) -> int:
+def bytes_of_copies(sample: Sample, location: str) -> int:
     """Bytes of the pending copies, by the mean size of the table's rows; for when all pending sequences are copies."""
     copies = sample.copies.total()
-    shards = Table.open(capture.table).shards() if copies and Table.exists(capture.table) else ()
+    shards = Table.open(location).shards() if copies and Table.exists(location) else ()
     return round(copies * sum(shard.bytes for shard in shards) / max(1, sum(shard.rows for shard in shards)))
 
 
-def _row_groups(part: Weighted, capture: CaptureConfig) -> int:
+def _row_groups(part: Weighted, config: ShardsConfig) -> int:
     """Row groups that these sequences will fill: each shard has one file per split."""
-    size, held_out = capture.shards.row_group_sequences, capture.shards.eval_fraction
-    shards = -(-part.total("positions") // capture.shards.positions)
+    size, held_out = config.row_group_sequences, config.eval_fraction
+    shards = -(-part.total("positions") // config.positions)
     return shards * sum(math.ceil(share * part.total() / shards / size) for share in (held_out, 1 - held_out) if shards)
 
 

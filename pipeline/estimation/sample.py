@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan import Known
 from softlabel.pipeline.capturing.sequencer import Sequencer
-from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.storage.errors import DocumentsError
-from softlabel.storage.identity import Identity
 
 _PIECE = 12
 """Characters per token in a piece of a long text: enough for a sequence of full length."""
@@ -70,16 +69,13 @@ class Sample:
     """Time that a plan takes: reading all documents, and tokenizing the pending ones."""
 
 
-def draw_sample(
-    config: CaptureConfig, documents: Documents, sequencer: Sequencer, identity: Identity, budget: float, watch: Watch
-) -> Sample:
+def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, budget: float, watch: Watch) -> Sample:
     """Read all documents, twice, and tokenize some of them.
 
     Args:
-        config: settings of the capture.
+        job: the capture.
         documents: to sample from.
         sequencer: makes sequences of documents.
-        identity: of the table.
         budget: approximate number of bytes of text to tokenize.
         watch: called after each batch of documents.
 
@@ -88,7 +84,7 @@ def draw_sample(
         ProvenanceError: if the existing table was made with another teacher or other settings.
     """
     started = time.perf_counter()
-    known = Known(config, identity, documents.carried)
+    known, config, is_classifier = Known(job, documents.carried), job.settings, job.identity.classes is not None
     found = rejects = 0
     sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     for batch in known.permitted(documents):
@@ -108,17 +104,17 @@ def draw_sample(
         )
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)
-    if identity.classes is None:  # a classifier reads every document, repeated or not
+    if not is_classifier:  # a classifier reads every document, repeated or not
         repeated[:] = True
         repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
-    is_text = config.columns.content == "text" and identity.classes is None
+    is_text = config.columns.content == "text" and not is_classifier
     piece = _PIECE * config.sequences.max_tokens if is_text else int(size.max(initial=1))
     first, again = (_choose(np.where(part, size, 0), piece, budget) for part in (~repeated, repeated))
     choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
     pieces, origins = _read_pieces(known, documents, choice, piece)
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
     sequences, _ = sequencer.sequences(pieces, eval_fraction=0)
-    numbers, weights = _weights(sequences, origins, config)
+    numbers, weights = _weights(sequences, origins, config.sequences.max_tokens)
     statuses = known.statuses(sequences).to_numpy(zero_copy_only=False)
     counted, is_copy = (statuses != "present") & (weights > 0), (statuses == "copy") | repeated[numbers]
     for_teacher, copies = (
@@ -196,7 +192,7 @@ def _read_pieces(
 
 
 def _weights(
-    sequences: pa.Table, origins: dict[bytes, _Origin], config: CaptureConfig
+    sequences: pa.Table, origins: dict[bytes, _Origin], max_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(R,) number of each sequence's document, and (R,) how many sequences each stands for.
 
@@ -207,7 +203,7 @@ def _weights(
     names, which = np.unique(np.array(sequences.column("fingerprint").to_pylist(), "V16"), return_inverse=True)
     numbers, counts, parts = map(np.array, zip(*(origins[name.tobytes()] for name in names), strict=True))
     tokens = sequences.column("tokens").to_numpy().astype(np.float64)
-    whole = tokens == config.sequences.max_tokens
+    whole = tokens == max_tokens
     kept = whole | ~(parts & (np.bincount(which, whole) > 0))[which]
     share = np.bincount(which, tokens * kept) / np.bincount(which, tokens)
     return numbers[which], (counts / share)[which] * kept

@@ -111,7 +111,7 @@ def _header(job: EvaluationJob) -> Header:
         columns=column_costs(_column_bytes(job.table), _positions(job.table)),
         identity=_identity(job.table),
         circumstances=circumstances(device=job.device),
-        config=job.config.model_dump(mode="json"),
+        config=job.config.completed().model_dump(mode="json"),
     )
 
 

@@ -42,6 +42,7 @@ class Checkpoint:
             TeacherError: if there is no such model, or it has no configuration or no weights in safetensors.
             UsageError: if a revision of a folder is given.
         """
+        assert config.model is not None, "the settings are complete"
         files = (*MODEL_FILES, "*.py") if config.trust_remote_code else MODEL_FILES
         folder, revision = locate(config.model, "teacher", config.revision, files)
         adapter = None if config.adapter is None else Adapter.find(config.adapter)
@@ -98,9 +99,9 @@ class Checkpoint:
             )
         return files
 
-    @cached_property
+    @property
     def identity(self) -> TeacherIdentity:
-        """The teacher's identity: hashes of the files that its logits depend on."""
+        """The teacher's identity now: hashes of the files that its logits depend on."""
         if self.labels:
             return TeacherIdentity(files={}, dtype="none")
         files = [self.folder / "config.json", *self.weights]

@@ -21,10 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from softlabel.pipeline.config.train import OptimizerConfig, TrainConfig
+from softlabel.pipeline.config.base import summary
+from softlabel.pipeline.config.flags import as_flag
+from softlabel.pipeline.config.train import SOURCES, OptimizerConfig, TrainConfig
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.models.pretrained import keep_rules, load_tokenizer
 from softlabel.pipeline.students.manifest import problem_of
@@ -67,6 +70,8 @@ _MAY_CHANGE = {
     ),
 }
 """Settings that affect where and how fast a student is trained, and what is shown meanwhile, but not the result."""
+_NOT_TAKEN = {"optimizer.device", "optimizer.processes", "student.revision"}
+"""Settings that a training that goes on does not take from the record."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,26 @@ class StudentFolder:
         """Record of the finished student; None if it is not finished."""
         return _record_at(self.path / RECORD, StudentRecord)
 
+    def complete(self, config: TrainConfig) -> TrainConfig:
+        """The settings with nothing left out: from the student's record so far, if there is one, else the defaults.
+
+        The device and the number of processes have their defaults: this may be another machine.
+
+        Raises:
+            UsageError: if they contradict each other, or something else has the name of one of the folders.
+        """
+        self._require_folders()
+        finished, unfinished = self.finished(), self._unfinished()
+        goes_further = finished is not None and unfinished is not None and unfinished.runs == finished.runs != ()
+        recorded = unfinished if goes_further else finished or unfinished
+        try:
+            return (config if recorded is None else _taking(config, recorded)).completed()
+        except ValidationError as invalid:
+            raise UsageError(
+                summary(invalid),
+                where=None if recorded is None else f"{self.path}, whose record has the settings that are left out",
+            ) from None
+
     def has_work(self, config: TrainConfig) -> bool:
         """Whether these settings may ask for steps that are not done; ``standing`` knows, but reads more.
 
@@ -147,6 +172,7 @@ class StudentFolder:
         finished = self.finished()
         if finished is None:
             return True
+        config = self.complete(config)
         return bool(_changed(finished.config, config)) and (
             self.run.is_dir() or _goes_further(finished, config.optimizer)
         )
@@ -354,7 +380,10 @@ class StudentFolder:
         changed = _changed(recorded.config, config)
         if recorded is standing.earlier:
             changed = {name: values for name, values in changed.items() if name not in _LENGTH}
-        differences = [f"{name}: {before} then, {now} now" for name, (before, now) in changed.items()]
+        differences = [
+            f"{name}: {before} then, {now} now (to match: {as_flag(name, before)})"
+            for name, (before, now) in changed.items()
+        ]
         if recorded.source is None:
             differences.append("an earlier version of softlabel made it, and did not record from which files")
         then = recorded.table
@@ -388,6 +417,23 @@ def _goes_further(finished: StudentRecord, now: OptimizerConfig) -> bool:
     if now.max_steps is not None:
         return now.max_steps > max(finished.last_step, before.max_steps or 0)
     return before.max_steps is not None or now.num_train_epochs > before.num_train_epochs
+
+
+def _taking(config: TrainConfig, recorded: StudentRecord | RunRecord) -> TrainConfig:
+    """The settings, with those that are left out from a student's record; a hub model stays at its commit."""
+    sections = {}
+    # Steps replace epochs, so who gives epochs has not left out how long to train.
+    apart = {*_NOT_TAKEN, "optimizer.max_steps"} if config.optimizer.gives("num_train_epochs") else _NOT_TAKEN
+    for section in ("student", "loss", "stream", "optimizer"):
+        values = dict(getattr(recorded.config, section))
+        taken = {name: values[name] for name in values if f"{section}.{name}" not in apart}
+        sections[section] = getattr(config, section).taking(taken)
+    given, before = config.student, recorded.config.student
+    if any(given.gives(name) and getattr(given, name) != getattr(before, name) for name in SOURCES):
+        sections["student"] = given  # made from something else: refused with each difference
+    elif recorded.source is not None and (before.model or before.teacher or before.config):
+        sections["student"] = sections["student"].taking({"revision": recorded.source.commit})
+    return config.model_copy(update=sections)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -11,14 +11,11 @@ from typing import Any, NamedTuple, Self
 
 import pyarrow.compute as pc
 
-from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.models.files import first_line
 from softlabel.pipeline.models.pretrained import load_tokenizer
-from softlabel.pipeline.selection.selection import selection_of
 from softlabel.storage.errors import TableError
-from softlabel.storage.identity import TeacherIdentity
+from softlabel.storage.identity import Identity, TeacherIdentity
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.views.row_groups import flat, load, outlines
 from softlabel.storage.views.view import AnyTable, View
@@ -101,29 +98,29 @@ class Origin:
         )
 
     @classmethod
-    def of_capture(cls, config: CaptureConfig) -> Self:
+    def of_capture(cls, teacher: Checkpoint, name: str, identity: Identity) -> Self:
         """The origin of the table that a capture would make.
 
-        Raises:
-            TeacherError: if the teacher does not exist.
+        Args:
+            teacher: the files of its teacher.
+            name: the teacher's folder or hub name.
+            identity: of the table.
         """
-        teacher = Checkpoint.find(config.teacher)
-        selection = selection_of(config.selection, teacher.classes)
-        max_tokens = config.sequences.max_tokens if teacher.classes is None else longest(teacher, config.sequences)
+        max_tokens = identity.sequences.max_tokens
         return cls(
             location=teacher.folder,
             tokenizer=lambda: teacher.tokenizer,
-            vocabulary=teacher.vocabulary,
-            padded_vocabulary=teacher.padded_vocabulary,
+            vocabulary=identity.vocabulary,
+            padded_vocabulary=identity.padded_vocabulary,
             max_tokens=max_tokens,
             longest=lambda: max_tokens,
             highest=lambda: max(teacher.tokenizer.get_vocab().values()),
-            classes=teacher.classes,
-            temperatures=selection.temperatures,
-            draws=selection.draws > 0,
-            head=min(teacher.vocabulary, selection.max_k),
+            classes=identity.classes,
+            temperatures=identity.temperatures,
+            draws=identity.selection.draws > 0,
+            head=min(identity.vocabulary, identity.selection.max_k),
             average=False,
-            teachers=lambda: [KnownTeacher.of(config.teacher.model, teacher.revision, teacher.identity)],
+            teachers=lambda: [KnownTeacher.of(name, teacher.revision, identity.teacher)],
         )
 
 

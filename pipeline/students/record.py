@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.storage.errors import StudentError, UsageError
@@ -143,6 +143,7 @@ class _Record(_Part):
 
     format: int = FORMAT
     config: TrainConfig
+    """All settings: those that the run was not given, or that an older record lacks, have their defaults."""
     objective: str
     """The loss in words."""
     source: SourceRecord | None = None
@@ -151,6 +152,11 @@ class _Record(_Part):
     table: TableRecord | ViewRecord
     runs: tuple[TrainingRun, ...] = ()
     """All runs that have finished, in their order; a record of format 1 has none."""
+
+    @field_validator("config")
+    @classmethod
+    def _with_every_setting(cls, config: TrainConfig) -> TrainConfig:
+        return config.completed()
 
     @property
     def made_from(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a table or a view holds, and its size."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from softlabel.pipeline.config.table_settings import table_settings
 from softlabel.storage.identity import Identity
 from softlabel.storage.upkeep import inspection
 from softlabel.storage.upkeep.inspection import Inspection, last_capture
@@ -18,6 +20,9 @@ class TableReport:
     teacher: str
     """Location of the teacher in the newest capture; empty if the table's history has no capture."""
     identity: Identity
+    settings: dict[str, Any]
+    """Settings of a capture that the table determines, by name, such as selection.top_p: a capture takes them for those
+    that are left out."""
     tags: list[Tag]
     """Tags of this version."""
     pins: list[Pin]
@@ -48,6 +53,7 @@ def inspect(table: str) -> TableReport | ViewReport:
         inspection=inspection.inspect(opened),
         teacher=last_capture(opened).teacher or "",
         identity=opened.identity,
+        settings=table_settings(opened),
         tags=[tag for tag in tags(opened.location).values() if tag.version == opened.version],
         pins=[pin for pin in pins(opened.location) if pin.version == opened.version],
     )

@@ -132,9 +132,10 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
             found=f"teacher.labels: {' '.join(config.labels)}",
             do="leave out teacher.labels; if the table holds the documents' own labels, leave out all teacher settings",
         )
-    _require_teacher(table, Checkpoint.find(config))
+    checkpoint = Checkpoint.find(config)
+    _require_teacher(table, checkpoint)
     rows = _sample(table, sequences, seed)
-    teacher = load_teacher(config)
+    teacher = load_teacher(config, checkpoint)
     assert not isinstance(teacher, LabelTeacher)
     sampled = SampledSequences(table, rows, teacher)
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.pipeline.config.capture import ColumnsConfig
+from softlabel.pipeline.config.table_settings import complete_columns, table_settings
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.tables.row_expression import row_expression
@@ -42,7 +43,9 @@ class RowFilter:
         if config.drop:
             self._predicates.append(self._not_dropped)
         if config.stale:
-            self._predicates.append(_unless_stale(config.stale, config.columns))
+            known = table_settings(source)
+            known.pop("columns.carry", None)
+            self._predicates.append(_unless_stale(config.stale, complete_columns(config.columns, known)))
         if config.where is not None:
             predicate, columns = row_expression(config.where, pa.schema([*SEQUENCE, *source.carried]))
             self.columns = (*self.columns, *(columns - {PARTITION}))

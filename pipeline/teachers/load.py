@@ -10,10 +10,18 @@ from softlabel.pipeline.teachers.classifier_teacher import ClassifierTeacher, La
 from softlabel.pipeline.teachers.teacher import Teacher, TransformersTeacher
 
 
+def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher | LabelTeacher:
+    """The teacher, run by the engine that the settings name; loaded once in each process while its files stay the same.
+
+    Args:
+        config: engine, device and memory.
+        checkpoint: the teacher's files.
+    """
+    return _load(config, checkpoint, checkpoint.identity.model_dump_json())
+
+
 @lru_cache(maxsize=1)
-def load_teacher(config: TeacherConfig) -> Teacher | LabelTeacher:
-    """The teacher, run by the engine that the settings name; loaded once in each process."""
-    checkpoint = Checkpoint.find(config)
+def _load(config: TeacherConfig, checkpoint: Checkpoint, identity: str) -> Teacher | LabelTeacher:
     if config.labels:
         return LabelTeacher(checkpoint)
     kind = TransformersTeacher if checkpoint.classes is None else ClassifierTeacher

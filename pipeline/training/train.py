@@ -116,6 +116,7 @@ def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, b
     if ranks.is_main_process:
         folder.recover()
     ranks.wait_for_everyone()
+    config = folder.complete(config)
     standing = folder.standing(config)
     table = _agree(folder.open_table(config, standing))
     if ranks.is_main_process:

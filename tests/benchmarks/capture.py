@@ -43,6 +43,7 @@ import torch
 
 import softlabel.flows  # noqa: F401, sets the environment variables of a capture
 from softlabel.pipeline.capturing import shard
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, SequencesConfig, TeacherConfig
@@ -101,7 +102,7 @@ class Bench:
             checkpoint = RandomWeights(checkpoint.folder, None, False, "bfloat16")
         self.teacher = TransformersTeacher(settings, checkpoint)
         self._folder, self._tokens, self._batch_tokens = folder, tokens, batch * tokens
-        shard.load_teacher = lambda config: self.teacher
+        shard.load_teacher = lambda config, checkpoint: self.teacher
         self._configs: dict[str, CaptureConfig] = {}
         self._plans: dict[str, Path] = {}
         measured = documents(folder / "measured.parquet", name, 1, sequences, tokens)
@@ -113,9 +114,10 @@ class Bench:
                 selection=chosen,
                 sequences=SequencesConfig(max_tokens=tokens),
             )
-            capture_shard(config, plan(config, folder / f"plan-{selection}").shards[0])
+            first = resolve(config)
+            capture_shard(first, plan(first, folder / f"plan-{selection}").shards[0])
             nowhere = config.model_copy(update={"documents": measured, "table": str(folder / "nowhere")})
-            planned = plan(nowhere, folder / f"measured-{selection}").shards[0]
+            planned = plan(resolve(nowhere), folder / f"measured-{selection}").shards[0]
             rows = pq.read_table(planned)
             rows = rows.filter(pc.equal(rows["tokens"], tokens))
             if not self._configs:
@@ -167,6 +169,7 @@ class Bench:
         """Seconds to capture all batches; fills ``about`` with seconds before the first and bytes per position."""
         config, table = self._configs[selection], self._folder / "table"
         shutil.copytree(config.table, table)
+        job = resolve(config.model_copy(update={"table": str(table)}))
         began: list[float] = []
         logits = self.teacher.logits
 
@@ -176,7 +179,7 @@ class Bench:
 
         self.teacher.logits = clocked  # type: ignore[method-assign]
         started = time.perf_counter()
-        commit: Commit = capture_shard(config.model_copy(update={"table": str(table)}), self._plans[selection])
+        commit: Commit = capture_shard(job, self._plans[selection])
         ended = time.perf_counter()
         assert commit.positions == sum(map(len, self._positions)), "some sequences were already in the table"
         self.teacher.logits = logits  # type: ignore[method-assign]

@@ -18,7 +18,8 @@ from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 from softlabel.pipeline.examples.language_model import prepare_documents, prepare_teacher
-from softlabel.pipeline.teachers.load import load_teacher
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.teachers import load
 
 TEACHER = Path(".demo/teacher")
 BOUNDS = {"sequences": 0.15, "positions": 0.15, "bytes": 0.15, "seconds": 0.3}
@@ -76,10 +77,10 @@ def main() -> None:
 def compared(settings: dict[str, object], table: Path) -> tuple[Estimate, list[Compared]]:
     """The estimate of a capture, and its numbers next to those of the capture into a new table."""
     config = EstimateConfig.model_validate(settings)
-    load_teacher(config.teacher)  # so that the imports count for neither
-    load_teacher.cache_clear()
+    load.load_teacher(config.teacher, Checkpoint.find(config.teacher))  # so that the imports count for neither
+    load._load.cache_clear()
     found = estimate(config)
-    load_teacher.cache_clear()
+    load._load.cache_clear()
     report = capture(config.capture(str(table)))
     numbers = [Compared(name, getattr(found, name), getattr(report, name)) for name in list(BOUNDS)[:-1]]
     return found, [*numbers, Compared("seconds", sum(vars(found.seconds).values()), report.seconds)]

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing import shard
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
@@ -55,9 +56,9 @@ class Stub(LabelTeacher):
 
 
 @lru_cache(maxsize=1)
-def load_stub(config: TeacherConfig) -> Stub:
+def load_stub(_: TeacherConfig, checkpoint: Checkpoint) -> Stub:
     """Replaces ``pipeline.teachers.load.load_teacher``."""
-    return Stub(Checkpoint.find(config))
+    return Stub(checkpoint)
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def show(size: int, run: str, work: Callable[[CaptureConfig], None], config: Cap
 def planned(config: CaptureConfig) -> None:
     """Only the plan."""
     with tempfile.TemporaryDirectory(prefix="softlabel-") as folder:
-        plan(config, Path(folder))
+        plan(resolve(config), Path(folder))
 
 
 def captured(config: CaptureConfig) -> None:

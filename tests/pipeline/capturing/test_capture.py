@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
@@ -25,7 +26,6 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress
 from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.tables.verify import verify
-from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import ProvenanceError, TableError, TeacherError, UsageError
@@ -249,13 +249,13 @@ def test_a_teacher_that_changes_after_the_plan_is_refused(tiny_teacher: Path, tm
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     capture(settings(teacher, write(tmp_path / "a.parquet", texts(3)), tmp_path / "t"))
     config = settings(teacher, write(tmp_path / "b.parquet", texts(6)), tmp_path / "t")
-    [shard] = plan(config, tmp_path / "plan").shards
+    job = resolve(config)
+    [shard] = plan(job, tmp_path / "plan").shards
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.model.norm.weight.data *= 1.001
     model.save_pretrained(teacher)
-    load_teacher.cache_clear()  # as in a worker that replaces a dead one
     with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
-        capture_shard(config, shard)
+        capture_shard(job, shard)
     assert len(rows_of(tmp_path / "t")) == 3
 
 

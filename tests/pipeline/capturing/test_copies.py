@@ -9,6 +9,7 @@ import pytest
 from softlabel.pipeline.capturing import shard
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.copies import copy_rows, own_order
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.tables import ReprocessConfig
@@ -75,11 +76,12 @@ def test_texts_that_another_capture_added_under_other_ids_are_copied(tiny_teache
 def test_nothing_is_copied_into_a_table_that_was_replaced(tiny_teacher: Path, tmp_path: Path) -> None:
     capture(settings(tiny_teacher, write(tmp_path / "a.parquet", texts(20)), tmp_path / "t"))
     twins = {f"twin-{name}": text for name, text in texts(20).items()}
-    todo = plan(settings(tiny_teacher, write(tmp_path / "b.parquet", twins), tmp_path / "t"), tmp_path / "plan")
+    job = resolve(settings(tiny_teacher, write(tmp_path / "b.parquet", twins), tmp_path / "t"))
+    todo = plan(job, tmp_path / "plan")
     split = {"source": str(tmp_path / "t"), "shards": {"eval_fraction": 0.5}}
     version = reprocess(ReprocessConfig.model_validate(split)).version
     with pytest.raises(ProvenanceError, match="eval_fraction"):
-        copy_rows(settings(tiny_teacher, tmp_path / "b.parquet", tmp_path / "t"), todo.copies[0])
+        copy_rows(job, todo.copies[0])
     assert Table.open(str(tmp_path / "t")).version == version
 
 

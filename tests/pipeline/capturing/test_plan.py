@@ -10,11 +10,10 @@ import pytest
 
 from softlabel.pipeline.capturing import shard
 from softlabel.pipeline.capturing.capture import capture
-from softlabel.pipeline.capturing.identity import identify
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import Known, plan
 from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.documents.documents import Documents
-from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.errors import DocumentsError, UsageError
 from tests.benchmarks.planning import load_stub, write_documents
@@ -47,15 +46,14 @@ def test_only_new_documents_are_tokenized_and_the_plan_stays_small_in_memory(
         return encode(self, contents)
 
     monkeypatch.setattr(DocumentTokenizer, "encode", counting)
-    nightly = plan(config, tmp_path / "nightly")
+    nightly = plan(resolve(config), tmp_path / "nightly")
     assert (nightly.documents, nightly.unchanged, nightly.sequences) == (MANY + 10, MANY, 10)
     assert len(tokenized) == 10
 
-    checkpoint = Checkpoint.find(config.teacher)
-    identity = identify(config, checkpoint)
+    job = resolve(config)
     carried = Documents(config.documents, config.columns).carried
     tracemalloc.start()
-    known = Known(config, identity, carried)
+    known = Known(job, carried)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del known
@@ -69,7 +67,8 @@ def test_a_file_whose_name_is_not_utf8_is_rejected(tiny_teacher: Path, tmp_path:
     (folder / "good.txt").write_text("some words")
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("some words")
     teacher = TeacherConfig(model=str(tiny_teacher))
-    found = plan(CaptureConfig(documents=str(folder), table=str(tmp_path / "t"), teacher=teacher), tmp_path / "plan")
+    config = CaptureConfig(documents=str(folder), table=str(tmp_path / "t"), teacher=teacher)
+    found = plan(resolve(config), tmp_path / "plan")
     assert (found.documents, found.rejects) == (1, 1)
     assert found.rejects_file
     reject = json.loads(Path(found.rejects_file).read_text())
@@ -86,14 +85,14 @@ def test_unusable_documents_are_counted_and_listed_in_order(tiny_teacher: Path, 
     bad = [{"id": "empty", "text": ""}, {"id": "d1", "text": "x"}, {"id": "null"}, {"id": "number", "text": 5}]
     path, teacher = lines(tmp_path / "a.jsonl", good + bad), TeacherConfig(model=str(tiny_teacher))
     config = CaptureConfig(documents=str(path), table=str(tmp_path / "t"), teacher=teacher)
-    found = plan(config, tmp_path / "plan")
+    found = plan(resolve(config), tmp_path / "plan")
     assert (found.documents, found.rejects) == (3, 5)
     rejects = [json.loads(line) for line in Path(str(found.rejects_file)).read_text().splitlines()]
     assert [reject["document_id"] for reject in rejects] == ["empty", "d1", "null", "number", "a.jsonl:8"]
 
     lines(path, bad[2:])
     with pytest.raises(DocumentsError, match="no document can be used") as caught:
-        plan(config, tmp_path / "again")
+        plan(resolve(config), tmp_path / "again")
     assert Path(str(found.rejects_file)).read_text().count("\n") == 3
     assert str(found.rejects_file) in str(caught.value)
 
@@ -110,7 +109,7 @@ def test_strict_names_the_first_document_that_cannot_be_used(tiny_teacher: Path,
         strict=True,
     )
     with pytest.raises(DocumentsError, match="strict") as caught:
-        plan(config, tmp_path / "plan")
+        plan(resolve(config), tmp_path / "plan")
     assert "found:       first: the chat has no assistant message" in str(caught.value)
     assert "second" not in str(caught.value)
     assert not (tmp_path / "t").exists()
@@ -120,4 +119,4 @@ def test_a_device_that_this_machine_lacks_is_refused_before_the_documents_are_re
     teacher = TeacherConfig(model=str(tiny_teacher), device="cuda:99")
     config = CaptureConfig(documents=str(tmp_path / "nowhere"), table=str(tmp_path / "table"), teacher=teacher)
     with pytest.raises(UsageError, match="no device 'cuda:99'"):
-        plan(config, tmp_path / "plan")
+        plan(resolve(config), tmp_path / "plan")

@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.worker_pool import ATTEMPTS, SMALLEST_SHARD, Worker, Workers, split_shards
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -118,11 +119,11 @@ def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> No
 
 
 def test_a_shard_that_is_given_up_is_not_said_to_be_the_death_of_its_worker(tiny_teacher: Path, tmp_path: Path) -> None:
-    config = settings(tiny_teacher, tmp_path, tmp_path / "table")
+    job = resolve(settings(tiny_teacher, write(tmp_path / "d.parquet", texts(1)), tmp_path / "table"))
     worker = Worker("cpu", "cpu", 1, tmp_path / "log")
     worker._child = Child("tests.pipeline.speaking", "waits", log=tmp_path / "log")
     with ThreadPoolExecutor(1) as thread:
-        shard = thread.submit(worker.capture_shard, config, tmp_path / "shard.parquet")
+        shard = thread.submit(worker.capture_shard, job, tmp_path / "shard.parquet")
         time.sleep(0.1)
         worker.close()
         with pytest.raises(WorkerError, match="because the capture was ended") as error:
@@ -140,9 +141,10 @@ def test_a_workers_error_names_the_document_whatever_the_current_folder(
     broken = shutil.copytree(tiny_teacher, tmp_path / "broken")
     model.save_pretrained(broken)
     config = settings(broken, write(tmp_path / "d.parquet", texts(1)), tmp_path / "t")
-    [shard] = plan(config, tmp_path / "plan").shards
+    job = resolve(config)
+    [shard] = plan(job, tmp_path / "plan").shards
     with Workers(["cpu"], tmp_path) as workers, pytest.raises(TeacherError, match="document d0"):
-        workers.each([shard], lambda worker, path: worker.capture_shard(config, path))
+        workers.each([shard], lambda worker, path: worker.capture_shard(job, path))
 
 
 class RefusalError(TeacherError):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.config.capture import CaptureConfig
-from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.storage.errors import ProvenanceError, TeacherError
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
@@ -46,15 +46,16 @@ def test_the_revision_that_is_recorded_is_the_one_that_was_loaded(hub: Path, tmp
         capture(of_hub(tmp_path / "t", revision="v2"))
 
 
-def test_a_moved_branch_is_refused_by_its_table_and_during_a_capture(hub: Path, tmp_path: Path) -> None:
+def test_a_moved_branch_changes_neither_a_table_nor_a_planned_capture(hub: Path, tmp_path: Path) -> None:
     capture(of_hub(tmp_path / "t"))
-    [shard] = plan(of_hub(tmp_path / "other"), tmp_path / "plan").shards
+    job = resolve(of_hub(tmp_path / "other"))
+    [shard] = plan(job, tmp_path / "plan").shards
     (hub / "refs" / "main").write_text(NEW)
+    assert capture_shard(CaptureJob.from_json(job.to_json()), shard).sequences == 3
+    assert entropies(tmp_path / "other") == entropies(tmp_path / "t"), "also in another process"
+    for count, teacher in enumerate(({}, {"model": "org/name"}, {"model": "org/name", "revision": OLD}), 4):
+        documents = str(write(tmp_path / "more.parquet", texts(count)))
+        taken = {"documents": documents, "table": str(tmp_path / "t"), "teacher": teacher}
+        assert capture(CaptureConfig.model_validate(taken)).sequences == 1, "the table's commit goes on"
     with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
-        capture(of_hub(tmp_path / "t", count=6))
-    load_teacher.cache_clear()  # as in another process
-    with pytest.raises(ProvenanceError, match="has changed since this capture was planned"):
-        capture_shard(of_hub(tmp_path / "other"), shard)
-    assert not (tmp_path / "other").exists()
-    pinned = of_hub(tmp_path / "t", count=6, revision=OLD)
-    assert capture(pinned).sequences == 3, "the commit itself goes on"
+        capture(of_hub(tmp_path / "t", revision="main"))

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig, SequencesConfig, TeacherConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.students.manifest import seal
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
@@ -152,7 +153,8 @@ def test_students_do_not_need_the_code_of_a_trusted_tokenizer(
         sequences=SequencesConfig(max_tokens=16),
     )
     student = StudentConfig(config=str(tiny_teacher))
-    require_fitting(student, Origin.of_capture(config))
+    job = resolve(config)
+    objective_of(Origin.of_capture(job.checkpoint, job.teacher, job.identity)).require_fitting(student)
     capture(config)
     ran.unlink()
     built(student, Table.open(config.table))

@@ -8,6 +8,7 @@ import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
@@ -21,6 +22,7 @@ from softlabel.storage.reader import read
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.views.row_groups import flat
+from tests.conftest import ROOT
 from tests.pipeline.building import built
 from tests.pipeline.classifiers import save_classifier
 from tests.pipeline.students.test_build import SIZES
@@ -42,7 +44,13 @@ BAD = [
 
 
 def capturing(teacher, **settings):
-    return CaptureConfig(documents="nowhere.parquet", table="table", teacher={"model": str(teacher)}, **settings)
+    return CaptureConfig(documents=str(ROOT / "README.md"), table="table", teacher={"model": str(teacher)}, **settings)
+
+
+def origin_of(config):
+    """The origin of the table that a capture would make."""
+    job = resolve(config)
+    return Origin.of_capture(job.checkpoint, job.teacher, job.identity)
 
 
 @pytest.fixture
@@ -66,13 +74,13 @@ def test_an_unsuitable_student_is_refused_before_the_capture_and_before_training
 ):
     config = StudentConfig(**student)
     with pytest.raises(kind, match=message):
-        objective_of(Origin.of_capture(capturing(tiny_teacher))).require_fitting(config)
+        objective_of(origin_of(capturing(tiny_teacher))).require_fitting(config)
     with pytest.raises(kind, match=message):
         built(config, table)
 
 
 def test_a_suitable_student_is_accepted_before_the_capture_and_before_training(table, tiny_teacher):
-    for origin in (Origin.of_capture(capturing(tiny_teacher)), Origin.of(table)):
+    for origin in (origin_of(capturing(tiny_teacher)), Origin.of(table)):
         assert objective_of(origin).require_fitting(StudentConfig(depth=2)).path == tiny_teacher
         assert origin.tokenizer().get_vocab()
 
@@ -118,7 +126,7 @@ def test_unlimited_positions_or_enough_for_the_longest_sequence_are_accepted(con
 
 
 def test_classifiers_accept_known_labels_and_refuse_adapters(tiny_teacher, tmp_path):
-    origin = Origin.of_capture(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
+    origin = origin_of(capturing(save_classifier(tmp_path / "teacher", tiny_teacher)))
     objective_of(origin).require_fitting(StudentConfig(depth=1, labels=("all=types,names", "statements")))
     with pytest.raises(UsageError, match="did you mean 'names'"):
         objective_of(origin).require_fitting(StudentConfig(depth=1, labels=("name", "types")))
@@ -128,8 +136,6 @@ def test_classifiers_accept_known_labels_and_refuse_adapters(tiny_teacher, tmp_p
 
 def test_a_temperature_that_the_capture_would_not_store_is_refused(tiny_teacher):
     config = TrainConfig(table="t", output="o", student={"depth": 1}, loss={"temperature": 2.0})
-    objective_of(Origin.of_capture(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)}))).require_loss(
-        config
-    )
+    objective_of(origin_of(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)}))).require_loss(config)
     with pytest.raises(UsageError, match=r"the table does not store temperature 2"):
-        objective_of(Origin.of_capture(capturing(tiny_teacher))).require_loss(config)
+        objective_of(origin_of(capturing(tiny_teacher))).require_loss(config)
