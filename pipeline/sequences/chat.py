@@ -8,24 +8,40 @@ makes that impossible, the chat is refused.
 
 import json
 import re
-from collections.abc import Iterable
-from datetime import date, datetime, time
-from typing import Any, Literal, NamedTuple, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from softlabel.pipeline.sequences.chat_places import MARKS, Messages, MessageText, Place, locate_texts
+from softlabel.pipeline.sequences.chat_forms import ChatForms, UnfitPartError
+from softlabel.pipeline.sequences.chat_places import (
+    THOUGHTS,
+    Messages,
+    MessageText,
+    Place,
+    locate_texts,
+    read_text,
+    with_text,
+)
+from softlabel.pipeline.sequences.chat_rendering import (
+    FIRST_MARK,
+    LAST_MARK,
+    QUOTE,
+    STAND_IN,
+    TURN_END,
+    TURN_START,
+    UNQUOTE,
+    Renderer,
+)
+from softlabel.pipeline.sequences.chat_turns import TurnFinder, TurnNotFoundError
 from softlabel.storage.errors import UsageError
 
-# Marks within a rendered chat: code points that Unicode reserves as noncharacters.
-_QUOTE, _UNQUOTE, _TURN_START, _TURN_END, _BREAK, _QUESTION, _ANSWER = (chr(0xFDD0 + i) for i in range(7))
-_MARKS = re.compile(f"([{_QUOTE}-{_ANSWER}])")
-_RESERVED = re.compile(f"[{_QUOTE}-{_ANSWER}{MARKS}]")
+_MARKS = re.compile(f"([{QUOTE}{UNQUOTE}{TURN_START}{TURN_END}])")
+_RESERVED = re.compile(f"[{FIRST_MARK}-{LAST_MARK}]")
 
 _AS_WRITTEN = "as the chat template writes it"
+
+Span = tuple[int, int]
 
 
 class ChatRefusedError(Exception):
@@ -37,47 +53,58 @@ class RenderedChat(NamedTuple):
     turns, as character ranges of the whole."""
 
     pieces: list[tuple[str, bool]]
-    turns: list[tuple[int, int]]
+    turns: list[Span]
     answers: list[Place]
-    """Where the messages of these turns are ..."""
+    """Where the texts of these turns are ..."""
     others: list[Place]
     """... and where all other messages are."""
+    whole: list[bool]
+    """For each answer to capture, whether the template writes all of it: also its thoughts, its tool calls, and its
+    content beside a tool call."""
 
 
-class _Turn(NamedTuple):
-    """How the template writes a turn of the assistant."""
+class _Written(NamedTuple):
+    """A rendered chat without marks, and what the marks enclosed."""
 
-    pattern: re.Pattern[str]
-    """Matches the header of the turn, and the rest up to its end."""
-    broken: dict[str, str]
-    """Header and end, each with the form that it gets inside messages: broken by marks, so that it does not match."""
+    text: str
+    quotes: list[Span]
+    """Special tokens in messages."""
+    turns: list[Span]
+    """What the template itself marks as the assistant's words."""
 
 
 class ChatTemplate:
     """A chat template with a fixed date.
 
     If the template uses ``{% generation %}``, the assistant's turns are what it encloses. Otherwise each turn goes from
-    the template's header of the turn to its end, including the token that ends it; header and end are taken from a
-    rendered chat of one question and one answer.
+    the template's header of the turn to its end, including the token that ends it (see ``chat_turns``).
 
     Args:
         source: the template, in Jinja.
-        special_tokens: values of the names that the template may use, such as bos_token.
+        variables: values of further names in the template, such as bos_token.
         quoted: special tokens that are plain text inside messages.
         today: the date that ``strftime_now`` gives.
+        special_tokens: all special tokens.
 
     Raises:
         UsageError: if the template can't be used, or does not mark where an assistant's turn ends.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str], quoted: Iterable[str], today: date) -> None:
-        environment = _environment(today)
-        self._special_tokens = special_tokens
-        self._quoted = re.compile("|".join(map(re.escape, sorted(quoted, key=len, reverse=True))) or "(?!)")
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, Any],
+        quoted: Iterable[str],
+        today: date,
+        special_tokens: Iterable[str] = (),
+    ) -> None:
+        quoted = sorted(quoted, key=len, reverse=True)
+        self._quoted = re.compile("|".join(map(re.escape, quoted)) or "(?!)")
         try:
-            self._template = environment.from_string(source)
-            self._turn = None if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) else self._find_turn()
-        except (TemplateError, TypeError, KeyError) as error:
+            self._render = Renderer(source, dict(variables), today)
+            self._forms = ChatForms(self._render)
+            self._finder = None if self._render.marks_turns else self._turn_finder({*quoted, *special_tokens})
+        except Exception as error:  # a template is a program, and may raise anything
             raise UsageError(
                 "the teacher's chat template can't be used for capturing",
                 expected="a template that writes a question and an answer, and marks where the answer ends",
@@ -85,12 +112,15 @@ class ChatTemplate:
                 do="put the assistant's words between {% generation %} and {% endgeneration %} in chat_template.jinja",
             ) from None
 
+    def _turn_finder(self, special_tokens: set[str]) -> TurnFinder:
+        return TurnFinder(self._render_plainly, self._forms.question, self._forms.answer, special_tokens)
+
     def write(self, chat: str, turns: Literal["all", "last"] = "all") -> RenderedChat:
         """Render a chat and find the assistant's turns that are to be captured.
 
         Args:
-            chat: JSON: a list of messages, or {prompt, completion} with a list of messages each; of the latter, only
-                turns of the completion are captured.
+            chat: JSON: a list of messages, or {messages, tools}, or {prompt, completion} with a list of messages each
+                (and tools); of the latter, only turns of the completion are captured.
             turns: all turns, or only the last one.
 
         Raises:
@@ -100,100 +130,119 @@ class ChatTemplate:
         if found := _RESERVED.search(chat):
             raise ChatRefusedError(f"the chat contains U+{ord(found[0]):04X}, which is not a character")
         parts = json.loads(chat)
-        prompt, completion = (parts["prompt"], parts["completion"]) if isinstance(parts, dict) else ([], parts)
+        parts = parts if isinstance(parts, dict) else {"messages": parts}
+        prompt, completion = parts.get("prompt", []), parts["completion"] if "prompt" in parts else parts["messages"]
         answering = len(_answers(completion))
         if not answering:
             raise ChatRefusedError(f"the {'completion' if prompt else 'chat'} has no assistant message")
-        messages = prompt + completion
+        try:
+            messages = [self._guarded_message(message) for message in self._forms.adapted(prompt + completion)]
+        except UnfitPartError as reason:
+            raise ChatRefusedError(str(reason)) from None
         answers = _answers(messages)
         wanted = answers[-answering:] if turns == "all" else answers[-1:]
-        try:
-            text = self._render(self._guarded_messages(messages))
-        except Exception as error:  # a template is a program, and may raise anything
-            raise ChatRefusedError(f"the chat template rejects the chat: {error}") from None
-        if self._turn is not None:
-            text = self._turn.pattern.sub(lambda turn: f"{turn[1]}{_TURN_START}{turn[2]}{_TURN_END}", text)
-        pieces, found_turns = _parse(text)
-        # A template with {% generation %} may enclose one message in several parts; then all parts are captured.
-        if len(found_turns) != len(answers) and (self._turn is not None or len(wanted) < len(answers)):
-            raise ChatRefusedError(
-                f"the chat template writes {len(found_turns)} turns for {len(answers)} assistant messages"
-            )
-        return self._checked(pieces, found_turns[len(answers) - len(wanted) :], messages, wanted)
+        return self._written(messages, self._guarded(parts.get("tools")), answers, wanted)
 
-    def _checked(
-        self, pieces: list[tuple[str, bool]], turns: list[tuple[int, int]], messages: Messages, wanted: list[int]
+    def _written(
+        self, messages: Messages, tools: list[Any] | None, answers: list[int], wanted: list[int]
     ) -> RenderedChat:
-        """The rendered chat, if each turn has exactly the text of its own message."""
-        texts = locate_texts(self._rendered, messages, "".join(piece for piece, _ in pieces))
-        if self._turn is None:
-            answers = _answer_places(turns, wanted, texts)
+        def render(messages: Messages, prompt: bool = False) -> str:
+            return _MARKS.sub("", self._render(messages, tools, prompt))
+
+        try:
+            written = _parsed(self._render(messages, tools))
+        except Exception as error:
+            raise ChatRefusedError(f"the chat template rejects the chat: {error}") from None
+        texts = locate_texts(render, messages, written.text)
+        if any(text.places is None and text.kind == "content" for text in texts):
+            number = next(text.message for text in texts if text.places is None and text.kind == "content")
+            raise ChatRefusedError(f"can't tell where the chat template writes message {number} (counting from 0)")
+        if self._finder is None:
+            turns = _marked_turns(written.turns, answers, wanted, texts)
+            places = _answer_places(turns, wanted, texts)
         else:
-            pairs = zip(turns, wanted, strict=True)
-            answers = [place for turn, i in pairs for place in _answer_places([turn], [i], texts)]
+            turns, places = [], []
+            for i in wanted:
+                try:
+                    turn = self._finder.find(render, messages, written.text, texts, i)
+                except TurnNotFoundError as reason:
+                    _answer_places([(0, len(written.text))], answers, [text for text in texts if text.message == i])
+                    raise ChatRefusedError(
+                        f"can't tell {reason}: the assistant's turn, {_AS_WRITTEN}, in message {i} (counting from 0)"
+                    ) from None
+                turns.append((turn.start, turn.end))
+                places += _answer_places(turns[-1:], [i], texts)
         others = [place for text in texts if text.message not in wanted for place in text.places or ()]
-        return RenderedChat(pieces, turns, answers, others)
+        quotes = [*written.quotes, *self._names_in_texts(render, messages, written.text)]
+        whole = [_is_whole([text for text in texts if text.message == i], written.text, turns) for i in wanted]
+        return RenderedChat(_pieces(written.text, quotes), turns, places, others, whole)
 
-    def _rendered(self, messages: Messages) -> str:
-        """The messages as the template writes them, without the marks of this module."""
-        return _MARKS.sub("", self._render(self._guarded_messages(messages)))
+    def _render_plainly(self, messages: Messages, prompt: bool = False) -> str:
+        return _MARKS.sub("", self._render(messages, None, prompt))
 
-    def _render(self, messages: Messages, prompt: bool = False) -> str:
-        return self._template.render(messages=messages, add_generation_prompt=prompt, **self._special_tokens)
+    def _guarded_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with marks around each special token in its strings, except in its content and thoughts.
 
-    def _guarded_messages(self, messages: Messages) -> Messages:
-        # Templates compare the role, so it is not broken even if it begins a turn ("assistant\n").
-        return [{**self._guarded(message), "role": self._quoted_text(message["role"])} for message in messages]
+        Templates look for their own marks in these, such as the end of a thought; see ``_names_in_texts``.
+        """
+        own = {key: message[key] for key in ("content", *THOUGHTS) if key in message}
+        return self._guarded(message) | own if self._quoted.search(json.dumps(message, ensure_ascii=False)) else message
 
     def _guarded(self, value: Any) -> Any:
-        """The value with marks around each special token, and inside each header or end of a turn, in its strings."""
         if isinstance(value, str):
-            text = self._quoted_text(value)
-            for whole, broken in self._turn.broken.items() if self._turn else ():
-                text = text.replace(whole, broken)
-            return text
+            return self._quoted.sub(f"{QUOTE}\\g<0>{UNQUOTE}", value)
         if isinstance(value, list):
             return [self._guarded(item) for item in value]
         if isinstance(value, dict):
             return {self._guarded(key): self._guarded(item) for key, item in value.items()}
         return value
 
-    def _quoted_text(self, text: str) -> str:
-        return self._quoted.sub(f"{_QUOTE}\\g<0>{_UNQUOTE}", text)
+    def _names_in_texts(self, render: Any, messages: Messages, written: str) -> list[Span]:
+        """Where the template writes names of special tokens that it copies from a message's content or thoughts.
 
-    def _find_turn(self) -> _Turn:
-        """Find header and end of a turn by rendering a chat of one question and one answer."""
-        question = {"role": "user", "content": _QUESTION}
-        both = self._render([question, {"role": "assistant", "content": _ANSWER}])
-        unanswered, prompted = self._render([question]), self._render([question], prompt=True)
-        end = both.rpartition(_ANSWER)[2].rstrip()
-        header = prompted.removeprefix(unanswered)
-        if (
-            not header or header == prompted or header not in both
-        ):  # the template has no generation prompt, or a different one
-            header = both.partition(_QUESTION)[2].rpartition(_ANSWER)[0]
-        if not header.strip() or not end.strip():
-            raise TemplateError(f"the template writes {header!r} before an answer and {end!r} after it")
-        # Only the text without surrounding space is broken: a template may trim a message and add its own space.
-        broken = {text: "".join(c + _BREAK for c in text) for text in (header.strip(), end.strip())}
-        lead, body, trail = header.partition(header.strip())
-        own = f"(?!{_BREAK})"  # not a single character that is in a message
-        pattern = f"({re.escape(lead + body)}{own}{re.escape(trail)})(.*?{re.escape(end)}{own})"
-        return _Turn(re.compile(pattern, re.DOTALL), broken)
+        These stay text. A name that the template reads (if it writes something else without that name) is not a copy:
+        it is what the template takes it for, such as the end of a thought.
+        """
+        found = [
+            (i, path, match)
+            for i, message in enumerate(messages)
+            for path, text in read_text(message)
+            for match in self._quoted.finditer(text)
+        ]
+        groups = [found, *([name for name in found if name[:2] == at] for at in dict.fromkeys(n[:2] for n in found))]
+        spans: list[Span] = []
+        while groups:
+            group = groups.pop(0)
+            copies = self._copies(render, messages, written, group) if group else []
+            if copies is not None:
+                spans += copies
+                groups = [] if group is found else groups
+            elif len(group) > 1 and group is not found:
+                groups += [[name] for name in group]
+        return spans
 
-
-class _Generation(Extension):
-    """``{% generation %}``, as in transformers: encloses the assistant's words."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_TURN_START}{caller()}{_TURN_END}"
+    @staticmethod
+    def _copies(
+        render: Any, messages: Messages, written: str, names: list[tuple[int, tuple[str | int, ...], re.Match[str]]]
+    ) -> list[Span] | None:
+        """Where these names are written, or None if the template writes something else without them."""
+        changed = list(messages)
+        for i, path, match in names:
+            middle = (match.start() + match.end()) // 2
+            text = next(text for at, text in read_text(changed[i]) if at == path)
+            changed[i] = with_text(changed[i], path, text[:middle] + STAND_IN + text[middle + 1 :])
+        try:
+            marked = render(changed)
+        except Exception:
+            return None
+        if len(marked) != len(written) or any(a != b and a != STAND_IN for a, b in zip(marked, written, strict=True)):
+            return None
+        starts = [
+            (match.start() - len(name) // 2, name)
+            for match in re.finditer(STAND_IN, marked)
+            for name in dict.fromkeys(found[0] for *_, found in names)
+        ]
+        return [(start, start + len(name)) for start, name in starts if written.startswith(name, start)]
 
 
 def _answers(messages: Messages) -> list[int]:
@@ -201,60 +250,94 @@ def _answers(messages: Messages) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _answer_places(turns: list[tuple[int, int]], answers: list[int], texts: list[MessageText]) -> list[Place]:
+def _answer_places(turns: list[Span], answers: list[int], texts: list[MessageText]) -> list[Place]:
     """Places of these messages, after a check that the turns have all of them and nothing of other messages."""
     places = []
+    with_calls = {t.message for t in texts if t.kind == "call" and any(p.lies_in(turns) for p in t.places or ())}
     for text in texts:
         name = f"message {text.message} (counting from 0)"
-        if text.places is None:
-            raise ChatRefusedError(f"can't tell where the chat template writes {name}")
         if text.message in answers:
-            inside = [place for place in text.places if place.whole and place.lies_in(turns)]
-            if text.places and not inside:
-                raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
-            if text.core and not inside:
-                raise ChatRefusedError(f"the chat template leaves out {name}")
+            inside = [place for place in text.places or () if place.whole and place.lies_in(turns)]
+            if text.kind == "content" and not inside:
+                if text.places:
+                    raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
+                if text.core and text.message not in with_calls:
+                    raise ChatRefusedError(f"the chat template leaves out {name}")
             places += inside if text.core else []
-        elif any(place.meets(turn) for place in text.places for turn in turns):
+        elif any(place.meets(turn) for place in text.places or () for turn in turns):
             raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains {name}")
     return places
 
 
-def _environment(today: date) -> ImmutableSandboxedEnvironment:
-    """The environment that transformers gives to templates, except for the date."""
+def _marked_turns(marked: list[Span], answers: list[int], wanted: list[int], texts: list[MessageText]) -> list[Span]:
+    """The turns of the wanted answers among those that the template marks; one answer may be marked in several parts.
 
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
+    A part without any text belongs to the message before it or, if that is not the assistant's, to the one after it.
+    """
+    if len(wanted) == len(answers):
+        return marked
+    if len(marked) == len(answers):
+        return [marked[answers.index(i)] for i in wanted]
+    places = sorted((place.start, place.end, text.message) for text in texts for place in text.places or ())
+    turns = []
+    for start, end in marked:
+        inside = [message for a, b, message in places if a < end and start < b]
+        before = [message for _, b, message in places if b <= start][-1:]
+        after = [message for a, _, message in places if a >= end][:1]
+        owner = next((message for message in [*inside, *before, *after] if message in answers), None)
+        if owner in wanted:
+            turns.append((start, end))
+    if not turns:
+        raise ChatRefusedError(f"the chat template marks {len(marked)} turns for {len(answers)} assistant messages")
+    return turns
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.combine(today, time()).strftime(form),
-    }
-    return environment
+def _is_whole(texts: list[MessageText], written: str, turns: list[Span]) -> bool:
+    """Whether the template writes all texts of an answer, apart from space. Its thoughts may have several keys."""
+
+    def is_written(text: MessageText) -> bool:
+        if text.places is None or not text.core:
+            return True
+        inside = [place for place in text.places if place.whole and place.lies_in(turns)]
+        if text.kind == "call":
+            return bool(inside)
+        bare = "".join(text.core.split())
+        return any(
+            place.exact or "".join(written[max(0, place.end - 2 * len(text.core)) : place.end].split()).endswith(bare)
+            for place in inside
+        )
+
+    thoughts = [is_written(text) for text in texts if text.kind == "thought"]
+    return all(is_written(text) for text in texts if text.kind != "thought") and (any(thoughts) or not thoughts)
 
 
-def _parse(marked: str) -> tuple[list[tuple[str, bool]], list[tuple[int, int]]]:
-    """The pieces and turns of a rendered chat with marks, without the marks."""
-    pieces: list[tuple[str, bool]] = []
-    turns: list[tuple[int, int]] = []
-    quoted, position, start, text = False, 0, 0, ""
+def _parsed(marked: str) -> _Written:
+    """A rendered chat with marks, taken apart."""
+    spans, starts = {UNQUOTE: list[Span](), TURN_END: list[Span]()}, {UNQUOTE: 0, TURN_END: 0}
+    begins = {QUOTE: UNQUOTE, TURN_START: TURN_END}
+    pieces = []
+    size = 0
     for part in _MARKS.split(marked):
-        if part in (_QUOTE, _UNQUOTE):
-            pieces.append((text, quoted))
-            quoted, text = part == _QUOTE, ""
-        elif part == _TURN_START:
-            start = position
-        elif part == _TURN_END:
-            turns.append((start, position))
-        elif part != _BREAK:
-            text += part
-            position += len(part)
-    pieces.append((text, quoted))
-    return [piece for piece in pieces if piece[0]], turns
+        if part in begins:
+            starts[begins[part]] = size
+        elif part in spans:
+            spans[part].append((starts[part], size))
+        else:
+            pieces.append(part)
+            size += len(part)
+    text = "".join(pieces)
+    return _Written(text, spans[UNQUOTE], spans[TURN_END])
+
+
+def _pieces(text: str, quotes: list[Span]) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether it is quoted."""
+    return list(_split(text, sorted(set(quotes))))
+
+
+def _split(text: str, quotes: list[Span]) -> Iterator[tuple[str, bool]]:
+    bounds = [(0, 0), *quotes, (len(text), len(text))]
+    for (_, last), (start, end) in pairwise(bounds):
+        if last < start:
+            yield text[last:start], False
+        if start < end:
+            yield text[start:end], True

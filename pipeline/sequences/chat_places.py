@@ -7,8 +7,8 @@ the message begins and ends.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 # Code points that Unicode reserves as noncharacters.
 _BEGIN, _END, _NUMBERED = (chr(0xFDD7 + i) for i in range(3))
@@ -17,6 +17,11 @@ _MARK = re.compile(f"([{_BEGIN}{_END}])([0-9]+){_NUMBERED}")
 _SPACE = re.compile(r"\s+")
 
 Messages = list[dict[str, Any]]
+Path = tuple[str | int, ...]
+Kind = Literal["content", "thought", "call"]
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which a message has the assistant's thoughts, if they are not in its content."""
 
 
 class Place(NamedTuple):
@@ -26,6 +31,8 @@ class Place(NamedTuple):
     end: int
     whole: bool
     """Whether it has the text's end; a template may leave out the beginning, such as an earlier thought."""
+    exact: bool = False
+    """Whether it has all of the text, as marks around the text have shown."""
 
     def meets(self, turn: tuple[int, int]) -> bool:
         """Whether it overlaps the turn; an empty place does if it is strictly inside the turn."""
@@ -44,33 +51,41 @@ class MessageText(NamedTuple):
     """A text of a message (its content, or a part of it), and where it is in the rendered chat."""
 
     message: int
+    kind: Kind
+    path: Path
+    """Keys and indices that lead to the text in its message."""
+    text: str
     core: str
     """The text without surrounding space, which templates may trim."""
     places: list[Place] | None
     """None if they can't be determined."""
 
 
-def locate_texts(render: Callable[[Messages], str], messages: Messages, written: str) -> list[MessageText]:
+def locate_texts(
+    render: Callable[[Messages], str], messages: Messages, written: str, only: int | None = None
+) -> list[MessageText]:
     """The texts of a chat's messages, and where they are in the rendered chat.
 
     Args:
         render: renders messages. It may raise anything.
-        messages: the chat's messages. Their texts are in their content: a string, or parts, some of which have a text.
+        messages: the chat's messages. Their texts are in their content (a string, or parts, some of which have a text)
+            and, if they are the assistant's, in its thoughts and tool calls.
         written: the rendered messages.
+        only: index of the only message whose texts are wanted.
     """
-    search = _Search(render, messages, written)
+    search = _Search(render, messages, written, range(len(messages)) if only is None else (only,))
     for empty in (False, True):  # marks in an empty text are more likely to change the output
         search.find([i for i, text in enumerate(search.texts) if empty == (not text.core)])
     return [
-        MessageText(text.message, text.core, search.found.get(i, None if text.core else []))
+        MessageText(*text, text.core, search.found.get(i, None if text.core else []))
         for i, text in enumerate(search.texts)
     ]
 
 
 class _Text(NamedTuple):
     message: int
-    part: int | None
-    """Index of the part, if the content is in parts."""
+    kind: Kind
+    path: Path
     text: str
 
     @property
@@ -103,34 +118,63 @@ class _Text(NamedTuple):
         start -= _common(before[::-1], written[max(0, start - len(before)) : start][::-1])
         more = _common(after, written[end : end + len(after)])
         space = len(written[start:end]) - len(written[start:end].lstrip())
-        return Place(start + space, end + more, more == len(after))
+        return Place(start + space, end + more, more == len(after), (first, last) == (0, len(self.core)))
 
 
-def _texts(messages: Messages) -> list[_Text]:
-    texts = []
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, str):
-            texts.append(_Text(i, None, content))
-        for j, part in enumerate(content) if isinstance(content, list) else ():
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                texts.append(_Text(i, j, part["text"]))
-    return texts
+def _texts(messages: Messages, numbers: Iterable[int]) -> Iterator[_Text]:
+    for i in numbers:
+        message = messages[i]
+        yield from (_Text(i, "content", ("content", *path), text) for path, text in _content(message.get("content")))
+        if message["role"] == "assistant":
+            thoughts = (((key,), message.get(key)) for key in THOUGHTS)
+            yield from (_Text(i, "thought", path, t) for path, t in thoughts if isinstance(t, str) and t.strip())
+            calls = _called(message.get("tool_calls"), ("tool_calls",))
+            yield from (_Text(i, "call", path, text) for path, text in calls if text.strip())
+
+
+def read_text(message: dict[str, Any]) -> list[tuple[Path, str]]:
+    """The texts of a message that a template may look into: its content and the assistant's thoughts."""
+    thoughts = [((key,), message[key]) for key in THOUGHTS if isinstance(message.get(key), str)]
+    return [*((("content", *path), text) for path, text in _content(message.get("content"))), *thoughts]
+
+
+def _content(content: Any) -> Iterator[tuple[Path, str]]:
+    if isinstance(content, str):
+        yield (), content
+    for j, part in enumerate(content) if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            yield (j, "text"), part["text"]
+
+
+def _called(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    """The names and arguments of tool calls. The other strings in a call, such as its id, are not the assistant's."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _called(item, (*path, i))
+    elif isinstance(value, dict):
+        is_argument = "arguments" in path
+        for key, item in value.items():
+            if is_argument or key in ("function", "name", "arguments"):
+                yield from _called(item, (*path, key))
 
 
 class _Search:
     """The search for the places of a chat's texts."""
 
-    def __init__(self, render: Callable[[Messages], str], messages: Messages, written: str) -> None:
+    def __init__(
+        self, render: Callable[[Messages], str], messages: Messages, written: str, numbers: Iterable[int]
+    ) -> None:
         self._render, self._messages, self._written = render, messages, written
-        self.texts = _texts(messages)
+        self.texts = list(_texts(messages, numbers))
         self.found: dict[int, list[Place]] = {}
         """The places of each text, by its number; an empty list for a text that the template leaves out."""
 
     def find(self, numbers: list[int]) -> None:
-        """Find as many of these texts as possible: all together, grouped by role, or one by one."""
-        roles = {i: self._messages[self.texts[i].message]["role"] for i in numbers}
-        groups = [[i for i in numbers if roles[i] == role] for role in dict.fromkeys(roles.values())]
+        """Find as many of these texts as possible: all together, grouped by kind and role, or one by one."""
+        kinds = {i: (self.texts[i].kind, self._messages[self.texts[i].message]["role"]) for i in numbers}
+        groups = [[i for i in numbers if kinds[i] == kind] for kind in dict.fromkeys(kinds.values())]
         if self._mark(self._whole(numbers)) is None:
             for group in groups:
                 self._mark(self._whole(group))
@@ -225,13 +269,18 @@ class _Search:
         """The messages with some texts replaced."""
         changed = list(self._messages)
         for i, text in words.items():
-            number, part, _ = self.texts[i]
-            message = changed[number]
-            content: Any = text
-            if part is not None:
-                content = [{**p, "text": text} if j == part else p for j, p in enumerate(message["content"])]
-            changed[number] = {**message, "content": content}
+            number, _, path, _ = self.texts[i]
+            changed[number] = with_text(changed[number], path, text)
         return changed
+
+
+def with_text(value: Any, path: Path, text: str) -> Any:
+    """The message, or another tree of dicts and lists, with another text at the end of this path."""
+    if not path:
+        return text
+    changed = value.copy()
+    changed[path[0]] = with_text(value[path[0]], path[1:], text)
+    return changed
 
 
 def _next_word(text: str, start: int) -> int:

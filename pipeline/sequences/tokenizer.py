@@ -313,7 +313,7 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
     named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     quoted = special if settings.special_tokens == "text" else []
-    return ChatTemplate(source, named, quoted, settings.chat_template_date)
+    return ChatTemplate(source, named, quoted, settings.chat_template_date, special)
 
 
 def _sharing(tokens: NDArray[np.int64], ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

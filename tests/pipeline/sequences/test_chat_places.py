@@ -145,18 +145,13 @@ def test_the_space_before_an_answer_is_not_captured_if_it_is_a_separate_token(
     ids=["last words", "repeated words", "no words", "more words", "a tool's words"],
 )
 @pytest.mark.parametrize("turns", ["all", "last"])
-def test_no_other_message_is_captured_if_the_end_of_a_turn_is_not_found(
+def test_a_turn_ends_where_it_ends_also_if_the_template_adds_a_mark_at_the_end_of_the_chat(
     turns: str, chat: Chat, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    """The template writes the end of an answer only at the end of the chat."""
-    words, refused = captured(checkpoints["bytes"], ENDS_ONCE, chat, assistant_turns=turns)
-    assert not words
+    assert captured(checkpoints["bytes"], ENDS_ONCE, chat, assistant_turns=turns) == ("Saturn.<|im_end|>", "")
     number = [message["role"] for message in chat].index("assistant") + 1
-    assert (
-        refused
-        == f"the assistant's turn, as the chat template writes it, also contains message {number} (counting from 0)"
-    )
-    assert captured(checkpoints["bytes"], ENDS_ONCE, chat[:number])[0].startswith("Saturn.<|im_end|>")
+    words = "Saturn.<|im_end|>\n<|endoftext|>"
+    assert captured(checkpoints["bytes"], ENDS_ONCE, chat[:number], assistant_turns=turns) == (words, "")
     assert captured(checkpoints["bytes"], CHATML, chat) == ("Saturn.<|im_end|>", "")
 
 
@@ -171,10 +166,12 @@ SPELLED = "{% for part in m.content %}{{ part.text }}{% endfor %}"
         SPELLED.replace("{{ part.text }}", "{% if part.type == 'text' %}{{ part.text }}{% endif %}"),
     ],
 )
-def test_answers_that_the_template_leaves_out_are_rejected(part: str, checkpoints: dict[str, Checkpoint]) -> None:
+def test_a_template_that_wants_content_in_parts_gets_it_in_parts(part: str, checkpoints: dict[str, Checkpoint]) -> None:
     template = loop("Q: " + part, "A: {% generation %}" + part + "<|im_end|>{% endgeneration %}")
-    words, refused = captured(checkpoints["bytes"], template, [user("Name a planet."), says("Saturn.")])
-    assert (words, refused) == ("", "the chat template leaves out message 1 (counting from 0)")
+    for source in (template, template.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        chat = [user("Name a planet."), says("Saturn."), user("Another?"), says("Mars.")]
+        words, refused = captured(checkpoints["bytes"], source, chat)
+        assert (words.replace(" ", ""), refused) == ("Saturn.<|im_end|>Mars.<|im_end|>", "")
     parts = [says([{"type": "text", "text": "Saturn. "}, {"type": "text", "text": "Mars."}])]
     assert captured(checkpoints["bytes"], template, parts) == ("Saturn. Mars.<|im_end|>", "")
 

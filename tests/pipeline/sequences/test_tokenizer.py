@@ -205,14 +205,16 @@ def test_every_turn_or_the_last_is_captured(
     assert last[0]["key"] != every[0]["key"], "another mask is another row"
 
 
-def test_a_chat_whose_turns_can_not_be_counted_is_rejected(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_last_answer_is_captured_also_if_the_template_marks_it_in_parts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     folder = shutil.copytree(checkpoint.folder, tmp_path / "parts")
     parts = MARKED.replace("{{ m['content'] }}!", "{{ m['content'] }}{% endgeneration %}{% generation %}!")
     (folder / "chat_template.jinja").write_text(parts)
     teacher = Checkpoint.find(TeacherConfig(model=str(folder)))
     assert captured(teacher, tmp_path, {"messages": CHAT})[1] == ["First.!Second.!"]
-    _, _, rejects = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
-    assert rejects == [Reject("0", "the chat template writes 4 turns for 2 assistant messages")]
+    _, texts, rejects = captured(teacher, tmp_path, {"messages": CHAT}, assistant_turns="last")
+    assert (texts, rejects) == (["Second.!"], [])
 
 
 def test_each_capture_rule_has_a_name() -> None:
