@@ -53,6 +53,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def printable(text: str) -> str:
+    """The text for a terminal: what is not printable, such as a control character, as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def short(count: int) -> str:
     """A count in three significant digits, such as 135M."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -4,8 +4,19 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
+from rich.text import Text
 
-from softlabel.flows.console import bytes_of, console, count, duration, facts, short, table_of, try_next
+from softlabel.flows.console import (
+    bytes_of,
+    console,
+    count,
+    duration,
+    facts,
+    printable,
+    short,
+    table_of,
+    try_next,
+)
 from softlabel.flows.table_display import (
     show_history,
     show_inspect,
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
     from softlabel.flows.deploy import DeployReport
     from softlabel.pipeline.capturing.capture import CaptureReport
     from softlabel.pipeline.distillation import DistillReport
-    from softlabel.pipeline.estimation.estimate import Estimate
+    from softlabel.pipeline.estimation.estimate import Estimate, Preview
     from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
     from softlabel.pipeline.evaluation.report import EvaluationReport
     from softlabel.pipeline.training.train import TrainReport
@@ -33,7 +44,10 @@ def show_capture(report: "CaptureReport") -> None:
 
 
 def show_estimate(report: "Estimate") -> None:
-    """The size and time of a capture, and what other selections would cost and keep."""
+    """What the teacher would read, the size and time of a capture, and what other selections would cost and keep."""
+    for preview in report.previews:
+        _show_preview(preview)
+    _partial_answers(report.answers, report.partial_answers)
     if not report.pending:
         console.print(f"the table already holds all {count(report.documents, 'document')}: a capture would add nothing")
         return
@@ -152,8 +166,47 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(f"{count(report.repeated, 'document')} left out: another one has the same content")
     if report.taken_down:
         console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
+    if report.replaced:
+        console.print(
+            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier version had captured the wrong words"
+        )
+    _partial_answers(report.answers, report.partial_answers)
     if report.rejects:
         console.print(f"[yellow]{count(report.rejects, 'document')} can't be used[/]: see {report.rejects_file}")
+
+
+def _show_preview(preview: "Preview") -> None:
+    """A sequence as the teacher will read it, with the captured tokens between brackets."""
+    console.print(Text.assemble(("document ", "dim"), printable(preview.document_id), (": captured is ⟦so⟧", "dim")))
+    shown = Text()
+    for i, segment in enumerate(preview.segments[:_SEGMENTS]):
+        lines = _shortened(segment.text).split("\n")
+        text = "\n".join(printable(line).replace("⟦", "\\u27e6").replace("⟧", "\\u27e7") for line in lines)
+        shown.append(f"⟦{text}⟧" if segment.captured else text, style="bold green" if segment.captured else "")
+        if i == _SEGMENTS - 1 < len(preview.segments) - 1:
+            shown.append(" ...")
+    for line in shown.split("\n", allow_blank=True):
+        console.print(Text("  | ", style="dim") + line)
+
+
+_SEGMENTS = 12
+"""Segments of a sequence that are shown ..."""
+_LONGEST = 400
+"""... and characters of a segment."""
+
+
+def _shortened(text: str) -> str:
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+def _partial_answers(answers: int, partial: int) -> None:
+    if partial:
+        was = "was" if partial == 1 else "were"
+        console.print(
+            f"[yellow]{partial:,} of {count(answers, 'answer')} {was} not written whole[/]: the chat template leaves"
+            " out thoughts, tool calls, or content beside a tool call"
+        )
 
 
 def _copied(sequences: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from softlabel.storage.errors import ProvenanceError
 
@@ -41,6 +41,16 @@ class TokenizerIdentity(_Part):
     chat_template: str | None
     """SHA-256 of the chat template; None without one."""
     chat_template_date: date
+    chat_template_kwargs: str | None = None
+    """Further values for the chat template, as a JSON object with sorted keys; None without any."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_if_without_kwargs(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the field if it is None, as in the identities of tables that are older than it."""
+        fields: dict[str, Any] = serialize(self)
+        if self.chat_template_kwargs is None:
+            del fields["chat_template_kwargs"]
+        return fields
 
 
 class SelectionIdentity(_Part):

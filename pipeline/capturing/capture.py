@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
+from softlabel.pipeline.capturing.masks import replace_rows
 from softlabel.pipeline.capturing.plan import CapturePlan, plan
 from softlabel.pipeline.capturing.steps import StepDecorator, undecorated
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -48,6 +49,13 @@ class CaptureReport:
     seconds: float
     repeated: int = 0
     """Documents without an id that were left out because another one has the same content."""
+    answers: int = 0
+    """Answers of the assistant in the chats that were tokenized, ..."""
+    partial_answers: int = 0
+    """... and how many of them the chat template does not write whole: it leaves out a thought, a tool call, or content
+    beside a tool call."""
+    replaced: int = 0
+    """Rows that an older version of this program had stored with a wrong mask, and that were removed."""
 
 
 def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated) -> CaptureReport:
@@ -78,16 +86,22 @@ def carry_out(
     else:
         watch(Progress("capture", 0, 0, "positions"))
     if todo.is_empty:
-        return _summarize(job.table, todo, (), (), todo.seconds)
+        return _summarize(job.table, todo, (), (), 0, todo.seconds)
     # Imported here: torch takes seconds, and a capture that finds nothing to do never needs it.
     from softlabel.pipeline.capturing.run_plan import run_plan
 
     commits, copies = run_plan(job, todo, watch, decorate)
-    return _summarize(job.table, todo, commits, copies, todo.seconds + time.monotonic() - started)
+    replaced = 0 if todo.reread is None else replace_rows(job, todo.reread)
+    return _summarize(job.table, todo, commits, copies, replaced, todo.seconds + time.monotonic() - started)
 
 
 def _summarize(
-    table: str, todo: CapturePlan, commits: Sequence[Commit], copies: Sequence[Commit], seconds: float
+    table: str,
+    todo: CapturePlan,
+    commits: Sequence[Commit],
+    copies: Sequence[Commit],
+    replaced: int,
+    seconds: float,
 ) -> CaptureReport:
     """The report on a plan and the commits that carried it out."""
     return CaptureReport(
@@ -105,4 +119,7 @@ def _summarize(
         bytes=sum(commit.bytes for commit in (*commits, *copies)),
         seconds=seconds,
         repeated=todo.repeated,
+        answers=todo.answers,
+        partial_answers=todo.partial_answers,
+        replaced=replaced,
     )

@@ -78,6 +78,7 @@ def _identity(config: CaptureConfig, checkpoint: Checkpoint, read: _Read) -> Ide
             files=tokenizer_hash(checkpoint.folder),
             chat_template=read.chat_template,
             chat_template_date=config.sequences.chat_template_date,
+            chat_template_kwargs=config.sequences.chat_template_kwargs,
         ),
         vocabulary=read.vocabulary,
         padded_vocabulary=read.padded_vocabulary,

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.job import CaptureJob
+from softlabel.pipeline.capturing.masks import Reread, are_current
 from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
 from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -62,10 +63,17 @@ class CapturePlan:
     seconds: float
     """Time that planning took."""
 
+    answers: int = 0
+    """Answers of the assistant in the chats that were tokenized, ..."""
+    partial_answers: int = 0
+    """... and how many of them the chat template does not write whole."""
+    reread: Path | None = None
+    """What all documents have now, if the table's masks may be wrong; for ``masks.replace_rows``."""
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.shards and not self.copies
+        return not self.shards and not self.copies and self.reread is None
 
 
 def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan:
@@ -94,7 +102,10 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan
     found = unchanged = repeated = 0
     for batch in known.permitted(documents):
         changed = known.changed(batch.documents)
-        sequences, refused = sequencer.sequences(changed, config.shards.eval_fraction)
+        to_read = batch.documents if known.reread else changed
+        sequences, refused = sequencer.sequences(to_read, config.shards.eval_fraction)
+        if known.reread:
+            known.reread.add(to_read, sequences)
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
             advice = "; or leave out strict, so that such documents are skipped and listed"
@@ -130,6 +141,9 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan
         rejects_file=rejects.publish(place_of(config.table)),
         folder=folder,
         seconds=time.monotonic() - started,
+        answers=sequencer.answers,
+        partial_answers=sequencer.partial_answers,
+        reread=None if known.reread is None else known.reread.save(folder / "reread.npz"),
     )
 
 
@@ -144,6 +158,8 @@ class Known:
         self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
         self.taken_down = 0
         """Documents that ``permitted`` has left out."""
+        self.reread: Reread | None = None
+        """Where the plan notes what all documents have now, if the table's masks may be wrong."""
         self._copies = (
             job.identity.classes is None
         )  # a classifier's row holds its document's label, so it is not copied
@@ -152,6 +168,8 @@ class Known:
         table = Table.open(job.table)
         table.identity.require(job.identity, job.table)
         table.require_carried(carried)
+        if job.settings.columns.content != "text" and not are_current(table):
+            self.reread = Reread()
         columns = ["document_id", "chunk", "key", "fingerprint", "chunks"]
         parts = [_compact(rows) for shard in table.shards() for rows in outline(table, shard, columns)]
         if parts:

@@ -32,12 +32,28 @@ class Sequencer:
     def __init__(self, job: CaptureJob) -> None:
         self._job = job
         self._whole: WholeDocuments | None = None
+        self._tokenizer: DocumentTokenizer | None = None
         self._cut: _Cut | None = None if job.presumed else self._load()
 
     @property
     def truncated(self) -> int:
         """Number of documents truncated so far to the longest sequence that a classifier reads."""
         return 0 if self._whole is None else self._whole.truncated
+
+    @property
+    def answers(self) -> int:
+        """Number of answers in chats so far; see ``DocumentTokenizer``."""
+        return 0 if self._tokenizer is None else self._tokenizer.answers
+
+    @property
+    def partial_answers(self) -> int:
+        """Number of these that the chat template does not write whole."""
+        return 0 if self._tokenizer is None else self._tokenizer.partial_answers
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+        backend = self._job.checkpoint.tokenizer.backend_tokenizer
+        return str(backend.decode(ids, skip_special_tokens=False))
 
     def sequences(self, documents: pa.Table, eval_fraction: float) -> tuple[pa.Table, list[Reject]]:
         """Rows of ``storage.schema.SEQUENCE`` and the carried columns, and rejects for documents without a row.
@@ -62,5 +78,5 @@ class Sequencer:
         if self._job.identity.classes is not None:
             self._whole = WholeDocuments(checkpoint, settings.sequences)
             return self._whole.sequences
-        tokenizer = DocumentTokenizer(checkpoint, settings.sequences, settings.columns.content)
+        self._tokenizer = tokenizer = DocumentTokenizer(checkpoint, settings.sequences, settings.columns.content)
         return lambda documents, fraction: to_sequences(documents, tokenizer, settings.sequences, fraction)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.copies import still_pending
 from softlabel.pipeline.capturing.job import CaptureJob
+from softlabel.pipeline.capturing.masks import about_masks
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.select import NotADistributionError, select
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
@@ -73,6 +74,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
         batches = chain(first, batches)
     table = Table.open(job.table)
     table.identity.require(job.identity, job.table)  # another capture may have created it meanwhile
+    masks = about_masks(job, table)
     # Encoding and writing overlap with the teacher's next batch; both release the interpreter's lock.
     with ShardWriter(table, job.settings.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
         written: Future[None] = io.submit(lambda: None)
@@ -82,7 +84,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
                 details["bytes per position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
-        return writer.commit({"operation": "capture", **_history_entry(job, teacher)})
+        return writer.commit({"operation": "capture", **_history_entry(job, teacher), **masks})
 
 
 def _positions(sequences: pa.Table) -> int:

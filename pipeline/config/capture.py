@@ -1,8 +1,9 @@
 """Settings of a capture: documents, teacher, sequences, selection and shards."""
 
+import json
 from datetime import date
 from pkgutil import resolve_name
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
@@ -28,7 +29,9 @@ class ColumnsConfig(Settings):
     text: str = "text"
     """Column with plain text."""
     messages: str | None = None
-    """Column with a chat, as a list of {role, content} messages; replaces the text column."""
+    """Column with a chat, as a list of {role, content} or {from, value} messages; replaces the text column."""
+    tools: str | None = None
+    """Column with the tools that the assistant can call in a chat, as a list of objects or as JSON."""
     prompt: str | None = None
     """Column with a prompt, as text or as messages of a chat; needs completion. The two replace the text column."""
     completion: str | None = None
@@ -49,6 +52,8 @@ class ColumnsConfig(Settings):
             raise ValueError("prompt and completion must be given together")
         if self.prompt is not None and self.messages is not None:
             raise ValueError("messages can't be combined with prompt and completion; give one or the other")
+        if self.tools is not None and self.content == "text" and self.gives_content:
+            raise ValueError("tools belong to chats; give messages, or prompt and completion, or leave tools out")
         if repeated := [name for i, name in enumerate(self.carry) if name in self.carry[:i]]:
             raise ValueError(f"carry lists a column more than once: {', '.join(dict.fromkeys(repeated))}")
         return self
@@ -67,6 +72,7 @@ class ColumnsConfig(Settings):
     def contents(self) -> dict[str, str]:
         """Names of the columns with the documents' content, by setting."""
         names = {"text": ("text",), "chat": ("messages",), "completion": ("prompt", "completion")}[self.content]
+        names += ("tools",) if self.tools else ()
         return {name: getattr(self, name) for name in names}
 
 
@@ -142,6 +148,24 @@ class SequencesConfig(Settings):
     chat_template_date: date = date(2026, 1, 1)
     """Date that chat templates use as today's. It is fixed so that the same chat gives the same tokens every
     day."""
+    chat_template_kwargs: str | None = None
+    """Further values for the chat template, as a JSON object, such as {"enable_thinking": false}."""
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _kwargs_are_an_object(cls, given: Any) -> Any:
+        try:
+            kwargs = json.loads(given) if isinstance(given, str) else given
+            text = json.dumps(kwargs, sort_keys=True, ensure_ascii=False)
+        except (ValueError, TypeError):
+            kwargs, text = "", ""
+        if kwargs is None:
+            return None
+        if not isinstance(kwargs, dict):
+            raise ValueError('chat_template_kwargs must be a JSON object, such as {"enable_thinking": false}')
+        if taken := {"messages", "tools", "add_generation_prompt"}.intersection(kwargs):
+            raise ValueError(f"chat_template_kwargs can't set {', '.join(sorted(taken))}, which each chat sets itself")
+        return text if kwargs else None
 
     @model_validator(mode="after")
     def _chunks_advance(self) -> Self:
@@ -232,10 +256,15 @@ class CaptureConfig(Settings):
         return self.documents if isinstance(self.documents, str) else ", ".join(self.documents)
 
     @model_validator(mode="after")
-    def _assistant_turns_need_chats(self) -> Self:
+    def _settings_of_chats_need_chats(self) -> Self:
         of_chats = self.columns.content == "chat" or not self.columns.gives_content
         if self.sequences.assistant_turns == "last" and not of_chats:
             raise ValueError(
                 "sequences.assistant_turns applies only to chats; give columns.messages, or leave assistant_turns out"
+            )
+        if self.sequences.chat_template_kwargs and self.columns.content == "text" and self.columns.gives_content:
+            raise ValueError(
+                "sequences.chat_template_kwargs applies only to chats; give columns.messages, or columns.prompt and"
+                " columns.completion, or leave it out"
             )
         return self

@@ -104,6 +104,7 @@ def _sequences(identity: Identity) -> dict[str, Any]:
         **of_tokens,
         "sequences.assistant_turns": TURNS.get(sequences.mask),
         "sequences.special_tokens": sequences.special_tokens,
+        "sequences.chat_template_kwargs": identity.tokenizer.chat_template_kwargs,
         "sequences.chat_template_date": identity.tokenizer.chat_template_date,
     }
 

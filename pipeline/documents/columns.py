@@ -146,34 +146,64 @@ def label_of(value: Any) -> str | None:
     return _string(value, "label")
 
 
-def _chat(value: Any) -> str:
-    """The messages of a chat, as JSON."""
-    if isinstance(value, str | bytes):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise UnfitError(
-                "the chat is neither a list of messages in valid UTF-8 nor a string of valid JSON"
-            ) from None
-        except RecursionError:
-            raise UnfitError(_TOO_DEEP) from None
-    return _json(_messages(value, "chat"))
+def _chat(value: Any, tools: Any = None) -> str:
+    """The messages of a chat, as JSON; if it has tools, {messages, tools}."""
+    messages, tools = _messages(_parsed(value, "chat"), "chat"), _tools(tools)
+    return _json({"messages": messages, "tools": tools} if tools else messages)
 
 
-def _completion(prompt: Any, completion: Any) -> str:
-    """A prompt (which may be empty) and its completion, as JSON: two texts, or two lists of messages of one chat."""
-    parts = {"prompt": prompt, "completion": completion}
+def _completion(prompt: Any, completion: Any, tools: Any = None) -> str:
+    """A prompt (which may be empty) and its completion, as JSON: two texts, or two lists of messages of one chat, which
+    may have tools."""
+    parts, tools = {"prompt": prompt, "completion": completion}, _tools(tools)
+    more = {"tools": tools} if tools else {}
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _json({what: _messages(value, what) for what, value in parts.items()})
+        return _json({what: _messages(value, what) for what, value in parts.items()} | more)
     for what, value in parts.items():
         parts[what] = _string(value, what)
+    if tools:
+        raise UnfitError("there are tools, but the prompt is a text; only the messages of a chat can have tools")
     if not parts["completion"].strip():
         raise UnfitError("the completion is empty")
     return _json(parts)
 
 
+def _parsed(value: Any, what: str) -> Any:
+    """The value of JSON, or a value that is none."""
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        kind = "a list of messages" if what == "chat" else "a list of objects"
+        raise UnfitError(f"the {what} is neither {kind} in valid UTF-8 nor a string of valid JSON") from None
+    except RecursionError:
+        raise UnfitError(_TOO_DEEP) from None
+
+
+def _tools(value: Any) -> list[Any]:
+    """The tools of a chat, each an object; in a list, each may be JSON."""
+    tools = _parsed(value, "column of tools")
+    tools = [] if tools is None else tools
+    tools = [_parsed(tool, "tool") for tool in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UnfitError("the tools must be a list of objects")
+    return tools
+
+
 CONTENTS: dict[str, Callable[..., str]] = {"text": _text, "chat": _chat, "completion": _completion}
 """For each kind of content, the function that makes it from the values of its columns."""
+
+
+def without_nulls(values: Sequence[Any]) -> list[Any]:
+    """Values without the keys of objects that are null: in Parquet, all objects of a column have all their keys."""
+    return [_without_nulls(value) for value in values]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _json(value: Any) -> str:
@@ -203,12 +233,19 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(value)]
 
 
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function": "tool"}
+"""Names of roles in {from, value} messages that templates know under another name."""
+
+
 def _message(i: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnfitError(f"message {i} (counting from 0) is not an object")
     message = {key: field for key, field in value.items() if field is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        sender = message.pop("from")
+        message = {"role": _SHAREGPT.get(sender, sender), "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
         raise UnfitError(f"message {i} (counting from 0) has no role")
-    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+    if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
         raise UnfitError(f"message {i} (counting from 0) has neither text content nor tool calls")
     return message

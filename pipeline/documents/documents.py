@@ -26,6 +26,7 @@ from softlabel.pipeline.documents.columns import (
     encoded,
     id_of,
     label_of,
+    without_nulls,
 )
 from softlabel.pipeline.documents.readers import find
 from softlabel.pipeline.documents.reading import Piece
@@ -148,7 +149,8 @@ class Documents:
     def _checked(self, piece: Piece) -> DocumentBatch:
         """The usable records as a table, and the rest as rejects."""
         c, values, names = self._columns, piece.values, list(piece.places)
-        contents = zip(*(values[name] for name in c.contents.values()), strict=True)
+        clean = without_nulls if piece.padded else list
+        contents = zip(*(clean(values[name]) for name in c.contents.values()), strict=True)
         labels = values[c.label] if c.label else [None] * len(names)
         columns = {field: carried(values[field.name], field.type) for field in self.carried}
         misfits = {i: field for field, (_, unfit) in columns.items() for i in unfit}

@@ -28,6 +28,8 @@ class Piece(NamedTuple):
     """The values of each column."""
     unreadable: dict[int, str]
     """By index, why a record can't be read; its values are None."""
+    padded: bool = False
+    """Whether an object has null for the keys that only other objects of its column have."""
 
     @classmethod
     def empty(cls, columns: list[str]) -> "Piece":

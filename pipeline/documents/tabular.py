@@ -209,7 +209,7 @@ def _with_bytes(kind: pa.DataType) -> pa.DataType:
 
 def _pieces_of(batches: Iterable[pa.RecordBatch], file: File, columns: list[str]) -> Iterator[Piece]:
     """The rows of a file, gathered into pieces by their decoded size."""
-    piece, held, number = Piece.empty(columns), 0.0, 1
+    piece, held, number = _empty(columns), 0.0, 1
     for batch in batches:
         ends = np.cumsum(_row_bytes(batch))
         start = 0
@@ -225,8 +225,12 @@ def _pieces_of(batches: Iterable[pa.RecordBatch], file: File, columns: list[str]
             start, number = stop, number + len(part)
             if start < len(batch) or len(piece.places) == PIECE_ROWS or held >= PIECE_BYTES:
                 yield piece
-                piece, held = Piece.empty(columns), 0.0
+                piece, held = _empty(columns), 0.0
     yield piece
+
+
+def _empty(columns: list[str]) -> Piece:
+    return Piece.empty(columns)._replace(padded=True)
 
 
 def _row_bytes(batch: pa.RecordBatch) -> NDArray[np.float64]:

@@ -7,9 +7,12 @@ capture would, by several selections, into a folder that is then deleted. Nothin
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
@@ -43,6 +46,10 @@ ALTERNATIVES = {
 """Selections that are shown next to the requested one; "50 draws" is that of RS-KD (arXiv 2503.16870)."""
 
 
+PREVIEWS = 3
+"""Sequences that are shown as the teacher will read them."""
+
+
 @dataclass(frozen=True)
 class SelectionEstimate:
     """What one selection would cost and preserve, on average over the positions."""
@@ -74,6 +81,22 @@ class Seconds:
     """Running the teacher, selection included."""
     copy: float = 0.0
     """Copying soft labels to further documents."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of a sequence."""
+
+    text: str
+    captured: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A sequence as the teacher will read it."""
+
+    document_id: str
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,13 @@ class Estimate:
     """Sequences that another document has too, copied from there."""
     bytes: int = 0
     """Bytes of all new rows. Copies of the same text in one row group are compressed together, and take less."""
+    answers: int = 0
+    """Answers of the assistant in the chats that were tokenized, ..."""
+    partial_answers: int = 0
+    """... and how many of them the chat template does not write whole: it leaves out a thought, a tool call, or content
+    beside a tool call."""
+    previews: tuple[Preview, ...] = ()
+    """A few of the sequences; which of their tokens would be captured."""
     selections: tuple[SelectionEstimate, ...] = ()
     """The requested selection first, then the alternatives."""
 
@@ -146,6 +176,9 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             seconds=Seconds(sample.seconds),
             gpu=config.gpu,
             gpu_utilization=config.gpu_utilization,
+            answers=sequencer.answers,
+            partial_answers=sequencer.partial_answers,
+            previews=_previews(sample.sequences.rows, sequencer),
         )
         if not len(sample.sequences.rows):
             return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, job.table))
@@ -185,6 +218,20 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         bytes=estimates[0].bytes,
         selections=tuple(estimates),
     )
+
+
+def _previews(rows: pa.Table, sequencer: Sequencer) -> tuple[Preview, ...]:
+    """The first sequences of a few documents."""
+    first = rows.filter(pc.equal(rows.column("chunk"), 0)).slice(0, PREVIEWS)
+    return tuple(
+        Preview(row["document_id"], tuple(_segments(row["token_ids"], row["loss_mask"], sequencer)))
+        for row in first.select(["document_id", "token_ids", "loss_mask"]).to_pylist()
+    )
+
+
+def _segments(ids: list[int], mask: list[bool], sequencer: Sequencer) -> Iterator[Segment]:
+    for captured, tokens in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        yield Segment(sequencer.decode([i for i, _ in tokens]), captured)
 
 
 def _require_model(teacher: TeacherConfig) -> None:

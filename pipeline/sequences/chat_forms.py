@@ -142,7 +142,8 @@ class ChatForms:
         for text in (STAND_IN, ""):  # a template that writes no calls still may need content
             for content in (_ABSENT, None, ""):
                 for written, with_empty in zip(self._calls(arguments, content), empty, strict=True):
-                    if written and text in written and written.count("None") <= with_empty.count("None"):
+                    nulls = [(written.count(null), with_empty.count(null)) for null in ("None", "null")]
+                    if written and text in written and all(found <= expected for found, expected in nulls):
                         return content
         return _ABSENT
 

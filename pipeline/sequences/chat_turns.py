@@ -148,7 +148,8 @@ class TurnFinder:
             return last + len(gap.rstrip())
         end = turn.end_as_last()
         if end.strip() and gap.startswith(end):
-            return last + len(end)
+            more = 0 if self._end.strip() else self._leading_mark(gap[len(end) :])
+            return last + len(end) + more
         next_role = turn.messages[turn.i + 1]["role"]
         if not gap.strip() and next_role == "assistant":
             return last + space

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,11 @@ class DocumentTokenizer:
         self._added = self._backend.get_added_tokens_decoder()
         self._greedy = {i for i, token in self._added.items() if token.lstrip or token.rstrip}
         self._content = content
+        self.answers = 0
+        """Number of answers in chats that were to be captured so far, without those of refused chats."""
+        self.partial_answers = 0
+        """Number of these that the chat template does not write whole: it leaves out a thought, a tool call, or content
+        beside a tool call."""
         if content == "chat":
             _ = self._template
         if settings.max_tokens <= len(self.prefix) + settings.context:
@@ -222,7 +227,11 @@ class DocumentTokenizer:
             return _Row([], wanted[:0], "the tokenizer has no tokens for the text to capture")
         if (_sharing(tokens, [(place.start, place.end) for place in chat.others]) & wanted).any():
             return _Row([], wanted[:0], "a token covers text of both the assistant and another message")
-        return self._readable(_Row(ids, wanted))
+        row = self._readable(_Row(ids, wanted))
+        if row.refused is None:
+            self.answers += len(chat.whole)
+            self.partial_answers += chat.whole.count(False)
+        return row
 
     def _bare(self, token: int, text: str, start: int, end: int) -> tuple[int, int]:
         """Character range of a token, without the surrounding space that some special tokens include."""
@@ -310,9 +319,12 @@ def _chat_template(checkpoint: Checkpoint, settings: SequencesConfig) -> ChatTem
             where=checkpoint.folder,
             do="use an instruct model, or plain text with columns.text",
         ) from None
-    named = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    named: dict[str, Any] = {
+        name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     quoted = special if settings.special_tokens == "text" else []
+    named |= json.loads(settings.chat_template_kwargs or "{}")
     return ChatTemplate(source, named, quoted, settings.chat_template_date, special)
 
 

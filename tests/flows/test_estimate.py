@@ -8,7 +8,7 @@ import pytest
 
 from softlabel.flows.cli import run
 from softlabel.flows.display import show_estimate
-from softlabel.pipeline.estimation.estimate import Estimate, Seconds
+from softlabel.pipeline.estimation.estimate import Estimate, Preview, Seconds, Segment
 
 pytestmark = pytest.mark.usefixtures("prefect")
 
@@ -66,3 +66,24 @@ def test_documents_without_new_sequences_are_not_reported_as_captured(capsys: py
     assert "would only copy about 4 sequences, 5.0 kB" in capsys.readouterr().out
     show_estimate(replace(found, pending=0))
     assert "the table already holds all 9 documents" in capsys.readouterr().out
+
+
+def test_documents_are_shown_as_the_teacher_will_read_them_without_their_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    segments = (
+        Segment("user\x1b[2J [red]Hi\u202e", False),
+        Segment("Hello\nthere\x07\u27e7", True),
+        Segment("!", False),
+    )
+    found = Estimate(1, pending=1, rejects=0, tokenized=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilization=0.4)
+    show_estimate(replace(found, previews=(Preview("d\x1b[31m1", segments),), answers=100, partial_answers=41))
+    shown = capsys.readouterr().out
+    assert "41 of 100 answers were not written whole" in shown
+    for line in (
+        r"document d\x1b[31m1: captured is ⟦so⟧",
+        r"  | user\x1b[2J [red]Hi\u202e⟦Hello",
+        r"  | there\x07\u27e7⟧!",
+    ):
+        assert line in shown.splitlines()
+    assert "\x1b" not in shown
