@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
+from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.identity import circumstances
 from softlabel.storage.reader import outline
-from softlabel.storage.state import COMMIT_MESSAGE
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite import rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting
@@ -52,8 +52,8 @@ class Reread:
     def save(self, path: Path) -> Path:
         """Write all to a file for ``replace_rows``."""
         with path.open("wb") as file:
-            parts = {"names": self._names, "versions": self._versions, "rows": self._rows}
-            np.savez(file, **{name: np.concatenate(each) for name, each in parts.items()})
+            names, versions, rows = map(np.concatenate, (self._names, self._versions, self._rows))
+            np.savez(file, names=names, versions=versions, rows=rows)
         return path
 
 
