@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from softlabel.pipeline.capturing.identity import identify
 from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, SequencesConfig, TeacherConfig
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.models.checkpoint import Checkpoint
@@ -276,7 +277,9 @@ def test_values_for_the_template_change_what_is_written_and_the_identity(tiny_te
     tokenizers = [DocumentTokenizer(checkpoint, settings, "chat") for settings in (plain, told)]
     texts = [checkpoint.tokenizer.decode(each.encode([json.dumps(PAIR)])[0].ids) for each in tokenizers]
     assert ["<think></think>Saturn" in text for text in texts] == [False, True]
-    before, after = (each.identity for each in tokenizers)
+    base = {"documents": "x", "table": "t", "teacher": {"model": str(tiny_teacher)}, "columns": {"messages": "m"}}
+    configs = [CaptureConfig.model_validate({**base, "sequences": each.model_dump()}) for each in (plain, told)]
+    before, after = (identify(config, checkpoint).tokenizer for config in configs)
     assert before != after
     stored = before.model_dump_json()
     assert "kwargs" not in stored, "the identities of older tables keep their bytes"
