@@ -37,8 +37,8 @@ def run(teacher: Path, documents: Path, table: Path) -> CaptureReport:
 
 def rows(table: Path) -> dict[str, list[dict[str, object]]]:
     opened, found = Table.open(str(table)), dict[str, list[dict[str, object]]]()
-    for shard in opened.shards():
-        for row in read(opened, shard).to_pylist():
+    for each in opened.shards():
+        for row in read(opened, each).to_pylist():
             found.setdefault(row["document_id"], []).append(row)
     return found
 
