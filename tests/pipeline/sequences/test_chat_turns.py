@@ -297,6 +297,7 @@ def test_values_for_the_template_must_be_an_object_of_other_names(given: str) ->
                 "documents": "x",
                 "table": "t",
                 "teacher": {"model": "m"},
+                "columns": {"text": "text"},
                 "sequences": {"chat_template_kwargs": '{"a": 1}'},
             }
         )
