@@ -103,7 +103,7 @@ def test_a_longer_capture_is_refused_and_a_table_that_has_one_gets_a_warning(
     with pytest.raises(UsageError, match="of at most 2048"):
         estimate(EstimateConfig(**config.model_dump()))
     with monkeypatch.context() as earlier:
-        earlier.setattr("softlabel.pipeline.models.context_length.require_trained_positions", lambda *_, **__: None)
+        earlier.setattr("softlabel.pipeline.capturing.job.require_trained_positions", lambda *_, **__: None)
         capture(config)
     documents.write_text('{"id": 2, "text": "Saturn has rings."}\n')
     with pytest.warns(UserWarning, match="of at most 2048"):

@@ -20,6 +20,7 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, tokenizer_files
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import StudentError
+from tests.conftest import ROOT
 from tests.pipeline.building import built
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import settings
@@ -207,7 +208,7 @@ def test_a_student_whose_kind_of_model_has_rules_of_its_own_is_refused_before_ca
     with pytest.raises(StudentError, match=r"(?s)would split text differently.*model_type qwen2"):
         distill_in_stages(
             DistillConfig(
-                documents="nowhere.parquet",
+                documents=str(ROOT / "README.md"),
                 table=str(tmp_path / "new"),
                 teacher={"model": str(tiny_teacher)},
                 student=student,
