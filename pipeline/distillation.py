@@ -8,7 +8,7 @@ from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.config.train import VERSION, TrainConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.evaluation.report import EvaluationReport
@@ -64,5 +64,8 @@ def distill_in_stages(
         objective.require_loss(settings)
         require_trackers(settings.optimizer)
     captured = capture(config.capture())
+    if VERSION in config.output:
+        output = config.output.replace(VERSION, str(captured.version))
+        config = config.model_copy(update={"output": output, "table": f"{captured.table}@{captured.version}"})
     trained = {name: train(settings) for name, settings in config.train().items()}
     return DistillReport(captured, trained, evaluate(config.evaluate()))

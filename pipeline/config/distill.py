@@ -14,7 +14,8 @@ class DistillConfig(CaptureConfig):
     """Capture, train and evaluate in one run."""
 
     output: Location
-    """Folder for the student (student/), the control (control/) and the report (report/)."""
+    """Folder for the student (student/), the control (control/) and the report (report/). {version} in it stands for
+    the table's version after the capture, so that each version gets students of its own."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()

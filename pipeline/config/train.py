@@ -222,13 +222,18 @@ class StreamConfig(Settings):
     """Seed for the order of the sequences."""
 
 
+VERSION = "{version}"
+"""What stands for the table's version in the name of an output folder."""
+
+
 class TrainConfig(Settings):
     """Train a student from a table."""
 
     table: Location
     """Folder of the table; TABLE@12 opens version 12."""
     output: Location
-    """Folder to write the student to."""
+    """Folder to write the student to. {version} in it stands for the table's version, as in students/{version}, so
+    that each version of a growing table gets a student of its own."""
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from softlabel.pipeline.config.train import TrainConfig
+from softlabel.pipeline.config.train import VERSION, TrainConfig
 from softlabel.pipeline.exclusive import lock_output
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Watch, unwatched
@@ -85,6 +85,7 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
         WorkerError: if one of several processes died.
         KeyboardInterrupt, SystemExit: on Ctrl-C or SIGTERM, after the current step is done and saved; see ``signals``.
     """
+    config = _of_version(config)
     folder = _folder(config)
     with stop_on_signals(folder) as stop:
         processes = to_start(config.optimizer)
@@ -104,6 +105,15 @@ def train_here(config: TrainConfig, watch: Watch, stop: Stop) -> TrainReport:
     ranks = PartialState(cpu=on_cpu(config.optimizer))
     with lock_output(folder.path) if ranks.is_main_process else nullcontext():
         return _run(config, folder, watch, stop, began)
+
+
+def _of_version(config: TrainConfig) -> TrainConfig:
+    """The settings with the table's version in place of ``{version}``, and for this version, whatever comes later."""
+    if VERSION not in config.output:
+        return config
+    table = open_table(config.table)
+    output = config.output.replace(VERSION, str(table.version))
+    return config.model_copy(update={"output": output, "table": f"{table.location}@{table.version}"})
 
 
 def _folder(config: TrainConfig) -> StudentFolder:

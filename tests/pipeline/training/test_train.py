@@ -278,3 +278,18 @@ def test_one_train_sequence_is_enough_and_none_is_refused(tiny_teacher, tmp_path
     with pytest.raises(UsageError, match="no train sequences"):
         train(settings(none, tmp_path / "nobody"))
     assert not (tmp_path / "nobody").exists()
+
+
+def test_each_version_of_a_growing_table_gets_a_student_of_its_own(tiny_teacher, tmp_path):
+    table = make_table(tmp_path / "table", tiny_teacher, train=20, held_out=0)
+    config = settings(table, tmp_path / "students" / "{version}", optimizer={"max_steps": 1})
+    first = train(config)
+    assert first.output == str(tmp_path / "students" / str(table.version))
+    assert train(config).steps_trained == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    tables.add(table, [tables._labels(model, 100)], range(100, 101), "train", tiny_teacher)
+    grown = table.newest()
+    second = train(config)
+    assert second.output == str(tmp_path / "students" / str(grown.version))
+    assert (second.steps_trained, second.table) == (1, f"{table.location}@{grown.version}")
+    assert train(config.model_copy(update={"table": f"{table.location}@{table.version}"})).output == first.output
