@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -28,6 +29,10 @@ ROOT = Path(__file__).parents[1]
 
 # Processes that the tests start find the tests' own modules, and run nothing else that lies in the working folder.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+# A shell starts background jobs deaf to Ctrl-C, and their children inherit that; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,10 +42,17 @@ class Settings(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema with each setting's ``position``, by which Prefect orders its form; PostgreSQL sorts the names."""
+        """The schema for Prefect's form: each setting has its ``position`` there, since PostgreSQL sorts the names.
+
+        A default stands in the description alone. The form would fill it in, and so give what is to be left out.
+        """
         schema = handler(core)
         for position, setting in enumerate(handler.resolve_ref_schema(schema).get("properties", {}).values()):
             setting["position"] = position
+            default = setting.pop("default", None)
+            if default not in (None, {}, []):
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                setting["description"] = f"{setting.get('description', '')} Default: {shown}.".lstrip()
         return schema
 
     @model_serializer(mode="wrap")

@@ -161,7 +161,7 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
         raise StoppedError
 
     with job.folder.writing():
-        state = trainer.save_state()
+        state = trainer.save_last_step()
     step = trainer.choose()
     unshard(student)
     if merge:

@@ -215,7 +215,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._require_finite()
         return step
 
-    def save_state(self) -> Path:
+    def save_last_step(self) -> Path:
         """Write a checkpoint of the last step, from which a longer training can go on; returns its folder.
 
         All ranks have to call it, before ``choose``.

@@ -54,6 +54,10 @@ def test_every_parameter_in_prefects_forms_has_a_description(name: str):
     fields = [field for part in schema["definitions"].values() for field in part["properties"].items()]
     assert not [name for name, field in fields if not field.get("description") and "$ref" not in field]
     assert not [name for name, field in fields if field.get("additionalProperties")]
+    # In the settings' order, also after PostgreSQL has sorted them; with nothing filled in, as left out is left out.
+    assert all("default" not in field for _, field in fields)
+    for part in schema["definitions"].values():
+        assert [field["position"] for field in part["properties"].values()] == list(range(len(part["properties"])))
 
 
 @pytest.mark.usefixtures("prefect")

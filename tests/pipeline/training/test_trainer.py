@@ -13,6 +13,7 @@ OVERRIDDEN = {
     "log": "self, logs, start_time",
     "evaluate": "self, eval_dataset, ignore_keys, metric_key_prefix",
     "save_model": "self, output_dir, _internal_call",
+    "create_scheduler": "self, num_training_steps, optimizer",
     "_clip_grad_norm": "self, model",
     "_save_optimizer_and_scheduler": "self, output_dir",
     "_load_from_checkpoint": "self, resume_from_checkpoint, model",

@@ -178,7 +178,7 @@ def test_a_failing_store_is_not_reported_as_damage(moto: str, status: int, monke
     """The table is open already; reading a shard fails."""
     real, pause = S3Store.from_url, timedelta(milliseconds=10)
     once = {"max_retries": 1, "backoff": {"init_backoff": pause, "max_backoff": 2 * pause, "base": 2}}
-    monkeypatch.setattr(S3Store, "from_url", lambda url, **more: real(url, retry_config=once, **more))
+    monkeypatch.setattr(S3Store, "from_url", lambda url, **more: real(url, **more | {"retry_config": once}))
     monkeypatch.setattr(Failing, "status", status)
     with buckets.environment(moto):
         table = make_table(f"{buckets.BUCKET}/{uuid.uuid4().hex}", identity())
