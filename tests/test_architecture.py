@@ -167,11 +167,12 @@ def test_files_that_may_contain_code_are_loaded_in_one_module(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_training_or_evaluation_decides_once_between_language_model_and_classifier(path: Path):
-    """Only ``objectives.decide`` asks whether there are classes; the packages that capture are not concerned."""
+def test_a_run_decides_once_between_language_model_and_classifier(path: Path):
+    """A training or an evaluation asks in ``objectives.decide`` whether there are classes, a capture or the upkeep of a
+    table in ``teachers.kind``. Only the modules that read or show a model's files or a table as such ask, too."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    concerned = ("flows", "pipeline.distillation", "pipeline.loss", "pipeline.stream", "pipeline.students")
-    concerned += ("pipeline.evaluation", "pipeline.objectives", "pipeline.training")
+    described = ("storage", "pipeline.config.table_settings", "pipeline.models", "pipeline.students.origin")
+    described += ("flows.table_display",)
     asked = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
@@ -179,10 +180,9 @@ def test_a_training_or_evaluation_decides_once_between_language_model_and_classi
         and ast.unparse(node.left).rpartition(".")[2] == "classes"
         and isinstance(node.ops[0], ast.Is | ast.IsNot)
     ]
-    if module == "pipeline.objectives.decide":
-        assert asked == ["origin.classes is None"]
-    elif module.startswith(concerned) and module not in ("pipeline.students.origin", "flows.table_display"):
-        assert not asked
+    decided = {"pipeline.objectives.decide": ["origin.classes is None"], "pipeline.teachers.kind": ["classes is None"]}
+    if not module.startswith(described):
+        assert asked == decided.get(module, [])
 
 
 def test_make_bench_runs_every_benchmark():

@@ -46,7 +46,7 @@ def still_pending(job: CaptureJob, path: Path) -> pa.Table:
     table = Table.open(job.table)
     table.identity.require(job.identity, job.table)
     rows, keys = present_rows(table, sequences)
-    if job.identity.classes is not None:  # a classifier's row holds its document's label, so it can't be copied
+    if not job.kind.copies:
         keys = rows
     if (keys & ~rows).any():
         pq.write_table(sequences.filter(pa.array(keys & ~rows)), late_copies(path))

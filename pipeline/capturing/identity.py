@@ -10,9 +10,8 @@ from typing import NamedTuple
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.context_length import longest
-from softlabel.pipeline.selection.selection import selection_of
-from softlabel.pipeline.sequences.tokenizer import mask_rule, template_hash, tokenizer_hash
-from softlabel.pipeline.sequences.whole_documents import MASK
+from softlabel.pipeline.sequences.tokenizer import template_hash, tokenizer_hash
+from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.identity import Identity, SelectionIdentity, SequencesIdentity, TokenizerIdentity
 
 
@@ -43,18 +42,14 @@ def presumed(config: CaptureConfig, checkpoint: Checkpoint, table: Identity) -> 
     Raises:
         UsageError: if the teacher does not support the selection.
     """
-    wanted = config.sequences.max_tokens
-    if table.classes is not None:
-        # The table's limit may be the classifier's, or that of its settings; and another teacher may be no classifier.
-        undecided = table.sequences.max_tokens < wanted or checkpoint.identity != table.teacher
-        if undecided:
-            return None
+    if not kind_of(table.classes).can_presume(table, checkpoint, config.sequences):
+        return None
     read = _Read(
         table.tokenizer.chat_template,
         table.vocabulary,
         table.padded_vocabulary,
         config.teacher.labels or table.classes,
-        wanted,
+        config.sequences.max_tokens,
     )
     return _identity(config, checkpoint, read)
 
@@ -70,8 +65,8 @@ class _Read(NamedTuple):
 
 
 def _identity(config: CaptureConfig, checkpoint: Checkpoint, read: _Read) -> Identity:
-    selection = asdict(selection_of(config.selection, read.classes))
-    of_tokens = read.classes is None
+    kind = kind_of(read.classes)
+    selection = asdict(kind.selection(config.selection))
     return Identity(
         teacher=checkpoint.identity,
         tokenizer=TokenizerIdentity(
@@ -87,8 +82,8 @@ def _identity(config: CaptureConfig, checkpoint: Checkpoint, read: _Read) -> Ide
         selection=SelectionIdentity(**selection),
         sequences=SequencesIdentity(
             max_tokens=read.max_tokens,
-            context=config.sequences.context if of_tokens else 0,
-            mask=mask_rule(config.columns.content, config.sequences) if of_tokens else MASK,
+            context=kind.context(config.sequences),
+            mask=kind.mask(config.sequences, config.columns.content),
             special_tokens=config.sequences.special_tokens,
             eval_fraction=config.shards.eval_fraction,
         ),

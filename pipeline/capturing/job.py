@@ -18,6 +18,7 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.sequences.tokenizer import tokenizer_hash
+from softlabel.pipeline.teachers.kind import Kind, kind_of
 from softlabel.storage.errors import ProvenanceError, TeacherError, UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.table import Table
@@ -47,6 +48,11 @@ class CaptureJob:
         """Name of the teacher: its folder's absolute path, or its name on the hub."""
         assert self.settings.teacher.model is not None, "a teacher was found"
         return self.settings.teacher.model
+
+    @property
+    def kind(self) -> Kind:
+        """Language model or classifier: what differs between the two."""
+        return kind_of(self.identity.classes)
 
     @property
     def selection(self) -> Selection:
@@ -127,8 +133,7 @@ def resolve(config: CaptureConfig) -> CaptureJob:
         require_trained_positions(checkpoint, settings.sequences, is_new=True)
     else:
         require_match(table, job.identity, settings)
-    if job.identity.classes is not None:
-        _require_text_and_labels(job)
+    job.kind.require_documents(settings, checkpoint.folder)
     return job
 
 
@@ -145,24 +150,3 @@ def _find_teacher(settings: CaptureConfig, named_by_the_table: bool) -> Checkpoi
             where=settings.teacher.model,
             do=f"give {flag_of('teacher.model')} with the folder or hub name where these files are now",
         ) from error
-
-
-def _require_text_and_labels(job: CaptureJob) -> None:
-    """Refuse documents for a classifier that are not plain text, or that need labels and have none."""
-    columns, labels = job.settings.columns, job.settings.teacher.labels
-    if columns.content != "text":
-        raise UsageError(
-            "a classifier reads only plain text, not chats or prompts",
-            expected="columns.text",
-            found=", ".join(f"columns.{setting}: {name}" for setting, name in columns.contents.items()),
-            where=job.checkpoint.folder,
-            do="put the whole text of each document into one column, and name it in columns.text "
-            "(without columns.messages, prompt and completion)",
-        )
-    if labels and columns.label is None:
-        raise UsageError(
-            "teacher.labels stores the documents' own labels, but no column for them is given",
-            expected="columns.label as well as teacher.labels",
-            found=f"teacher.labels: {' '.join(labels)}",
-            do="set columns.label to the column that holds the labels",
-        )

@@ -160,9 +160,7 @@ class Known:
         """Documents that ``permitted`` has left out."""
         self.reread: Reread | None = None
         """Where the plan notes what all documents have now, if the table's masks may be wrong."""
-        self._copies = (
-            job.identity.classes is None
-        )  # a classifier's row holds its document's label, so it is not copied
+        self._copies = job.kind.copies
         if not Table.exists(job.table):
             return
         table = Table.open(job.table)

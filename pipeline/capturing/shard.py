@@ -97,7 +97,7 @@ def _labelled(job: CaptureJob, teacher: Teacher | LabelTeacher, sequences: pa.Ta
         yield from teacher.answers(sequences)
         return
     selection = job.selection
-    queries = Queries(sequences, job.identity.classes)
+    queries = Queries(sequences, job.kind)
 
     def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
         rows = sequences.take(pa.array(batch))

@@ -186,7 +186,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         teacher = load_teacher(capture.teacher, job.checkpoint)
         assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
-        selections = _selections(job)
+        selections = job.kind.compared(job.selection, ALTERNATIVES)
         batches = Batches(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)
         chosen = batches.spread(config.sample.batches)
         groups = [batches.batches[i] for i in chosen]
@@ -239,17 +239,6 @@ def _require_model(teacher: TeacherConfig) -> None:
         raise UsageError("there is nothing to estimate: teacher.labels runs no model", do="run softlabel capture")
 
 
-def _selections(job: CaptureJob) -> dict[str, Selection]:
-    """The requested selection, then the alternatives at the same temperatures; a classifier has only one selection."""
-    first = job.selection
-    if job.identity.classes is not None:
-        return {"all classes": first}
-    shared = {"temperatures": first.temperatures, "seed": first.seed}
-    alternatives = {name: Selection.of(each.model_copy(update=shared)) for name, each in ALTERNATIVES.items()}
-    name = next((name for name, each in alternatives.items() if each == first), "requested")
-    return {name: first} | alternatives
-
-
 def _time_batches(
     teacher: Teacher,
     job: CaptureJob,
@@ -259,7 +248,7 @@ def _time_batches(
     watch: Watch,
 ) -> Iterator[TimedBatch]:
     """Time the teacher on each batch in turn."""
-    queries, done = Queries(sample.sequences.rows, job.identity.classes), 0
+    queries, done = Queries(sample.sequences.rows, job.kind), 0
     tokens = sample.sequences.tokens
     total = int(sum(tokens[batch].sum() for batch in batches))
     watch(Progress("estimate", done, total, "tokens"))

@@ -84,7 +84,7 @@ def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, bud
         ProvenanceError: if the existing table was made with another teacher or other settings.
     """
     started = time.perf_counter()
-    known, config, is_classifier = Known(job, documents.carried), job.settings, job.identity.classes is not None
+    known, config = Known(job, documents.carried), job.settings
     found = rejects = 0
     sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     for batch in known.permitted(documents):
@@ -104,10 +104,10 @@ def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, bud
         )
     read, size = time.perf_counter() - started, np.concatenate(sizes)
     repeated = np.zeros(len(size), np.bool_)
-    if not is_classifier:  # a classifier reads every document, repeated or not
+    if job.kind.copies:
         repeated[:] = True
         repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
-    is_text = config.columns.content == "text" and not is_classifier
+    is_text = config.columns.content == "text" and job.kind.cuts
     piece = _PIECE * config.sequences.max_tokens if is_text else int(size.max(initial=1))
     first, again = (_choose(np.where(part, size, 0), piece, budget) for part in (~repeated, repeated))
     choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)

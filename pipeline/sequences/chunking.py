@@ -13,13 +13,43 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.pipeline.config.capture import SequencesConfig
+from softlabel.pipeline.config.capture import Content, SequencesConfig
 from softlabel.pipeline.documents.documents import DOCUMENT, Reject
+from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
 from softlabel.storage.schema import SEQUENCE
 
 _CHARACTERS = 4 << 20
 """Characters tokenized at a time; the tokenizer's output takes about a hundred times as many bytes."""
+
+
+class ChunkedDocuments:
+    """Makes sequences of documents for a language model, as ``to_sequences`` does.
+
+    Args:
+        checkpoint: the teacher's files.
+        settings: length and overlap of the chunks, and how documents are turned into tokens.
+        content: kind of the documents' content.
+    """
+
+    truncated = 0
+
+    def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig, content: Content) -> None:
+        self._tokenizer, self._settings = DocumentTokenizer(checkpoint, settings, content), settings
+
+    @property
+    def answers(self) -> int:
+        """Number of answers in chats so far; see ``DocumentTokenizer``."""
+        return self._tokenizer.answers
+
+    @property
+    def partial_answers(self) -> int:
+        """Number of these that the chat template does not write whole."""
+        return self._tokenizer.partial_answers
+
+    def sequences(self, documents: pa.Table, eval_fraction: float) -> tuple[pa.Table, list[Reject]]:
+        """See ``to_sequences``."""
+        return to_sequences(documents, self._tokenizer, self._settings, eval_fraction)
 
 
 def to_sequences(

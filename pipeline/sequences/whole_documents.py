@@ -30,6 +30,8 @@ class WholeDocuments:
         settings: the maximum length; the classifier's own limit also applies.
     """
 
+    answers = partial_answers = 0
+
     def __init__(self, checkpoint: Checkpoint, settings: SequencesConfig) -> None:
         self._labels, self._rows = checkpoint.labels, checkpoint.padded_vocabulary
         self._backend = Tokenizer.from_str(checkpoint.tokenizer.backend_tokenizer.to_str())

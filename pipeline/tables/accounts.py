@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels, decode
@@ -56,7 +57,7 @@ class SampledSequences:
 
     def __init__(self, table: Table, rows: pa.Table, teacher: Teacher) -> None:
         self._teacher, self._temperatures = teacher, table.temperatures
-        self._queries = Queries(rows, table.identity.classes)
+        self._queries = Queries(rows, kind_of(table.identity.classes))
         self._labels = [decode(rows.slice(i, 1), table.vocabulary) for i in range(len(rows))]
         self.tokens = np.array([len(tokens) for tokens in self._queries.tokens])
         """(R,) length of each sequence."""

@@ -13,6 +13,7 @@ from softlabel.pipeline.config.tables import NarrowingConfig, ReprocessConfig
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.chunking import split_of
 from softlabel.pipeline.tables.row_filter import RowFilter, listed
+from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity, circumstances
 from softlabel.storage.narrowing import Narrowing
@@ -136,14 +137,8 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
 
 
 def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
-    if source.identity.classes is not None:
-        raise UsageError(
-            "a classifier's table can't be narrowed: it stores every class at every temperature",
-            expected="no selection",
-            found=", ".join(f"selection.{name}: {value}" for name, value in wanted if value is not None),
-            where=f"{source.location}@{source.version}",
-            do="to train a student on fewer labels, set student.labels",
-        )
+    given = {name: value for name, value in wanted if value is not None}
+    kind_of(source.identity.classes).require_narrowing(given, f"{source.location}@{source.version}")
     stored = source.identity.selection
     max_k = stored.max_k if wanted.max_k is None else wanted.max_k
     draws = stored.draws if wanted.draws is None else wanted.draws

@@ -6,8 +6,9 @@ from pkgutil import resolve_name
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.teachers.classifier_teacher import ClassifierTeacher, LabelTeacher
-from softlabel.pipeline.teachers.teacher import Teacher, TransformersTeacher
+from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
+from softlabel.pipeline.teachers.kind import kind_of
+from softlabel.pipeline.teachers.teacher import Teacher
 
 
 def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher | LabelTeacher:
@@ -24,6 +25,5 @@ def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher | Lab
 def _load(config: TeacherConfig, checkpoint: Checkpoint, identity: str) -> Teacher | LabelTeacher:
     if config.labels:
         return LabelTeacher(checkpoint)
-    kind = TransformersTeacher if checkpoint.classes is None else ClassifierTeacher
-    engine: Callable[..., Teacher] = kind if config.engine is None else resolve_name(config.engine)
+    engine: Callable[..., Teacher] = resolve_name(config.engine or kind_of(checkpoint.classes).engine)
     return engine(config, checkpoint)

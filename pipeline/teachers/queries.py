@@ -4,7 +4,6 @@ Independent of where the rows come from (a plan's file or a table) and of what i
 """
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.selection.select import position_seeds
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.pipeline.sequences.whole_documents import class_ids
+from softlabel.pipeline.teachers.kind import Kind
 from softlabel.storage.identity import TeacherIdentity
 
 
@@ -22,10 +21,10 @@ class Queries:
 
     Args:
         rows: with at least the columns key, token_ids and loss_mask of ``storage.schema.SEQUENCE``.
-        classes: the teacher's classes if it is a classifier; the rows then need the column label, too.
+        kind: of the teacher; for a classifier, the rows need the column label, too.
     """
 
-    def __init__(self, rows: pa.Table, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, rows: pa.Table, kind: Kind) -> None:
         masks = (row.values.to_numpy(zero_copy_only=False) for row in rows.column("loss_mask"))
         self.rows = rows
         self.tokens: list[NDArray[np.int32]] = [row.values.to_numpy() for row in rows.column("token_ids")]
@@ -33,16 +32,14 @@ class Queries:
         self.positions: list[NDArray[np.int32]] = [np.flatnonzero(mask).astype(np.int32) for mask in masks]
         """Positions of the tokens to predict in each sequence; see ``teacher.Teacher.logits``."""
         self._keys = rows.column("key").to_pylist()
-        self._classes = None if classes is None else class_ids(rows.column("label").to_pylist(), classes)
+        self._kind = kind
 
     def next_ids(self, batch: NDArray[np.int64]) -> torch.Tensor:
         """(P,) int: the actual tokens at the positions of these sequences, one sequence after the other.
 
         For a classifier, the actual classes of the documents; -1 where the class is not known.
         """
-        if self._classes is not None:
-            return torch.from_numpy(self._classes[batch])
-        return torch.from_numpy(np.concatenate([self.tokens[i][self.positions[i]] for i in batch]))
+        return torch.from_numpy(self._kind.next_ids(self.rows, batch))
 
     def seeds(self, batch: NDArray[np.int64], selection: Selection, teacher: TeacherIdentity) -> torch.Tensor:
         """(P,) int64: seeds for the draws at the positions of these sequences."""

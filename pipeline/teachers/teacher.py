@@ -16,6 +16,7 @@ from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.devices import device
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import first_line
+from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.errors import SoftlabelError, TeacherError
 
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 256 << 20
@@ -79,7 +80,7 @@ class TransformersTeacher:
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (self._model.dtype.itemsize * self.checkpoint.padded_vocabulary))
-        if self.checkpoint.classes is None:
+        if kind_of(self.checkpoint.classes).causal:
             self._require_causal()
 
     @property
