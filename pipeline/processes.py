@@ -161,6 +161,7 @@ def messages(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
             first; so after an error, we wait a moment for a death.
     """
     raised: SoftlabelError | None = None
+    failed = list[Child]()
     seconds = _SECONDS_TO_DIE if len(children) > 1 else 0.0
     with DefaultSelector() as selector:
         for child in children:
@@ -171,10 +172,14 @@ def messages(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
                 raise raised
             for child, lines in [(key.data, key.data.receive()) for key, _ in ready]:
                 if lines is None:
-                    raise ChildDiedError(child)
+                    if child not in failed:
+                        raise ChildDiedError(child)
+                    selector.unregister(child.stdout)  # it has said why it ended
+                    continue
                 for kind, value in map(json.loads, lines):
                     if kind == "error":
                         raised = raised or _error(*value)
+                        failed.append(child)
                     else:
                         yield child, kind, value
 

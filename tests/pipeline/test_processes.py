@@ -51,6 +51,16 @@ def test_details_that_json_can_not_represent_still_arrive(tmp_path: Path):
     end(child)
 
 
+def test_an_error_of_a_child_that_has_ended_since_is_raised(tmp_path: Path):
+    child = Child(SPEAKING, "of a library", log=tmp_path / "log")
+    received = messages([child])
+    next(received)
+    child.process.stdin.close()
+    child.process.wait(60)
+    with pytest.raises(WorkerError, match="ValueError: 3 is no 4"):
+        next(received)
+
+
 def test_a_death_takes_precedence_over_an_error_of_another_child(tmp_path: Path):
     children = [Child(SPEAKING, what, log=tmp_path / what) for what in ("of a library", "dies")]
     with pytest.raises(ChildDiedError) as death:
