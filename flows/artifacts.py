@@ -81,5 +81,8 @@ def _send(key: str, newest: _Newest) -> None:
                 failed = False
             except Exception as error:
                 if not failed:  # once for each time that it can't be reached
-                    logger.warning("the Prefect server does not take the progress of this run at the moment: %s", error)
+                    logger.warning(
+                        "the work goes on, but the Prefect server does not accept its progress: %s",
+                        error,
+                    )
                 failed = True

@@ -207,10 +207,11 @@ def deploy_flows(
 ) -> None:
     """Install the deployments of all flows on the configured Prefect server, with a work pool and automations.
 
-    Run again, it changes only what differs.
+    If you run it again, it changes only what differs. A --config file can also describe deployments of your own.
 
     Args:
-        schedules: Turn on the schedules of all deployments that have parameters. Without it, new schedules are off.
+        schedules: Turn on the schedules of all deployments that have parameters. Otherwise new schedules are off, and
+            existing ones stay as they are.
         work_pool: Work pool that the workers serve. [default: softlabel]
     """
 

@@ -70,7 +70,7 @@ def deploy(config: DeployConfig) -> DeployReport:
     server = get_current_settings().api.url
     if server is None:
         raise UsageError(
-            "no Prefect server is configured to deploy to",
+            "softlabel deploy needs a Prefect server, and none is configured",
             expected="PREFECT_API_URL, in the environment or the active profile",
             do="start one with: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api",
         )
@@ -102,7 +102,7 @@ def _require_valid(deployment: DeploymentConfig, schedules: bool) -> None:
             raise UsageError(
                 f"the settings of the deployment {deployment.full_name} are not valid",
                 expected=f"settings of softlabel {deployment.flow}, as in its --config file"
-                + (", all that it requires, because it runs by itself" if by_itself else ""),
+                + (", with all required ones, because it also runs when nobody fills in the form" if by_itself else ""),
                 found="; ".join(found),
                 where=f"deployments, {deployment.full_name}, parameters",
             ) from None
@@ -215,7 +215,7 @@ async def _block(client: PrefectClient, name: str) -> UUID:
         return (await client.read_block_document_by_name(block, kind)).id
     except ObjectNotFound:
         raise UsageError(
-            "the server has no such block to notify",
+            "the block that notify names does not exist on the Prefect server",
             expected="a notification block, as TYPE/NAME such as slack-webhook/team",
             found=name,
             do="create it in the UI under Blocks, then deploy again",

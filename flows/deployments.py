@@ -45,11 +45,11 @@ class DeploymentConfig(Settings):
     name: str = Field("softlabel", pattern=r"^[^/%&><]+$")
     """Name of the deployment; several deployments of a flow have different names."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Settings of a run, as in the file of ``softlabel FLOW --config``. What is left out is asked for in the form."""
+    """Settings of a run, as in the file of ``softlabel FLOW --config``. Prefect's form asks for what is left out."""
     queue: Queue | None = None
     """Queue of the runs: gpu for runs that load a model, cpu for the others. Default: by flow."""
     cron: str | None = None
-    """When the deployment runs by itself, in cron's form: minute, hour, day, month, day of the week."""
+    """Schedule as a cron expression: minute, hour, day of the month, month, day of the week."""
     timezone: str = "UTC"
     """Time zone of the schedule."""
     after_version_of: Location | None = None
@@ -103,23 +103,23 @@ assert {each.flow for each in SHIPPED} == set(get_args(FlowName))
 class DeployConfig(Settings):
     """Install the deployments of all flows on the configured Prefect server, with a work pool and automations.
 
-    Run again, it changes only what differs.
+    If you run it again, it changes only what differs.
     """
 
     schedules: bool = False
-    """Turn on the schedules of all deployments. Without it, new schedules are off, and existing ones stay as they
-    are."""
+    """Turn on the schedules of all deployments that have parameters. Otherwise new schedules are off, and existing
+    ones stay as they are."""
     work_pool: str = "softlabel"
-    """Work pool that the workers serve; a new one is of the type process."""
+    """Work pool that the workers serve. If it does not exist, it is created with the type process."""
     heartbeat_seconds: int = Field(180, ge=30)
-    """A run shows that it is alive once in this time; after three times this long without a sign, it counts as lost
-    and is started again."""
+    """Seconds between two heartbeats of a run. After three of these intervals without a heartbeat, the run counts as
+    crashed and is started again."""
     pending_minutes: PositiveInt = 30
-    """A run that a worker has taken but not started within this time counts as lost."""
+    """A run that a worker has taken, but not started within this many minutes, counts as crashed."""
     notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
     """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails or crashes."""
     deployments: tuple[DeploymentConfig, ...] = ()
-    """Deployments of your own. One with a shipped deployment's flow and name replaces it."""
+    """Deployments of your own. One with the same flow and name as a shipped deployment replaces it."""
 
     @property
     def all_deployments(self) -> tuple[DeploymentConfig, ...]:
@@ -161,19 +161,19 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
     found = [
         _automation(
             "lost runs",
-            f"A run without a sign of life for {silent} counts as crashed, and no longer holds its slot.",
+            f"A run without a heartbeat for {silent} (hours:minutes:seconds) counts as crashed and frees its slot.",
             _missing(alive, alive | ended, silent),
-            _crash(f"No sign of life for {silent}: the run's process or its machine is gone."),
+            _crash(f"No heartbeat for {silent} (hours:minutes:seconds): the run's process or its machine is gone."),
         ),
         _automation(
             "runs that never start",
             f"A run that a worker took, but did not start within {config.pending_minutes} minutes, counts as crashed.",
             _missing(pending, {"prefect.flow-run.Running"} | ended, timedelta(minutes=config.pending_minutes)),
-            _crash(f"A worker took this run, and did not start it within {config.pending_minutes} minutes."),
+            _crash(f"A worker took this run, but did not start it within {config.pending_minutes} minutes."),
         ),
         _automation(
             "start crashed runs again",
-            f"A crashed run is started again, until it was started {_STARTS} times. It goes on where it stopped.",
+            f"A crashed run is started again, at most {_STARTS} starts in all. It continues where it stopped.",
             EventTrigger(
                 match={
                     "prefect.resource.id": "prefect.flow-run.*",
@@ -187,7 +187,7 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
             ChangeFlowRunState(
                 state=StateType.SCHEDULED,
                 name="AwaitingRetry",
-                message="The run crashed, and starts again.",
+                message="The run crashed, and is started again.",
                 force=True,
             ),
         ),

@@ -99,8 +99,8 @@ def show_estimate(report: "Estimate") -> None:
     console.print(
         "kept exactly: probability of the head, which is stored exactly.\n"
         "lost: KL in nats from the teacher's distribution to the mean of the stored targets; zero with a sampled tail,"
-        "\nwhich is unbiased; without one, the remaining probability counts as spread evenly.\nnoise: root mean square"
-        " distance of a stored target from that mean, in probability"
+        "\nwhich is unbiased; without one, the remaining probability is assumed to be spread evenly.\n"
+        "noise: root mean square distance of a stored target from that mean, in probability"
     )
 
 
@@ -168,7 +168,7 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
     if report.replaced:
         console.print(
-            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier version had captured the wrong words"
+            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier softlabel captured the wrong words"
         )
     _partial_answers(report.answers, report.partial_answers)
     if report.rejects:
@@ -177,7 +177,7 @@ def _capture_line(report: "CaptureReport") -> None:
 
 def _show_preview(preview: "Preview") -> None:
     """A sequence as the teacher will read it, with the captured tokens between brackets."""
-    console.print(Text.assemble(("document ", "dim"), printable(preview.document_id), (": captured is ⟦so⟧", "dim")))
+    console.print(Text.assemble(("document ", "dim"), printable(preview.document_id), (" (⟦captured⟧)", "dim")))
     shown = Text()
     for i, segment in enumerate(preview.segments[:_SEGMENTS]):
         lines = _shortened(segment.text).split("\n")
@@ -202,10 +202,9 @@ def _shortened(text: str) -> str:
 
 def _partial_answers(answers: int, partial: int) -> None:
     if partial:
-        was = "was" if partial == 1 else "were"
         console.print(
-            f"[yellow]{partial:,} of {count(answers, 'answer')} {was} not written whole[/]: the chat template leaves"
-            " out thoughts, tool calls, or content beside a tool call"
+            f"[yellow]{partial:,} of {count(answers, 'answer')} incomplete[/]: the chat template leaves out their"
+            " thoughts, their tool calls, or their content beside a tool call"
         )
 
 

@@ -41,8 +41,9 @@ def _allow_retry(run: UUID) -> None:
             seconds = SECONDS_BEFORE_RETRY[before.run_count - 1]
             retry = {"retries": len(SECONDS_BEFORE_RETRY), "retry_delay": seconds}
             client.update_flow_run(run, empirical_policy=before.empirical_policy.model_copy(update=retry))
-            logger.info("the run is tried again in %d seconds", seconds)
+            logger.info("this run will start again in %d seconds", seconds)
     except Exception as error:  # the run's own error is what people need to see
         logger.warning(
-            "The run can't be tried again by itself, because the Prefect server did not accept it: %s", error
+            "this run will not start again, because the Prefect server did not accept the retry: %s",
+            error,
         )

@@ -37,7 +37,7 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     needed = ", ".join(_needed_by(inspection.version, report.tags, report.pins))
     needed_by = {"needed by": needed} if needed else {}
     facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by | needed_by)
-    taken = "" if report.identity.derived_from else ", which a capture into this table takes where they are left out"
+    taken = "" if report.identity.derived_from else " that a capture into this table uses unless you give them"
     console.print(f"[dim]settings{taken}[/]")
     for name, value in report.settings.items():
         console.print(f"  {escape(as_flag(name, value))}")

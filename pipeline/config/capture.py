@@ -24,8 +24,9 @@ class ColumnsConfig(Settings):
     """Which columns hold the documents' ids, texts and labels."""
 
     id: str | None = "id"
-    """Column with the document's id, a unique string or integer. The id of a plain text file is its path. none if the
-    documents have no ids: a document's id is then the hash of its content, and equal contents are one document."""
+    """Column with the document's id, a unique string or integer. The id of a plain text file is its path. If the
+    documents have no ids, give none: the hash of its content is then a document's id, and documents with equal content
+    count as one."""
     text: str = "text"
     """Column with plain text."""
     messages: str | None = None
@@ -81,12 +82,12 @@ class TeacherConfig(Settings):
 
     model: Location | None = None
     """Folder or hub name of a causal language model or of a sequence classifier; its config.json tells which it is.
-    Left out, the teacher of the table's newest capture; a new table needs it."""
+    If left out, it is the teacher of the table's newest capture; a new table needs one."""
     labels: tuple[str, ...] = ()
     """Class labels that the documents have. If given, no model is run: the table stores each document's own label
     with probability 1, so that a teacher can be trained from it. The model provides only the tokenizer."""
     revision: str | None = None
-    """Commit, tag or branch of a hub model; left out, the commit that the table was captured with."""
+    """Commit, tag or branch of a hub model; if left out, the commit that the table was captured with."""
     adapter: Location | None = None
     """Folder or hub name of a PEFT adapter to merge into the model; needs the package peft."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -164,7 +165,9 @@ class SequencesConfig(Settings):
         if not isinstance(kwargs, dict):
             raise ValueError('chat_template_kwargs must be a JSON object, such as {"enable_thinking": false}')
         if taken := {"messages", "tools", "add_generation_prompt"}.intersection(kwargs):
-            raise ValueError(f"chat_template_kwargs can't set {', '.join(sorted(taken))}, which each chat sets itself")
+            raise ValueError(
+                f"chat_template_kwargs can't set {', '.join(sorted(taken))}, which come from the documents"
+            )
         return text if kwargs else None
 
     @model_validator(mode="after")
@@ -231,13 +234,14 @@ def _one_or_several(locations: str | tuple[str, ...]) -> str | tuple[str, ...]:
 class CaptureConfig(Settings):
     """Run a teacher once over documents and store its predictions in a table.
 
-    If the table exists, what is left out of teacher, columns, sequences, selection and shards.eval_fraction is taken
-    from the table (softlabel inspect shows it), whatever the defaults are.
+    If the table exists, a setting that you leave out has the table's value, not the default shown here.
+
+    This applies to teacher, columns, sequences, selection and shards.eval_fraction; softlabel inspect shows them.
     """
 
     documents: Annotated[Locations, AfterValidator(_one_or_several)]
-    """File, folder or glob of documents, or several: Parquet, Arrow, CSV, JSON (lines or an array) or plain text, on
-    this machine or at s3://, gs://, abfss:// or hf://."""
+    """One or several files, folders or globs of documents: Parquet, Arrow, CSV, JSON (lines or an array) or plain text,
+    on this machine or at s3://, gs://, abfss:// or hf://."""
     table: Location
     """Folder of the table, or s3://BUCKET/PREFIX. It is created if it does not exist; otherwise new rows are added
     to it."""

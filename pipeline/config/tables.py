@@ -12,7 +12,7 @@ _TAG = r"[A-Za-z][A-Za-z0-9_.-]*(=\d+)?"
 
 
 class NamedTeacherConfig(TeacherConfig):
-    """The model whose predictions are stored; here it has to be named."""
+    """The model that made the table; required if the table is to be compared with its teacher."""
 
     model: Location
     """Folder or hub name of the model that made the table."""
@@ -142,9 +142,9 @@ class ReprocessConfig(Settings):
     drop: Location | None = None
     """File with one document id per line: drop these documents."""
     stale: Locations | None = None
-    """File, folder or glob of documents, or several, read with the columns.* settings (left out, those of the table's
-    newest capture): where a document has changed since its capture, drop the rows of its earlier text. Rows of other
-    documents stay."""
+    """One or several files, folders or globs of documents: where one of these documents has changed since its capture,
+    drop the rows of its earlier text. Other rows stay. They are read with the columns.* settings; if these are left
+    out, with those of the table's newest capture."""
     compact: bool = False
     """Merge shards that are less than half full."""
     purge: Location | None = None

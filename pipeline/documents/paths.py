@@ -119,7 +119,7 @@ def _unreadable(error: OSError) -> None:
         expected="a folder whose names you may list",
         found=error.strerror,
         where=printable(os.fsdecode(error.filename)),
-        do="check its permissions, or select the files that you need with a glob",
+        do="check its permissions, or give the folders that you can read, one by one",
     )
 
 

@@ -53,7 +53,7 @@ def store_of(scheme: str, root: str, path: str) -> Store:
     raise UsageError(
         "softlabel can't read documents from this kind of address",
         expected="a path on this machine, s3://BUCKET/PATH, gs://BUCKET/PATH,\n"
-        "               abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH or hf://datasets/OWNER/NAME/PATH",
+        "               abfss://container@account.dfs.core.windows.net/PATH or hf://datasets/OWNER/NAME/PATH",
         found=printable(path),
         do="copy the documents to this machine or to one of these stores",
     )

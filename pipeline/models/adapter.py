@@ -124,8 +124,8 @@ def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
     if not difference <= _MERGE_NOISE[str(merged.dtype)] * scale:
         raise error(
             "merging the adapter into the model changes what the model computes",
-            expected=f"the same logits as before, but for rounding; they vary by {scale:.3g}",
-            found=f"logits that differ by {difference:.3g}",
+            expected=f"the same logits as before, apart from rounding (their standard deviation is {scale:.3g})",
+            found=f"logits that differ by {difference:.3g} (root mean square)",
             where=where,
             do="use another kind of adapter, or merge it yourself and use the merged model",
         )

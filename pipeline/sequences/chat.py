@@ -168,7 +168,7 @@ class ChatTemplate:
                 except TurnNotFoundError as reason:
                     _answer_places([(0, len(written.text))], answers, [text for text in texts if text.message == i])
                     raise ChatRefusedError(
-                        f"can't tell {reason}: the assistant's turn, {_AS_WRITTEN}, in message {i} (counting from 0)"
+                        f"can't tell {reason} in what the chat template writes for message {i} (counting from 0)"
                     ) from None
                 turns.append((turn.start, turn.end))
                 places += _answer_places(turns[-1:], [i], texts)

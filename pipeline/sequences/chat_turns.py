@@ -107,7 +107,7 @@ class TurnFinder:
         after = min((p.start for text in texts if text.message > i for p in text.places or ()), default=len(written))
         gap = written[before:after]
         if not self._prompt or gap.count(self._prompt) != 1:
-            raise TurnNotFoundError("where it begins")
+            raise TurnNotFoundError("where the assistant's turn begins")
         at = before + gap.index(self._prompt) + len(self._prompt)
         # What the template adds to an empty answer, such as an empty thought, is part of the turn.
         end = written.find(self._end, at, after) if self._end else -1
@@ -132,7 +132,7 @@ class TurnFinder:
         common = self._common(written.partition(ANSWER)[0], turn.written[: first.start])
         if ANSWER in written and common > before:
             return common
-        raise TurnNotFoundError("where it begins")
+        raise TurnNotFoundError("where the assistant's turn begins")
 
     @staticmethod
     def _begins(written: str, place: Place, text: MessageText) -> bool:
@@ -160,7 +160,7 @@ class TurnFinder:
                 break
         if mark := self._leading_mark(gap):  # a turn ends where the next role begins
             return last + mark
-        raise TurnNotFoundError("where it ends")
+        raise TurnNotFoundError("where the assistant's turn ends")
 
     def _end_before_prompt(self, turn: "_Turn") -> str | None:
         """The end of the turn, if the assistant is prompted again after it."""

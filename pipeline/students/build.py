@@ -132,7 +132,7 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
             expected="a text model for which transformers has a class of its own",
             found=f"{type(model).__name__}, with a {type(config.get_text_config()).__name__}",
             where=source,
-            do="start the student from another model; as a teacher, this one works",
+            do="start the student from another model; this one can only be a teacher",
         )
     return student
 

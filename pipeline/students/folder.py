@@ -159,7 +159,7 @@ class StudentFolder:
         except ValidationError as invalid:
             raise UsageError(
                 summary(invalid),
-                where=None if recorded is None else f"{self.path}, whose record has the settings that are left out",
+                where=None if recorded is None else f"{self.path} (settings that you leave out come from its record)",
             ) from None
 
     def has_work(self, config: TrainConfig) -> bool:
@@ -219,7 +219,7 @@ class StudentFolder:
     def _kept(self, finished: StudentRecord) -> Path:
         """The checkpoint of a finished student's last step."""
         checkpoint = newest_checkpoint(self.path / STATE)
-        problem = "there is none" if checkpoint is None else problem_of(checkpoint)
+        problem = "no checkpoint" if checkpoint is None else problem_of(checkpoint)
         if checkpoint is None or problem is not None:
             raise StudentError(
                 "this student can't be trained further, because the state of its training is missing or damaged",

@@ -36,7 +36,9 @@ _KNOWN_FILES = re.compile(
     rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged)/.*\.json|keys/[0-9a-f]{{32}}\.parquet|maintenance\.lock)"
 )
 """Files that belong to a table although no version uses them."""
-_KEYS_DAMAGED = "this file of keys does not match the hash in its name; nothing uses it, and maintain replaces it"
+_KEYS_DAMAGED = (
+    "this file of keys does not match the hash in its name; it is ignored, and softlabel maintain replaces it"
+)
 _THREADS = 4
 """Shards that are checked in parallel, each with one row group in memory."""
 _SHOWN = 20

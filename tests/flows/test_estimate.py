@@ -79,9 +79,9 @@ def test_documents_are_shown_as_the_teacher_will_read_them_without_their_control
     found = Estimate(1, pending=1, rejects=0, tokenized=1.0, seconds=Seconds(0.0), gpu="h100", gpu_utilization=0.4)
     show_estimate(replace(found, previews=(Preview("d\x1b[31m1", segments),), answers=100, partial_answers=41))
     shown = capsys.readouterr().out
-    assert "41 of 100 answers were not written whole" in shown
+    assert "41 of 100 answers incomplete" in shown
     for line in (
-        r"document d\x1b[31m1: captured is ⟦so⟧",
+        r"document d\x1b[31m1 (⟦captured⟧)",
         r"  | user\x1b[2J [red]Hi\u202e⟦Hello",
         r"  | there\x07\u27e7⟧!",
     ):

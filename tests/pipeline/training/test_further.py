@@ -159,8 +159,8 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "found"),
     [
-        (lambda state: shutil.rmtree(state), "there is none"),
-        (lambda state: shutil.rmtree(state / "checkpoint-6"), "there is none"),
+        (lambda state: shutil.rmtree(state), "no checkpoint"),
+        (lambda state: shutil.rmtree(state / "checkpoint-6"), "no checkpoint"),
         (lambda state: (state / "checkpoint-6" / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda state: damage(state / "checkpoint-6" / "model.safetensors"), "bytes instead of"),
     ],
