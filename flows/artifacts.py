@@ -81,8 +81,5 @@ def _send(key: str, newest: _Newest) -> None:
                 failed = False
             except Exception as error:
                 if not failed:  # once for each time that it can't be reached
-                    logger.warning(
-                        "the work goes on, but the Prefect server does not accept its progress: %s",
-                        error,
-                    )
+                    logger.warning("the work goes on, but the Prefect server does not accept its progress: %s", error)
                 failed = True

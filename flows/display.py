@@ -168,7 +168,8 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
     if report.replaced:
         console.print(
-            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier softlabel captured the wrong words"
+            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier version of softlabel captured"
+            " the wrong words"
         )
     _partial_answers(report.answers, report.partial_answers)
     if report.rejects:
@@ -177,7 +178,8 @@ def _capture_line(report: "CaptureReport") -> None:
 
 def _show_preview(preview: "Preview") -> None:
     """A sequence as the teacher will read it, with the captured tokens between brackets."""
-    console.print(Text.assemble(("document ", "dim"), printable(preview.document_id), (" (⟦captured⟧)", "dim")))
+    legend = (": what is between ⟦ and ⟧ is captured", "dim")
+    console.print(Text.assemble(("document ", "dim"), printable(preview.document_id), legend))
     shown = Text()
     for i, segment in enumerate(preview.segments[:_SEGMENTS]):
         lines = _shortened(segment.text).split("\n")

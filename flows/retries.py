@@ -43,7 +43,4 @@ def _allow_retry(run: UUID) -> None:
             client.update_flow_run(run, empirical_policy=before.empirical_policy.model_copy(update=retry))
             logger.info("this run will start again in %d seconds", seconds)
     except Exception as error:  # the run's own error is what people need to see
-        logger.warning(
-            "this run will not start again, because the Prefect server did not accept the retry: %s",
-            error,
-        )
+        logger.warning("this run will not start again, because the Prefect server did not accept a retry: %s", error)

@@ -127,7 +127,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
             "loss.target: sampled does not work with these settings or this table",
             expected="forward_kl at temperature 1, without stream.max_k, and a table with a sampled tail",
             found="; ".join(found),
-            do="set loss.target to bucket, or use the settings and the table that are expected",
+            do="set loss.target to bucket, or meet the conditions above",
         )
     if loss.target in ("renormalized", "zero_tail") and loss.divergence == "reverse_kl":
         raise UsageError(

@@ -81,7 +81,7 @@ def test_documents_are_shown_as_the_teacher_will_read_them_without_their_control
     shown = capsys.readouterr().out
     assert "41 of 100 answers incomplete" in shown
     for line in (
-        r"document d\x1b[31m1 (⟦captured⟧)",
+        r"document d\x1b[31m1: what is between ⟦ and ⟧ is captured",
         r"  | user\x1b[2J [red]Hi\u202e⟦Hello",
         r"  | there\x07\u27e7⟧!",
     ):
