@@ -210,8 +210,7 @@ def deploy_flows(
     If you run it again, it changes only what differs. A --config file can also describe deployments of your own.
 
     Args:
-        schedules: Turn on the schedules of all deployments that have parameters. Otherwise new schedules are off, and
-            existing ones stay as they are.
+        schedules: Turn on the schedules of deployments with parameters. By default, new schedules are off.
         work_pool: Work pool that the workers serve. [default: softlabel]
     """
 
