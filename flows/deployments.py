@@ -32,6 +32,8 @@ _ON_CPU: tuple[FlowName, ...] = ("reprocess", "mix", "maintain")
 _NIGHTLY, _WEEKLY_CHECK, _WEEKLY_CLEANING = "0 2 * * *", "0 5 * * 0", "0 7 * * 0"
 _SILENT_HEARTBEATS = 3
 """A run is lost when so many of its heartbeats in a row do not arrive."""
+_ONCE = timedelta(seconds=10)
+"""The server may handle an event several times; within this time, the same one triggers an automation only once."""
 _STARTS = 3
 """A run whose process dies is started again, up to this many starts in all."""
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
@@ -115,7 +117,7 @@ class DeployConfig(Settings):
     """Seconds between two heartbeats of a run. After three of these intervals without a heartbeat, the run counts as
     crashed and is started again."""
     pending_minutes: PositiveInt = 30
-    """A run that a worker has taken, but not started within this many minutes, counts as crashed."""
+    """A run that a worker has taken, but not started within this many minutes, is handed out again."""
     notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
     """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails or crashes."""
     deployments: tuple[DeploymentConfig, ...] = ()
@@ -167,9 +169,9 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
         ),
         _automation(
             "runs that never start",
-            f"A run that a worker took, but did not start within {config.pending_minutes} minutes, counts as crashed.",
+            f"A run that a worker took but did not start in {config.pending_minutes} minutes is handed out again.",
             _missing(pending, {"prefect.flow-run.Running"} | ended, timedelta(minutes=config.pending_minutes)),
-            _crash(f"A worker took this run, but did not start it within {config.pending_minutes} minutes."),
+            _again(f"A worker took this run, but did not start it in {config.pending_minutes} minutes."),
         ),
         _automation(
             "start crashed runs again",
@@ -177,19 +179,16 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
             EventTrigger(
                 match={
                     "prefect.resource.id": "prefect.flow-run.*",
-                    "prefect.run-count": [str(count) for count in range(_STARTS)],
+                    # Not 0: a run that can't even be loaded would crash again at once, for ever.
+                    "prefect.run-count": [str(count) for count in range(1, _STARTS)],
                 },
                 match_related=_OURS,
                 expect={"prefect.flow-run.Crashed"},
                 for_each={"prefect.resource.id"},
                 posture=Posture.Reactive,
+                within=_ONCE,
             ),
-            ChangeFlowRunState(
-                state=StateType.SCHEDULED,
-                name="AwaitingRetry",
-                message="The run crashed, and is started again.",
-                force=True,
-            ),
+            _again("The run crashed, and is started again."),
         ),
     ]
     if notify:
@@ -198,7 +197,14 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
             _automation(
                 "failures",
                 f"Tells {config.notify} of each run that fails or crashes.",
-                EventTrigger(match=_RUNS, match_related=_OURS, expect=failed, posture=Posture.Reactive),
+                EventTrigger(
+                    match=_RUNS,
+                    match_related=_OURS,
+                    expect=failed,
+                    for_each={"prefect.resource.id"},
+                    posture=Posture.Reactive,
+                    within=_ONCE,
+                ),
                 SendNotification(
                     block_document_id=notify,
                     subject="softlabel: {{ flow_run.name }} {{ flow_run.state.name }}",
@@ -233,6 +239,7 @@ def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[Auto
                     match={"prefect.resource.id": table_resource(table)},
                     expect={NEW_VERSION},
                     posture=Posture.Reactive,
+                    within=_ONCE,
                 ),
                 RunDeployment(deployment_id=identifier, source="selected"),
             )
@@ -259,7 +266,11 @@ def _missing(after: set[str], expected: set[str], within: timedelta, related: di
 
 
 def _crash(message: str) -> ChangeFlowRunState:
-    return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message, force=True)
+    return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message)
+
+
+def _again(message: str) -> ChangeFlowRunState:
+    return ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)
 
 
 def _automation(name: str, description: str, trigger: EventTrigger, action: Any) -> AutomationCore:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.states import Pending
 
 from softlabel.flows.cli import run
 from softlabel.flows.deploy import deploy
@@ -98,8 +101,6 @@ def test_schedules_are_off_until_they_are_turned_on_and_then_stay_on(site: Path,
 def test_what_people_changed_in_the_deployment_is_set_right_and_what_they_paused_stays_paused(
     site: Path, capsys: pytest.CaptureFixture[str]
 ):
-    from prefect.client.schemas.actions import DeploymentUpdate
-
     assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name("train/wiki")
@@ -204,9 +205,40 @@ def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(ti
             finally:
                 another.terminate()
                 another.wait()
-            assert now().run_count == 2
+            assert now().run_count >= 2
     record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
     assert record["step"] == 400
+
+
+@pytest.mark.long
+def test_a_run_that_its_worker_never_started_is_handed_out_again(tmp_path: Path):
+    with prefect_server(tmp_path):
+        deploy(DeployConfig(pending_minutes=1))
+        with get_client(sync_client=True) as client:
+            mix = client.read_deployment_by_name("mix/softlabel")
+            parameters = {"config": {"view": "v", "tables": ["a", "b"]}}
+            run = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
+            client.set_flow_run_state(run.id, Pending(name="Submitting"), force=True)
+            wait_until(lambda: client.read_flow_run(run.id).state_name == "AwaitingRetry", seconds=120)
+
+
+@pytest.mark.long
+def test_a_run_that_can_not_be_loaded_ends_instead_of_crashing_for_ever(tmp_path: Path):
+    with prefect_server(tmp_path):
+        deploy(DeployConfig())
+        with get_client(sync_client=True) as client:
+            mix = client.read_deployment_by_name("mix/softlabel")
+            client.update_deployment(mix.id, DeploymentUpdate(entrypoint="softlabel.flows.mix.gone"))
+            parameters = {"config": {"view": "v", "tables": ["a", "b"]}}
+            run = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
+            worker = start_worker()
+            try:
+                wait_until(lambda: client.read_flow_run(run.id).state_name == "Crashed", seconds=120)
+                time.sleep(5)
+                assert client.read_flow_run(run.id).state_name == "Crashed"
+            finally:
+                worker.terminate()
+                worker.wait()
 
 
 def start_worker(*flags: str) -> "subprocess.Popen[bytes]":

@@ -231,7 +231,7 @@ def test_neither_closed_descriptors_nor_proxies_matter(closed, proxies, prefect_
     table = make_table(tmp_path / "table", tiny_teacher, 2, 0)
     done = softlabel("verify", table.location, after=closed, PREFECT_HOME=str(prefect_home), **proxies)
     assert done.returncode == 0, done.stderr
-    assert "2 rows" in done.stdout or ">&-" in closed
+    assert "is intact" in done.stdout or ">&-" in closed
     connection = sqlite3.connect(prefect_home / "prefect.db")
     name = f"verify {table.location}"
     ((state,),) = connection.execute("select state_type from flow_run where name = ?", (name,)).fetchall()
