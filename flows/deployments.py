@@ -36,7 +36,11 @@ _ONCE = timedelta(seconds=10)
 """The server may handle an event several times; within this time, the same one triggers an automation only once."""
 _STARTS = 3
 """A run whose process dies is started again, up to this many starts in all."""
-_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+_ENDED = {
+    f"prefect.flow-run.{state}"
+    for state in ("Completed", "Failed", "Crashed", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+}
+"""Events after which a run need not show that it is alive."""
 
 
 class DeploymentConfig(Settings):
@@ -157,20 +161,19 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
         notify: id of the block to notify of failures.
     """
     silent = timedelta(seconds=_SILENT_HEARTBEATS * config.heartbeat_seconds)
-    ended = {f"prefect.flow-run.{name}" for name in _ENDS}
     alive = {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"}
     pending = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting", "prefect.flow-run.InfrastructurePending"}
     found = [
         _automation(
             "lost runs",
             f"A run without a heartbeat for {silent} (hours:minutes:seconds) counts as crashed and frees its slot.",
-            _missing(alive, alive | ended, silent),
+            _missing(alive, alive | _ENDED, silent),
             _crash(f"No heartbeat for {silent} (hours:minutes:seconds): the run's process or its machine is gone."),
         ),
         _automation(
             "runs that never start",
             f"A run that a worker took but did not start in {config.pending_minutes} minutes is handed out again.",
-            _missing(pending, {"prefect.flow-run.Running"} | ended, timedelta(minutes=config.pending_minutes)),
+            _missing(pending, {"prefect.flow-run.Running"} | _ENDED, timedelta(minutes=config.pending_minutes)),
             _again(f"A worker took this run, but did not start it in {config.pending_minutes} minutes."),
         ),
         _automation(
@@ -221,12 +224,11 @@ def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[Auto
     found = []
     its_runs = {"prefect.resource.id": f"prefect.deployment.{identifier}", "prefect.resource.role": "deployment"}
     if hours := deployment.time_limit_hours:
-        running, ended = {"prefect.flow-run.Running"}, {f"prefect.flow-run.{name}" for name in _ENDS}
         found.append(
             _automation(
                 f"time limit of {deployment.full_name}",
                 f"A run of {deployment.full_name} that takes longer than {hours:g} hours is cancelled.",
-                _missing(running, ended, timedelta(hours=hours), its_runs),
+                _missing({"prefect.flow-run.Running"}, _ENDED, timedelta(hours=hours), its_runs),
                 CancelFlowRun(),
             )
         )

@@ -88,7 +88,7 @@ def index(table: Table, columns: Sequence[str]) -> pa.Table:
 
 
 def captured_positions(table: Table) -> int:
-    """Number of captured positions of all rows.
+    """Number of captured positions of all rows; a classifier's table has one for each document.
 
     Raises:
         IntegrityError: as ``index`` does.

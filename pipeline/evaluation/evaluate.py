@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow.compute as pc
-
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
@@ -32,7 +30,7 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.students.origin import Origin
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import circumstances
-from softlabel.storage.reader import index
+from softlabel.storage.reader import captured_positions
 from softlabel.storage.upkeep.inspection import column_bytes, last_capture
 from softlabel.storage.views.view import AnyTable, View, open_table
 
@@ -108,7 +106,7 @@ def _header(job: EvaluationJob) -> Header:
         table=job.table.location,
         version=job.table.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        columns=column_costs(_column_bytes(job.table), _positions(job.table)),
+        columns=column_costs(_column_bytes(job.table), sum(map(captured_positions, job.table.tables))),
         identity=_identity(job.table),
         circumstances=circumstances(device=job.device),
         config=job.config.completed().model_dump(mode="json"),
@@ -132,11 +130,6 @@ def _names(folders: tuple[str, ...]) -> list[str]:
     """Each folder's name, or its whole path if another folder has the same name."""
     names = [Path(folder).absolute().name for folder in folders]
     return [name if names.count(name) == 1 else folder for name, folder in zip(names, folders, strict=True)]
-
-
-def _positions(table: AnyTable) -> int:
-    """Captured positions of the whole table; a classifier's table has one for each document."""
-    return sum(pc.sum(index(part, ["positions"]).column("positions")).as_py() or 0 for part in table.tables)
 
 
 def _column_bytes(table: AnyTable) -> dict[str, int]:
