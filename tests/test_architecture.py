@@ -169,9 +169,9 @@ def test_files_that_may_contain_code_are_loaded_in_one_module(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_run_decides_once_between_language_model_and_classifier(path: Path):
     """A training or an evaluation asks in ``objectives.decide`` whether there are classes, a capture or the upkeep of a
-    table in ``teachers.kind``. Only the modules that read or show a model's files or a table as such ask, too."""
+    table in ``teachers.kind``. Only the modules that read or show a table as such ask, too."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    described = ("storage", "pipeline.config.table_settings", "pipeline.models", "pipeline.students.origin")
+    described = ("storage", "pipeline.config.table_settings", "pipeline.students.origin")
     described += ("flows.table_display",)
     asked = [
         ast.unparse(node)

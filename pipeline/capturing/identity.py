@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import longest
 from softlabel.pipeline.sequences.tokenizer import template_hash, tokenizer_hash
 from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.identity import Identity, SelectionIdentity, SequencesIdentity, TokenizerIdentity
@@ -22,12 +21,13 @@ def identify(config: CaptureConfig, checkpoint: Checkpoint) -> Identity:
         TeacherError: if the tokenizer can't be loaded.
         UsageError: if the teacher can't read sequences that long, or does not support the selection.
     """
+    kind = kind_of(checkpoint.classes)
     read = _Read(
         template_hash(checkpoint),
-        checkpoint.vocabulary,
+        kind.vocabulary(checkpoint),
         checkpoint.padded_vocabulary,
         checkpoint.classes,
-        longest(checkpoint, config.sequences),
+        kind.longest(checkpoint, config.sequences),
     )
     return _identity(config, checkpoint, read)
 

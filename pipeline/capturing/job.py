@@ -15,7 +15,6 @@ from softlabel.pipeline.config.flags import flag_of
 from softlabel.pipeline.config.table_settings import complete
 from softlabel.pipeline.documents.readers import find
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.sequences.tokenizer import tokenizer_hash
 from softlabel.pipeline.teachers.kind import Kind, kind_of
@@ -130,7 +129,7 @@ def resolve(config: CaptureConfig) -> CaptureJob:
             require_match(table, table.identity.model_copy(update={"teacher": checkpoint.identity}), settings)
         raise
     if table is None:
-        require_trained_positions(checkpoint, settings.sequences, is_new=True)
+        job.kind.require_trained_positions(checkpoint, settings.sequences, is_new=True)
     else:
         require_match(table, job.identity, settings)
     job.kind.require_documents(settings, checkpoint.folder)

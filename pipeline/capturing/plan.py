@@ -22,7 +22,6 @@ from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from softlabel.pipeline.documents.documents import DocumentBatch, Documents
-from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.errors import DocumentsError
 from softlabel.storage.places.open import place_of
@@ -126,7 +125,7 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     if pending.sequences and Table.exists(job.table):
-        require_trained_positions(job.checkpoint, config.sequences, is_new=False)
+        job.kind.require_trained_positions(job.checkpoint, config.sequences, is_new=False)
     return CapturePlan(
         shards=pending.close(),
         copies=copies.close(),

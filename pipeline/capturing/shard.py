@@ -1,7 +1,7 @@
 """Capture one shard: run the teacher over the sequences of one file of a plan, and commit their soft labels."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -10,21 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.copies import still_pending
 from softlabel.pipeline.capturing.job import CaptureJob
+from softlabel.pipeline.capturing.labelling import Labelled, Labeller, labeller_of
 from softlabel.pipeline.capturing.masks import about_masks
 from softlabel.pipeline.progress import Progress, Watch, unwatched
-from softlabel.pipeline.selection.select import NotADistributionError, select
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
-from softlabel.pipeline.teachers.load import load_teacher
-from softlabel.pipeline.teachers.queries import Queries
-from softlabel.pipeline.teachers.teacher import Teacher, each_batch
 from softlabel.storage.codec import SoftLabels
-from softlabel.storage.errors import TeacherError
 from softlabel.storage.identity import circumstances
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
@@ -32,8 +25,6 @@ from softlabel.storage.writer import Commit, ShardWriter
 
 VOCABULARY_SAMPLE = 65_536
 """Positions whose ids a new table's numbering of ids is based on."""
-
-Labelled = tuple[pa.Table, SoftLabels]
 
 
 def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
@@ -60,9 +51,9 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
     if not len(sequences):
         return Commit(Table.open(job.table).version, 0, 0, 0)
     job.require_unchanged()
-    teacher = load_teacher(job.settings.teacher, job.checkpoint)
+    labeller = labeller_of(job)
     details: dict[str, float] = {}
-    batches = _watched(_labelled(job, teacher, sequences), done, total, watch, details)
+    batches = _watched(labeller.label(sequences), done, total, watch, details)
     if not Table.exists(job.table):
         first = list(_at_least(batches, VOCABULARY_SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
@@ -84,36 +75,11 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
                 details["bytes per position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
-        return writer.commit({"operation": "capture", **_history_entry(job, teacher), **masks})
+        return writer.commit({"operation": "capture", **_history_entry(job, labeller), **masks})
 
 
 def _positions(sequences: pa.Table) -> int:
     return pc.sum(sequences.column("positions")).as_py() or 0
-
-
-def _labelled(job: CaptureJob, teacher: Teacher | LabelTeacher, sequences: pa.Table) -> Iterator[Labelled]:
-    """The sequences with their soft labels, batch by batch."""
-    if isinstance(teacher, LabelTeacher):
-        yield from teacher.answers(sequences)
-        return
-    selection = job.selection
-    queries = Queries(sequences, job.kind)
-
-    def select_batch(batch: NDArray[np.int64], chunks: Iterator[torch.Tensor]) -> Labelled:
-        rows = sequences.take(pa.array(batch))
-        next_ids, seeds = queries.next_ids(batch), queries.seeds(batch, selection, job.identity.teacher)
-        parts: list[SoftLabels] = []
-        start = 0
-        for logits in chunks:
-            part = slice(start, start + len(logits))
-            try:
-                parts.append(select(logits, next_ids[part], seeds[part], selection, teacher.vocabulary))
-            except NotADistributionError as error:
-                raise _not_a_distribution(rows, [start + row for row in error.rows]) from None
-            start += len(logits)
-        return rows, SoftLabels.concatenate(parts)
-
-    yield from each_batch(teacher, queries.tokens, queries.positions, select_batch, job.settings.teacher.batch_tokens)
 
 
 def _watched(
@@ -140,26 +106,13 @@ def _at_least(batches: Iterator[Labelled], positions: int) -> Iterator[Labelled]
             return
 
 
-def _not_a_distribution(rows: pa.Table, positions: Sequence[int]) -> TeacherError:
-    """The error for logits that are not a distribution, with the ids of the documents."""
-    ends = np.cumsum(rows.column("positions").to_numpy())
-    names = rows.column("document_id").take(pa.array(np.unique(np.searchsorted(ends, positions, side="right"))))
-    return TeacherError(
-        "the teacher's logits do not give a probability distribution; this shard was not stored",
-        expected="logits that are finite, or -inf for an id of probability 0",
-        found=f"NaN, +inf, or only -inf, at {len(positions)} positions",
-        where=f"document {', '.join(names.to_pylist()[:5])}",
-        do="use teacher.dtype bfloat16 or float32, or leave the document out",
-    )
-
-
-def _history_entry(job: CaptureJob, teacher: Teacher | LabelTeacher) -> dict[str, object]:
+def _history_entry(job: CaptureJob, labeller: Labeller) -> dict[str, object]:
     """What the table's history records about a capture."""
     settings = job.settings
     return {
         "teacher": job.teacher,
         "revision": job.checkpoint.revision,
-        "parameters": teacher.parameters,
+        "parameters": labeller.parameters,
         "config": settings.model_dump(mode="json"),
-        "circumstances": circumstances(device=str(teacher.device), attention=settings.teacher.attn_implementation),
+        "circumstances": circumstances(device=str(labeller.device), attention=settings.teacher.attn_implementation),
     }

@@ -24,11 +24,9 @@ from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
 from softlabel.pipeline.estimation.sample import Sample, draw_sample
 from softlabel.pipeline.exclusive import scratch
-from softlabel.pipeline.models.context_length import require_trained_positions
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import Doubles, bucket_kl, kept_mass, squared_error
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher
@@ -164,7 +162,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         _require_model(job.settings.teacher)
         capture, sequencer = job.settings, Sequencer(job)
         if Table.exists(job.table):
-            require_trained_positions(job.checkpoint, capture.sequences, is_new=False)
+            job.kind.require_trained_positions(job.checkpoint, capture.sequences, is_new=False)
         load = time.perf_counter() - started
         documents = Documents(capture.documents, capture.columns)
         sample = draw_sample(job, documents, sequencer, config.sample.megabytes * 1e6, watch)
@@ -184,7 +182,6 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, job.table))
         started = time.perf_counter()
         teacher = load_teacher(capture.teacher, job.checkpoint)
-        assert not isinstance(teacher, LabelTeacher)
         load += time.perf_counter() - started
         selections = job.kind.compared(job.selection, ALTERNATIVES)
         batches = Batches(sample.sequences.tokens, sample.sequences.weights, capture.teacher.batch_tokens)

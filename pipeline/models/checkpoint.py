@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.adapter import Adapter
@@ -112,21 +112,14 @@ class Checkpoint:
             by_name = {f.name: h for f, h in zip(files, hashes, strict=True)}
         return TeacherIdentity(files=by_name, dtype=self.dtype, adapter=self.adapter and self.adapter.hash)
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes in the order of their ids; None for a language model.
 
         Raises:
             TeacherError: if the model is neither a causal language model nor a classifier with distinct classes.
         """
-        if self.labels:
-            return self.labels
-        if not is_classifier(self.config):
-            _require_causal(self)
-            return None
-        names = class_names(self.config)
-        _require_classifier(self, names)
-        return names
+        return self.labels or self._saved_as.classes
 
     @property
     def padded_vocabulary(self) -> int:
@@ -135,19 +128,15 @@ class Checkpoint:
 
     @property
     def vocabulary(self) -> int:
-        """The tokenizer's highest token id plus 1, or the number of rows of the output layer if that is less.
-
-        For a classifier, the number of classes.
-        """
-        if self.classes is not None:
-            return len(self.classes)
+        """The tokenizer's highest token id plus 1, or the number of rows of the output layer if that is less."""
         return min(int(max(self.tokenizer.get_vocab().values())) + 1, self.padded_vocabulary)
 
-    @property
-    def _architecture(self) -> Any:
-        if self.classes is not None:
-            return transformers().AutoModelForSequenceClassification
-        return architecture_of(self.config)
+    @cached_property
+    def _saved_as(self) -> "_SavedAs":
+        """Decides once, for all who read these files, whether the model is a language model or a classifier."""
+        if is_classifier(self.config):
+            return _SavedAs(transformers().AutoModelForSequenceClassification, _distinct_classes(self))
+        return _SavedAs(_causal_architecture(self), None)
 
     def blank(self) -> Any:
         """The model without weights, for inspection; it takes no memory.
@@ -156,7 +145,7 @@ class Checkpoint:
             TeacherError: if no model can be built from its configuration.
         """
         try:
-            return blank_model(self._architecture, self.config, trust_remote_code=self.trust_remote_code)
+            return blank_model(self._saved_as.architecture, self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # architectures raise many kinds of errors for wrong settings
             raise broken("no model can be built from the teacher's config.json", self.folder, error) from error
 
@@ -172,7 +161,7 @@ class Checkpoint:
         """
         try:
             model, report = load_model(
-                self._architecture,
+                self._saved_as.architecture,
                 self.folder,
                 trust_remote_code=self.trust_remote_code,
                 config=self.config,
@@ -204,8 +193,16 @@ class Checkpoint:
                 where=self.folder,
                 do="download or save the model again",
             )
-        model = (model if self.adapter is None else self.adapter.merged(model)).eval()
-        return text_model(model) if self.classes is None else model
+        return text_model((model if self.adapter is None else self.adapter.merged(model)).eval())
+
+
+class _SavedAs(NamedTuple):
+    """What a model was saved as."""
+
+    architecture: Any
+    """Which of transformers' Auto classes loads it."""
+    classes: tuple[str, ...] | None
+    """Those of a classifier."""
 
 
 def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherError:
@@ -242,8 +239,9 @@ def class_names(config: Any) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
-def _require_classifier(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
-    """Refuse a classifier that does not give one distribution over classes with different names."""
+def _distinct_classes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The classes of a classifier that gives one distribution over classes with different names; refuses any other."""
+    names = class_names(checkpoint.config)
     kind = checkpoint.config.problem_type or "single_label_classification"
     if kind != "single_label_classification" or len(names) < 2 or len(set(names)) < len(names):
         raise TeacherError(
@@ -254,6 +252,7 @@ def _require_classifier(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
             where=checkpoint.folder / "config.json",
             do="correct config.json if it is wrong, or use another classifier",
         )
+    return names
 
 
 def _require_config(checkpoint: Checkpoint) -> None:
@@ -268,10 +267,10 @@ def _require_config(checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_causal(checkpoint: Checkpoint) -> None:
-    """Refuse anything but a causal language model, before any weight is loaded."""
-    architectures = checkpoint.config.architectures or []
-    causal = architecture_of(checkpoint.config)._model_mapping.get(type(checkpoint.config), None)
+def _causal_architecture(checkpoint: Checkpoint) -> Any:
+    """Which of transformers' Auto classes loads a causal language model; refuses anything else, before it is loaded."""
+    architectures, architecture = checkpoint.config.architectures or [], architecture_of(checkpoint.config)
+    causal = architecture._model_mapping.get(type(checkpoint.config), None)
     remote = checkpoint.trust_remote_code and hasattr(checkpoint.config, "auto_map")
     if not remote and (causal is None or (architectures and causal.__name__ not in architectures)):
         raise TeacherError(
@@ -281,3 +280,4 @@ def _require_causal(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder / "config.json",
             do="use a model that predicts the next token, or one that was saved as a sequence classifier",
         )
+    return architecture

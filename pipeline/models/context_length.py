@@ -44,10 +44,15 @@ def _scaled(rope: Mapping[str, Any], positions: int) -> int:
 def require_trained_positions(checkpoint: Checkpoint, settings: SequencesConfig, is_new: bool) -> None:
     """Refuse sequences that are longer than a language model is meant for; for a table that exists, only warn.
 
+    Args:
+        checkpoint: the language model's files.
+        settings: the maximum length.
+        is_new: whether there is no table yet.
+
     Raises:
         UsageError: if they are, and the table is new.
     """
-    limit = None if checkpoint.classes is not None else trained_positions(checkpoint.config)
+    limit = trained_positions(checkpoint.config)
     if limit is None or settings.max_tokens <= limit:
         return
     error = UsageError(
@@ -66,24 +71,21 @@ def require_trained_positions(checkpoint: Checkpoint, settings: SequencesConfig,
     warnings.warn(str(error), stacklevel=2)
 
 
-def longest(checkpoint: Checkpoint, settings: SequencesConfig) -> int:
-    """Tokens of the longest sequence, with special tokens; for a classifier, the model's own limit also applies.
-
-    Raises:
-        UsageError: if a language model can't read sequences of ``max_tokens``.
-    """
-    positions = configured_positions(checkpoint.config)
-    if checkpoint.classes is None:
-        _require_positions(checkpoint, settings.max_tokens, positions)
-        return settings.max_tokens
-    limit = positions
+def longest_document(checkpoint: Checkpoint, settings: SequencesConfig) -> int:
+    """Tokens of the longest document that a classifier reads whole, with special tokens."""
+    limit = positions = configured_positions(checkpoint.config)
     if positions is not None and not checkpoint.labels:
         limit = _table_length(checkpoint.blank(), positions) or positions
     return min(settings.max_tokens, int(checkpoint.tokenizer.model_max_length), limit or settings.max_tokens)
 
 
-def _require_positions(checkpoint: Checkpoint, max_tokens: int, positions: int | None) -> None:
-    """Refuse sequences that are longer than a language model's position table."""
+def require_positions(checkpoint: Checkpoint, settings: SequencesConfig) -> None:
+    """Refuse sequences that are longer than a language model's position table.
+
+    Raises:
+        UsageError: if they are.
+    """
+    max_tokens, positions = settings.max_tokens, configured_positions(checkpoint.config)
     before = 1 + (checkpoint.config.get_text_config().pad_token_id or 0)
     if positions is None or max_tokens <= positions - before:  # enough for every architecture
         return

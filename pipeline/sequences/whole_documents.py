@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from softlabel.pipeline.config.capture import SequencesConfig
 from softlabel.pipeline.documents.documents import Reject
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import longest
+from softlabel.pipeline.models.context_length import longest_document
 from softlabel.pipeline.sequences.chunking import Chunks, parts, row_schema_of, to_rows
 
 MASK = "document"
@@ -37,7 +37,7 @@ class WholeDocuments:
         self._backend = Tokenizer.from_str(checkpoint.tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.encode_special_tokens = settings.special_tokens == "text"
-        self._backend.enable_truncation(longest(checkpoint, settings))
+        self._backend.enable_truncation(longest_document(checkpoint, settings))
         self.truncated = 0
         """Number of documents truncated so far."""
 

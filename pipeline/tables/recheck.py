@@ -19,7 +19,7 @@ from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import bucket_kl, kept_mass
 from softlabel.pipeline.tables.accounts import Answers, Doubles, Indices, SampledSequences
-from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
+from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
 from softlabel.storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError
@@ -136,7 +136,6 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
     _require_teacher(table, checkpoint)
     rows = _sample(table, sequences, seed)
     teacher = load_teacher(config, checkpoint)
-    assert not isinstance(teacher, LabelTeacher)
     sampled = SampledSequences(table, rows, teacher)
     order = np.random.default_rng(seed).permutation(len(rows))
     small_groups = [order[start : start + _SECOND_RUN_GROUP] for start in range(0, len(rows), _SECOND_RUN_GROUP)]
@@ -270,7 +269,7 @@ def _require_teacher(table: Table, checkpoint: Checkpoint) -> None:
     given = expected.model_copy(
         update={
             "teacher": checkpoint.identity,
-            "vocabulary": checkpoint.vocabulary,
+            "vocabulary": kind_of(checkpoint.classes).vocabulary(checkpoint),
             "padded_vocabulary": checkpoint.padded_vocabulary,
             "classes": checkpoint.classes,
         }

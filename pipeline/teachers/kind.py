@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from softlabel.pipeline.config.capture import CaptureConfig, Content, SelectionConfig, SequencesConfig
 from softlabel.pipeline.documents.documents import Reject
 from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.context_length import longest_document, require_positions, require_trained_positions
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.sequences.chunking import ChunkedDocuments
 from softlabel.pipeline.sequences.tokenizer import mask_rule
@@ -102,6 +103,23 @@ class Kind(Protocol):
             UsageError: if all of each distribution has to stay.
         """
 
+    def vocabulary(self, checkpoint: Checkpoint) -> int:
+        """Number of token ids, or of classes, that a distribution is over."""
+
+    def longest(self, checkpoint: Checkpoint, settings: SequencesConfig) -> int:
+        """Tokens of the longest sequence, with special tokens.
+
+        Raises:
+            UsageError: if the teacher can't read sequences of ``max_tokens``, and documents are not truncated.
+        """
+
+    def require_trained_positions(self, checkpoint: Checkpoint, settings: SequencesConfig, is_new: bool) -> None:
+        """Refuse sequences that are longer than the teacher is meant for; for a table that exists, only warn.
+
+        Raises:
+            UsageError: if they are, and the table is new.
+        """
+
     def context(self, settings: SequencesConfig) -> int:
         """Tokens that a sequence repeats of the one before it."""
 
@@ -155,6 +173,19 @@ class LanguageModel:
 
     def require_narrowing(self, wanted: Mapping[str, object], table: str) -> None:
         """Does nothing: a head can be shortened, and draws left out."""
+
+    def vocabulary(self, checkpoint: Checkpoint) -> int:
+        """The token ids that both the tokenizer and the model know."""
+        return checkpoint.vocabulary
+
+    def longest(self, checkpoint: Checkpoint, settings: SequencesConfig) -> int:
+        """As set; refused if the model has too few positions."""
+        require_positions(checkpoint, settings)
+        return settings.max_tokens
+
+    def require_trained_positions(self, checkpoint: Checkpoint, settings: SequencesConfig, is_new: bool) -> None:
+        """See ``Kind.require_trained_positions``."""
+        require_trained_positions(checkpoint, settings, is_new)
 
     def context(self, settings: SequencesConfig) -> int:
         """See ``Kind.context``."""
@@ -237,6 +268,17 @@ class Classifier:
             where=table,
             do="to train a student on fewer labels, set student.labels",
         )
+
+    def vocabulary(self, checkpoint: Checkpoint) -> int:
+        """The classes."""
+        return len(self.classes)
+
+    def longest(self, checkpoint: Checkpoint, settings: SequencesConfig) -> int:
+        """At most as set, and what the model reads; longer documents are truncated."""
+        return longest_document(checkpoint, settings)
+
+    def require_trained_positions(self, checkpoint: Checkpoint, settings: SequencesConfig, is_new: bool) -> None:
+        """Does nothing: longer documents are truncated."""
 
     def context(self, settings: SequencesConfig) -> int:
         """There is one sequence per document."""

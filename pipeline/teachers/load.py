@@ -6,12 +6,11 @@ from pkgutil import resolve_name
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.pipeline.teachers.teacher import Teacher
 
 
-def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher | LabelTeacher:
+def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher:
     """The teacher, run by the engine that the settings name; loaded once in each process while its files stay the same.
 
     Args:
@@ -22,8 +21,6 @@ def load_teacher(config: TeacherConfig, checkpoint: Checkpoint) -> Teacher | Lab
 
 
 @lru_cache(maxsize=1)
-def _load(config: TeacherConfig, checkpoint: Checkpoint, identity: str) -> Teacher | LabelTeacher:
-    if config.labels:
-        return LabelTeacher(checkpoint)
+def _load(config: TeacherConfig, checkpoint: Checkpoint, identity: str) -> Teacher:
     engine: Callable[..., Teacher] = resolve_name(config.engine or kind_of(checkpoint.classes).engine)
     return engine(config, checkpoint)

@@ -39,7 +39,8 @@ class Teacher(Protocol):
     checkpoint: Checkpoint
     """The teacher's files, which the table records as its teacher."""
     vocabulary: int
-    """Number of token ids that the tokenizer knows (``Checkpoint.vocabulary``): the support of every distribution."""
+    """Number of token ids that the tokenizer knows (``Checkpoint.vocabulary``), or of classes: the support
+    of every distribution."""
     device: torch.device
     """Device that the logits are on."""
 
@@ -74,13 +75,14 @@ class TransformersTeacher:
 
     def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint or Checkpoint.find(config)
-        self.vocabulary = self.checkpoint.vocabulary
+        kind = kind_of(self.checkpoint.classes)
+        self.vocabulary = kind.vocabulary(self.checkpoint)
         self.device = device(config.device)
         self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attn_implementation)
         self._body = self._model.base_model
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (self._model.dtype.itemsize * self.checkpoint.padded_vocabulary))
-        if kind_of(self.checkpoint.classes).causal:
+        if kind.causal:
             self._require_causal()
 
     @property

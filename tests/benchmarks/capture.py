@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 import torch
 
 import softlabel.flows  # noqa: F401, sets the environment variables of a capture
-from softlabel.pipeline.capturing import shard
+from softlabel.pipeline.capturing import labelling
 from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
@@ -102,7 +102,7 @@ class Bench:
             checkpoint = RandomWeights(checkpoint.folder, None, False, "bfloat16")
         self.teacher = TransformersTeacher(settings, checkpoint)
         self._folder, self._tokens, self._batch_tokens = folder, tokens, batch * tokens
-        shard.load_teacher = lambda config, checkpoint: self.teacher
+        labelling.load_teacher = lambda config, checkpoint: self.teacher
         self._configs: dict[str, CaptureConfig] = {}
         self._plans: dict[str, Path] = {}
         measured = documents(folder / "measured.parquet", name, 1, sequences, tokens)
@@ -199,12 +199,12 @@ class Bench:
             spent[name] += time.perf_counter() - started
             return result
 
-        originals = shard.select, ShardWriter.append, ShardWriter.commit
-        shard.select = partial(clocked, "selection", originals[0])
+        originals = labelling.select, ShardWriter.append, ShardWriter.commit
+        labelling.select = partial(clocked, "selection", originals[0])
         ShardWriter.append = lambda *a: clocked("writing", originals[1], *a)  # type: ignore[method-assign]
         ShardWriter.commit = lambda *a: clocked("commit", originals[2], *a)  # type: ignore[method-assign]
         spent["whole"] = self.capture(selection, {})
-        shard.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
+        labelling.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
         return spent
 
     def peak(self, work: Callable[[], object]) -> float:

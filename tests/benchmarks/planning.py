@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,12 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing import shard
 from softlabel.pipeline.capturing.capture import capture
-from softlabel.pipeline.capturing.job import resolve
+from softlabel.pipeline.capturing.job import CaptureJob, resolve
+from softlabel.pipeline.capturing.labelling import Labelled, OwnLabeller
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
-from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
-from softlabel.pipeline.teachers.classifier_teacher import LabelTeacher
 from softlabel.storage.codec import SoftLabels
 from tests import memory
 
@@ -45,20 +43,19 @@ ROWS = 4096
 """Sequences that the stub returns at a time."""
 
 
-class Stub(LabelTeacher):
+class Stub(OwnLabeller):
     """A teacher that needs no time."""
 
-    def answers(self, sequences: pa.Table) -> Iterator[tuple[pa.Table, SoftLabels]]:
+    def label(self, sequences: pa.Table) -> Iterator[Labelled]:
         """The sequences in batches, with one id at each position."""
         for start in range(0, len(sequences), ROWS):
             rows = sequences.slice(start, ROWS)
             yield rows, made_up(sum(rows.column("positions").to_pylist()))
 
 
-@lru_cache(maxsize=1)
-def load_stub(_: TeacherConfig, checkpoint: Checkpoint) -> Stub:
-    """Replaces ``pipeline.teachers.load.load_teacher``."""
-    return Stub(checkpoint)
+def stub_of(_: CaptureJob) -> Stub:
+    """Replaces ``pipeline.capturing.labelling.labeller_of``."""
+    return Stub([])
 
 
 def main() -> None:
@@ -117,7 +114,7 @@ def planned(config: CaptureConfig) -> None:
 
 def captured(config: CaptureConfig) -> None:
     """A whole capture."""
-    shard.load_teacher = load_stub  # type: ignore[assignment]
+    shard.labeller_of = stub_of
     capture(config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from softlabel.pipeline.capturing import shard
+from softlabel.pipeline.capturing import labelling
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.copies import copy_rows, own_order
 from softlabel.pipeline.capturing.job import resolve
@@ -45,7 +45,7 @@ def test_a_capture_overtaken_by_another_runs_no_teacher(
     def watch(progress: Progress) -> None:
         seen.append(progress)
         if progress.stage == "capture":
-            monkeypatch.setattr(shard, "load_teacher", None)
+            monkeypatch.setattr(labelling, "load_teacher", None)
 
     last, first = capture_overtaken(config, config, watch)
     assert (first.sequences, last.sequences, last.copied, last.positions) == (150, 0, 0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.capturing import masks, shard
+from softlabel.pipeline.capturing import labelling, masks
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.sequences.chat import ChatTemplate, RenderedChat
@@ -92,7 +92,7 @@ def test_the_teacher_is_not_loaded_if_nothing_was_wrong(
         patch.setattr(masks, "MASKS", 1)
         run(tiny_teacher, documents, table)
     before = rows(table)
-    monkeypatch.setattr(shard, "load_teacher", None)
+    monkeypatch.setattr(labelling, "load_teacher", None)
     assert run(tiny_teacher, documents, table).replaced == 0
     assert rows(table) == before
 

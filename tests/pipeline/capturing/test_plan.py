@@ -16,7 +16,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, ColumnsConfig, Sele
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.errors import DocumentsError, UsageError
-from tests.benchmarks.planning import load_stub, write_documents
+from tests.benchmarks.planning import stub_of, write_documents
 
 MANY = 20_000
 BYTES_A_DOCUMENT = 150
@@ -34,7 +34,7 @@ def test_only_new_documents_are_tokenized_and_the_plan_stays_small_in_memory(
         teacher=TeacherConfig(model=str(tiny_teacher)),
         selection=SelectionConfig(top_k=1),
     )
-    monkeypatch.setattr(shard, "load_teacher", load_stub)
+    monkeypatch.setattr(shard, "labeller_of", stub_of)
     assert capture(config).sequences == MANY
     write_documents(tmp_path / "d.parquet", words, MANY + 10)
 

@@ -21,7 +21,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, SequencesConfig, Te
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import estimate
 from softlabel.pipeline.models.checkpoint import Checkpoint
-from softlabel.pipeline.models.context_length import longest, require_trained_positions
+from softlabel.pipeline.models.context_length import require_positions, require_trained_positions
 from softlabel.storage.errors import UsageError
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -44,11 +44,11 @@ def test_only_a_position_table_limits_the_length(config: PretrainedConfig, limit
     config.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path, None, False, "float32")
     if limit is None:
-        assert longest(checkpoint, SequencesConfig(max_tokens=1024)) == 1024
+        require_positions(checkpoint, SequencesConfig(max_tokens=1024))
         return
-    assert longest(checkpoint, SequencesConfig(max_tokens=limit)) == limit
+    require_positions(checkpoint, SequencesConfig(max_tokens=limit))
     with pytest.raises(UsageError, match=f"of at most {limit}"):
-        longest(checkpoint, SequencesConfig(max_tokens=limit + 1))
+        require_positions(checkpoint, SequencesConfig(max_tokens=limit + 1))
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -103,7 +103,7 @@ def test_a_longer_capture_is_refused_and_a_table_that_has_one_gets_a_warning(
     with pytest.raises(UsageError, match="of at most 2048"):
         estimate(EstimateConfig(**config.model_dump()))
     with monkeypatch.context() as earlier:
-        earlier.setattr("softlabel.pipeline.capturing.job.require_trained_positions", lambda *_, **__: None)
+        earlier.setattr("softlabel.pipeline.teachers.kind.require_trained_positions", lambda *_, **__: None)
         capture(config)
     documents.write_text('{"id": 2, "text": "Saturn has rings."}\n')
     with pytest.warns(UserWarning, match="of at most 2048"):
