@@ -110,7 +110,7 @@ def test_epochs_take_a_student_further_too(table: Table, tmp_path: Path):
     assert len(json.loads((tmp_path / "student" / "softlabel.json").read_text())["runs"]) == 3
 
 
-@pytest.mark.parametrize("stop", [7, 9, 13])
+@pytest.mark.parametrize("stop", [9, *(pytest.param(stop, marks=pytest.mark.long) for stop in (7, 13))])
 def test_an_interrupted_further_run_ends_with_the_same_student(stop, table, finished, further, tmp_path):
     """Before its first checkpoint, it begins again from the finished student, which stays usable all the time."""
     student = copied(finished, tmp_path)

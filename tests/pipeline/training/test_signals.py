@@ -103,7 +103,7 @@ def test_an_ignored_interrupt_stays_ignored(uninterrupted, table, tmp_path):
     assert_same(tmp_path / "student", uninterrupted.output)
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
+@pytest.mark.parametrize("step", [1, 8, *(pytest.param(step, marks=pytest.mark.long) for step in (5, 11))])
 def test_a_training_resumes_exactly_after_an_interrupt(step, uninterrupted, table, tmp_path, caplog):
     """At its first step, at one with an evaluation, at one with a checkpoint of its own, and before its last."""
     config, handlers = settings(table, tmp_path / "student"), list(map(signal.getsignal, (2, 15)))
