@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from softlabel.flows.artifacts import publishing_progress
 from softlabel.flows.events import announcing
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.steps import P, R, StepDecorator
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -43,7 +44,12 @@ def flow_of(work: CaptureFunction) -> Flow[[CaptureConfig], CaptureReport]:
     @flow(name="capture", flow_run_name="capture {config.table}", persist_result=False)
     def capture_flow(config: CaptureConfig) -> CaptureReport:
         """Run a teacher once over documents and store its soft labels in a table; skip what the table already holds."""
-        with retrying(), publishing_progress("capture-progress") as watch, announcing(config.table, "capture"):
+        with (
+            recorded(),
+            retrying(),
+            publishing_progress("capture-progress") as watch,
+            announcing(config.table, "capture"),
+        ):
             report = work(config, watch, as_task)
         create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
         return report

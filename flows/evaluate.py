@@ -10,6 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate
@@ -19,7 +20,7 @@ from softlabel.pipeline.evaluation.report import EvaluationReport, pictures
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
-    with retrying(), watching() as watch:
+    with recorded(), retrying(), watching() as watch:
         report = evaluate(config, watch)
     create_table_artifact(
         [asdict(score) for score in (report.teacher, *report.students)],

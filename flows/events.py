@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from prefect.context import FlowRunContext
 from prefect.events import emit_event
 
+from softlabel.storage.identity import run_id
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import captured_positions
 from softlabel.storage.table import Table
@@ -47,7 +47,7 @@ def announcing(location: str, operation: str) -> Iterator[None]:
                     "version": after.version,
                     "operation": operation,
                     "positions": captured_positions(after),
-                    "run": _run(),
+                    "run": run_id(),
                 },
             )
 
@@ -61,14 +61,9 @@ def announce_student(report: "TrainReport") -> None:
                 "prefect.resource.id": f"softlabel.student.{place_of(report.output).address}",
                 "prefect.resource.name": report.output,
             },
-            payload={"student": report.output, "table": report.table, "step": report.steps, "run": _run()},
+            payload={"student": report.output, "table": report.table, "step": report.steps, "run": run_id()},
         )
 
 
 def _newest(location: str) -> Table | None:
     return Table.open(location) if Table.exists(location) else None
-
-
-def _run() -> str | None:
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context and context.flow_run else None

@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport, maintain
 
@@ -11,7 +12,7 @@ from softlabel.pipeline.tables.maintain import MaintainReport, maintain
 @flow(name="maintain", flow_run_name="maintain {config.table}", persist_result=False)
 def maintain_flow(config: MaintainConfig) -> MaintainReport:
     """Delete the files that no version of a table refers to and no writer is writing; or tag and drop versions."""
-    with retrying():
+    with recorded(), retrying():
         report = maintain(config)
     if report.deletion and report.deletion.deleted and not report.deletion.dry_run:
         rows = [vars(leftover) for leftover in report.deletion.deleted]

@@ -6,6 +6,7 @@ from prefect.artifacts import create_table_artifact
 from softlabel.flows.artifacts import publishing_progress
 from softlabel.flows.events import announcing
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 
@@ -14,7 +15,7 @@ from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
     """Make a smaller table from a table, or change it in place as one new version; no teacher is needed."""
     target = config.destination or config.source
-    with retrying(), publishing_progress("reprocess-progress") as watch, announcing(target, "reprocess"):
+    with recorded(), retrying(), publishing_progress("reprocess-progress") as watch, announcing(target, "reprocess"):
         report = reprocess(config, watch)
     rows = [{"operation": report.operation, **vars(report.rows)}]
     create_table_artifact(rows, key="reprocess", description=f"{report.source} reprocessed into {report.table}")

@@ -9,6 +9,7 @@ from prefect._internal import control_listener
 from softlabel.flows.events import announce_student
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.training.train import TrainReport, train
 
@@ -16,9 +17,9 @@ from softlabel.pipeline.training.train import TrainReport, train
 @flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; a student that is already trained with these settings is left unchanged."""
-    with retrying(), _cancellable(), watching() as watch:
+    with recorded(), retrying(), _cancellable(), watching() as watch:
         report = train(config, watch)
-    announce_student(report)
+        announce_student(report)
     return report
 
 

@@ -9,6 +9,7 @@ from prefect.artifacts import create_table_artifact
 from softlabel.flows.events import announcing
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import VerifyConfig
 from softlabel.pipeline.tables.verify import VerifyReport, verify
 from softlabel.storage.errors import DisagreementError, IntegrityError
@@ -23,7 +24,7 @@ def verify_flow(config: VerifyConfig) -> VerifyReport:
     """Check every byte of a table and, if its teacher is given, compare a sample with it; any difference fails."""
     changing = announcing(config.table, "verify") if config.remove_damaged else nullcontext()
     try:
-        with retrying(), watching() as watch, changing:
+        with recorded(), retrying(), watching() as watch, changing:
             report = verify(config, watch)
     except IntegrityError as error:
         if isinstance(error.details, Verification):

@@ -18,6 +18,7 @@ from pydantic_core import to_jsonable_python
 
 from softlabel.storage import errors
 from softlabel.storage.errors import SoftlabelError, WorkerError
+from softlabel.storage.identity import run_variables
 
 NEUTRAL = "/"
 """Working folder for programs that would run or read files of their working folder: only root can write here."""
@@ -44,7 +45,7 @@ def start(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
         start_new_session=True,
-        env={**(os.environ if environment is None else environment), **same_modules()},
+        env={**(os.environ if environment is None else environment), **same_modules(), **run_variables()},
         **settings,
     )
 

@@ -7,9 +7,13 @@ recorded with each commit and may change: a rebuilt image must not stop a nightl
 import getpass
 import importlib.metadata
 import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import date
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -17,6 +21,10 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from softlabel.storage.errors import ProvenanceError
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "polars", "deltalake")
+_VARIABLES = {"run": "SOFTLABEL_RUN", "flow": "SOFTLABEL_FLOW"}
+"""Environment variables that tell a child process for which run of a scheduler it works."""
+_INHERITED = {name: os.environ[variable] for name, variable in _VARIABLES.items() if os.environ.get(variable)}
+_RUN: ContextVar[Mapping[str, str]] = ContextVar("run")
 
 
 class _Part(BaseModel):
@@ -152,9 +160,42 @@ def _to_match(flags: str | None) -> str:
 
 
 def circumstances(**more: str) -> dict[str, str]:
-    """The circumstances of a run: library versions, machine, user, and what the caller adds (device, kernel)."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
-    return {"user": user(), "python": platform.python_version(), "machine": platform.machine(), **versions, **more}
+    """The circumstances of a run: library versions, machine, user, and what the caller adds (device, kernel).
+
+    If a scheduler started it, also the scheduler's id of this run and the name of its flow.
+    """
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    return {"user": user(), **_RUN.get(_INHERITED), **machine, **_versions(), **more}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
+
+
+@contextmanager
+def working_for(run: str, flow: str) -> Iterator[None]:
+    """Record a scheduler's run in everything that the block writes, in this process and in its child processes.
+
+    Args:
+        run: the scheduler's id of the run.
+        flow: name of what it runs.
+    """
+    token = _RUN.set({"run": run, "flow": flow})
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+def run_id() -> str | None:
+    """The scheduler's id of the run that this code works for; None if no scheduler started it."""
+    return _RUN.get(_INHERITED).get("run")
+
+
+def run_variables() -> dict[str, str]:
+    """Environment variables with which a child process works for the same run."""
+    return {_VARIABLES[name]: value for name, value in _RUN.get(_INHERITED).items()}
 
 
 def _installed(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.identity import circumstances
 from softlabel.storage.places.place import Place, hash_of
 from softlabel.storage.schema import PARTITION
 
@@ -75,7 +76,7 @@ def write_commit(
         place: place of the table.
         version: version that the commit makes.
         operation: Delta's name for what it does.
-        message: softlabel's own metadata.
+        message: softlabel's own metadata; its circumstances, if any, add to those of this process.
         actions: the other lines, as https://github.com/delta-io/delta/blob/master/PROTOCOL.md#actions has them.
 
     Raises:
@@ -83,7 +84,8 @@ def write_commit(
         ValueError: if a line is too long to be read again.
     """
     info = {"timestamp": int(time.time() * 1000), "operation": operation, "operationParameters": {}}
-    lines = [{"commitInfo": {**info, COMMIT_MESSAGE: {"hash": _NO_HASH, **message}}}, *actions]
+    around = circumstances() | message.get("circumstances", {})
+    lines = [{"commitInfo": {**info, COMMIT_MESSAGE: {"hash": _NO_HASH, **message, "circumstances": around}}}, *actions]
     content, name = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines).encode(), commit_file(version)
     content = content.replace(_NO_HASH.encode(), hash_of(content).encode(), 1)
     lines_of(content)

@@ -6,12 +6,13 @@ Each record contains a hash of its other fields, so that a damaged one is recogn
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Generic, TypeVar
 
 from softlabel.storage.errors import IntegrityError, TableError
+from softlabel.storage.identity import run_id
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, File, Place
 from softlabel.storage.sealed_json import seal, unseal
@@ -24,6 +25,8 @@ class Record:
     time: str
     """UTC, ISO 8601."""
     user: str
+    run: str | None = field(default=None, kw_only=True)
+    """The scheduler's id of the run that wrote it last; None if no scheduler started it."""
 
 
 R = TypeVar("R", bound=Record)
@@ -109,7 +112,8 @@ class RecordStore(Generic[R]):
             FileExistsError: if the record exists and ``replace`` is false.
             TableError: if it can't be written.
         """
-        place, path, content = place_of(table), self._path(name), seal(asdict(record))
+        place, path, fields = place_of(table), self._path(name), asdict(record) | {"run": run_id()}
+        content = seal({name: value for name, value in fields.items() if name != "run" or value is not None})
         if len(content) > LARGEST_RECORD:
             raise TableError(
                 "this record would be too large to be read again; nothing was written",

@@ -112,7 +112,7 @@ class ShardWriter:
         """Commit the rows to the table; each row is added exactly once, whatever other writers commit.
 
         Args:
-            about: metadata for the table's history: operation and circumstances.
+            about: metadata for the table's history: the operation, and what the circumstances of this process lack.
 
         Raises:
             ProvenanceError: if the table's identity has changed meanwhile.

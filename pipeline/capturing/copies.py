@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.progress import Progress, Watch, unwatched
-from softlabel.storage.identity import circumstances
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter, present_rows
 
@@ -74,6 +73,6 @@ def copy_rows(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
     watch(Progress("copy", 0, len(sequences), "sequences"))
     with ShardWriter(table, job.settings.shards.row_group_sequences) as writer:
         writer.append_copies(sequences)
-        commit = writer.commit({"operation": "copy", "circumstances": circumstances()})
+        commit = writer.commit({"operation": "copy"})
     watch(Progress("copy", len(sequences), len(sequences), "sequences"))
     return commit

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
 from softlabel.storage.commit_message import COMMIT_MESSAGE
-from softlabel.storage.identity import circumstances
 from softlabel.storage.reader import outline
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite import rewrite
@@ -80,7 +79,7 @@ def replace_rows(job: CaptureJob, path: Path) -> int:
 
     held = (part for shard in table.shards() for part in outline(table, shard, ["document_id"]))
     everything = all(names.has(_names(part)).all() for part in held)
-    entry = {"operation": "replace", "circumstances": circumstances()} | ({_NAME: MASKS} if everything else {})
+    entry = {"operation": "replace"} | ({_NAME: MASKS} if everything else {})
     shards = job.settings.shards
     columns = ("document_id", "fingerprint", "chunk", "key")
     layout = shards.positions, shards.row_group_sequences

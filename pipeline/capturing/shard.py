@@ -18,7 +18,6 @@ from softlabel.pipeline.capturing.masks import about_masks
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.codec import SoftLabels
-from softlabel.storage.identity import circumstances
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter
@@ -114,5 +113,5 @@ def _history_entry(job: CaptureJob, labeller: Labeller) -> dict[str, object]:
         "revision": job.checkpoint.revision,
         "parameters": labeller.parameters,
         "config": settings.model_dump(mode="json"),
-        "circumstances": circumstances(device=str(labeller.device), attention=settings.teacher.attn_implementation),
+        "circumstances": {"device": str(labeller.device), "attention": settings.teacher.attn_implementation},
     }

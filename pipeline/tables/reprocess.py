@@ -15,7 +15,7 @@ from softlabel.pipeline.sequences.chunking import split_of
 from softlabel.pipeline.tables.row_filter import RowFilter, listed
 from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.errors import UsageError
-from softlabel.storage.identity import Identity, circumstances
+from softlabel.storage.identity import Identity
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline, with_split
@@ -68,7 +68,6 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
         "operation": _operation(config),
         "source": f"{source.location}@{source.version}",
         "settings": config.model_dump(mode="json", exclude_defaults=True),
-        "circumstances": circumstances(),
     }
     layout = config.shards.positions, config.shards.row_group_sequences
     total = sum(shard.rows for shard in source.shards())

@@ -68,6 +68,10 @@ class HistoryEntry:
     sequences: int
     positions: int
     bytes: int
+    run: str | None = None
+    """The scheduler's id of the run that made it; None if no scheduler started it."""
+    flow: str | None = None
+    """Name of the scheduler's flow."""
 
 
 def inspect(table: Table) -> Inspection:
@@ -120,6 +124,8 @@ def history(table: Table) -> list[HistoryEntry]:
                 sequences=about.sequences,
                 positions=about.positions,
                 bytes=about.bytes,
+                run=about.circumstances.get("run"),
+                flow=about.circumstances.get("flow"),
             )
         )
     return entries

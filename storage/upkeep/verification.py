@@ -17,7 +17,6 @@ from deltalake.transaction import RemoveAction
 
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
-from softlabel.storage.identity import circumstances
 from softlabel.storage.key_index import damaged_files
 from softlabel.storage.log_files import LOG
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
@@ -166,7 +165,6 @@ def remove_damaged(found: Verification) -> Verification:
         actions = [RemoveAction(shard.path, True, now, shard.bytes, {PARTITION: shard.split}) for shard in going]
         about = {
             "operation": f"remove {len(going)} damaged shards",
-            "circumstances": circumstances(),
             "sequences": -sum(shard.rows for shard in going),
             "bytes": -sum(shard.bytes for shard in going),
         }

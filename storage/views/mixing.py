@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from softlabel.storage.errors import ProvenanceError, TableError, TableNotFoundError, UsageError
-from softlabel.storage.identity import Identity, user
+from softlabel.storage.identity import Identity, run_id, user
 from softlabel.storage.location import located
 from softlabel.storage.opening import VIEW_FILE, is_view
 from softlabel.storage.places.open import place_of
@@ -42,7 +42,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
     for table in tables:
         _require_same_tokens(tables[0], table)
     parts = [Part(t.location, t.version, w, t.content) for t, w in zip(tables, weights, strict=True)]
-    view = View(location, Definition(FORMAT, how, tuple(parts), now(), user()), tables)
+    view = View(location, Definition(FORMAT, how, tuple(parts), now(), user(), run_id()), tables)
     if how == "average":
         _require_average(view)
     _require_free(location, view.definition)
@@ -57,7 +57,8 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
 
 def _write(location: str, definition: Definition) -> None:
     try:
-        place_of(location).write(VIEW_FILE, seal(asdict(definition)), replace=False)
+        fields = {name: value for name, value in asdict(definition).items() if value is not None}
+        place_of(location).write(VIEW_FILE, seal(fields), replace=False)
     except OSError as error:
         if is_view(location):  # another process was first, perhaps with the same view
             return _require_free(location, definition)

@@ -54,6 +54,8 @@ class Definition:
     time: str
     """UTC, ISO 8601."""
     user: str
+    run: str | None = None
+    """The scheduler's id of the run that made it; None if no scheduler started it."""
 
 
 class View:

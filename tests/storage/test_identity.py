@@ -109,4 +109,4 @@ def test_a_user_without_a_name_is_called_unknown(monkeypatch: pytest.MonkeyPatch
 def test_circumstances_are_in_the_history(table):
     add(table, ["a"])
     (commit, _) = table.newest().history()
-    assert commit["softlabel"]["circumstances"] == {"user": "test"}
+    assert commit["softlabel"]["circumstances"]["user"] == "test"
