@@ -197,6 +197,23 @@ def show_versions(table: str | None = None, /, *, file: File = None, as_json: As
     answer("history", work, as_json)
 
 
+@app.command(name="lineage")
+def show_lineage(location: str, /, *, as_json: AsJson = False) -> None:
+    """Show where a student or a table comes from, and what was made from a table.
+
+    Args:
+        location: Folder of a student; or folder or s3:// location of a table or a view, where TABLE@12 or TABLE@TAG
+            selects an older version.
+    """
+
+    def work() -> Any:
+        from softlabel.pipeline import lineage
+
+        return lineage(location)
+
+    answer("lineage", work, as_json)
+
+
 @app.command(name="deploy")
 def deploy_flows(
     *,

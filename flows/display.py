@@ -17,6 +17,7 @@ from softlabel.flows.console import (
     table_of,
     try_next,
 )
+from softlabel.flows.lineage_display import show_lineage
 from softlabel.flows.table_display import (
     show_history,
     show_inspect,
@@ -279,6 +280,7 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "mix": show_mix,
     "inspect": show_inspect,
     "history": show_history,
+    "lineage": show_lineage,
     "deploy": show_deploy,
 }
 """Function that prints the result of each verb."""

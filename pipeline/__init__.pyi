@@ -24,6 +24,10 @@ from .estimation.estimate import Estimate as Estimate
 from .estimation.estimate import estimate as estimate
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import EvaluationReport as EvaluationReport
+from .lineage import StudentLineage as StudentLineage
+from .lineage import TableLineage as TableLineage
+from .lineage import ViewLineage as ViewLineage
+from .lineage import lineage as lineage
 from .loss.fused import distillation_loss as distillation_loss
 from .progress import Progress as Progress
 from .stream.dataset import SoftLabelDataset as SoftLabelDataset

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from softlabel.storage.credentials import holds_credentials
+from softlabel.storage.derivations import DERIVED
 from softlabel.storage.errors import TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import user
 from softlabel.storage.location import located
@@ -66,8 +67,8 @@ _VACUUMED = RecordStore("vacuumed", Vacuumed, final=True)
 
 
 def damaged_records(table: str) -> list[str]:
-    """Files of damaged records, including those of take-downs."""
-    return [name for records in (_TAGS, _PINS, _VACUUMED, PURGES) for name in records.damaged(table)]
+    """Files of damaged records, including those of take-downs and of derived tables."""
+    return [name for records in (_TAGS, _PINS, _VACUUMED, PURGES, DERIVED) for name in records.damaged(table)]
 
 
 def parse(location: str) -> tuple[str, int | str | None]:

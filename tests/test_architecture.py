@@ -57,8 +57,9 @@ DEPENDS_ON = {
     "pipeline.evaluation.evaluate": ["pipeline.objectives"],
     "pipeline.training": ["pipeline.objectives"],
     "pipeline.distillation": ["pipeline.capturing", "pipeline.training", "pipeline.evaluation.evaluate"],
+    "pipeline.lineage": ["pipeline.students"],
     "pipeline.examples": ["pipeline.models"],
-    "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.tables"],
+    "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.lineage", "pipeline.tables"],
 }
 """Each package (and some single modules) with the packages that it depends on: it may import these, and everything
 that they may import. The plain modules of ``storage`` and ``pipeline`` count as one package each."""
@@ -214,7 +215,7 @@ def test_every_public_name_can_be_imported(package: str):
     "verb",
     [
         *("capture", "estimate", "train", "evaluate", "distill"),
-        *("verify", "reprocess", "maintain", "mix", "inspect", "history"),
+        *("verify", "reprocess", "maintain", "mix", "inspect", "history", "lineage"),
     ],
 )
 def test_every_verb_of_the_command_is_a_function(verb: str):

@@ -14,6 +14,7 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.chunking import split_of
 from softlabel.pipeline.tables.row_filter import RowFilter, listed
 from softlabel.pipeline.teachers.kind import kind_of
+from softlabel.storage.derivations import record_derived
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.narrowing import Narrowing
@@ -92,6 +93,8 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
         )
         entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
         done = rewrite(job, entry, report_progress)
+        if not job.in_place:
+            record_derived(source.location, source.version, target.place.address, _operation(config))
     return ReprocessReport(
         source=f"{source.location}@{source.version}",
         table=target.location,

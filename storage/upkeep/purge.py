@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from softlabel.storage.derivations import derived
 from softlabel.storage.errors import AccessError, IntegrityError, TableError
 from softlabel.storage.key_index import tidy
 from softlabel.storage.places.open import place_of
@@ -194,6 +195,7 @@ def _out_of_reach(newest: Table) -> Iterator[str]:
     if any(file.name == REJECTS for file in place.files(SIDE_FOLDER)):
         yield f"{place.where(REJECTS)}, which lists the ids of documents that the newest capture rejected"
     yield "other students that were trained on older versions, and their reports"
+    yield from (f"table {made.table}, made from version {made.version}: purge it too" for made in derived(location))
     yield f"copies of {location}, and tables that softlabel reprocess made from it: purge these too"
     yield "backups, file system snapshots, and versions of deleted objects that an object store keeps"
     if not place.sees_writers or any(place.files(WRITING)):
