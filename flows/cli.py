@@ -24,6 +24,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.processes import open_standard_files
@@ -118,8 +119,11 @@ def _several_then_one(several: str, last: str) -> inspect.Parameter:
     return inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, described])
 
 
-def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) -> None:
-    """Add a verb that takes the settings of a model and runs the flow of the same name."""
+def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = (), *, only_reads: bool = False) -> None:
+    """Add a verb that takes the settings of a model and runs the flow of the same name.
+
+    A verb that only reads has no flow: the function of that name in ``softlabel.pipeline`` runs as it is.
+    """
     known = {"__".join(setting.path): setting for setting in settings(model)}
     like_cp = len(positional) > 1 and known[positional[0]].takes_several
     parameters = [setting.parameter(key in positional and not like_cp) for key, setting in known.items()]
@@ -138,7 +142,13 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = ()) 
         file, as_json = given.pop("file", None), given.pop("as_json", False)
         flags = {known[key].path: value for key, value in given.items() if value is not None}
         config = resolve(model, flags, file, positional)
-        answer(name, lambda: import_module("softlabel.flows.runner").run(name, config), as_json)
+
+        def work() -> Any:
+            if only_reads:
+                return getattr(import_module("softlabel.pipeline"), name)(config)
+            return import_module("softlabel.flows.runner").run(name, config)
+
+        answer(name, work, as_json)
 
     verb.__doc__ = model.__doc__
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -155,6 +165,7 @@ add_job("verify", VerifyConfig, ("table",))
 add_job("maintain", MaintainConfig, ("table",))
 add_job("reprocess", ReprocessConfig, ("source", "destination"))
 add_job("mix", MixConfig, ("view", "tables"))
+add_job("show", ShowConfig, ("table",), only_reads=True)
 
 
 def table_of(table: str | None, file: Path | None) -> str:

@@ -18,6 +18,7 @@ from softlabel.flows.console import (
     try_next,
 )
 from softlabel.flows.lineage_display import show_lineage
+from softlabel.flows.show_display import show_show
 from softlabel.flows.table_display import (
     show_history,
     show_inspect,
@@ -281,6 +282,7 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "inspect": show_inspect,
     "history": show_history,
     "lineage": show_lineage,
+    "show": show_show,
     "deploy": show_deploy,
 }
 """Function that prints the result of each verb."""

@@ -9,6 +9,7 @@ from .config.capture import TeacherConfig as TeacherConfig
 from .config.distill import DistillConfig as DistillConfig
 from .config.estimate import EstimateConfig as EstimateConfig
 from .config.evaluate import EvaluateConfig as EvaluateConfig
+from .config.show import ShowConfig as ShowConfig
 from .config.tables import MaintainConfig as MaintainConfig
 from .config.tables import MixConfig as MixConfig
 from .config.tables import ReprocessConfig as ReprocessConfig
@@ -41,6 +42,8 @@ from .tables.maintain import maintain as maintain
 from .tables.mix import mix as mix
 from .tables.reprocess import ReprocessReport as ReprocessReport
 from .tables.reprocess import reprocess as reprocess
+from .tables.show import ShowReport as ShowReport
+from .tables.show import show as show
 from .tables.verify import VerifyReport as VerifyReport
 from .tables.verify import verify as verify
 from .training.train import TrainReport as TrainReport

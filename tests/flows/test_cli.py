@@ -7,7 +7,7 @@ import pytest
 
 from softlabel.flows.cli import run
 
-VERBS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "inspect", "history")
+VERBS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "inspect", "history", "show")
 
 
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]):
