@@ -1,11 +1,13 @@
 """What the verbs that inspect, check and maintain a table print for people when they are done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import exp, isnan
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
+from rich.text import Text
 
-from softlabel.flows.console import bytes_of, console, count, facts, table_of, try_next
+from softlabel.flows.console import bytes_of, console, count, facts, printable, table_of, try_next
 from softlabel.pipeline.config.flags import as_flag
 from softlabel.storage.versions import spans
 
@@ -17,12 +19,20 @@ if TYPE_CHECKING:
     from softlabel.pipeline.tables.reprocess import ReprocessReport
     from softlabel.pipeline.tables.verify import VerifyReport
     from softlabel.storage.identity import Identity, SelectionIdentity
+    from softlabel.storage.upkeep.contents import CarriedColumn
+    from softlabel.storage.upkeep.inspection import Inspection
+    from softlabel.storage.upkeep.label_sample import LabelSample
     from softlabel.storage.upkeep.maintenance import Maintenance
     from softlabel.storage.upkeep.purge import Purged
     from softlabel.storage.versions import Pin, Tag
     from softlabel.storage.views.view_inspection import ViewInspection
 
 _SHOWN_CLASSES = 12
+_WIDEST_VALUE = 40
+"""Cells of a carried value."""
+_BLOCKS = "▏▎▍▌▋▊▉█"
+_BAR = 40
+"""Cells of the longest bar of a histogram."""
 
 
 def show_inspect(report: "TableReport | ViewReport") -> None:
@@ -36,7 +46,9 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     made_by = _made_by(report.teacher, report.identity)
     needed = ", ".join(_needed_by(inspection.version, report.tags, report.pins))
     needed_by = {"needed by": needed} if needed else {}
-    facts({"table": f"{inspection.location} (version {inspection.version})"} | made_by | needed_by)
+    facts(
+        {"table": f"{inspection.location} (version {inspection.version})"} | made_by | _commits(inspection) | needed_by
+    )
     taken = "" if report.identity.derived_from else " that a capture into this table uses unless you give them"
     console.print(f"[dim]settings{taken}[/]")
     for name, value in report.settings.items():
@@ -46,6 +58,8 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
         counts = (size.shards, size.documents, size.sequences, size.tokens, size.positions)
         splits.add_row(name, *(f"{count:,}" for count in counts), bytes_of(size.bytes))
     console.print(splits)
+    _carried(inspection.contents.carried)
+    _labels(inspection.labels, report.identity)
     columns = table_of("column", "bytes", "bytes per position", "entropy")
     for name, column in sorted(inspection.columns.items(), key=lambda item: -item[1].bytes):
         entropy = "" if column.entropy_per_position is None else f"{column.entropy_per_position:.2f}"
@@ -58,6 +72,68 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
         "entropy: bytes per position that an ideal compression of the column's values, one by one, would take;"
         " estimated from a sample"
     )
+    _unfinished(inspection)
+
+
+def _commits(inspection: "Inspection") -> dict[str, str]:
+    """When the first and the newest rows came."""
+    shown = {"newest commit": inspection.newest}
+    if inspection.oldest is not None and inspection.oldest.version != inspection.newest.version:
+        shown = {"oldest commit": inspection.oldest} | shown
+    times = {name: commit.time.removesuffix("+00:00").replace("T", " ") for name, commit in shown.items()}
+    return {name: f"{times[name]} UTC, {each.operation}, version {each.version}" for name, each in shown.items()}
+
+
+def _carried(columns: "Mapping[str, CarriedColumn]") -> None:
+    """The values of the carried columns, the most frequent first."""
+    for name, column in columns.items():
+        spread = "" if column.lowest is None else f", {column.lowest} to {column.highest}"
+        values = "too many values to count" if column.distinct is None else count(column.distinct, "value")
+        console.print(f"[bold]{escape(printable(name))}[/]  [dim]{escape(f'{column.type}, {values}{spread}')}[/]")
+        table = table_of("", "sequences", "positions")
+        for value in column.values:
+            shown = Text("none", "dim") if value.value is None else Text(printable(value.value))
+            shown.truncate(_WIDEST_VALUE, overflow="ellipsis")
+            table.add_row(Text("  ") + shown, f"{value.sequences:,}", f"{value.positions:,}")
+        if column.distinct is not None and column.distinct > len(column.values):
+            table.add_row(Text(f"  and {column.distinct - len(column.values):,} more", "dim"), "", "")
+        if column.values:
+            console.print(table)
+
+
+def _labels(labels: "LabelSample", identity: "Identity") -> None:
+    """How much of each distribution is kept, and how sure the teacher was."""
+    if not labels.positions:
+        return
+    of = "positions" if identity.classes is None else "documents"
+    console.print(
+        f"kept exactly: [bold]{labels.mass:.1%}[/] of the probability, in {labels.ids:.1f} ids; {labels.draws:.1f} ids"
+        f" drawn from the rest [dim](means of {labels.positions:,} {of})[/]"
+    )
+    unknown = isnan(labels.cross_entropy)
+    followed = "" if unknown else f"; what follows has a perplexity of {exp(min(labels.cross_entropy, 700)):.3g}"
+    console.print(f"the teacher's entropy: {labels.entropy:.2f} nats on average{followed}")
+    highest = max(bar.positions for bar in labels.histogram)
+    for bar in labels.histogram:
+        drawn = _BLOCKS[-1] * int(_BAR * bar.positions / highest)
+        drawn += _BLOCKS[int(len(_BLOCKS) * (_BAR * bar.positions / highest % 1))] if bar.positions else ""
+        console.print(
+            f"  {bar.low:4.1f} to {bar.high:4.1f}  {drawn:<{_BAR + 1}}  {bar.positions / labels.positions:6.1%}"
+        )
+
+
+def _unfinished(inspection: "Inspection") -> None:
+    """What should be done about documents that have changed or are incomplete."""
+    found, table = inspection.contents, inspection.location
+    if found.changed:
+        console.print(
+            f"[yellow]{count(found.changed, 'document')} stored with more than one text[/]: changed since the first"
+            " capture, and the rows of earlier texts have stayed"
+        )
+        try_next([f"softlabel reprocess {table} --stale DOCUMENTS    (drops the rows of earlier texts)"])
+    if found.incomplete:
+        console.print(f"[yellow]{count(found.incomplete, 'document')} incomplete[/]: some of the chunks are missing")
+        try_next([f"softlabel capture DOCUMENTS {table}    (captures what is missing)"])
 
 
 def show_mix(report: "ViewInspection") -> None:

@@ -59,7 +59,8 @@ class TokenTexts:
 
     def _loaded(self) -> Tokenizer:
         """The tokenizer with the tokens that other files than tokenizer.json add; takes seconds."""
-        return load_tokenizer(self._folder).backend_tokenizer
+        loaded: Tokenizer = load_tokenizer(self._folder).backend_tokenizer
+        return loaded
 
     def _use(self, backend: Tokenizer) -> None:
         self._backend = backend

@@ -1,34 +1,15 @@
-"""Describes a table for users: its size by split and by column, and its history."""
+"""Describes a table for users: its size by split and by column, what its columns hold, and its history."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
-
 from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.credentials import masked
-from softlabel.storage.reader import open_shard, outline, read
+from softlabel.storage.reader import open_shard
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
-
-_SAMPLED_SHARDS = 4
-"""Number of shards from which the entropies are estimated, with one row group of each."""
-
-
-@dataclass(frozen=True)
-class SplitSize:
-    """Size of one split."""
-
-    shards: int
-    documents: int
-    sequences: int
-    tokens: int
-    positions: int
-    bytes: int
+from softlabel.storage.upkeep.contents import Contents, SplitSize, contents
+from softlabel.storage.upkeep.label_sample import LabelSample, label_sample
 
 
 @dataclass(frozen=True)
@@ -54,6 +35,14 @@ class Inspection:
     """Bytes of all soft-label columns together."""
     soft_label_entropy_per_position: float
     """Entropies of all soft-label columns together, in bytes."""
+    contents: Contents
+    """What the columns of the documents hold."""
+    labels: LabelSample
+    """What the soft labels of some positions hold."""
+    oldest: "HistoryEntry | None"
+    """The first commit that added rows; None if there is none."""
+    newest: "HistoryEntry"
+    """The last commit."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +71,26 @@ def inspect(table: Table) -> Inspection:
     """
     # First, because it checks the hash: a damaged footer, which has no checksum, could stop a reader of pages.
     sizes = column_bytes(table)
-    splits, entropies = _splits(table), _entropies(table)
-    positions = sum(split.positions for split in splits.values())
+    found, labels, commits = contents(table), label_sample(table), history(table)
+    positions = sum(split.positions for split in found.splits.values())
     columns = {
-        name: ColumnSize(size, size / positions if positions else 0.0, entropies.get(name))
+        name: ColumnSize(size, size / positions if positions else 0.0, labels.entropies.get(name))
         for name, size in sizes.items()
     }
-    soft_labels = sum(columns[name].bytes_per_position for name in SOFT_LABELS.names if name in columns)
-    return Inspection(table.location, table.version, splits, columns, soft_labels, sum(entropies.values()))
+    return Inspection(
+        location=table.location,
+        version=table.version,
+        splits=found.splits,
+        columns=columns,
+        soft_label_bytes_per_position=sum(
+            columns[name].bytes_per_position for name in SOFT_LABELS.names if name in columns
+        ),
+        soft_label_entropy_per_position=sum(labels.entropies.values()),
+        contents=found,
+        labels=labels,
+        oldest=next((commit for commit in reversed(commits) if commit.sequences), None),
+        newest=commits[0],
+    )
 
 
 def column_bytes(table: Table) -> dict[str, int]:
@@ -138,47 +139,3 @@ def last_capture(table: Table) -> CommitMessage:
         if message.teacher is not None:
             return message.model_copy(update={"teacher": masked(message.teacher)})
     return CommitMessage()
-
-
-def _splits(table: Table) -> dict[str, SplitSize]:
-    splits = {}
-    for split in sorted({shard.split for shard in table.shards()}, reverse=True):
-        shards = table.shards(split)
-        columns = ["document_id", "tokens", "positions"]
-        rows = pa.concat_tables(part for shard in shards for part in outline(table, shard, columns))
-        splits[split] = SplitSize(
-            shards=len(shards),
-            documents=pc.count_distinct(rows.column("document_id")).as_py(),
-            sequences=len(rows),
-            tokens=pc.sum(rows.column("tokens")).as_py(),
-            positions=pc.sum(rows.column("positions")).as_py(),
-            bytes=sum(shard.bytes for shard in shards),
-        )
-    return splits
-
-
-def _entropies(table: Table) -> dict[str, float]:
-    """Bytes per position with a perfect code for single values, for each soft-label column."""
-    sample = sorted(table.shards(), key=lambda shard: -shard.rows)[:_SAMPLED_SHARDS]
-    if not sample:
-        return {}
-    groups = [read(table, shard, SOFT_LABELS.names, [_middle(table, shard)]) for shard in sample]
-    positions = sum(len(column.flatten()) for group in groups for column in group.column("entropies").chunks)
-    values = {
-        name: np.concatenate([chunk.flatten().to_numpy() for group in groups for chunk in group.column(name).chunks])
-        for name in SOFT_LABELS.names
-    }
-    return {name: _entropy(column) * len(column) / 8 / max(positions, 1) for name, column in values.items()}
-
-
-def _middle(table: Table, shard: Shard) -> int:
-    with open_shard(table, shard) as file:
-        return int(file.num_row_groups // 2)
-
-
-def _entropy(values: NDArray[np.generic]) -> float:
-    """Entropy of the values' frequencies, in bits per value."""
-    if not len(values):
-        return 0.0
-    shares = np.unique(values, return_counts=True)[1] / len(values)
-    return float(abs((shares * np.log2(shares)).sum()))  # not -0

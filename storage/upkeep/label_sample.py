@@ -1,0 +1,141 @@
+"""What the soft labels of some of a table's positions hold: how much is kept, and how sure the teacher was.
+
+From row groups spread evenly over the table, so that the largest table takes no longer; a small table is read whole.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.reader import open_shard, read
+from softlabel.storage.schema import SOFT_LABELS
+from softlabel.storage.state import Shard
+from softlabel.storage.table import Table
+
+_GROUPS = 16
+"""Row groups in the sample."""
+_NARROWEST = 0.5
+"""Width in nats of the bars of the histogram ..."""
+_BARS = 24
+"""... and most of them; a table of undecided teachers gets wider ones."""
+
+
+@dataclass(frozen=True)
+class EntropyBar:
+    """Positions at which the teacher's entropy is in a range, in nats."""
+
+    low: float
+    high: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class LabelSample:
+    """Soft labels of a sample of positions."""
+
+    positions: int
+    """Size of the sample."""
+    mass: float
+    """Mean probability of the head: what is stored exactly."""
+    ids: float
+    """Mean number of ids in a head."""
+    draws: float
+    """Mean number of distinct ids drawn from outside the head."""
+    cross_entropy: float
+    """Mean of -log p of the tokens that really followed, in nats; exp of it is the teacher's perplexity. NaN for a
+    classifier with documents without a label."""
+    entropy: float
+    """Mean entropy of the teacher's distributions, in nats."""
+    histogram: tuple[EntropyBar, ...]
+    """Positions by the teacher's entropy."""
+    entropies: dict[str, float]
+    """Bytes per position with a perfect code for single values, for each soft-label column."""
+
+
+def label_sample(table: Table) -> LabelSample:
+    """Measure a sample of a table's soft labels.
+
+    Raises:
+        IntegrityError: if a shard of the sample is damaged.
+    """
+    frequencies = {name: _Frequencies() for name in SOFT_LABELS.names}
+    groups = []
+    for shard, group in _spread(table):
+        rows = read(table, shard, SOFT_LABELS.names, [group])
+        for name, found in frequencies.items():
+            found.add(rows.column(name))
+        groups.append(_small(decode(rows, table.vocabulary)))
+    joined = [np.concatenate(each) for each in zip(*groups, strict=True)] or [np.zeros(0)] * 5
+    kept, ids, draws, next_logprobs, entropies = joined
+    positions = len(kept)
+    return LabelSample(
+        positions=positions,
+        mass=_mean(kept),
+        ids=_mean(ids),
+        draws=_mean(draws),
+        cross_entropy=_mean(-next_logprobs),
+        entropy=_mean(entropies),
+        histogram=_histogram(entropies) if positions else (),
+        entropies={name: found.bytes / max(positions, 1) for name, found in frequencies.items()} if groups else {},
+    )
+
+
+def _small(labels: SoftLabels) -> tuple[NDArray[np.floating[Any]], ...]:
+    """(P,) probability of the head, ids in it, distinct draws, log-probability of what follows, and entropy."""
+    kept = -np.expm1(labels.tail_log_masses[0].astype(np.float64))
+    return kept, labels.head_counts, labels.tail_counts, labels.next_logprobs.astype(np.float64), labels.entropies
+
+
+def _mean(values: NDArray[np.floating[Any]]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+class _Frequencies:
+    """How often each value of a column occurs."""
+
+    def __init__(self) -> None:
+        self._values: NDArray[Any] = np.zeros(0)
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        for chunk in column.chunks:
+            values, counts = np.unique(chunk.flatten().to_numpy(), return_counts=True)
+            joined = np.concatenate([self._values, values]) if len(self._values) else values
+            self._values, place = np.unique(joined, return_inverse=True)
+            self._counts = np.bincount(place, np.append(self._counts, counts), len(self._values)).astype(np.int64)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of all values with a perfect code for single values."""
+        total = self._counts.sum()
+        if not total:
+            return 0.0
+        shares = self._counts / total
+        return float(abs((shares * np.log2(shares)).sum())) * int(total) / 8  # not -0
+
+
+def _spread(table: Table) -> list[tuple[Shard, int]]:
+    """Row groups at even distances in the table; with only a few, all of them."""
+    shards = table.shards()
+    if not shards:
+        return []
+    chosen = [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, _GROUPS).astype(int))]
+    found = []
+    for shard in chosen:
+        with open_shard(table, shard) as file:
+            groups = file.num_row_groups
+        wanted = max(1, _GROUPS // len(chosen))
+        found += [(shard, int(group)) for group in np.unique(np.linspace(0, groups - 1, wanted).astype(int))]
+    return found
+
+
+def _histogram(entropies: NDArray[np.float32]) -> tuple[EntropyBar, ...]:
+    highest = float(entropies.max(initial=0))
+    width = max(_NARROWEST, np.ceil(highest / _BARS / _NARROWEST) * _NARROWEST)
+    edges = np.arange(int(highest / width) + 2) * width
+    counts, _ = np.histogram(entropies, edges)
+    return tuple(EntropyBar(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False))
