@@ -234,16 +234,30 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
     if isinstance(report, ClassEvaluation):
         _class_scores(report)
         return
-    scores = table_of("", "perplexity", "KL to the teacher", "top-1 agreement", "parameters")
+    names = ("perplexity", "bits per byte", "KL to the teacher", "top-1 agreement", "acceptance", "parameters")
+    scores = table_of("", *names)
+    least, most = ("≥ ", "≤ ") if report.kl_kind == "lower bound" else ("", "")
     for score in (report.teacher, *report.students):
-        agreement = "" if score.agreement is None else f"{score.agreement:.1%}"
-        parameters = "" if score.parameters is None else short(score.parameters)
-        scores.add_row(score.name, f"{score.perplexity:,.2f}", f"{score.kl:.3f}", agreement, parameters)
+        is_teacher = score is report.teacher
+        reach = "" if score.kl_reach is None else f" ±{score.kl_reach:.3f}"
+        scores.add_row(
+            escape(printable(score.name)),
+            f"{score.perplexity:,.2f}",
+            "" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}",
+            f"{'' if is_teacher else least}{score.kl:.3f}{reach}",
+            "" if score.agreement is None else f"{score.agreement:.1%}",
+            "" if score.acceptance is None else f"{'' if is_teacher else most}{score.acceptance:.1%}",
+            "" if score.parameters is None else short(score.parameters),
+        )
     console.print(scores)
-    if report.verdict:
-        console.print(escape(report.verdict))
+    console.print(escape(printable(report.verdict)))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
-    console.print(f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')}{left_out}")
+    if report.left_out_documents:
+        left_out += f"; {report.left_out_documents:,} left out because their documents are also in the train split"
+    console.print(
+        f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')} of"
+        f" {count(report.documents, 'document')}{left_out}"
+    )
     if report.kl_kind == "mean over teachers":
         console.print(
             "the KL is the mean over the teachers: the KL to their average, plus the distance of the teachers from it"

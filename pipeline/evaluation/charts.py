@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 SERIES = 6
 """Number of colors in the page's style sheet; further series repeat them, dashed."""
@@ -50,7 +50,7 @@ _STYLE = {
 
 
 class Score(Protocol):
-    """A mean and its standard error."""
+    """A mean and its interval."""
 
     @property
     def mean(self) -> float:
@@ -58,8 +58,8 @@ class Score(Protocol):
         ...
 
     @property
-    def error(self) -> float | None:
-        """Its standard error; None if unknown."""
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval; None if unknown."""
         ...
 
 
@@ -74,12 +74,24 @@ class Bar:
     @property
     def color(self) -> str:
         """Placeholder that becomes the series' color."""
-        return _ROLES["muted" if self.index < 0 else f"series-{self.index % SERIES}"]
+        return _color(self.index)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One model's size and score; ``index`` is its place in the report, which sets its color."""
+
+    index: int
+    name: str
+    x: float
+    y: float
+    reach: float | None
+    """Half of the score's 95 % interval; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One student's line; ``index`` is the student's place in the report, which sets its color."""
+    """One model's line; ``index`` is a student's place in the report, which sets its color, or -1 for the teacher."""
 
     index: int
     name: str
@@ -89,12 +101,80 @@ class Curve:
     @property
     def color(self) -> str:
         """Placeholder that becomes the series' color."""
-        return _ROLES[f"series-{self.index % SERIES}"]
+        return _color(self.index)
 
     @property
     def dashes(self) -> str:
         """Line style: dashed once the colors repeat."""
         return "--" if self.index >= SERIES else "-"
+
+
+def _color(index: int) -> str:
+    return _ROLES["muted" if index < 0 else f"series-{index % SERIES}"]
+
+
+def by_size(dots: Sequence[Dot], ylabel: str) -> str:
+    """A dot for each model over its number of parameters, with a line for its interval."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(height=230)
+        for dot in dots:
+            axes.errorbar(dot.x, dot.y, yerr=dot.reach, fmt="o", markersize=6, linewidth=1.8, color=_color(dot.index))
+        axes.set_xscale("log")
+        axes.set(xlabel="parameters", ylabel=ylabel)
+        low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
+        axes.set_xlim(low / 1.5, high * 1.5)
+        axes.set_ylim(0, 1.1 * max(dot.y + (dot.reach or 0) for dot in dots))
+        axes.xaxis.set_major_locator(FixedLocator(sorted({dot.x for dot in dots})))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _label_ends(axes, [Curve(dot.index, dot.name, [dot.x], [dot.y]) for dot in dots])
+        return _svg(figure, f"{ylabel} of each model by its number of parameters")
+
+
+def by_position(curves: Sequence[Curve], ylabel: str) -> str:
+    """Lines over the place in the sequence, which is scaled by its logarithm."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(height=230)
+        for curve in curves:
+            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="position in the sequence", ylabel=ylabel)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        _ylim(axes, [curve.y for curve in curves])
+        _label_ends(axes, curves)
+        return _svg(figure, f"{ylabel} by the position in the sequence")
+
+
+def reliability(curves: Sequence[Curve]) -> str:
+    """How often each model is right, over how confident it is, next to the diagonal."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _canvas(height=290)
+        axes.plot([0, 1], [0, 1], ":", color=_ROLES["muted"], linewidth=1)
+        for curve in curves:
+            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+        axes.set(xlabel="probability of the most likely token", ylabel="how often it follows", xlim=(0, 1), ylim=(0, 1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _label_ends(axes, curves)
+        return _svg(figure, "how often the most likely token follows, by its probability")
+
+
+def by_group(bars: Sequence[Bar], names: Sequence[str], xlabel: str) -> str:
+    """A dot for each group and student, with a line for its interval; names of groups are shortened."""
+    with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = _canvas(height=70 + len(names) * (10 + 9 * len(bars)))
+        gap = 0.6 / len(bars)
+        for place, bar in enumerate(bars):
+            for group, value in enumerate(bar.values):
+                height = group + (place - (len(bars) - 1) / 2) * gap
+                axes.plot(value.mean, height, "o", markersize=4.5, color=bar.color)
+                if value.interval is not None:
+                    axes.plot(value.interval, [height, height], linewidth=1.6, color=bar.color)
+        axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+        axes.set_xlim(left=0)
+        axes.invert_yaxis()
+        axes.set_xlabel(xlabel)
+        return _svg(figure, f"{xlabel} of each student, by group")
 
 
 def by_step(curves: Sequence[Curve], ylabel: str, *, smooth: bool = False) -> str:
@@ -138,14 +218,14 @@ def by_entropy(
 
 
 def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
-    """A group of dots for each score, one dot per model, with a line of two standard errors to each side."""
+    """A group of dots for each score, one dot per model, with a line for its 95 % interval."""
     with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
         figure, axes = _canvas(height=60 + len(names) * 16 * len(bars))
         gap = 0.75 / len(bars)
         for place, bar in enumerate(bars):
             heights = np.arange(len(names)) + (place - (len(bars) - 1) / 2) * gap
             means = [estimate.mean for estimate in bar.values]
-            errors = [2 * (estimate.error or 0) for estimate in bar.values]
+            errors = [_reach(estimate) for estimate in bar.values]
             axes.errorbar(means, heights, xerr=errors, fmt="o", markersize=5, linewidth=1.8, color=bar.color)
             axes.annotate(
                 bar.name,
@@ -181,6 +261,14 @@ def confusion(index: int, counts: Sequence[Sequence[int]], names: Sequence[str],
         return _svg(figure, f"documents by label and by prediction of {model}")
 
 
+def _reach(score: Score) -> float:
+    return 0.0 if score.interval is None else (score.interval[1] - score.interval[0]) / 2
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 20 else f"{name[:19]}…"
+
+
 def _canvas(height: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
@@ -208,9 +296,13 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
     ordered = sorted(curves, key=lambda curve: curve.y[-1])
     heights = _spread_out([(curve.y[-1] - low) / (high - low) for curve in ordered], gap=0.085)
     for curve, height in zip(ordered, heights, strict=True):
-        name = curve.name if len(curve.name) <= 20 else f"{curve.name[:19]}…"
         axes.annotate(
-            name, (1.015, height), xycoords="axes fraction", color=curve.color, va="center", fontweight="bold"
+            _shortened(curve.name),
+            (1.015, height),
+            xycoords="axes fraction",
+            color=curve.color,
+            va="center",
+            fontweight="bold",
         )
 
 

@@ -1,10 +1,10 @@
 """Quality of a classifier, compared with the documents' labels and with its teacher.
 
-The metrics are scikit-learn's, each with a standard error over documents. Precision, recall and F1 are derived from the
-confusion matrix. Trains nothing and reads no files.
+The metrics are scikit-learn's, each with a standard error and an interval over documents. Precision, recall and F1 are
+derived from the confusion matrix. Trains nothing and reads no files.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softlabel.pipeline.evaluation.metrics import MeanWithError
+from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate, around
+from softlabel.pipeline.evaluation.metrics import CONFIDENCE_BINS
+from softlabel.pipeline.evaluation.summary import Bin, Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +42,12 @@ class Quality:
     """A classifier compared with the labels of the documents that have one."""
 
     documents: int
-    accuracy: MeanWithError
-    precision: MeanWithError
+    accuracy: Estimate
+    precision: Estimate
     """Mean over the labels that occur (macro average), like recall and f1."""
-    recall: MeanWithError
-    f1: MeanWithError
-    cross_entropy: MeanWithError
+    recall: Estimate
+    f1: Estimate
+    cross_entropy: Estimate
     """With the label, in nats."""
     by_label: tuple[ClassQuality, ...]
     confusion: tuple[tuple[int, ...], ...]
@@ -57,16 +59,40 @@ class ClassMetrics:
     """A classifier's metrics over documents, at temperature 1."""
 
     documents: int
-    kl: MeanWithError
+    kl: Estimate
     """Forward KL from the teacher, nats per document."""
-    agreement: MeanWithError
+    agreement: Estimate
     """Share of documents for which both predict the same label."""
     quality: Quality | None
     """None if no document has a label."""
+    calibration: Calibration | None
+    """Against the documents' labels, where they have one, and against the teacher; None if no document has a label."""
+
+
+@dataclass(frozen=True)
+class MeasuredClasses:
+    """A classifier's metrics, and what they were computed from at each of N documents, for comparing it with others."""
+
+    metrics: ClassMetrics
+    kl: NDArray[np.float64]
+    """(N,) nats; NaN where the teacher has no distribution."""
+    correct: NDArray[np.float64]
+    """(N,) 1 if the prediction is the label, otherwise 0; NaN without a label."""
+
+
+@dataclass(frozen=True)
+class ClassComparison:
+    """Two students on the same documents: how much larger the first one's means are."""
+
+    student: str
+    other: str
+    accuracy: Difference | None
+    """None if no document has a label."""
+    kl: Difference
 
 
 @torch.no_grad()
-def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -> ClassMetrics:
+def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -> MeasuredClasses:
     """Measure a student on documents; its training mode is restored afterwards."""
     was_training = model.training
     model.eval()
@@ -85,7 +111,7 @@ def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -
 
 def compare(
     logprobs: NDArray[np.float32], labels: NDArray[np.int64], teacher: NDArray[np.float32], names: list[str]
-) -> ClassMetrics:
+) -> MeasuredClasses:
     """Metrics of predictions for N documents.
 
     Args:
@@ -94,17 +120,77 @@ def compare(
         teacher: (N, labels) nats; NaN where the teacher has no distribution over these labels.
         names: name of each label.
     """
-    has_teacher = ~np.isnan(teacher).any(1)
-    predicted, expected = logprobs[has_teacher].astype(np.float64), teacher[has_teacher].astype(np.float64)
+    has_teacher, known = ~np.isnan(teacher).any(1), labels >= 0
+    predicted, expected = logprobs.astype(np.float64), teacher.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        terms = np.where(np.isneginf(expected), 0.0, np.exp(expected) * (expected - predicted))
-    known = labels >= 0
-    return ClassMetrics(
+        kl = np.where(np.isneginf(expected), 0.0, np.exp(expected) * (expected - predicted)).sum(1)
+    same = predicted[has_teacher].argmax(1) == expected[has_teacher].argmax(1)
+    correct = np.where(known, (logprobs.argmax(1) == labels).astype(np.float64), np.nan)
+    metrics = ClassMetrics(
         documents=len(labels),
-        kl=mean(terms.sum(1)),
-        agreement=mean(predicted.argmax(1) == expected.argmax(1)),
+        kl=mean(kl[has_teacher]),
+        agreement=mean(same),
         quality=_quality(logprobs[known], labels[known], names) if known.any() else None,
+        calibration=_calibration(predicted[known], correct[known], expected[known]) if known.any() else None,
     )
+    return MeasuredClasses(metrics, kl, correct)
+
+
+def compared(names: Sequence[str], measured: Sequence[MeasuredClasses]) -> tuple[ClassComparison, ...]:
+    """Each pair of students, measured on the same documents."""
+    return tuple(
+        ClassComparison(
+            names[first],
+            names[second],
+            None if np.isnan(measured[first].correct).all() else _paired(measured, first, second, "correct"),
+            _paired(measured, first, second, "kl"),
+        )
+        for first in range(len(names))
+        for second in range(first + 1, len(names))
+    )
+
+
+def _paired(measured: Sequence[MeasuredClasses], first: int, second: int, name: str) -> Difference:
+    values = getattr(measured[first], name) - getattr(measured[second], name)
+    found = mean(values[~np.isnan(values)])
+    return Difference(found.mean, found.error, found.interval)
+
+
+def _calibration(
+    logprobs: NDArray[np.float64], correct: NDArray[np.float64], teacher: NDArray[np.float64]
+) -> Calibration:
+    confidence, predicted = np.exp(logprobs.max(1)), logprobs.argmax(1)
+    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+    given = np.exp(teacher[np.arange(len(predicted)), predicted])
+    has_teacher = ~np.isnan(given)
+    found = []
+    for number in np.unique(bins).tolist():
+        here = bins == number
+        from_teacher = float(given[here & has_teacher].mean()) if (here & has_teacher).any() else None
+        found.append(
+            Bin(
+                number / CONFIDENCE_BINS,
+                (number + 1) / CONFIDENCE_BINS,
+                int(here.sum()),
+                float(confidence[here].mean()),
+                float(correct[here].mean()),
+                from_teacher,
+                None,
+            )
+        )
+    to_teacher = _ece(bins[has_teacher], (confidence - given)[has_teacher]) if has_teacher.any() else None
+    return Calibration(_ece(bins, confidence - correct), to_teacher, tuple(found))
+
+
+def _ece(bins: NDArray[np.int64], gaps: NDArray[np.float64]) -> Estimate:
+    """Mean over documents of the distance between confidence and correctness in their bin of confidence."""
+
+    def of(weights: NDArray[np.int64]) -> float:
+        return float(np.abs(np.bincount(bins, weights * gaps, CONFIDENCE_BINS)).sum() / max(1, weights.sum()))
+
+    rng, ones = np.random.default_rng(0), np.ones(len(bins), np.int64)
+    replicates = [of(rng.poisson(1.0, len(bins))) for _ in range(_RESAMPLES)]
+    return around(of(ones), float(np.std(replicates, ddof=1)), len(bins))
 
 
 def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: list[str]) -> Quality:
@@ -113,8 +199,7 @@ def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: li
     scores, documents = _scores(confusion), confusion.sum(1)
     means, errors = scores[:, documents > 0].mean(1), _bootstrap_errors(confusion)
     precision, recall, f1 = (
-        MeanWithError(float(mean), float(error) if len(labels) > 1 else None)
-        for mean, error in zip(means, errors, strict=True)
+        around(float(mean), float(error), len(labels)) for mean, error in zip(means, errors, strict=True)
     )
     return Quality(
         documents=len(labels),
@@ -155,10 +240,10 @@ def _bootstrap_errors(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     return errors
 
 
-def mean(values: NDArray[Any]) -> MeanWithError:
-    """Mean over documents, and its standard error."""
+def mean(values: NDArray[Any]) -> Estimate:
+    """Mean over documents, with its standard error and interval."""
     numbers = values.astype(np.float64)
     if not len(numbers):
-        return MeanWithError(float("nan"), None)
-    error = float(numbers.std(ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else None
-    return MeanWithError(float(numbers.mean()), error)
+        return Estimate(float("nan"), None, None)
+    error = float(numbers.std(ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else 0.0
+    return around(float(numbers.mean()), error, len(numbers))

@@ -3,7 +3,6 @@
 The page extends the one of ``report``. Measures nothing and reads neither table nor model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,10 +10,10 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation import charts
-from softlabel.pipeline.evaluation.charts import Bar
-from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics
-from softlabel.pipeline.evaluation.metrics import MeanWithError
-from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, render
+from softlabel.pipeline.evaluation.bootstrap import Estimate
+from softlabel.pipeline.evaluation.charts import Bar, Curve
+from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
+from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, reach, render
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 """Metrics that classifiers are compared by; the last three are means over the labels."""
@@ -46,10 +45,12 @@ class ClassReport(Header):
     """Documents of the eval split that also occur in the train split, and were not evaluated."""
     labels: tuple[str, ...]
     """The students' labels."""
-    unmapped: MeanWithError
+    unmapped: Estimate
     """Mass of the teacher's distribution on classes that belong to none of the students' labels, as a mean."""
     teacher: ClassTeacher
     students: tuple[ClassStudent, ...]
+    comparisons: tuple[ClassComparison, ...]
+    """Each pair of students, compared over the same documents."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class ClassEvaluation:
             unmapped=report.unmapped.mean,
             teacher=ClassScore.of(report.teacher),
             students=tuple(map(ClassScore.of, report.students)),
-            verdict=verdict(report.students),
+            verdict=verdict(report),
         )
 
 
@@ -122,7 +123,7 @@ def to_json(report: ClassReport) -> bytes:
 
 def to_html(report: ClassReport) -> str:
     """The report as one self-contained page."""
-    return render("classifier_report.html.j2", report, verdict(report.students), _drawings(report))
+    return render("classifier_report.html.j2", report, verdict(report), _drawings(report))
 
 
 def _drawings(report: ClassReport) -> dict[str, str]:
@@ -141,6 +142,13 @@ def _drawings(report: ClassReport) -> dict[str, str]:
     ]
     if bars:
         drawings["scores"] = charts.by_score(bars, ["accuracy", "precision", "recall", "F1"])
+    lines = [
+        Curve(index, model.name, [b.confidence for b in each.bins], [b.correct for b in each.bins])
+        for index, model in enumerate(models, start=-1)
+        if (each := model.metrics.calibration) is not None
+    ]
+    if lines:
+        drawings["calibration"] = charts.reliability(lines)
     if len(report.labels) <= DRAWN_LABELS:
         for index, student in enumerate(students):
             if student.metrics.quality is not None:
@@ -149,15 +157,27 @@ def _drawings(report: ClassReport) -> dict[str, str]:
     return drawings
 
 
-def verdict(students: Sequence[ClassStudent]) -> str | None:
-    """The most accurate student, if the difference is significant; None for a single student, or without labels."""
-    scored = [(s.metrics.quality.accuracy, s.name) for s in students if s.metrics.quality is not None]
+def verdict(report: ClassReport) -> str | None:
+    """The most accurate student, and whether the difference is real; None for a single student, or without labels."""
+    scored = [(s.metrics.quality.accuracy.mean, s.name) for s in report.students if s.metrics.quality is not None]
     if len(scored) < 2:
         return None
-    (best, name), (second, runner_up) = sorted(scored, key=lambda score: score[0].mean, reverse=True)[:2]
-    if not best.tells_from(second):
+    (best, name), (second, runner_up) = sorted(scored, key=lambda score: score[0], reverse=True)[:2]
+    found = next(each for each in report.comparisons if {each.student, each.other} == {name, runner_up}).accuracy
+    assert found is not None
+    half = reach(found)
+    if half is None:
         return (
-            f"There are too few documents to tell which is more accurate: {name} ({best.mean:.1%}) "
-            f"or {runner_up} ({second.mean:.1%})."
+            f"There are too few documents to tell which is more accurate: {name} ({best:.1%}) "
+            f"or {runner_up} ({second:.1%})."
         )
-    return f"{name} is the most accurate: {best.mean:.1%} of the documents; {runner_up} is next with {second.mean:.1%}."
+    distance = f"{abs(found.mean) * 100:.1f} ± {half * 100:.1f} percentage points over the same documents"
+    if not found.is_real:
+        return (
+            f"It can't be told which is more accurate, {name} ({best:.1%}) or {runner_up} ({second:.1%}): they differ "
+            f"by {distance}, maybe by chance."
+        )
+    return (
+        f"{name} is the most accurate: {best:.1%} of the documents; {runner_up} is next with {second:.1%}. The "
+        f"difference is real: {distance}."
+    )

@@ -1,21 +1,24 @@
 """Compares students with their teacher on the held-out part of a table, and writes the report.
 
-The teacher's predictions come from the table: no teacher is loaded. All students' records are compared with the table
-before the first student is measured, so that a mismatch is found early. Never changes a table or a student.
+The teacher's predictions come from the table: no teacher is loaded, unless it is to be measured like a student. All
+models are compared with the table before the first one is measured, so that a mismatch is found early. Never changes a
+table or a student.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
+
+from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
-from softlabel.pipeline.evaluation.provenance import read_student, warnings_of
+from softlabel.pipeline.evaluation.provenance import is_model, other_model, read_student, stored_dtype, warnings_of
 from softlabel.pipeline.evaluation.report import (
     EvaluationReport,
     Header,
@@ -24,15 +27,43 @@ from softlabel.pipeline.evaluation.report import (
     column_costs,
     prepare,
 )
+from softlabel.pipeline.evaluation.unfinished import Unfinished, finish
+from softlabel.pipeline.models.adapter import ADAPTER, Adapter
 from softlabel.pipeline.objectives.decide import objective_of
-from softlabel.pipeline.objectives.objective import Objective
+from softlabel.pipeline.objectives.objective import HeldOut, Objective
 from softlabel.pipeline.progress import Progress, Watch, unwatched
+from softlabel.pipeline.students.build import parameters
 from softlabel.pipeline.students.origin import Origin
+from softlabel.pipeline.students.record import RECORD
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import circumstances
 from softlabel.storage.reader import captured_positions
 from softlabel.storage.upkeep.inspection import column_bytes, last_capture
 from softlabel.storage.views.view import AnyTable, View, open_table
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One of the models to measure: a student, or another model to compare students with."""
+
+    student: TrainedStudent
+    settings: StudentConfig
+    """How to load it."""
+    source: StudentSource
+    adapter: Adapter | None
+    """Merged into the weights after they are loaded."""
+
+    def load(self, job: "EvaluationJob") -> PreTrainedModel:
+        """Load the model onto the job's device."""
+        model = job.objective.build(self.settings, job.table, source=self.source)
+        return (model if self.adapter is None else self.adapter.merged(model)).to(job.device)
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What determines its weights."""
+        adapter = None if self.adapter is None else self.adapter.hash
+        return {"files": self.source.files, "adapter": adapter, "dtype": self.settings.dtype}
 
 
 @dataclass(frozen=True)
@@ -43,50 +74,92 @@ class EvaluationJob:
     table: AnyTable
     """At the version that is evaluated on."""
     objective: Objective
-    students: tuple[tuple[TrainedStudent, StudentConfig], ...]
-    """Each student as its record describes it, with the settings that load its model."""
+    models: tuple[EvaluatedModel, ...]
     device: str
 
     @classmethod
     def resolve(cls, config: EvaluateConfig) -> Self:
-        """Open the table, and read the students' records.
+        """Open the table, and find the files of all models.
 
         Raises:
             UsageError: if there is no student.
             TableError: if the table can't be opened.
-            StudentError: if a student does not exist, or was trained with another tokenizer or teacher.
+            StudentError: if a model does not exist, has another tokenizer than the table, or was trained with another
+                teacher.
         """
         if not config.students:
             raise UsageError(
                 "there is no student to evaluate", expected="students: at least one folder", found="students: []"
             )
         table = open_table(config.table)
-        students = []
-        for folder, name in zip(config.students, _names(config.students), strict=True):
-            record = read_student(Path(folder))
-            student = TrainedStudent.of(name, folder, record, warnings_of(record, Path(folder), table))
-            trained = record.config.student
-            students.append((student, StudentConfig(model=folder, dtype=trained.dtype, labels=trained.labels)))
-        return cls(config, table, objective_of(Origin.of(table)), tuple(students), str(device(config.device)))
+        origin = Origin.of(table)
+        objective = objective_of(origin)
+        names = _names(config.students)
+        models = tuple(
+            _model(name, folder, table, origin, objective) for folder, name in zip(config.students, names, strict=True)
+        )
+        return cls(config, table, objective, models, str(device(config.device)))
+
+    def unfinished(self, model: EvaluatedModel, folder: Path) -> Unfinished:
+        """Where a model's measurements are kept until the report is written."""
+        depends_on = {"table": self.table.content, "model": model.files, "by": self.config.by, "device": self.device}
+        return Unfinished.of(folder, depends_on)
 
 
 def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport | ClassEvaluation:
     """Measure students on a table's eval split and write report.html and report.json.
+
+    An evaluation that was killed is continued by the same call. A report on another table or other students in the same
+    folder is kept: then this one gets a folder of its own, with a number after the name.
 
     Raises:
         TableError: if the table does not exist, or has nothing to evaluate on.
         StudentError: if a student does not exist, or does not fit the table.
         UsageError: if the students can't be compared with each other, or the report can't be written.
     """
-    job, folder = EvaluationJob.resolve(config), Path(config.report)
-    held_out = job.objective.held_out(job.table, [settings for _, settings in job.students])
-    prepare(folder)
+    job = EvaluationJob.resolve(config)
+    held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
+    folder = prepare(Path(config.report), job.table.location, config.students)
     measured = []
-    for student, settings in job.students:
-        model = job.objective.build(settings, job.table).to(job.device)
-        done = _counting(f"evaluate {student.name}", held_out.size, held_out.unit, watch)
-        measured.append(held_out.measure(model, student, config.batch_tokens, done))
-    return held_out.report(_header(job), _teacher(job.table), measured, folder)
+    for model in job.models:
+        done = _counting(f"evaluate {model.student.name}", held_out.size, held_out.unit, watch)
+        unfinished = job.unfinished(model, folder)
+        measured.append(_measure(job, held_out, model, done, unfinished))
+    report = held_out.report(_header(job), _teacher(job.table), measured, folder)
+    finish(folder)
+    return report
+
+
+def _measure(
+    job: EvaluationJob,
+    held_out: HeldOut[Any],
+    model: EvaluatedModel,
+    done: Callable[[int], None],
+    unfinished: Unfinished,
+) -> Any:
+    """Load a model, measure it, and forget it."""
+    loaded = model.load(job)
+    student = model.student
+    if student.parameters is None:
+        student = replace(student, parameters=parameters(loaded))
+    return held_out.measure(loaded, student, job.config.batch_tokens, done, unfinished)
+
+
+def _model(name: str, folder: str, table: AnyTable, origin: Origin, objective: Objective) -> EvaluatedModel:
+    """A student by its record; any other model, or an adapter on its base model, by its files."""
+    path = Path(folder)
+    if (path / RECORD).exists() or not is_model(path, folder):
+        record = read_student(path)
+        trained = record.config.student
+        settings = StudentConfig(model=folder, dtype=trained.dtype, labels=trained.labels)
+        student = TrainedStudent.of(name, folder, record, warnings_of(record, path, table))
+        return EvaluatedModel(student, settings, objective.require_fitting(settings), None)
+    adapter = Adapter.find(folder) if (path / ADAPTER).is_file() else None
+    settings = StudentConfig(model=folder if adapter is None else adapter.base)
+    source = objective.require_fitting(settings)
+    settings = settings.model_copy(update={"dtype": stored_dtype(source.path)})
+    objective.require_output_layer(source)
+    return EvaluatedModel(other_model(name, folder, source, adapter, table), settings, source, adapter)
 
 
 def _counting(stage: str, total: int, unit: str, watch: Watch) -> Callable[[int], None]:

@@ -1,205 +1,246 @@
-"""How far a student is from its teacher, measured in one pass over captured positions.
+"""How far a student is from its teacher, summed up in one pass over captured positions.
 
-The teacher's predictions come from the table, so no teacher is needed. Logits exist for a chunk of positions at a time.
-Nothing here trains, reads files, or decides which sequences are measured.
+The teacher's predictions come from the table, so no teacher is needed. Logits exist for a chunk of positions at a time,
+and of all positions only sums are kept: over everything, by groups, and for each replicate of ``bootstrap``. Nothing
+here trains, or decides which sequences are measured.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.pipeline.config.train import LossConfig
-from softlabel.pipeline.loss.averaging import decode_batch
-from softlabel.pipeline.loss.divergence import cross_entropy, divergence_terms
-from softlabel.pipeline.loss.targets import SparseTargets
+from softlabel.pipeline.evaluation.bootstrap import Floats, Sums, seed_of
+from softlabel.pipeline.evaluation.positions import DIVERGENCES, Known, compare
+from softlabel.pipeline.loss.averaging import AveragedTargets, decode_batch
+from softlabel.pipeline.loss.divergence import cross_entropy
+from softlabel.pipeline.loss.targets import SparseTargets, decode_draws, decode_targets
 from softlabel.pipeline.students.build import OutputHead, hidden_states, output_head
-from softlabel.storage.views.view import AnyTable, View
+from softlabel.storage.errors import StudentError
+from softlabel.storage.views.view import AnyTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from softlabel.pipeline.stream.batch import Batch
+    from softlabel.pipeline.stream.holdout import HeldOutBatch
 
-ENTROPY_BIN = 0.5
-"""Width in nats of the bins by the teacher's entropy."""
+DRAFT = 4
+"""Tokens that a draft model proposes at a time, for the tokens per step."""
+ENTROPY_BIN, ENTROPY_BINS = 0.5, 32
+"""Width in nats, and number, of the bins by the teacher's entropy."""
+POSITION_BINS = 24
+"""Bins by the position in the sequence: 1, 2-3, 4-7, and so on."""
+CONFIDENCE_BINS = 10
+"""Bins by the probability of the most likely token."""
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Logits in float32 that are held at a time, by kind of device."""
-_QUANTITIES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy", "teacher_entropy")
+
+OVERALL = (
+    *("positions", "bytes", "cross_entropy", "teacher_cross_entropy", "teacher_entropy", "unsampled"),
+    *(f"{name}{part}" for name in DIVERGENCES for part in ("", "_low", "_high", "_variance")),
+    *("agreement", "agreement_known", "top", "top_known", "top_low", "top_high"),
+    *("windows", "steps", "steps_low", "steps_high"),
+)
+"""Quantities that are summed over all positions; ``_known`` counts those at which the quantity is known."""
+GROUPED = ("positions", "cross_entropy", "forward_kl", "total_variation", "agreement", "agreement_known")
+"""Quantities that are summed for each group of positions."""
+CALIBRATION = ("positions", "confidence", "correct", "teacher", "teacher_low", "teacher_high")
+"""Quantities that are summed for each bin of the student's confidence."""
+TEACHER_CALIBRATION = ("positions", "teacher_confidence", "teacher_correct")
+"""Quantities that are summed for each bin of the teacher's confidence."""
 
 
-@dataclass(frozen=True)
-class MeanWithError:
-    """A mean over positions, and its standard error if sequences, rather than positions, are independent."""
-
-    mean: float
-    error: float | None
-    """None for a single sequence."""
-
-    def tells_from(self, other: "MeanWithError") -> bool:
-        """Whether two means differ by more than two standard errors of their difference.
-
-        This is conservative for means over the same sequences: their errors are correlated, since what is hard for one
-        student is hard for the other, but are added as if they were independent.
-        """
-        if self.error is None or other.error is None:
-            return False
-        return abs(self.mean - other.mean) > 2 * math.hypot(self.error, other.error)
-
-
-@dataclass(frozen=True)
-class EntropyBin:
-    """Positions at which the teacher's entropy (nats) is in [low, high), and the mean KL there."""
-
-    low: float
-    high: float
-    positions: int
-    kl: float
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """A student's metrics over positions, in nats at temperature 1, and the teacher's."""
-
-    sequences: int
-    positions: int
-    cross_entropy: MeanWithError
-    """With the token that actually follows."""
-    kl: MeanWithError
-    """Forward KL, from the teacher to the student."""
-    kl_kind: Literal["unbiased", "lower bound", "mean over teachers"]
-    """Unbiased if the table has a sampled tail or stores whole distributions; a lower bound if all tokens outside the
-    head count as one outcome; for an average of teachers, the (unbiased) mean of the KL from each teacher, which is the
-    KL from their average plus how far the teachers differ from it."""
-    agreement: MeanWithError | None
-    """Share of positions at which both have the same most likely token; None if the table has no head."""
-    teacher_cross_entropy: MeanWithError
-    teacher_entropy: MeanWithError
-    by_entropy: tuple[EntropyBin, ...]
-    """In order of entropy; bins without positions are left out."""
+def empty_sums(groups: Mapping[str, Sequence[str]]) -> Sums:
+    """The sums before the first batch; ``groups`` are the values of each column to group by."""
+    shapes = {"overall": len(OVERALL), "calibration": CONFIDENCE_BINS * len(CALIBRATION)}
+    shapes |= {"teacher_calibration": CONFIDENCE_BINS * len(TEACHER_CALIBRATION)}
+    shapes |= {"entropy": ENTROPY_BINS * len(GROUPED), "position": POSITION_BINS * len(GROUPED)}
+    return Sums(shapes | {f"column {name}": len(values) * len(GROUPED) for name, values in groups.items()})
 
 
 @torch.no_grad()
-def measure(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> Metrics:
-    """Measure a student; its training mode is restored afterwards.
-
-    The KL is the cross-entropy with the head and the weighted draws, minus the teacher's stored exact entropy: an
-    unbiased estimate of the KL over the whole vocabulary. Without draws it is the KL over the head and one bucket for
-    the rest.
+def measure(
+    model: "PreTrainedModel",
+    batches: "Iterable[HeldOutBatch]",
+    table: AnyTable,
+    sizes: NDArray[np.int64],
+    sums: Sums,
+    done: "Callable[[HeldOutBatch], object]" = lambda _: None,
+) -> None:
+    """Add a student's measurements to sums; its training mode is restored afterwards.
 
     Args:
         model: the student.
-        batches: batches of the table, with at least one captured position in all.
+        batches: batches of the table.
         table: the table that the batches are from.
+        sizes: (V,) bytes of text that each token id stands for.
+        sums: from ``empty_sums``.
+        done: called with each batch after it has been added.
+
+    Raises:
+        StudentError: if the student's predictions are not numbers.
     """
     was_training = model.training
     model.eval()
+    bytes_of = torch.from_numpy(sizes)
     try:
-        average = isinstance(table, View) and table.average
-        return _summarize(list(_by_batch(model, batches, table)), "mean over teachers" if average else "unbiased")
+        for held in batches:
+            if len(held.batch.positions):
+                values = {name: value.cpu() for name, value in _quantities(model, held.batch, table).items()}
+                _require_numbers(values, model)
+                values["bytes"] = bytes_of[held.batch.next_ids].double()
+                _add(sums, held, values)
+            done(held)
     finally:
         model.train(was_training)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over one batch, by sequence and by bin of the teacher's entropy."""
+@torch.no_grad()
+def means(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> dict[str, float]:
+    """Means over all positions of a few quantities, for the curves of a training; NaN where nothing is known."""
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [_quantities(model, batch, table) for batch in batches if len(batch.positions)]
+    finally:
+        model.train(was_training)
+    values = {name: torch.cat([part[name] for part in parts]) for name in ("forward_kl", "cross_entropy", "agreement")}
+    known = {"agreement": values["agreement"][~values["agreement"].isnan()]}
+    return {name: float(value.mean()) for name, value in (values | known).items()}
 
-    by_sequence: Tensor
-    """(sequences, 1 + quantities): number of positions, then each quantity's sum."""
-    by_bin: Tensor
-    """(bins, 2): number of positions, and the sum of their KL."""
-    bounded: bool
-    """Whether any KL is only a lower bound."""
 
-
-def _by_batch(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable) -> Iterator[_Sums]:
+def _quantities(model: "PreTrainedModel", batch: "Batch", table: AnyTable) -> dict[str, Tensor]:
+    """(N,) float64 by name, at each captured position of a batch."""
     head, vocabulary = output_head(model), torch.tensor(table.vocabulary, device=model.device)
-    loss = LossConfig(target="sampled" if table.draws else "bucket")
-    for batch in batches:
-        if not len(batch.positions):
-            continue
-        batch = batch.to(model.device)
-        states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
-        targets = decode_batch(batch.targets, vocabulary, table.temperatures, loss)
-        most_likely = targets.ids[:, 0].masked_fill(batch.targets.head_counts == 0, -1)
-        budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
-        rows = max(1, budget // (4 * head.weight.shape[0]))
-        chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
-        student = torch.cat(
-            [_student(head, len(vocabulary), states[c], targets[c], batch.next_ids[c], most_likely[c]) for c in chunks]
-        )
-        values = torch.cat([student, -batch.targets.next_logprobs[:, None], targets.entropies[:, None]], 1).double()
-        # A packed row holds several sequences; each begins where the position ids restart at 0.
-        starts = (batch.position_ids.flatten() == 0).cumsum(0)
-        sequence = torch.unique(starts[batch.positions], return_inverse=True)[1]
-        bins = (targets.entropies / ENTROPY_BIN).floor().long().clamp(min=0)
-        yield _Sums(
-            _sums(sequence, values),
-            _sums(bins, values[:, [_QUANTITIES.index("kl")]]),
-            bounded=bool((targets.log_rest > -torch.inf).any()),
-        )
+    batch = batch.to(model.device)
+    states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
+    teacher = _teacher(batch, vocabulary, table)
+    entropies = teacher.entropies if isinstance(teacher, SparseTargets) else teacher.head.entropies
+    budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
+    width = head.weight.shape[0] + _ids(teacher)
+    rows = max(1, budget // (4 * width))
+    chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
+    parts = [_compare(head, len(vocabulary), states[c], teacher[c], batch.next_ids[c]) for c in chunks]
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    values |= {"teacher_cross_entropy": -batch.targets.next_logprobs.double(), "teacher_entropy": entropies.double()}
+    return values | {"position": batch.position_ids.flatten()[batch.positions].double() + 1}
 
 
-def _student(
-    head: OutputHead, vocabulary: int, states: Tensor, targets: SparseTargets, next_ids: Tensor, most_likely: Tensor
-) -> Tensor:
-    """(n, 3) cross-entropy, KL and agreement (1, 0, or NaN if the teacher's most likely token is unknown)."""
+def _teacher(batch: "Batch", vocabulary: Tensor, table: AnyTable) -> Known | SparseTargets:
+    """What the table knows of the teacher; of an average of teachers, only an unbiased estimate."""
+    if isinstance(batch.targets, AveragedTargets):
+        return decode_batch(batch.targets, vocabulary, table.temperatures, LossConfig(target="sampled"))
+    head = decode_targets(batch.targets, vocabulary, table.temperatures, LossConfig(target="bucket"))
+    draws = decode_draws(batch.targets, vocabulary)
+    derived = any(part.identity.derived_from is not None for part in table.tables)
+    return Known(head, draws, mass_error=1 / 64 if derived else 2e-5)
+
+
+def _ids(teacher: Known | SparseTargets) -> int:
+    """Roughly, how many logits would take as much memory as the computations with the teacher's stored ids."""
+    ids = [teacher.ids] if isinstance(teacher, SparseTargets) else [teacher.head.ids, teacher.draws.ids]
+    return 16 * sum(part.shape[1] for part in ids)
+
+
+def _compare(
+    head: OutputHead, vocabulary: int, states: Tensor, teacher: Known | SparseTargets, next_ids: Tensor
+) -> dict[str, Tensor]:
     logits = head(states)[:, :vocabulary].float()
-    top, argmax = logits.max(1, keepdim=True)
-    log_total = top + (logits - top).exp_().sum(1, keepdim=True).log()
-    hard = log_total - logits.gather(1, next_ids[:, None])
-    agreement = (argmax[:, 0] == most_likely).float().masked_fill(most_likely < 0, torch.nan)
-    log_s = logits.gather(1, targets.ids) - log_total
-    if targets.target == "sampled":
-        kl = cross_entropy(targets.logprobs, log_s) - targets.entropies
-    else:
-        # Added, not assigned: padding entries all point to id 0, which may be in the head or in the rest.
-        kept = targets.logprobs > -torch.inf
-        logits.scatter_add_(1, targets.ids, torch.where(kept, -torch.inf, 0.0))
-        log_s = torch.cat([log_s, logits.logsumexp(1, keepdim=True) - log_total], 1)
-        log_t = torch.cat([targets.logprobs, targets.log_rest[:, None]], 1)
-        kl = divergence_terms("forward_kl", log_t, log_s, mix=0.5)[0].sum(1)
-    return torch.stack([hard[:, 0], kl, agreement], 1)
+    top = logits.amax(1, keepdim=True)
+    logits -= top + (logits - top).exp_().sum(1, keepdim=True).log()
+    if isinstance(teacher, Known):
+        return compare(logits, teacher, next_ids)
+    most_likely = teacher.ids[:, 0]
+    log_s = logits.gather(1, teacher.ids)
+    return {
+        "cross_entropy": -logits.gather(1, next_ids[:, None])[:, 0].double(),
+        "forward_kl": (cross_entropy(teacher.logprobs, log_s) - teacher.entropies).double(),
+        "agreement": (logits.argmax(1) == most_likely).double(),
+    }
 
 
-def _sums(groups: Tensor, values: Tensor) -> Tensor:
-    """(groups, 1 + quantities) on the CPU: each group's number of rows in ``values``, and their sums."""
-    counted = torch.cat([torch.ones_like(values[:, :1]), values], 1)
-    sums = counted.new_zeros(int(groups.max()) + 1 if len(groups) else 0, counted.shape[1])
-    return sums.index_add_(0, groups, counted).cpu()
+def _require_numbers(values: Mapping[str, Tensor], model: "PreTrainedModel") -> None:
+    wrong = int(values["cross_entropy"].isnan().sum())
+    if wrong:
+        raise StudentError(
+            "this student's predictions are not numbers",
+            expected="finite logits at each position",
+            found=f"NaN at {wrong:,} of {len(values['cross_entropy']):,} positions of a batch",
+            where=model.config.name_or_path,
+            do="its weights are broken: train it again, with a smaller optimizer.learning_rate if the loss became NaN; "
+            "evaluate the other students without it",
+        )
 
 
-def _summarize(parts: list[_Sums], kl_kind: Literal["unbiased", "mean over teachers"]) -> Metrics:
-    by_sequence = torch.cat([part.by_sequence for part in parts])
-    means = {name: _estimate(by_sequence[:, 0], by_sequence[:, 1 + i]) for i, name in enumerate(_QUANTITIES)}
-    by_bin = torch.zeros(max(len(part.by_bin) for part in parts), 2, dtype=torch.float64)
-    for part in parts:
-        by_bin[: len(part.by_bin)] += part.by_bin
-    agreement = means.pop("agreement")
-    return Metrics(
-        sequences=len(by_sequence),
-        positions=int(by_sequence[:, 0].sum()),
-        kl_kind="lower bound" if any(part.bounded for part in parts) else kl_kind,
-        agreement=None if math.isnan(agreement.mean) else agreement,
-        by_entropy=tuple(
-            EntropyBin(i * ENTROPY_BIN, (i + 1) * ENTROPY_BIN, int(positions), kl / positions)
-            for i, (positions, kl) in enumerate(by_bin.tolist())
-            if positions
-        ),
-        **means,
-    )
+def _add(sums: Sums, held: "HeldOutBatch", values: dict[str, Tensor]) -> None:
+    """Add the values at each position to the sums, by document and by group."""
+    known = {name: ~value.isnan() for name, value in values.items() if name in ("agreement", "top")}
+    values |= {f"{name}_known": mask.double() for name, mask in known.items()}
+    values |= {name: torch.where(mask, values[name], 0.0) for name, mask in known.items()}
+    values["positions"] = torch.ones_like(values["cross_entropy"])
+    values |= _steps(values, held.batch.positions)
+    documents, number = np.unique(np.array([seed_of(name) for name in held.documents]), return_inverse=True)
+    document = torch.from_numpy(number[held.sequence])
+    groups = {
+        "entropy": (_bin(values["teacher_entropy"] / ENTROPY_BIN, ENTROPY_BINS), ENTROPY_BINS, GROUPED),
+        "position": (_bin(values["position"].log2(), POSITION_BINS), POSITION_BINS, GROUPED),
+        "overall": (torch.zeros_like(document), 1, OVERALL),
+    }
+    for name, each in held.groups.items():
+        cells = sums.values[f"column {name}"].shape[1] // len(GROUPED)
+        groups[f"column {name}"] = (torch.from_numpy(each[held.sequence]), cells, GROUPED)
+    parts = {name: _summed(values, document, len(documents), *group) for name, group in groups.items()}
+    for name, by, quantities in (
+        ("calibration", "confidence", CALIBRATION),
+        ("teacher_calibration", "teacher_confidence", TEACHER_CALIBRATION),
+    ):
+        if by in values:
+            known_here = ~values[by].isnan()
+            here = {each: values[each][known_here] for each in quantities}
+            bins = _bin(here[by] * CONFIDENCE_BINS, CONFIDENCE_BINS)
+            parts[name] = _summed(here, document[known_here], len(documents), bins, CONFIDENCE_BINS, quantities)
+    sums.add(documents, parts)
 
 
-def _estimate(positions: Tensor, sums: Tensor) -> MeanWithError:
-    """Mean per position of per-sequence sums, with the standard error of a ratio estimator over sequences."""
-    total, sequences = positions.sum(), len(positions)
-    mean = sums.sum() / total
-    if sequences < 2:
-        return MeanWithError(float(mean), None)
-    residuals = sums - mean * positions
-    variance = residuals.square().sum() * sequences / (sequences - 1)
-    return MeanWithError(float(mean), float(variance.sqrt() / total))
+def _summed(
+    values: Mapping[str, Tensor], document: Tensor, documents: int, group: Tensor, groups: int, names: Sequence[str]
+) -> Floats:
+    """(documents, groups x names) sums; a quantity that was not measured counts as 0."""
+    nothing = torch.zeros(len(group), dtype=torch.float64)
+    columns = torch.stack([values.get(name, nothing) for name in names], 1)
+    summed = torch.zeros(documents * groups, len(names), dtype=torch.float64)
+    result: Floats = summed.index_add_(0, document * groups + group, columns).view(documents, -1).numpy()
+    return result
+
+
+def _bin(values: Tensor, bins: int) -> Tensor:
+    return values.floor().long().clamp(0, bins - 1)
+
+
+def _steps(values: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Tokens that the teacher would accept at a time if the student drafted DRAFT of them from each position, plus 1.
+
+    Known where DRAFT captured positions follow each other. A token is accepted with probability Σ min(t, s), and only
+    if all before it are.
+    """
+    if "total_variation" not in values:
+        return {}
+    size = max(0, len(positions) - DRAFT + 1)
+    whole = positions[DRAFT - 1 :] - positions[:size] == DRAFT - 1
+    ends = {"steps": "", "steps_low": "_high", "steps_high": "_low"}  # more variation is less acceptance
+    result = {"windows": _padded(whole.double(), len(positions))}
+    for name, end in ends.items():
+        accepted = (1 - values[f"total_variation{end}"]).clamp(max=1.0)
+        accepted = accepted.clamp(min=0.0) if end else accepted
+        windows = torch.stack([accepted[place : place + size] for place in range(DRAFT)], 1)
+        result[name] = _padded(torch.where(whole, 1 + windows.cumprod(1).sum(1), 0.0), len(positions))
+    return result
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(size - len(values))])

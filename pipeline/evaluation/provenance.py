@@ -1,10 +1,17 @@
-"""Compares what students were trained on, by their records, with the table that they are to be evaluated on."""
+"""What the models of an evaluation are, and how what they were trained on relates to the table."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from softlabel.pipeline.evaluation.report import TrainedStudent
+from softlabel.pipeline.models.adapter import ADAPTER, Adapter
+from softlabel.pipeline.models.files import HUB_NAME, sha256
+from softlabel.pipeline.models.pretrained import load_config
 from softlabel.pipeline.students.record import RECORD, StudentRecord, TableRecord, read_record
+from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.table import Table
@@ -24,12 +31,59 @@ def read_student(folder: Path) -> StudentRecord:
         return read_record(folder / RECORD, StudentRecord)
     except OSError as error:
         raise StudentError(
-            "this folder is not a student that softlabel trained",
-            expected=f"a folder with the {RECORD} that softlabel train writes",
+            "this is neither a student that softlabel trained nor another model",
+            expected=f"a folder with the {RECORD} that softlabel train writes, with the config.json of a model, or with"
+            f" an {ADAPTER}; or the name of a repository on the hub, OWNER/NAME",
             found=f"{type(error).__name__}: {error}",
             where=folder / RECORD,
-            do="check the path; to evaluate a model trained elsewhere, first train it here with student.model",
+            do="check the path",
         ) from error
+
+
+def is_model(path: Path, name: str) -> bool:
+    """Whether this is a model or an adapter that softlabel did not train: in a folder, or on the hub."""
+    if path.exists() or name.startswith((".", "/", "~")):
+        return (path / "config.json").is_file() or (path / ADAPTER).is_file()
+    return HUB_NAME.fullmatch(name) is not None and name.count("/") == 1
+
+
+def stored_dtype(folder: Path) -> Literal["bfloat16", "float32"]:
+    """The precision to measure a model in: bfloat16 if its weights are, otherwise float32."""
+    settings = load_config(folder)
+    return "bfloat16" if getattr(settings, "dtype", None) == torch.bfloat16 else "float32"
+
+
+def other_model(
+    name: str, folder: str, source: StudentSource, adapter: Adapter | None, table: AnyTable
+) -> TrainedStudent:
+    """A model that softlabel did not train, as the report describes it."""
+    teachers = [part.identity.teacher for part in table.tables]
+    is_teacher = any(
+        teacher.files.items() <= (source.files | _hashes(source.path, teacher.files)).items()
+        and bool(teacher.files)
+        and teacher.adapter == (None if adapter is None else adapter.hash)
+        for teacher in teachers
+    )
+    if is_teacher:
+        kind = "the teacher itself: its distance from the table is the error of measurement"
+    else:
+        kind = "a model trained elsewhere" if adapter is None else f"an adapter trained elsewhere, on {source.name}"
+    return TrainedStudent(
+        name=name,
+        folder=folder,
+        kind="teacher" if is_teacher else "other",
+        parameters=None,
+        objective=kind,
+        history=(),
+        trained_on=None,
+        config={},
+        circumstances={},
+        warnings=() if is_teacher else ("trained elsewhere, maybe on the text that it is evaluated on here.",),
+    )
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
 def warnings_of(record: StudentRecord, folder: Path, table: AnyTable) -> tuple[str, ...]:

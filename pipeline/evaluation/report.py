@@ -1,25 +1,31 @@
 """The report of an evaluation: one self-contained HTML page, and the same content as JSON.
 
-Both are written from one ``Report``; the page adds only drawings to the content of the JSON. Measures nothing and reads
-neither table nor model.
+Both are written from one ``Report``; the page adds only drawings to the content of the JSON, whose fields are described
+by the docstrings here and in ``summary``. Measures nothing and reads neither table nor model.
 """
 
+import json
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import unescape
-from math import exp
+from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from shlex import quote
+from typing import Any, Literal, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation import charts
-from softlabel.pipeline.evaluation.charts import Curve
-from softlabel.pipeline.evaluation.metrics import MeanWithError, Metrics
+from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
+from softlabel.pipeline.evaluation.charts import Curve, Dot
+from softlabel.pipeline.evaluation.metrics import DRAFT
+from softlabel.pipeline.evaluation.positions import TOP
+from softlabel.pipeline.evaluation.summary import Comparison, Group, Metrics, TeacherMetrics
+from softlabel.pipeline.evaluation.unfinished import claim, claimed
 from softlabel.pipeline.students.record import StudentRecord
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
@@ -40,10 +46,7 @@ class NamedTeacher:
 class TeacherSummary(NamedTeacher):
     """The teacher's metrics on the same positions, as the table stores them."""
 
-    cross_entropy: MeanWithError
-    perplexity: MeanWithError
-    entropy: MeanWithError
-    """Mean entropy of its distributions, in nats: the minimum of any student's cross-entropy with the teacher."""
+    metrics: TeacherMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,16 @@ class TrainedStudent:
 
     name: str
     folder: str
-    parameters: int
+    """Folder or, of a model trained elsewhere, maybe its name on the hub."""
+    kind: Literal["student", "teacher", "other"] = "student"
+    """A student that softlabel trained, the table's teacher itself, or a model trained elsewhere."""
+    parameters: int | None
     objective: str
-    """Description of the training loss."""
+    """Description of the training loss or, for another model, of what it is."""
     history: tuple[dict[str, float], ...]
     """Training and evaluation records in the order of their steps."""
-    trained_on: str
-    """TABLE@version."""
+    trained_on: str | None
+    """TABLE@version; None if it is not known."""
     runs: tuple[str, ...] = ()
     """The steps of each run, if there were several."""
     config: dict[str, Any]
@@ -87,7 +93,6 @@ class StudentSummary(TrainedStudent):
     """One student's training and its metrics."""
 
     metrics: Metrics
-    perplexity: MeanWithError
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,16 @@ class Report(Header):
     """Number of sequences evaluated."""
     positions: int
     """Number of positions evaluated."""
+    documents: int
+    """Number of documents evaluated."""
     left_out: int
     """Sequences of the eval split that also occur in the train split, and were not evaluated."""
+    left_out_documents: int
+    """Further sequences of the eval split whose document also occurs in the train split, and were not evaluated."""
     teacher: TeacherSummary
     students: tuple[StudentSummary, ...]
+    comparisons: tuple[Comparison, ...]
+    """Each pair of students, compared over the same documents."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +146,38 @@ class Score:
 
     name: str
     perplexity: float
+    bits_per_byte: float | None
+    """Cross-entropy in bits per byte of the text."""
     kl: float
     """Forward KL from the teacher, nats per position."""
+    kl_reach: float | None
+    """Half of its 95 % interval over documents; None for too few documents."""
     agreement: float | None
     """Share of positions with the teacher's most likely token; None if the table has no head."""
+    acceptance: float | None
+    """Rate at which the teacher would accept the student's tokens in speculative decoding."""
     parameters: int | None
 
     @classmethod
     def of(cls, student: StudentSummary) -> Self:
         """The line of a student."""
         metrics = student.metrics
-        agreement = metrics.agreement.mean if metrics.agreement else None
-        return cls(student.name, student.perplexity.mean, metrics.kl.mean, agreement, student.parameters)
+        return cls(
+            name=student.name,
+            perplexity=metrics.perplexity.mean,
+            bits_per_byte=_mean(metrics.bits_per_byte),
+            kl=metrics.kl.mean,
+            kl_reach=reach(metrics.kl),
+            agreement=_mean(metrics.agreement),
+            acceptance=_mean(metrics.acceptance),
+            parameters=student.parameters,
+        )
+
+    @classmethod
+    def of_teacher(cls, teacher: TeacherSummary) -> Self:
+        """The line of the teacher, as the table stores it."""
+        metrics, parameters = teacher.metrics, teacher.parameters
+        return cls(teacher.name, metrics.perplexity.mean, _mean(metrics.bits_per_byte), 0.0, None, 1.0, 1.0, parameters)
 
 
 @dataclass(frozen=True)
@@ -159,14 +190,17 @@ class EvaluationReport:
     version: int
     sequences: int
     positions: int
+    documents: int
     left_out: int
     """Sequences of the eval split that also occur in the train split."""
+    left_out_documents: int
+    """Further sequences of the eval split whose document also occurs in the train split."""
     teacher: Score
     students: tuple[Score, ...]
-    verdict: str | None
-    """Which student is closest to the teacher, in a sentence; None for a single student."""
+    verdict: str
+    """Which student is closest to the teacher, and whether the difference is real, in a sentence or two."""
     kl_kind: str
-    """How the KL was estimated: see ``pipeline.evaluation.metrics.Metrics.kl_kind``."""
+    """How the KL was estimated: see ``pipeline.evaluation.summary.Metrics.kl_kind``."""
 
     @property
     def measured(self) -> str:
@@ -183,10 +217,12 @@ class EvaluationReport:
             version=report.version,
             sequences=report.sequences,
             positions=report.positions,
+            documents=report.documents,
             left_out=report.left_out,
-            teacher=Score(report.teacher.name, report.teacher.perplexity.mean, 0.0, 1.0, report.teacher.parameters),
+            left_out_documents=report.left_out_documents,
+            teacher=Score.of_teacher(report.teacher),
             students=tuple(map(Score.of, report.students)),
-            verdict=_verdict(report.students),
+            verdict=verdict(report),
             kl_kind=report.students[0].metrics.kl_kind,
         )
 
@@ -202,20 +238,47 @@ def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes,
     return tuple(ColumnBytes(name, size, size / positions) for name, size in largest_first)
 
 
-def perplexity(cross_entropy: MeanWithError) -> MeanWithError:
-    """exp of a cross-entropy in nats, with the error propagated to first order."""
-    mean = exp(cross_entropy.mean)
-    return MeanWithError(mean, None if cross_entropy.error is None else mean * cross_entropy.error)
+def reach(value: Estimate | None) -> float | None:
+    """Half of a 95 % interval; None if there is none."""
+    return None if value is None or value.interval is None else (value.interval[1] - value.interval[0]) / 2
 
 
-def prepare(folder: Path) -> None:
-    """Create the report's folder, so that an unwritable one is found before anything is measured.
+def prepare(folder: Path, table: str, students: Sequence[str]) -> Path:
+    """The folder for a report, which is created, so that an unwritable one is found before anything is measured.
+
+    It is the given one or, if that has the report of another table or of other students, the first with a number after
+    its name that has not.
 
     Raises:
         UsageError: if the folder can't be created.
     """
+    what = {"table": table, "students": sorted(students)}
     with _write_errors(folder):
-        durable.make_folder(folder)
+        for number in count(1):
+            place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            durable.make_folder(place)
+            if next(found for found in _abouts(place, what) if found is not None) == what:
+                return place
+    raise AssertionError
+
+
+def _abouts(folder: Path, what: dict[str, Any]) -> Iterator[Mapping[str, Any] | None]:
+    """What a folder is about: by its report, by its unfinished evaluation, or by the one that begins there now."""
+    yield _reported(folder)
+    yield claimed(folder)
+    yield claim(folder, what)
+    yield {}
+
+
+def _reported(folder: Path) -> dict[str, Any] | None:
+    """What the report in a folder is about; None without a report."""
+    try:
+        report = json.loads((folder / "report.json").read_bytes())
+        return {"table": report["table"], "students": sorted(student["folder"] for student in report["students"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
@@ -265,7 +328,7 @@ def to_json(report: Report) -> bytes:
 
 def to_html(report: Report) -> str:
     """The report as one self-contained page."""
-    return render("report.html.j2", report, _verdict(report.students), _drawings(report.students))
+    return render("report.html.j2", report, verdict(report), _drawings(report))
 
 
 def render(template: str, report: Any, verdict: str | None, drawings: Mapping[str, str]) -> str:
@@ -284,7 +347,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_}
+    templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_, "reach": reach}
     return templates.get_template(template).render(
         report=report,
         title=_title([student.name for student in report.students], report.teacher.name),
@@ -292,25 +355,75 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         verdict=verdict,
         drawings=drawings,
         total=sum(column.bytes_per_position for column in report.columns),
+        draft=DRAFT,
+        top=TOP,
+        command=_command(report),
     )
 
 
-def _drawings(students: Sequence[StudentSummary]) -> dict[str, str]:
+def _command(report: Header) -> str:
+    """The command that makes this report again."""
+    given = report.config
+    models = " ".join(quote(str(name)) for name in given.get("students", ()))
+    by = "".join(f" --by {quote(name)}" for name in given.get("by", ()))
+    return f"softlabel evaluate {quote(report.table)}@{report.version} {models}{by}"
+
+
+def _drawings(report: Report) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
-    drawings = {}
+    drawings, students, metrics = {}, report.students, [student.metrics for student in report.students]
+    sized = [
+        Dot(index, student.name, student.parameters, student.metrics.kl.mean, reach(student.metrics.kl))
+        for index, student in enumerate(students)
+        if student.parameters
+    ]
+    if len(sized) > 1:
+        drawings["size"] = charts.by_size(sized, "KL to the teacher (nats)")
     losses = histories(students, "loss")
     if losses:
         drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
     divergences = histories(students, "eval_kl")
     if divergences:
         drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
-    bins = students[0].metrics.by_entropy
+    bins = metrics[0].by_entropy
     if bins:
-        edges, counts = [(b.low, b.high) for b in bins], [b.positions for b in bins]
-        centres = [(low + high) / 2 for low, high in edges]
-        curves = [Curve(i, s.name, centres, [b.kl for b in s.metrics.by_entropy]) for i, s in enumerate(students)]
+        curves = _curves(report, [each.by_entropy for each in metrics])
+        edges, counts = [(b.low or 0.0, b.high or 0.0) for b in bins], [b.positions for b in bins]
         drawings["entropy"] = charts.by_entropy(curves, edges, counts, "KL to the teacher (nats)")
+    if len(metrics[0].by_position) > 1:
+        curves = _curves(report, [each.by_position for each in metrics])
+        drawings["position"] = charts.by_position(curves, "KL to the teacher (nats)")
+    lines = [
+        Curve(index, name, [b.confidence for b in each.bins], [b.correct for b in each.bins])
+        for index, name, each in [
+            (-1, report.teacher.name, report.teacher.metrics.calibration),
+            *((index, student.name, student.metrics.calibration) for index, student in enumerate(students)),
+        ]
+        if each is not None
+    ]
+    if lines:
+        drawings["calibration"] = charts.reliability(lines)
+    for column in metrics[0].by_column:
+        names = [group.name for group in metrics[0].by_column[column]]
+        bars = [
+            charts.Bar(index, student.name, [group.kl for group in student.metrics.by_column[column]])
+            for index, student in enumerate(students)
+        ]
+        drawings[f"by {column}"] = charts.by_group(bars, names, "KL to the teacher (nats)")
     return drawings
+
+
+def _curves(report: Report, groups: Sequence[Sequence[Group]]) -> list[Curve]:
+    """Each student's KL over the middles of some ranges."""
+    return [
+        Curve(
+            index,
+            report.students[index].name,
+            [((group.low or 0.0) + (group.high or 0.0)) / 2 for group in of_student],
+            [group.kl.mean for group in of_student],
+        )
+        for index, of_student in enumerate(groups)
+    ]
 
 
 def histories(students: Sequence[Any], quantity: str) -> list[Curve]:
@@ -329,21 +442,47 @@ def _title(students: Sequence[str], teacher: str) -> str:
     return f"{who} against {teacher}"
 
 
-def _verdict(students: Sequence[StudentSummary]) -> str | None:
-    """The student closest to the teacher, if the difference is significant; None for a single student."""
-    if len(students) < 2:
-        return None
-    best, second = sorted(students, key=lambda student: student.metrics.kl.mean)[:2]
-    kl, runner_up = best.metrics.kl.mean, second.metrics.kl.mean
-    if not best.metrics.kl.tells_from(second.metrics.kl):
-        return (
-            f"There are too few sequences to tell which is closer to the teacher: {best.name} "
-            f"({kl:.3f} nats of KL per position) or {second.name} ({runner_up:.3f})."
-        )
+def verdict(report: Report) -> str:
+    """The student closest to the teacher, and whether the difference is real, in a sentence or two."""
+    measured = [student for student in report.students if student.kind != "teacher"] or report.students
+    best, *others = sorted(measured, key=lambda student: student.metrics.kl.mean)
+    at_least = "at least " if best.metrics.kl_kind == "lower bound" else ""
+    kl = f"{at_least}{best.metrics.kl.mean:.3f}"
+    if not others:
+        return f"{best.name} is {kl}{_plus_minus(best.metrics.kl)} nats of KL per position from {report.teacher.name}."
+    second = others[0]
+    found = _difference(report, second.name, best.name)
+    both = f"{best.name} ({kl} nats of KL per position) or {second.name} ({second.metrics.kl.mean:.3f})"
+    if found.interval is None:
+        return f"There are too few documents to tell which is closer to the teacher: {both}."
+    distance = f"{found.mean:.3f}{_plus_minus(found)} nats over the same {report.documents:,} documents"
+    if not found.is_real:
+        return f"It can't be told which is closer to the teacher, {both}: they differ by {distance}, maybe by chance."
     return (
-        f"{best.name} is the closest to the teacher: {kl:.3f} nats of KL per position, "
-        f"{1 - kl / runner_up:.0%} below {second.name} ({runner_up:.3f})."
+        f"{best.name} is the closest to the teacher: {kl} nats of KL per position, "
+        f"{1 - best.metrics.kl.mean / second.metrics.kl.mean:.0%} below {second.name} "
+        f"({second.metrics.kl.mean:.3f}). The difference is real: {distance}."
     )
+
+
+def _difference(report: Report, student: str, other: str) -> Difference:
+    """How much larger the first student's KL is, whichever of the two the report compares with the other."""
+    for found in report.comparisons:
+        if (found.student, found.other) == (student, other):
+            return found.kl
+        if (found.student, found.other) == (other, student):
+            interval = None if found.kl.interval is None else (-found.kl.interval[1], -found.kl.interval[0])
+            return Difference(-found.kl.mean, found.kl.error, interval)
+    raise AssertionError("every pair of students is compared")
+
+
+def _plus_minus(value: Estimate) -> str:
+    half = reach(value)
+    return "" if half is None else f" ± {half:.3f}"
+
+
+def _mean(value: Estimate | None) -> float | None:
+    return None if value is None else value.mean
 
 
 def _count(number: int | None) -> str:

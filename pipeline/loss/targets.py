@@ -88,6 +88,22 @@ class SparseTargets:
         )
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The sampled tail at each of N positions: at most K distinct ids, each drawn in proportion to its probability."""
+
+    ids: Tensor
+    """(N, K) int64: distinct token ids, none of them in the head; padded with 0 where a position has fewer than K."""
+    counts: Tensor
+    """(N, K) float: how often each was drawn; 0 in the padding."""
+    logprobs: Tensor
+    """(N, K) float: the teacher's log-probability of each at temperature 1, in nats, within 1/128; 0 in the padding."""
+
+    def __getitem__(self, positions: slice) -> Self:
+        """The draws at some positions."""
+        return type(self)(self.ids[positions], self.counts[positions], self.logprobs[positions])
+
+
 def dropping(max_k: int | None, head: int) -> int | None:
     """``max_k`` if it drops any id of a head with at most ``head`` ids; otherwise None."""
     return max_k if max_k is not None and max_k < head else None
@@ -165,7 +181,8 @@ def decode_targets(
     ids = vocabulary.new_zeros((compact.positions, width), dtype=torch.int64)
     ids[rows, columns] = vocabulary[compact.head_ids].long()
     logprobs = log_rest.new_full(ids.shape, -torch.inf)
-    logprobs[rows, columns] = _decode_codes(compact, rows) / loss.temperature
+    codes = _codes(compact.head_codes, compact.head_counts, rows)
+    logprobs[rows, columns] = _logprobs(codes, log_rest.dtype) / loss.temperature
     logprobs = logprobs + _shift(_log1mexp(log_rest) - logprobs.logsumexp(1))
 
     if target == "sampled":
@@ -182,6 +199,27 @@ def decode_targets(
     return SparseTargets(ids, logprobs, log_rest, entropies, target)
 
 
+def decode_draws(compact: CompactTargets, vocabulary: Tensor) -> Draws:
+    """Decode the sampled tail of N positions with the teacher's probabilities, which only evaluation needs.
+
+    Args:
+        compact: soft labels as they are stored.
+        vocabulary: (V,) integer, on the same device: the token id of each rank.
+    """
+    rows, columns = _places(compact.tail_counts, compact.tail_ids)
+    ids = vocabulary.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
+    ids[rows, columns] = vocabulary[compact.tail_ids].long()
+    counts = compact.tail_log_masses.new_zeros(ids.shape)
+    counts[rows, columns] = compact.tail_draws.to(counts.dtype)
+    last = _codes(compact.head_codes, compact.head_counts, _places(compact.head_counts, compact.head_ids)[0])
+    before = torch.cat([last.new_zeros(1), last])[compact.head_counts.cumsum(0, dtype=torch.int64)]
+    before = torch.where(compact.head_counts > 0, before, 0)  # the tail continues where the head ends
+    logprobs = torch.zeros_like(counts)
+    codes = _codes(compact.tail_codes, compact.tail_counts, rows) + before[rows]
+    logprobs[rows, columns] = _logprobs(codes, counts.dtype)
+    return Draws(ids, counts, logprobs)
+
+
 def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: LossConfig) -> bool:
     """Whether the tail is sampled. A batch without any tail mass needs no draws, so it counts as sampled."""
     if compact.tail_ids.numel():
@@ -190,13 +228,14 @@ def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: Los
     return loss.target == "sampled" and bool((masses.exp() == 0).all())
 
 
-def _decode_codes(compact: CompactTargets, rows: Tensor) -> Tensor:
-    """(sum of head_counts,) log-probabilities: a running sum over all gaps, minus its value before each position."""
-    running = compact.head_codes.cumsum(0, dtype=torch.int64)
-    starts = _starts(compact.head_counts)
-    codes = running - torch.cat([running.new_zeros(1), running])[starts][rows]
-    logprobs = codes.to(compact.tail_log_masses.dtype) / -CODES_PER_NAT
-    return logprobs.masked_fill(codes >= ZERO_CODE, -torch.inf)
+def _codes(gaps: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """The codes behind flat gaps: a running sum over all gaps, minus its value before each position."""
+    running = gaps.cumsum(0, dtype=torch.int64)
+    return running - torch.cat([running.new_zeros(1), running])[_starts(counts)][rows]
+
+
+def _logprobs(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.to(dtype) / -CODES_PER_NAT).masked_fill(codes >= ZERO_CODE, -torch.inf)
 
 
 def _tail(compact: CompactTargets, vocabulary: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from softlabel.storage.errors import SoftlabelError, TeacherError, UsageError
 if TYPE_CHECKING:
     import torch
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = "adapter_config.json"
+"""Name of the file that makes a folder an adapter."""
+_FILES = (ADAPTER, "adapter_model.safetensors")
 _PROBE = 16
 """Tokens whose logits are compared before and after merging."""
 _MERGE_NOISE = {"torch.bfloat16": 0.1, "torch.float16": 0.02, "torch.float32": 1e-3}
@@ -55,6 +57,27 @@ class Adapter:
                 do="set teacher.adapter to a folder that peft's save_pretrained() wrote",
             )
         return cls(folder)
+
+    @property
+    def base(self) -> str:
+        """Folder or hub name of the model that it was trained on.
+
+        Raises:
+            TeacherError: if its configuration can't be read, or does not say.
+        """
+        try:
+            name = load_adapter_config(self.folder).base_model_name_or_path
+        except Exception as error:  # damaged files raise many kinds of errors
+            raise broken("the adapter's adapter_config.json can't be read", self.folder, error) from error
+        if not name:
+            raise TeacherError(
+                "this adapter does not say which model it was trained on",
+                expected="base_model_name_or_path",
+                found="none",
+                where=self.folder / ADAPTER,
+                do="add it to the file, or merge the adapter into its model and use the merged model",
+            )
+        return str(name)
 
     @cached_property
     def hash(self) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from softlabel.storage.errors import SoftlabelError, TeacherError, UsageError
 from softlabel.storage.location import located
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What the name of a repository on the hub looks like."""
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Patterns of the files that are downloaded of a hub model."""
 _SINGLE = "model.safetensors"
@@ -55,7 +56,7 @@ def locate(
         require_no_revision(Path(name), revision)
         return Path(name), None
     found = "no such folder"
-    if _HUB_NAME.fullmatch(name):
+    if HUB_NAME.fullmatch(name):
         from huggingface_hub import snapshot_download  # imported here: only a hub model needs it
 
         try:

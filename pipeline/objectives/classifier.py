@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import LossConfig, StudentConfig, TrainConfig
-from softlabel.pipeline.evaluation.classifier_metrics import ClassMetrics, compare, mean, measure_classes
+from softlabel.pipeline.evaluation.classifier_metrics import (
+    ClassMetrics,
+    MeasuredClasses,
+    compare,
+    compared,
+    mean,
+    measure_classes,
+)
 from softlabel.pipeline.evaluation.classifier_report import (
     ClassEvaluation,
     ClassReport,
@@ -27,8 +34,12 @@ from softlabel.pipeline.evaluation.classifier_report import (
     to_json,
 )
 from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, write
+from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import SparseTargets, Target
+from softlabel.pipeline.models.checkpoint import class_names, is_classifier
+from softlabel.pipeline.models.pretrained import load_config
+from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, LabelledDocuments
 from softlabel.pipeline.students.classifier_student import build_classifier
@@ -36,7 +47,7 @@ from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.storage.errors import AccessError, IntegrityError, TableError, UsageError
+from softlabel.storage.errors import AccessError, IntegrityError, StudentError, TableError, UsageError
 from softlabel.storage.table import Table
 from softlabel.storage.views.view import AnyTable
 
@@ -105,8 +116,29 @@ class Classifier:
             evaluation=_evaluation(table, labels, pad),
         )
 
-    def held_out(self, table: AnyTable, students: Sequence[StudentConfig]) -> "HeldOutDocuments":
+    def require_output_layer(self, source: StudentSource) -> None:
         """See ``Objective``."""
+        settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path))
+        if not is_classifier(settings) or class_names(settings) != self.classes:
+            raise StudentError(
+                "this model is not a classifier of the table's classes",
+                expected=f"a model saved as a classifier with the classes {', '.join(self.classes)}",
+                found=", ".join(class_names(settings)) if is_classifier(settings) else "another kind of model",
+                where=source.path,
+                do="train a student from it with student.model, and evaluate that",
+            )
+
+    def held_out(
+        self, table: AnyTable, students: Sequence[StudentConfig], by: Sequence[str] = ()
+    ) -> "HeldOutDocuments":
+        """See ``Objective``."""
+        if by:
+            raise UsageError(
+                "the results of classifiers are only grouped by label",
+                expected="no by",
+                found=f"by: {' '.join(by)}",
+                do="leave by out",
+            )
         maps = list(map(self._labels, students))
         different = next((number for number, labels in enumerate(maps) if labels != maps[0]), None)
         if different is not None:
@@ -163,7 +195,7 @@ class Classification(nn.Module):
 
     def measured(self, batches: Sequence[ClassBatch]) -> dict[str, float]:
         """The student's metrics on these batches, by name in the curves."""
-        metrics = measure_classes(self.student, batches)
+        metrics = measure_classes(self.student, batches).metrics
         logs = {"eval_kl": metrics.kl, "eval_agreement": metrics.agreement}
         if metrics.quality is not None:
             logs |= {"eval_accuracy": metrics.quality.accuracy, "eval_f1": metrics.quality.f1}
@@ -185,19 +217,24 @@ class HeldOutDocuments:
         return len(self.documents.tokens)
 
     def measure(
-        self, model: PreTrainedModel, student: TrainedStudent, batch_tokens: int, done: Callable[[int], object]
-    ) -> ClassStudent:
-        """See ``HeldOut``."""
+        self,
+        model: PreTrainedModel,
+        student: TrainedStudent,
+        batch_tokens: int,
+        done: Callable[[int], object],
+        unfinished: Unfinished,
+    ) -> "MeasuredClassifier":
+        """See ``HeldOut``; an evaluation that was killed is started again."""
 
         def batches() -> Iterator[ClassBatch]:
             for batch in self.documents.batches(model.config.pad_token_id, batch_tokens):
                 yield batch
                 done(len(batch.labels))
 
-        return ClassStudent(**vars(student), metrics=measure_classes(model, batches()))
+        return MeasuredClassifier(student, measure_classes(model, batches()))
 
     def report(
-        self, header: Header, teacher: NamedTeacher, students: Sequence[ClassStudent], folder: Path
+        self, header: Header, teacher: NamedTeacher, students: Sequence["MeasuredClassifier"], folder: Path
     ) -> ClassEvaluation:
         """See ``HeldOut``."""
         report = ClassReport(
@@ -207,7 +244,8 @@ class HeldOutDocuments:
             labels=self.labels.names,
             unmapped=mean(self.documents.unmapped),
             teacher=ClassTeacher(**vars(teacher), metrics=self._teacher_metrics()),
-            students=tuple(students),
+            students=tuple(ClassStudent(**vars(each.student), metrics=each.measured.metrics) for each in students),
+            comparisons=compared([each.student.name for each in students], [each.measured for each in students]),
         )
         return ClassEvaluation.of(report, *write(to_html(report), to_json(report), folder))
 
@@ -215,7 +253,15 @@ class HeldOutDocuments:
         """The teacher measured like a student; a uniform distribution stands in where it has none over the labels."""
         logprobs, names = self.documents.logprobs, list(self.labels.names)
         predicted = np.where(np.isnan(logprobs), np.float32(-np.log(len(names))), logprobs)
-        return compare(predicted, self.documents.labels, logprobs, names)
+        return compare(predicted, self.documents.labels, logprobs, names).metrics
+
+
+@dataclass(frozen=True)
+class MeasuredClassifier:
+    """A student and what was measured of it."""
+
+    student: TrainedStudent
+    measured: MeasuredClasses
 
 
 def _single(table: AnyTable) -> Table:

@@ -5,18 +5,22 @@ The student is built by ``students.build``, its batches come from ``stream.datas
 and no device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from math import isnan
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
-from softlabel.pipeline.evaluation.metrics import measure
+from softlabel.pipeline.evaluation.bootstrap import effective
+from softlabel.pipeline.evaluation.metrics import empty_sums, means, measure
 from softlabel.pipeline.evaluation.report import (
     EvaluationReport,
     Header,
@@ -25,24 +29,26 @@ from softlabel.pipeline.evaluation.report import (
     StudentSummary,
     TeacherSummary,
     TrainedStudent,
-    perplexity,
     to_html,
     to_json,
     write,
 )
+from softlabel.pipeline.evaluation.summary import Measurement, compared
+from softlabel.pipeline.evaluation.token_bytes import token_bytes
+from softlabel.pipeline.evaluation.unfinished import ALL, Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.batch import Batch
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.pipeline.stream.holdout import Holdout
+from softlabel.pipeline.stream.holdout import HeldOutBatch, Holdout
 from softlabel.pipeline.students.build import build, hidden_states, output_head, separates
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import AccessError, IntegrityError, TableError, UsageError
-from softlabel.storage.views.view import AnyTable
+from softlabel.storage.views.view import AnyTable, View
 
 EVAL_TOKENS = 4096
 """Tokens of the eval split, including padding, in evaluations during training; ``evaluate`` measures all of it."""
@@ -94,9 +100,15 @@ class LanguageModel:
             evaluation=_evaluation(table, config.stream),
         )
 
-    def held_out(self, table: AnyTable, students: Sequence[StudentConfig]) -> "HeldOutPositions":
+    def require_output_layer(self, source: StudentSource) -> None:
+        """See ``Objective``; every language model has one."""
+
+    def held_out(
+        self, table: AnyTable, students: Sequence[StudentConfig], by: Sequence[str] = ()
+    ) -> "HeldOutPositions":
         """See ``Objective``."""
-        return HeldOutPositions(Holdout.of(table))
+        tokenizer = self.origin.tokenizer()
+        return HeldOutPositions(Holdout.of(table, by), token_bytes(tokenizer, self.origin.vocabulary))
 
     def _max_k(self, stream: StreamConfig) -> int | None:
         return dropping(stream.max_k, self.origin.head)
@@ -140,10 +152,10 @@ class Distillation(nn.Module):
 
     def measured(self, batches: Sequence[Batch]) -> dict[str, float]:
         """The student's metrics on these batches, by name in the curves."""
-        metrics = measure(self.student, batches, self._table)
-        logs = {"eval_kl": metrics.kl.mean, "eval_cross_entropy": metrics.cross_entropy.mean}
-        if metrics.agreement is not None:
-            logs["eval_agreement"] = metrics.agreement.mean
+        found = means(self.student, batches, self._table)
+        logs = {"eval_kl": found["forward_kl"], "eval_cross_entropy": found["cross_entropy"]}
+        if not isnan(found["agreement"]):
+            logs["eval_agreement"] = found["agreement"]
         return logs
 
 
@@ -152,6 +164,8 @@ class HeldOutPositions:
     """The ``HeldOut`` of a table of positions."""
 
     holdout: Holdout
+    sizes: NDArray[np.int64]
+    """(V,) bytes of text that each token id stands for."""
     unit = "positions"
 
     @property
@@ -160,37 +174,62 @@ class HeldOutPositions:
         return self.holdout.positions
 
     def measure(
-        self, model: PreTrainedModel, student: TrainedStudent, batch_tokens: int, done: Callable[[int], object]
-    ) -> StudentSummary:
+        self,
+        model: PreTrainedModel,
+        student: TrainedStudent,
+        batch_tokens: int,
+        done: Callable[[int], object],
+        unfinished: Unfinished,
+    ) -> "MeasuredStudent":
         """See ``HeldOut``."""
+        sums = empty_sums(self.holdout.groups)
+        start = unfinished.restore(sums)
+        done(int(sums.values["overall"][0, 0]))
 
-        def batches() -> Iterator[Batch]:
-            for batch in self.holdout.batches(batch_tokens, packing=separates(model)):
-                yield batch
-                done(len(batch.positions))
+        def after(held: HeldOutBatch) -> None:
+            done(len(held.batch.positions))
+            if held.done is not None:
+                unfinished.save(sums, held.done)
 
-        metrics = measure(model, batches(), self.holdout.table)
-        return StudentSummary(**vars(student), metrics=metrics, perplexity=perplexity(metrics.cross_entropy))
+        batches = self.holdout.batches(batch_tokens, separates(model), start)
+        measure(model, batches, self.holdout.table, self.sizes, sums, after)
+        unfinished.save(sums, ALL)
+        return MeasuredStudent(student, Measurement(sums, effective(self.holdout.document_positions)))
 
     def report(
-        self, header: Header, teacher: NamedTeacher, students: Sequence[StudentSummary], folder: Path
+        self, header: Header, teacher: NamedTeacher, students: Sequence["MeasuredStudent"], folder: Path
     ) -> EvaluationReport:
         """See ``HeldOut``."""
-        metrics = students[0].metrics
+        holdout = self.holdout
+        average = isinstance(holdout.table, View) and holdout.table.average
+        documents = len(holdout.document_positions)
+        measured = [each.measurement for each in students]
         report = Report(
             **vars(header),
-            sequences=self.holdout.sequences,
-            positions=self.holdout.positions,
-            left_out=self.holdout.left_out,
-            teacher=TeacherSummary(
-                **vars(teacher),
-                cross_entropy=metrics.teacher_cross_entropy,
-                perplexity=perplexity(metrics.teacher_cross_entropy),
-                entropy=metrics.teacher_entropy,
+            sequences=holdout.sequences,
+            positions=holdout.positions,
+            documents=documents,
+            left_out=holdout.left_out,
+            left_out_documents=holdout.left_out_documents,
+            teacher=TeacherSummary(**vars(teacher), metrics=measured[0].teacher(average)),
+            students=tuple(
+                StudentSummary(
+                    **vars(each.student),
+                    metrics=each.measurement.metrics(holdout.sequences, documents, holdout.groups, average),
+                )
+                for each in students
             ),
-            students=tuple(students),
+            comparisons=compared([each.student.name for each in students], measured),
         )
         return EvaluationReport.of(report, *write(to_html(report), to_json(report), folder))
+
+
+@dataclass(frozen=True)
+class MeasuredStudent:
+    """A student and the sums that its metrics are computed from."""
+
+    student: TrainedStudent
+    measurement: Measurement
 
 
 def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
@@ -202,4 +241,4 @@ def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:
     except TableError:
         return []
     batches = holdout.batches(stream.max_length, stream.packing)
-    return list(islice(batches, max(1, EVAL_TOKENS // stream.max_length)))
+    return [held.batch for held in islice(batches, max(1, EVAL_TOKENS // stream.max_length))]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.report import EvaluationReport, Header, NamedTeacher, TrainedStudent
+from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.views.view import AnyTable
@@ -32,7 +33,7 @@ class Trainable:
     """Batches of the eval split, the same on each rank; if empty, nothing is evaluated during training."""
 
 
-S = TypeVar("S", bound=TrainedStudent)
+S = TypeVar("S")
 
 
 class HeldOut(Protocol[S]):
@@ -47,7 +48,12 @@ class HeldOut(Protocol[S]):
         """How much there is to measure."""
 
     def measure(
-        self, model: PreTrainedModel, student: TrainedStudent, batch_tokens: int, done: Callable[[int], object]
+        self,
+        model: PreTrainedModel,
+        student: TrainedStudent,
+        batch_tokens: int,
+        done: Callable[[int], object],
+        unfinished: Unfinished,
     ) -> S:
         """Measure a student.
 
@@ -56,9 +62,10 @@ class HeldOut(Protocol[S]):
             student: how it was trained.
             batch_tokens: maximum tokens of a forward pass, including padding.
             done: called after each pass with how much of ``size`` it measured.
+            unfinished: where measurements are kept, and where those of an evaluation that was killed are found.
 
         Returns:
-            The student with its metrics, for ``report``.
+            The student with its measurements, for ``report``.
         """
 
     def report(
@@ -133,14 +140,22 @@ class Objective(Protocol):
             TableError, UsageError: if there is nothing to train on.
         """
 
-    def held_out(self, table: AnyTable, students: Sequence[StudentConfig]) -> HeldOut[Any]:
+    def require_output_layer(self, source: StudentSource) -> None:
+        """Refuse a model to evaluate that softlabel did not train, if it does not predict what the table teaches.
+
+        Raises:
+            StudentError: if it has no output layer for the table's classes.
+        """
+
+    def held_out(self, table: AnyTable, students: Sequence[StudentConfig], by: Sequence[str] = ()) -> HeldOut[Any]:
         """The part of a table to evaluate students on.
 
         Args:
             table: table or view to evaluate on.
             students: settings of all students, which will be measured on the same part.
+            by: carried columns to group results by.
 
         Raises:
             TableError: if there is nothing to evaluate on.
-            UsageError: if the students can't be compared with each other.
+            UsageError: if the students can't be compared with each other, or there is no such column.
         """

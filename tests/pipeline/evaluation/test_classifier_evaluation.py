@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from sklearn.metrics import (
 from transformers import AutoModelForSequenceClassification
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.evaluation.classifier_metrics import compare
-from softlabel.pipeline.evaluation.classifier_report import ClassStudent, verdict
+from softlabel.pipeline.evaluation.classifier_metrics import compare, compared
+from softlabel.pipeline.evaluation.classifier_report import verdict
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.stream.classifier_batches import LabelledDocuments
 from softlabel.pipeline.students.labels import LabelMap
@@ -84,7 +85,7 @@ def documents_by_label_and_prediction(draw):
 def test_all_metrics_of_labels_and_predictions_are_those_of_scikit_learn(drawn):
     names, labels, predicted = drawn
     logprobs = np.log(np.where(np.eye(len(names))[predicted] > 0, 0.9, 0.01)).astype(np.float32)
-    quality = compare(logprobs, labels, logprobs, names).quality
+    quality = compare(logprobs, labels, logprobs, names).metrics.quality
     known = {"labels": np.arange(len(names)), "zero_division": 0}
     by_label = np.array([[each.precision, each.recall, each.f1, each.documents] for each in quality.by_label])
     np.testing.assert_allclose(by_label.T, precision_recall_fscore_support(labels, predicted, **known), rtol=1e-12)
@@ -101,7 +102,7 @@ def test_the_page_and_the_json_show_all_results(table, students, tmp_path):  # n
     assert content["labels"] == NAMES
     for name in ("student", "control", "teacher", *NAMES, "Label by label", "Confusion matrix of control"):
         assert name in page
-    assert page.count("<svg") == 6  # scores, accuracy, KL and loss by step, and a confusion matrix each
+    assert page.count("<svg") == 7  # scores, calibration, accuracy, KL and loss by step, and a confusion matrix each
     assert "http" not in page.replace("http://www.w3.org", "")
     confusion = np.array(content["students"][0]["metrics"]["quality"]["confusion"])
     assert confusion.sum() == content["students"][0]["metrics"]["quality"]["documents"]
@@ -130,7 +131,7 @@ def test_standard_errors_match_the_spread_over_new_samples_of_documents():
         scores.append(f1_score(labels, predicted, average="macro"))
         if draw < 5:
             logprobs = np.log(np.eye(3, dtype=np.float32)[predicted] * 0.9 + 0.033)
-            qualities.append(compare(logprobs, labels, logprobs, list("abc")).quality)
+            qualities.append(compare(logprobs, labels, logprobs, list("abc")).metrics.quality)
     for quality in qualities:
         assert quality.f1.error == pytest.approx(np.std(scores), rel=0.25)
         accuracy = quality.accuracy.mean
@@ -140,23 +141,55 @@ def test_standard_errors_match_the_spread_over_new_samples_of_documents():
 @pytest.mark.parametrize(
     ("right", "expected"),
     [
-        (280, "too few documents to tell which is more accurate: a (70.0%) or b (69.8%)"),
-        (320, "a is the most accurate: 80.0%"),
+        (280, "It can't be told which is more accurate, a (70.0%) or b (69.8%): they differ by 0.2 ± "),
+        (320, "a is the most accurate: 80.0% of the documents; b is next with 69.8%. The difference is real: 10.2 ± "),
     ],
 )
 def test_the_better_student_is_named_only_if_the_difference_is_significant(right, expected):
-    made = {"folder": "", "parameters": 1, "objective": "", "history": (), "trained_on": "", "config": {}}
+    labels, rng = np.arange(400) % 2, np.random.default_rng(0)
+    order = {"a": rng.permutation(400), "b": rng.permutation(400)}
+    rights = {"b": 279, "a": right}
+    measured = {}
+    for name, number in rights.items():
+        guesses = np.where(order[name] < number, labels, 1 - labels)
+        logprobs = np.log(np.eye(2, dtype=np.float32)[guesses] * 0.8 + 0.1)
+        measured[name] = compare(logprobs, labels, logprobs, NAMES)
+    students = [SimpleNamespace(name=name, metrics=each.metrics) for name, each in measured.items()]
+    pairs = compared(list(measured), list(measured.values()))
+    assert verdict(SimpleNamespace(students=students, comparisons=pairs)).startswith(expected)
 
-    def student(name, right):
-        labels = np.arange(400) % 2
-        logprobs = np.log(np.eye(2, dtype=np.float32)[np.where(np.arange(400) < right, labels, 1 - labels)] * 0.8 + 0.1)
-        return ClassStudent(name=name, circumstances={}, metrics=compare(logprobs, labels, logprobs, NAMES), **made)
 
-    assert expected in verdict([student("b", 279), student("a", right)])
+def test_students_are_compared_over_the_same_documents():
+    """What is hard for both students does not blur their difference."""
+    labels = np.zeros(300, np.int64)
+    logprobs = np.log(np.random.default_rng(0).dirichlet([1, 1], 300)).astype(np.float32)
+    better = logprobs.copy()
+    better[:40] = np.log([0.9, 0.1])  # right where the other one mostly is not
+    [pair] = compared(["a", "b"], [compare(each, labels, logprobs, NAMES) for each in (better, logprobs)])
+    single = compare(logprobs, labels, logprobs, NAMES).metrics.quality.accuracy
+    assert pair.accuracy.is_real
+    assert pair.accuracy.error < 0.6 * single.error
+
+
+def test_calibration_compares_confidence_with_labels_and_teacher():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, 5000)
+    labels = (rng.random(5000) > confidence).astype(np.int64)  # label 0 as often as predicted
+    logprobs = np.log(np.stack([confidence, 1 - confidence], 1)).astype(np.float32)
+    sure = np.log(np.stack([np.full(5000, 0.999), np.full(5000, 0.001)], 1)).astype(np.float32)
+    found = compare(logprobs, labels, logprobs, NAMES).metrics.calibration
+    assert found.ece.mean < 0.03
+    assert found.ece_to_teacher.mean == pytest.approx(0, abs=1e-6)
+    assert sum(each.positions for each in found.bins) == 5000
+    overconfident = compare(sure, labels, logprobs, NAMES).metrics.calibration
+    assert overconfident.ece.mean == pytest.approx(0.999 - (labels == 0).mean(), abs=1e-6)
+    assert (
+        overconfident.ece_to_teacher.interval[0] < 0.999 - confidence.mean() < overconfident.ece_to_teacher.interval[1]
+    )
 
 
 def test_without_labels_students_are_only_compared_with_their_teacher():
     logprobs = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
-    metrics = compare(logprobs, np.array([-1, -1]), logprobs, NAMES)
+    metrics = compare(logprobs, np.array([-1, -1]), logprobs, NAMES).metrics
     assert metrics.quality is None
     assert metrics.kl.mean == pytest.approx(0, abs=1e-7)

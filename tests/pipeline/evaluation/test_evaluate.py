@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
@@ -16,6 +17,7 @@ from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
+from softlabel.pipeline.stream import holdout
 from softlabel.pipeline.stream.holdout import Holdout
 from softlabel.pipeline.students.record import table_record
 from softlabel.storage.codec import SoftLabels
@@ -30,6 +32,7 @@ from softlabel.storage.identity import (
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
+from tests.pipeline.captured import make_table as make_captured
 
 V, PADDED = 500, 512
 SELECTION = Selection(top_p=0.9, min_k=1, max_k=16, draws=16, temperatures=(1.0,), seed=0)
@@ -179,6 +182,8 @@ def test_the_report_has_the_returned_numbers(table, students, tmp_path):
     assert content["version"] == table.version
     assert content["left_out"] == 2
     assert "2 of 14 sequences of the eval split" in html
+    assert {"bits_per_byte", "reverse_kl", "acceptance", "calibration"} <= set(content["students"][0]["metrics"])
+    assert len(content["comparisons"]) == 1
     assert "&lt;script&gt;" in html
     assert "<script" not in html
     assert {column["name"] for column in content["columns"]} >= {"head_ids", "token_ids", "entropies"}
@@ -194,7 +199,7 @@ def test_the_batch_size_does_not_change_the_metrics(table, students, tmp_path):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_each_held_out_sequence_comes_once(table, packing):
-    batches = list(Holdout.of(table).batches(128, packing))
+    batches = [held.batch for held in Holdout.of(table).batches(128, packing)]
     assert (sum(len(batch.input_ids) for batch in batches) == 12) is not packing
     rows = [batch.input_ids.flatten()[batch.position_ids.flatten() == 0] for batch in batches]
     assert sum(batch.sequences for batch in batches) == 12
@@ -261,7 +266,7 @@ def test_a_folder_that_is_not_a_student_is_refused(table, tmp_path, content):
     folder.mkdir()
     if content is not None:
         (folder / "softlabel.json").write_text(content)
-    with pytest.raises(StudentError, match="not a student that softlabel trained"):
+    with pytest.raises(StudentError, match="a student that softlabel trained"):
         run(table, folder, report=tmp_path / "report")
 
 
@@ -280,3 +285,106 @@ def test_a_table_whose_held_out_sequences_are_all_in_train_is_refused(tmp_path, 
 def test_an_evaluation_without_students_is_refused(table, tmp_path):
     with pytest.raises(UsageError, match="no student to evaluate"):
         run(table, report=tmp_path)
+
+
+def dies(progress):
+    """Interrupts the evaluation in the middle of the second student."""
+    if progress.stage == "evaluate <script>" and progress.done >= 200:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(table, students, tmp_path, monkeypatch):
+    monkeypatch.setattr(holdout, "PART_TOKENS", 1)  # keep the measurements after each row group
+    config = EvaluateConfig(
+        table=table.location, students=tuple(map(str, students)), device="cpu", report=str(tmp_path / "cut")
+    )
+    whole, _ = run(table, *students, report=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, dies)
+    assert not (tmp_path / "cut" / "report.json").exists()
+    after = []
+    resumed = evaluate(config, after.append)
+    assert (resumed.students, resumed.verdict) == (whole.students, whole.verdict)
+    first = {stage: next(each.done for each in after if each.stage == stage) for stage in {p.stage for p in after}}
+    assert first["evaluate exact"] == whole.positions  # nothing of it is measured again
+    assert 0 < first["evaluate <script>"] < whole.positions
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize("change", ["damaged", "truncated", "other weights"])
+def test_measurements_that_do_not_fit_are_made_again(table, tiny_teacher, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(holdout, "PART_TOKENS", 1)
+    folder = make_student(tmp_path / "<script>", tiny_teacher, recorded(table), noise=0.05)
+    config = EvaluateConfig(table=table.location, students=(str(folder),), device="cpu", report=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, dies)
+    [kept] = (tmp_path / "cut").glob("unfinished/*.safetensors")
+    if change == "other weights":
+        shutil.copy(tiny_teacher / "model.safetensors", folder / "model.safetensors")
+    else:
+        content = bytearray(kept.read_bytes())
+        content[-3] ^= 1
+        kept.write_bytes(content[: -1 if change == "truncated" else None])
+    seen = []
+    resumed = evaluate(config, seen.append)
+    fresh, _ = run(table, folder, report=tmp_path / "fresh")
+    assert seen[0].done == 0
+    assert resumed.students == fresh.students
+
+
+@pytest.fixture(scope="module")
+def captured(tiny_teacher, tmp_path_factory):
+    """A table that knows the hashes of its teacher's files."""
+    return make_captured(tmp_path_factory.mktemp("captured") / "table", tiny_teacher, train=10, held_out=12)
+
+
+def test_the_teacher_and_models_trained_elsewhere_are_measured_like_students(captured, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "elsewhere")
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.model.norm.weight.data *= 0.7
+    model.save_pretrained(tmp_path / "elsewhere")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_teacher), lora).save_pretrained(tmp_path / "adapter")
+    own = make_student(tmp_path / "own", tiny_teacher, recorded(captured), noise=0.05)
+    models = (own, tiny_teacher, tmp_path / "elsewhere", tmp_path / "adapter")
+    result, _ = run(captured, *models, report=tmp_path / "report")
+    noisy, teacher, elsewhere, adapter = json.loads(Path(result.json).read_text())["students"]
+    assert [each["kind"] for each in (noisy, teacher, elsewhere, adapter)] == ["student", "teacher", "other", "other"]
+    assert abs(result.students[1].kl) < 2e-3  # its draws' own noise cancels
+    assert result.students[1].agreement == 1
+    assert result.students[1].parameters == elsewhere["parameters"] == model.num_parameters()
+    assert min(each.kl for each in result.students[2:]) > 0.005
+    assert "the teacher itself" in teacher["objective"]
+    assert f"on {tiny_teacher}" in adapter["objective"]
+    assert not teacher["warnings"]
+    assert "trained elsewhere" in elsewhere["warnings"][0]
+    assert not result.verdict.startswith(result.students[1].name)
+
+
+def test_a_model_of_another_tokenizer_is_refused_before_anything_is_measured(captured, tiny_teacher, tmp_path):
+    shutil.copytree(tiny_teacher, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_tokens(["entirely new"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(StudentError, match="tokenizer differs"):
+        run(captured, tiny_teacher, tmp_path / "other", report=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_results_are_shown_by_a_column(captured, tiny_teacher, tmp_path):
+    result, _ = run(captured, tiny_teacher, report=tmp_path / "report", by=("document_id",))
+    groups = json.loads(Path(result.json).read_text())["students"][0]["metrics"]["by_column"]["document_id"]
+    assert sorted(int(group["name"]) for group in groups) == list(range(10, 22))
+    assert sum(group["positions"] for group in groups) == result.positions
+    assert [group["positions"] for group in groups] == sorted((group["positions"] for group in groups), reverse=True)
+    with pytest.raises(UsageError, match="no such column"):
+        run(captured, tiny_teacher, report=tmp_path / "report", by=("source",))
+
+
+def test_values_of_a_column_beyond_the_largest_count_together(captured, monkeypatch):
+    monkeypatch.setattr(holdout, "LARGEST_GROUPS", 4)
+    held = Holdout.of(captured, ("document_id",))
+    assert len(held.groups["document_id"]) == 4
+    assert held.groups["document_id"][-1] == holdout.OTHERS
+    numbers = np.concatenate([batch.groups["document_id"] for batch in held.batches(10_000, packing=True)])
+    assert np.bincount(numbers).tolist() == [1, 1, 1, 9]

@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from softlabel.pipeline.evaluation.metrics import measure
+from softlabel.pipeline.evaluation.metrics import CONFIDENCE_BINS, DRAFT, empty_sums, means, measure
+from softlabel.pipeline.evaluation.summary import Measurement
 from softlabel.pipeline.loss.targets import CompactTargets
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.stream.batch import Batch
+from softlabel.pipeline.stream.holdout import HeldOutBatch
 from softlabel.storage.codec import encode
+from softlabel.storage.errors import StudentError
 from softlabel.storage.schema import SOFT_LABELS
 
 V, PADDED = 61, 64
@@ -61,7 +64,8 @@ def following(sequences):
 
 def table(chosen):
     vocabulary = np.random.default_rng(0).permutation(V).astype(np.int32)
-    return SimpleNamespace(vocabulary=vocabulary, temperatures=chosen.temperatures, draws=chosen.draws > 0)
+    parts = [SimpleNamespace(identity=SimpleNamespace(derived_from=None))]
+    return SimpleNamespace(vocabulary=vocabulary, temperatures=chosen.temperatures, tables=parts)
 
 
 def batch(sequences, labels, table):
@@ -90,13 +94,36 @@ def batch(sequences, labels, table):
     )
 
 
+GROUPS = {"source": ("books", "web")}
+SIZES = np.arange(V) % 4
+"""Bytes of text of each token id."""
+
+
 def measured(student, teacher_logprobs, sequences, chosen, seed=0):
-    """Metrics from a capture of these log-probabilities."""
+    """Metrics from a capture of these log-probabilities: the first two sequences are one document."""
     count = len(teacher_logprobs)
     seeds = torch.arange(count) + 1000 * seed
     labels = select(teacher_logprobs.float(), following(sequences), seeds, chosen, V)
     store = table(chosen)
-    return measure(student, [batch(sequences, labels, store)], store)
+    made = batch(sequences, labels, store)
+    lengths = [len(ids) - 1 for row in sequences for ids in row]
+    held = HeldOutBatch(
+        batch=made,
+        sequence=np.repeat(np.arange(3), lengths),
+        documents=("a", "a", "b"),
+        groups={"source": np.array([0, 1, 1])},
+        done=None,
+    )
+    sums = empty_sums(GROUPS)
+    measure(student, [held], store, SIZES, sums)
+    measurement = Measurement(sums, documents=20)
+    metrics = measurement.metrics(3, 2, GROUPS, average=False)
+    teacher = measurement.teacher(average=False)
+    quick = means(student, [made], store)
+    assert quick["cross_entropy"] == pytest.approx(metrics.cross_entropy.mean, rel=1e-6)
+    assert quick["forward_kl"] == pytest.approx(metrics.kl.mean, abs=1e-6)
+    more = {"teacher_cross_entropy": teacher.cross_entropy, "teacher_entropy": teacher.entropy}
+    return SimpleNamespace(**vars(metrics), **more, teacher=teacher)
 
 
 def reference(student, teacher, sequences):
@@ -167,21 +194,72 @@ def test_without_a_head_agreement_is_none(student, teacher, sequences):
     assert metrics.kl.mean == pytest.approx(float(reference(student, teacher, sequences)["kl"].mean()), rel=0.2)
 
 
-def test_standard_errors_treat_sequences_as_independent(student, teacher, sequences):
-    metrics = measured(student, dense(teacher, sequences), sequences, selection())
-    values = reference(student, teacher, sequences)["cross_entropy"]
+def test_everything_that_is_reported_agrees_with_a_dense_recomputation(student, teacher, sequences):
+    t, s, ids = dense(teacher, sequences), dense(student, sequences), following(sequences)
+    metrics = measured(student, t, sequences, selection())
+    shared = torch.minimum(t.exp(), s.exp()).sum(1)
+    bytes_of = float(torch.from_numpy(SIZES)[ids].sum())
+    nats = -float(s.gather(1, ids[:, None]).sum())
+    top = [logprobs.topk(5, 1).indices for logprobs in (t, s)]
+    confidence, guess = s.exp().max(1)
+    bins = (confidence * CONFIDENCE_BINS).long()
+    gaps, teacher_gaps = confidence - (guess == ids).double(), confidence - t.exp().gather(1, guess[:, None])[:, 0]
     lengths = [len(ids) - 1 for row in sequences for ids in row]
-    sums = torch.stack([part.sum() for part in values.split(lengths)])
-    residuals = sums - values.mean() * torch.tensor(lengths)
-    expected = (residuals.square().sum() * 3 / 2).sqrt() / 60
-    assert metrics.cross_entropy.error == pytest.approx(float(expected), abs=1e-3)
+    steps = [
+        1 + sum(float(part[start : start + size].prod()) for size in range(1, DRAFT + 1))
+        for part in shared.split(lengths)
+        for start in range(len(part) - DRAFT + 1)
+    ]
+
+    def ece(gaps):
+        return sum(abs(float(gaps[bins == number].sum())) for number in range(CONFIDENCE_BINS)) / len(gaps)
+
+    expected = {
+        "reverse_kl": float((s.exp() * (s - t)).sum(1).mean()),
+        "total_variation": 1 - float(shared.mean()),
+        "acceptance": float(shared.mean()),
+        "perplexity": np.exp(nats / len(ids)),
+        "bits_per_byte": nats / np.log(2) / bytes_of,
+        "top_agreement": float((top[0][:, :, None] == top[1][:, None]).sum((1, 2)).double().mean() / 5),
+        "tokens_per_step": np.mean(steps),
+    }
+    for name, value in expected.items():
+        assert getattr(metrics, name).mean == pytest.approx(value, rel=5e-3), name
+    assert metrics.calibration.ece.mean == pytest.approx(ece(gaps), abs=1e-6)
+    assert metrics.calibration.ece_to_teacher.mean == pytest.approx(ece(teacher_gaps), abs=2e-3)
+    assert sum(each.positions for each in metrics.calibration.bins) == sum(lengths)
+    books, web = metrics.by_column["source"]
+    assert (books.name, books.positions, web.name, web.positions) == ("books", 11, "web", 49)
+    first = reference(student, teacher, sequences)["kl"][:11]
+    assert books.kl.mean == pytest.approx(float(first.mean()), abs=2e-3)
+    assert books.acceptance.mean == pytest.approx(float(shared[:11].mean()), abs=2e-3)
+    assert [group.name for group in metrics.by_position] == ["1", "2-3", "4-7", "8-15", "16-31"]
+    assert sum(group.positions for group in metrics.by_position) == 60
+    assert metrics.by_position[0].positions == 3
+
+
+def test_positions_that_the_head_does_not_reach_are_left_out_of_the_agreement_of_the_top(student, teacher, sequences):
+    metrics = measured(student, dense(teacher, sequences), sequences, selection(top_p=0.6, min_k=1, max_k=8, draws=8))
+    assert 0 < metrics.top_positions < metrics.positions
+    t, s = dense(teacher, sequences), dense(student, sequences)
+    top = [logprobs.topk(5, 1).indices for logprobs in (t, s)]
+    truth = float((top[0][:, :, None] == top[1][:, None]).sum((1, 2)).double().mean() / 5)
+    assert metrics.top_agreement.low <= truth <= metrics.top_agreement.high < 1
+
+
+def test_a_student_whose_predictions_are_not_numbers_is_named(teacher, sequences):
+    broken = model(3)
+    broken.lm_head.weight.data[0, 0] = torch.nan
+    broken.config.name_or_path = "runs/broken"
+    with pytest.raises(StudentError, match=r"not numbers(.|\n)*runs/broken(.|\n)*what to do"):
+        measured(broken, dense(teacher, sequences), sequences, selection())
 
 
 def test_bins_of_entropy_hold_every_position_once(student, teacher, sequences):
     metrics = measured(student, dense(teacher, sequences), sequences, selection())
     bins = metrics.by_entropy
     assert sum(entry.positions for entry in bins) == metrics.positions
-    weighted = sum(entry.kl * entry.positions for entry in bins) / metrics.positions
+    weighted = sum(entry.kl.mean * entry.positions for entry in bins) / metrics.positions
     assert weighted == pytest.approx(metrics.kl.mean, abs=1e-6)
     assert [entry.low for entry in bins] == sorted(entry.low for entry in bins)
     entropies = reference(student, teacher, sequences)["teacher_entropy"]

@@ -5,33 +5,69 @@ from html.parser import HTMLParser
 
 import pytest
 
-from softlabel.pipeline.evaluation.metrics import EntropyBin, MeanWithError, Metrics
+from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
 from softlabel.pipeline.evaluation.report import (
     Report,
     StudentSummary,
     TeacherSummary,
     column_costs,
-    perplexity,
+    prepare,
     to_html,
     to_json,
     write,
+)
+from softlabel.pipeline.evaluation.summary import (
+    Bin,
+    Bounded,
+    Calibration,
+    Comparison,
+    Group,
+    Metrics,
+    TeacherMetrics,
 )
 from softlabel.storage.errors import UsageError
 
 HOSTILE = '<script>alert("$x_1$ & more")</script>'
 
 
+def mean(value, error=0.02):
+    return Estimate(value, error, (value - 2 * error, value + 2 * error))
+
+
+def bounded(value, error=0.02, high=None):
+    return Bounded(value, error, (value - 2 * error, value + 2 * error), 0.9 * value, high, 0.001)
+
+
+def group(name, low, kl, positions=100):
+    high = None if low is None else low + 0.5
+    return Group(name, low, high, positions, mean(2.5), mean(kl), mean(0.5), mean(0.6))
+
+
 def student(name, kl, **changes):
+    bins = tuple(
+        Bin(low / 10, low / 10 + 0.1, 50, low / 10 + 0.05, low / 11, low / 12, (0.0, 0.1)) for low in range(10)
+    )
     metrics = Metrics(
         sequences=12,
         positions=3456,
-        cross_entropy=MeanWithError(2.5 + kl, 0.02),
-        kl=MeanWithError(kl, 0.021),
+        documents=9,
+        cross_entropy=mean(2.5 + kl),
+        perplexity=mean(12.18 + kl, 0.3),
+        bits_per_byte=mean(0.9),
+        kl=bounded(kl, 0.021, 3 * kl),
         kl_kind="unbiased",
-        agreement=MeanWithError(0.5432, 0.004),
-        teacher_cross_entropy=MeanWithError(2.61, 0.03),
-        teacher_entropy=MeanWithError(2.58, 0.02),
-        by_entropy=tuple(EntropyBin(low / 2, low / 2 + 0.5, 100 + low, kl * (1 + low)) for low in range(5)),
+        reverse_kl=bounded(2 * kl),
+        jsd=bounded(0.2),
+        total_variation=bounded(0.4),
+        acceptance=bounded(0.6),
+        tokens_per_step=bounded(2.3),
+        agreement=mean(0.5432, 0.004),
+        top_agreement=bounded(0.7),
+        top_positions=1234,
+        calibration=Calibration(mean(0.03), mean(0.02), bins),
+        by_entropy=tuple(group(str(low), low / 2, kl * (1 + low), 100 + low) for low in range(5)),
+        by_position=tuple(group(str(2**place), float(2**place), kl) for place in range(4)),
+        by_column={"source": (group("books", None, kl), group(HOSTILE, None, 2 * kl))},
     )
     history = [{"step": step, "loss": 9 / step, "hard": 1.0, "soft": 1.0} for step in range(1, 60)]
     history += [{"step": step, "eval_kl": 9 / step} for step in (20, 40, 59)]
@@ -42,7 +78,6 @@ def student(name, kl, **changes):
             "parameters": 53_104_000,
             "objective": "forward KL",
             "metrics": metrics,
-            "perplexity": perplexity(metrics.cross_entropy),
             "history": tuple(history),
             "trained_on": "out/table@3",
             "config": {"loss": {"divergence": "forward_kl"}},
@@ -52,23 +87,36 @@ def student(name, kl, **changes):
     )
 
 
-def report(*students, left_out=0):
-    cross_entropy = students[0].metrics.teacher_cross_entropy
-    teacher = TeacherSummary("teach", 134_515_008, cross_entropy, perplexity(cross_entropy), MeanWithError(2.58, 0.02))
+def report(*students, left_out=0, left_out_documents=0, error=0.02):
+    teacher = TeacherMetrics(mean(2.61), mean(13.6), mean(0.8), mean(2.58), students[0].metrics.calibration)
+    comparisons = [
+        Comparison(a.name, b.name, *(difference(a, b, error) for _ in range(3)))
+        for place, a in enumerate(students)
+        for b in students[place + 1 :]
+    ]
     return Report(
         table="out/table",
         version=3,
         created="2026-01-01T00:00:00+00:00",
         sequences=12,
         positions=3456,
+        documents=9,
         left_out=left_out,
-        teacher=teacher,
+        left_out_documents=left_out_documents,
+        teacher=TeacherSummary("teach", 134_515_008, teacher),
         students=students,
+        comparisons=tuple(comparisons),
         columns=column_costs({"head_ids": 20_000, "entropies": 1_500, "key": 16}, positions=1000),
         identity={"teacher": {"dtype": "bfloat16"}, "vocabulary": 49152},
         circumstances={"torch": "2.13.0"},
         config={"students": ["out/student", "out/control"]},
     )
+
+
+def difference(a, b, error):
+    distance = a.metrics.kl.mean - b.metrics.kl.mean
+    interval = None if error is None else (distance - 2 * error, distance + 2 * error)
+    return Difference(distance, error, interval)
 
 
 class Page(HTMLParser):
@@ -120,15 +168,29 @@ def test_the_page_shows_the_numbers_of_the_json():
     made = report(student("student", 1.5), student("control", 2.0))
     content, page = json.loads(to_json(made)), Page(to_html(made))
     header, teacher, *rows = page.tables["scores"]
-    assert len(header) == len(teacher) == 5
-    assert teacher[1].split()[0] == f"{content['teacher']['perplexity']['mean']:.2f}"
+    assert len(header) == len(teacher) == 7
+    assert teacher[1].split()[0] == f"{content['teacher']['metrics']['perplexity']['mean']:.2f}"
+
+    def shown(value, digits, scale=1):
+        half = (value["interval"][1] - value["interval"][0]) / 2
+        return f"{value['mean'] * scale:.{digits}f} ±{half * scale:.{digits}f}"
+
     for row, entry in zip(rows, content["students"], strict=True):
         metrics = entry["metrics"]
         assert row[0].startswith(entry["name"])
-        assert row[1] == f"{entry['perplexity']['mean']:.2f} ±{entry['perplexity']['error']:.2f}"
-        assert row[2] == f"{metrics['kl']['mean']:.3f} ±{metrics['kl']['error']:.3f}"
-        assert row[3] == f"{100 * metrics['agreement']['mean']:.1f} ±{100 * metrics['agreement']['error']:.1f}"
-        assert row[4] == f"{entry['parameters'] / 1e6:.1f}M"
+        assert row[1] == shown(metrics["perplexity"], 2)
+        assert row[2] == shown(metrics["bits_per_byte"], 3)
+        assert row[3] == shown(metrics["kl"], 3)
+        assert row[4] == shown(metrics["agreement"], 1, 100)
+        assert row[5] == shown(metrics["acceptance"], 1, 100)
+        assert row[6] == f"{entry['parameters'] / 1e6:.1f}M"
+    for number, row in enumerate(page.tables["measurements"][1:4]):
+        name = ("kl", "reverse_kl", "jsd")[number]
+        for cell, entry in zip(row[1:], content["students"], strict=True):
+            value = entry["metrics"][name]
+            high = "∞" if value["high"] is None else f"{value['high']:.3f}"
+            assert cell == f"{shown(value, 3)} {value['low']:.3f} to {high}"
+    assert page.tables["differences"][1][1] == f"{shown(content['comparisons'][0]['kl'], 3)} real"
     for row, column in zip(page.tables["columns"], content["columns"], strict=True):
         assert row[:2] == [column["name"], f"{column['bytes_per_position']:.2f}"]
     assert f"{sum(column['bytes_per_position'] for column in content['columns']):.2f} bytes in all" in page.text
@@ -144,35 +206,63 @@ def test_names_are_escaped():
 def test_the_charts_show_each_student_in_a_different_color():
     made = report(student("student", 1.5), student("control", 2.0))
     svgs = to_html(made).split("<svg")[1:]
-    assert len(svgs) == 3
+    assert len(svgs) == 7  # size, entropy, calibration, by source, by position, and two curves
     for svg in svgs:
         drawing = svg.split("</svg>")[0]
         assert "var(--series-0)" in drawing
         assert "var(--series-1)" in drawing
-        assert ">student<" in drawing
-        assert ">control<" in drawing
+        assert ">student<" in drawing or "books" in drawing
+        assert ">control<" in drawing or "books" in drawing
         assert "#0000" not in drawing
 
 
+def verdict_of(made):
+    return " ".join(Page(to_html(made)).text.split())
+
+
 def test_the_closest_student_is_named_first():
-    page = Page(to_html(report(student("student", 1.5), student("control", 2.0))))
+    text = verdict_of(report(student("control", 2.0), student("student", 1.5)))
     assert (
-        "student is the closest to the teacher: 1.500 nats of KL per position, 25% below control (2.000)." in page.text
+        "student is the closest to the teacher: 1.500 nats of KL per position, 25% below control (2.000). "
+        "The difference is real: 0.500 ± 0.040 nats over the same 9 documents." in text
     )
 
 
-def test_no_student_is_called_closest_without_a_significant_difference():
-    page = Page(to_html(report(student("student", 1.95), student("control", 2.0))))
-    assert (
-        "There are too few sequences to tell which is closer to the teacher: student (1.950 nats of KL per position) "
-        "or control (2.000)." in page.text
-    )
-    assert "closest" not in page.text
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            0.1,
+            "It can't be told which is closer to the teacher, student (1.950 nats of KL per position) or control "
+            "(2.000): they differ by 0.050 ± 0.200 nats over the same 9 documents, maybe by chance.",
+        ),
+        (
+            None,
+            "There are too few documents to tell which is closer to the teacher: student (1.950 nats of KL per "
+            "position) or control (2.000).",
+        ),
+    ],
+)
+def test_no_student_is_called_closest_without_a_real_difference(error, expected):
+    text = verdict_of(report(student("student", 1.95), student("control", 2.0), error=error))
+    assert expected in text
+    assert "closest" not in text
+
+
+def test_the_teacher_itself_is_not_the_closest_student():
+    teacher = student("teach", 0.001, kind="teacher")
+    text = verdict_of(report(teacher, student("student", 1.5), student("control", 2.0)))
+    assert "student is the closest to the teacher" in text
+
+
+def test_a_single_student_has_a_verdict_with_its_uncertainty():
+    assert "student is 1.500 ± 0.042 nats of KL per position from teach." in verdict_of(report(student("student", 1.5)))
 
 
 def test_charts_and_notes_without_data_are_left_out():
     alone = student("student", 1.5, history=())
-    html = to_html(report(alone))
+    metrics = Metrics(**{**vars(alone.metrics), "by_column": {}, "by_position": (), "calibration": None})
+    html = to_html(report(student("student", 1.5, history=(), metrics=metrics)))
     assert html.count("<svg") == 1
     assert "closest" not in html
     assert "left out" not in html
@@ -181,9 +271,14 @@ def test_charts_and_notes_without_data_are_left_out():
 def test_left_out_sequences_and_lower_bounds_are_noted():
     bounded = student("student", 1.5)
     metrics = Metrics(**{**vars(bounded.metrics), "kl_kind": "lower bound", "agreement": None})
-    text = " ".join(Page(to_html(report(student("student", 1.5, metrics=metrics), left_out=3))).text.split())
-    assert "3 of 15 sequences of the eval split also occur, token for token, in the train split" in text
+    made = report(student("student", 1.5, metrics=metrics), left_out=3, left_out_documents=5)
+    text = " ".join(Page(to_html(made)).text.split())
+    assert "3 of 20 sequences of the eval split also occur, token for token, in the train split" in text
+    assert "5 of 20 sequences of the eval split are of documents that also occur in the train split" in text
     assert "lower bound" in text
+    assert Page(to_html(made)).tables["scores"][2][3].startswith("≥ 1.500")
+    assert Page(to_html(made)).tables["scores"][2][5].startswith("≤ 60.0")
+    assert "student is at least 1.500" in text
     assert "the teacher's most likely token is not known" in text
 
 
@@ -206,3 +301,19 @@ def test_a_report_that_can_not_be_written_is_an_error(tmp_path):
     (tmp_path / "report").write_text("in the way")
     with pytest.raises(UsageError, match="can't be written"):
         write("page", b"content", tmp_path / "report")
+
+
+def test_a_report_on_another_table_or_other_students_is_kept(tmp_path):
+    """The same evaluation again replaces its report; another one gets a folder with a number."""
+    made, folder = report(student("student", 1.5)), tmp_path / "report"
+    students = [each.folder for each in made.students]
+    assert prepare(folder, made.table, students) == folder
+    assert prepare(folder, made.table, students) == folder  # killed before it wrote a report, and started again
+    assert prepare(folder, made.table, ["other"]) == tmp_path / "report-2"
+    write(to_html(made), to_json(made), folder)
+    assert prepare(folder, made.table, students) == folder
+    assert prepare(folder, made.table, [*students, "other"]) == tmp_path / "report-3"
+    assert prepare(folder, "out/other", students) == tmp_path / "report-4"
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "report.json").write_text("{")
+    assert prepare(tmp_path / "damaged", made.table, students) == tmp_path / "damaged-2"

@@ -20,6 +20,7 @@ from softlabel.pipeline.students.record import Cursor
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
+from softlabel.storage.table import Table
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.view import View
 from softlabel.storage.writer import ShardWriter
@@ -125,6 +126,35 @@ def test_train_sequences_of_any_table_of_a_view_are_not_held_out(tables: list[st
     shared = make_view(str(tmp_path / "shared"), [tables[0], tables[1]], (1.0, 1.0), "average")
     with pytest.raises(TableError, match="no sequences to evaluate students on"):
         Holdout.of(shared)
+
+
+@pytest.mark.parametrize("change", ["another chunk", "another teacher's rows", "a longer document"])
+@pytest.mark.parametrize("first", [True, False])
+def test_documents_that_any_table_of_a_view_trains_on_are_not_held_out(
+    tables: list[str], tmp_path: Path, change: str, first: bool
+):
+    """Not even if they were cut differently, so that no sequence is the same token for token."""
+    source, folder = Table.open(tables[0]), tmp_path / "c"
+    folder.mkdir()
+    other = make_table(folder, shards=1)
+    held = read(source, source.shards("eval")[0])
+    rows = held.slice(0, 5).to_pylist()
+    for number, row in enumerate(rows):
+        row["key"], row["split"] = b"%016d" % number, "train"
+        if change == "another chunk":
+            row["chunk"], row["chunks"] = 3, 7
+        if change == "a longer document":
+            row["fingerprint"] = b"1" * 16
+    sequences = pa.Table.from_pylist(rows).select(SEQUENCE.names).cast(SEQUENCE)
+    with ShardWriter(other, row_group=8) as writer:
+        writer.append(sequences, random_labels(np.random.default_rng(1), sum(row["positions"] for row in rows)))
+        writer.commit({})
+    parts = [tables[0], other.location] if first else [other.location, tables[0]]
+    found = Holdout.of(make_view(str(tmp_path / "v"), parts, (1.0, 1.0), "concatenate"))
+    assert (found.sequences, found.left_out, found.left_out_documents) == (8, 0, 5)
+    documents = [name for batch in found.batches(200, packing=True) for name in batch.documents]
+    assert sorted(documents) == sorted(held.column("document_id").to_pylist()[5:])
+    assert sum(len(batch.batch.positions) for batch in found.batches(200, packing=False)) == found.positions
 
 
 def test_epochs_without_any_sequence_are_refused(tables: list[str], tmp_path: Path):
