@@ -84,7 +84,7 @@ def label_sample(table: Table) -> LabelSample:
     )
 
 
-def _small(labels: SoftLabels) -> tuple[NDArray[np.floating[Any]], ...]:
+def _small(labels: SoftLabels) -> tuple[NDArray[Any], ...]:
     """(P,) probability of the head, ids in it, distinct draws, log-probability of what follows, and entropy."""
     kept = -np.expm1(labels.tail_log_masses[0].astype(np.float64))
     return kept, labels.head_counts, labels.tail_counts, labels.next_logprobs.astype(np.float64), labels.entropies
