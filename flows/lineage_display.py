@@ -26,7 +26,7 @@ def show_lineage(report: "Lineage") -> None:
             tree = _table(Tree(_title("table", f"{report.location}@{report.version}")), report)
         case "view":
             tree = _view(Tree(_title("view", report.location)), report)
-    console.print(tree)
+    console.print(tree, soft_wrap=False)  # otherwise rich cuts long lines of a tree off
 
 
 def _student(report: "StudentLineage") -> Tree:
