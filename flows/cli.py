@@ -24,6 +24,8 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.export import ExportConfig
+from softlabel.pipeline.config.rejects import RejectsConfig
 from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
@@ -109,6 +111,10 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
         SHOW[verb](result)
 
 
+def _run_flow(name: str, config: Settings) -> Any:
+    return import_module("softlabel.flows.runner").run(name, config)
+
+
 def _several_then_one(several: str, last: str) -> inspect.Parameter:
     """The positional arguments of a verb that takes several values of one setting, then one of another."""
     described = Parameter(
@@ -119,11 +125,10 @@ def _several_then_one(several: str, last: str) -> inspect.Parameter:
     return inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL, annotation=Annotated[str, described])
 
 
-def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = (), *, only_reads: bool = False) -> None:
-    """Add a verb that takes the settings of a model and runs the flow of the same name.
-
-    A verb that only reads has no flow: the function of that name in ``softlabel.pipeline`` runs as it is.
-    """
+def add_job(
+    name: str, model: type[Settings], positional: tuple[str, ...] = (), *, work: Callable[[Any], Any] | None = None
+) -> None:
+    """Add a verb that takes the settings of a model and runs the flow of the same name or, without one, some work."""
     known = {"__".join(setting.path): setting for setting in settings(model)}
     like_cp = len(positional) > 1 and known[positional[0]].takes_several
     parameters = [setting.parameter(key in positional and not like_cp) for key, setting in known.items()]
@@ -142,13 +147,7 @@ def add_job(name: str, model: type[Settings], positional: tuple[str, ...] = (), 
         file, as_json = given.pop("file", None), given.pop("as_json", False)
         flags = {known[key].path: value for key, value in given.items() if value is not None}
         config = resolve(model, flags, file, positional)
-
-        def work() -> Any:
-            if only_reads:
-                return getattr(import_module("softlabel.pipeline"), name)(config)
-            return import_module("softlabel.flows.runner").run(name, config)
-
-        answer(name, work, as_json)
+        answer(name, lambda: work(config) if work else _run_flow(name, config), as_json)
 
     verb.__doc__ = model.__doc__
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -165,7 +164,31 @@ add_job("verify", VerifyConfig, ("table",))
 add_job("maintain", MaintainConfig, ("table",))
 add_job("reprocess", ReprocessConfig, ("source", "destination"))
 add_job("mix", MixConfig, ("view", "tables"))
-add_job("show", ShowConfig, ("table",), only_reads=True)
+
+
+def _show(config: ShowConfig) -> Any:
+    from softlabel.pipeline import show
+
+    return show(config)
+
+
+def _export(config: ExportConfig) -> Any:
+    from softlabel.flows.progress import watching
+    from softlabel.pipeline.tables.export import export
+
+    with watching() as watch:
+        return export(config, watch)
+
+
+def _rejects(config: RejectsConfig) -> Any:
+    from softlabel.pipeline import rejects
+
+    return rejects(config)
+
+
+add_job("show", ShowConfig, ("table",), work=_show)
+add_job("rejects", RejectsConfig, ("table",), work=_rejects)
+add_job("export", ExportConfig, ("table", "output"), work=_export)
 
 
 def table_of(table: str | None, file: Path | None) -> str:

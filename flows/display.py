@@ -20,10 +20,12 @@ from softlabel.flows.console import (
 from softlabel.flows.lineage_display import show_lineage
 from softlabel.flows.show_display import show_show
 from softlabel.flows.table_display import (
+    show_export,
     show_history,
     show_inspect,
     show_maintain,
     show_mix,
+    show_rejects,
     show_reprocess,
     show_verify,
 )
@@ -296,7 +298,9 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "inspect": show_inspect,
     "history": show_history,
     "lineage": show_lineage,
+    "rejects": show_rejects,
     "show": show_show,
+    "export": show_export,
     "deploy": show_deploy,
 }
 """Function that prints the result of each verb."""

@@ -12,10 +12,12 @@ from softlabel.pipeline.config.flags import as_flag
 from softlabel.storage.versions import spans
 
 if TYPE_CHECKING:
+    from softlabel.pipeline.tables.export import ExportReport
     from softlabel.pipeline.tables.history import HistoryReport
     from softlabel.pipeline.tables.inspect import TableReport, ViewReport
     from softlabel.pipeline.tables.maintain import MaintainReport
     from softlabel.pipeline.tables.recheck import Recheck
+    from softlabel.pipeline.tables.rejects import RejectsReport
     from softlabel.pipeline.tables.reprocess import ReprocessReport
     from softlabel.pipeline.tables.verify import VerifyReport
     from softlabel.storage.identity import Identity, SelectionIdentity
@@ -273,6 +275,37 @@ def _deletion(report: "Maintenance") -> None:
         size = bytes_of(sum(leftover.bytes for leftover in report.spared))
         files = count(len(report.spared), "file")
         console.print(f"{files}, {size}, spared: written recently (--grace-hours), or still being written")
+
+
+def show_rejects(report: "RejectsReport") -> None:
+    """How many documents were left out for which reason, and some of them."""
+    name = printable(report.table)
+    if not report.rejected + report.shortened:
+        console.print(f"[bold]{escape(name)}[/]: the newest capture could use every document, and cut none short")
+        return
+    found = f"{count(report.rejected, 'document')} not used by the newest capture, {report.shortened:,} cut short"
+    console.print(f"[bold]{escape(name)}[/]: {found}")
+    table = table_of("documents", "reason", "such as", words=3)
+    for reason in report.reasons:
+        examples = ", ".join(map(printable, reason.examples))
+        table.add_row(f"{reason.documents:,}", Text(printable(reason.reason)), Text(examples, "dim"))
+    console.print(table)
+    if report.matching == sum(len(reason.examples) for reason in report.reasons):
+        return
+    console.print(f"[dim]{len(report.documents):,} of {count(report.matching, 'document')}[/]")
+    for document in report.documents:
+        console.print(Text.assemble(f"  {printable(document.document_id)}  ", (printable(document.reason), "dim")))
+
+
+def show_export(report: "ExportReport") -> None:
+    """What was written, and where."""
+    console.print(Text.assemble((printable(report.output), "bold"), f" has {printable(report.table)}@{report.version}"))
+    table = table_of("split", "sequences", "positions", "files", "bytes")
+    for name, split in report.splits.items():
+        counts = (split.sequences, split.positions, split.files)
+        table.add_row(name, *(f"{number:,}" for number in counts), bytes_of(split.bytes))
+    console.print(table)
+    console.print("its README.md says how to read it")
 
 
 def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:

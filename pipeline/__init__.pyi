@@ -9,6 +9,8 @@ from .config.capture import TeacherConfig as TeacherConfig
 from .config.distill import DistillConfig as DistillConfig
 from .config.estimate import EstimateConfig as EstimateConfig
 from .config.evaluate import EvaluateConfig as EvaluateConfig
+from .config.export import ExportConfig as ExportConfig
+from .config.rejects import RejectsConfig as RejectsConfig
 from .config.show import ShowConfig as ShowConfig
 from .config.tables import MaintainConfig as MaintainConfig
 from .config.tables import MixConfig as MixConfig
@@ -32,6 +34,8 @@ from .lineage import lineage as lineage
 from .loss.fused import distillation_loss as distillation_loss
 from .progress import Progress as Progress
 from .stream.dataset import SoftLabelDataset as SoftLabelDataset
+from .tables.export import ExportReport as ExportReport
+from .tables.export import export as export
 from .tables.history import HistoryReport as HistoryReport
 from .tables.history import history as history
 from .tables.inspect import TableReport as TableReport
@@ -40,6 +44,8 @@ from .tables.inspect import inspect as inspect
 from .tables.maintain import MaintainReport as MaintainReport
 from .tables.maintain import maintain as maintain
 from .tables.mix import mix as mix
+from .tables.rejects import RejectsReport as RejectsReport
+from .tables.rejects import rejects as rejects
 from .tables.reprocess import ReprocessReport as ReprocessReport
 from .tables.reprocess import reprocess as reprocess
 from .tables.show import ShowReport as ShowReport

@@ -59,10 +59,14 @@ _LOCK = "in-use"
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A temporary folder for this block. Folders of killed processes are deleted first."""
-    _delete_abandoned()
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+def scratch(parent: Path | None = None) -> Iterator[Path]:
+    """A temporary folder for this block. Folders of killed processes are deleted first.
+
+    Args:
+        parent: where to make it, for what is to be renamed to a place there; the system's temporary folder by default.
+    """
+    _delete_abandoned(parent or Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as folder:
         descriptor = opened(Path(folder, "new"))
         try:
             with suppress(OSError):  # a file system without locks: other processes then never delete the folder
@@ -73,8 +77,8 @@ def scratch() -> Iterator[Path]:
             os.close(descriptor)
 
 
-def _delete_abandoned() -> None:
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+def _delete_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # it has no lock file, or was just deleted
             if _is_ours(folder):
                 _delete_unused(folder)

@@ -215,7 +215,7 @@ def test_every_public_name_can_be_imported(package: str):
     "verb",
     [
         *("capture", "estimate", "train", "evaluate", "distill"),
-        *("verify", "reprocess", "maintain", "mix", "inspect", "history", "lineage", "show"),
+        *("verify", "reprocess", "maintain", "mix", "inspect", "history", "lineage", "show", "export", "rejects"),
     ],
 )
 def test_every_verb_of_the_command_is_a_function(verb: str):

@@ -173,7 +173,7 @@ def _nothing(source: AnyTable, config: ShowConfig) -> UsageError:
         expected=f"an id as the table has it, such as {', '.join(near)}" if near else "a table with rows",
         found=config.document,
         where=config.table,
-        do="check the id; a document that could not be used is in the table's list of rejects",
+        do=f"check the id; softlabel rejects {source.location} lists the documents that could not be used",
     )
 
 

@@ -7,7 +7,19 @@ import pytest
 
 from softlabel.flows.cli import run
 
-VERBS = ("capture", "train", "evaluate", "distill", "verify", "maintain", "reprocess", "inspect", "history", "show")
+VERBS = (
+    "capture",
+    "train",
+    "evaluate",
+    "distill",
+    "verify",
+    "maintain",
+    "reprocess",
+    "inspect",
+    "history",
+    "show",
+    "export",
+)
 
 
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]):
