@@ -17,6 +17,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.table import Table
+from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.writer import Commit, require_writable
 
 
@@ -92,6 +93,7 @@ def carry_out(
 
     commits, copies = run_plan(job, todo, watch, decorate)
     replaced = 0 if todo.reread is None else replace_rows(job, todo.reread)
+    update_card(job.table)
     return _summarize(job.table, todo, commits, copies, replaced, todo.seconds + time.monotonic() - started)
 
 

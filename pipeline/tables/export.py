@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from softlabel.pipeline.config.export import ExportConfig, Format
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import Progress, Watch, unwatched
-from softlabel.pipeline.tables import card
 from softlabel.pipeline.tables.export_columns import EVERYTHING, TOKENS, Columns, trained_on
 from softlabel.pipeline.tables.export_files import ArrowFiles, Files, ParquetFiles
 from softlabel.pipeline.tables.find_rows import Condition
@@ -25,6 +24,7 @@ from softlabel.storage.codec import decode
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
 from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
+from softlabel.storage.upkeep import card
 from softlabel.storage.views.row_groups import Group, load, outlines
 from softlabel.storage.views.view import AnyTable, View, open_table
 
@@ -129,7 +129,8 @@ def _write(
     source: AnyTable, config: ExportConfig, columns: Columns, carried: pa.Schema, folder: Path, watch: Watch
 ) -> dict[str, ExportedSplit]:
     total = sum(shard.rows for table in source.tables for shard in table.shards(config.split))
-    written, seen = {}, 0
+    written: dict[str, ExportedSplit] = {}
+    seen = 0
     for split in (config.split,) if config.split else ("train", "eval"):
         files: Files = (
             ArrowFiles(folder / split, "data") if config.format == "datasets" else ParquetFiles(folder / "data", split)
@@ -172,7 +173,7 @@ def _card(
     parquet = config.format != "datasets"
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits] if parquet else []
     configs = [{"config_name": "default", "data_files": files}] if parquet else []
-    name = card.named(source)
+    name = card.named(source.location)
     about = columns.about | (
         dict.fromkeys(carried.names, "carried column of the documents") if columns is EVERYTHING else {}
     )

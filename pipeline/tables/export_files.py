@@ -100,7 +100,7 @@ class ArrowFiles(Files):
 
     def describe(self, split: str) -> None:
         """The description that the library expects in each folder."""
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in self.names],
             "_fingerprint": uuid.uuid4().hex[:16],
             "_format_columns": None,

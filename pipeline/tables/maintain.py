@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep import maintenance
+from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.maintenance import Maintenance
 from softlabel.storage.versions import Pin, Tag, parse, pins, tag, tags, unpin, untag
 
@@ -32,6 +33,8 @@ def maintain(config: MaintainConfig) -> MaintainReport:
     table = Table.open(config.table).location
     changed = _change_tags_and_pins(config)
     deletion = _delete(config) if config.vacuum or not changed else None
+    if deletion and not config.dry_run:
+        update_card(table)
     return MaintainReport(table, deletion, list(tags(table).values()), pins(table))
 
 

@@ -23,6 +23,7 @@ from softlabel.storage.reader import outline, with_split
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import carry_over
+from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.upkeep.purge import Purged, purge
 from softlabel.storage.upkeep.rewrite import nothing_left, rewrite
@@ -95,6 +96,7 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
         done = rewrite(job, entry, report_progress)
         if not job.in_place:
             record_derived(source.location, source.version, target.place.address, _operation(config))
+    update_card(target.location)
     return ReprocessReport(
         source=f"{source.location}@{source.version}",
         table=target.location,

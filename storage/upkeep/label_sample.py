@@ -90,7 +90,7 @@ def _small(labels: SoftLabels) -> tuple[NDArray[Any], ...]:
     return kept, labels.head_counts, labels.tail_counts, labels.next_logprobs.astype(np.float64), labels.entropies
 
 
-def _mean(values: NDArray[np.floating[Any]]) -> float:
+def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 

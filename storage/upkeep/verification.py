@@ -31,7 +31,7 @@ from softlabel.storage.upkeep.log import Log, problems, replay
 from softlabel.storage.versions import damaged_records, vacuumed
 
 _KNOWN_FILES = re.compile(
-    rf"{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
+    rf"README\.md|{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
     rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged|derived)/.*\.json|keys/[0-9a-f]{{32}}\.parquet|maintenance\.lock)"
 )
 """Files that belong to a table although no version uses them."""

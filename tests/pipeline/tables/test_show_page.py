@@ -76,7 +76,13 @@ def test_in_a_browser_the_page_fits_asks_for_nothing_and_shows_the_choices_of_a_
             opened = chromium.visit(page, width, dark=dark, media=media)
             assert opened.overflow <= 0
             if media == "screen":
-                opened.click(".t.c3", 5)
+                opened.click(".t.c3", opened.value("document.querySelectorAll('.t.c3').length") - 1)
+                panel, token = (
+                    opened.value(f"document.{found}.getBoundingClientRect().toJSON()")
+                    for found in ("getElementById('panel')", "querySelector('.t.on')")
+                )
+                assert 0 <= panel["top"] < panel["bottom"] <= 740  # it is in the window, wherever the token is
+                assert token["bottom"] <= panel["top"] or token["right"] <= panel["left"]
                 assert "Followed with probability" in opened.value("document.getElementById('panel').innerText")
                 assert opened.value("document.querySelectorAll('#panel tr').length") > 3
                 assert opened.overflow <= 0

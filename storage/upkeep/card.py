@@ -2,6 +2,9 @@
 
 Names come from users and may contain anything: they are quoted in YAML, and every sign that means something in Markdown
 or HTML is written as a character reference. A card names no folder of the machine that wrote it.
+
+A table's card names the version that it describes. What a user writes into it, such as the licence, stays: only the
+part between two marks is written again, and a README.md without the marks is not softlabel's.
 """
 
 import re
@@ -13,13 +16,15 @@ from typing import Any
 import yaml
 
 from softlabel.storage.commit_message import CommitMessage
-from softlabel.storage.errors import printable
+from softlabel.storage.errors import TableError, printable
 from softlabel.storage.identity import Identity, SelectionIdentity
+from softlabel.storage.places.place import reading
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
-from softlabel.storage.views.view import AnyTable
 
 FILE = "README.md"
+_BEGIN = "<!-- softlabel writes this part again with each new version; write above or below it -->"
+_END = "<!-- end of the part that softlabel writes -->"
 _PLAIN = " .,:;-/%()'+=@"
 """Signs that mean nothing to Markdown within a line."""
 _TAGS = ("softlabel", "knowledge-distillation")
@@ -29,6 +34,58 @@ _MASKS = {
     "assistant": "every answer of the assistant",
     "last_assistant": "the last answer of the assistant",
 }
+
+
+def update_card(location: str) -> None:
+    """Write the card of a table's newest version; a README.md that is someone else's stays as it is.
+
+    Raises:
+        TableError: if it can't be written.
+    """
+    source = Table.open(location)
+    where = source.place.where(FILE)
+    try:
+        with reading(where):
+            try:
+                known = source.place.read(FILE).decode()
+            except FileNotFoundError:
+                known = f"{heading('unknown', (), viewer=False)}\n{_BEGIN}\n{_END}\n"
+        before, begin, rest = known.partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        text = f"{before}{_BEGIN}\n\n{_of_table(source)}\n{_END}{after}"
+        if begin and end and text != known:
+            source.place.write(FILE, text.encode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(
+            "the table's card can't be written; its rows are not affected",
+            expected="write permission for the folder, free disk space, and a README.md that is a text file, or none",
+            found=error,
+            where=where,
+            do="move that README.md away, or check the permissions; softlabel maintain writes the card again",
+        ) from error
+
+
+def _of_table(source: Table) -> str:
+    sizes: dict[str, list[int]] = {}
+    for shard in source.shards():
+        size = sizes.setdefault(shard.split, [0, 0])
+        size[0] += shard.rows
+        size[1] += shard.bytes
+    rows = [[split, *(f"{number:,}" for number in sizes[split])] for split in sorted(sizes, reverse=True)]
+    return "\n".join(
+        [
+            f"# Soft labels of {plain(named(source.location))}\n",
+            "What a model, the teacher, predicted at each position of many documents, for distilling other models from"
+            f" it. This is a softlabel table; the card describes its version {source.version}.\n",
+            table(["split", "sequences", "bytes"], rows),
+            "## Where it comes from\n",
+            provenance([source]),
+            "## How to read it\n",
+            "It is a Delta Lake table of Parquet files: list them with a Delta library, never by folder, because old"
+            " versions keep theirs. With softlabel:\n",
+            "```\nsoftlabel inspect FOLDER\nsoftlabel show FOLDER\nsoftlabel export FOLDER NEW --format parquet\n```\n",
+        ]
+    )
 
 
 def front_matter(values: Mapping[str, Any]) -> str:
@@ -68,14 +125,14 @@ def provenance(tables: Sequence[Table]) -> str:
     return "\n".join("\n".join(f"- {line}" for line in _provenance(each)) + "\n" for each in tables)
 
 
-def named(source: AnyTable) -> str:
+def named(location: str) -> str:
     """The name of a table or a view, without its folder."""
-    return PurePath(source.location).name
+    return PurePath(location).name
 
 
 def _provenance(source: Table) -> Iterator[str]:
     identity, capture = source.identity, last_capture(source)
-    yield f"Table: {code(f'{named(source)}@{source.version}')}; content {code(source.content)}"
+    yield f"Table: {code(f'{named(source.location)}@{source.version}')}; content {code(source.content)}"
     yield _teacher(identity, capture)
     if identity.classes:
         yield f"Classes: {', '.join(map(code, identity.classes))}"
