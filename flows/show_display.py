@@ -36,7 +36,7 @@ def show_show(report: "ShowReport") -> None:
         console.print(_legend())
     for row in report.rows:
         _show_row(row, report)
-    if any(len(row.tokens) > report.tokens for row in report.rows):
+    if any(len(row.tokens) > report.tokens and not row.classes for row in report.rows):
         try_next(
             [
                 f"the same command with {as_flag('tokens', max(len(row.tokens) for row in report.rows))}"
@@ -96,7 +96,7 @@ def _safe(text: str) -> str:
 
 def _style(token: "ShownToken") -> str:
     if token.probability is None:
-        return _SKIPPED
+        return "" if token.captured else _SKIPPED
     return _STYLES[sum(token.probability < level for level in _LEVELS)]
 
 
@@ -120,7 +120,6 @@ def _list(row: "ShownRow", limit: int) -> Iterator[Text]:
 
 def _predicted(number: int, token: "ShownToken") -> Iterator[Text]:
     """A line for each teacher: the token's probability, its place among the choices, and the choices."""
-    assert token.probability is not None
     for i, prediction in enumerate(token.predictions):
         choices = Text()
         room = console.width - _COLUMNS if console.is_terminal else None
@@ -130,13 +129,12 @@ def _predicted(number: int, token: "ShownToken") -> Iterator[Text]:
                 break
             choices.append(shown, "bold" if choice.id == token.id else "dim")
         place = "-" if prediction.rank is None else str(prediction.rank)
-        text = Text(_cut(_quoted(_word(token)), _WIDEST), _style(token))
-        follows = _percent(token.probability)
+        more = (place, _percent(prediction.outside), choices)
         if i:
-            number_shown, text, follows = "", Text(), ""
+            yield _line("", Text(), "", *more)
         else:
-            number_shown = str(number)
-        yield _line(number_shown, text, follows, place, _percent(prediction.outside), choices)
+            token_shown = Text(_cut(_quoted(_word(token)), _WIDEST), _style(token))
+            yield _line(str(number), token_shown, _percent(token.probability), *more)
 
 
 def _line(number: str, token: Text, follows: str, place: str, others: str, choices: Text, style: str = "") -> Text:
@@ -165,5 +163,7 @@ def _cut(text: str, widest: int) -> str:
     return text if cell_len(text) <= widest else f"{set_cell_size(text, widest - 2)}…{text[-1]}"
 
 
-def _percent(probability: float) -> str:
+def _percent(probability: float | None) -> str:
+    if probability is None:
+        return "?"
     return f"{probability:.1%}" if probability >= 0.001 else f"{probability:.0e}" if probability else "0%"

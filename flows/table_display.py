@@ -115,7 +115,7 @@ def _labels(labels: "LabelSample", identity: "Identity") -> None:
     unknown = isnan(labels.cross_entropy)
     followed = "" if unknown else f"; what follows has a perplexity of {exp(min(labels.cross_entropy, 700)):.3g}"
     console.print(f"the teacher's entropy: {labels.entropy:.2f} nats on average{followed}")
-    highest = max(bar.positions for bar in labels.histogram)
+    highest = max((bar.positions for bar in labels.histogram), default=0)
     for bar in labels.histogram:
         drawn = _BLOCKS[-1] * int(_BAR * bar.positions / highest)
         drawn += _BLOCKS[int(len(_BLOCKS) * (_BAR * bar.positions / highest % 1))] if bar.positions else ""

@@ -6,7 +6,7 @@ Only the row groups of the rows that are shown are decoded.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import exp
+from math import exp, isnan
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,11 @@ class Prediction:
     rank: int | None
     """Place of the token itself among all that are stored with their probability, from 1; None if it is not among
     them."""
-    entropy: float
-    """Of its whole distribution, in nats."""
-    outside: float
-    """Probability of everything that is not stored with a probability of its own."""
+    entropy: float | None
+    """Of its whole distribution, in nats; None if the table does not know it."""
+    outside: float | None
+    """Probability of everything that is not stored with a probability of its own; None if the table does not know
+    it."""
     stored: int
     """How many tokens are stored with their probability."""
 
@@ -69,7 +70,7 @@ class ShownToken:
     """Whether the loss mask marks it."""
     probability: float | None
     """The teacher's probability of this token, before it saw it; the weighted mean if several teachers are averaged.
-    None for a token that is not captured."""
+    None for a token that is not captured, and where the table does not know it."""
     predictions: tuple[Prediction, ...]
     """One for each teacher; none for a token that is not captured."""
 
@@ -198,8 +199,9 @@ class _Reader:
 
     def row(self, row: pa.Table, split: str) -> ShownRow:
         values = {name: row.column(name)[0].as_py() for name in (*_SEQUENCE, *self._table.carried.names)}
-        self._texts.require(values["token_ids"])
         labels = [_labels(row, number, self._source) for number in range(len(self._weights))]
+        chosen = () if self._classes else np.unique(np.concatenate([each.head_ids for each in labels])).tolist()
+        self._texts.require([*values["token_ids"], *chosen])
         mask = [False] * values["tokens"] if self._classes else values["loss_mask"]
         tokens = self._tokens(values["token_ids"], mask, labels)
         return ShownRow(
@@ -227,9 +229,9 @@ class _Reader:
 
     def _captured(self, token: int, text: TokenText, labels: list[SoftLabels], position: int) -> ShownToken:
         logprobs = [each.next_logprobs[position] for each in labels]
-        probability = sum(w * exp(logprob) for w, logprob in zip(self._weights, logprobs, strict=True))
+        probability = _known(sum(w * exp(logprob) for w, logprob in zip(self._weights, logprobs, strict=True)))
         predictions = tuple(self._prediction(each, position, token) for each in labels)
-        return ShownToken(token, text.own, text.reading, text.special, True, float(probability), predictions)
+        return ShownToken(token, text.own, text.reading, text.special, True, probability, predictions)
 
     def _prediction(self, labels: SoftLabels, position: int, token: int) -> Prediction:
         ids = _head(labels, position)[0]
@@ -237,8 +239,8 @@ class _Reader:
         return Prediction(
             choices=self._head(labels, position),
             rank=int(places[0]) + 1 if len(places) else None,
-            entropy=float(labels.entropies[position]),
-            outside=float(np.exp(labels.tail_log_masses[0, position])),
+            entropy=_known(labels.entropies[position]),
+            outside=_known(np.exp(labels.tail_log_masses[0, position])),
             stored=len(ids),
         )
 
@@ -259,6 +261,10 @@ def _head(labels: SoftLabels, position: int) -> tuple[Any, Any]:
     start = int(labels.head_counts[:position].sum())
     span = slice(start, start + int(labels.head_counts[position]))
     return labels.head_ids[span], labels.head_logprobs[span]
+
+
+def _known(value: Any) -> float | None:
+    return None if isnan(value) else float(value)
 
 
 def _plain(value: Any) -> Any:

@@ -60,8 +60,7 @@ def to_html(report: ShowReport) -> str:
 
 def surprise(token: ShownToken) -> int:
     """0 for a token that the teacher expected, up to 3 for one that it thought very unlikely."""
-    assert token.probability is not None
-    return sum(token.probability < level for level in _LEVELS)
+    return 0 if token.probability is None else sum(token.probability < level for level in _LEVELS)
 
 
 def visible(text: str, kept: str = "") -> str:
@@ -92,11 +91,14 @@ def _token(token: ShownToken) -> dict[str, Any]:
     kept: dict[str, Any] = {"id": token.id, "text": visible(token.text)}
     kept |= {} if token.text.startswith(token.reading) else {"completes": visible(token.reading)}
     if token.captured:
-        assert token.probability is not None
         predictions = [asdict(each) for each in token.predictions]
         for each in predictions:
             for choice in each["choices"]:
-                choice |= {"text": visible(choice["text"]), "probability": round(choice["probability"], 5)}
-            each |= {"entropy": round(each["entropy"], 3), "outside": round(each["outside"], 5)}
-        kept |= {"probability": float(f"{token.probability:.3g}"), "predictions": predictions}
+                choice |= {"text": visible(choice["text"]), "probability": _rounded(choice["probability"])}
+            each |= {"entropy": _rounded(each["entropy"]), "outside": _rounded(each["outside"])}
+        kept |= {"probability": _rounded(token.probability), "predictions": predictions}
     return kept
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.4g}")

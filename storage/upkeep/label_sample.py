@@ -46,8 +46,8 @@ class LabelSample:
     draws: float
     """Mean number of distinct ids drawn from outside the head."""
     cross_entropy: float
-    """Mean of -log p of the tokens that really followed, in nats; exp of it is the teacher's perplexity. NaN for a
-    classifier with documents without a label."""
+    """Mean of -log p of the tokens, or labels, that really followed, in nats; exp of it is the teacher's perplexity.
+    NaN if none is known; all means leave out what the table does not know."""
     entropy: float
     """Mean entropy of the teacher's distributions, in nats."""
     histogram: tuple[EntropyBar, ...]
@@ -79,7 +79,7 @@ def label_sample(table: Table) -> LabelSample:
         draws=_mean(draws),
         cross_entropy=_mean(-next_logprobs),
         entropy=_mean(entropies),
-        histogram=_histogram(entropies) if positions else (),
+        histogram=_histogram(entropies[~np.isnan(entropies)]),
         entropies={name: found.bytes / max(positions, 1) for name, found in frequencies.items()} if groups else {},
     )
 
@@ -91,7 +91,9 @@ def _small(labels: SoftLabels) -> tuple[NDArray[Any], ...]:
 
 
 def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else 0.0
+    """Mean of the values that are known."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0 if not len(values) else float("nan")
 
 
 class _Frequencies:
@@ -134,7 +136,9 @@ def _spread(table: Table) -> list[tuple[Shard, int]]:
 
 
 def _histogram(entropies: NDArray[np.float32]) -> tuple[EntropyBar, ...]:
-    highest = float(entropies.max(initial=0))
+    if not len(entropies):
+        return ()
+    highest = float(entropies.max())
     width = max(_NARROWEST, np.ceil(highest / _BARS / _NARROWEST) * _NARROWEST)
     edges = np.arange(int(highest / width) + 2) * width
     counts, _ = np.histogram(entropies, edges)

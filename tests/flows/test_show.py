@@ -49,6 +49,12 @@ def test_what_is_captured_and_what_was_expected_can_be_read_without_colors(termi
     assert lines[-1].split(maxsplit=1) == ["3", '1 token not captured: "end"']
 
 
+def test_what_the_table_does_not_know_is_a_question_mark(terminal: Console):
+    unknown = ShownToken(2, "x", "x", False, True, None, (Prediction((), None, None, None, 0),))
+    show_display.show_show(report(unknown))
+    assert terminal.export_text(styles=False).splitlines()[-1].split() == ["0", '"x"', "?", "-", "?"]
+
+
 def test_the_less_the_teacher_expected_a_token_the_stronger_is_its_color(terminal: Console):
     show_display.show_show(report(*(token("x", p) for p in (0.9, 0.3, 0.05, 0.001))))
     text = terminal.export_text(styles=True)

@@ -8,10 +8,16 @@ import pytest
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.export import ExportConfig
+from softlabel.pipeline.config.rejects import RejectsConfig
+from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.tables.export import export
+from softlabel.pipeline.tables.rejects import rejects
 from softlabel.pipeline.tables.reprocess import reprocess
+from softlabel.pipeline.tables.show import show
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import IntegrityError, UsageError
 from softlabel.storage.places.open import place_of
@@ -58,6 +64,12 @@ def test_every_command_works_on_a_table_in_a_bucket(tiny_teacher: Path, tmp_path
     report = evaluate(EvaluateConfig(table=f"{location}/", students=(str(student),), report=str(tmp_path / "report")))
     assert report.positions > 0
     assert inspect(Table.open(location)).splits["train"].sequences > 40
+    assert [each.document_id for each in rejects(RejectsConfig(table=location)).documents] == ["empty"]
+    [row] = show(ShowConfig(table=location)).rows
+    assert row.table == f"{location}@{done.version}"
+    exported = export(ExportConfig(table=location, output=str(tmp_path / "exported")))
+    assert sum(split.sequences for split in exported.splits.values()) == 60
+    assert f"describes its version {done.version}." in place_of(location).read("README.md").decode()
     assert history(Table.open(location))[-2].operation == "capture"
 
     fewer = f"{buckets.BUCKET}/tables/fewer"

@@ -1,6 +1,7 @@
 """An export holds what the table holds, is whole or not there, and explains itself."""
 
 import re
+import shutil
 import subprocess
 import sys
 from math import exp, log
@@ -162,7 +163,8 @@ def test_a_view_is_exported_with_the_columns_that_its_tables_share(texts: Table,
 
 
 def test_a_view_that_averages_its_tables_is_refused(texts: Table, tmp_path: Path):
-    mix(MixConfig(view=str(tmp_path / "view"), tables=(texts.location, texts.location), how="average"))
+    copy = str(shutil.copytree(texts.location, tmp_path / "copy"))
+    mix(MixConfig(view=str(tmp_path / "view"), tables=(texts.location, copy), how="average"))
     with pytest.raises(UsageError, match=r"averages teachers(.|\n)*export its tables"):
         exported(str(tmp_path / "view"), tmp_path / "out")
 

@@ -1,6 +1,5 @@
 """Documents that a capture left out can be listed by reason."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from softlabel.pipeline.tables.mix import mix
 from softlabel.pipeline.tables.rejects import RejectsReport, rejects
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.table import Table
-from tests.flows.commands import shown, softlabel
 from tests.pipeline.classifiers import save_classifier
 from tests.pipeline.tables.conftest import HOSTILE, captured
 
@@ -72,23 +70,3 @@ def test_a_damaged_list_is_an_error_that_names_the_line(tiny_teacher: Path, tmp_
         file.write(f"{line}\n")
     with pytest.raises(IntegrityError, match=r"rejects\.jsonl, line 2"):
         listed(table)
-
-
-def test_names_of_files_that_are_no_text_can_be_listed(
-    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    table = captured(tmp_path / "table", tiny_teacher, [{"id": "good", "text": "Words."}])
-    path = tmp_path / "table" / "_softlabel" / "rejects.jsonl"
-    path.write_text(json.dumps({"document_id": "a\udcff", "reason": "it is empty"}) + "\n")
-    code, found, _ = softlabel(capsys, "rejects", table.location)
-    assert (code, found["documents"][0]["document_id"]) == (0, "a\\udcff")
-
-
-def test_the_command_lists_for_people_and_nothing_acts_on_the_terminal(
-    partial: Table, capsys: pytest.CaptureFixture[str]
-):
-    text = shown(capsys, "rejects", partial.location)
-    assert "5 documents not used by the newest capture, 0 cut short" in text
-    assert "\x1b" not in text
-    assert "\\x1b[31m" in text
-    assert "good-" not in text

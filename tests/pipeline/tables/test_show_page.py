@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from softlabel.pipeline.config.show import ShowConfig
-from softlabel.pipeline.tables.show import show
+from softlabel.pipeline.tables.show import Choice, Prediction, ShowReport, show
 from softlabel.pipeline.tables.show_page import to_html
 from softlabel.storage.errors import UsageError
 from softlabel.storage.table import Table
@@ -52,6 +53,18 @@ def test_the_data_of_the_page_is_what_the_report_says(page: Path, texts: Table):
     for row, tokens in zip(report.rows, json.loads(data[1]), strict=True):
         assert [token["id"] for token in tokens] == [token.id for token in row.tokens]
         assert ["predictions" in token for token in tokens] == [token.captured for token in row.tokens]
+
+
+def test_what_the_table_does_not_know_is_unknown_on_the_page(texts: Table):
+    """An imported table may lack the probability of what follows, the entropy, and the mass outside the head."""
+    [row] = show(ShowConfig(table=texts.location, document="short-1")).rows
+    unknown = Prediction((Choice(1, "a", 0.5),), None, None, None, 1)
+    tokens = tuple(replace(token, captured=True, probability=None, predictions=(unknown,)) for token in row.tokens)
+    page = to_html(ShowReport("t", 1, (), (replace(row, tokens=tokens),), 1, 1, None))
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    [[first, *_]] = json.loads(data[1], parse_constant=pytest.fail)
+    assert (first["probability"], first["predictions"][0]["outside"]) == (None, None)
 
 
 def test_a_page_that_can_not_be_written_is_an_error_and_an_old_one_is_replaced(texts: Table, tmp_path: Path):
