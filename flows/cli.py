@@ -208,9 +208,11 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
     """
 
     def work() -> Any:
+        from softlabel.flows.progress import watching
         from softlabel.pipeline import inspect
 
-        return inspect(table_of(table, file))
+        with watching() as watch:
+            return inspect(table_of(table, file), watch)
 
     answer("inspect", work, as_json)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softlabel.pipeline.config.table_settings import table_settings
+from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.identity import Identity
 from softlabel.storage.upkeep import inspection
 from softlabel.storage.upkeep.inspection import Inspection, last_capture
@@ -36,11 +37,12 @@ class ViewReport:
     view: ViewInspection
 
 
-def inspect(table: str) -> TableReport | ViewReport:
+def inspect(table: str, watch: Watch = unwatched) -> TableReport | ViewReport:
     """Measure what a table or a view holds: its rows by split, its teacher, its bytes by column.
 
     Args:
         table: folder or s3://BUCKET/PREFIX; ``TABLE@12`` opens version 12, ``TABLE@name`` the version with that tag.
+        watch: called after each shard, with the kB that are checked.
 
     Raises:
         TableNotFoundError: if the table or version does not exist.
@@ -50,7 +52,9 @@ def inspect(table: str) -> TableReport | ViewReport:
     if isinstance(opened, View):
         return ViewReport(inspect_view(opened))
     return TableReport(
-        inspection=inspection.inspect(opened),
+        inspection=inspection.inspect(
+            opened, lambda done, total: watch(Progress("inspect", done // 1000, total // 1000, "kB"))
+        ),
         teacher=last_capture(opened).teacher or "",
         identity=opened.identity,
         settings=table_settings(opened),

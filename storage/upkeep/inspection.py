@@ -1,7 +1,9 @@
 """Describes a table for users: its size by split and by column, what its columns hold, and its history."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 
 from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.credentials import masked
@@ -63,14 +65,18 @@ class HistoryEntry:
     """Name of the scheduler's flow."""
 
 
-def inspect(table: Table) -> Inspection:
-    """Measure a table; checks the content of its shards first.
+def inspect(table: Table, watch: Callable[[int, int], None] = lambda done, total: None) -> Inspection:
+    """Measure a table; checks the content of its shards first, which takes most of the time.
+
+    Args:
+        table: version to measure.
+        watch: called after each shard with the bytes that are checked, and those of all shards.
 
     Raises:
         IntegrityError: if a shard is damaged or missing.
     """
     # First, because it checks the hash: a damaged footer, which has no checksum, could stop a reader of pages.
-    sizes = column_bytes(table)
+    sizes = column_bytes(table, watch)
     found, labels, commits = contents(table), label_sample(table), history(table)
     positions = sum(split.positions for split in found.splits.values())
     columns = {
@@ -93,14 +99,20 @@ def inspect(table: Table) -> Inspection:
     )
 
 
-def column_bytes(table: Table) -> dict[str, int]:
+def column_bytes(table: Table, watch: Callable[[int, int], None] = lambda done, total: None) -> dict[str, int]:
     """Compressed bytes of each column over all shards, from their footers.
+
+    Args:
+        table: version to measure.
+        watch: as for ``inspect``.
 
     Raises:
         IntegrityError: if a shard is damaged.
     """
     sizes: dict[str, int] = {}
-    for shard in table.shards():
+    shards = table.shards()
+    ends, total = accumulate(shard.bytes for shard in shards), sum(shard.bytes for shard in shards)
+    for shard, end in zip(shards, ends, strict=True):
         with open_shard(table, shard) as file:
             metadata = file.metadata
         for group in range(metadata.num_row_groups):
@@ -108,6 +120,7 @@ def column_bytes(table: Table) -> dict[str, int]:
                 column = metadata.row_group(group).column(index)
                 name = column.path_in_schema.split(".")[0]
                 sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+        watch(end, total)
     return sizes
 
 

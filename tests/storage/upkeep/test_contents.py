@@ -111,6 +111,16 @@ def test_of_a_large_table_a_few_row_groups_are_read_from_all_over_it(table: Tabl
     assert {asked[0], asked[-1]} == {paths[0], paths[-1]}
 
 
+def test_the_progress_of_an_inspection_counts_the_bytes_up_to_the_total(table: Table):
+    for name in ("a", "b", "c"):
+        add(table.newest(), [name], "train")
+    newest, seen = table.newest(), list[tuple[int, int]]()
+    inspect(newest, lambda done, total: seen.append((done, total)))
+    total = sum(shard.bytes for shard in newest.shards())
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert (seen[-1], {each for _, each in seen}) == ((total, total), {total})
+
+
 def test_the_oldest_commit_with_rows_and_the_newest_commit_are_named(table: Table):
     assert inspect(table).oldest is None
     add(table, ["a"])
