@@ -18,7 +18,7 @@ STORAGE := $(addprefix bench-,table shards fidelity)
 STUDENT := $(addprefix bench-,loss stream step)
 BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 
-.PHONY: demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
+.PHONY: container-tools demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
 
 demo-classes: $(INSTALLED)
 	@$(BIN)/python -m softlabel.pipeline.examples.book_classifier .demo/classes
@@ -52,6 +52,11 @@ bench-student: $(STUDENT)
 $(BENCHMARKS): bench-%: $(COMPARED)
 	@printf '\n== python -m tests.benchmarks.$*\n\n'
 	@$(BIN)/python -m tests.benchmarks.$*
+
+# What tests/docker needs to build and run the images without a Docker engine, on Debian, as root.
+container-tools:
+	apt-get update
+	apt-get install --yes --no-install-recommends buildah debootstrap bubblewrap iproute2 postgresql
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

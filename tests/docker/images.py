@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PROGRAMS = ("buildah", "debootstrap", "bwrap", "setpriv", "nsenter", "unshare", "ip")
+PROGRAMS = ("buildah", "debootstrap", "bwrap", "nsenter", "unshare", "ip")
 """What these tests need; `make container-tools` installs it on Debian."""
 SECRET = "a-secret-of-the-build"
 """In the pip.conf that the builds get as a secret."""
@@ -75,7 +75,7 @@ class Images:
         secret.write_text("\n".join(["[global]", f"# {SECRET}", *lines]) + "\n")
         index = self._pip.get("index-url", ["https://pypi.org/simple"])[0]
         self._buildah(
-            *("bud", "--isolation", "chroot", "--format", "docker", "--layers", "--pull-never"),
+            *("bud", "--isolation", "chroot", "--format", "docker", "--pull-never"),
             *("--build-arg", "PYTHON_IMAGE=localhost/python", "--build-arg", f"CPU_TORCH_INDEX={index}"),
             *("--secret", f"id=pip,src={secret}"),
             *(f"--volume={folder}:{folder}:ro" for folder in _folders(self._pip)),
@@ -133,6 +133,7 @@ def command_in(
     folders: Mapping[Path, str],
     environment: Mapping[str, str] | None = None,
     entrypoint: bool = True,
+    detached: bool = False,
 ) -> list[str]:
     """The command that runs a command in a container of an image: as its user, with a read-only root.
 
@@ -142,17 +143,20 @@ def command_in(
         folders: folders of this machine, and where the container sees them, writable.
         environment: variables beside the image's.
         entrypoint: whether to run the image's entrypoint, as for the first process of a container.
+        detached: whether it outlives the process that starts it.
     """
     user, group = image.config["User"].split(":")
     variables = dict(each.split("=", 1) for each in image.config["Env"]) | dict(environment or {})
     start = (image.config.get("Entrypoint") or []) if entrypoint else []
     return [
-        *("setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs"),
-        *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--die-with-parent", "--clearenv"),
+        *("bwrap", "--unshare-pid", "--unshare-ipc", "--clearenv"),
+        *(() if detached else ("--die-with-parent",)),
+        *("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"),  # for setpriv, which drops them
         *("--ro-bind", str(image.root), "/", "--proc", "/proc", "--dev", "/dev"),
         *(part for folder, place in folders.items() for part in ("--bind", str(folder), place)),
         *(part for name, value in variables.items() for part in ("--setenv", name, value)),
         *("--chdir", image.config["WorkingDir"] or "/", "--"),
+        *("setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs"),
         *(*start, *(command or image.config["Cmd"])),
     ]
 

@@ -1,0 +1,99 @@
+"""The images, built for real, and run as their user with a read-only root."""
+
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.docker.images import SECRET, Image, Images, command_in, network, writable
+
+pytestmark = pytest.mark.long
+
+WORKERS = ("cpu-worker", "gpu-worker")
+GIGABYTE = 10**9
+
+
+@pytest.mark.parametrize("target", WORKERS)
+def test_a_capture_runs_on_a_read_only_root_and_compiles_no_kernel(
+    images: Images, target: str, tiny_teacher: Path, documents: Path, tmp_path: Path
+):
+    image, places = images[target], folders(tmp_path, "/tmp", "/data", "/scratch")
+    subprocess.run(["cp", "-r", tiny_teacher, documents, tmp_path / "data"], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", tmp_path / "data"], check=True)
+    command = "softlabel capture /data/documents.parquet /data/table --teacher.model /data/teacher"
+    done = run(image, command, places)
+    assert done.returncode == 0, done.stderr
+    assert "/data/table (version" in done.stdout
+    assert kernels(tmp_path / "tmp/numba") == kernels(image.root / "opt/kernels") != {}  # numba adds what it compiles
+    assert (tmp_path / "data/table").stat().st_uid == 10001
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("target", ["server", *WORKERS])
+def test_a_container_can_write_only_to_its_volumes(images: Images, target: str, tmp_path: Path):
+    image, places = images[target], folders(tmp_path, "/tmp")
+    for folder in ("/", "/opt/softlabel/bin", "/etc", "/opt/kernels" if target in WORKERS else "/var"):
+        done = run(image, f"touch {folder}/new", places)
+        assert "Read-only file system" in done.stderr
+    assert run(image, "id --user", places).stdout == "10001\n"
+    assert run(image, "touch /tmp/new", places).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["server", *WORKERS])
+def test_an_image_has_no_trace_of_the_build(images: Images, target: str):
+    image = images[target]
+    assert SECRET not in image.history
+    found = subprocess.run(["grep", "--recursive", "--files-with-matches", SECRET, image.root], capture_output=True)
+    assert (found.stdout, found.returncode) == (b"", 1)
+    assert not list(image.root.glob("build/*"))
+    assert not list((image.root / "opt/softlabel/bin").glob("pip*"))
+
+
+def test_the_images_are_no_larger_than_their_packages(images: Images):
+    sizes = {target: size(images[target].root) / GIGABYTE for target in ("server", "cpu-worker")}
+    assert sizes["server"] < 0.75, sizes
+    assert sizes["cpu-worker"] < 2.5, sizes
+
+
+def test_the_server_starts_on_a_read_only_root_and_passes_its_health_check(images: Images, tmp_path: Path):
+    image, places = images["server"], folders(tmp_path, "/tmp", "/prefect")
+    with network() as inside, (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*inside, *command_in(image, folders=places)], stdout=log, stderr=log)
+        try:
+            check = image.config["Healthcheck"]["Test"][1:]
+            deadline = time.monotonic() + 90
+            while subprocess.run([*inside, *command_in(image, check, folders=places)], capture_output=True).returncode:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(1)
+            page = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:4200/').read().decode())"
+            ui = subprocess.run(
+                [*inside, *command_in(image, ["python", "-c", page], folders=places)], capture_output=True, text=True
+            )
+            assert "<title>" in ui.stdout, ui.stderr
+        finally:
+            server.terminate()
+            server.wait(30)
+    assert (tmp_path / "prefect/prefect.db").exists()
+
+
+def run(image: Image, command: str, places: Mapping[Path, str]) -> "subprocess.CompletedProcess[str]":
+    started = command_in(image, command.split(), folders=places)
+    return subprocess.run(started, capture_output=True, text=True, timeout=600)
+
+
+def folders(parent: Path, *places: str) -> dict[Path, str]:
+    """A new volume for each place."""
+    for above in (parent, *parent.parents[:3]):
+        above.chmod(above.stat().st_mode | 0o055)  # pytest's folders are closed to other users
+    return {writable(parent / place.strip("/")): place for place in places}
+
+
+def kernels(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.nb?")}
+
+
+def size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))

@@ -1,0 +1,107 @@
+"""The runbook, docker/README.md: its commands run as they are written, on the compose file's services."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.docker.images import Images, network
+from tests.docker.stack import Stack, prepare
+from tests.flows.servers import POSTGRES
+
+pytestmark = pytest.mark.long
+
+RUNBOOK = (ROOT / "docker/README.md").read_text()
+FIRST = {"PREFECT_AUTH": "admin:first", "S3_ACCESS_KEY": "first", "S3_SECRET_KEY": "first-secret"}
+SECOND = {"PREFECT_AUTH": "admin:second", "S3_ACCESS_KEY": "second", "S3_SECRET_KEY": "second-secret"}
+PASSWORDS = {"POSTGRES_PASSWORD": "first-password"}
+
+
+class Runbook:
+    """Runs the commands of a section."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def run(self, heading: str) -> str:
+        """Run all blocks marked `sh` of a section, and give what they print."""
+        text = RUNBOOK.split(f"## {heading}\n")[1].split("\n## ")[0]
+        blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+        assert blocks, heading
+        return "".join(self.command(line.strip()) for block in blocks for line in block.splitlines())
+
+    def command(self, line: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=self.folder / "docker", env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def configure(self, **variables: str) -> None:
+        """Give variables of .env values."""
+        path = self.folder / "docker/.env"
+        text = (path if path.exists() else path.with_name(".env.example")).read_text()
+        for name, value in variables.items():
+            text = re.sub(rf"^{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+        path.write_text(text)
+
+
+@pytest.fixture
+def runbook(images: Images, tiny_teacher: Path, documents: Path, tmp_path: Path) -> Iterator[Runbook]:
+    if not POSTGRES:
+        pytest.skip("needs PostgreSQL: `make container-tools` installs it")
+    for above in (tmp_path, *tmp_path.parents[:3]):
+        above.chmod(above.stat().st_mode | 0o055)  # pytest's folders are closed to other users
+    with network() as inside:
+        prepare(tmp_path, {name: images[name] for name in ("server", "cpu-worker")}, inside, POSTGRES[-1])
+        runbook = Runbook(tmp_path)
+        runbook.configure(COMPOSE_PROFILES="no-gpu", **FIRST, **PASSWORDS)
+        fill(Stack(tmp_path).volume("data"), tiny_teacher, documents)
+        try:
+            yield runbook
+        finally:
+            stack = Stack(tmp_path)
+            for service in stack.services:
+                stack.stop(service, signal.SIGKILL)
+
+
+def fill(data: Path, *sources: Path) -> None:
+    """`docker compose cp`."""
+    for source in sources:
+        subprocess.run(["cp", "-r", source, data], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", data], check=True)
+
+
+def test_the_commands_of_the_runbook_install_operate_and_restore_a_stack(runbook: Runbook):
+    printed = runbook.run("Install")
+    assert "60 documents" in printed
+    contents = runbook.command("docker compose exec -T cpu-worker softlabel inspect s3://softlabel/table --json")
+    assert "unchanged" in printed  # deployments, when installed again
+
+    runbook.run("Something is full")
+    assert "capture" in runbook.run("Something is slow")
+    runbook.run("A worker is lost")
+
+    runbook.run("Rotate credentials")
+    runbook.configure(**SECOND)
+    runbook.run("Rotate credentials")
+    assert "capture" in runbook.command("docker compose exec -T cpu-worker prefect flow-run ls")
+
+    back_up, restore = re.findall(r"```sh\n(.*?)```", RUNBOOK.split("## Back up and restore")[1], re.DOTALL)[:2]
+    for line in back_up.splitlines():
+        runbook.command(line)
+    runbook.command("docker compose stop")
+    shutil.rmtree(runbook.folder / "volumes")  # a new machine
+    (runbook.folder / "volumes").mkdir()
+    for line in restore.splitlines():
+        runbook.command(line)
+    restored = runbook.command("docker compose exec -T cpu-worker softlabel inspect s3://softlabel/table --json")
+    assert restored == contents
+    assert "capture" in runbook.command("docker compose exec -T cpu-worker prefect flow-run ls")
