@@ -13,6 +13,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prefect.settings import Settings
+from prefect.settings.legacy import _get_valid_setting_names
 
 from tests.conftest import ROOT
 
@@ -71,6 +73,21 @@ def test_each_variable_of_the_compose_file_is_documented_and_no_other():
     assert used | {"COMPOSE_PROFILES"} == documented().keys()
     for block in (DOCKER / ".env.example").read_text().split("\n\n"):
         assert block.startswith("# "), f"{block} has no explanation"
+
+
+def test_the_runbook_describes_each_service_and_names_no_other():
+    runbook = (DOCKER / "README.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", runbook, re.MULTILINE) == list(SERVICES)
+    command = r"docker compose (?:exec|logs|kill|restart|run .*--entrypoint tar)(?: -T)? ([\w-]+)"
+    assert set(re.findall(command, runbook)) <= SERVICES.keys()
+
+
+def test_prefect_knows_each_of_its_settings_by_that_name():
+    # It ignores a name that it does not know.
+    texts = [path.read_text() for path in DOCKER.rglob("*") if path.is_file()]
+    named = {name for text in texts for name in re.findall(r"\bPREFECT_(?!AUTH\b)[A-Z_]+", text)}
+    assert len(named) > 10
+    assert named <= _get_valid_setting_names(Settings)
 
 
 def test_no_port_is_open_to_other_machines():
