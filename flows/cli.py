@@ -23,7 +23,7 @@ from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
-from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.evaluate import CompareConfig, EvaluateConfig
 from softlabel.pipeline.config.export import ExportConfig
 from softlabel.pipeline.config.rejects import RejectsConfig
 from softlabel.pipeline.config.show import ShowConfig
@@ -159,6 +159,7 @@ add_job("estimate", EstimateConfig, ("documents", "table"))
 add_job("capture", CaptureConfig, ("documents", "table"))
 add_job("train", TrainConfig, ("table", "output"))
 add_job("evaluate", EvaluateConfig, ("table", "students"))
+add_job("compare", CompareConfig, ("students",))
 add_job("distill", DistillConfig)
 add_job("verify", VerifyConfig, ("table",))
 add_job("maintain", MaintainConfig, ("table",))

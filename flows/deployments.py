@@ -19,7 +19,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from softlabel.flows.events import NEW_VERSION, table_resource
 from softlabel.pipeline.config.base import Location, Settings
 
-FlowName = Literal["capture", "estimate", "train", "evaluate", "distill", "reprocess", "mix", "verify", "maintain"]
+FlowName = Literal[
+    "capture", "estimate", "train", "evaluate", "compare", "distill", "reprocess", "mix", "verify", "maintain"
+]
 Queue = Literal["cpu", "gpu"]
 
 TAG = "softlabel"
@@ -96,6 +98,7 @@ SHIPPED = (
     DeploymentConfig(flow="estimate"),
     DeploymentConfig(flow="train"),
     DeploymentConfig(flow="evaluate"),
+    DeploymentConfig(flow="compare"),
     DeploymentConfig(flow="distill"),
     DeploymentConfig(flow="reprocess"),
     DeploymentConfig(flow="mix"),

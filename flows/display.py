@@ -120,6 +120,22 @@ def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
     facts({"report": report.html, "numbers": report.json})
 
 
+def show_compare(report: "EvaluationReport | ClassEvaluation") -> None:
+    """The scores of all models, and their order."""
+    _scores(report)
+    closed = report.standings[0].gap_closed is not None
+    table = table_of("", "place", *(["gap closed"] if closed else []))
+    for each in report.standings:
+        share = [] if each.gap_closed is None else [_with_interval(each.gap_closed.mean, each.gap_closed.interval)]
+        table.add_row(escape(printable(each.student)), str(each.place), *share)
+    console.print(table)
+    facts({"table": f"{report.table} (version {report.version})", "report": report.html, "numbers": report.json})
+
+
+def _with_interval(share: float, interval: tuple[float, float] | None) -> str:
+    return f"{share:.1%}" if interval is None else f"{share:.1%} ±{(interval[1] - interval[0]) / 2:.1%}"
+
+
 def show_distill(report: "DistillReport") -> None:
     """What each stage did, the scores of teacher and students, and what to do next."""
     from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
@@ -174,6 +190,11 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(
             f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier version of softlabel captured"
             " the wrong words"
+        )
+    if not report.held_out:
+        console.print(
+            "[yellow]no document is held out[/]: students can be trained from this table, but not evaluated on it;"
+            " capture more documents, or into a new table with a larger shards.eval_fraction"
         )
     _partial_answers(report.answers, report.partial_answers)
     if report.rejects:
@@ -236,19 +257,15 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
     if isinstance(report, ClassEvaluation):
         _class_scores(report)
         return
-    names = ("perplexity", "bits per byte", "KL to the teacher", "top-1 agreement", "acceptance", "parameters")
-    scores = table_of("", *names)
-    least, most = ("≥ ", "≤ ") if report.kl_kind == "lower bound" else ("", "")
+    scores = table_of("", "perplexity", "KL to the teacher", "top-1 agreement", "parameters")
     for score in (report.teacher, *report.students):
-        is_teacher = score is report.teacher
+        least = "≥ " if report.kl_kind == "lower bound" and score is not report.teacher else ""
         reach = "" if score.kl_reach is None else f" ±{score.kl_reach:.3f}"
         scores.add_row(
             escape(printable(score.name)),
             f"{score.perplexity:,.2f}",
-            "" if score.bits_per_byte is None else f"{score.bits_per_byte:.3f}",
-            f"{'' if is_teacher else least}{score.kl:.3f}{reach}",
+            f"{least}{score.kl:.3f}{reach}",
             "" if score.agreement is None else f"{score.agreement:.1%}",
-            "" if score.acceptance is None else f"{'' if is_teacher else most}{score.acceptance:.1%}",
             "" if score.parameters is None else short(score.parameters),
         )
     console.print(scores)
@@ -290,6 +307,7 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "estimate": show_estimate,
     "train": show_train,
     "evaluate": show_evaluate,
+    "compare": show_compare,
     "distill": show_distill,
     "verify": show_verify,
     "maintain": show_maintain,

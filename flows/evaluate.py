@@ -22,13 +22,18 @@ def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
     with recorded(), retrying(), watching() as watch:
         report = evaluate(config, watch)
+    show_report(report)
+    return report
+
+
+def show_report(report: EvaluationReport | ClassEvaluation) -> None:
+    """Show the scores and the report in Prefect's UI."""
     create_table_artifact(
         [asdict(score) for score in (report.teacher, *report.students)],
         key="students",
         description=f"Scores on {report.measured} of {report.table}@{report.version}",
     )
     create_markdown_artifact("\n\n".join(_markdown(report)), key="report", description="Report of the evaluation")
-    return report
 
 
 def _markdown(report: EvaluationReport | ClassEvaluation) -> Iterator[str]:

@@ -20,7 +20,7 @@ from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
-from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.evaluate import CompareConfig, EvaluateConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.exclusive import scratch
@@ -102,6 +102,8 @@ def _require_inputs(config: Settings) -> None:
             tables = config.tables
         case ReprocessConfig():
             tables = (config.source,)
+        case CompareConfig():
+            tables = (config.table,) if config.table else ()
         case TrainConfig() | EvaluateConfig() | VerifyConfig() | MaintainConfig():
             tables = (config.table,)
     for table in tables:

@@ -8,6 +8,7 @@ from .config.capture import ShardsConfig as ShardsConfig
 from .config.capture import TeacherConfig as TeacherConfig
 from .config.distill import DistillConfig as DistillConfig
 from .config.estimate import EstimateConfig as EstimateConfig
+from .config.evaluate import CompareConfig as CompareConfig
 from .config.evaluate import EvaluateConfig as EvaluateConfig
 from .config.export import ExportConfig as ExportConfig
 from .config.rejects import RejectsConfig as RejectsConfig
@@ -25,6 +26,7 @@ from .distillation import DistillReport as DistillReport
 from .distillation import distill as distill
 from .estimation.estimate import Estimate as Estimate
 from .estimation.estimate import estimate as estimate
+from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.report import EvaluationReport as EvaluationReport
 from .lineage import StudentLineage as StudentLineage

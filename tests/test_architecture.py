@@ -55,8 +55,9 @@ DEPENDS_ON = {
     "pipeline.evaluation": ["pipeline.stream", "pipeline.devices"],
     "pipeline.objectives": ["pipeline.evaluation"],
     "pipeline.evaluation.evaluate": ["pipeline.objectives"],
+    "pipeline.evaluation.compare": ["pipeline.evaluation.evaluate"],
     "pipeline.training": ["pipeline.objectives"],
-    "pipeline.distillation": ["pipeline.capturing", "pipeline.training", "pipeline.evaluation.evaluate"],
+    "pipeline.distillation": ["pipeline.capturing", "pipeline.training", "pipeline.evaluation.compare"],
     "pipeline.lineage": ["pipeline.students"],
     "pipeline.examples": ["pipeline.models"],
     "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.lineage", "pipeline.tables"],
@@ -214,7 +215,7 @@ def test_every_public_name_can_be_imported(package: str):
 @pytest.mark.parametrize(
     "verb",
     [
-        *("capture", "estimate", "train", "evaluate", "distill"),
+        *("capture", "estimate", "train", "evaluate", "compare", "distill"),
         *("verify", "reprocess", "maintain", "mix", "inspect", "history", "lineage", "show", "export", "rejects"),
     ],
 )

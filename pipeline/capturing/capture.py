@@ -57,6 +57,8 @@ class CaptureReport:
     beside a tool call."""
     replaced: int = 0
     """Rows that an older version of this program had stored with a wrong mask, and that were removed."""
+    held_out: bool = True
+    """Whether the table holds out any document, to evaluate students on."""
 
 
 def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated) -> CaptureReport:
@@ -106,9 +108,10 @@ def _summarize(
     seconds: float,
 ) -> CaptureReport:
     """The report on a plan and the commits that carried it out."""
+    newest = Table.open(table)
     return CaptureReport(
         table=table,
-        version=Table.open(table).version,
+        version=newest.version,
         documents=todo.documents,
         unchanged=todo.unchanged,
         taken_down=todo.taken_down,
@@ -124,4 +127,5 @@ def _summarize(
         answers=todo.answers,
         partial_answers=todo.partial_answers,
         replaced=replaced,
+        held_out=bool(newest.shards("eval")),
     )

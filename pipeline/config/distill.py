@@ -57,6 +57,11 @@ class DistillConfig(CaptureConfig):
     def evaluate(self) -> EvaluateConfig:
         """Settings of the evaluation."""
         students = tuple(config.output for config in self.train().values())
+        control = students[1] if self.control else None
         return EvaluateConfig(
-            table=self.table, students=students, report=f"{self.output}/report", device=self.optimizer.device
+            table=self.table,
+            students=students,
+            control=control,
+            report=f"{self.output}/report",
+            device=self.optimizer.device,
         )

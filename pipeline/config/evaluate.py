@@ -1,6 +1,8 @@
 """Settings of an evaluation."""
 
-from pydantic import PositiveInt
+from typing import Self
+
+from pydantic import PositiveInt, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
 
@@ -13,6 +15,12 @@ class EvaluateConfig(Settings):
     students: tuple[Location, ...]
     """Folders of trained students. Any other model with the table's tokenizer can stand among them for comparison, as a
     folder or hub name: the teacher itself, a model trained elsewhere, or an adapter on its base model."""
+    control: Location | None = None
+    """One more model, at whose distance from the teacher a gap starts, such as a student that was trained on the text
+    alone: the report then shows how much of the gap each student closes."""
+    reference: Location | None = None
+    """With control: one more model, at whose distance the gap ends, such as a larger student. If left out, it ends at
+    the teacher."""
     by: tuple[str, ...] = ()
     """Carried columns: also show the results for each of their values."""
     report: Location = "report"
@@ -22,3 +30,26 @@ class EvaluateConfig(Settings):
     """cpu, cuda, ...; auto uses a GPU if there is one."""
     batch_tokens: PositiveInt = 8192
     """Tokens per forward pass."""
+
+    @model_validator(mode="after")
+    def _reference_needs_a_control(self) -> Self:
+        if self.reference is not None and self.control is None:
+            raise ValueError("reference applies only with a control, at which the gap starts; give control too")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The students, and the control and the reference if they are not among them."""
+        more = [model for model in (self.control, self.reference) if model is not None]
+        return tuple(dict.fromkeys([*self.students, *more]))
+
+
+class CompareConfig(EvaluateConfig):
+    """Rank students on one version of a table, by their distance from the teacher, and write a report."""
+
+    table: Location | None = None  # type: ignore[assignment]
+    """Folder of the table; TABLE@12 opens version 12. If left out, the table that the students were trained on, at the
+    newest version that one of them was trained on."""
+    report: Location = "comparison"
+    """Folder for report.html and report.json. If it has a report on another table or other students, that one is kept,
+    and this one is written to a folder with a number after the name."""

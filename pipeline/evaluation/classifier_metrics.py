@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate, around
 from softlabel.pipeline.evaluation.metrics import CONFIDENCE_BINS
+from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.summary import Bin, Calibration
 
 if TYPE_CHECKING:
@@ -148,6 +149,20 @@ def compared(names: Sequence[str], measured: Sequence[MeasuredClasses]) -> tuple
         for first in range(len(names))
         for second in range(first + 1, len(names))
     )
+
+
+def gaps_closed(names: Sequence[str], measured: Sequence[MeasuredClasses], gap: Gap | None) -> list[Estimate | None]:
+    """Share of the gap in KL between control and reference that each student closes; None without a gap."""
+    if gap is None:
+        return [None] * len(names)
+    rng, count = np.random.default_rng(0), len(measured[0].kl)
+    weights = np.concatenate([np.ones((1, count)), rng.poisson(1.0, (_RESAMPLES, count))])
+    known = ~np.isnan(measured[0].kl)
+    kl = {name: (weights @ np.where(known, each.kl, 0.0)) for name, each in zip(names, measured, strict=True)}
+    width = kl[gap.control] - (0.0 if gap.reference is None else kl[gap.reference])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = [(kl[gap.control] - kl[name]) / width for name in names]
+    return [around(float(share[0]), float(share[1:].std(ddof=1)), count) for share in shares]
 
 
 def _paired(measured: Sequence[MeasuredClasses], first: int, second: int, name: str) -> Difference:

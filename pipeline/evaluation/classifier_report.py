@@ -14,6 +14,7 @@ from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.charts import Bar, Curve
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
 from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, reach, render
+from softlabel.pipeline.evaluation.standings import Gap, Standing
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 """Metrics that classifiers are compared by; the last three are means over the labels."""
@@ -51,6 +52,9 @@ class ClassReport(Header):
     students: tuple[ClassStudent, ...]
     comparisons: tuple[ClassComparison, ...]
     """Each pair of students, compared over the same documents."""
+    gap: Gap | None
+    standings: tuple[Standing, ...]
+    """All students, the closest to the teacher first."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class ClassEvaluation:
     """Mean mass of the teacher's distribution on classes that belong to no label."""
     teacher: ClassScore
     students: tuple[ClassScore, ...]
+    standings: tuple[Standing, ...]
+    """All students, the closest to the teacher first."""
     verdict: str | None
     """Which student is the most accurate, in a sentence; None for a single student, or without labels."""
 
@@ -112,6 +118,7 @@ class ClassEvaluation:
             unmapped=report.unmapped.mean,
             teacher=ClassScore.of(report.teacher),
             students=tuple(map(ClassScore.of, report.students)),
+            standings=report.standings,
             verdict=verdict(report),
         )
 

@@ -27,6 +27,7 @@ from softlabel.pipeline.evaluation.report import (
     column_costs,
     prepare,
 )
+from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.unfinished import Unfinished, finish
 from softlabel.pipeline.models.adapter import ADAPTER, Adapter
 from softlabel.pipeline.objectives.decide import objective_of
@@ -94,10 +95,8 @@ class EvaluationJob:
         table = open_table(config.table)
         origin = Origin.of(table)
         objective = objective_of(origin)
-        names = _names(config.students)
-        models = tuple(
-            _model(name, folder, table, origin, objective) for folder, name in zip(config.students, names, strict=True)
-        )
+        named = zip(config.models, _names(config.models), strict=True)
+        models = tuple(_model(name, folder, table, origin, objective) for folder, name in named)
         return cls(config, table, objective, models, str(device(config.device)))
 
     def unfinished(self, model: EvaluatedModel, folder: Path) -> Unfinished:
@@ -119,13 +118,15 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     """
     job = EvaluationJob.resolve(config)
     held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
-    folder = prepare(Path(config.report), job.table.location, config.students)
+    folder = prepare(Path(config.report), job.table.location, config.models)
     measured = []
     for model in job.models:
         done = _counting(f"evaluate {model.student.name}", held_out.size, held_out.unit, watch)
         unfinished = job.unfinished(model, folder)
         measured.append(_measure(job, held_out, model, done, unfinished))
-    report = held_out.report(_header(job), _teacher(job.table), measured, folder)
+    names = {model.student.folder: model.student.name for model in job.models}
+    gap = None if config.control is None else Gap(names[config.control], names.get(config.reference or ""))
+    report = held_out.report(_header(job), _teacher(job.table), measured, gap, folder)
     finish(folder)
     return report
 

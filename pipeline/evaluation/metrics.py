@@ -19,7 +19,7 @@ from softlabel.pipeline.evaluation.positions import DIVERGENCES, Known, compare
 from softlabel.pipeline.loss.averaging import AveragedTargets, decode_batch
 from softlabel.pipeline.loss.divergence import cross_entropy
 from softlabel.pipeline.loss.targets import SparseTargets, decode_draws, decode_targets
-from softlabel.pipeline.students.build import OutputHead, hidden_states, output_head
+from softlabel.pipeline.students.build import hidden_states, output_head
 from softlabel.storage.errors import StudentError
 from softlabel.storage.views.view import AnyTable
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 DRAFT = 4
 """Tokens that a draft model proposes at a time, for the tokens per step."""
+Teacher = Known | SparseTargets
+OfPositions = Callable[[Tensor, Teacher, Tensor, Tensor], dict[str, Tensor]]
+
 ENTROPY_BIN, ENTROPY_BINS = 0.5, 32
 """Width in nats, and number, of the bins by the teacher's entropy."""
 POSITION_BINS = 24
@@ -116,22 +119,50 @@ def means(model: "PreTrainedModel", batches: "Iterable[Batch]", table: AnyTable)
 
 def _quantities(model: "PreTrainedModel", batch: "Batch", table: AnyTable) -> dict[str, Tensor]:
     """(N,) float64 by name, at each captured position of a batch."""
+    values = in_chunks(model, batch, table, quantities)
+    return values | {"position": batch.position_ids.flatten()[batch.positions].double().to(model.device) + 1}
+
+
+def in_chunks(model: "PreTrainedModel", batch: "Batch", table: AnyTable, of: OfPositions) -> dict[str, Tensor]:
+    """What a function finds at each captured position of a batch, with the logits of a chunk of them at a time."""
     head, vocabulary = output_head(model), torch.tensor(table.vocabulary, device=model.device)
     batch = batch.to(model.device)
     states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
-    teacher = _teacher(batch, vocabulary, table)
-    entropies = teacher.entropies if isinstance(teacher, SparseTargets) else teacher.head.entropies
+    teacher = teacher_of(batch, vocabulary, table)
     budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
-    width = head.weight.shape[0] + _ids(teacher)
-    rows = max(1, budget // (4 * width))
-    chunks = [slice(start, start + rows) for start in range(0, len(states), rows)]
-    parts = [_compare(head, len(vocabulary), states[c], teacher[c], batch.next_ids[c]) for c in chunks]
-    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    values |= {"teacher_cross_entropy": -batch.targets.next_logprobs.double(), "teacher_entropy": entropies.double()}
-    return values | {"position": batch.position_ids.flatten()[batch.positions].double() + 1}
+    rows = max(1, budget // (4 * (head.weight.shape[0] + _ids(teacher))))
+    parts = []
+    for start in range(0, len(states), rows):
+        chunk = slice(start, start + rows)
+        logits = head(states[chunk])[:, : len(vocabulary)].float()
+        top = logits.amax(1, keepdim=True)
+        logits -= top + (logits - top).exp_().sum(1, keepdim=True).log()
+        parts.append(of(logits, teacher[chunk], batch.next_ids[chunk], -batch.targets.next_logprobs[chunk].double()))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _teacher(batch: "Batch", vocabulary: Tensor, table: AnyTable) -> Known | SparseTargets:
+def quantities(logprobs: Tensor, teacher: Teacher, next_ids: Tensor, next_cross_entropy: Tensor) -> dict[str, Tensor]:
+    """(n,) float64 by name: all that is summed up, see ``positions.compare``; of an average of teachers, what is known.
+
+    Args:
+        logprobs: (n, V) of the student, in nats; overwritten.
+        teacher: from ``teacher_of``.
+        next_ids: (n,) the tokens that follow.
+        next_cross_entropy: (n,) the teacher's cross-entropy with them.
+    """
+    more = {"teacher_cross_entropy": next_cross_entropy}
+    if isinstance(teacher, Known):
+        return compare(logprobs, teacher, next_ids) | more | {"teacher_entropy": teacher.head.entropies.double()}
+    log_s = logprobs.gather(1, teacher.ids)
+    return more | {
+        "teacher_entropy": teacher.entropies.double(),
+        "cross_entropy": -logprobs.gather(1, next_ids[:, None])[:, 0].double(),
+        "forward_kl": (cross_entropy(teacher.logprobs, log_s) - teacher.entropies).double(),
+        "agreement": (logprobs.argmax(1) == teacher.ids[:, 0]).double(),
+    }
+
+
+def teacher_of(batch: "Batch", vocabulary: Tensor, table: AnyTable) -> Teacher:
     """What the table knows of the teacher; of an average of teachers, only an unbiased estimate."""
     if isinstance(batch.targets, AveragedTargets):
         return decode_batch(batch.targets, vocabulary, table.temperatures, LossConfig(target="sampled"))
@@ -141,27 +172,10 @@ def _teacher(batch: "Batch", vocabulary: Tensor, table: AnyTable) -> Known | Spa
     return Known(head, draws, mass_error=1 / 64 if derived else 2e-5)
 
 
-def _ids(teacher: Known | SparseTargets) -> int:
+def _ids(teacher: Teacher) -> int:
     """Roughly, how many logits would take as much memory as the computations with the teacher's stored ids."""
     ids = [teacher.ids] if isinstance(teacher, SparseTargets) else [teacher.head.ids, teacher.draws.ids]
     return 16 * sum(part.shape[1] for part in ids)
-
-
-def _compare(
-    head: OutputHead, vocabulary: int, states: Tensor, teacher: Known | SparseTargets, next_ids: Tensor
-) -> dict[str, Tensor]:
-    logits = head(states)[:, :vocabulary].float()
-    top = logits.amax(1, keepdim=True)
-    logits -= top + (logits - top).exp_().sum(1, keepdim=True).log()
-    if isinstance(teacher, Known):
-        return compare(logits, teacher, next_ids)
-    most_likely = teacher.ids[:, 0]
-    log_s = logits.gather(1, teacher.ids)
-    return {
-        "cross_entropy": -logits.gather(1, next_ids[:, None])[:, 0].double(),
-        "forward_kl": (cross_entropy(teacher.logprobs, log_s) - teacher.entropies).double(),
-        "agreement": (logits.argmax(1) == most_likely).double(),
-    }
 
 
 def _require_numbers(values: Mapping[str, Tensor], model: "PreTrainedModel") -> None:

@@ -42,9 +42,9 @@ def read_student(folder: Path) -> StudentRecord:
 
 def is_model(path: Path, name: str) -> bool:
     """Whether this is a model or an adapter that softlabel did not train: in a folder, or on the hub."""
-    if path.exists() or name.startswith((".", "/", "~")):
+    if path.exists() or path.parent.exists():
         return (path / "config.json").is_file() or (path / ADAPTER).is_file()
-    return HUB_NAME.fullmatch(name) is not None and name.count("/") == 1
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def stored_dtype(folder: Path) -> Literal["bfloat16", "float32"]:

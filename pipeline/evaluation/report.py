@@ -23,7 +23,9 @@ from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
 from softlabel.pipeline.evaluation.charts import Curve, Dot
 from softlabel.pipeline.evaluation.metrics import DRAFT
+from softlabel.pipeline.evaluation.partings import Place
 from softlabel.pipeline.evaluation.positions import TOP
+from softlabel.pipeline.evaluation.standings import Gap, Standing
 from softlabel.pipeline.evaluation.summary import Comparison, Group, Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.unfinished import claim, claimed
 from softlabel.pipeline.students.record import StudentRecord
@@ -109,6 +111,8 @@ class ColumnBytes:
 class Header:
     """What every report says about the table and the evaluation."""
 
+    format: int = 1
+    """Version of the report's JSON, raised when a field is dropped or changes its meaning; fields may be added."""
     table: str
     version: int
     created: str
@@ -138,6 +142,11 @@ class Report(Header):
     students: tuple[StudentSummary, ...]
     comparisons: tuple[Comparison, ...]
     """Each pair of students, compared over the same documents."""
+    gap: Gap | None
+    standings: tuple[Standing, ...]
+    """All students, the closest to the teacher first."""
+    places: tuple[Place, ...]
+    """Some positions at which the first student parts from the teacher."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,8 @@ class EvaluationReport:
     """Further sequences of the eval split whose document also occurs in the train split."""
     teacher: Score
     students: tuple[Score, ...]
+    standings: tuple[Standing, ...]
+    """All students, the closest to the teacher first."""
     verdict: str
     """Which student is closest to the teacher, and whether the difference is real, in a sentence or two."""
     kl_kind: str
@@ -222,6 +233,7 @@ class EvaluationReport:
             left_out_documents=report.left_out_documents,
             teacher=Score.of_teacher(report.teacher),
             students=tuple(map(Score.of, report.students)),
+            standings=report.standings,
             verdict=verdict(report),
             kl_kind=report.students[0].metrics.kl_kind,
         )
@@ -347,7 +359,14 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"count": _count, "short": _short, "flat": _flat, "combine": operator.or_, "reach": reach}
+    templates.filters |= {
+        "visible": _visible,
+        "count": _count,
+        "short": _short,
+        "flat": _flat,
+        "combine": operator.or_,
+        "reach": reach,
+    }
     return templates.get_template(template).render(
         report=report,
         title=_title([student.name for student in report.students], report.teacher.name),
@@ -365,8 +384,9 @@ def _command(report: Header) -> str:
     """The command that makes this report again."""
     given = report.config
     models = " ".join(quote(str(name)) for name in given.get("students", ()))
-    by = "".join(f" --by {quote(name)}" for name in given.get("by", ()))
-    return f"softlabel evaluate {quote(report.table)}@{report.version} {models}{by}"
+    more = "".join(f" --{name} {quote(given[name])}" for name in ("control", "reference") if given.get(name))
+    more += "".join(f" --by {quote(name)}" for name in given.get("by", ()))
+    return f"softlabel evaluate {quote(f'{report.table}@{report.version}')} {models}{more}"
 
 
 def _drawings(report: Report) -> dict[str, str]:
@@ -487,6 +507,13 @@ def _mean(value: Estimate | None) -> float | None:
 
 def _count(number: int | None) -> str:
     return "—" if number is None else f"{number:,}"
+
+
+def _visible(token: str) -> str:
+    """A token whose line ends and outer spaces can be seen."""
+    inner = token.strip(" ")
+    left = len(token) - len(token.lstrip(" "))
+    return ("␣" * left + inner + "␣" * (len(token) - len(inner) - left)).replace("\n", "↵").replace("\t", "⇥")
 
 
 def _short(number: int | None) -> str:

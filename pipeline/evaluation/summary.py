@@ -22,6 +22,7 @@ from softlabel.pipeline.evaluation.metrics import (
     POSITION_BINS,
     TEACHER_CALIBRATION,
 )
+from softlabel.pipeline.evaluation.standings import Gap
 
 KlKind = Literal["unbiased", "lower bound", "mean over teachers"]
 
@@ -328,6 +329,20 @@ def compared(names: Sequence[str], measurements: Sequence[Measurement]) -> tuple
                 )
             )
     return tuple(pairs)
+
+
+def gaps_closed(
+    names: Sequence[str], measurements: Sequence[Measurement], gap: Gap | None
+) -> tuple[Estimate | None, ...]:
+    """Share of the gap in forward KL between control and reference that each student closes; None without a gap."""
+    if gap is None:
+        return (None,) * len(names)
+    kl = {name: each.ratio("forward_kl") for name, each in zip(names, measurements, strict=True)}
+    start = kl[gap.control]
+    width = start - (0.0 if gap.reference is None else kl[gap.reference])
+    documents = measurements[0].documents
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return tuple(estimate((start - kl[name]) / width, documents) for name in names)
 
 
 def _ratio(cells: Mapping[str, Floats], name: str, by: str, cell: int) -> Floats:

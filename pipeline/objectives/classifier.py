@@ -22,6 +22,7 @@ from softlabel.pipeline.evaluation.classifier_metrics import (
     MeasuredClasses,
     compare,
     compared,
+    gaps_closed,
     mean,
     measure_classes,
 )
@@ -34,6 +35,7 @@ from softlabel.pipeline.evaluation.classifier_report import (
     to_json,
 )
 from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, write
+from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import SparseTargets, Target
@@ -234,9 +236,17 @@ class HeldOutDocuments:
         return MeasuredClassifier(student, measure_classes(model, batches()))
 
     def report(
-        self, header: Header, teacher: NamedTeacher, students: Sequence["MeasuredClassifier"], folder: Path
+        self,
+        header: Header,
+        teacher: NamedTeacher,
+        students: Sequence["MeasuredClassifier"],
+        gap: Gap | None,
+        folder: Path,
     ) -> ClassEvaluation:
         """See ``HeldOut``."""
+        names, measured = [each.student.name for each in students], [each.measured for each in students]
+        comparisons = compared(names, measured)
+        kl, closed = [each.metrics.kl for each in measured], gaps_closed(names, measured, gap)
         report = ClassReport(
             **vars(header),
             documents=self.size,
@@ -245,7 +255,9 @@ class HeldOutDocuments:
             unmapped=mean(self.documents.unmapped),
             teacher=ClassTeacher(**vars(teacher), metrics=self._teacher_metrics()),
             students=tuple(ClassStudent(**vars(each.student), metrics=each.measured.metrics) for each in students),
-            comparisons=compared([each.student.name for each in students], [each.measured for each in students]),
+            comparisons=comparisons,
+            gap=gap,
+            standings=standings_of(names, kl, comparisons, closed),
         )
         return ClassEvaluation.of(report, *write(to_html(report), to_json(report), folder))
 

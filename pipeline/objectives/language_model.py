@@ -7,10 +7,11 @@ and no device.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.evaluation import partings
 from softlabel.pipeline.evaluation.bootstrap import effective
 from softlabel.pipeline.evaluation.metrics import empty_sums, means, measure
+from softlabel.pipeline.evaluation.partings import Likeliest
 from softlabel.pipeline.evaluation.report import (
     EvaluationReport,
     Header,
@@ -33,7 +36,8 @@ from softlabel.pipeline.evaluation.report import (
     to_json,
     write,
 )
-from softlabel.pipeline.evaluation.summary import Measurement, compared
+from softlabel.pipeline.evaluation.standings import Gap, standings_of
+from softlabel.pipeline.evaluation.summary import Measurement, compared, gaps_closed
 from softlabel.pipeline.evaluation.token_bytes import token_bytes
 from softlabel.pipeline.evaluation.unfinished import ALL, Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
@@ -108,7 +112,7 @@ class LanguageModel:
     ) -> "HeldOutPositions":
         """See ``Objective``."""
         tokenizer = self.origin.tokenizer()
-        return HeldOutPositions(Holdout.of(table, by), token_bytes(tokenizer, self.origin.vocabulary))
+        return HeldOutPositions(Holdout.of(table, by), tokenizer, token_bytes(tokenizer, self.origin.vocabulary))
 
     def _max_k(self, stream: StreamConfig) -> int | None:
         return dropping(stream.max_k, self.origin.head)
@@ -164,9 +168,15 @@ class HeldOutPositions:
     """The ``HeldOut`` of a table of positions."""
 
     holdout: Holdout
+    tokenizer: Any
     sizes: NDArray[np.int64]
     """(V,) bytes of text that each token id stands for."""
     unit = "positions"
+
+    @cached_property
+    def sample(self) -> HeldOutBatch:
+        """A batch to show places of."""
+        return next(self.holdout.batches(partings.BATCH_TOKENS, packing=False))
 
     @property
     def size(self) -> int:
@@ -194,16 +204,24 @@ class HeldOutPositions:
         batches = self.holdout.batches(batch_tokens, separates(model), start)
         measure(model, batches, self.holdout.table, self.sizes, sums, after)
         unfinished.save(sums, ALL)
-        return MeasuredStudent(student, Measurement(sums, effective(self.holdout.document_positions)))
+        likeliest = partings.of_student(model, self.sample, self.holdout.table)
+        return MeasuredStudent(student, Measurement(sums, effective(self.holdout.document_positions)), likeliest)
 
     def report(
-        self, header: Header, teacher: NamedTeacher, students: Sequence["MeasuredStudent"], folder: Path
+        self,
+        header: Header,
+        teacher: NamedTeacher,
+        students: Sequence["MeasuredStudent"],
+        gap: Gap | None,
+        folder: Path,
     ) -> EvaluationReport:
         """See ``HeldOut``."""
         holdout = self.holdout
         average = isinstance(holdout.table, View) and holdout.table.average
         documents = len(holdout.document_positions)
-        measured = [each.measurement for each in students]
+        names, measured = [each.student.name for each in students], [each.measurement for each in students]
+        comparisons = compared(names, measured)
+        closed = gaps_closed(names, measured, gap)
         report = Report(
             **vars(header),
             sequences=holdout.sequences,
@@ -219,7 +237,15 @@ class HeldOutPositions:
                 )
                 for each in students
             ),
-            comparisons=compared([each.student.name for each in students], measured),
+            comparisons=comparisons,
+            places=partings.places(
+                self.sample,
+                partings.of_teacher(self.sample, holdout.table),
+                [each.likeliest for each in students],
+                self.tokenizer,
+            ),
+            gap=gap,
+            standings=standings_of(names, [each.mean("forward_kl") for each in measured], comparisons, closed),
         )
         return EvaluationReport.of(report, *write(to_html(report), to_json(report), folder))
 
@@ -230,6 +256,8 @@ class MeasuredStudent:
 
     student: TrainedStudent
     measurement: Measurement
+    likeliest: Likeliest
+    """Its likeliest tokens in the sample."""
 
 
 def _evaluation(table: AnyTable, stream: StreamConfig) -> list[Batch]:

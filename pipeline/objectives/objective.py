@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.report import EvaluationReport, Header, NamedTeacher, TrainedStudent
+from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.targets import Target
 from softlabel.pipeline.students.source import StudentSource
@@ -69,9 +70,16 @@ class HeldOut(Protocol[S]):
         """
 
     def report(
-        self, header: Header, teacher: NamedTeacher, students: Sequence[S], folder: Path
+        self, header: Header, teacher: NamedTeacher, students: Sequence[S], gap: Gap | None, folder: Path
     ) -> EvaluationReport | ClassEvaluation:
         """Write report.html and report.json.
+
+        Args:
+            header: what every report says.
+            teacher: the table's teacher.
+            students: from ``measure``.
+            gap: the models between which it is shown how far each student gets.
+            folder: the report's folder.
 
         Raises:
             UsageError: if they can't be written.

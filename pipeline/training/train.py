@@ -264,6 +264,13 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
             do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
             "goes to eval",
         )
+    if not trainable.evaluation and ranks.is_main_process:
+        warnings.warn(
+            f"nothing is held out in version {job.table.version} of {job.table.location}, so the student is not "
+            "evaluated while it is trained, and softlabel evaluate can't measure it on this table. To evaluate it, "
+            "capture more documents, or into a new table with a larger shards.eval_fraction.",
+            stacklevel=2,
+        )
     if settings.sharding == "full" and ranks.num_processes > 1:
         shard(trainable.module, ranks.device, settings.bf16)
     trainer = DistillationTrainer(job, trainable, arguments, dataset, watch, stop)

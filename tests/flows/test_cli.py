@@ -11,6 +11,7 @@ VERBS = (
     "capture",
     "train",
     "evaluate",
+    "compare",
     "distill",
     "verify",
     "maintain",

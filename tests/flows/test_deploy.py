@@ -27,7 +27,7 @@ from tests.flows.servers import prefect_server, wait_until
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
-FLOWS = {"capture", "estimate", "train", "evaluate", "distill", "reprocess", "mix", "verify", "maintain"}
+FLOWS = {"capture", "estimate", "train", "evaluate", "compare", "distill", "reprocess", "mix", "verify", "maintain"}
 READ_TABLES_ONLY = {"reprocess", "mix", "maintain"}
 
 

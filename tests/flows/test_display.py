@@ -20,7 +20,9 @@ def test_classifiers_are_shown_next_to_their_teacher(capsys: pytest.CaptureFixtu
         ClassScore("teacher", None, None, None, None, 0.0, None),
         ClassScore("s", 0.5, 0.4, 0.3, 0.2, 0.125, 1000),
     )
-    evaluated = ClassEvaluation("report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:], "s wins.")
+    evaluated = ClassEvaluation(
+        "report.html", "report.json", "table", 3, 4, 1, 0.25, scores[0], scores[1:], (), "s wins."
+    )
     show_distill(DistillReport(captured, {"student": trained}, evaluated))
     shown = capsys.readouterr().out
     for text in (
@@ -51,3 +53,9 @@ def test_the_command_suggested_after_a_capture_works_with_a_teacher_of_two_layer
     show_capture(CaptureReport("table", 3, 20, 20, 0, 0, None, 2, 0, 0, 0, 0, 0.1))
     [depth] = re.findall(r"softlabel train table STUDENT --student\.depth (\d+)\n", capsys.readouterr().out)
     assert spread(int(depth), 2) == (0, 1)
+
+
+def test_a_capture_that_holds_nothing_out_says_so(capsys: pytest.CaptureFixture[str]):
+    for held_out in (True, False):
+        show_capture(CaptureReport("table", 3, 20, 20, 0, 0, None, 0, 1, 0, 9, 9, 0.1, held_out=held_out))
+        assert ("no document is held out" in capsys.readouterr().out) is not held_out

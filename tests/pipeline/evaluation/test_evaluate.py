@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.evaluation import partings
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
@@ -29,6 +31,7 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
@@ -379,6 +382,27 @@ def test_results_are_shown_by_a_column(captured, tiny_teacher, tmp_path):
     assert [group["positions"] for group in groups] == sorted((group["positions"] for group in groups), reverse=True)
     with pytest.raises(UsageError, match="no such column"):
         run(captured, tiny_teacher, report=tmp_path / "report", by=("source",))
+
+
+def test_places_where_students_part_from_the_teacher_are_shown(captured, tiny_teacher, students, tmp_path):
+    own = make_student(tmp_path / "own", tiny_teacher, recorded(captured), noise=0.1)
+    result, _ = run(captured, own, tiny_teacher, report=tmp_path / "report")
+    places = json.loads(Path(result.json).read_text())["places"]
+    assert len(places) == partings.PLACES
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(own).eval(), AutoTokenizer.from_pretrained(own)
+    texts = {row["document_id"]: row["token_ids"] for row in read(captured, captured.shards("eval")[0]).to_pylist()}
+    assert max(Counter(place["document"] for place in places).values()) == 2
+    for place in places:
+        ids = texts[place["document"]]
+        ends = [i for i in range(1, len(ids)) if tokenizer.decode(ids[max(0, i - 24) : i]) == place["before"]]
+        with torch.no_grad():
+            top = model(torch.tensor(ids)[None]).logits[0, ends[0] - 1, :V].softmax(0).topk(3)
+        assert tokenizer.decode([ids[ends[0]]]) == place["token"]
+        mine, teachers = place["students"]
+        assert [each["token"] for each in mine] == [tokenizer.decode([token]) for token in top.indices]
+        assert [each["probability"] for each in mine] == pytest.approx(top.values.tolist(), rel=1e-3)
+        for each, itself in zip(place["teacher"], teachers, strict=False):
+            assert each["token"] == itself["token"]
 
 
 def test_values_of_a_column_beyond_the_largest_count_together(captured, monkeypatch):

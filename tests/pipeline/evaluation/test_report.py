@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
+from softlabel.pipeline.evaluation.partings import Likely, Place
 from softlabel.pipeline.evaluation.report import (
     Report,
     StudentSummary,
@@ -16,6 +17,7 @@ from softlabel.pipeline.evaluation.report import (
     to_json,
     write,
 )
+from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.summary import (
     Bin,
     Bounded,
@@ -87,13 +89,14 @@ def student(name, kl, **changes):
     )
 
 
-def report(*students, left_out=0, left_out_documents=0, error=0.02):
+def report(*students, left_out=0, left_out_documents=0, error=0.02, gap=None):
     teacher = TeacherMetrics(mean(2.61), mean(13.6), mean(0.8), mean(2.58), students[0].metrics.calibration)
     comparisons = [
         Comparison(a.name, b.name, *(difference(a, b, error) for _ in range(3)))
         for place, a in enumerate(students)
         for b in students[place + 1 :]
     ]
+    closed = [None if gap is None else mean(0.5) for _ in students]
     return Report(
         table="out/table",
         version=3,
@@ -106,6 +109,12 @@ def report(*students, left_out=0, left_out_documents=0, error=0.02):
         teacher=TeacherSummary("teach", 134_515_008, teacher),
         students=students,
         comparisons=tuple(comparisons),
+        gap=gap,
+        places=tuple(
+            Place("doc", f"{HOSTILE} some text", token, (Likely(token, 0.7), Likely(" other\n", 0.2)), likely)
+            for token, likely in ((" next", ((Likely(HOSTILE, 0.6),),) * len(students)),)
+        ),
+        standings=standings_of([s.name for s in students], [s.metrics.kl for s in students], comparisons, closed),
         columns=column_costs({"head_ids": 20_000, "entropies": 1_500, "key": 16}, positions=1000),
         identity={"teacher": {"dtype": "bfloat16"}, "vocabulary": 49152},
         circumstances={"torch": "2.13.0"},
@@ -200,7 +209,8 @@ def test_names_are_escaped():
     page = Page(to_html(report(student(HOSTILE, 1.5, warnings=(HOSTILE,)), student("control", 2.0))))
     assert not [tag for tag, _ in page.elements if tag == "script"]
     assert page.tables["scores"][2][0].startswith(HOSTILE)
-    assert page.text.count(HOSTILE) >= 4
+    assert page.text.count(HOSTILE) >= 6
+    assert "␣other↵" in page.text
 
 
 def test_the_charts_show_each_student_in_a_different_color():
@@ -317,3 +327,13 @@ def test_a_report_on_another_table_or_other_students_is_kept(tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "report.json").write_text("{")
     assert prepare(tmp_path / "damaged", made.table, students) == tmp_path / "damaged-2"
+
+
+def test_students_are_ranked_and_those_that_can_not_be_told_apart_share_a_place():
+    names = {"small": 2.0, "best": 1.5, "equal": 1.51, "control": 3.0}
+    made = report(*(student(name, kl) for name, kl in names.items()), gap=Gap("control", None))
+    page = Page(to_html(made))
+    places = [["best", "1"], ["equal", "1"], ["small", "3"], ["control", "4"]]
+    assert [row[:2] for row in page.tables["standings"][1:]] == places
+    assert page.tables["standings"][1][2] == "50.0 ±4.0"
+    assert "The gap is between the KL of control and 0, that of the teacher." in page.text

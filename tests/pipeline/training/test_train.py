@@ -246,7 +246,8 @@ def test_bfloat16_and_gradient_checkpointing_train_a_similar_student(uninterrupt
 
 def test_without_an_eval_split_only_runs_that_need_one_are_refused(tiny_teacher, tmp_path):
     own = make_table(tmp_path / "table", tiny_teacher, train=8, held_out=0)
-    report = train(settings(own, tmp_path / "student", optimizer={"max_steps": 2}))
+    with pytest.warns(UserWarning, match="nothing is held out in version"):
+        report = train(settings(own, tmp_path / "student", optimizer={"max_steps": 2}))
     assert report.steps == 2
     assert report.metrics == {}
     for depends in ({"early_stopping_patience": 1}, {"keep": "best"}):
