@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from softlabel.flows.artifacts import publishing_progress
 from softlabel.flows.events import announcing
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
@@ -47,11 +48,12 @@ def flow_of(work: CaptureFunction) -> Flow[[CaptureConfig], CaptureReport]:
         with (
             recorded(),
             retrying(),
-            publishing_progress("capture-progress") as watch,
             announcing(config.table, "capture"),
+            reported(),
+            publishing_progress("capture-progress") as watch,
         ):
             report = work(config, watch, as_task)
-        create_table_artifact([vars(report)], key="capture", description=f"Captured into {report.table}")
+        publish(create_table_artifact, [vars(report)], key="capture", description=f"Captured into {report.table}")
         return report
 
     return capture_flow

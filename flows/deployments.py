@@ -4,6 +4,7 @@ This file only describes them; ``deploy`` compares the description with a server
 describes its own deployments, and how they differ from the shipped ones, in a YAML file of ``DeployConfig``.
 """
 
+from collections.abc import Collection
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, Literal, Self, get_args
@@ -34,13 +35,15 @@ _ON_CPU: tuple[FlowName, ...] = ("reprocess", "mix", "maintain")
 _NIGHTLY, _WEEKLY_CHECK, _WEEKLY_CLEANING = "0 2 * * *", "0 5 * * 0", "0 7 * * 0"
 _SILENT_HEARTBEATS = 3
 """A run is lost when so many of its heartbeats in a row do not arrive."""
+_SECONDS_TO_SEND = 30
+"""After an outage of the server, the heartbeats of a live run arrive again with the next one, a little later."""
 _ONCE = timedelta(seconds=10)
 """The server may handle an event several times; within this time, the same one triggers an automation only once."""
 _STARTS = 3
 """A run whose process dies is started again, up to this many starts in all."""
 _ENDED = {
     f"prefect.flow-run.{state}"
-    for state in ("Completed", "Failed", "Crashed", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+    for state in ("Completed", "Failed", "Crashed", "Lost", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
 }
 """Events after which a run need not show that it is alive."""
 
@@ -126,7 +129,7 @@ class DeployConfig(Settings):
     pending_minutes: PositiveInt = 30
     """A run that a worker has taken, but not started within this many minutes, is handed out again."""
     notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
-    """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails or crashes."""
+    """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails, crashes or is lost."""
     deployments: tuple[DeploymentConfig, ...] = ()
     """Deployments of your own. One with the same flow and name as a shipped deployment replaces it."""
 
@@ -164,14 +167,32 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
         notify: id of the block to notify of failures.
     """
     silent = timedelta(seconds=_SILENT_HEARTBEATS * config.heartbeat_seconds)
+    lost = {"prefect.flow-run.Lost"}
     alive = {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"}
     pending = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting", "prefect.flow-run.InfrastructurePending"}
+    again = silent / _SILENT_HEARTBEATS + timedelta(seconds=_SECONDS_TO_SEND)
     found = [
         _automation(
             "lost runs",
-            f"A run without a heartbeat for {silent} (hours:minutes:seconds) counts as crashed and frees its slot.",
+            f"A run without a heartbeat for {silent} (hours:minutes:seconds) is lost and frees its slot.",
             _missing(alive, alive | _ENDED, silent),
-            _crash(f"No heartbeat for {silent} (hours:minutes:seconds): the run's process or its machine is gone."),
+            _state(
+                StateType.CRASHED,
+                "Lost",
+                f"No heartbeat for {silent}: its process or machine, or this server, was gone",
+            ),
+        ),
+        _automation(
+            "lost runs that are alive",
+            "A lost run with a heartbeat is running: it was the server that was gone.",
+            _reactive({"prefect.flow-run.heartbeat"}, after=lost, within=silent),
+            _state(StateType.RUNNING, "Running", "Its heartbeats have arrived again."),
+        ),
+        _automation(
+            "start lost runs again",
+            f"A lost run that does not show up within {again} is started again, at most {_STARTS} starts in all.",
+            _missing(lost, ({"prefect.flow-run.Running"} | _ENDED) - lost, again, match=_STARTED),
+            _again("The run was lost, and is started again."),
         ),
         _automation(
             "runs that never start",
@@ -181,36 +202,18 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
         ),
         _automation(
             "start crashed runs again",
-            f"A crashed run is started again, at most {_STARTS} starts in all. It continues where it stopped.",
-            EventTrigger(
-                match={
-                    "prefect.resource.id": "prefect.flow-run.*",
-                    # Not 0: a run that can't even be loaded would crash again at once, for ever.
-                    "prefect.run-count": [str(count) for count in range(1, _STARTS)],
-                },
-                match_related=_OURS,
-                expect={"prefect.flow-run.Crashed"},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Reactive,
-                within=_ONCE,
-            ),
+            f"A run whose process died is started again, at most {_STARTS} starts in all.",
+            _reactive({"prefect.flow-run.Crashed"}, _STARTED),
             _again("The run crashed, and is started again."),
         ),
     ]
     if notify:
-        failed = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
+        failed = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"} | lost
         found.append(
             _automation(
                 "failures",
-                f"Tells {config.notify} of each run that fails or crashes.",
-                EventTrigger(
-                    match=_RUNS,
-                    match_related=_OURS,
-                    expect=failed,
-                    for_each={"prefect.resource.id"},
-                    posture=Posture.Reactive,
-                    within=_ONCE,
-                ),
+                f"Tells {config.notify} of each run that fails, crashes or is lost.",
+                _reactive(failed),
                 SendNotification(
                     block_document_id=notify,
                     subject="softlabel: {{ flow_run.name }} {{ flow_run.state.name }}",
@@ -252,14 +255,22 @@ def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[Auto
     return found
 
 
-_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
+_RUNS: dict[str, Any] = {"prefect.resource.id": "prefect.flow-run.*"}
+# Not 0: a run that can't even be loaded would crash again at once, for ever.
+_STARTED = _RUNS | {"prefect.run-count": [str(count) for count in range(1, _STARTS)]}
 _OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 
 
-def _missing(after: set[str], expected: set[str], within: timedelta, related: dict[str, str] = _OURS) -> EventTrigger:
+def _missing(
+    after: set[str],
+    expected: set[str],
+    within: timedelta,
+    related: dict[str, str] = _OURS,
+    match: dict[str, Any] = _RUNS,
+) -> EventTrigger:
     """Fires for a run that had one of the events, and none of the expected ones within the time."""
     return EventTrigger(
-        match=_RUNS,
+        match=match,
         match_related=related,
         after=after,
         expect=expected,
@@ -270,12 +281,30 @@ def _missing(after: set[str], expected: set[str], within: timedelta, related: di
     )
 
 
-def _crash(message: str) -> ChangeFlowRunState:
-    return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message)
+def _reactive(
+    expected: set[str],
+    match: dict[str, Any] = _RUNS,
+    after: Collection[str] = (),
+    within: timedelta = _ONCE,
+) -> EventTrigger:
+    """Fires once for a run that has one of the expected events; with ``after``, within a time after one of these."""
+    return EventTrigger(
+        match=match,
+        match_related=_OURS,
+        after=set(after),
+        expect=expected,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        within=within,
+    )
+
+
+def _state(kind: StateType, name: str, message: str) -> ChangeFlowRunState:
+    return ChangeFlowRunState(state=kind, name=name, message=message)
 
 
 def _again(message: str) -> ChangeFlowRunState:
-    return ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)
+    return _state(StateType.SCHEDULED, "AwaitingRetry", message)
 
 
 def _automation(name: str, description: str, trigger: EventTrigger, action: Any) -> AutomationCore:

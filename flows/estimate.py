@@ -3,6 +3,7 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.pipeline.config.estimate import EstimateConfig
@@ -12,10 +13,11 @@ from softlabel.pipeline.estimation.estimate import Estimate, estimate
 @flow(name="estimate", flow_run_name="estimate {config.sources}", persist_result=False)
 def estimate_flow(config: EstimateConfig) -> Estimate:
     """Estimate the size, cost and time of a capture from a small sample; nothing is captured."""
-    with retrying(), watching() as watch:
+    with retrying(), reported(), watching() as watch:
         report = estimate(config, watch)
     if report.selections:
-        create_table_artifact(
+        publish(
+            create_table_artifact,
             [vars(selection) for selection in report.selections],
             key="selections",
             description=f"Estimate for {report.positions:,} positions of {config.sources}, by selection",

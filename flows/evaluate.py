@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
@@ -20,7 +21,7 @@ from softlabel.pipeline.evaluation.report import EvaluationReport, pictures
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)
 def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
     """Compare students with the teacher on the table's eval split, and write a report."""
-    with recorded(), retrying(), watching() as watch:
+    with recorded(), retrying(), reported(), watching() as watch:
         report = evaluate(config, watch)
     show_report(report)
     return report
@@ -28,12 +29,14 @@ def evaluate_flow(config: EvaluateConfig) -> EvaluationReport | ClassEvaluation:
 
 def show_report(report: EvaluationReport | ClassEvaluation) -> None:
     """Show the scores and the report in Prefect's UI."""
-    create_table_artifact(
+    publish(
+        create_table_artifact,
         [asdict(score) for score in (report.teacher, *report.students)],
         key="students",
         description=f"Scores on {report.measured} of {report.table}@{report.version}",
     )
-    create_markdown_artifact("\n\n".join(_markdown(report)), key="report", description="Report of the evaluation")
+    markdown = "\n\n".join(_markdown(report))
+    publish(create_markdown_artifact, markdown, key="report", description="Report of the evaluation")
 
 
 def _markdown(report: EvaluationReport | ClassEvaluation) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import MaintainConfig
@@ -12,9 +13,9 @@ from softlabel.pipeline.tables.maintain import MaintainReport, maintain
 @flow(name="maintain", flow_run_name="maintain {config.table}", persist_result=False)
 def maintain_flow(config: MaintainConfig) -> MaintainReport:
     """Delete the files that no version of a table refers to and no writer is writing; or tag and drop versions."""
-    with recorded(), retrying():
+    with recorded(), retrying(), reported():
         report = maintain(config)
     if report.deletion and report.deletion.deleted and not report.deletion.dry_run:
         rows = [vars(leftover) for leftover in report.deletion.deleted]
-        create_table_artifact(rows, key="deleted", description=f"Deleted from {report.table}")
+        publish(create_table_artifact, rows, key="deleted", description=f"Deleted from {report.table}")
     return report

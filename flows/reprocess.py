@@ -5,6 +5,7 @@ from prefect.artifacts import create_table_artifact
 
 from softlabel.flows.artifacts import publishing_progress
 from softlabel.flows.events import announcing
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import ReprocessConfig
@@ -15,8 +16,16 @@ from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
     """Make a smaller table from a table, or change it in place as one new version; no teacher is needed."""
     target = config.destination or config.source
-    with recorded(), retrying(), publishing_progress("reprocess-progress") as watch, announcing(target, "reprocess"):
+    with (
+        recorded(),
+        retrying(),
+        announcing(target, "reprocess"),
+        reported(),
+        publishing_progress("reprocess-progress") as watch,
+    ):
         report = reprocess(config, watch)
     rows = [{"operation": report.operation, **vars(report.rows)}]
-    create_table_artifact(rows, key="reprocess", description=f"{report.source} reprocessed into {report.table}")
+    publish(
+        create_table_artifact, rows, key="reprocess", description=f"{report.source} reprocessed into {report.table}"
+    )
     return report

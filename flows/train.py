@@ -7,6 +7,7 @@ from prefect import flow
 from prefect._internal import control_listener
 
 from softlabel.flows.events import announce_student
+from softlabel.flows.outages import reported
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
@@ -17,7 +18,7 @@ from softlabel.pipeline.training.train import TrainReport, train
 @flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; a student that is already trained with these settings is left unchanged."""
-    with recorded(), retrying(), _cancellable(), watching() as watch:
+    with recorded(), retrying(), _cancellable(), reported(), watching() as watch:
         report = train(config, watch)
         announce_student(report)
     return report

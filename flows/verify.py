@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from softlabel.flows.events import announcing
+from softlabel.flows.outages import publish, reported
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
 from softlabel.flows.runs import recorded
@@ -24,7 +25,7 @@ def verify_flow(config: VerifyConfig) -> VerifyReport:
     """Check every byte of a table and, if its teacher is given, compare a sample with it; any difference fails."""
     changing = announcing(config.table, "verify") if config.remove_damaged else nullcontext()
     try:
-        with recorded(), retrying(), watching() as watch, changing:
+        with recorded(), retrying(), changing, reported(), watching() as watch:
             report = verify(config, watch)
     except IntegrityError as error:
         if isinstance(error.details, Verification):
@@ -40,10 +41,10 @@ def verify_flow(config: VerifyConfig) -> VerifyReport:
 
 def _publish_findings(report: Verification) -> None:
     rows = [{"file": finding.path, "problem": finding.problem} for finding in report.findings]
-    create_table_artifact(rows, key="damage", description=f"Damage in {report.location}@{report.version}")
+    publish(create_table_artifact, rows, key="damage", description=f"Damage in {report.location}@{report.version}")
 
 
 def _publish_disagreements(recheck: "Recheck") -> None:
     rows = [vars(sequence) for sequence in recheck.disagreements]
     description = f"Sequences on which {recheck.table}@{recheck.version} and its teacher differ"
-    create_table_artifact(rows, key="disagreement", description=description)
+    publish(create_table_artifact, rows, key="disagreement", description=description)

@@ -345,8 +345,6 @@ class StudentFolder:
             shutil.copytree(best, complete / STATE / best.name)
         if self.curves.is_dir():
             self.curves.rename(complete / self.curves.name)
-        for weights in complete.rglob("*.safetensors"):
-            shutil.copymode(complete / "config.json", weights)  # safetensors makes them readable only by their owner
         shutil.copytree(tokenizer, complete, dirs_exist_ok=True)
         keep_rules(complete, load_tokenizer(tokenizer))
         write_older_names(complete)

@@ -3,11 +3,16 @@
 A file system may keep a new name and lose the content behind it, unless the content was synced first. It may also lose
 the name, unless the folder with the name was synced. So the content is written under another name and synced, then it
 gets its name, and then the folders are synced. Only after that may a caller delete what has been superseded.
+
+Whoever may read or change a file follows from the umask alone, as for any other program: libraries make some files and
+folders for their owner only, and copies have the permissions of their originals.
 """
 
 import os
 import shutil
+import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -35,10 +40,14 @@ def write(path: Path, content: bytes, *, replace: bool = True) -> None:
 def publish(source: Path, target: Path) -> None:
     """Give a finished file, or a finished folder with all that is in it, its final name on the same file system.
 
+    It gets the permissions that the umask leaves.
+
     Args:
         source: the file or folder under its temporary name.
         target: its final name. A file replaces the file there; for a folder, there may be at most an empty folder.
     """
+    if source.is_dir() or not source.stat().st_mode & 0o077:
+        _as_umask_says(source)
     sync(source)
     make_folder(target.parent)
     source.replace(target)
@@ -113,6 +122,25 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _as_umask_says(path: Path) -> None:
+    """Give a file, or a folder with all that is in it, the permissions of a new file and a new folder."""
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        of_file = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    of_folder = of_file | (of_file & 0o444) >> 2  # who may read a folder may enter it
+    for part in [path, *path.rglob("*")]:
+        now = stat.S_IMODE(part.lstat().st_mode)
+        kept = now & ~0o777  # a folder may hand its group down
+        wanted = kept | (of_folder if part.is_dir() else of_file)
+        if now != wanted and not part.is_symlink():
+            with suppress(PermissionError):  # another user's, who has begun this training
+                part.chmod(wanted)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tests.conftest import ROOT
 
@@ -40,29 +40,44 @@ def answers(url: str) -> bool:
         return False
 
 
+class PrefectServer:
+    """A server whose services look for work every second; it can be killed, and started again at the same address."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}/api"
+        self.log = home / "server.log"
+        quick = {f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": "1" for service in SERVICES}
+        self._environment = quick | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"} | environment
+
+    def start(self) -> None:
+        with self.log.open("a") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "prefect", "server", "start", "--port", str(self._port)],
+                env=os.environ | self._environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+        wait_until(lambda: answers(self.url), seconds=120)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @contextmanager
-def prefect_server(home: Path, **environment: str) -> Iterator[Path]:
-    """Run a server whose services look for work every second; yields its log file, and sets its URL in this process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    quick = {f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": "1" for service in SERVICES}
-    log = home / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
-            env=os.environ | quick | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"} | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-        )
-    url = f"http://127.0.0.1:{port}/api"
+def prefect_server(home: Path, **environment: str) -> Iterator[PrefectServer]:
+    """Run a server, and set its URL in this process."""
+    server = PrefectServer(home, **environment)
     try:
-        wait_until(lambda: answers(url), seconds=60)
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield log
+        server.start()
+        with temporary_settings({PREFECT_API_URL: server.url}):
+            yield server
     finally:
-        process.terminate()
-        process.wait(20)
+        server.process.terminate()
+        server.process.wait(20)
 
 
 @contextmanager
@@ -85,3 +100,25 @@ def postgresql() -> Iterator[str]:
     finally:
         run("pg_ctl", "stop", "--mode=immediate")
         shutil.rmtree(folder)
+
+
+def of_server() -> dict[str, str]:
+    """The environment of a process that uses the server of this one."""
+    return os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def worker(*flags: str, log: Path | None = None, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a worker of the deployed work pool, which looks for runs every second."""
+    with (log or Path(os.devnull)).open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "softlabel", *flags],
+            env=of_server() | {"PREFECT_WORKER_QUERY_SECONDS": "1"} | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()

@@ -16,14 +16,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Pending
 
 from softlabel.flows.cli import run
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
 from tests.flows.commands import softlabel
-from tests.flows.servers import prefect_server, wait_until
+from tests.flows.servers import of_server, prefect_server, wait_until, worker
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
@@ -32,10 +32,10 @@ READ_TABLES_ONLY = {"reprocess", "mix", "maintain"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server of its own, since a deployment is visible to all."""
-    with prefect_server(tmp_path_factory.mktemp("server")) as log:
-        yield log
+    with prefect_server(tmp_path_factory.mktemp("server")):
+        yield
 
 
 @pytest.fixture
@@ -190,21 +190,17 @@ def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(ti
             run = client.create_flow_run_from_deployment(
                 train.id, parameters={"config": config.model_dump(mode="json")}
             )
-            worker = start_worker("--run-once")
-            wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)
-            worker.kill()
-            for process in processes_of(tmp_path):
-                os.kill(process, signal.SIGKILL)
-            another = start_worker()
-            try:
+            with worker("--run-once") as killed:
+                wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)
+                killed.kill()
+                for process in processes_of(tmp_path):
+                    os.kill(process, signal.SIGKILL)
+            with worker():
 
                 def now() -> FlowRun:
                     return client.read_flow_run(run.id)
 
                 wait_until(lambda: now().state_name == "Completed", seconds=300)
-            finally:
-                another.terminate()
-                another.wait()
             assert now().run_count >= 2
     record = json.loads((tmp_path / "student" / "softlabel.json").read_text())
     assert record["step"] == 400
@@ -231,25 +227,7 @@ def test_a_run_that_can_not_be_loaded_ends_instead_of_crashing_for_ever(tmp_path
             client.update_deployment(mix.id, DeploymentUpdate(entrypoint="softlabel.flows.mix.gone"))
             parameters = {"config": {"view": "v", "tables": ["a", "b"]}}
             run = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
-            worker = start_worker()
-            try:
+            with worker():
                 wait_until(lambda: client.read_flow_run(run.id).state_name == "Crashed", seconds=120)
                 time.sleep(5)
                 assert client.read_flow_run(run.id).state_name == "Crashed"
-            finally:
-                worker.terminate()
-                worker.wait()
-
-
-def start_worker(*flags: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "softlabel", *flags],
-        env=of_server(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def of_server() -> dict[str, str]:
-    """The environment of a process that uses the server of this one."""
-    return os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "OMP_NUM_THREADS": "1"}

@@ -19,15 +19,15 @@ SCHEDULES = {
 
 
 def test_every_kind_of_schedule_creates_runs(tmp_path: Path):
-    with prefect_server(tmp_path) as log:
-        assert_schedules_create_runs(log)
+    with prefect_server(tmp_path) as server:
+        assert_schedules_create_runs(server.log)
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not POSTGRES, reason="PostgreSQL is not installed")
 def test_every_kind_of_schedule_creates_runs_on_postgresql(tmp_path: Path):
-    with postgresql() as url, prefect_server(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as log:
-        assert_schedules_create_runs(log)
+    with postgresql() as url, prefect_server(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as server:
+        assert_schedules_create_runs(server.log)
 
 
 def assert_schedules_create_runs(log: Path) -> None:

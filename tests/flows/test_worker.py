@@ -12,7 +12,8 @@ import pytest
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
 from softlabel.pipeline.students.folder import newest_checkpoint
-from tests.flows.servers import wait_until
+from tests.flows.captures import DOCUMENTS, Capture
+from tests.flows.servers import prefect_server, wait_until, worker
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
@@ -36,17 +37,17 @@ def test_a_workers_log_lines_reach_the_server():
 def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_path: Path):
     table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
     config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 100_000, "save_steps": 1})
-    worker = start_worker({"config": config.model_dump(mode="json")})
+    process = start_worker({"config": config.model_dump(mode="json")})
     try:
         wait_until(lambda: any((tmp_path / "student.training").glob("checkpoint-*")), seconds=120)
         ranks = processes_of(tmp_path)
         assert len(ranks) == 2
         (flow,) = {parent(process) for process in ranks}
     finally:
-        worker.kill()
+        process.kill()
     os.kill(flow, signal.SIGKILL)
     wait_until(lambda: not processes_of(tmp_path), seconds=15)
-    worker.wait()
+    process.wait()
 
 
 @pytest.mark.long
@@ -58,7 +59,7 @@ def test_a_cancelled_training_saves_its_last_step_and_ends_as_cancelled(tiny_tea
     table = make_table(tmp_path / "table", tiny_teacher, held_out=0)
     endless = {"processes": 2, "max_steps": 100_000, "save_steps": 100_000}
     config = settings(table, tmp_path / "student", optimizer=endless)
-    worker = start_worker({"config": config.model_dump(mode="json")})
+    process = start_worker({"config": config.model_dump(mode="json")})
     run_folder = tmp_path / "student.training"
     try:
         with get_client(sync_client=True) as client:
@@ -73,10 +74,30 @@ def test_a_cancelled_training_saves_its_last_step_and_ends_as_cancelled(tiny_tea
             wait_until(lambda: state().is_final(), seconds=100)
             assert state().is_cancelled(), state()
     finally:
-        worker.kill()
-        worker.wait()
+        process.kill()
+        process.wait()
     assert not processes_of(tmp_path)
     assert newest_checkpoint(run_folder)
+
+
+@pytest.mark.long
+def test_a_cancelled_capture_says_of_no_worker_that_it_died(tiny_teacher: Path, tmp_path: Path):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    log = tmp_path / "worker.log"
+    with prefect_server(tmp_path):
+        deploy(DeployConfig())
+        capture = Capture(tmp_path, tiny_teacher, workers=2)
+        with worker(log=log, **capture.pace(3)):
+            wait_until(lambda: capture.has(1), seconds=180)
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(capture.id, Cancelling(), force=True)
+            wait_until(lambda: capture.run.state_name == "Cancelled", seconds=120)
+            wait_until(lambda: not processes_of("softlabel.pipeline.capturing.worker"), seconds=20)
+    assert not capture.has(DOCUMENTS)
+    assert set(capture.rows.values()) == {1}
+    assert "died" not in log.read_text(), log.read_text()
 
 
 def start_worker(parameters: dict[str, object]) -> "subprocess.Popen[bytes]":

@@ -1,0 +1,184 @@
+"""A Prefect server that is gone, or does not answer, costs a deployed run neither work nor the report of its end."""
+
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from softlabel.flows import maintain, outages
+from softlabel.flows.deploy import deploy
+from softlabel.flows.deployments import DeployConfig
+from softlabel.flows.maintain import maintain_flow
+from softlabel.pipeline.config.tables import MaintainConfig
+from softlabel.pipeline.tables.maintain import MaintainReport
+from softlabel.storage.errors import AccessError
+from tests.flows.captures import DOCUMENTS, IMPATIENT, Capture
+from tests.flows.servers import prefect_server, wait_until, worker
+from tests.flows.test_retries import REPORT, deployed_run, quick
+
+_ = quick
+
+
+@contextmanager
+def hanging() -> Iterator[int]:
+    """A port whose connections are accepted, and never answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """A server, or the proxy before one, that answers everything with one status."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def closed() -> Iterator[int]:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    yield port
+
+
+@pytest.mark.parametrize(
+    ("place", "is_out"),
+    [(closed(), True), (hanging(), True), (answering(503), True), (answering(500), True), (answering(401), False)],
+    ids=["nothing there", "hangs", "proxy without a server", "no database", "other password"],
+)
+def test_only_a_server_that_may_answer_later_is_waited_for(place, is_out, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(outages, "_SECONDS_FOR_AN_ANSWER", 0.3)
+    with place as port, temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+        assert bool(outages._outage(uuid4())) is is_out
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What the server is found to be, from the end of the work on."""
+    found: list[str | None] = ["gone", "gone", None]
+    monkeypatch.setattr(outages, "SECONDS_BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(outages, "_outage", lambda _: found.pop(0) if found else None)
+    return found
+
+
+@pytest.mark.usefixtures("prefect")
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_a_deployed_run_waits_for_the_server(
+    fails: bool, outage: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    left = [AccessError("the store did not answer")] if fails else []
+
+    def work(_: MaintainConfig) -> MaintainReport:
+        if left:
+            raise left.pop()
+        return REPORT
+
+    monkeypatch.setattr(maintain, "maintain", work)
+    caplog.set_level(logging.INFO, "softlabel")
+    run = deployed_run(tmp_path)
+    assert (run.state_name, run.run_count) == ("Completed", 1 + fails)
+    assert not outage
+    lines = [record.message for record in caplog.records if "Prefect server" in record.message]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "the work of this run has ended and is kept, but the Prefect server does not answer",
+        "the Prefect server answers again, after 0:00:00",
+    ]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(
+    outage: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr(outages, "HOURS", 0.0)
+    monkeypatch.setattr(maintain, "maintain", lambda _: REPORT)
+    assert deployed_run(tmp_path).state_name == "Completed"  # since the server of this test is there all the time
+    assert "this run ends unreported" in caplog.text
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_command_waits_for_no_server(outage: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(maintain, "maintain", lambda _: REPORT)
+    maintain_flow(MaintainConfig(table=str(tmp_path / "table")))
+    assert len(outage) == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["killed", "hanging"])
+def test_a_capture_goes_on_and_completes_after_an_outage_at_its_end(how: str, tiny_teacher: Path, tmp_path: Path):
+    log = tmp_path / "worker.log"
+    with prefect_server(tmp_path) as server:
+        deploy(DeployConfig())
+        capture = Capture(tmp_path, tiny_teacher)
+        with worker(log=log, **capture.pace(1.5), **IMPATIENT):
+            wait_until(lambda: capture.has(1), seconds=180)
+            assert not capture.has(DOCUMENTS)
+            server.kill() if how == "killed" else server.process.send_signal(signal.SIGSTOP)
+            before = len(capture.rows)
+            wait_until(lambda: capture.has(DOCUMENTS), seconds=180)
+            assert len(capture.rows) > before
+            wait_until(lambda: "waiting for it for up to" in log.read_text(), seconds=60)
+            time.sleep(20)  # longer than the client tries
+            server.start() if how == "killed" else server.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: capture.run.state_name == "Completed", seconds=120)
+    assert "the Prefect server answers again" in log.read_text()
+    assert capture.is_exact
+    assert capture.read_once
+
+
+@pytest.mark.long
+def test_a_run_that_fails_during_an_outage_is_tried_again_after_it(tiny_teacher: Path, tmp_path: Path):
+    log, failure = tmp_path / "worker.log", tmp_path / "fail"
+    with prefect_server(tmp_path) as server:
+        deploy(DeployConfig())
+        capture = Capture(tmp_path, tiny_teacher)
+        with worker(log=log, PACED_FAILURE=str(failure), **capture.pace(1.5), **IMPATIENT):
+            wait_until(lambda: capture.has(1), seconds=180)
+            server.kill()
+            failure.touch()
+            wait_until(lambda: "waiting for it for up to" in log.read_text(), seconds=60)
+            time.sleep(20)
+            server.start()
+            wait_until(lambda: capture.run.state_name == "Completed", seconds=240)
+            assert capture.run.run_count == 2
+    assert capture.is_exact
+
+
+@pytest.mark.long
+def test_a_run_that_outlives_an_outage_longer_than_its_heartbeats_is_not_started_twice(
+    tiny_teacher: Path, tmp_path: Path
+):
+    with prefect_server(tmp_path) as server:
+        deploy(DeployConfig(heartbeat_seconds=30))
+        capture = Capture(tmp_path, tiny_teacher)
+        # The worker itself gives up after twelve of its intervals, which get longer.
+        with worker(PREFECT_WORKER_QUERY_SECONDS="10", **capture.pace(9), **IMPATIENT):
+            wait_until(lambda: capture.has(1), seconds=180)
+            server.kill()
+            time.sleep(100)  # more than three heartbeats
+            server.start()
+            wait_until(lambda: capture.run.state_name == "Completed", seconds=300)
+            assert capture.states[-3:] == ["Lost", "Running", "Completed"]
+    assert capture.is_exact
+    assert capture.read_once
