@@ -12,6 +12,10 @@ os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "softlabel")
 if "prefect" in sys.modules:  # a worker loads a flow when Prefect has already configured its logging
     for handler in logging.getLogger("prefect.extra").handlers:
         logging.getLogger("softlabel").addHandler(handler)
+    if os.environ.get("SOFTLABEL_LOG_FORMAT") == "json":
+        from softlabel.flows.logs import print_json_lines
+
+        print_json_lines()
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 # Torch reads this at its first tensor. Large tensors then use huge pages, if the system leaves the choice to the
 # program. Without them, a CPU spends a twentieth of a capture on handing out small pages.

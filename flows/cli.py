@@ -6,6 +6,7 @@ needs only when it runs, so that help is quick.
 """
 
 import inspect
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from pydantic_core import to_json
 
 from softlabel.flows.arguments import placed, read_file, resolve, settings
+from softlabel.flows.logs import line
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
@@ -70,14 +72,15 @@ def run(arguments: list[str]) -> int:
         wrong_usage = isinstance(error, CycloptsError | UsageError)
         kind = UsageError.__name__ if isinstance(error, CycloptsError) else type(error).__name__
         message = masked(_text_of(error))  # cyclopts repeats the arguments that it could not read
-        print(f"softlabel: {message}", file=sys.stderr)
+        print(line(logging.ERROR, message), file=sys.stderr)
         if "--json" in arguments:
             details = getattr(error, "details", None)
             more = {} if details is None else {"details": details}
             print(to_json({"error": kind, "message": message} | more).decode())
         return 2 if wrong_usage else 1
     except KeyboardInterrupt as stop:
-        print("softlabel: interrupted; finished work is kept, run the same command again to continue", file=sys.stderr)
+        kept = "interrupted; finished work is kept, run the same command again to continue"
+        print(line(logging.WARNING, kept), file=sys.stderr)
         return 143 if isinstance(stop, TerminatedError) else 130
     return 0
 

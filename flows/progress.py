@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
+from softlabel.flows.logs import format_of_lines
 from softlabel.pipeline.progress import Progress, Watch
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -37,7 +38,7 @@ def watching(*more: Show) -> Iterator[Watch]:
         more: further ways to show it, every few seconds.
     """
     shown = [_throttled(show) for show in (_log, *more)]
-    with _bars() if sys.stderr.isatty() else nullcontext() as bars:
+    with _bars() if sys.stderr.isatty() and format_of_lines() == "text" else nullcontext() as bars:
         if bars:
             shown.append(bars)
         paces: dict[tuple[str, str], Pace] = {}

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from softlabel.flows import server
+from softlabel.flows import logs, server
 from softlabel.flows.progress import watching
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -24,6 +24,7 @@ from softlabel.pipeline.config.evaluate import CompareConfig, EvaluateConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.exclusive import scratch
+from softlabel.pipeline.log_context import about
 from softlabel.pipeline.processes import NEUTRAL, Child
 from softlabel.pipeline.students.record import RECORD
 
@@ -39,7 +40,7 @@ def run(name: str, config: Settings) -> Any:
     """
     os.environ["PREFECT_HOME"] = str(server.home())  # absolute, as the working folder changes while Prefect is loaded
 
-    with _lines():
+    with _lines(), about(**logs.subject(config)):
         if server.is_configured():
             return _run_flow(name, config)
         match name:
@@ -125,7 +126,9 @@ def _run_flow(name: str, config: Settings, embedded: Child | None = None, work: 
 
 @contextmanager
 def _lines() -> Iterator[None]:
-    """Print our log records on stderr, as plain lines."""
+    """Print our log records on stderr, as plain lines or as JSON."""
+    if logs.format_of_lines() == "json":
+        logs.print_json_lines()
     ours, lines = logging.getLogger("softlabel"), logging.StreamHandler(sys.stderr)
     ours.addHandler(lines)
     ours.propagate = False

@@ -150,7 +150,20 @@ async def _serve(running: list[Any], send: Callable[[str, Any], None]) -> None:
         running.append(server)
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         send("ready", listening.getsockname()[1])
+        forgetting = asyncio.create_task(_forget_old_runs())
         await server.serve([listening])
+        forgetting.cancel()
+
+
+async def _forget_old_runs() -> None:
+    """Delete runs that ended 90 days ago, with their logs; Prefect does so only in servers that stay for long."""
+    from prefect.server.database import provide_database_interface
+    from prefect.server.services.db_vacuum import vacuum_old_flow_runs
+
+    try:
+        await vacuum_old_flow_runs(db=provide_database_interface())
+    except Exception:  # of a busy database: the next server tries again
+        traceback.print_exc()
 
 
 def _prepare_database() -> None:

@@ -222,6 +222,9 @@ def _recheck(recheck: "Recheck", table_rows: int) -> None:
 
 def show_maintain(report: "MaintainReport") -> None:
     """What was deleted, what was spared, and which tags and students need which version."""
+    if report.unpinned:
+        would = "would be unpinned" if report.deletion and report.deletion.dry_run else "unpinned"
+        console.print(f"{would}, because their folders are gone: {', '.join(pin.student for pin in report.unpinned)}")
     if report.deletion:
         _deletion(report.deletion)
     _names(report.tags, report.pins)

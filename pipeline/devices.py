@@ -15,8 +15,20 @@ def worker_devices(config: TeacherConfig) -> list[str]:
     device(config.device)
     if config.device_map is not None or config.labels:
         return [config.device]
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return (gpus or ["cpu"] if config.device == "auto" else [config.device]) * config.workers
+    return (_gpus() or ["cpu"] if config.device == "auto" else [config.device]) * config.workers
+
+
+def occupied(config: TeacherConfig, processes: int = 1) -> list[str]:
+    """The devices on which that many teacher processes run."""
+    if config.labels:
+        return []
+    if config.device_map is not None:
+        return _gpus()
+    return worker_devices(config)[:processes]
+
+
+def _gpus() -> list[str]:
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def device(name: str) -> torch.device:

@@ -11,7 +11,9 @@ from softlabel.pipeline.capturing.plan import CapturePlan
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.capturing.steps import StepDecorator
 from softlabel.pipeline.capturing.worker_pool import Workers, split_shards
-from softlabel.pipeline.devices import worker_devices
+from softlabel.pipeline.cards import holding
+from softlabel.pipeline.devices import occupied, worker_devices
+from softlabel.pipeline.log_context import about
 from softlabel.pipeline.progress import CombinedProgress, Progress, Watch
 from softlabel.storage.writer import Commit
 
@@ -25,16 +27,17 @@ def run_plan(
     devices = worker_devices(job.settings.teacher)
 
     def run_step(worker: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:
-        with stage.piece(worker) as watch_piece:
+        with about(shard=path.stem), stage.piece(worker) as watch_piece:
             return decorate(step)(job, path, watch_piece)
 
     capturing = CombinedProgress(Progress("capture", 0, todo.positions, "positions"), watch)
     shards = own_order(split_shards(todo.shards, len(devices)), job.table)
-    if min(len(devices), len(shards)) > 1:
-        with Workers(devices[: len(shards)], todo.folder) as workers:
-            commits = workers.each(shards, lambda w, path: run_step(w.name, w.capture_shard, path, capturing))
-    else:
-        commits = [run_step("", capture_shard, path, capturing) for path in shards]
+    with holding(occupied(job.settings.teacher, len(shards))):
+        if min(len(devices), len(shards)) > 1:
+            with Workers(devices[: len(shards)], todo.folder) as workers:
+                commits = workers.each(shards, lambda w, path: run_step(w.name, w.capture_shard, path, capturing))
+        else:
+            commits = [run_step("", capture_shard, path, capturing) for path in shards]
     to_copy = [*todo.copies, *filter(Path.exists, map(late_copies, shards))]
     sequences = sum(pq.read_metadata(path).num_rows for path in to_copy)
     copying = CombinedProgress(Progress("copy", 0, sequences, "sequences"), watch)

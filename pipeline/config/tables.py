@@ -65,6 +65,10 @@ class MaintainConfig(Settings):
     """Remove this tag."""
     unpin: Location | None = None
     """Folder of a student, or location of a view: allow the version that it needs to be dropped."""
+    unpin_gone_after_days: NonNegativeFloat | None = None
+    """Also unpin each student that was trained at least this many days ago and whose folder is gone. Give this only on
+    a machine that sees the folders of all students: one that was moved, or is on another machine's disk, counts as
+    gone. If there is nothing at all where a student was, its disk is not mounted, and it stays pinned."""
 
     @field_validator("tag")
     @classmethod

@@ -6,6 +6,7 @@ capture would, by several selections, into a folder that is then deleted. Nothin
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.sequencer import Sequencer
+from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
-from softlabel.pipeline.devices import worker_devices
+from softlabel.pipeline.devices import occupied, worker_devices
 from softlabel.pipeline.documents.documents import Documents
 from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
 from softlabel.pipeline.estimation.sample import Sample, draw_sample
@@ -156,7 +158,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         SoftlabelError: if documents, teacher or table can't be used, as in a capture.
     """
     _require_model(config.teacher)
-    with scratch() as folder:
+    with scratch() as folder, ExitStack() as cards:
         started = time.perf_counter()
         job = resolve(config.capture(config.table or str(folder / "table")))
         _require_model(job.settings.teacher)
@@ -180,6 +182,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         )
         if not len(sample.sequences.rows):
             return replace(found, copied=sample.copies.total(), bytes=bytes_of_copies(sample, job.table))
+        cards.enter_context(holding(occupied(capture.teacher)))
         started = time.perf_counter()
         teacher = load_teacher(capture.teacher, job.checkpoint)
         load += time.perf_counter() - started

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
+from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
@@ -29,6 +30,7 @@ from softlabel.pipeline.evaluation.report import (
 )
 from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.unfinished import Unfinished, finish
+from softlabel.pipeline.log_context import about
 from softlabel.pipeline.models.adapter import ADAPTER, Adapter
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.objectives.objective import HeldOut, Objective
@@ -120,10 +122,11 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
     folder = prepare(Path(config.report), job.table.location, config.models)
     measured = []
-    for model in job.models:
-        done = _counting(f"evaluate {model.student.name}", held_out.size, held_out.unit, watch)
-        unfinished = job.unfinished(model, folder)
-        measured.append(_measure(job, held_out, model, done, unfinished))
+    with about(version=job.table.version), holding([job.device]):
+        for model in job.models:
+            done = _counting(f"evaluate {model.student.name}", held_out.size, held_out.unit, watch)
+            unfinished = job.unfinished(model, folder)
+            measured.append(_measure(job, held_out, model, done, unfinished))
     names = {model.student.folder: model.student.name for model in job.models}
     gap = None if config.control is None else Gap(names[config.control], names.get(config.reference or ""))
     report = held_out.report(_header(job), _teacher(job.table), measured, gap, folder)

@@ -1,6 +1,9 @@
 """Maintain a table: tag, untag and unpin versions, and delete files that no version uses."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.storage.table import Table
@@ -19,6 +22,8 @@ class MaintainReport:
     """None if the settings only tag, untag or unpin versions."""
     tags: list[Tag]
     pins: list[Pin]
+    unpinned: tuple[Pin, ...] = ()
+    """Pins of students that are gone, which were removed, or would be."""
 
 
 def maintain(config: MaintainConfig) -> MaintainReport:
@@ -32,10 +37,32 @@ def maintain(config: MaintainConfig) -> MaintainReport:
     """
     table = Table.open(config.table).location
     changed = _change_tags_and_pins(config)
+    gone = tuple(_gone(table, config.unpin_gone_after_days)) if config.unpin_gone_after_days is not None else ()
+    for student in () if config.dry_run else gone:
+        unpin(table, student.student)
     deletion = _delete(config) if config.vacuum or not changed else None
     if deletion and not config.dry_run:
         update_card(table)
-    return MaintainReport(table, deletion, list(tags(table).values()), pins(table))
+    return MaintainReport(table, deletion, list(tags(table).values()), pins(table), gone)
+
+
+def _gone(table: str, days: float) -> Iterator[Pin]:
+    """Pins of students whose folder is gone, that are older than this."""
+    limit = datetime.now(UTC) - timedelta(days=days)
+    for pin in pins(table):
+        folder = Path(pin.student)
+        if pin.kind == "student" and folder.is_absolute() and datetime.fromisoformat(pin.time) <= limit:
+            unfinished = folder.with_name(f"{folder.name}.training")
+            if not folder.exists() and not unfinished.exists() and _has_content(folder.parent):
+                yield pin
+
+
+def _has_content(folder: Path) -> bool:
+    """Whether a folder has anything in it; the folder in which a disk is mounted is empty without the disk."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _change_tags_and_pins(config: MaintainConfig) -> bool:

@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.capture import TeacherConfig
+from softlabel.pipeline.devices import occupied
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.selection.fidelity import bucket_kl, kept_mass
@@ -135,12 +137,13 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
     checkpoint = Checkpoint.find(config)
     _require_teacher(table, checkpoint)
     rows = _sample(table, sequences, seed)
-    teacher = load_teacher(config, checkpoint)
-    sampled = SampledSequences(table, rows, teacher)
     order = np.random.default_rng(seed).permutation(len(rows))
     small_groups = [order[start : start + _SECOND_RUN_GROUP] for start in range(0, len(rows), _SECOND_RUN_GROUP)]
-    first = _run_teacher(sampled, [order], config.batch_tokens, "recheck", watch)
-    second = _run_teacher(sampled, small_groups, config.batch_tokens, "second run", watch)
+    with holding(occupied(config)):
+        teacher = load_teacher(config, checkpoint)
+        sampled = SampledSequences(table, rows, teacher)
+        first = _run_teacher(sampled, [order], config.batch_tokens, "recheck", watch)
+        second = _run_teacher(sampled, small_groups, config.batch_tokens, "second run", watch)
     _require_distributions(rows, first, second)
     noise = [first[i].differences(second[i]) for i in range(len(rows))]
     differences = [sampled.stored_answers(i).differences(first[i]) for i in range(len(rows))]

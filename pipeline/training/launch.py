@@ -71,6 +71,19 @@ def to_start(settings: OptimizerConfig) -> int:
     return wanted if wanted > 1 else 0
 
 
+def devices(settings: OptimizerConfig, processes: int) -> list[str]:
+    """The devices that this process and those that it starts train on.
+
+    Args:
+        settings: the device.
+        processes: from ``to_start``.
+    """
+    if on_cpu(settings):
+        return ["cpu"]
+    ranks = range(processes) if processes else [int(os.environ.get("LOCAL_RANK", "0"))]
+    return [f"cuda:{rank}" for rank in ranks]
+
+
 def join(rendezvous: str, settings: OptimizerConfig) -> None:
     """Join the process group, from within a rank, through a file: torch's default opens a port to the network.
 

@@ -17,8 +17,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.train import VERSION, TrainConfig
 from softlabel.pipeline.exclusive import lock_output
+from softlabel.pipeline.log_context import about
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.build import parameters
@@ -30,7 +32,7 @@ from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.adapters import adapt, use_liger, warn_of_experts
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
 from softlabel.pipeline.training.job import TrainingJob
-from softlabel.pipeline.training.launch import on_cpu, to_start, train_by
+from softlabel.pipeline.training.launch import devices, on_cpu, to_start, train_by
 from softlabel.pipeline.training.signals import stop_on_signals
 from softlabel.pipeline.training.stop import Stop, StoppedError
 from softlabel.pipeline.training.trackers import TensorBoard
@@ -89,9 +91,12 @@ def train(config: TrainConfig, watch: Watch = unwatched) -> TrainReport:
     folder = _folder(config)
     with stop_on_signals(folder) as stop:
         processes = to_start(config.optimizer)
-        if processes and folder.has_work(config):
-            return TrainReport(**train_by(processes, config, stop.noting(watch), stop))
-        return train_here(config, stop.noting(watch), stop)
+        if not folder.has_work(config):
+            return train_here(config, stop.noting(watch), stop)
+        with holding(devices(config.optimizer, processes)):
+            if processes:
+                return TrainReport(**train_by(processes, config, stop.noting(watch), stop))
+            return train_here(config, stop.noting(watch), stop)
 
 
 def train_here(config: TrainConfig, watch: Watch, stop: Stop) -> TrainReport:
@@ -135,7 +140,8 @@ def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, b
         _require_source(config, table, folder, standing)
         return _report(config, standing.finished, 0, None, time.monotonic() - began)
     job = TrainingJob.resolve(config, folder, table, standing)
-    record = _train(job, _named(watch, folder.path.name), stop)
+    with about(version=table.version):
+        record = _train(job, _named(watch, folder.path.name), stop)
     resumed_from = job.start.step if job.checkpoint else None
     return _report(config, record, record.last_step - job.start.step, resumed_from, time.monotonic() - began)
 

@@ -15,24 +15,35 @@ IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "
 
 
 class Capture:
-    """One run of the deployed capture, of documents of its own.
+    """One run of a deployed capture.
 
     Args:
         folder: for the documents, the table, and what the teacher reads.
         teacher: the teacher's folder.
         workers: number of processes.
+        first: number of the first document.
+        table: name of the table in the folder.
+        deployment: name of the deployment.
     """
 
-    def __init__(self, folder: Path, teacher: Path, workers: int = 1) -> None:
-        self.table, self.passes = folder / "table", folder / "passes"
-        documents = write(folder / "documents.parquet", texts(DOCUMENTS))
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Path,
+        workers: int = 1,
+        first: int = 0,
+        table: str = "table",
+        deployment: str = "softlabel",
+    ) -> None:
+        self.table, self.passes = folder / table, folder / "passes"
+        documents = write(folder / f"{table}-{first}.parquet", texts(DOCUMENTS, first))
         paced = {"model": str(teacher), "dtype": "float32", "batch_tokens": 128, "device": "cpu", "workers": workers}
         paced |= {"engine": "tests.flows.paced:Paced"}
         config = settings(teacher, documents, self.table, teacher=paced, shards={"positions": 300})
         capture = config.model_dump(mode="json", exclude_unset=True)
         with get_client(sync_client=True) as client:
-            deployment = client.read_deployment_by_name("capture/softlabel")
-            self.id = client.create_flow_run_from_deployment(deployment.id, parameters={"config": capture}).id
+            found = client.read_deployment_by_name(f"capture/{deployment}")
+            self.id = client.create_flow_run_from_deployment(found.id, parameters={"config": capture}).id
 
     def pace(self, seconds: float) -> dict[str, str]:
         """Environment of a worker: seconds for each pass of the teacher, three sequences each."""
@@ -55,10 +66,9 @@ class Capture:
     def has(self, rows: int) -> bool:
         return len(self.rows) >= rows
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether every row is there once."""
-        return len(self.rows) == DOCUMENTS and set(self.rows.values()) == {1}
+    def is_exact(self, documents: int = DOCUMENTS) -> bool:
+        """Whether there is one row for each of so many documents."""
+        return len(self.rows) == documents and set(self.rows.values()) == {1}
 
     @property
     def read_once(self) -> bool:

@@ -77,6 +77,38 @@ def test_the_server_serves_only_its_process_and_ends_with_it(prefect_home: Path)
 
 
 @pytest.mark.long
+def test_runs_of_long_ago_are_forgotten(tmp_path: Path):
+    def start() -> "subprocess.Popen[str]":
+        command, environment = [sys.executable, "-c", SCRIPT], os.environ | {"PREFECT_HOME": str(tmp_path)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def recorded(statement: str) -> list[tuple[object, ...]]:
+        with sqlite3.connect(tmp_path / "prefect.db", timeout=60) as database:
+            return database.execute(statement).fetchall()
+
+    first = start()
+    try:
+        url, password = first.stdout.readline().split()
+        with httpx.Client(base_url=url, auth=tuple(password.split(":")), timeout=60) as client:
+            flow = client.post("/flows/", json={"name": "capture"}).json()["id"]
+            for name in ("old", "new"):
+                ended = {"type": "COMPLETED", "name": "Completed"}
+                made = client.post("/flow_runs/", json={"flow_id": flow, "name": name, "state": ended})
+                assert made.status_code == 201
+    finally:
+        first.kill()
+        first.wait()
+    now = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+    recorded(f"UPDATE flow_run SET end_time = CASE name WHEN 'old' THEN '2020-01-01 00:00:00.000000' ELSE {now} END")
+    second = start()
+    try:
+        wait_until(lambda: recorded("SELECT name FROM flow_run") == [("new",)], seconds=60)
+    finally:
+        second.kill()
+        second.wait()
+
+
+@pytest.mark.long
 def test_eight_first_starts_at_once_all_succeed(tmp_path: Path):
     script = "from softlabel.flows import server; print(server.address())"
     environment = os.environ | {"PREFECT_HOME": str(tmp_path / "fresh")}
