@@ -83,7 +83,7 @@ def print_json_lines() -> None:
     Libraries set up handlers of their own, at any time; so the change is made where all of them format a line.
     """
     lines = JsonLines()
-    logging.StreamHandler.format = lambda _, record: lines.format(record)  # type: ignore[method-assign]
+    logging.StreamHandler.format = lambda _, record: lines.format(record)  # type: ignore[method-assign, assignment]
     logging.captureWarnings(True)
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))
