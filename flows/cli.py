@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,16 @@ AsJson = Annotated[
         negative=(),
         group=_COMMON,
         help="Print the result as one JSON object on stdout; all other output goes to stderr.",
+    ),
+]
+
+DryRun = Annotated[
+    bool,
+    Parameter(
+        "--dry-run",
+        negative=(),
+        group=_COMMON,
+        help="Show what would be done and what it would cost, and write nothing.",
     ),
 ]
 
@@ -109,13 +120,18 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         print(to_json(result, inf_nan_mode="null").decode())
     else:
-        from softlabel.flows.display import SHOW
+        from softlabel.flows.display import SHOW, SHOW_DRY_RUN
 
-        SHOW[verb](result)
+        dry = SHOW_DRY_RUN.get(verb) if getattr(result, "dry_run", False) else None
+        (dry or SHOW[verb])(result)
 
 
 def _run_flow(name: str, config: Settings) -> Any:
     return import_module("softlabel.flows.runner").run(name, config)
+
+
+def _dry_run(config: Settings) -> Any:
+    return import_module("softlabel.flows.runner").dry_run(config)
 
 
 def _several_then_one(several: str, last: str) -> inspect.Parameter:
@@ -129,9 +145,22 @@ def _several_then_one(several: str, last: str) -> inspect.Parameter:
 
 
 def add_job(
-    name: str, model: type[Settings], positional: tuple[str, ...] = (), *, work: Callable[[Any], Any] | None = None
+    name: str,
+    model: type[Settings],
+    positional: tuple[str, ...] = (),
+    *,
+    work: Callable[[Any], Any] | None = None,
+    writes: bool = True,
 ) -> None:
-    """Add a verb that takes the settings of a model and runs the flow of the same name or, without one, some work."""
+    """Add a verb that takes the settings of a model and runs the flow of the same name.
+
+    Args:
+        name: of the verb and its flow.
+        model: its settings.
+        positional: settings that may also be given as arguments.
+        work: what the verb does instead, if it has no flow.
+        writes: whether it writes anything, and so has a dry run.
+    """
     known = {"__".join(setting.path): setting for setting in settings(model)}
     like_cp = len(positional) > 1 and known[positional[0]].takes_several
     parameters = [setting.parameter(key in positional and not like_cp) for key, setting in known.items()]
@@ -141,16 +170,19 @@ def add_job(
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter("file", keyword, default=None, annotation=File))
     parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=AsJson))
+    if writes:
+        parameters.append(inspect.Parameter("dry_run", keyword, default=False, annotation=DryRun))
     signature = inspect.Signature(parameters)
 
     def verb(*args: Any, **kwargs: Any) -> None:
         given = signature.bind(*args, **kwargs).arguments
         if like_cp:
             given |= placed(given.pop("arguments", ()), given.keys(), *positional)
-        file, as_json = given.pop("file", None), given.pop("as_json", False)
+        file, as_json, dry = given.pop("file", None), given.pop("as_json", False), given.pop("dry_run", False)
         flags = {known[key].path: value for key, value in given.items() if value is not None}
         config = resolve(model, flags, file, positional)
-        answer(name, lambda: work(config) if work else _run_flow(name, config), as_json)
+        do = partial(_dry_run, config) if dry else partial(work, config) if work else partial(_run_flow, name, config)
+        answer(name, do, as_json)
 
     verb.__doc__ = model.__doc__
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -158,7 +190,7 @@ def add_job(
     app.command(verb, name=name)
 
 
-add_job("estimate", EstimateConfig, ("documents", "table"))
+add_job("estimate", EstimateConfig, ("documents", "table"), writes=False)
 add_job("capture", CaptureConfig, ("documents", "table"))
 add_job("train", TrainConfig, ("table", "output"))
 add_job("evaluate", EvaluateConfig, ("table", "students"))
@@ -191,7 +223,7 @@ def _rejects(config: RejectsConfig) -> Any:
 
 
 add_job("show", ShowConfig, ("table",), work=_show)
-add_job("rejects", RejectsConfig, ("table",), work=_rejects)
+add_job("rejects", RejectsConfig, ("table",), work=_rejects, writes=False)
 add_job("export", ExportConfig, ("table", "output"), work=_export)
 
 
@@ -261,6 +293,7 @@ def deploy_flows(
     work_pool: str | None = None,
     file: File = None,
     as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Install the deployments of all flows on the configured Prefect server, with a work pool and automations.
 
@@ -276,7 +309,8 @@ def deploy_flows(
         from softlabel.flows.deployments import DeployConfig
 
         given = {("schedules",): schedules, ("work_pool",): work_pool}
-        return deploy(resolve(DeployConfig, {name: value for name, value in given.items() if value is not None}, file))
+        flags: dict[tuple[str, ...], Any] = {name: value for name, value in given.items() if value is not None}
+        return deploy(resolve(DeployConfig, flags, file), dry_run=dry_run)
 
     answer("deploy", work, as_json)
 

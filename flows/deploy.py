@@ -6,7 +6,7 @@ Nothing that it does not describe is touched: other pools, deployments and autom
 import asyncio
 from dataclasses import dataclass
 from typing import Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
@@ -53,6 +53,8 @@ class DeployReport:
     """Address of the server's API."""
     work_pool: str
     installed: tuple[Installed, ...]
+    dry_run: bool = False
+    """Whether nothing was changed, and this is what would be."""
 
     @property
     def changed(self) -> int:
@@ -60,8 +62,12 @@ class DeployReport:
         return sum(each.change != "unchanged" for each in self.installed)
 
 
-def deploy(config: DeployConfig) -> DeployReport:
+def deploy(config: DeployConfig, *, dry_run: bool = False) -> DeployReport:
     """Install the work pool, its queues, all deployments and the automations; what is there and equal stays untouched.
+
+    Args:
+        config: what to install.
+        dry_run: only compare it with the server.
 
     Raises:
         UsageError: if no server is configured, or the settings of a deployment are not valid.
@@ -77,7 +83,7 @@ def deploy(config: DeployConfig) -> DeployReport:
     for deployment in config.all_deployments:
         _require_valid(deployment, config.schedules)
     try:
-        return asyncio.run(_install(config, server))
+        return asyncio.run(_install(config, server, dry_run))
     except SoftlabelError:
         raise
     except Exception as error:  # the client raises httpx's errors, its own, and bare ones
@@ -108,41 +114,43 @@ def _require_valid(deployment: DeploymentConfig, schedules: bool) -> None:
             ) from None
 
 
-async def _install(config: DeployConfig, server: str) -> DeployReport:
+async def _install(config: DeployConfig, server: str, dry_run: bool) -> DeployReport:
     async with get_client() as client:
-        installed = [await _work_pool(client, config.work_pool)]
-        installed += [await _queue(client, config.work_pool, name, text) for name, text in QUEUES.items()]
+        installed = [await _work_pool(client, config.work_pool, dry_run)]
+        installed += [await _queue(client, config.work_pool, name, text, dry_run) for name, text in QUEUES.items()]
         ids: dict[str, UUID] = {}
         for deployment in config.all_deployments:
-            ids[deployment.full_name], result = await _deployment(client, config, deployment)
+            ids[deployment.full_name], result = await _deployment(client, config, deployment, dry_run)
             installed.append(result)
         notify = await _block(client, config.notify) if config.notify else None
         for automation in automations(config, ids, notify):
-            installed.append(await _automation(client, automation))
-    return DeployReport(masked(server), config.work_pool, tuple(installed))
+            installed.append(await _automation(client, automation, dry_run))
+    return DeployReport(masked(server), config.work_pool, tuple(installed), dry_run)
 
 
-async def _work_pool(client: PrefectClient, name: str) -> Installed:
+async def _work_pool(client: PrefectClient, name: str, dry_run: bool) -> Installed:
     try:
         await client.read_work_pool(name)
     except ObjectNotFound:
         template = await get_default_base_job_template_for_infrastructure_type("process")
-        await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template or {}))
+        if not dry_run:
+            await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template or {}))
         return Installed("work pool", name, "created")
     return Installed("work pool", name, "unchanged")
 
 
-async def _queue(client: PrefectClient, pool: str, name: str, description: str) -> Installed:
+async def _queue(client: PrefectClient, pool: str, name: str, description: str, dry_run: bool) -> Installed:
     try:
         await client.read_work_queue_by_name(name, work_pool_name=pool)
     except ObjectNotFound:
-        await client.create_work_queue(name, description=description, work_pool_name=pool)
+        if not dry_run:
+            await client.create_work_queue(name, description=description, work_pool_name=pool)
         return Installed("queue", name, "created")
     return Installed("queue", name, "unchanged")
 
 
 async def _deployment(
-    client: PrefectClient, config: DeployConfig, deployment: DeploymentConfig
+    client: PrefectClient, config: DeployConfig, deployment: DeploymentConfig, dry_run: bool
 ) -> tuple[UUID, Installed]:
     flow = flow_of(deployment)
     try:
@@ -167,6 +175,9 @@ async def _deployment(
     limit = deployment.concurrency_limit
     if before and _same(before, wanted) and _same_schedule(before, schedules) and _limit(before) == limit:
         return before.id, Installed("deployment", deployment.full_name, "unchanged", shown)
+    result = Installed("deployment", deployment.full_name, "updated" if before else "created", shown)
+    if dry_run:
+        return before.id if before else uuid4(), result
     identifier = await client.create_deployment(
         flow_id=await client.create_flow_from_name(flow.name),
         name=deployment.name,
@@ -175,7 +186,7 @@ async def _deployment(
         paused=before.paused if before else False,
         **wanted,
     )
-    return identifier, Installed("deployment", deployment.full_name, "updated" if before else "created", shown)
+    return identifier, result
 
 
 def _schedule(
@@ -222,16 +233,18 @@ async def _block(client: PrefectClient, name: str) -> UUID:
         ) from None
 
 
-async def _automation(client: PrefectClient, wanted: AutomationCore) -> Installed:
+async def _automation(client: PrefectClient, wanted: AutomationCore, dry_run: bool) -> Installed:
     found = await client.read_automations_by_name(wanted.name)
     if not found:
-        await client.create_automation(wanted)
+        if not dry_run:
+            await client.create_automation(wanted)
         return Installed("automation", wanted.name, "created")
     before = found[0]
     wanted.enabled = before.enabled  # someone may have paused it on purpose
     if _content(before) == _content(wanted):
         return Installed("automation", wanted.name, "unchanged")
-    await client.update_automation(before.id, wanted)
+    if not dry_run:
+        await client.update_automation(before.id, wanted)
     return Installed("automation", wanted.name, "updated")
 
 

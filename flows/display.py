@@ -17,6 +17,12 @@ from softlabel.flows.console import (
     table_of,
     try_next,
 )
+from softlabel.flows.dry_run_display import (
+    show_capture_dry_run,
+    show_distill_dry_run,
+    show_evaluate_dry_run,
+    show_train_dry_run,
+)
 from softlabel.flows.lineage_display import show_lineage
 from softlabel.flows.show_display import show_show
 from softlabel.flows.table_display import (
@@ -166,7 +172,8 @@ def show_deploy(report: "DeployReport") -> None:
         style = "dim" if each.change == "unchanged" else ""
         table.add_row(each.kind, escape(each.name), each.change, each.schedule or "", style=style)
     console.print(table)
-    changed = f"{count(report.changed, 'change')} on" if report.changed else "nothing to change on"
+    changes = f"{count(report.changed, 'change')}{' would be made' if report.dry_run else ''}"
+    changed = f"{changes} on" if report.changed else "nothing to change on"
     console.print(f"{changed} {escape(report.server)}")
     try_next([f"prefect worker start --pool {report.work_pool} --limit 1"])
 
@@ -322,3 +329,10 @@ SHOW: Mapping[str, Callable[[Any], None]] = {
     "deploy": show_deploy,
 }
 """Function that prints the result of each verb."""
+SHOW_DRY_RUN: Mapping[str, Callable[[Any], None]] = {
+    "capture": show_capture_dry_run,
+    "train": show_train_dry_run,
+    "evaluate": show_evaluate_dry_run,
+    "distill": show_distill_dry_run,
+}
+"""Function that prints what each verb would do, if its result has another type then."""

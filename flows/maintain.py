@@ -15,7 +15,7 @@ def maintain_flow(config: MaintainConfig) -> MaintainReport:
     """Delete the files that no version of a table refers to and no writer is writing; or tag and drop versions."""
     with recorded(), retrying(), reported():
         report = maintain(config)
-    if report.deletion and report.deletion.deleted and not report.deletion.dry_run:
+    if report.deletion and report.deletion.deleted:
         rows = [vars(leftover) for leftover in report.deletion.deleted]
         publish(create_table_artifact, rows, key="deleted", description=f"Deleted from {report.table}")
     return report

@@ -5,12 +5,11 @@ from prefect import flow
 from softlabel.flows.outages import reported
 from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.tables import MixConfig
-from softlabel.pipeline.tables.mix import mix
-from softlabel.storage.views.view_inspection import ViewInspection
+from softlabel.pipeline.tables.mix import MixReport, mix
 
 
 @flow(name="mix", flow_run_name="mix {config.view}", persist_result=False)
-def mix_flow(config: MixConfig) -> ViewInspection:
+def mix_flow(config: MixConfig) -> MixReport:
     """Make a view, through which several tables with one tokenizer are read like one table."""
     with recorded(), reported():
         return mix(config)

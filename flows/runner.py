@@ -52,6 +52,18 @@ def run(name: str, config: Settings) -> Any:
                 return _run_here(name, config)
 
 
+def dry_run(config: Settings) -> Any:
+    """What the verb of these settings would do; without Prefect, and recorded nowhere.
+
+    Raises:
+        SoftlabelError: as the verb does before it changes anything.
+    """
+    with _lines(), watching() as watch:
+        from softlabel.pipeline import dry_run
+
+        return dry_run(config, watch)
+
+
 def _capture(config: CaptureConfig) -> Any:
     """Plan a capture, and run the flow for the rest only if there is something to do."""
     from softlabel.pipeline.capturing.capture import carry_out

@@ -141,7 +141,8 @@ def _unfinished(inspection: "Inspection") -> None:
 def show_mix(report: "ViewInspection") -> None:
     """The tables of a view with their weights, and the size of each split."""
     temperatures = " ".join(f"{temperature:g}" for temperature in report.temperatures)
-    facts({"view": f"{report.location} ({report.how})", "temperatures": temperatures})
+    title = "view that would be made" if getattr(report, "dry_run", False) else "view"
+    facts({title: f"{report.location} ({report.how})", "temperatures": temperatures})
     for part in report.parts:
         about = f"{part.teacher}, {_selection(part.selection)}, {bytes_of(part.bytes)}"
         console.print(f"  {part.weight:g} x {part.table}  [dim]{about}[/]")
@@ -151,6 +152,8 @@ def show_mix(report: "ViewInspection") -> None:
     console.print(splits)
     if report.left_out:
         console.print(f"[yellow]{count(report.left_out, 'sequence')} left out[/]: not in every table")
+    if getattr(report, "dry_run", False):
+        console.print("dry run: nothing was written")
 
 
 def show_history(report: "HistoryReport") -> None:
@@ -173,8 +176,9 @@ def show_verify(report: "VerifyReport") -> None:
     """What was checked, and what was removed."""
     if report.removed:
         removed = count(len(report.removed), "damaged shard")
+        verb = "would remove" if report.dry_run else "removed"
         console.print(
-            f"[bold]{report.location}[/]: removed {removed} from the newest version;"
+            f"[bold]{report.location}[/]: {verb} {removed} from the newest version;"
             f" to be captured again: {count(report.removed_rows, 'sequence')}"
         )
         for finding in report.findings:
@@ -228,6 +232,8 @@ def show_maintain(report: "MaintainReport") -> None:
     if report.deletion:
         _deletion(report.deletion)
     _names(report.tags, report.pins)
+    if report.dry_run:
+        console.print("dry run: nothing was written; this is how it would be")
 
 
 def show_reprocess(report: "ReprocessReport") -> None:
@@ -235,20 +241,27 @@ def show_reprocess(report: "ReprocessReport") -> None:
     rows, where = report.rows, f"[bold]{report.table}[/] (version {report.version})"
     counts = [f"{count(rows.dropped, 'sequence')} dropped", f"{rows.sequences:,} in {count(rows.shards, 'new shard')}"]
     counts += [f"{rows.left:,} left as they are"] if rows.left else []
-    console.print(f"{where}, changed by {report.operation}: {', '.join(counts)}; {bytes_of(rows.bytes)}")
+    changed = "would be changed" if report.dry_run else "changed"
+    most = "at most about " if report.dry_run and "narrow" in report.operation else "about " if report.dry_run else ""
+    console.print(f"{where}, {changed} by {report.operation}: {', '.join(counts)}; {most}{bytes_of(rows.bytes)}")
     if report.unknown:
         console.print(f"[yellow]not in the table[/]: {count(report.unknown, 'document')} of the list")
     if report.purged:
-        _purged(report.purged)
+        _purged(report.purged, report.dry_run)
+    if report.dry_run:
+        console.print("dry run: nothing was written")
+        return
     try_next([f"softlabel inspect {report.table}", f"softlabel history {report.table}"])
 
 
-def _purged(report: "Purged") -> None:
+def _purged(report: "Purged", dry_run: bool) -> None:
     held = f"{report.found:,} of them found in the table"
     taken_down, deleted = count(report.documents, "document"), count(len(report.files), "file")
-    console.print(f"{taken_down} taken down ({held}), {deleted} deleted")
+    would = "would be " if dry_run else ""
+    console.print(f"{taken_down} {would}taken down ({held}), {deleted} {would}deleted")
     if report.versions:
-        console.print(f"versions that can no longer be opened: {spans(report.versions)}")
+        verb = "could no longer be opened" if dry_run else "can no longer be opened"
+        console.print(f"versions that {verb}: {spans(report.versions)}")
     lists = {
         "these lose the version that they refer to": report.broken,
         "these documents share text with those taken down, and stay in the table": report.same_text,

@@ -24,6 +24,9 @@ from .config.train import StudentConfig as StudentConfig
 from .config.train import TrainConfig as TrainConfig
 from .distillation import DistillReport as DistillReport
 from .distillation import distill as distill
+from .dry_run import CaptureDryRun as CaptureDryRun
+from .dry_run import DistillDryRun as DistillDryRun
+from .dry_run import dry_run as dry_run
 from .estimation.estimate import Estimate as Estimate
 from .estimation.estimate import estimate as estimate
 from .evaluation.compare import compare as compare
@@ -45,6 +48,7 @@ from .tables.inspect import ViewReport as ViewReport
 from .tables.inspect import inspect as inspect
 from .tables.maintain import MaintainReport as MaintainReport
 from .tables.maintain import maintain as maintain
+from .tables.mix import MixReport as MixReport
 from .tables.mix import mix as mix
 from .tables.rejects import RejectsReport as RejectsReport
 from .tables.rejects import rejects as rejects

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
-from softlabel.pipeline.capturing.job import resolve
+from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
@@ -56,6 +56,24 @@ def distill_in_stages(
     evaluate: Callable[[EvaluateConfig], EvaluationReport | ClassEvaluation],
 ) -> DistillReport:
     """Like ``distill``, with functions that run the stages, so that a scheduler can run each as a flow."""
+    require_trainable(config)
+    captured = capture(config.capture())
+    if VERSION in config.output:
+        output = config.output.replace(VERSION, str(captured.version))
+        config = config.model_copy(update={"output": output, "table": f"{captured.table}@{captured.version}"})
+    trained = {name: train(settings) for name, settings in config.train().items()}
+    return DistillReport(captured, trained, evaluate(config.evaluate()))
+
+
+def require_trainable(config: DistillConfig) -> CaptureJob:
+    """Refuse a student or a loss that can't be trained from what the capture would store.
+
+    Returns:
+        The capture.
+
+    Raises:
+        SoftlabelError: with what does not fit.
+    """
     job = resolve(config.capture())
     origin = Origin.of_capture(job.checkpoint, job.teacher, job.identity)
     objective = objective_of(origin)
@@ -63,9 +81,4 @@ def distill_in_stages(
     for settings in config.train().values():
         objective.require_loss(settings)
         require_trackers(settings.optimizer)
-    captured = capture(config.capture())
-    if VERSION in config.output:
-        output = config.output.replace(VERSION, str(captured.version))
-        config = config.model_copy(update={"output": output, "table": f"{captured.table}@{captured.version}"})
-    trained = {name: train(settings) for name, settings in config.train().items()}
-    return DistillReport(captured, trained, evaluate(config.evaluate()))
+    return job

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 from softlabel.storage.errors import TrainingError
-from softlabel.storage.lock import ForeignFileError, HeldError, held, opened
+from softlabel.storage.lock import ForeignFileError, HeldError, held, opened, require_free
 from softlabel.storage.places import durable
 
 
@@ -27,30 +27,50 @@ def lock_output(output: Path) -> Iterator[None]:
     Raises:
         TrainingError: if another process holds the lock, or the lock's name is taken by something else.
     """
-    path = output.with_name(f".{output.name}.softlabel.lock")
     with ExitStack() as stack:
-        try:
-            durable.make_folder(path.parent)
-            stack.enter_context(held(path))
-        except HeldError as error:
-            raise TrainingError(
-                "another process is already training this student",
-                expected="one process at a time for each output",
-                found=str(error) or "a process that has just started",
-                where=output,
-                do="wait for it to finish (the same command then finds the finished student), or choose another output",
-            ) from None
-        except ForeignFileError as error:
-            raise TrainingError(
-                "training did not start: softlabel can't tell whether another process is already training this student",
-                expected="softlabel's own lock file, or no file",
-                found=error.strerror,
-                where=path,
-                do="move that file away, or choose another output",
-            ) from None
-        except OSError:
-            pass
+        with _explained(output):
+            durable.make_folder(output.parent)
+            stack.enter_context(held(_lock_of(output)))
         yield
+
+
+def require_unlocked(output: Path) -> None:
+    """Refuse an output folder that another process has locked; nothing is written.
+
+    Raises:
+        TrainingError: as ``lock_output`` does.
+    """
+    with _explained(output):
+        require_free(_lock_of(output))
+
+
+def _lock_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.softlabel.lock")
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """Turn errors about an output's lock into those that users see."""
+    try:
+        yield
+    except HeldError as error:
+        raise TrainingError(
+            "another process is already training this student",
+            expected="one process at a time for each output",
+            found=str(error) or "a process that has just started",
+            where=output,
+            do="wait for it to finish (the same command then finds the finished student), or choose another output",
+        ) from None
+    except ForeignFileError as error:
+        raise TrainingError(
+            "training did not start: softlabel can't tell whether another process is already training this student",
+            expected="softlabel's own lock file, or no file",
+            found=error.strerror,
+            where=_lock_of(output),
+            do="move that file away, or choose another output",
+        ) from None
+    except OSError:  # no lock can be made here
+        pass
 
 
 _PREFIX = "softlabel-"

@@ -76,6 +76,29 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_free(path: Path) -> None:
+    """Raise what ``held`` would raise at once; nothing is written.
+
+    Raises:
+        HeldError: if another process holds the lock.
+        ForeignFileError: if the file there is not a softlabel lock file.
+    """
+    try:
+        descriptor = opened(path, create=False)
+    except FileNotFoundError:
+        return
+    try:
+        _require_ours(path, descriptor)
+        if not lock_descriptor(descriptor, blocking=False):
+            raise HeldError(_holder(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 500, len(_MARK)).decode(errors="replace")
+
+
 def _acquire(path: Path) -> int:
     # A killed process keeps its locks until the system has cleaned up, so we retry for a moment.
     until = time.monotonic() + _SECONDS_TO_END
@@ -85,7 +108,7 @@ def _acquire(path: Path) -> int:
             _require_ours(path, descriptor)
             if not lock_descriptor(descriptor, blocking=False):
                 if time.monotonic() > until:
-                    raise HeldError(os.pread(descriptor, 500, len(_MARK)).decode(errors="replace"))
+                    raise HeldError(_holder(descriptor))
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             elif _is_still_there(path, descriptor):
                 _sign(descriptor)

@@ -31,6 +31,10 @@ class Purge(Record):
     versions: list[int]
     """Versions that need a deleted shard, and so can no longer be opened."""
 
+    def is_of(self, documents: Iterable[str]) -> bool:
+        """Whether it took exactly these documents down."""
+        return self.documents == sorted(map(_hash, documents))
+
 
 PURGES = RecordStore("purged", Purge)
 

@@ -12,7 +12,7 @@ Never opens a shard or the log.
 import difflib
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -93,7 +93,7 @@ def resolve(table: str, wanted: int | str | None) -> int | None:
         TableNotFoundError: if there is no such tag, or the version was vacuumed or purged.
     """
     if isinstance(wanted, str):
-        wanted = _tag(table, wanted).version
+        wanted = tag_of(table, wanted).version
     if wanted is not None:
         _require_available(table, wanted)
     return wanted
@@ -104,6 +104,25 @@ def tags(table: str) -> dict[str, Tag]:
     return {tag.name: tag for tag in _TAGS.all(table)}
 
 
+def tag_of(table: str, name: str) -> Tag:
+    """The tag of this name.
+
+    Raises:
+        TableNotFoundError: if there is none.
+    """
+    known = tags(table)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    raise TableNotFoundError(
+        f"this table has no tag {name}",
+        expected=f"a version number, or a tag: {', '.join(sorted(known)) or 'the table has none yet'}",
+        found=name,
+        where=table,
+        do=f"did you mean {table}@{near[0]}?" if near else "run softlabel history to list versions and tags",
+    )
+
+
 def tag(table: str, version: int, name: str) -> Tag:
     """Give a table's version a tag. Setting the same tag again is no error; of two processes that conflict, one wins.
 
@@ -112,24 +131,11 @@ def tag(table: str, version: int, name: str) -> Tag:
         TableError: if another version has this tag already, or the tag can't be written.
         TableNotFoundError: if the version is being vacuumed.
     """
-    if not re.fullmatch(TAG, name):
-        raise UsageError(
-            "this is not a valid name for a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name)
-        )
-    made = Tag(now(), user(), name, version)
+    made = new_tag(table, version, name, {})
     try:
         _TAGS.write(table, name, made, replace=False)
     except FileExistsError:
-        there = tags(table).get(name)
-        if there is not None and there.version == version:
-            return there
-        raise TableError(
-            f"the tag {name} is already in use, and a tag never moves to another version",
-            expected=f"no tag {name}, or {name} already on version {version}",
-            found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "just removed",
-            where=table,
-            do=f"choose another name, or remove this tag: softlabel maintain {table} --untag {name}",
-        ) from None
+        return new_tag(table, version, name, tags(table), written=True)
     try:
         _require_available(table, version)
     except TableNotFoundError:
@@ -138,13 +144,44 @@ def tag(table: str, version: int, name: str) -> Tag:
     return made
 
 
+def new_tag(table: str, version: int, name: str, others: Mapping[str, Tag], *, written: bool = False) -> Tag:
+    """The tag that ``tag`` sets; nothing is written.
+
+    Args:
+        table: location of the table.
+        version: version to tag.
+        name: name of the tag.
+        others: the table's tags by name.
+        written: whether there is a tag of this name, even if it is not among the others any more.
+
+    Raises:
+        UsageError, TableError: as ``tag`` does.
+    """
+    if not re.fullmatch(TAG, name):
+        raise UsageError(
+            "this is not a valid name for a tag", expected="a letter, then letters, digits, _ . or -", found=repr(name)
+        )
+    there = others.get(name)
+    if there is not None and there.version == version:
+        return there
+    if there is None and not written:
+        return Tag(now(), user(), name, version)
+    raise TableError(
+        f"the tag {name} is already in use, and a tag never moves to another version",
+        expected=f"no tag {name}, or {name} already on version {version}",
+        found=f"version {there.version}, tagged {there.time} by {there.user}" if there else "just removed",
+        where=table,
+        do=f"choose another name, or remove this tag: softlabel maintain {table} --untag {name}",
+    )
+
+
 def untag(table: str, name: str) -> Tag:
     """Remove a tag, and return it.
 
     Raises:
         TableNotFoundError: if there is no such tag.
     """
-    freed = _tag(table, name)
+    freed = tag_of(table, name)
     _TAGS.remove(table, name)
     return freed
 
@@ -189,6 +226,17 @@ def unpin(table: str, student: str) -> Pin:
     Raises:
         TableNotFoundError: if there is no such pin.
     """
+    freed = pin_of(table, student)
+    _PINS.remove(table, _pin_name(freed.student))
+    return freed
+
+
+def pin_of(table: str, student: str) -> Pin:
+    """The pin of a student or view.
+
+    Raises:
+        TableNotFoundError: if there is none.
+    """
     student = located(student)
     held = {pin.student: pin for pin in pins(table)}
     name = next((name for name in (student, str(Path(student).absolute())) if name in held), None)
@@ -199,7 +247,6 @@ def unpin(table: str, student: str) -> Pin:
             found=student,
             where=table,
         )
-    _PINS.remove(table, _pin_name(name))
     return held[name]
 
 
@@ -266,20 +313,6 @@ def _require_available(table: str, version: int) -> None:
                 where=table,
                 do="use one of those; a tag or a student's pin protects a version from being vacuumed",
             )
-
-
-def _tag(table: str, name: str) -> Tag:
-    known = tags(table)
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    raise TableNotFoundError(
-        f"this table has no tag {name}",
-        expected=f"a version number, or a tag: {', '.join(sorted(known)) or 'the table has none yet'}",
-        found=name,
-        where=table,
-        do=f"did you mean {table}@{near[0]}?" if near else "run softlabel history to list versions and tags",
-    )
 
 
 def _pin_name(student: str) -> str:

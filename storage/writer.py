@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -20,6 +21,7 @@ from softlabel.storage.codec import SoftLabels, encode
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.key_index import key_index
+from softlabel.storage.places.durable import require_permission
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
@@ -174,16 +176,21 @@ def present_rows(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArr
     return np.array([row in found for row in wanted], bool), np.array([row[-1] in found_keys for row in wanted], bool)
 
 
-def require_writable(location: str) -> None:
+def require_writable(location: str, *, dry_run: bool = False) -> None:
     """Write and delete a file, so that a long run fails at its start if its results can't be written.
+
+    A dry run writes none, and only looks at the permissions of a local folder.
 
     Raises:
         TableError: if the place can't be written.
     """
     place = place_of(location)
     with all_or_nothing(location):
-        place.write(probe := f"{WRITING}/{uuid.uuid4().hex}", b"")
-        place.delete(probe)
+        if not dry_run:
+            place.write(probe := f"{WRITING}/{uuid.uuid4().hex}", b"")
+            place.delete(probe)
+        elif not place.is_remote:
+            require_permission(Path(place.address))
 
 
 def _joined(sequences: pa.Table, labels: pa.Table) -> pa.Table:

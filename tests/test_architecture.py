@@ -59,8 +59,9 @@ DEPENDS_ON = {
     "pipeline.training": ["pipeline.objectives"],
     "pipeline.distillation": ["pipeline.capturing", "pipeline.training", "pipeline.evaluation.compare"],
     "pipeline.lineage": ["pipeline.students"],
+    "pipeline.dry_run": ["pipeline.distillation", "pipeline.estimation", "pipeline.tables"],
     "pipeline.examples": ["pipeline.models"],
-    "flows": ["pipeline.distillation", "pipeline.estimation", "pipeline.lineage", "pipeline.tables"],
+    "flows": ["pipeline.dry_run", "pipeline.lineage"],
 }
 """Each package (and some single modules) with the packages that it depends on: it may import these, and everything
 that they may import. The plain modules of ``storage`` and ``pipeline`` count as one package each."""

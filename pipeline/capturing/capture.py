@@ -8,6 +8,7 @@ or nothing.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.masks import replace_rows
@@ -59,6 +60,63 @@ class CaptureReport:
     """Rows that an older version of this program had stored with a wrong mask, and that were removed."""
     held_out: bool = True
     """Whether the table holds out any document, to evaluate students on."""
+
+
+@dataclass(frozen=True)
+class CapturePreview:
+    """What a capture would do; the fields of ``CaptureReport`` have the same names."""
+
+    table: str
+    version: int | None
+    """Newest version of the table now; None if it would be made."""
+    documents: int
+    unchanged: int
+    taken_down: int
+    rejects: int
+    truncated: int
+    sequences: int
+    """Sequences that the teacher would run over."""
+    copied: int
+    """Sequences that would be copied from other documents."""
+    positions: int
+    """Captured positions of the teacher's sequences."""
+    shards: int
+    """Files of sequences, each captured and committed by itself; several GPUs may divide them further."""
+    repeated: int
+    answers: int
+    partial_answers: int
+    rereads: bool
+    """Whether rows whose masks an older version of this program got wrong would be removed."""
+    dry_run: Literal[True] = True
+
+
+def preview_capture(job: CaptureJob, watch: Watch = unwatched) -> CapturePreview:
+    """What ``capture`` would do with this job, by the same plan; nothing is written.
+
+    Raises:
+        SoftlabelError: as ``capture`` does before the teacher runs.
+    """
+    with scratch() as folder:
+        todo = plan(job, folder, watch, dry_run=True)
+        if todo.shards:
+            require_writable(job.table, dry_run=True)
+        counts = (
+            "documents",
+            "unchanged",
+            "taken_down",
+            "rejects",
+            "repeated",
+            "truncated",
+            "answers",
+            "partial_answers",
+        )
+        return CapturePreview(
+            table=job.table,
+            version=Table.open(job.table).version if Table.exists(job.table) else None,
+            shards=len(todo.shards),
+            rereads=todo.reread is not None,
+            **{name: getattr(todo, name) for name in (*counts, "sequences", "copied", "positions")},
+        )
 
 
 def capture(config: CaptureConfig, watch: Watch = unwatched, decorate: StepDecorator = undecorated) -> CaptureReport:

@@ -55,8 +55,11 @@ class CapturePlan:
     """Documents that can't be used."""
     truncated: int
     """Documents that were truncated to the longest sequence that a classifier reads; always 0 for language models."""
+    copied: int
+    """Number of sequences in ``copies``."""
     rejects_file: str | None
-    """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects."""
+    """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects, or in a dry
+    run."""
     folder: Path
     """Folder of the plan's files."""
     seconds: float
@@ -75,13 +78,14 @@ class CapturePlan:
         return not self.shards and not self.copies and self.reread is None
 
 
-def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan:
+def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bool = False) -> CapturePlan:
     """Find out what a capture has to do, and write it to files. The table's rows are not touched.
 
     Args:
         job: the capture.
         folder: for the plan's files.
         watch: called after each batch of documents.
+        dry_run: write nothing outside of ``folder``: the table does not get the list of rejects.
 
     Raises:
         DocumentsError: if there is no usable document; with ``strict``, at the first one that can't be used.
@@ -116,12 +120,10 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan
         unchanged += batch.documents.num_rows - changed.num_rows
         repeated += batch.repeated
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
+    published = None if dry_run else rejects.publish(place_of(config.table))
     if not found:
-        listed = (
-            [f"{rejects}\n               complete list: {file}"]
-            if (file := rejects.publish(place_of(config.table)))
-            else []
-        )
+        more = [] if published is None else [f"complete list: {published}"]
+        listed = [str(rejects), *more] if rejects.count else []
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
     if pending.sequences and Table.exists(job.table):
@@ -137,7 +139,8 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched) -> CapturePlan
         repeated=repeated,
         rejects=rejects.count,
         truncated=sequencer.truncated,
-        rejects_file=rejects.publish(place_of(config.table)),
+        copied=copies.sequences,
+        rejects_file=published,
         folder=folder,
         seconds=time.monotonic() - started,
         answers=sequencer.answers,

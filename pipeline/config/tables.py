@@ -48,8 +48,6 @@ class MaintainConfig(Settings):
 
     table: Location
     """Folder of the table."""
-    dry_run: bool = False
-    """Show what would be deleted, and delete nothing."""
     grace_hours: NonNegativeFloat = 24.0
     """Keep files that were written less than this many hours ago: another machine may still be writing them."""
     vacuum: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from softlabel.pipeline.devices import device
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.provenance import is_model, other_model, read_student, stored_dtype, warnings_of
 from softlabel.pipeline.evaluation.report import (
+    REPORT_FILES,
     EvaluationReport,
     Header,
     NamedTeacher,
@@ -105,6 +106,51 @@ class EvaluationJob:
         """Where a model's measurements are kept until the report is written."""
         depends_on = {"table": self.table.content, "model": model.files, "by": self.config.by, "device": self.device}
         return Unfinished.of(folder, depends_on)
+
+
+@dataclass(frozen=True)
+class EvaluatePreview:
+    """What an evaluation would do."""
+
+    table: str
+    version: int
+    students: tuple[str, ...]
+    """Names in the report."""
+    warnings: dict[str, tuple[str, ...]]
+    """What the report would say about each student's comparability."""
+    held_out: int
+    """How much each student would be measured on, ..."""
+    unit: str
+    """... in positions or documents."""
+    device: str
+    files: tuple[str, ...]
+    """Files that would be written."""
+    replaced: tuple[str, ...]
+    """Those of them that exist already."""
+    dry_run: Literal[True] = True
+
+
+def preview_evaluate(config: EvaluateConfig) -> EvaluatePreview:
+    """What ``evaluate`` would do; nothing is written, and no student is loaded.
+
+    Raises:
+        SoftlabelError: as ``evaluate`` does before it loads a student.
+    """
+    job = EvaluationJob.resolve(config)
+    held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
+    folder = prepare(Path(config.report), job.table.location, config.students, dry_run=True)
+    files, students = [folder / name for name in REPORT_FILES], [model.student for model in job.models]
+    return EvaluatePreview(
+        table=job.table.location,
+        version=job.table.version,
+        students=tuple(student.name for student in students),
+        warnings={student.name: student.warnings for student in students if student.warnings},
+        held_out=held_out.size,
+        unit=held_out.unit,
+        device=job.device,
+        files=tuple(map(str, files)),
+        replaced=tuple(str(file) for file in files if file.exists()),
+    )
 
 
 def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationReport | ClassEvaluation:

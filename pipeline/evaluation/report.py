@@ -255,11 +255,15 @@ def reach(value: Estimate | None) -> float | None:
     return None if value is None or value.interval is None else (value.interval[1] - value.interval[0]) / 2
 
 
-def prepare(folder: Path, table: str, students: Sequence[str]) -> Path:
+REPORT_FILES = ("report.html", "report.json")
+"""Files that an evaluation writes."""
+
+
+def prepare(folder: Path, table: str, students: Sequence[str], *, dry_run: bool = False) -> Path:
     """The folder for a report, which is created, so that an unwritable one is found before anything is measured.
 
     It is the given one or, if that has the report of another table or of other students, the first with a number after
-    its name that has not.
+    its name that has not. A dry run creates none, and only looks at the permissions.
 
     Raises:
         UsageError: if the folder can't be created.
@@ -268,17 +272,20 @@ def prepare(folder: Path, table: str, students: Sequence[str]) -> Path:
     with _write_errors(folder):
         for number in count(1):
             place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-            durable.make_folder(place)
-            if next(found for found in _abouts(place, what) if found is not None) == what:
+            if dry_run:
+                durable.require_permission(place)
+            else:
+                durable.make_folder(place)
+            if next(found for found in _abouts(place, what, dry_run) if found is not None) == what:
                 return place
     raise AssertionError
 
 
-def _abouts(folder: Path, what: dict[str, Any]) -> Iterator[Mapping[str, Any] | None]:
+def _abouts(folder: Path, what: dict[str, Any], dry_run: bool) -> Iterator[Mapping[str, Any] | None]:
     """What a folder is about: by its report, by its unfinished evaluation, or by the one that begins there now."""
     yield _reported(folder)
     yield claimed(folder)
-    yield claim(folder, what)
+    yield what if dry_run else claim(folder, what)
     yield {}
 
 
@@ -299,7 +306,7 @@ def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
     Raises:
         UsageError: if the folder can't be written to.
     """
-    html, json = folder / "report.html", folder / "report.json"
+    html, json = (folder / name for name in REPORT_FILES)
     with _write_errors(folder):
         durable.write(json, content)
         durable.write(html, page.encode())

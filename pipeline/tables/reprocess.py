@@ -17,6 +17,7 @@ from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.derivations import record_derived
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
+from softlabel.storage.log_files import require_no_remains
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline, with_split
@@ -25,10 +26,11 @@ from softlabel.storage.table import Table
 from softlabel.storage.takedown import carry_over
 from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.inspection import last_capture
-from softlabel.storage.upkeep.purge import Purged, purge
-from softlabel.storage.upkeep.rewrite import nothing_left, rewrite
-from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten
+from softlabel.storage.upkeep.purge import Purged, plan_purge, purge
+from softlabel.storage.upkeep.rewrite import rewrite
+from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, nothing_left, plan
 from softlabel.storage.versions import parse
+from softlabel.storage.writer import require_writable
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,18 @@ class ReprocessReport:
     purged: Purged | None
     """Result of ``purge``, if it was set."""
     seconds: float
+    dry_run: bool = False
+    """Whether nothing was written, and this is what would be done. The bytes of ``rows`` are then estimated from the
+    source, as if a smaller selection took nothing away."""
 
 
-def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessReport:
+def reprocess(config: ReprocessConfig, watch: Watch = unwatched, *, dry_run: bool = False) -> ReprocessReport:
     """Make or change a table. It stays unchanged until everything is done; a killed run continues when run again.
+
+    Args:
+        config: what to do.
+        watch: called with the number of rows that are done.
+        dry_run: only report what would be done.
 
     Raises:
         UsageError: if the settings require something that the table does not hold.
@@ -64,10 +74,10 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
     source = Table.open(config.source)
     target_identity, narrowing = _identity(source, config)
     row_filter = RowFilter(source, config)
-    target = _target(source, config, target_identity, row_filter)
-    fraction = config.shards.eval_fraction
+    target = _target(source, config, target_identity, row_filter, dry_run)
+    operation, fraction = _operation(config), config.shards.eval_fraction
     history_entry = {
-        "operation": _operation(config),
+        "operation": operation,
         "source": f"{source.location}@{source.version}",
         "settings": config.model_dump(mode="json", exclude_defaults=True),
     }
@@ -77,8 +87,12 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
     def report_progress(rows: int) -> None:
         watch(Progress("reprocess", rows, total, "sequences"))
 
+    if dry_run:
+        require_writable(config.destination or source.location, dry_run=True)
     purged: Purged | None = None
-    if config.purge:
+    if config.purge and dry_run:
+        done, purged = plan_purge(source.location, listed(config.purge), layout, report_progress)
+    elif config.purge:
         done, purged = purge(source.location, listed(config.purge), history_entry, layout, report_progress)
     else:
         job = Rewriting(
@@ -92,20 +106,25 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched) -> ReprocessRep
             identity=None if config.destination or target_identity == source.identity else target_identity,
             compact=config.compact,
         )
-        entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
-        done = rewrite(job, entry, report_progress)
-        if not job.in_place:
-            record_derived(source.location, source.version, target.place.address, _operation(config))
-    update_card(target.location)
+        if dry_run:
+            done, _ = plan(job, report_progress)
+        else:
+            entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
+            done = rewrite(job, entry, report_progress)
+        if not (dry_run or job.in_place or target is None):
+            record_derived(source.location, source.version, target.place.address, operation)
+    if not (dry_run or target is None):
+        update_card(target.location)
     return ReprocessReport(
         source=f"{source.location}@{source.version}",
-        table=target.location,
+        table=config.destination or source.location,
         version=done.version,
-        operation=_operation(config),
+        operation=operation,
         rows=done,
         unknown=row_filter.unknown,
         purged=purged,
         seconds=time.monotonic() - started,
+        dry_run=dry_run,
     )
 
 
@@ -175,8 +194,13 @@ def _too_much(source: Table, name: str, expected: object, found: object) -> Usag
     )
 
 
-def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filter: RowFilter) -> Table:
-    """The table to write to. A destination that does not exist is created, and stays empty until everything is done."""
+def _target(
+    source: Table, config: ReprocessConfig, identity: Identity, row_filter: RowFilter, dry_run: bool
+) -> Table | None:
+    """The table to write to. A destination that does not exist is created, and stays empty until everything is done.
+
+    A dry run creates none, and returns None for one that does not exist.
+    """
     if config.destination is None:
         if parse(config.source)[1] is not None:
             raise UsageError(
@@ -196,10 +220,14 @@ def _target(source: Table, config: ReprocessConfig, identity: Identity, row_filt
         target = Table.open(config.destination)
         target.identity.require(identity, config.destination)
         target.require_carried(source.carried)
+    elif dry_run:
+        require_no_remains(place_of(config.destination))
+        return None
     else:
         _require_rows(source, row_filter)
         target = Table.create(config.destination, identity, source.carried, source.vocabulary, source.tokenizer)
-    carry_over(source.location, target.location)
+    if not dry_run:
+        carry_over(source.location, target.location)
     return target
 
 

@@ -21,27 +21,32 @@ class VerifyReport(Verification):
 
     recheck: "Recheck | None" = None
     """None without a teacher."""
+    dry_run: bool = False
+    """Whether nothing was removed, and ``removed`` is what would be."""
 
 
-def verify(config: VerifyConfig, watch: Watch = unwatched) -> VerifyReport:
+def verify(config: VerifyConfig, watch: Watch = unwatched, *, dry_run: bool = False) -> VerifyReport:
     """Check every byte of a table; with ``config.teacher``, also compare a sample of its rows with the teacher.
 
     Args:
         config: the table, and whether to remove damaged shards.
         watch: called with the progress, first in kB of the table, then in tokens.
+        dry_run: only report which shards would be removed.
 
     Raises:
         IntegrityError: if something is damaged and was not removed; ``details`` is the ``Verification``.
         DisagreementError: if the table disagrees with its teacher; ``details`` is the ``Recheck``.
         UsageError: if a view is to be repaired or compared with a teacher; only tables can be.
     """
-    found = _check_bytes(config, watch)
+    found = _check_bytes(config, watch, dry_run)
     if found.unsolved:
         raise damage(found)
-    return VerifyReport(**vars(found), recheck=_compare_with_teacher(config, watch))
+    # A dry run still has what would be removed, on which a comparison would fail.
+    recheck = None if dry_run and found.removed else _compare_with_teacher(config, watch)
+    return VerifyReport(**vars(found), recheck=recheck, dry_run=dry_run)
 
 
-def _check_bytes(config: VerifyConfig, watch: Watch) -> Verification:
+def _check_bytes(config: VerifyConfig, watch: Watch, dry_run: bool) -> Verification:
     """Check the table, and remove damaged shards if ``config.remove_damaged`` is set.
 
     A view's tables are checked one after the other, up to the first with a finding.
@@ -56,7 +61,7 @@ def _check_bytes(config: VerifyConfig, watch: Watch) -> Verification:
             watch=lambda done, total: watch(Progress("verify", done // 1000, total // 1000, "kB")),
         )
         if found.findings:
-            return remove_damaged(found) if config.remove_damaged else found
+            return remove_damaged(found, dry_run=dry_run) if config.remove_damaged else found
         sound.append(found)
     return whole(opened, sound) if isinstance(opened, View) else found
 

@@ -12,7 +12,7 @@ from softlabel.storage.places import durable
 
 WEIGHTS = "model.safetensors"
 """File with the weights, in a checkpoint and in the folder of the best weights."""
-_KEPT = 2
+KEPT = 2
 """Checkpoints that are kept: if the last one is damaged, training goes on from the one before."""
 History = Sequence[Mapping[str, float]]
 """The Trainer's log; an entry with ``eval_kl`` is an evaluation after its ``step``."""
@@ -42,7 +42,7 @@ def publish(written: Path, run: Path, record: RunRecord, history: History, keeps
     """Move a checkpoint into the run's folder, and delete what it supersedes once it is durable; see ``complete``."""
     complete(written, run, record, history, keeps_best)
     durable.publish(written, run / written.name)
-    for old in checkpoints(run)[:-_KEPT]:
+    for old in checkpoints(run)[:-KEPT]:
         durable.remove_folder(old, written.parent)
     if keeps_best:
         drop_superseded(run, history)

@@ -7,10 +7,11 @@ builds the student; the loop is in ``trainer``; ``students.folder`` manages the 
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.train import VERSION, TrainConfig
-from softlabel.pipeline.exclusive import lock_output
+from softlabel.pipeline.exclusive import lock_output, require_unlocked
 from softlabel.pipeline.log_context import about
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.progress import Watch, unwatched
@@ -30,6 +31,7 @@ from softlabel.pipeline.students.record import StudentRecord, TrainingRun
 from softlabel.pipeline.students.serving import name_end_tokens
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.adapters import adapt, use_liger, warn_of_experts
+from softlabel.pipeline.training.checkpoints import KEPT as CHECKPOINTS_KEPT
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
 from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.launch import devices, on_cpu, to_start, train_by
@@ -39,7 +41,9 @@ from softlabel.pipeline.training.trackers import TensorBoard
 from softlabel.pipeline.training.trainer import DistillationTrainer
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
+from softlabel.storage.places import durable
 from softlabel.storage.versions import parse, pin
+from softlabel.storage.views.row_groups import outlines
 from softlabel.storage.views.view import AnyTable, open_table
 
 _LOGGED_STEPS = 500
@@ -146,20 +150,128 @@ def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, b
     return _report(config, record, record.last_step - job.start.step, resumed_from, time.monotonic() - began)
 
 
-def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
-    ranks, settings = PartialState(), job.config.student
+@dataclass(frozen=True)
+class TrainPreview:
+    """What a training would do."""
+
+    output: str
+    table: str
+    """TABLE@version."""
+    steps: int | None
+    """Optimizer steps of the whole training; None if they depend on rows that are not captured yet."""
+    steps_to_train: int | None
+    """Those that are left to do; 0 if the student is finished."""
+    resumed_from: int | None = None
+    """Step that it would go on from; None if it would start from the beginning."""
+    objective: str = ""
+    """The loss in words."""
+    parameters: int | None = None
+    trainable: int | None = None
+    """Parameters that the training changes: all, or those of the adapters."""
+    sequences: int | None = None
+    """Sequences of the train split."""
+    tokens: int | None = None
+    positions: int | None = None
+    """Captured positions of the train split: what an epoch trains on."""
+    bytes: int | None = None
+    """Disk space of the finished student with the state of its training, about."""
+    peak_bytes: int | None = None
+    """Most disk space while it is trained, about: checkpoints, and the one being written."""
+    dry_run: Literal[True] = True
+
+
+def preview_train(config: TrainConfig) -> TrainPreview:
+    """What ``train`` would do. The student is built as for the training, in memory; nothing is written.
+
+    Raises:
+        SoftlabelError: as ``train`` does before the first step.
+    """
+    config = _of_version(config)
+    folder = _folder(config)
+    to_start(config.optimizer)
+    require_unlocked(folder.path)
+    PartialState(cpu=on_cpu(config.optimizer))
+    config = folder.complete(config)
+    standing = folder.standing(config)
+    table = folder.open_table(config, standing)
+    name = f"{parse(config.table)[0]}@{table.version}"
+    if standing.finished is not None:
+        _require_source(config, table, folder, standing)
+        done = standing.finished
+        return TrainPreview(
+            config.output, name, done.last_step, 0, objective=done.objective, parameters=done.parameters
+        )
+    job = TrainingJob.resolve(config, folder, table, standing)
+    with folder.writing():
+        durable.require_permission(folder.path)
+    built = _build(job)
+    steps, size, trained = _dataset(job, built.trainable).total_steps, built.bytes, built.trained_bytes
+    state = size + 2 * trained  # AdamW keeps two numbers for each weight
+    best = size if config.optimizer.keeps_best else 0
+    rows = [rows for _, rows in outlines(table, ["tokens", "positions"], "train")]
+    return TrainPreview(
+        output=config.output,
+        table=name,
+        steps=steps,
+        steps_to_train=steps - job.start.step,
+        resumed_from=job.start.step if job.checkpoint else None,
+        objective=job.record.objective,
+        parameters=built.parameters,
+        trainable=built.trained_parameters,
+        sequences=sum(map(len, rows)),
+        tokens=sum(int(part.column("tokens").to_numpy().sum()) for part in rows),
+        positions=sum(int(part.column("positions").to_numpy().sum()) for part in rows),
+        bytes=size + state + best,
+        peak_bytes=(CHECKPOINTS_KEPT + 1) * state + best + size,
+    )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A student that is ready to be trained."""
+
+    student: PreTrainedModel
+    merge: Callable[[], object] | None
+    """Merges its adapters, if it has any."""
+    trainable: Trainable
+    parameters: int
+    """Of the student without adapters."""
+    bytes: int
+    """Size of these."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(each.numel() for each in self.student.parameters() if each.requires_grad)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Size of the parameters that are trained."""
+        return sum(each.numel() * each.element_size() for each in self.student.parameters() if each.requires_grad)
+
+
+def _build(job: TrainingJob) -> _Built:
+    """The student of a run, with its loss and its batches."""
+    settings = job.config.student
     set_seed(job.config.optimizer.seed)
     student = job.objective.build(settings, job.table, job.config.stream.packing, job.source)
-    if ranks.is_main_process:
+    count = parameters(student)
+    size = sum(each.numel() * each.element_size() for each in student.parameters())
+    if PartialState().is_main_process:
         warn_of_experts(student, adapted=settings.lora_r is not None)
     merge = adapt(student, settings) if settings.lora_r else None
     if job.config.optimizer.use_liger_kernel:
         use_liger(student)
-    trainable = job.objective.trainable(job.config, job.table, student, job.target)
+    return _Built(student, merge, job.objective.trainable(job.config, job.table, student, job.target), count, size)
+
+
+def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
+    ranks, built = PartialState(), _build(job)
+    student = built.student
     with job.folder.writing():
         if ranks.is_main_process:
             job.folder.begin_run(job.standing)
-        trainer = _trainer(job, trainable, watch, stop)
+        trainer = _trainer(job, built.trainable, watch, stop)
         if ranks.is_main_process:
             _pin(job.table, job.folder.path)
         trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
@@ -170,8 +282,8 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
         state = trainer.save_last_step()
     step = trainer.choose()
     unshard(student)
-    if merge:
-        merge()
+    if built.merge:
+        built.merge()
     name_end_tokens(student, job.table, Origin.of(job.table).tokenizer())
     record = _finished(job, student, trainer, step)
     if ranks.is_main_process:
@@ -215,7 +327,12 @@ def _pin(table: AnyTable, student: Path) -> None:
         )
 
 
-def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -> DistillationTrainer:
+def _dataset(job: TrainingJob, trainable: Trainable) -> Any:
+    """This rank's batches from where the training starts.
+
+    Raises:
+        UsageError: if there are no further steps, or nothing to evaluate on where the settings need it.
+    """
     ranks, settings = PartialState(), job.config.optimizer
     dataset = trainable.dataset(
         rank=ranks.process_index,
@@ -226,6 +343,21 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
     )
     if dataset.total_steps <= job.steps_before:
         raise _not_further(job, dataset.total_steps)
+    if not trainable.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
+        raise UsageError(
+            "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
+            expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
+            found=f"nothing to evaluate on in the eval split of version {job.table.version}",
+            where=job.table.location,
+            do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
+            "goes to eval",
+        )
+    return dataset
+
+
+def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -> DistillationTrainer:
+    ranks, settings = PartialState(), job.config.optimizer
+    dataset = _dataset(job, trainable)
     if settings.gradient_checkpointing:
         # Newer transformers deprecate the older name, the only one that older transformers have.
         student: Any = trainable.module.student
@@ -261,15 +393,6 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
     arguments._n_gpu = min(
         arguments.n_gpu, 1
     )  # softlabel.pipeline.training.launch handles several GPUs, never nn.DataParallel
-    if not trainable.evaluation and (settings.keeps_best or settings.early_stopping_patience is not None):
-        raise UsageError(
-            "early stopping and keeping the best weights need an eval split, and the table has none to evaluate on",
-            expected="an eval split, or neither optimizer.early_stopping_patience nor optimizer.keep best",
-            found=f"nothing to evaluate on in the eval split of version {job.table.version}",
-            where=job.table.location,
-            do="leave these settings out, or capture more documents; shards.eval_fraction sets the share of them that "
-            "goes to eval",
-        )
     if not trainable.evaluation and ranks.is_main_process:
         warnings.warn(
             f"nothing is held out in version {job.table.version} of {job.table.location}, so the student is not "

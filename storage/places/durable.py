@@ -8,12 +8,26 @@ Whoever may read or change a file follows from the umask alone, as for any other
 folders for their owner only, and copies have the permissions of their originals.
 """
 
+import errno
 import os
 import shutil
 import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+
+def require_permission(folder: Path) -> None:
+    """Refuse a folder that this user can't write to, or can't make, as far as its permissions tell.
+
+    Raises:
+        OSError: if it is not writable.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def write(path: Path, content: bytes, *, replace: bool = True) -> None:

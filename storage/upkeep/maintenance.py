@@ -20,7 +20,7 @@ import re
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -76,7 +76,12 @@ class Maintenance:
 
 
 def maintain(
-    location: str, *, keep_versions: int | None = None, grace_hours: float = GRACE_HOURS, dry_run: bool = False
+    location: str,
+    *,
+    keep_versions: int | None = None,
+    grace_hours: float = GRACE_HOURS,
+    dry_run: bool = False,
+    needed_versions: Collection[int] | None = None,
 ) -> Maintenance:
     """Delete files that the table does not need. If it is killed, the table stays valid, and it can be run again.
 
@@ -86,6 +91,7 @@ def maintain(
             those that need no file that is deleted. None drops no version.
         grace_hours: keep files that are younger than this.
         dry_run: report what would be deleted, but delete nothing.
+        needed_versions: in a dry run, the versions that would have a tag or a pin; by default those that have one.
 
     Raises:
         TableNotFoundError: if there is no table.
@@ -106,7 +112,8 @@ def maintain(
             table = Table.open(location)
             log = read_log(table)
             renewed = tuple(checkpoint_problems(table, log)) if dry_run else tuple(renew_checkpoints(table, log))
-            dropped = _dropped(location, log, keep_versions)
+            protected = needed(location) if needed_versions is None else needed_versions
+            dropped = _old(log, keep_versions).difference(protected)
             kept = sorted(set(log.versions) - vacuumed(location) - dropped)
             found = list(_leftovers(files, log, kept))
             deleted = [leftover for leftover, changed in found if not _is_young(place, leftover, changed, limit)]
@@ -127,10 +134,9 @@ def maintain(
     return Maintenance(location, log.newest, dry_run, tuple(deleted), spared, tuple(sorted(lost)), renewed)
 
 
-def _dropped(location: str, log: Log, keep_versions: int | None) -> set[int]:
-    """Old versions without a tag or pin."""
-    old = log.versions[:-keep_versions] if keep_versions else range(0)
-    return set(old) - needed(location)
+def _old(log: Log, keep_versions: int | None) -> set[int]:
+    """Versions that are not among the newest."""
+    return set(log.versions[:-keep_versions] if keep_versions else range(0))
 
 
 def _lost(log: Log, deleted: set[str], dropped: set[int]) -> set[int]:

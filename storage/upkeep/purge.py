@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from softlabel.storage.derivations import derived
 from softlabel.storage.errors import AccessError, IntegrityError, TableError
@@ -23,10 +25,10 @@ from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place,
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import Purge, record_deletion, refusal, refuse
+from softlabel.storage.takedown import Purge, purges, record_deletion, refusal, refuse
 from softlabel.storage.upkeep.log import replay
 from softlabel.storage.upkeep.rewrite import REWRITTEN, ConflictError, rewrite
-from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten
+from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, plan
 from softlabel.storage.versions import pins, tags
 
 
@@ -105,39 +107,99 @@ def purge(
         ) from error
 
 
-def _delete(newest: Table, record: Purge, version: int) -> Purged:
-    place, refused = newest.place, refusal(newest.location)
-    to_delete: list[str] = []
-    found: set[str] = set()
-    keys: set[bytes] = set()
+def plan_purge(
+    location: str, documents: Collection[str], layout: tuple[int, int], watch: Callable[[int], None]
+) -> tuple[Rewritten, Purged]:
+    """What ``purge`` would do; writes nothing."""
+    newest = Table.open(location)
+    refused = refusal(location)
+
+    def keep(rows: pa.Table) -> NDArray[np.bool_]:
+        return np.array([name not in documents for name in rows.column("document_id").to_pylist()], bool)
+
+    job = Rewriting(newest, newest, *layout, keep=keep, columns=("document_id",), exclusive=True)
+    rewritten, replaced = plan(job, watch, always=True)
+    traces = _find(newest, lambda name: name in documents or refused(name), [shard.path for shard in replaced])
+    lost = traces.versions | {n for purge in purges(location) if purge.is_of(documents) for n in purge.versions}
+    return rewritten, _purged(newest, len(documents), traces, lost, documents)
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """What a table holds of documents that are taken down, apart from its newest version."""
+
+    files: list[str]
+    """Files to delete: with rows of these documents, or damaged ones, which may have some."""
+    abandoned: list[str]
+    """Unfinished shards of dead writers, to delete, too."""
+    named: set[str]
+    """Those of the files that are shards of some version."""
+    versions: set[int]
+    """Versions that need one of the files."""
+    documents: set[str]
+    keys: set[bytes]
+    foreign: list[str]
+    """Parquet files that softlabel did not write."""
+    damaged: list[str]
+    """Damaged commits."""
+
+
+def _find(newest: Table, refused: Callable[[str], bool], replaced: Collection[str] = ()) -> _Traces:
+    """Look for documents in every file that the newest version does not have.
+
+    Args:
+        newest: the newest version.
+        refused: whether a document is taken down.
+        replaced: shards of the newest version that it would no longer have; in a dry run.
+    """
+    place = newest.place
+    files, documents, keys = list[str](), set[str](), set[bytes]()
     ours, foreign = _candidates(newest)
-    for name in ours:
+    for name in [*ours, *replaced]:
         rows = _rows(place, name)
         hits = [row for row in rows or () if refused(row[0])]
-        to_delete += [name] if hits or rows is None else []
-        found.update(document for document, _ in hits)
+        files += [name] if hits or rows is None else []
+        documents.update(document for document, _ in hits)
         keys.update(key for _, key in hits)
-    abandoned = [file.name for file in place.files(WRITING) if place.is_written(file.name) is False]
     log = replay(newest)  # unchecked: a damaged log must not keep files with these documents from being deleted
-    named = {shard.path: shard.versions for shard in log.named}
-    lost = {version for path in to_delete for version in named.get(path, ())}
-    record = record_deletion(newest.location, record, version, [name for name in to_delete if name in named], lost)
-    for name in [*to_delete, *abandoned]:
-        place.delete(name)
+    versions = {shard.path: shard.versions for shard in log.named}
+    return _Traces(
+        files=files,
+        abandoned=[file.name for file in place.files(WRITING) if place.is_written(file.name) is False],
+        named=versions.keys() & set(files),
+        versions={version for path in files for version in versions.get(path, ())},
+        documents=documents,
+        keys=keys,
+        foreign=foreign,
+        damaged=list(log.damaged),
+    )
+
+
+def _delete(newest: Table, record: Purge, version: int) -> Purged:
+    traces = _find(newest, refusal(newest.location))
+    named = [name for name in traces.files if name in traces.named]
+    record = record_deletion(newest.location, record, version, named, traces.versions)
+    for name in [*traces.files, *traces.abandoned]:
+        newest.place.delete(name)
     tidy(newest)  # so that nothing is left of the keys of these documents
+    return _purged(newest, len(record.documents), traces, set(record.versions))
+
+
+def _purged(newest: Table, documents: int, traces: _Traces, lost: set[int], gone: Collection[str] = ()) -> Purged:
+    """The report; ``gone`` are documents that the newest version still has, in a dry run."""
     return Purged(
-        documents=len(record.documents),
-        found=len(found),
-        files=tuple(sorted([*to_delete, *abandoned])),
-        versions=tuple(record.versions),
-        broken=tuple(_broken(newest.location, record)),
-        same_text=tuple(sorted(_documents_sharing(newest, keys))),
+        documents=documents,
+        found=len(traces.documents),
+        files=tuple(sorted([*traces.files, *traces.abandoned])),
+        versions=tuple(sorted(lost)),
+        broken=tuple(_broken(newest.location, lost)),
+        same_text=tuple(sorted(_documents_sharing(newest, traces.keys).difference(gone))),
         out_of_reach=(
-            *(f"{name}, which was not checked, because softlabel did not write it" for name in foreign),
+            *(f"{name}, which was not checked, because softlabel did not write it" for name in traces.foreign),
             *(
                 f"{name}, a damaged commit: because of it, the list of versions that can no longer be opened may be"
                 " incomplete"
-                for name in log.damaged
+                for name in traces.damaged
             ),
             *_out_of_reach(newest),
         ),
@@ -182,8 +244,7 @@ def _documents_sharing(newest: Table, keys: Collection[bytes]) -> set[str]:
     }
 
 
-def _broken(location: str, record: Purge) -> Iterator[str]:
-    lost = set(record.versions)
+def _broken(location: str, lost: Collection[int]) -> Iterator[str]:
     yield from (f"{pin.kind} {pin.student}, of version {pin.version}" for pin in pins(location) if pin.version in lost)
     yield from (f"tag {tag.name}, of version {tag.version}" for tag in tags(location).values() if tag.version in lost)
 

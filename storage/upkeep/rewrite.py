@@ -21,7 +21,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from softlabel.storage.codec import Ints
 from softlabel.storage.committing import all_or_nothing, try_commit
-from softlabel.storage.errors import TableError, UsageError
+from softlabel.storage.errors import TableError
 from softlabel.storage.narrowing import narrow, renumber
 from softlabel.storage.places.place import SIDE_FOLDER, File, PendingFile
 from softlabel.storage.reader import read
@@ -29,7 +29,7 @@ from softlabel.storage.schema import PARTITION
 from softlabel.storage.shard_file import ShardFile, add_action
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, outputs
+from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, nothing_left, outputs
 
 REWRITTEN = f"{SIDE_FOLDER}/rewritten"
 """Folder of finished shards that are not committed yet."""
@@ -64,29 +64,18 @@ def rewrite(
         TableError: if the disk is full or the folder can't be written; the table is then unchanged.
     """
     done, removed, finished = Rewritten(), list[Shard](), list[_Finished]()
-
-    def report() -> None:
-        watch(done.sequences + done.left + done.dropped)
-
+    assert job.target is not None, "only a dry run has no target"
     with all_or_nothing(job.target.location):
         pending = list(job.target.place.files(REWRITTEN))
-        for output in outputs(job, done, removed, report):
-            whole = output.pieces[0][0]
-            if job.in_place and not job.narrowing and output.is_just(whole):
-                removed.remove(whole)
-                done.left += whole.rows
-            else:
-                finished.append(_write(job, output, pending))
-                done.sequences += output.rows
-                done.positions += output.positions
-            report()
+        for output in outputs(job, done, removed, lambda: watch(done.seen)):
+            finished.append(_write(job, job.target, output, pending))
         _keep_unchanged(finished, removed, done)
         done.shards, done.replaced = len(finished), len(removed)
-        done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed if job.in_place)
-        if done.dropped and not always and not done.sequences and not done.left:
+        done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed)
+        if done.is_empty and not always:
             raise nothing_left(job.source, done.dropped)
         changes = bool(finished or removed or job.identity) or always
-        done.version = _commit(job, finished, removed, about, done) if changes else job.target.version
+        done.version = _commit(job, job.target, finished, removed, about, done) if changes else job.target.version
     return done
 
 
@@ -103,13 +92,13 @@ def _keep_unchanged(finished: list[_Finished], removed: list[Shard], done: Rewri
     removed[:] = [old for old in removed if old.path not in same]
 
 
-def _write(job: Rewriting, output: Output, pending: Sequence[File]) -> _Finished:
+def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File]) -> _Finished:
     """Write a shard, or reuse the one that an earlier run has written."""
-    prefix = f"{REWRITTEN}/{_name(job, output)}-"
+    prefix = f"{REWRITTEN}/{_name(job, target, output)}-"
     name = next((file.name for file in pending if file.name.startswith(prefix)), None)
-    numbering = _numbering(job)
+    numbering = _numbering(job.source, target)
     if name is None:
-        file = ShardFile(job.target, output.split, job.row_group)
+        file = ShardFile(target, output.split, job.row_group)
         try:
             for shard, group, rows in output.pieces:
                 part = read(job.source, shard, row_groups=[group]).take(pa.array(rows))
@@ -120,24 +109,24 @@ def _write(job: Rewriting, output: Output, pending: Sequence[File]) -> _Finished
             file.publish(name)
         finally:
             file.discard()
-    place = job.target.place
+    place = target.place
     path = f"{PARTITION}={output.split}/{name.removeprefix(prefix)}"
     shard = Shard(path, output.split, output.rows, place.stat(name).bytes)
     return _Finished(place.pending(name), shard, output.positions)
 
 
-def _numbering(job: Rewriting) -> Ints | None:
+def _numbering(source: Table, target: Table) -> Ints | None:
     """The target's rank for each rank of the source; None if the rankings are equal."""
-    if np.array_equal(job.source.vocabulary, job.target.vocabulary):
+    if np.array_equal(source.vocabulary, target.vocabulary):
         return None
-    ranks: Ints = job.target.ranks[job.source.vocabulary]
+    ranks: Ints = target.ranks[source.vocabulary]
     return ranks
 
 
-def _name(job: Rewriting, output: Output) -> str:
+def _name(job: Rewriting, target: Table, output: Output) -> str:
     """A hash of everything that a shard is made from: shards with the same hash have the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity or job.target.identity))
+    identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity or target.identity))
     for text in (*identities, output.split, str(job.row_group)):
         digest.update(f"{text}\n".encode())
     for shard, group, rows in output.pieces:
@@ -146,7 +135,12 @@ def _name(job: Rewriting, output: Output) -> str:
 
 
 def _commit(
-    job: Rewriting, finished: Sequence[_Finished], removed: Sequence[Shard], about: Mapping[str, Any], done: Rewritten
+    job: Rewriting,
+    target: Table,
+    finished: Sequence[_Finished],
+    removed: Sequence[Shard],
+    about: Mapping[str, Any],
+    done: Rewritten,
 ) -> int:
     """Publish the new shards, and commit them in place of the shards that they replace."""
     moment = int(time.time() * 1000)
@@ -159,10 +153,10 @@ def _commit(
     }
     publications = [partial(new.file.publish, new.shard.path) for new in finished]
     try:
-        with job.target.place.gate():
+        with target.place.gate():
             while True:
-                newest = job.target.newest()
-                _require_unchanged(job, newest, removed)
+                newest = target.newest()
+                _require_unchanged(job, target, newest, removed)
                 if try_commit(newest, actions, {**about, **counts}, publications, job.identity):
                     break
     except ConflictError:
@@ -178,26 +172,15 @@ def _discard(finished: Sequence[_Finished]) -> None:
         new.file.discard()
 
 
-def _require_unchanged(job: Rewriting, newest: Table, removed: Sequence[Shard]) -> None:
+def _require_unchanged(job: Rewriting, target: Table, newest: Table, removed: Sequence[Shard]) -> None:
     """Require that the shards that were read still exist. New shards of other writers are fine, and stay unchanged."""
     exclusive = job.exclusive or not job.in_place or job.identity is not None  # new shards would have the old identity
     gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
-    if gone or (newest.version != job.target.version and exclusive):
+    if gone or (newest.version != target.version and exclusive):
         raise ConflictError(
             "another process changed the table meanwhile, so this run changed nothing",
-            expected=f"version {job.target.version}" if not gone else "all shards that this run has read",
+            expected=f"version {target.version}" if not gone else "all shards that this run has read",
             found=f"version {newest.version}" + (f", without {len(gone)} of these shards" if gone else ""),
-            where=job.target.location,
+            where=target.location,
             do="run the same command again",
         )
-
-
-def nothing_left(source: Table, dropped: int) -> UsageError:
-    """The error for a rewrite that would leave no row."""
-    return UsageError(
-        "no row would be left; nothing was changed",
-        expected="at least one row to keep",
-        found=f"{dropped:,} rows, all of which would be dropped",
-        where=f"{source.location}@{source.version}",
-        do="check the filter and the list of documents",
-    )

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.reader import outline, with_split
@@ -21,8 +22,9 @@ class Rewriting:
     """What to do with the rows of one version."""
 
     source: Table
-    target: Table
-    """The version to change: the source itself, or another table, which may have some of the rows already."""
+    target: Table | None
+    """The version to change: the source itself, or another table, which may have some of the rows already. None in a
+    dry run for a table that does not exist."""
     positions: int
     """Largest number of captured positions in a new shard."""
     row_group: int
@@ -43,7 +45,7 @@ class Rewriting:
     @property
     def in_place(self) -> bool:
         """Whether the rows stay in their table."""
-        return self.source.place.address == self.target.place.address
+        return self.target is not None and self.source.place.address == self.target.place.address
 
 
 @dataclass
@@ -64,6 +66,16 @@ class Rewritten:
     """Number of shards that they replace."""
     bytes: int = 0
     """Size of the new shards, minus that of the shards that they replace in the same table."""
+
+    @property
+    def seen(self) -> int:
+        """Number of rows of the source that are done."""
+        return self.sequences + self.left + self.dropped
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether rows were dropped and none is left."""
+        return bool(self.dropped and not self.sequences and not self.left)
 
 
 _Piece = tuple[Shard, int, NDArray[np.int64]]
@@ -89,15 +101,60 @@ class Output:
 
 
 def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], report: Callable[[], None]) -> Iterator[Output]:
-    """The planned shards, each as soon as it is full.
+    """The shards to write, each as soon as it is full; the caller writes it before it asks for the next.
 
     Args:
         job: what to do.
-        done: counts of dropped and unchanged rows are added here.
+        done: all counts of rows and of new shards are added here.
         removed: shards that are replaced are added here.
-        report: called after each shard of the source.
+        report: called after each shard of the source, and after each new shard.
     """
-    present, refused = _present(job), refusal(job.target.location)
+    for output in _filled(job, done, removed, report):
+        whole = output.pieces[0][0]
+        if job.in_place and not job.narrowing and output.is_just(whole):
+            removed.remove(whole)
+            done.left += whole.rows
+        else:
+            yield output
+            done.shards += 1
+            done.sequences += output.rows
+            done.positions += output.positions
+        report()
+
+
+def plan(job: Rewriting, watch: Callable[[int], None], *, always: bool = False) -> tuple[Rewritten, list[Shard]]:
+    """What ``rewrite`` would do, and the shards that it would replace. Writes nothing, and reads no soft labels.
+
+    The numbers of rows and shards are those of the rewrite, unless a narrowing leaves a whole shard as it is. The bytes
+    are estimated from those of the source, as if a narrowing took nothing away.
+    """
+    done, removed, size = Rewritten(), list[Shard](), 0.0
+    bytes_a_row = {shard: shard.bytes / max(1, shard.rows) for shard in job.source.shards()}
+    for output in outputs(job, done, removed, lambda: watch(done.seen)):
+        size += sum(bytes_a_row[shard] * len(rows) for shard, _, rows in output.pieces)
+    done.replaced = len(removed)
+    done.bytes = round(size) - sum(shard.bytes for shard in removed)
+    if done.is_empty and not always:
+        raise nothing_left(job.source, done.dropped)
+    changes = bool(done.shards or removed or job.identity) or always
+    done.version = (0 if job.target is None else job.target.version) + changes
+    return done, removed
+
+
+def nothing_left(source: Table, dropped: int) -> UsageError:
+    """The error for a rewrite that would leave no row."""
+    return UsageError(
+        "no row would be left; nothing was changed",
+        expected="at least one row to keep",
+        found=f"{dropped:,} rows, all of which would be dropped",
+        where=f"{source.location}@{source.version}",
+        do="check the filter and the list of documents",
+    )
+
+
+def _filled(job: Rewriting, done: Rewritten, removed: list[Shard], report: Callable[[], None]) -> Iterator[Output]:
+    """The planned shards, each as soon as it is full, among them those that are there already."""
+    present, refused = _present(job), _refused(job)
     filling: dict[str, Output] = {}
     for shard in job.source.shards():
         groups = list(_decide(job, shard, present, refused))
@@ -170,9 +227,15 @@ def _decide(
         yield _Decision(kept & ~there, there, splits, rows.column("positions").to_numpy().astype(np.int64))
 
 
+def _refused(job: Rewriting) -> Callable[[str], bool]:
+    """Whether a document was taken down, from either table: a target gets the source's refuse list."""
+    lists = [refusal(table.location) for table in (job.source, job.target) if table is not None]
+    return lambda document: any(is_refused(document) for is_refused in lists)
+
+
 def _present(job: Rewriting) -> set[tuple[object, ...]]:
     """Rows that the target has already, if it is another table."""
-    if job.in_place:
+    if job.in_place or job.target is None:
         return set()
     shards = job.target.shards()
     return {row for shard in shards for part in outline(job.target, shard, ROW_KEY) for row in row_keys(part)}

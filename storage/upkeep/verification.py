@@ -146,7 +146,7 @@ def verify(
     )
 
 
-def remove_damaged(found: Verification) -> Verification:
+def remove_damaged(found: Verification, *, dry_run: bool = False) -> Verification:
     """Remove every shard with a finding from the newest version, in one commit.
 
     A capture of the same documents then brings exactly the missing rows back. The files stay, for old versions that use
@@ -159,8 +159,11 @@ def remove_damaged(found: Verification) -> Verification:
     while True:
         newest = Table.open(found.location)
         going = [shard for shard in newest.shards() if shard.path in damaged]
-        if not going:
-            return found
+        removed = replace(
+            found, removed=tuple(shard.path for shard in going), removed_rows=sum(shard.rows for shard in going)
+        )
+        if not going or dry_run:
+            return removed
         now = int(time.time() * 1000)
         actions = [RemoveAction(shard.path, True, now, shard.bytes, {PARTITION: shard.split}) for shard in going]
         about = {
@@ -171,8 +174,7 @@ def remove_damaged(found: Verification) -> Verification:
         with all_or_nothing(found.location):
             done = try_commit(newest, actions, about)
         if done:
-            removed = tuple(shard.path for shard in going)
-            return replace(found, removed=removed, removed_rows=sum(shard.rows for shard in going))
+            return removed
 
 
 def _examined(jobs: Sequence[tuple[Table, Shard]]) -> Iterator[tuple[Shard, Hashes | WrongShardError]]:

@@ -14,12 +14,15 @@ from softlabel.storage.sealed_json import seal
 from softlabel.storage.table import Table
 from softlabel.storage.versions import parse, pin, unpin
 from softlabel.storage.views.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
+from softlabel.storage.writer import require_writable
 
 _TOKEN_FIELDS = ("tokenizer.files", "vocabulary")
 """Fields of the identity that determine the meaning of a token id."""
 
 
-def make_view(location: str, names: Sequence[str], weights: Sequence[float], how: How) -> View:
+def make_view(
+    location: str, names: Sequence[str], weights: Sequence[float], how: How, *, dry_run: bool = False
+) -> View:
     """Make a view, and pin the versions of its tables so that they are not vacuumed. Repeating it changes nothing.
 
     If several processes make different views at the same location, one succeeds, and only its pins remain.
@@ -29,6 +32,7 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
         names: locations of the tables; without a version or tag, the newest version is used.
         weights: weight of each table, above 0.
         how: concatenate or average.
+        dry_run: write nothing; the view that is returned then exists only in this process.
 
     Raises:
         UsageError: if a table is given twice, or the folder is not empty.
@@ -46,6 +50,9 @@ def make_view(location: str, names: Sequence[str], weights: Sequence[float], how
     if how == "average":
         _require_average(view)
     _require_free(location, view.definition)
+    if dry_run:
+        require_writable(location, dry_run=True)
+        return view
     try:
         for table in tables:
             pin(table.location, table.version, view.place.address, "view")

@@ -69,6 +69,32 @@ def test_deploying_twice_changes_nothing_the_second_time(site: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("server")
+def test_a_dry_run_of_deploy_names_the_changes_and_makes_none(site: Path, capsys: pytest.CaptureFixture[str]):
+    assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
+    settings = yaml.safe_load(site.read_text())
+    settings["deployments"][0] |= {"cron": "45 1 * * *", "time_limit_hours": 3}
+    settings["deployments"].append(settings["deployments"][1] | {"name": "further"})
+    site.write_text(yaml.safe_dump(settings | {"work_pool": "dry"}))
+
+    def on_server() -> list[Any]:
+        with get_client(sync_client=True) as client:
+            pools, deployments = client.read_work_pools(), client.read_deployments()
+            return [*pools, *deployments, *client.read_automations()]
+
+    before = on_server()
+    code, would, _ = softlabel(capsys, "deploy", "--config", str(site), "--dry-run")
+    assert (code, would.pop("dry_run")) == (0, True)
+    assert on_server() == before
+    assert run(["deploy", "--config", str(site), "--dry-run"]) == 0
+    assert "would be made on" in capsys.readouterr().out
+    code, did, _ = softlabel(capsys, "deploy", "--config", str(site))
+    assert (code, did.pop("dry_run")) == (0, False)
+    assert would == did
+    changed = {(each["name"], each["change"]) for each in did["installed"] if each["change"] != "unchanged"}
+    assert {("dry", "created"), ("train/further", "created"), ("capture/wiki", "updated")} <= changed
+
+
+@pytest.mark.usefixtures("server")
 def test_each_flow_has_a_deployment_that_works_without_a_clone(site: Path, capsys: pytest.CaptureFixture[str]):
     assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
     with get_client(sync_client=True) as client:
