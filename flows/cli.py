@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -305,12 +305,13 @@ def deploy_flows(
     """
 
     def work() -> Any:
-        from softlabel.flows.deploy import deploy
-        from softlabel.flows.deployments import DeployConfig
-
         given = {("schedules",): schedules, ("work_pool",): work_pool}
         flags: dict[tuple[str, ...], Any] = {name: value for name, value in given.items() if value is not None}
-        return deploy(resolve(DeployConfig, flags, file), dry_run=dry_run)
+        with import_module("softlabel.flows.runner").without_traces() if dry_run else nullcontext():
+            from softlabel.flows.deploy import deploy
+            from softlabel.flows.deployments import DeployConfig
+
+            return deploy(resolve(DeployConfig, flags, file), dry_run=dry_run)
 
     answer("deploy", work, as_json)
 

@@ -72,6 +72,8 @@ def _capture(report: "CaptureDryRun") -> None:
     for why, number in left_out.items():
         if number:
             console.print(f"[yellow]{count(number, 'document')}[/] {why}")
+    for reject in report.rejected:
+        _line("  {}", reject)
 
 
 def _train(report: "TrainPreview") -> None:

@@ -58,10 +58,27 @@ def dry_run(config: Settings) -> Any:
     Raises:
         SoftlabelError: as the verb does before it changes anything.
     """
-    with _lines(), watching() as watch:
+    with _lines(), without_traces(), watching() as watch:
         from softlabel.pipeline import dry_run
 
         return dry_run(config, watch)
+
+
+@contextmanager
+def without_traces() -> Iterator[None]:
+    """Give libraries a temporary folder for what they write into the home folder when they are first imported."""
+    with scratch() as folder:
+        before = {name: os.environ.get(name) for name in ("MPLCONFIGDIR", "PREFECT_HOME")}
+        os.environ.setdefault("MPLCONFIGDIR", str(folder))
+        if not server.home().exists():  # Prefect would make it
+            os.environ["PREFECT_HOME"] = str(folder)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _capture(config: CaptureConfig) -> Any:

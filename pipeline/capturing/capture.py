@@ -87,6 +87,8 @@ class CapturePreview:
     partial_answers: int
     rereads: bool
     """Whether rows whose masks an older version of this program got wrong would be removed."""
+    rejected: tuple[str, ...] = ()
+    """The first documents that can't be used, each with the reason."""
     dry_run: Literal[True] = True
 
 
@@ -100,22 +102,14 @@ def preview_capture(job: CaptureJob, watch: Watch = unwatched) -> CapturePreview
         todo = plan(job, folder, watch, dry_run=True)
         if todo.shards:
             require_writable(job.table, dry_run=True)
-        counts = (
-            "documents",
-            "unchanged",
-            "taken_down",
-            "rejects",
-            "repeated",
-            "truncated",
-            "answers",
-            "partial_answers",
-        )
+        counts = ("documents", "unchanged", "taken_down", "rejects", "rejected", "repeated", "truncated")
+        counts += ("answers", "partial_answers", "sequences", "copied", "positions")
         return CapturePreview(
             table=job.table,
             version=Table.open(job.table).version if Table.exists(job.table) else None,
             shards=len(todo.shards),
             rereads=todo.reread is not None,
-            **{name: getattr(todo, name) for name in (*counts, "sequences", "copied", "positions")},
+            **{name: getattr(todo, name) for name in counts},
         )
 
 

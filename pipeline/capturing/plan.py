@@ -69,6 +69,8 @@ class CapturePlan:
     """Answers of the assistant in the chats that were tokenized, ..."""
     partial_answers: int = 0
     """... and how many of them the chat template does not write whole."""
+    rejected: tuple[str, ...] = ()
+    """The first documents that can't be used, each with the reason."""
     reread: Path | None = None
     """What all documents have now, if the table's masks may be wrong; for ``masks.replace_rows``."""
 
@@ -145,6 +147,7 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bo
         seconds=time.monotonic() - started,
         answers=sequencer.answers,
         partial_answers=sequencer.partial_answers,
+        rejected=rejects.shown,
         reread=None if known.reread is None else known.reread.save(folder / "reread.npz"),
     )
 

@@ -90,6 +90,11 @@ class Rejects:
                 print(json.dumps(reject._asdict(), ensure_ascii=False), file=file)
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """The first few rejects, each with its reason."""
+        return tuple(self._shown)
+
+    @property
     def first(self) -> str:
         """The first reject, with its reason."""
         return self._shown[0]
