@@ -30,7 +30,8 @@ def show_show(report: "ShowReport") -> None:
     title = Text(f"{printable(report.table)} (version {report.version})", "bold")
     console.print(title, Text(f"{len(report.rows):,} of {count(report.matching, 'row')}", "dim"))
     if report.html is not None:
-        console.print(Text.assemble(("page  ", "dim"), printable(report.html)))
+        would = "dry run: the page would be  " if report.dry_run else "page  "
+        console.print(Text.assemble((would, "dim"), printable(report.html)))
         return
     if not report.rows[0].classes:
         console.print(_legend())

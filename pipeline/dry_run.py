@@ -13,6 +13,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import VERSION, TrainConfig
 from softlabel.pipeline.progress import Watch, unwatched
@@ -53,7 +54,7 @@ def dry_run(config: Settings, watch: Watch = unwatched) -> Any:
         watch: called with the progress of reading what is there.
 
     Returns:
-        A typed report whose ``dry_run`` is true: that of the verb itself for ``reprocess``, ``maintain``, ``mix`` and
+        A typed report whose ``dry_run`` is true: that of the verb itself for ``reprocess``, ``maintain``, ``mix``, ``show`` and
         ``verify``, else ``CaptureDryRun``, ``TrainPreview``, ``EvaluatePreview`` or ``DistillDryRun``.
 
     Raises:
@@ -91,6 +92,10 @@ def dry_run(config: Settings, watch: Watch = unwatched) -> Any:
             from softlabel.pipeline.tables.verify import verify
 
             return verify(config, watch, dry_run=True)
+        case ShowConfig():
+            from softlabel.pipeline.tables.show import show
+
+            return show(config, dry_run=True)
     raise TypeError(f"{type(config).__name__} are not the settings of a verb that writes")
 
 

@@ -111,10 +111,12 @@ class ShowReport:
     """How many tokens of each row the terminal lists."""
     html: str | None
     """The page that was written."""
+    dry_run: bool = False
+    """Whether the page was not written, but would be."""
 
 
-def show(config: ShowConfig) -> ShowReport:
-    """Read rows with their soft labels and texts; with ``html``, also write them to a page.
+def show(config: ShowConfig, *, dry_run: bool = False) -> ShowReport:
+    """Read rows with their soft labels and texts; with ``html``, also write them to a page, unless in a dry run.
 
     Raises:
         UsageError: if no row matches, the expression can't be evaluated, or the page can't be written.
@@ -130,6 +132,7 @@ def show(config: ShowConfig) -> ShowReport:
         matching=found.matching,
         tokens=config.tokens,
         html=config.html,
+        dry_run=dry_run,
     )
     if config.html is not None:
         from softlabel.pipeline.tables.show_page import write_page  # jinja2 is not needed otherwise

@@ -24,13 +24,16 @@ _LEVELS = (0.5, 0.1, 0.01)
 
 
 def write_page(report: ShowReport, path: str) -> None:
-    """Write the page at once.
+    """Write the page at once; a dry run only looks at the permissions of its folder.
 
     Raises:
         UsageError: if it can't be written.
     """
     try:
-        durable.write(Path(path), to_html(report).encode())
+        if report.dry_run:
+            durable.require_permission(Path(path).parent)
+        else:
+            durable.write(Path(path), to_html(report).encode())
     except OSError as error:
         raise UsageError(
             "the page can't be written",

@@ -115,6 +115,7 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path], object]]] = {
         ["maintain", "{}/table", "--untag", "old", "--unpin", "{}/student"],
         lambda f: tag(f"{f}/table", 1, "old"),
     ),
+    "show": (["show", "{}/table", "--html", "{}/page.html"], lambda _: None),
     "verify": (["verify", "{}/table", "--remove-damaged"], damage),
 }
 
