@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from softlabel.pipeline.tables.history import HistoryReport
     from softlabel.pipeline.tables.inspect import TableReport, ViewReport
     from softlabel.pipeline.tables.maintain import MaintainReport
+    from softlabel.pipeline.tables.mix import MixReport
     from softlabel.pipeline.tables.recheck import Recheck
     from softlabel.pipeline.tables.rejects import RejectsReport
     from softlabel.pipeline.tables.reprocess import ReprocessReport
@@ -42,7 +43,7 @@ def show_inspect(report: "TableReport | ViewReport") -> None:
     from softlabel.pipeline.tables.inspect import ViewReport
 
     if isinstance(report, ViewReport):
-        show_mix(report.view)
+        _view(report.view)
         return
     inspection = report.inspection
     made_by = _made_by(report.teacher, report.identity)
@@ -138,10 +139,16 @@ def _unfinished(inspection: "Inspection") -> None:
         try_next([f"softlabel capture DOCUMENTS {table}    (captures what is missing)"])
 
 
-def show_mix(report: "ViewInspection") -> None:
+def show_mix(report: "MixReport") -> None:
+    """The view that was made."""
+    _view(report, title="view that would be made" if report.dry_run else "view")
+    if report.dry_run:
+        console.print("dry run: nothing was written")
+
+
+def _view(report: "ViewInspection", title: str = "view") -> None:
     """The tables of a view with their weights, and the size of each split."""
     temperatures = " ".join(f"{temperature:g}" for temperature in report.temperatures)
-    title = "view that would be made" if getattr(report, "dry_run", False) else "view"
     facts({title: f"{report.location} ({report.how})", "temperatures": temperatures})
     for part in report.parts:
         about = f"{part.teacher}, {_selection(part.selection)}, {bytes_of(part.bytes)}"
@@ -152,8 +159,6 @@ def show_mix(report: "ViewInspection") -> None:
     console.print(splits)
     if report.left_out:
         console.print(f"[yellow]{count(report.left_out, 'sequence')} left out[/]: not in every table")
-    if getattr(report, "dry_run", False):
-        console.print("dry run: nothing was written")
 
 
 def show_history(report: "HistoryReport") -> None:

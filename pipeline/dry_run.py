@@ -54,8 +54,8 @@ def dry_run(config: Settings, watch: Watch = unwatched) -> Any:
         watch: called with the progress of reading what is there.
 
     Returns:
-        A typed report whose ``dry_run`` is true: that of the verb itself for ``reprocess``, ``maintain``, ``mix``, ``show`` and
-        ``verify``, else ``CaptureDryRun``, ``TrainPreview``, ``EvaluatePreview`` or ``DistillDryRun``.
+        A typed report whose ``dry_run`` is true: ``CaptureDryRun``, ``TrainPreview``, ``EvaluatePreview`` or
+        ``DistillDryRun``, and for all other verbs the verb's own.
 
     Raises:
         SoftlabelError: as the verb does before it changes anything.
