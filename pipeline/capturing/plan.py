@@ -122,8 +122,12 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bo
         unchanged += batch.documents.num_rows - changed.num_rows
         repeated += batch.repeated
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
-    published = None if dry_run else rejects.publish(place_of(config.table))
+
+    def publish() -> str | None:
+        return None if dry_run else rejects.publish(place_of(config.table))
+
     if not found:
+        published = publish()
         more = [] if published is None else [f"complete list: {published}"]
         listed = [str(rejects), *more] if rejects.count else []
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
@@ -142,7 +146,7 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bo
         rejects=rejects.count,
         truncated=sequencer.truncated,
         copied=copies.sequences,
-        rejects_file=published,
+        rejects_file=publish(),
         folder=folder,
         seconds=time.monotonic() - started,
         answers=sequencer.answers,

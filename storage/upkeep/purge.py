@@ -118,9 +118,10 @@ def plan_purge(
         return np.array([name not in documents for name in rows.column("document_id").to_pylist()], bool)
 
     job = Rewriting(newest, newest, *layout, keep=keep, columns=("document_id",), exclusive=True)
-    rewritten, replaced = plan(job, watch, always=True)
+    earlier = [purge for purge in purges(location) if purge.is_of(documents)]
+    rewritten, replaced = plan(job, watch, always=all(purge.version is None for purge in earlier))
     traces = _find(newest, lambda name: name in documents or refused(name), [shard.path for shard in replaced])
-    lost = traces.versions | {n for purge in purges(location) if purge.is_of(documents) for n in purge.versions}
+    lost = traces.versions | {version for purge in earlier for version in purge.versions}
     return rewritten, _purged(newest, len(documents), traces, lost, documents)
 
 

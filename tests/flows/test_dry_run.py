@@ -213,6 +213,8 @@ def test_a_take_down_deletes_what_its_dry_run_says(folder: Path):
     assert did.purged.found == 3
     assert did.purged.broken
     assert figures(would.rows, "version", "dropped", "left") == figures(did.rows, "version", "dropped", "left")
+    again = dry_run(config)
+    assert (again.rows.version, again.purged.files, again.purged.versions) == (did.version, (), did.purged.versions)
 
 
 @pytest.mark.parametrize("tags", [{}, {"tag": "gold=2"}, {"untag": "old"}])
