@@ -102,8 +102,8 @@ def preview_capture(job: CaptureJob, watch: Watch = unwatched) -> CapturePreview
         todo = plan(job, folder, watch, dry_run=True)
         if todo.shards:
             require_writable(job.table, dry_run=True)
-        counts = ("documents", "unchanged", "taken_down", "rejects", "rejected", "repeated", "truncated")
-        counts += ("answers", "partial_answers", "sequences", "copied", "positions")
+        counts = ["documents", "unchanged", "taken_down", "rejects", "rejected", "repeated", "truncated"]
+        counts += ["answers", "partial_answers", "sequences", "copied", "positions"]
         return CapturePreview(
             table=job.table,
             version=Table.open(job.table).version if Table.exists(job.table) else None,
