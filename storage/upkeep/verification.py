@@ -159,10 +159,12 @@ def remove_damaged(found: Verification, *, dry_run: bool = False) -> Verificatio
     while True:
         newest = Table.open(found.location)
         going = [shard for shard in newest.shards() if shard.path in damaged]
+        if not going:
+            return found
         removed = replace(
             found, removed=tuple(shard.path for shard in going), removed_rows=sum(shard.rows for shard in going)
         )
-        if not going or dry_run:
+        if dry_run:
             return removed
         now = int(time.time() * 1000)
         actions = [RemoveAction(shard.path, True, now, shard.bytes, {PARTITION: shard.split}) for shard in going]
