@@ -53,7 +53,9 @@ def flow_of(work: CaptureFunction) -> Flow[[CaptureConfig], CaptureReport]:
             publishing_progress("capture-progress") as watch,
         ):
             report = work(config, watch, as_task)
-        publish(create_table_artifact, [vars(report)], key="capture", description=f"Captured into {report.table}")
+        # A row for each number: the UI cuts wide tables off.
+        rows = [{"name": name.replace("_", " "), "value": value} for name, value in vars(report).items()]
+        publish(create_table_artifact, rows, key="capture", description=f"Captured into {report.table}")
         return report
 
     return capture_flow
