@@ -107,6 +107,7 @@ def test_without_a_place_for_locks_work_is_done_with_a_warning(
     assert "other runs may use it at the same time" in caplog.text
 
 
+@pytest.mark.long
 def test_everything_that_uses_a_device_holds_its_card(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
