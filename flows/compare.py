@@ -3,8 +3,10 @@
 from prefect import flow
 
 from softlabel.flows.evaluate import show_report
+from softlabel.flows.outages import reported
 from softlabel.flows.progress import watching
 from softlabel.flows.retries import retrying
+from softlabel.flows.runs import recorded
 from softlabel.pipeline.config.evaluate import CompareConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.compare import compare
@@ -14,7 +16,7 @@ from softlabel.pipeline.evaluation.report import EvaluationReport
 @flow(name="compare", flow_run_name="compare {config.models}", persist_result=False)
 def compare_flow(config: CompareConfig) -> EvaluationReport | ClassEvaluation:
     """Rank students on one version of a table, and write a report."""
-    with retrying(), watching() as watch:
+    with recorded(), retrying(), reported(), watching() as watch:
         report = compare(config, watch)
     show_report(report)
     return report

@@ -18,9 +18,10 @@ from softlabel.pipeline.training.train import TrainReport, train
 @flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; a student that is already trained with these settings is left unchanged."""
-    with recorded(), retrying(), _cancellable(), reported(), watching() as watch:
-        report = train(config, watch)
-        announce_student(report)
+    with recorded():
+        with retrying(), _cancellable(), reported(), watching() as watch:
+            report = train(config, watch)
+        announce_student(report)  # once the server can take the event
     return report
 
 
