@@ -1,5 +1,6 @@
 """A Prefect server that is gone, or does not answer, costs a deployed run neither work nor the report of its end."""
 
+import inspect
 import logging
 import signal
 import socket
@@ -16,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from softlabel.flows import maintain, outages
 from softlabel.flows.deploy import deploy
-from softlabel.flows.deployments import DeployConfig
+from softlabel.flows.deployments import SHIPPED, DeployConfig, DeploymentConfig, flow_of
 from softlabel.flows.maintain import maintain_flow
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport
@@ -105,6 +106,13 @@ def test_the_end_of_a_deployed_run_waits_for_the_server(
         "the work of this run has ended and is kept, but the Prefect server does not answer",
         "the Prefect server answers again, after 0:00:00",
     ]
+
+
+@pytest.mark.parametrize("deployment", SHIPPED, ids=lambda deployment: deployment.flow)
+def test_every_deployed_flow_waits_for_the_server_at_its_end(deployment: DeploymentConfig):
+    code = inspect.getsource(inspect.getmodule(flow_of(deployment).fn))
+    # A distillation's parts are flows of their own, the last of which waits.
+    assert "reported()" in code or deployment.flow == "distill"
 
 
 @pytest.mark.usefixtures("prefect")
