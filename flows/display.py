@@ -284,6 +284,8 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
         f"{count(report.positions, 'position')} of {count(report.sequences, 'held-out sequence')} of"
         f" {count(report.documents, 'document')}{left_out}"
     )
+    if report.kl_kind == "lower bound":
+        console.print("≥ the table has no sample of the tokens outside its heads, so the KL is at least this")
     if report.kl_kind == "mean over teachers":
         console.print(
             "the KL is the mean over the teachers: the KL to their average, plus the distance of the teachers from it"

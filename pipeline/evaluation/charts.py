@@ -20,6 +20,8 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 SERIES = 6
 """Number of colors in the page's style sheet; further series repeat them, dashed."""
 
+_FEWEST = 30
+"""Positions of a bin of confidence that is drawn."""
 _WIDTH = 400  # of a drawing, in its own units; the page scales it
 _ROLES = {"ink": "#000001", "muted": "#000002", "line": "#000003"} | {
     f"series-{index}": f"#0000{index + 10}" for index in range(SERIES)
@@ -60,6 +62,25 @@ class Score(Protocol):
     @property
     def interval(self) -> tuple[float, float] | None:
         """Its 95 % interval; None if unknown."""
+        ...
+
+
+class Confidence(Protocol):
+    """Positions at which a model is about equally confident."""
+
+    @property
+    def positions(self) -> int:
+        """Their number."""
+        ...
+
+    @property
+    def confidence(self) -> float:
+        """Mean probability of the most likely token."""
+        ...
+
+    @property
+    def correct(self) -> float:
+        """How often it follows."""
         ...
 
 
@@ -143,6 +164,12 @@ def by_position(curves: Sequence[Curve], ylabel: str) -> str:
         _ylim(axes, [curve.y for curve in curves])
         _label_ends(axes, curves)
         return _svg(figure, f"{ylabel} by the position in the sequence")
+
+
+def reliability_of(index: int, name: str, bins: Sequence[Confidence]) -> Curve:
+    """A model's line in ``reliability``, without bins of few positions, whose shares are chance."""
+    drawn = [each for each in bins if each.positions >= _FEWEST] or bins
+    return Curve(index, name, [each.confidence for each in drawn], [each.correct for each in drawn])
 
 
 def reliability(curves: Sequence[Curve]) -> str:

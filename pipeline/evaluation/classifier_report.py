@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.bootstrap import Estimate
-from softlabel.pipeline.evaluation.charts import Bar, Curve
+from softlabel.pipeline.evaluation.charts import Bar
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
 from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, reach, render
 from softlabel.pipeline.evaluation.standings import Gap, Standing
@@ -150,7 +150,7 @@ def _drawings(report: ClassReport) -> dict[str, str]:
     if bars:
         drawings["scores"] = charts.by_score(bars, ["accuracy", "precision", "recall", "F1"])
     lines = [
-        Curve(index, model.name, [b.confidence for b in each.bins], [b.correct for b in each.bins])
+        charts.reliability_of(index, model.name, each.bins)
         for index, model in enumerate(models, start=-1)
         if (each := model.metrics.calibration) is not None
     ]

@@ -421,7 +421,7 @@ def _drawings(report: Report) -> dict[str, str]:
         curves = _curves(report, [each.by_position for each in metrics])
         drawings["position"] = charts.by_position(curves, "KL to the teacher (nats)")
     lines = [
-        Curve(index, name, [b.confidence for b in each.bins], [b.correct for b in each.bins])
+        charts.reliability_of(index, name, each.bins)
         for index, name, each in [
             (-1, report.teacher.name, report.teacher.metrics.calibration),
             *((index, student.name, student.metrics.calibration) for index, student in enumerate(students)),

@@ -1,6 +1,6 @@
 """The order of several students by their distance from the teacher, as far as the documents tell it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,19 +49,25 @@ class Standing:
 
 
 def standings_of(
-    names: Sequence[str], kl: Sequence[Estimate], pairs: Sequence[Pair], closed: Sequence[Estimate | None]
+    names: Sequence[str],
+    kl: Sequence[Estimate],
+    pairs: Sequence[Pair],
+    closed: Sequence[Estimate | None],
+    apart: Collection[str] = (),
 ) -> tuple[Standing, ...]:
-    """All students, the closest to the teacher first.
+    """The students, the closest to the teacher first.
 
     Args:
-        names: of the students.
-        kl: of each student.
-        pairs: each pair of students.
-        closed: share of the gap that each student closes.
+        names: of all models.
+        kl: of each model.
+        pairs: each pair of models.
+        closed: share of the gap that each model closes.
+        apart: names that are not ranked, because they are those of the teacher itself.
     """
     closer = dict.fromkeys(names, 0)
     for pair in pairs:
-        if pair.kl.is_real:
+        if pair.kl.is_real and not {pair.student, pair.other}.intersection(apart):
             closer[pair.student if pair.kl.mean > 0 else pair.other] += 1
-    order = sorted(range(len(names)), key=lambda number: kl[number].mean)
+    ranked = [number for number, name in enumerate(names) if name not in apart]
+    order = sorted(ranked, key=lambda number: kl[number].mean)
     return tuple(Standing(names[number], 1 + closer[names[number]], closed[number]) for number in order)

@@ -44,8 +44,8 @@ class Adapter:
         if find_spec("peft") is None:
             raise UsageError(
                 "an adapter needs the peft package, which is not installed",
-                found=f"teacher.adapter: {name}",
-                do="pip install 'softlabel[adapters]', or leave out teacher.adapter",
+                found=f"adapter: {name}",
+                do="pip install 'softlabel[adapters]', or name a model without an adapter",
             )
         folder, _ = locate(name, "adapter")
         if not all((folder / file).is_file() for file in _FILES):
@@ -54,7 +54,7 @@ class Adapter:
                 expected=" and ".join(_FILES),
                 found=", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "an empty folder",
                 where=folder,
-                do="set teacher.adapter to a folder that peft's save_pretrained() wrote",
+                do="name a folder that peft's save_pretrained() wrote",
             )
         return cls(folder)
 
@@ -100,25 +100,26 @@ class Adapter:
         kind = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         if not hasattr(kind, "merge_and_unload") or kind is XLoraModel:
             raise TeacherError(
-                "this kind of adapter can't be merged into the teacher's weights",
+                "this kind of adapter can't be merged into a model's weights",
                 expected="an adapter that changes weights, such as LoRA",
                 found=f"peft_type: {config.peft_type}",
                 where=self.folder,
-                do="use another adapter, or a teacher that needs none",
+                do="use another adapter, or a model that needs none",
             )
         try:
             adapted = PeftModel(model, config)
             report = adapted.load_adapter(str(self.folder), "default")
         except Exception as error:
-            raise broken("the adapter can't be applied to the teacher", self.folder, error) from error
+            raise broken("the adapter can't be applied to its model", self.folder, error) from error
         mismatches = sorted([*report.missing_keys, *report.unexpected_keys])
         if mismatches:
             raise TeacherError(
-                "the adapter was made for another teacher",
+                "the adapter was made for another model",
                 expected="weights for exactly the layers that it adapts",
                 found=f"{len(mismatches)} missing or unexpected weights, starting with {', '.join(mismatches[:3])}",
                 where=self.folder,
-                do="set teacher.model to the model that the adapter was trained on, or download the adapter again",
+                do="name the model that the adapter was trained on (in teacher.model of a capture; to evaluate it, as "
+                f"base_model_name_or_path in its {ADAPTER}), or download the adapter again",
             )
         return merge(adapted, self.folder, TeacherError)
 

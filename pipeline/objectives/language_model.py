@@ -176,7 +176,8 @@ class HeldOutPositions:
     @cached_property
     def sample(self) -> HeldOutBatch:
         """A batch to show places of."""
-        return next(self.holdout.batches(partings.BATCH_TOKENS, packing=False))
+        batches = self.holdout.batches(partings.BATCH_TOKENS, packing=False)
+        return next(held for held in batches if len(held.batch.positions))
 
     @property
     def size(self) -> int:
@@ -245,7 +246,13 @@ class HeldOutPositions:
                 self.tokenizer,
             ),
             gap=gap,
-            standings=standings_of(names, [each.mean("forward_kl") for each in measured], comparisons, closed),
+            standings=standings_of(
+                names,
+                [each.mean("forward_kl") for each in measured],
+                comparisons,
+                closed,
+                apart={each.student.name for each in students if each.student.kind == "teacher"},
+            ),
         )
         return EvaluationReport.of(report, *write(to_html(report), to_json(report), folder))
 

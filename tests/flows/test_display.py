@@ -5,10 +5,11 @@ import re
 import pytest
 
 from softlabel.flows.console import count
-from softlabel.flows.display import show_capture, show_distill, show_train
+from softlabel.flows.display import show_capture, show_distill, show_evaluate, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation, ClassScore
+from softlabel.pipeline.evaluation.report import EvaluationReport, Score
 from softlabel.pipeline.models.pruning import spread
 from softlabel.pipeline.training.train import TrainReport
 
@@ -59,3 +60,18 @@ def test_a_capture_that_holds_nothing_out_says_so(capsys: pytest.CaptureFixture[
     for held_out in (True, False):
         show_capture(CaptureReport("table", 3, 20, 20, 0, 0, None, 0, 1, 0, 9, 9, 0.1, held_out=held_out))
         assert ("no document is held out" in capsys.readouterr().out) is not held_out
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("unbiased", " 1.500 ±0.100 "), ("lower bound", " ≥ 1.500 ±0.100 ")])
+def test_a_lower_bound_is_shown_as_one(kind: str, shown: str, capsys: pytest.CaptureFixture[str]):
+    scores = (Score("t", 9.0, 0.8, 0.0, None, 1.0, 1.0, 1000), Score("s [b]", 12.0, 0.9, 1.5, 0.1, 0.5, 0.6, 500))
+    paths = ("report.html", "report.json")
+    show_evaluate(EvaluationReport(*paths, "table", 3, 4, 90, 4, 1, 2, scores[0], scores[1:], (), "Close.", kind))
+    out = capsys.readouterr().out
+    assert shown in out
+    assert "≥ 0.000" not in out
+    assert ("at least this" in out) is (kind == "lower bound")
+    assert "s [b]" in out
+    assert (
+        "90 positions of 4 held-out sequences of 4 documents; 1 more left out (also in the train split); 2 left" in out
+    )

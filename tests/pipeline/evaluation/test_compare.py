@@ -10,7 +10,7 @@ from softlabel.pipeline.evaluation.compare import compare, trained_on
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.storage.errors import UsageError
 from tests.pipeline.captured import make_table
-from tests.pipeline.evaluation.test_evaluate import make_student, recorded
+from tests.pipeline.evaluation.test_evaluate import make_student, recorded, without_drawings  # noqa: F401  fixture
 
 
 @pytest.fixture(scope="module")

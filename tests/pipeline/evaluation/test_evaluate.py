@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation import partings
+from softlabel.pipeline.evaluation import report as report_module
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
@@ -40,6 +41,18 @@ from tests.pipeline.captured import make_table as make_captured
 V, PADDED = 500, 512
 SELECTION = Selection(top_p=0.9, min_k=1, max_k=16, draws=16, temperatures=(1.0,), seed=0)
 TRAIN, EVAL = range(8), range(6, 20)  # documents; 6 and 7 are in both splits, under different names
+
+
+@pytest.fixture(autouse=True)
+def without_drawings(monkeypatch, request):
+    """Drawings take most of an evaluation's time; test_report.py looks at them."""
+    if "drawings" not in request.fixturenames:
+        monkeypatch.setattr(report_module, "_drawings", lambda report: {})
+
+
+@pytest.fixture
+def drawings():
+    """A test with the drawings."""
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +191,7 @@ def test_students_are_compared_with_their_teacher(table, students, tmp_path):
     assert (last.done, last.total) == (result.positions, result.positions)
 
 
+@pytest.mark.usefixtures("drawings")
 def test_the_report_has_the_returned_numbers(table, students, tmp_path):
     result, _ = run(table, *students, report=tmp_path)
     content, html = json.loads(Path(result.json).read_text()), Path(result.html).read_text()
@@ -189,6 +203,7 @@ def test_the_report_has_the_returned_numbers(table, students, tmp_path):
     assert len(content["comparisons"]) == 1
     assert "&lt;script&gt;" in html
     assert "<script" not in html
+    assert html.count("<svg") == 6  # size, entropy, calibration, by position, and two curves of the training
     assert {column["name"] for column in content["columns"]} >= {"head_ids", "token_ids", "entropies"}
     assert content["identity"]["vocabulary"] == V
 

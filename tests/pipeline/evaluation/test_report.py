@@ -265,6 +265,13 @@ def test_the_teacher_itself_is_not_the_closest_student():
     assert "student is the closest to the teacher" in text
 
 
+def test_the_teacher_itself_takes_no_place():
+    kl = {"teach": 0.001, "student": 1.5, "control": 2.0}
+    pairs = report(*(student(name, value) for name, value in kl.items())).comparisons
+    found = standings_of(list(kl), [mean(value) for value in kl.values()], pairs, [None] * 3, apart={"teach"})
+    assert [(each.student, each.place) for each in found] == [("student", 1), ("control", 2)]
+
+
 def test_a_single_student_has_a_verdict_with_its_uncertainty():
     assert "student is 1.500 ± 0.042 nats of KL per position from teach." in verdict_of(report(student("student", 1.5)))
 

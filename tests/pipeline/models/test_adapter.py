@@ -107,9 +107,9 @@ def test_a_merge_that_changes_the_logits_is_refused(
     [
         ("missing", "can't find the adapter"),
         ("pickled", "this folder does not contain an adapter"),
-        ("damaged", "can't be applied to the teacher"),
-        ("of a larger model", "made for another teacher"),
-        ("of a smaller model", "made for another teacher"),
+        ("damaged", "can't be applied to its model"),
+        ("of a larger model", "made for another model"),
+        ("of a smaller model", "made for another model"),
         ("a prompt", "can't be merged"),
         ("of other folders' adapters", "can't be merged"),
         ("of no kind", "can't be merged"),
