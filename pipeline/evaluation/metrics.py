@@ -50,7 +50,7 @@ OVERALL = (
     *("windows", "steps", "steps_low", "steps_high"),
 )
 """Quantities that are summed over all positions; ``_known`` counts those at which the quantity is known."""
-GROUPED = ("positions", "cross_entropy", "forward_kl", "total_variation", "agreement", "agreement_known")
+GROUPED = ("positions", "bytes", "cross_entropy", *DIVERGENCES, "agreement", "agreement_known", "confidence", "correct")
 """Quantities that are summed for each group of positions."""
 CALIBRATION = ("positions", "confidence", "correct", "teacher", "teacher_low", "teacher_high")
 """Quantities that are summed for each bin of the student's confidence."""

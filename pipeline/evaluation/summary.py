@@ -6,7 +6,7 @@ otherwise, at temperature 1. Measures nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isinf, log, sqrt
+from math import exp, isfinite, isinf, log, sqrt
 from typing import Literal
 
 import numpy as np
@@ -79,9 +79,17 @@ class Group:
     high: float | None
     positions: int
     cross_entropy: Estimate
+    bits_per_byte: Estimate | None
     kl: Estimate
     agreement: Estimate | None
+    reverse_kl: Estimate | None
+    """None for an average of teachers, like the following."""
+    jsd: Estimate | None
     acceptance: Estimate | None
+    confidence: Estimate | None
+    """Mean probability of the most likely token."""
+    correct: Estimate | None
+    """How often it is the token that follows."""
 
 
 @dataclass(frozen=True)
@@ -248,33 +256,33 @@ class Measurement:
 
     def _groups(self, part: str, ranges: Sequence[tuple[str, float | None, float | None]]) -> tuple[Group, ...]:
         cells = self._cells(part, GROUPED)
-        found = []
-        for number, (name, low, high) in enumerate(ranges):
-            positions = int(cells["positions"][0, number])
-            if not positions:
-                continue
-            means = {
-                quantity: estimate(_ratio(cells, quantity, by, number), self.documents)
-                for quantity, by in (
-                    *(("cross_entropy", "positions"), ("forward_kl", "positions")),
-                    *(("total_variation", "positions"), ("agreement", "agreement_known")),
-                )
-            }
-            varies = self.sums.values["calibration"].any()  # nothing of the kind is known of an average of teachers
-            agreement = means["agreement"]
-            found.append(
-                Group(
-                    name,
-                    low,
-                    high,
-                    positions,
-                    means["cross_entropy"],
-                    means["forward_kl"],
-                    None if np.isnan(agreement.mean) else agreement,
-                    _flipped(means["total_variation"]) if varies else None,
-                )
-            )
-        return tuple(found)
+        return tuple(
+            self._group(cells, number, *ranged) for number, ranged in enumerate(ranges) if cells["positions"][0, number]
+        )
+
+    def _group(
+        self, cells: Mapping[str, Floats], number: int, name: str, low: float | None, high: float | None
+    ) -> Group:
+        def mean(quantity: str, by: str = "positions") -> Estimate:
+            return estimate(_ratio(cells, quantity, by, number), self.documents)
+
+        agreement, nats = mean("agreement", "agreement_known"), mean("cross_entropy", "bytes")
+        average = not self.sums.values["calibration"].any()  # of teachers: little is known
+        return Group(
+            name=name,
+            low=low,
+            high=high,
+            positions=int(cells["positions"][0, number]),
+            cross_entropy=mean("cross_entropy"),
+            bits_per_byte=_scaled(nats, 1 / log(2)) if isfinite(nats.mean) else None,
+            kl=mean("forward_kl"),
+            agreement=None if np.isnan(agreement.mean) else agreement,
+            reverse_kl=None if average else mean("reverse_kl"),
+            jsd=None if average else mean("jsd"),
+            acceptance=None if average else _flipped(mean("total_variation")),
+            confidence=None if average else mean("confidence"),
+            correct=None if average else mean("correct"),
+        )
 
     def _calibration(self, *, teacher: bool) -> Calibration | None:
         names = TEACHER_CALIBRATION if teacher else CALIBRATION

@@ -233,6 +233,10 @@ def test_everything_that_is_reported_agrees_with_a_dense_recomputation(student, 
     first = reference(student, teacher, sequences)["kl"][:11]
     assert books.kl.mean == pytest.approx(float(first.mean()), abs=2e-3)
     assert books.acceptance.mean == pytest.approx(float(shared[:11].mean()), abs=2e-3)
+    backwards = (s.exp() * (s - t)).sum(1)[11:]
+    assert web.reverse_kl.mean == pytest.approx(float(backwards.mean()), rel=5e-3)
+    assert web.confidence.mean == pytest.approx(float(confidence[11:].mean()), rel=1e-5)
+    assert web.correct.mean == pytest.approx(float((guess == ids)[11:].double().mean()))
     assert [group.name for group in metrics.by_position] == ["1", "2-3", "4-7", "8-15", "16-31"]
     assert sum(group.positions for group in metrics.by_position) == 60
     assert metrics.by_position[0].positions == 3

@@ -42,7 +42,8 @@ def bounded(value, error=0.02, high=None):
 
 def group(name, low, kl, positions=100):
     high = None if low is None else low + 0.5
-    return Group(name, low, high, positions, mean(2.5), mean(kl), mean(0.5), mean(0.6))
+    values = (mean(value) for value in (2.5, 0.9, kl, 0.5, 2 * kl, 0.2, 0.6, 0.4, 0.3))
+    return Group(name, low, high, positions, *values)
 
 
 def student(name, kl, **changes):
