@@ -55,7 +55,8 @@ def _legend() -> Text:
 
 
 def _show_row(row: "ShownRow", report: "ShowReport") -> None:
-    facts = [f"chunk {row.chunk + 1} of {row.chunks}", row.split, count(len(row.tokens), "token")]
+    facts = [f"text {row.text} of {row.texts}"] if row.texts > 1 else []
+    facts += [f"chunk {row.chunk + 1} of {row.chunks}", row.split, count(len(row.tokens), "token")]
     facts += [] if row.classes else [f"{row.positions:,} captured"]
     facts += [] if row.label is None else [f"label {row.label}"]
     facts += [f"{name} {value}" for name, value in row.carried.items()]

@@ -74,7 +74,6 @@ def export(config: ExportConfig, watch: Watch = unwatched) -> ExportReport:
             shutil.copytree(source.tokenizer, made / "tokenizer", copy_function=shutil.copyfile)
             text = _card(source, config, columns, carried, splits)
             (made / card.FILE).write_text(text, encoding="utf-8")
-            _require_free(output)
             durable.publish(made, output)
     except OSError as error:
         raise UsageError(

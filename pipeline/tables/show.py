@@ -4,7 +4,7 @@ Only the row groups of the rows that are shown are decoded.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import exp, isnan
 from typing import Any
@@ -89,7 +89,11 @@ class ShownRow:
     label: str | None
     carried: dict[str, Any]
     fingerprint: str
-    """Of the document's text; rows of another text of the same document have another."""
+    """Of the document's text; a document that has changed may have rows of several texts."""
+    text: int
+    """Which of the document's texts among the rows that are shown, from 1 ..."""
+    texts: int
+    """... and how many of them there are."""
     tokens: tuple[ShownToken, ...]
     positions: int
     """Number of captured tokens."""
@@ -128,7 +132,7 @@ def show(config: ShowConfig, *, dry_run: bool = False) -> ShowReport:
         table=source.location,
         version=source.version,
         teachers=tuple(last_capture(table).teacher or "" for table in source.tables),
-        rows=tuple(_read(source, found.places, config.choices)),
+        rows=_with_texts(list(_read(source, found.places, config.choices))),
         matching=found.matching,
         tokens=config.tokens,
         html=config.html,
@@ -192,6 +196,19 @@ def _read(source: AnyTable, places: Sequence[Place], choices: int) -> Iterator[S
             yield reader.row(rows.slice(place.row, 1), group.shard.split)
 
 
+def _with_texts(rows: list[ShownRow]) -> tuple[ShownRow, ...]:
+    """The same rows, each with which of its document's texts it belongs to."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        known = texts.setdefault(row.document, [])
+        known += [] if row.fingerprint in known else [row.fingerprint]
+    return tuple(
+        replace(row, text=known.index(row.fingerprint) + 1, texts=len(known))
+        for row in rows
+        for known in (texts[row.document],)
+    )
+
+
 class _Reader:
     """Turns a stored row into what is shown of it."""
 
@@ -216,6 +233,8 @@ class _Reader:
             label=values["label"],
             carried={name: _plain(values[name]) for name in self._table.carried.names},
             fingerprint=values["fingerprint"].hex(),
+            text=1,
+            texts=1,
             tokens=tuple(tokens),
             positions=values["positions"],
             classes=self._head(labels[0], 0, self._classes) if self._classes else (),

@@ -22,7 +22,7 @@ def token(text: str, probability: float | None = None, reading: str | None = Non
 
 
 def report(*tokens: ShownToken, **row: object) -> ShowReport:
-    given = {"label": None, "carried": {HOSTILE: HOSTILE}, "classes": ()} | row
+    given = {"label": None, "carried": {HOSTILE: HOSTILE}, "classes": (), "text": 1, "texts": 2} | row
     shown_row = ShownRow("t@3", HOSTILE, 1, 3, "train", fingerprint="f", tokens=tokens, positions=2, **given)
     return ShowReport("t", 3, ("teacher",), (shown_row,), 7, 100, None)
 
@@ -42,6 +42,7 @@ def test_what_is_captured_and_what_was_expected_can_be_read_without_colors(termi
     show_display.show_show(report(token("user: "), token("so", 0.7), token("\n", 0.002), token("end")))
     lines = terminal.export_text(styles=False).splitlines()
     assert "t (version 3) 1 of 7 rows" in lines
+    assert any("text 1 of 2 · chunk 2 of 3 · train · 4 tokens" in line for line in lines)
     assert "  | user: ⟦so" in lines
     assert "  | ⟧end" in lines
     [line] = [line for line in lines if line.startswith("    1 ")]

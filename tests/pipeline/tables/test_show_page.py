@@ -55,6 +55,19 @@ def test_the_data_of_the_page_is_what_the_report_says(page: Path, texts: Table):
         assert ["predictions" in token for token in tokens] == [token.captured for token in row.tokens]
 
 
+@pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--<script>", "\u2028]]>&#60;"])
+def test_no_token_or_choice_can_end_the_data_of_the_page(texts: Table, text: str):
+    [row] = show(ShowConfig(table=texts.location, document="short-1")).rows
+    hostile = Prediction((Choice(1, text, 0.5),), None, 1.0, 0.5, 1)
+    token = replace(row.tokens[1], text=text, reading=text, predictions=(hostile,))
+    page = to_html(ShowReport(text, 1, (text,), (replace(row, tokens=(token,), document=text),), 1, 1, None))
+    scripts = re.findall(r"<script.*?>(.*?)</script>", page, re.DOTALL | re.IGNORECASE)
+    assert len(scripts) == 2
+    assert "<" not in scripts[0]
+    [[found]] = json.loads(scripts[0])
+    assert found["predictions"][0]["choices"][0]["text"] == text.replace("\u2028", "\\u2028")
+
+
 def test_what_the_table_does_not_know_is_unknown_on_the_page(texts: Table):
     """An imported table may lack the probability of what follows, the entropy, and the mass outside the head."""
     [row] = show(ShowConfig(table=texts.location, document="short-1")).rows

@@ -68,14 +68,16 @@ def test_documents_that_have_changed_and_documents_that_lack_chunks_are_counted(
     rows = [
         {"document_id": "twice", "fingerprint": a},
         {"document_id": "twice", "fingerprint": b, "chunks": 2},  # its second chunk is missing
-        {"document_id": "twice", "fingerprint": c},
+        {"document_id": "changed again", "fingerprint": a},
+        {"document_id": "changed again", "fingerprint": b},
+        {"document_id": "changed again", "fingerprint": c},
         {"document_id": "once", "fingerprint": d, "chunks": 2},
         {"document_id": "once", "fingerprint": d, "chunks": 2, "chunk": 1},
         {"document_id": "copy", "fingerprint": d},  # the same text in another document is no change
     ]
     found = contents(captured(tmp_path, rows, {}))
-    assert (found.documents, found.changed, found.incomplete) == (3, 1, 1)
-    assert found.splits["train"].documents == 3
+    assert (found.documents, found.changed, found.incomplete) == (4, 2, 1)
+    assert found.splits["train"].documents == 4
 
 
 def whole(table: Table) -> SoftLabels:
