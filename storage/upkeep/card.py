@@ -46,22 +46,25 @@ def update_card(location: str) -> None:
     where = source.place.where(FILE)
     try:
         with reading(where):
-            try:
-                known = source.place.read(FILE).decode()
-            except FileNotFoundError:
-                known = f"{heading('unknown', (), viewer=False)}\n{_BEGIN}\n{_END}\n"
-        before, begin, rest = known.partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        text = f"{before}{_BEGIN}\n\n{_of_table(source)}\n{_END}{after}"
-        if begin and end and text != known:
-            source.place.write(FILE, text.encode())
-    except (OSError, UnicodeDecodeError) as error:
+            known = source.place.read(FILE).decode()
+    except FileNotFoundError:
+        known = f"{heading('unknown', (), viewer=False)}\n{_BEGIN}\n{_END}\n"
+    except (OSError, UnicodeDecodeError):
+        return  # a folder, a link, or no text
+    before, begin, rest = known.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    text = f"{before}{_BEGIN}\n\n{_of_table(source)}\n{_END}{after}"
+    if not (begin and end) or text == known:
+        return
+    try:
+        source.place.write(FILE, text.encode())
+    except OSError as error:
         raise TableError(
             "the table's card can't be written; its rows are not affected",
-            expected="write permission for the folder, free disk space, and a README.md that is a text file, or none",
+            expected="write permission for the folder, and free disk space",
             found=error,
             where=where,
-            do="move that README.md away, or check the permissions; softlabel maintain writes the card again",
+            do="check the permissions and the free disk space; softlabel maintain then writes the card",
         ) from error
 
 

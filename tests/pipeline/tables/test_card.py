@@ -75,10 +75,33 @@ def test_names_that_mean_something_in_markdown_are_escaped(tmp_path: Path):
     assert card(table).count("describes its version") == 1
 
 
-def test_a_card_that_can_not_be_written_is_an_error_that_says_that_the_rows_are_safe(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["a folder", "a link", "no text"])
+def test_what_is_no_text_file_under_the_name_of_the_card_stays_as_it_is(tmp_path: Path, kind: str):
+    table = make_table(tmp_path / "table", identity())
+    path = Path(table.location, "README.md")
+    (tmp_path / "elsewhere").write_text("mine")
+    match kind:
+        case "a folder":
+            path.mkdir()
+        case "a link":
+            path.symlink_to(tmp_path / "elsewhere")
+        case _:
+            path.write_bytes(b"\xff\xfe")
+    before = path.lstat()
+    update_card(table.location)
+    assert path.lstat() == before
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_a_card_that_can_not_be_written_is_an_error_that_says_that_the_rows_are_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     table = make_table(tmp_path / "table", identity())
     add(table, ["a"], "train")
-    Path(table.location, "README.md").mkdir()
-    with pytest.raises(TableError, match=r"card can't be written; its rows are not affected"):
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(table.place), "write", fails)
+    with pytest.raises(TableError, match=r"card can't be written; its rows are not affected(.|\n)*No space left"):
         update_card(table.location)
-    assert table.newest().version == 1
