@@ -75,7 +75,8 @@ def test_the_commands_of_scheduling_capture_by_hand_and_on_a_schedule(
     try:
         command(here(start))
         assert "Completed" in command(here(run))
-        assert "60 documents" in command(f"softlabel inspect {tmp_path}/table")
+        found = json.loads(command(f"softlabel inspect {tmp_path}/table --json"))["inspection"]
+        assert sum(split["documents"] for split in found["splits"].values()) == 60
         command("softlabel deploy --config site.yaml --schedules")
         done = "prefect flow-run ls --state COMPLETED --flow-name capture --output json"
         wait_until(lambda: len(json.loads(command(done))) > 1, seconds=180)
