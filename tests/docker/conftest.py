@@ -1,8 +1,9 @@
-"""The images, built once for all tests of this folder."""
+"""The images, built once for all tests of this folder, and folders that their user can enter."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,22 @@ from tests.docker.images import Images, require_programs
 @pytest.fixture(scope="session")
 def images() -> Iterator[Images]:
     require_programs()
-    folder = Path(tempfile.mkdtemp(prefix="softlabel-images-", dir="/var/tmp"))  # several GB, so not in memory
-    folder.chmod(0o755)  # the images' user enters it
-    try:
+    with _folder() as folder:
         yield Images(folder)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can enter; pytest closes those of tmp_path, also while a test runs."""
+    with _folder() as folder:
+        yield folder
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="softlabel-", dir="/var/tmp"))  # images take several GB, so not in memory
+    folder.chmod(0o755)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder)

@@ -56,20 +56,18 @@ class Runbook:
 
 
 @pytest.fixture
-def runbook(images: Images, tiny_teacher: Path, documents: Path, tmp_path: Path) -> Iterator[Runbook]:
+def runbook(images: Images, tiny_teacher: Path, documents: Path, open_folder: Path) -> Iterator[Runbook]:
     if not POSTGRES:
         pytest.skip("needs PostgreSQL: `make container-tools` installs it")
-    for above in (tmp_path, *tmp_path.parents[:3]):
-        above.chmod(above.stat().st_mode | 0o055)  # pytest's folders are closed to other users
     with network() as inside:
-        prepare(tmp_path, {name: images[name] for name in ("server", "cpu-worker")}, inside, POSTGRES[-1])
-        runbook = Runbook(tmp_path)
+        prepare(open_folder, {name: images[name] for name in ("server", "cpu-worker")}, inside, POSTGRES[-1])
+        runbook = Runbook(open_folder)
         runbook.configure(COMPOSE_PROFILES="no-gpu", **FIRST, **PASSWORDS)
-        fill(Stack(tmp_path).volume("data"), tiny_teacher, documents)
+        fill(Stack(open_folder).volume("data"), tiny_teacher, documents)
         try:
             yield runbook
         finally:
-            stack = Stack(tmp_path)
+            stack = Stack(open_folder)
             for service in stack.services:
                 stack.stop(service, signal.SIGKILL)
 
