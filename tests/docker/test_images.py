@@ -26,9 +26,7 @@ def test_a_capture_runs_on_a_read_only_root_and_compiles_no_kernel(
     done = run(image, command, places)
     assert done.returncode == 0, done.stderr
     assert "/data/table (version" in done.stdout
-    assert (
-        kernels(open_folder / "tmp/numba") == kernels(image.root / "opt/kernels") != {}
-    )  # numba adds what it compiles
+    assert kernels(open_folder / "tmp/numba") == kernels(image.root / "opt/kernels") != {}
     assert (open_folder / "data/table").stat().st_uid == 10001
     assert not list((open_folder / "scratch").glob("softlabel-*"))
 
