@@ -335,6 +335,7 @@ SHOW_DRY_RUN: Mapping[str, Callable[[Any], None]] = {
     "capture": show_capture_dry_run,
     "train": show_train_dry_run,
     "evaluate": show_evaluate_dry_run,
+    "compare": show_evaluate_dry_run,
     "distill": show_distill_dry_run,
 }
 """Function that prints what each verb would do, if its result has another type then."""

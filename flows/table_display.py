@@ -320,13 +320,17 @@ def show_rejects(report: "RejectsReport") -> None:
 
 def show_export(report: "ExportReport") -> None:
     """What was written, and where."""
-    console.print(Text.assemble((printable(report.output), "bold"), f" has {printable(report.table)}@{report.version}"))
+    has = "would have" if report.dry_run else "has"
+    console.print(
+        Text.assemble((printable(report.output), "bold"), f" {has} {printable(report.table)}@{report.version}")
+    )
     table = table_of("split", "sequences", "positions", "files", "bytes")
     for name, split in report.splits.items():
         counts = (split.sequences, split.positions, split.files)
-        table.add_row(name, *(f"{number:,}" for number in counts), bytes_of(split.bytes))
+        size = "" if split.bytes is None else bytes_of(split.bytes)
+        table.add_row(name, *("" if number is None else f"{number:,}" for number in counts), size)
     console.print(table)
-    console.print("its README.md says how to read it")
+    console.print("dry run: nothing was written" if report.dry_run else "its README.md says how to read it")
 
 
 def _names(tags: Iterable["Tag"], pins: Iterable["Pin"]) -> None:

@@ -12,7 +12,8 @@ from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
-from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.evaluate import CompareConfig, EvaluateConfig
+from softlabel.pipeline.config.export import ExportConfig
 from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import VERSION, TrainConfig
@@ -72,6 +73,10 @@ def dry_run(config: Settings, watch: Watch = unwatched) -> Any:
             from softlabel.pipeline.training.train import preview_train
 
             return preview_train(config)
+        case CompareConfig():
+            from softlabel.pipeline.evaluation.compare import preview_compare
+
+            return preview_compare(config)
         case EvaluateConfig():
             from softlabel.pipeline.evaluation.evaluate import preview_evaluate
 
@@ -92,6 +97,10 @@ def dry_run(config: Settings, watch: Watch = unwatched) -> Any:
             from softlabel.pipeline.tables.verify import verify
 
             return verify(config, watch, dry_run=True)
+        case ExportConfig():
+            from softlabel.pipeline.tables.export import export
+
+            return export(config, watch, dry_run=True)
         case ShowConfig():
             from softlabel.pipeline.tables.show import show
 

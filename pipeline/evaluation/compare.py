@@ -4,7 +4,7 @@ from pathlib import Path
 
 from softlabel.pipeline.config.evaluate import CompareConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
-from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.evaluation.evaluate import EvaluatePreview, evaluate, preview_evaluate
 from softlabel.pipeline.evaluation.provenance import read_student
 from softlabel.pipeline.evaluation.report import EvaluationReport
 from softlabel.pipeline.progress import Watch, unwatched
@@ -19,7 +19,16 @@ def compare(config: CompareConfig, watch: Watch = unwatched) -> EvaluationReport
         TableError, StudentError, UsageError: as ``evaluate`` does.
         UsageError: if no table is given, and the students were trained on different ones or none.
     """
-    return evaluate(config.model_copy(update={"table": config.table or trained_on(config)}), watch)
+    return evaluate(_with_table(config), watch)
+
+
+def preview_compare(config: CompareConfig) -> EvaluatePreview:
+    """What ``compare`` would do; see ``evaluate.preview_evaluate``."""
+    return preview_evaluate(_with_table(config))
+
+
+def _with_table(config: CompareConfig) -> CompareConfig:
+    return config.model_copy(update={"table": config.table or trained_on(config)})
 
 
 def trained_on(config: CompareConfig) -> str:

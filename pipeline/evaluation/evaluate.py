@@ -138,7 +138,7 @@ def preview_evaluate(config: EvaluateConfig) -> EvaluatePreview:
     """
     job = EvaluationJob.resolve(config)
     held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
-    folder = prepare(Path(config.report), job.table.location, config.students, dry_run=True)
+    folder = prepare(Path(config.report), job.table.location, config.models, dry_run=True)
     files, students = [folder / name for name in REPORT_FILES], [model.student for model in job.models]
     return EvaluatePreview(
         table=job.table.location,

@@ -37,8 +37,9 @@ class ExportedSplit:
 
     sequences: int
     positions: int
-    files: int
-    bytes: int
+    files: int | None
+    """None in a dry run, like ``bytes``."""
+    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class ExportReport:
     format: str
     splits: dict[str, ExportedSplit]
     seconds: float
+    dry_run: bool = False
+    """Whether nothing was written, and this is what would be."""
 
 
-def export(config: ExportConfig, watch: Watch = unwatched) -> ExportReport:
-    """Write a table in the form of other programs.
+def export(config: ExportConfig, watch: Watch = unwatched, *, dry_run: bool = False) -> ExportReport:
+    """Write a table in the form of other programs; a dry run only counts the rows.
 
     Raises:
         UsageError: if the output exists or can't be written, no row matches, or the format can't hold this table.
@@ -66,6 +69,11 @@ def export(config: ExportConfig, watch: Watch = unwatched) -> ExportReport:
     columns = _columns(source, config)
     carried = _carried(source)
     try:
+        if dry_run:
+            durable.require_permission(output)
+            return ExportReport(
+                source.location, source.version, str(output), config.format, _count(source, config), 0, True
+            )
         durable.make_folder(output.parent)
         with scratch(output.parent) as folder:
             made = folder / output.name
@@ -148,15 +156,36 @@ def _write(
             files.describe(split)
             written[split] = ExportedSplit(sequences, positions, len(files.names), files.bytes)
     if not written:
-        raise UsageError(
-            "there is no row to export; nothing was written",
-            expected="a row" if config.where is None else f"a row for which this is true: {config.where}",
-            found="no such row",
-            where=config.table,
-        )
+        raise _nothing(config)
     if config.format == "datasets":
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(written)}), encoding="utf-8")
     return written
+
+
+def _count(source: AnyTable, config: ExportConfig) -> dict[str, ExportedSplit]:
+    """What ``_write`` would write of each split."""
+    found = {}
+    condition = Condition(source, config.where)
+    for split in (config.split,) if config.split else ("train", "eval"):
+        sequences = positions = 0
+        for group, part in outlines(source, [*dict.fromkeys([*condition.columns, "positions"])], split):
+            keep = condition(group, part)
+            sequences += int(keep.sum())
+            positions += int(part.column("positions").to_numpy()[keep].sum())
+        if sequences:
+            found[split] = ExportedSplit(sequences, positions, None, None)
+    if not found:
+        raise _nothing(config)
+    return found
+
+
+def _nothing(config: ExportConfig) -> UsageError:
+    return UsageError(
+        "there is no row to export; nothing was written",
+        expected="a row" if config.where is None else f"a row for which this is true: {config.where}",
+        found="no such row",
+        where=config.table,
+    )
 
 
 def _wanted(source: AnyTable, where: str | None, split: str) -> Iterator[tuple[Group, NDArray[np.bool_]]]:

@@ -17,11 +17,13 @@ from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.export import ExportConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.distillation import distill
 from softlabel.pipeline.dry_run import dry_run
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.exclusive import lock_output
+from softlabel.pipeline.tables.export import export
 from softlabel.pipeline.tables.maintain import maintain
 from softlabel.pipeline.tables.mix import mix
 from softlabel.pipeline.tables.reprocess import reprocess
@@ -35,7 +37,7 @@ from tests.flows.commands import softlabel
 from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.pipeline.trainings import settings as training
 
-READING = {"estimate", "inspect", "history", "lineage"}
+READING = {"estimate", "inspect", "history", "lineage", "rejects"}
 """Verbs that write nothing, and so have no dry run."""
 SHORT: dict[str, Any] = {"stream": {"max_length": 128}, "optimizer": {"max_steps": 2, "report_to": []}}
 
@@ -115,6 +117,8 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path], object]]] = {
         ["maintain", "{}/table", "--untag", "old", "--unpin", "{}/student"],
         lambda f: tag(f"{f}/table", 1, "old"),
     ),
+    "compare": (["compare", "{}/student", "--report", "{}/report", "--table", "{}/table"], lambda _: None),
+    "export": (["export", "{}/table", "{}/exported", "--format", "axolotl"], lambda _: None),
     "show": (["show", "{}/table", "--html", "{}/page.html"], lambda _: None),
     "verify": (["verify", "{}/table", "--remove-damaged"], damage),
 }
@@ -234,6 +238,13 @@ def test_maintenance_deletes_what_its_dry_run_says(folder: Path, tags: dict[str,
     assert did.deletion.vacuumed == {"untag": (1, 2), "tag": ()}.get("".join(tags), (2,))
     assert [(each.name, each.version) for each in would.tags] == [(each.name, each.version) for each in did.tags]
     assert would.pins == did.pins
+
+
+def test_an_export_has_the_rows_that_its_dry_run_says(folder: Path):
+    config = ExportConfig(table=str(folder / "table"), output=str(folder / "exported"), where="tokens > 30")
+    would, did = dry_run(config), export(config)
+    counts = [{name: (s.sequences, s.positions) for name, s in each.splits.items()} for each in (would, did)]
+    assert counts[0] == counts[1] != {}
 
 
 def test_a_view_holds_what_its_dry_run_says(folder: Path):
