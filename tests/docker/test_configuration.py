@@ -105,6 +105,14 @@ def test_our_services_have_a_read_only_root_and_no_privileges(name: str):
     assert "user" not in service  # the image's
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_compose_builds_each_of_our_images(name: str):
+    # Without `build`, it would look for the image in a registry.
+    target = SERVICES[name]["build"]["target"]
+    assert SERVICES[name]["image"] == f"softlabel-{target}:${{VERSION:-latest}}"
+    assert f" AS {target}\n" in (DOCKER / SERVICES[name]["build"]["context"] / "docker/Dockerfile").read_text()
+
+
 def containers(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "template" in manifest.get("spec", {}):
         yield from manifest["spec"]["template"]["spec"]["containers"]
