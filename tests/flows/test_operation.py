@@ -67,12 +67,12 @@ def test_four_flows_at_once_survive_a_killed_worker_and_a_restarted_server(tiny_
 
 
 def test_a_run_that_exceeds_its_time_limit_is_cancelled_and_keeps_what_it_has_done(tiny_teacher: Path, tmp_path: Path):
-    limited = DeploymentConfig(flow="capture", name="limited", time_limit_hours=30 / 3600)
+    limited = DeploymentConfig(flow="capture", name="limited", time_limit_hours=90 / 3600)
     with prefect_server(tmp_path):
         deploy(DeployConfig(deployments=(limited,)))
         capture = Capture(tmp_path, tiny_teacher, deployment="limited")
-        with worker(**capture.pace(5)):
-            wait_until(lambda: capture.run.state_name == "Cancelled", seconds=240)
+        with worker(**capture.pace(9)):
+            wait_until(lambda: capture.run.state_name == "Cancelled", seconds=300)
             assert "Running" in capture.states
     assert 0 < len(capture.rows) < DOCUMENTS
     assert set(capture.rows.values()) == {1}
