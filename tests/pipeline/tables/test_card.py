@@ -50,7 +50,7 @@ def test_a_card_of_someone_else_stays_as_it_is(tiny_teacher: Path, tmp_path: Pat
 def test_reprocess_writes_the_card_of_a_new_table_and_maintain_that_of_an_old_one(tmp_path: Path):
     table = make_table(tmp_path / "table", identity())
     add(table, ["a", "b", "c"], "train")
-    maintain(MaintainConfig(table=table.location, dry_run=True))
+    maintain(MaintainConfig(table=table.location), dry_run=True)
     assert not Path(table.location, "README.md").exists()
     maintain(MaintainConfig(table=table.location))
     assert "describes its version 1." in card(table)
