@@ -58,7 +58,12 @@ def show_estimate(report: "Estimate") -> None:
     for preview in report.previews:
         _show_preview(preview)
     _partial_answers(report.answers, report.partial_answers)
-    if not report.pending:
+    if report.reread:
+        console.print(
+            f"[yellow]{count(report.reread, 'document')} would be read again[/], because an earlier version of"
+            f" softlabel captured them; about {count(report.replacing, 'sequence')} would replace wrong ones"
+        )
+    if not report.pending and not report.sequences and not report.copied:
         console.print(f"the table already holds all {count(report.documents, 'document')}: a capture would add nothing")
         return
     if not report.sequences and report.copied:
@@ -193,11 +198,13 @@ def _capture_line(report: "CaptureReport") -> None:
         console.print(f"{count(report.repeated, 'document')} left out: another one has the same content")
     if report.taken_down:
         console.print(f"[yellow]{count(report.taken_down, 'document')} left out[/]: taken down earlier")
-    if report.replaced:
+    if report.reread:
         console.print(
-            f"[yellow]{count(report.replaced, 'sequence')} removed[/]: an earlier version of softlabel captured"
-            " the wrong words"
+            f"{count(report.reread, 'document')} read again, because an earlier version of softlabel captured them;"
+            f" [yellow]{count(report.replaced, 'wrong sequence')} replaced[/]"
         )
+    if report.withdrawn:
+        console.print(f"[yellow]{count(report.withdrawn, 'document')} of these removed[/]: they can't be used now")
     if not report.held_out:
         console.print(
             "[yellow]no document is held out[/]: students can be trained from this table, but not evaluated on it;"

@@ -46,7 +46,7 @@ def show_distill_dry_run(report: "DistillDryRun") -> None:
 
 def _capture(report: "CaptureDryRun") -> None:
     where = "would be made" if report.version is None else f"has version {report.version}"
-    if not (report.sequences or report.copied or report.rereads):
+    if not (report.sequences or report.copied or report.replaced):
         held = count(report.documents, "document")
         _line(f"[bold]{{}}[/] already holds all {held}: nothing would be captured", report.table)
     else:
@@ -61,8 +61,13 @@ def _capture(report: "CaptureDryRun") -> None:
         if report.seconds is not None:
             shown["time here"] = f"about {duration(report.seconds)} on {report.device or 'the CPU'}"
         facts(shown)
-    if report.rereads:
-        console.print("rows that an earlier version of softlabel captured with the wrong words would be removed")
+    if report.reread:
+        console.print(
+            f"{count(report.reread, 'document')} would be read again, because an earlier version of softlabel captured"
+            f" them; {count(report.replaced, 'wrong sequence')} would be replaced"
+        )
+    if report.withdrawn:
+        console.print(f"{count(report.withdrawn, 'document')} of these would be removed: they can't be used now")
     left_out = {
         "can't be used": report.rejects,
         "were taken down": report.taken_down,

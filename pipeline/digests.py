@@ -30,6 +30,21 @@ def side_by_side(*parts: NDArray[np.generic]) -> Digests:
     return joined.view(f"S{joined.shape[1]}")[:, 0]
 
 
+def document_digests(rows: pa.Table) -> Digests:
+    """(n,) S16: the document of each row."""
+    return digests(rows.column("document_id").to_pylist())
+
+
+def version_digests(rows: pa.Table) -> Digests:
+    """(n,) S32: the document of each row, in the version that its content gives."""
+    return side_by_side(document_digests(rows), as_digests(rows.column("fingerprint")))
+
+
+def row_digests(rows: pa.Table) -> Digests:
+    """(n,) S36: each row of a table; no two rows of a table have the same one."""
+    return side_by_side(document_digests(rows), rows.column("chunk").to_numpy(), as_digests(rows.column("key")))
+
+
 class DigestSet:
     """A set of byte strings of one width.
 

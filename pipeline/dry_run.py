@@ -129,7 +129,7 @@ def _distill(config: DistillConfig, watch: Watch) -> DistillDryRun:
     from softlabel.pipeline.training.train import TrainPreview, preview_train
 
     capture = _capture(require_trainable(config), config.capture(), watch)
-    stays = not (capture.sequences or capture.copied or capture.rereads) and capture.version is not None
+    stays = not (capture.sequences or capture.copied or capture.replaced) and capture.version is not None
     if stays and VERSION in config.output:
         output = config.output.replace(VERSION, str(capture.version))
         config = config.model_copy(update={"output": output, "table": f"{capture.table}@{capture.version}"})

@@ -101,16 +101,21 @@ def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
     return rows.append_column(SEQUENCE.field(PARTITION), pa.array([shard.split] * len(rows), pa.string()))
 
 
-def soft_labels_by_key(table: Table, keys: Sequence[bytes]) -> pa.Table:
-    """The table's encoded soft labels for each key, in the order of the keys.
+def soft_labels_by_key(table: Table, keys: Sequence[bytes], staged: Sequence[Shard] = ()) -> pa.Table:
+    """The encoded soft labels for each key, in the order of the keys.
+
+    Args:
+        table: version to search.
+        keys: of the rows.
+        staged: staged shards to search, too.
 
     Raises:
-        TableError: if a key is not in the table.
+        TableError: if a key is in none of them.
     """
     missing = set(keys)
     found: list[bytes] = []
     parts = [SOFT_LABELS.empty_table()]
-    for shard in table.shards():
+    for shard in (*table.shards(), *staged):
         for group, part in enumerate(outline(table, shard, ["key"])):
             here = part.column("key").to_pylist()
             rows = [row for row, key in enumerate(here) if key in missing]
@@ -139,7 +144,7 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     Raises:
         IntegrityError: if the file is missing, truncated, or does not match the hash in its name.
     """
-    return _open(table, shard, PurePath(shard.path).stem)
+    return _open(table, shard, PurePath(shard.path).stem.rpartition("-")[2])
 
 
 def _open(table: Table, shard: Shard, expected: str | None = None) -> pq.ParquetFile:

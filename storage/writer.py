@@ -5,7 +5,7 @@ committed first. A writer that dies, or loses such a race, leaves unused files, 
 """
 
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey, ShardFile, add_action
+from softlabel.storage.staging import staged_path
+from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import refusal
 
@@ -79,16 +81,17 @@ class ShardWriter:
         encoded = encode(labels, positions, self._table.ranks)
         self.append_encoded(_joined(sequences, encoded))
 
-    def append_copies(self, sequences: pa.Table) -> None:
+    def append_copies(self, sequences: pa.Table, staged: Sequence[Shard] = ()) -> None:
         """Add rows with the soft labels that the table already has for the same keys, in any document.
 
         Args:
             sequences: R rows with the columns of ``storage.schema.SEQUENCE`` and the carried ones.
+            staged: staged shards that may have the keys, too.
 
         Raises:
-            TableError: if a key is not in the table, the disk is full, or the folder can't be written.
+            TableError: if a key is not there, the disk is full, or the folder can't be written.
         """
-        labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist())
+        labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist(), staged)
         self.append_encoded(_joined(sequences, labels))
 
     def append_encoded(self, rows: pa.Table) -> None:
@@ -120,10 +123,7 @@ class ShardWriter:
             ProvenanceError: if the table's identity has changed meanwhile.
             TableError: if the disk is full or the folder can't be written; the table is then unchanged.
         """
-        with all_or_nothing(self._table.location):
-            files = list(self._files.values())
-            for file in files:
-                file.finish()
+        files = self._finished()
         with all_or_nothing(self._table.location), self._table.place.gate():
             while True:
                 newest = self._table.newest()
@@ -144,6 +144,32 @@ class ShardWriter:
         if new:
             _remember(newest, new)
         return total
+
+    def stage(self) -> Commit:
+        """Leave the rows as staged shards, whose rows a rewrite may add; returns what there is, with today's version.
+
+        Raises:
+            TableError: if the disk is full or the folder can't be written.
+        """
+        files = self._finished()
+        with all_or_nothing(self._table.location), self._table.place.gate():
+            self._drop_refused(files)
+            files = [file for file in files if file.keys]
+            for file in files:
+                file.publish(staged_path(self._table, file.shard))
+        return Commit(
+            self._table.version,
+            sum(len(file.keys) for file in files),
+            sum(file.positions for file in files),
+            sum(file.shard.bytes for file in files),
+        )
+
+    def _finished(self) -> list[ShardFile]:
+        files = list(self._files.values())
+        with all_or_nothing(self._table.location):
+            for file in files:
+                file.finish()
+        return files
 
     def _drop_refused(self, files: list["ShardFile"]) -> None:
         """Drop rows of documents that were taken down since the rows were added."""

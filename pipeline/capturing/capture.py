@@ -7,11 +7,11 @@ or nothing.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from softlabel.pipeline.capturing.corrections import replace_rows
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
-from softlabel.pipeline.capturing.masks import replace_rows
 from softlabel.pipeline.capturing.plan import CapturePlan, plan
 from softlabel.pipeline.capturing.steps import StepDecorator, undecorated
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -56,8 +56,12 @@ class CaptureReport:
     partial_answers: int = 0
     """... and how many of them the chat template does not write whole: it leaves out a thought, a tool call, or content
     beside a tool call."""
+    reread: int = 0
+    """Documents that were read again, because an older version of this program had captured them."""
     replaced: int = 0
-    """Rows that an older version of this program had stored with a wrong mask, and that were removed."""
+    """Wrong rows of these documents, which were replaced by the right ones in one commit."""
+    withdrawn: int = 0
+    """How many of these documents have no rows any more, because they can't be used."""
     held_out: bool = True
     """Whether the table holds out any document, to evaluate students on."""
 
@@ -85,8 +89,9 @@ class CapturePreview:
     repeated: int
     answers: int
     partial_answers: int
-    rereads: bool
-    """Whether rows whose masks an older version of this program got wrong would be removed."""
+    reread: int
+    replaced: int
+    withdrawn: int
     rejected: tuple[str, ...] = ()
     """The first documents that can't be used, each with the reason."""
     dry_run: Literal[True] = True
@@ -100,15 +105,18 @@ def preview_capture(job: CaptureJob, watch: Watch = unwatched) -> CapturePreview
     """
     with scratch() as folder:
         todo = plan(job, folder, watch, dry_run=True)
-        if todo.shards:
+        parts = [todo, todo.corrections] if todo.corrections else [todo]
+        if todo.shards or todo.corrections:
             require_writable(job.table, dry_run=True)
         counts = ["documents", "unchanged", "taken_down", "rejects", "rejected", "repeated", "truncated"]
-        counts += ["answers", "partial_answers", "sequences", "copied", "positions"]
+        counts += ["answers", "partial_answers", "reread", "replaced", "withdrawn"]
         return CapturePreview(
             table=job.table,
             version=Table.open(job.table).version if Table.exists(job.table) else None,
-            shards=len(todo.shards),
-            rereads=todo.reread is not None,
+            shards=sum(len(part.shards) for part in parts),
+            sequences=sum(part.sequences for part in parts),
+            copied=sum(part.copied for part in parts),
+            positions=sum(part.positions for part in parts),
             **{name: getattr(todo, name) for name in counts},
         )
 
@@ -136,7 +144,7 @@ def carry_out(
 ) -> CaptureReport:
     """Do what a capture's plan says; see ``capture``. The plan's files must still be there."""
     started = time.monotonic()
-    if todo.shards:
+    if todo.shards or todo.corrections:
         require_writable(job.table)
     else:
         watch(Progress("capture", 0, 0, "positions"))
@@ -145,8 +153,12 @@ def carry_out(
     # Imported here: torch takes seconds, and a capture that finds nothing to do never needs it.
     from softlabel.pipeline.capturing.run_plan import run_plan
 
-    commits, copies = run_plan(job, todo, watch, decorate)
-    replaced = 0 if todo.reread is None else replace_rows(job, todo.reread)
+    commits, copies, replaced = list[Commit](), list[Commit](), 0
+    if todo.corrections:
+        commits, copies = run_plan(replace(job, is_correction=True), todo.corrections, watch, decorate)
+        replaced = replace_rows(job, todo.corrections.notes)
+    for done, more in zip((commits, copies), run_plan(job, todo, watch, decorate), strict=True):
+        done += more
     update_card(job.table)
     return _summarize(job.table, todo, commits, copies, replaced, todo.seconds + time.monotonic() - started)
 
@@ -178,6 +190,8 @@ def _summarize(
         repeated=todo.repeated,
         answers=todo.answers,
         partial_answers=todo.partial_answers,
+        reread=todo.reread,
         replaced=replaced,
+        withdrawn=todo.withdrawn,
         held_out=bool(newest.shards("eval")),
     )

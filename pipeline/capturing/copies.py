@@ -11,8 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softlabel.pipeline.capturing.corrections import staged_rows
 from softlabel.pipeline.capturing.job import CaptureJob
+from softlabel.pipeline.digests import row_digests
 from softlabel.pipeline.progress import Progress, Watch, unwatched
+from softlabel.storage.staging import staged_shards
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter, present_rows
 
@@ -44,6 +47,9 @@ def still_pending(job: CaptureJob, path: Path) -> pa.Table:
         return sequences
     table = Table.open(job.table)
     table.identity.require(job.identity, job.table)
+    if job.is_correction:
+        staged, _ = staged_rows(table)  # by a worker that died after it had staged them
+        return sequences.filter(pa.array(~staged.has(row_digests(sequences))))
     rows, keys = present_rows(table, sequences)
     if not job.kind.copies:
         keys = rows
@@ -72,7 +78,7 @@ def copy_rows(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
     table.identity.require(job.identity, job.table)
     watch(Progress("copy", 0, len(sequences), "sequences"))
     with ShardWriter(table, job.settings.shards.row_group_sequences) as writer:
-        writer.append_copies(sequences)
-        commit = writer.commit({"operation": "copy"})
+        writer.append_copies(sequences, list(staged_shards(table)) if job.is_correction else [])
+        commit = writer.stage() if job.is_correction else writer.commit({"operation": "copy"})
     watch(Progress("copy", len(sequences), len(sequences), "sequences"))
     return commit

@@ -37,6 +37,9 @@ class CaptureJob:
     presumed: bool = False
     """Whether part of the identity is the table's, because the teacher's files are; see ``capturing.identity``."""
 
+    is_correction: bool = False
+    """Whether its rows are staged, to replace wrong ones together (see ``capturing.corrections``), not committed."""
+
     @property
     def table(self) -> str:
         """Location of the table."""

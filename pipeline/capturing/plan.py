@@ -12,16 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.pipeline.capturing.corrections import Corrections, Reread, staged_rows, unread
 from softlabel.pipeline.capturing.job import CaptureJob
-from softlabel.pipeline.capturing.masks import Reread, are_current
-from softlabel.pipeline.capturing.plan_files import PlanFiles, Rejects
+from softlabel.pipeline.capturing.plan_files import Pending, PendingFiles, Rejects
 from softlabel.pipeline.capturing.sequencer import Sequencer
 from softlabel.pipeline.config.capture import CaptureConfig
-from softlabel.pipeline.digests import Digests, DigestSet, as_digests, digests, side_by_side
-from softlabel.pipeline.documents.documents import DocumentBatch, Documents
+from softlabel.pipeline.digests import (
+    Digests,
+    DigestSet,
+    as_digests,
+    row_digests,
+    side_by_side,
+    version_digests,
+)
+from softlabel.pipeline.documents.documents import DocumentBatch, Documents, Reject
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.errors import DocumentsError
 from softlabel.storage.places.open import place_of
@@ -31,18 +37,10 @@ from softlabel.storage.table import Table
 from softlabel.storage.takedown import refusal
 
 
-@dataclass(frozen=True)
-class CapturePlan:
-    """The pending sequences, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
+@dataclass(frozen=True, kw_only=True)
+class CapturePlan(Pending):
+    """What a capture has to do, and what it found on the way."""
 
-    shards: tuple[Path, ...]
-    """Sequences that the teacher has to run over, one file per shard; no key is in them twice."""
-    copies: tuple[Path, ...]
-    """Sequences that another document has too; their soft labels are copied once the shards are committed."""
-    sequences: int
-    """Number of sequences in ``shards``."""
-    positions: int
-    """Captured positions of ``shards``."""
     documents: int
     """Number of usable documents."""
     unchanged: int
@@ -55,29 +53,30 @@ class CapturePlan:
     """Documents that can't be used."""
     truncated: int
     """Documents that were truncated to the longest sequence that a classifier reads; always 0 for language models."""
-    copied: int
-    """Number of sequences in ``copies``."""
     rejects_file: str | None
     """JSON lines with the id and the reason of each reject, in the table's folder; None without rejects, or in a dry
     run."""
-    folder: Path
-    """Folder of the plan's files."""
     seconds: float
     """Time that planning took."""
-
     answers: int = 0
     """Answers of the assistant in the chats that were tokenized, ..."""
     partial_answers: int = 0
     """... and how many of them the chat template does not write whole."""
     rejected: tuple[str, ...] = ()
     """The first documents that can't be used, each with the reason."""
-    reread: Path | None = None
-    """What all documents have now, if the table's masks may be wrong; for ``masks.replace_rows``."""
+    reread: int = 0
+    """Documents of the table that were read again, because an older version of this program had captured them, ..."""
+    replaced: int = 0
+    """... how many wrong rows these have, ..."""
+    withdrawn: int = 0
+    """... and how many of them have rows in the table but can't be used now."""
+    corrections: Corrections | None = None
+    """What has to be done because of these; None if nothing was read again."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.shards and not self.copies and self.reread is None
+        return not self.shards and not self.copies and self.corrections is None
 
 
 def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bool = False) -> CapturePlan:
@@ -101,25 +100,25 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bo
     sequencer = Sequencer(job)
     known = Known(job, documents.carried)
     schema = pa.schema([*SEQUENCE, *documents.carried])
-    pending = PlanFiles(folder / "shards", schema, config.shards.positions)
-    copies = PlanFiles(folder / "copies", schema, config.shards.positions)
+    pending = PendingFiles(folder, schema, config.shards.positions)
+    corrected = PendingFiles(folder / "corrections", schema, config.shards.positions)
     rejects = Rejects(folder / "rejects.jsonl")
     found = unchanged = repeated = 0
     for batch in known.permitted(documents):
-        changed = known.changed(batch.documents)
-        to_read = batch.documents if known.reread else changed
+        missing, outdated = known.outdated(batch.documents)
+        to_read = batch.documents.filter(pa.array(missing | outdated))
         sequences, refused = sequencer.sequences(to_read, config.shards.eval_fraction)
-        if known.reread:
-            known.reread.add(to_read, sequences)
+        wrong, replacing = known.reread.compare(to_read, sequences)
+        refused = _with_consequences(refused, to_read.filter(pa.array(wrong)))
         rejects.add(batch.in_order([*batch.rejects, *refused]))
         if config.strict and rejects.count:
             advice = "; or leave out strict, so that such documents are skipped and listed"
             raise _unusable("a document can't be used, and strict is set", rejects.first, config, advice)
-        statuses = known.statuses(sequences)
-        pending.add(sequences.filter(pc.equal(statuses, "pending")))
-        copies.add(sequences.filter(pc.equal(statuses, "copy")))
+        for files, part in ((pending, ~replacing), (corrected, replacing)):
+            rows = sequences.filter(pa.array(part))
+            files.add(rows, known.statuses(rows, corrected=files is corrected))
         found += batch.documents.num_rows - len(refused)
-        unchanged += batch.documents.num_rows - changed.num_rows
+        unchanged += int((~missing).sum()) - int((wrong & outdated[missing | outdated]).sum())
         repeated += batch.repeated
         watch(Progress("plan", found, None, "documents", {"pending positions": pending.positions}))
 
@@ -132,27 +131,29 @@ def plan(job: CaptureJob, folder: Path, watch: Watch = unwatched, *, dry_run: bo
         listed = [str(rejects), *more] if rejects.count else []
         taken_down = [f"{known.taken_down} documents that were taken down"] if known.taken_down else []
         raise _unusable("no document can be used", "\n               ".join(listed + taken_down), config)
-    if pending.sequences and Table.exists(job.table):
+    new, reread = pending.close(), known.reread
+    corrections = corrected.close()
+    if (new.shards or corrections.shards) and Table.exists(job.table):
         job.kind.require_trained_positions(job.checkpoint, config.sequences, is_new=False)
     return CapturePlan(
-        shards=pending.close(),
-        copies=copies.close(),
-        sequences=pending.sequences,
-        positions=pending.positions,
+        **vars(new),
         documents=found,
         unchanged=unchanged,
         taken_down=known.taken_down,
         repeated=repeated,
         rejects=rejects.count,
         truncated=sequencer.truncated,
-        copied=copies.sequences,
         rejects_file=publish(),
-        folder=folder,
         seconds=time.monotonic() - started,
         answers=sequencer.answers,
         partial_answers=sequencer.partial_answers,
         rejected=rejects.shown,
-        reread=None if known.reread is None else known.reread.save(folder / "reread.npz"),
+        reread=reread.documents,
+        replaced=reread.wrong,
+        withdrawn=reread.withdrawn,
+        corrections=Corrections(**vars(corrections), notes=reread.save(folder / "reread.npz"))
+        if reread.documents
+        else None,
     )
 
 
@@ -165,29 +166,29 @@ class Known:
     def __init__(self, job: CaptureJob, carried: pa.Schema) -> None:
         self._table = job.table
         self._whole, self._rows, self._keys = DigestSet(), DigestSet(), DigestSet()
+        self._new_keys, self._staged_rows, self._corrected_keys = DigestSet(), DigestSet(), DigestSet()
         self.taken_down = 0
         """Documents that ``permitted`` has left out."""
-        self.reread: Reread | None = None
-        """Where the plan notes what all documents have now, if the table's masks may be wrong."""
         self._copies = job.kind.copies
+        self.reread = Reread(_NONE, _NONE, DigestSet())
+        """Compares what an older version of this program has captured with what it should be."""
         if not Table.exists(job.table):
             return
         table = Table.open(job.table)
         table.identity.require(job.identity, job.table)
         table.require_carried(carried)
-        if job.settings.columns.content != "text" and not are_current(table):
-            self.reread = Reread()
         columns = ["document_id", "chunk", "key", "fingerprint", "chunks"]
         parts = [_compact(rows) for shard in table.shards() for rows in outline(table, shard, columns)]
         if parts:
-            names, chunk, keys, contents, chunks = (np.concatenate(column) for column in zip(*parts, strict=True))
-            self._rows.add(side_by_side(names, chunk, keys))
+            versions, chunk, rows, keys, chunks = (np.concatenate(column) for column in zip(*parts, strict=True))
+            self._rows.add(rows)
             self._keys.add(keys)
             # After a run that was killed, the table may hold only some chunks of a document.
-            versions = side_by_side(names, contents)
             _, each = np.unique(side_by_side(versions, chunk), return_index=True)
             found, first, present = np.unique(versions[each], return_index=True, return_counts=True)
             self._whole.add(found[present == chunks[each[first]]])
+            self.reread = Reread(versions, rows, unread(table, [found]))
+            self._staged_rows, self._corrected_keys = staged_rows(table)
 
     def permitted(self, documents: Documents) -> Iterator[DocumentBatch]:
         """The documents without those on the refuse list, which holds only hashes: their ids are written nowhere."""
@@ -199,27 +200,47 @@ class Known:
             self.taken_down += int(taken_down.sum())
             yield batch._replace(documents=batch.documents.filter(pa.array(~taken_down)))
 
-    def changed(self, documents: pa.Table) -> pa.Table:
-        """The documents that the table does not hold completely in their current version."""
-        versions = side_by_side(_names(documents), as_digests(documents.column("fingerprint")))
-        return documents.filter(pa.array(~self._whole.has(versions)))
+    def outdated(self, documents: pa.Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which documents the table does not hold completely in their current version; and which of the others were
+        captured by an older version of this program, and are to be read again."""
+        versions = version_digests(documents)
+        missing = ~self._whole.has(versions)
+        return missing, self.reread.includes(versions) & ~missing
 
-    def statuses(self, sequences: pa.Table) -> pa.Array:
-        """For each sequence "present", "copy" (its key is already known) or "pending"; remembers the keys."""
-        names, chunk, keys, *_ = _compact(sequences)
-        present, new = self._rows.has(side_by_side(names, chunk, keys)), self._keys.add(keys)
+    def statuses(self, sequences: pa.Table, corrected: bool = False) -> pa.Array:
+        """For each sequence "present", "copy" (its key is already known) or "pending"; remembers the keys.
+
+        Args:
+            sequences: rows of the schema of a plan.
+            corrected: whether they are corrections. These are staged before anything else is captured, so they can't be
+                copied from other new sequences.
+        """
+        rows, keys = row_digests(sequences), as_digests(sequences.column("key"))
+        present, known = self._rows.has(rows), self._keys.has(keys)
+        if corrected:
+            present |= self._staged_rows.has(rows)
+            new = self._corrected_keys.add(keys) & ~known
+        else:
+            known |= self._corrected_keys.has(keys)
+            new = self._new_keys.add(keys) & ~known
         pending = new | (not self._copies)
         return pa.array(np.where(present, "present", np.where(pending, "pending", "copy")), pa.string())
 
 
+_NONE: Digests = np.zeros(0, "S1")
+
+
 def _compact(rows: pa.Table) -> tuple[Digests, NDArray[np.int32], Digests, Digests, NDArray[np.int32]]:
-    """Document, chunk, key, fingerprint and number of chunks of each row."""
+    """Version, chunk, digest, key and number of chunks of each row."""
     chunk, chunks = (rows.column(name).to_numpy() for name in ("chunk", "chunks"))
-    return _names(rows), chunk, as_digests(rows.column("key")), as_digests(rows.column("fingerprint")), chunks
+    return version_digests(rows), chunk, row_digests(rows), as_digests(rows.column("key")), chunks
 
 
-def _names(rows: pa.Table) -> Digests:
-    return digests(rows.column("document_id").to_pylist())
+def _with_consequences(refused: list[Reject], wrong: pa.Table) -> list[Reject]:
+    """The rejects; if they have rows in the table, the reason says that these go."""
+    captured = set(wrong.column("document_id").to_pylist())
+    gone = "; its rows, which an older version of softlabel captured, are removed"
+    return [r._replace(reason=r.reason + gone) if r.document_id in captured else r for r in refused]
 
 
 def _unusable(summary: str, found: str, config: CaptureConfig, advice: str = "") -> DocumentsError:

@@ -7,10 +7,12 @@ pending.
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.pipeline.documents.documents import Reject
@@ -20,6 +22,24 @@ from softlabel.storage.places.place import REJECTS, Place
 
 _SHOWN = 5
 """Rejects that an error message lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Pending sequences, as Parquet files of ``storage.schema.SEQUENCE`` and the carried columns."""
+
+    shards: tuple[Path, ...]
+    """Sequences that the teacher has to run over, one file per shard; no key is in them twice."""
+    copies: tuple[Path, ...]
+    """Sequences that another document has too; their soft labels are copied once the shards are finished."""
+    sequences: int
+    """Number of sequences in ``shards``."""
+    positions: int
+    """Captured positions of ``shards``."""
+    copied: int
+    """Number of sequences in ``copies``."""
+    folder: Path
+    """Folder of the plan's files."""
 
 
 class PlanFiles:
@@ -65,6 +85,35 @@ class PlanFiles:
         self._paths.append(self._folder / f"{len(self._paths):06}.parquet")
         self._writer = pq.ParquetWriter(self._paths[-1], self._schema)
         self._room = self._limit
+
+
+class PendingFiles:
+    """The files of pending sequences: ``shards/`` and ``copies/`` in a folder."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, limit: int) -> None:
+        self._folder = folder
+        self._shards, self._copies = (PlanFiles(folder / name, schema, limit) for name in ("shards", "copies"))
+
+    def add(self, sequences: pa.Table, statuses: pa.Array) -> None:
+        """Write the sequences whose status is "pending" or "copy"."""
+        self._shards.add(sequences.filter(pc.equal(statuses, "pending")))
+        self._copies.add(sequences.filter(pc.equal(statuses, "copy")))
+
+    @property
+    def positions(self) -> int:
+        """Captured positions of the sequences that the teacher has to run over."""
+        return self._shards.positions
+
+    def close(self) -> Pending:
+        """Finish the files."""
+        return Pending(
+            shards=self._shards.close(),
+            copies=self._copies.close(),
+            sequences=self._shards.sequences,
+            positions=self._shards.positions,
+            copied=self._copies.sequences,
+            folder=self._folder,
+        )
 
 
 class Rejects:

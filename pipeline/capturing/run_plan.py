@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing.copies import copy_rows, late_copies, own_order
 from softlabel.pipeline.capturing.job import CaptureJob
-from softlabel.pipeline.capturing.plan import CapturePlan
+from softlabel.pipeline.capturing.plan_files import Pending
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.capturing.steps import StepDecorator
 from softlabel.pipeline.capturing.worker_pool import Workers, split_shards
@@ -21,9 +21,16 @@ ShardStep = Callable[[CaptureJob, Path, Watch], Commit]
 
 
 def run_plan(
-    job: CaptureJob, todo: CapturePlan, watch: Watch, decorate: StepDecorator
+    job: CaptureJob, todo: Pending, watch: Watch, decorate: StepDecorator
 ) -> tuple[list[Commit], list[Commit]]:
-    """Process every file of a plan, and return the commits of the shards and of the copies."""
+    """Process the pending files of a plan, and return the commits of the shards and of the copies.
+
+    Args:
+        job: the capture.
+        todo: the files.
+        watch: called after each batch.
+        decorate: applied to each step.
+    """
     devices = worker_devices(job.settings.teacher)
 
     def run_step(worker: str, step: ShardStep, path: Path, stage: CombinedProgress) -> Commit:

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.pipeline.capturing.copies import still_pending
+from softlabel.pipeline.capturing.corrections import about_reading
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.labelling import Labelled, Labeller, labeller_of
-from softlabel.pipeline.capturing.masks import about_masks
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
 from softlabel.storage.codec import SoftLabels
@@ -31,7 +31,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
 
     The table is created if it does not exist. The teacher stays loaded for the next shard of this process. Sequences
     that another run has meanwhile committed under other documents are left for ``copy_rows``, in the file
-    ``pipeline.capturing.copies.late_copies(path)``.
+    ``pipeline.capturing.copies.late_copies(path)``. The rows of a correction are only staged.
 
     Args:
         job: the capture.
@@ -64,7 +64,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
         batches = chain(first, batches)
     table = Table.open(job.table)
     table.identity.require(job.identity, job.table)  # another capture may have created it meanwhile
-    masks = about_masks(job, table)
+    about = {"operation": "capture", **_history_entry(job, labeller), **about_reading(table)}
     # Encoding and writing overlap with the teacher's next batch; both release the interpreter's lock.
     with ShardWriter(table, job.settings.shards.row_group_sequences) as writer, ThreadPoolExecutor(1) as io:
         written: Future[None] = io.submit(lambda: None)
@@ -74,7 +74,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
                 details["bytes per position"] = size
             written = io.submit(writer.append, rows, labels)
         written.result()
-        return writer.commit({"operation": "capture", **_history_entry(job, labeller), **masks})
+        return writer.stage() if job.is_correction else writer.commit(about)
 
 
 def _positions(sequences: pa.Table) -> int:

@@ -106,6 +106,8 @@ class Estimate:
     documents: int
     pending: int
     """Documents that the table does not hold completely."""
+    reread: int
+    """Documents of the table that would be read again, because an older version of this program has captured them."""
     rejects: int
     """Documents that can't be used; the tokenizer or the chat template may refuse more."""
     tokenized: float
@@ -132,6 +134,8 @@ class Estimate:
     """Tokens of these sequences."""
     positions: int = 0
     """Captured positions of these sequences."""
+    replacing: int = 0
+    """Sequences, among these and the copied ones, that would replace wrong ones of documents that are read again."""
     copied: int = 0
     """Sequences that another document has too, copied from there."""
     bytes: int = 0
@@ -171,6 +175,8 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         found = Estimate(
             documents=sample.documents,
             pending=sample.pending,
+            reread=sample.reread,
+            replacing=sample.replacing,
             rejects=sample.rejects,
             tokenized=sample.share,
             seconds=Seconds(sample.seconds),

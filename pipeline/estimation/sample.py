@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan import Known
 from softlabel.pipeline.capturing.sequencer import Sequencer
-from softlabel.pipeline.documents.documents import Documents
+from softlabel.pipeline.documents.documents import DocumentBatch, Documents
 from softlabel.pipeline.progress import Progress, Watch
 from softlabel.storage.errors import DocumentsError
 
@@ -57,6 +57,10 @@ class Sample:
     """Documents that can be read and are no obvious rejects."""
     pending: int
     """Those of them that the table does not hold completely."""
+    reread: int
+    """Others that are read again, because an older version of this program has captured them."""
+    replacing: int
+    """Sequences of these documents that replace others."""
     rejects: int
     """Documents that can't be used."""
     sequences: Weighted
@@ -86,9 +90,10 @@ def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, bud
     started = time.perf_counter()
     known, config = Known(job, documents.carried), job.settings
     found = rejects = 0
-    sizes, fingerprints = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    sizes, fingerprints, again = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.bool_)]
     for batch in known.permitted(documents):
-        changed = known.changed(batch.documents)
+        changed, outdated = _to_read(known, batch)
+        again.append(outdated)
         found += batch.documents.num_rows
         rejects += len(batch.rejects)
         sizes.append(pc.binary_length(changed.column("content")).to_numpy().astype(np.int64))
@@ -102,16 +107,19 @@ def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, bud
             where=config.sources,
             do="check columns.id and columns.text (or .messages, .prompt, .completion); capture lists the reasons",
         )
-    read, size = time.perf_counter() - started, np.concatenate(sizes)
+    read, size, reread = time.perf_counter() - started, np.concatenate(sizes), np.concatenate(again)
     repeated = np.zeros(len(size), np.bool_)
     if job.kind.copies:
         repeated[:] = True
         repeated[np.unique(np.concatenate(fingerprints), return_index=True)[1]] = False
+        repeated[reread] = False
     is_text = config.columns.content == "text" and job.kind.cuts
     piece = _PIECE * config.sequences.max_tokens if is_text else int(size.max(initial=1))
-    first, again = (_choose(np.where(part, size, 0), piece, budget) for part in (~repeated, repeated))
-    choice = _Choice(first.pieces + again.pieces, first.bytes + again.bytes)
-    pieces, origins = _read_pieces(known, documents, choice, piece)
+    whole = int(size.max(initial=1))  # the rows of a document that is read again are compared with those of the table
+    parts = ((~repeated & ~reread, piece), (repeated, piece), (reread, whole))
+    chosen = [_choose(np.where(part, size, 0), longest, budget) for part, longest in parts]
+    choice = _Choice(*(np.sum(column, axis=0) for column in zip(*chosen, strict=True)))
+    pieces, origins = _read_pieces(known, documents, choice, np.where(reread, whole, piece))
     started, sampled = time.perf_counter(), pc.sum(pc.binary_length(pieces.column("content"))).as_py() or 0
     sequences, _ = sequencer.sequences(pieces, eval_fraction=0)
     numbers, weights = _weights(sequences, origins, config.sequences.max_tokens)
@@ -122,13 +130,21 @@ def draw_sample(job: CaptureJob, documents: Documents, sequencer: Sequencer, bud
     )
     return Sample(
         documents=found,
-        pending=len(size),
+        pending=int((~reread).sum()),
+        reread=int(reread.sum()),
+        replacing=round(float(weights[counted & reread[numbers]].sum())),
         rejects=rejects,
         sequences=for_teacher,
         copies=copies,
         share=min(1.0, sampled / max(int(size.sum()), 1)),
         seconds=read + (time.perf_counter() - started) * int(size.sum()) / max(sampled, 1),
     )
+
+
+def _to_read(known: Known, batch: DocumentBatch) -> tuple[pa.Table, NDArray[np.bool_]]:
+    """The documents that a capture would tokenize, and which of them it would read again."""
+    missing, outdated = known.outdated(batch.documents)
+    return batch.documents.filter(pa.array(missing | outdated)), outdated[missing | outdated]
 
 
 class _Origin(NamedTuple):
@@ -166,19 +182,19 @@ def _choose(sizes: NDArray[np.int64], piece: int, budget: float) -> _Choice:
 
 
 def _read_pieces(
-    known: Known, documents: Documents, choice: _Choice, piece: int
+    known: Known, documents: Documents, choice: _Choice, longest: NDArray[np.int64]
 ) -> tuple[pa.Table, dict[bytes, _Origin]]:
     """The pieces as documents, each with a fingerprint of its own, and the origin of each piece by fingerprint."""
     tables: list[pa.Table] = []
     origins: dict[bytes, _Origin] = {}
     start = 0
     for batch in known.permitted(documents):
-        changed = known.changed(batch.documents)
+        changed, _ = _to_read(known, batch)
         wanted = np.flatnonzero(choice.pieces[start : start + len(changed)])
         rows = changed.take(pa.array(wanted))
         parts: list[tuple[int, str, bytes]] = []
         for row, (number, content) in enumerate(zip(start + wanted, rows.column("content").to_pylist(), strict=True)):
-            cut = _cut(content, int(choice.pieces[number]), piece)
+            cut = _cut(content, int(choice.pieces[number]), int(longest[number]))
             for i, text in enumerate(cut):
                 name = blake2b(b"%d %d" % (number, i), digest_size=16).digest()
                 count = choice.bytes[number] / len(cut) / len(text.encode())

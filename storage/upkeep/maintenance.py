@@ -31,9 +31,9 @@ from softlabel.storage.log_files import LOG
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, WRITING, File, Place
 from softlabel.storage.schema import PARTITION
+from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.log import Log, checkpoint_problems, read_log, renew_checkpoints
-from softlabel.storage.upkeep.rewrite import REWRITTEN
 from softlabel.storage.versions import needed, retire, vacuumed
 
 GRACE_HOURS = 24.0

@@ -24,10 +24,11 @@ from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, reading
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import PARTITION
+from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import Purge, purges, record_deletion, refusal, refuse
 from softlabel.storage.upkeep.log import replay
-from softlabel.storage.upkeep.rewrite import REWRITTEN, ConflictError, rewrite
+from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, plan
 from softlabel.storage.versions import pins, tags
 

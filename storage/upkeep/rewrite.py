@@ -23,16 +23,14 @@ from softlabel.storage.codec import Ints
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.narrowing import narrow, renumber
-from softlabel.storage.places.place import SIDE_FOLDER, File, PendingFile
+from softlabel.storage.places.place import File, PendingFile
 from softlabel.storage.reader import read
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.shard_file import ShardFile, add_action
+from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, nothing_left, outputs
-
-REWRITTEN = f"{SIDE_FOLDER}/rewritten"
-"""Folder of finished shards that are not committed yet."""
 
 
 class ConflictError(TableError):
@@ -147,8 +145,8 @@ def _commit(
     actions: list[AddAction | RemoveAction] = [add_action(new.shard) for new in finished]
     actions += [RemoveAction(old.path, True, moment, old.bytes, {PARTITION: old.split}) for old in removed]
     counts = {
-        "sequences": -done.dropped if job.in_place else done.sequences,
-        "positions": -done.dropped_positions if job.in_place else done.positions,
+        "sequences": done.added - done.dropped if job.in_place else done.sequences,
+        "positions": done.added_positions - done.dropped_positions if job.in_place else done.positions,
         "bytes": done.bytes,
     }
     publications = [partial(new.file.publish, new.shard.path) for new in finished]

@@ -12,9 +12,11 @@ from softlabel.storage.identity import Identity
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.reader import outline, with_split
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
+from softlabel.storage.shard_file import RowKey
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import refusal
+from softlabel.storage.writer import present_rows
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Rewriting:
     """New identity of the table, if it changes in place."""
     compact: bool = False
     """Also merge shards that are less than half full."""
+    staged: tuple[Shard, ...] = ()
+    """Staged shards of the target ..."""
+    add: Callable[[pa.Table], NDArray[np.bool_]] | None = None
+    """... and which of their rows to add in the same commit, given the columns of ``ROW_KEY``."""
     exclusive: bool = False
     """Refuse to commit after any other commit, and not only if a shard that was read is gone."""
 
@@ -59,6 +65,9 @@ class Rewritten:
     """Rows that stayed in their shards."""
     dropped: int = 0
     dropped_positions: int = 0
+    added: int = 0
+    """Rows of staged shards that were added."""
+    added_positions: int = 0
     positions: int = 0
     shards: int = 0
     """Number of new shards."""
@@ -111,7 +120,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], report: Calla
     """
     for output in _filled(job, done, removed, report):
         whole = output.pieces[0][0]
-        if job.in_place and not job.narrowing and output.is_just(whole):
+        if whole in removed and not job.narrowing and output.is_just(whole):
             removed.remove(whole)
             done.left += whole.rows
         else:
@@ -173,6 +182,13 @@ def _filled(job: Rewriting, done: Rewritten, removed: list[Shard], report: Calla
                 rows = np.flatnonzero(group.kept & (group.splits == split))
                 yield from _fill(filling, split, (shard, number, rows), group.positions[rows], job.positions)
         report()
+    seen: set[RowKey] = set()
+    for shard in job.staged:
+        for number, group in enumerate(_decide_staged(job, shard, refused, seen)):
+            rows = np.flatnonzero(group.kept)
+            done.added += len(rows)
+            done.added_positions += int(group.positions[rows].sum())
+            yield from _fill(filling, shard.split, (shard, number, rows), group.positions[rows], job.positions)
     yield from filling.values()
 
 
@@ -231,6 +247,21 @@ def _refused(job: Rewriting) -> Callable[[str], bool]:
     """Whether a document was taken down, from either table: a target gets the source's refuse list."""
     lists = [refusal(table.location) for table in (job.source, job.target) if table is not None]
     return lambda document: any(is_refused(document) for is_refused in lists)
+
+
+def _decide_staged(
+    job: Rewriting, shard: Shard, refused: Callable[[str], bool], seen: set[RowKey]
+) -> Iterator[_Decision]:
+    """What to do with the rows of a staged shard, which the table or another staged shard may have, too."""
+    for rows in outline(job.source, shard, ["positions", *ROW_KEY]):
+        keys = row_keys(rows)
+        there, _ = present_rows(job.source, rows)
+        kept = np.array([key not in seen and not refused(str(key[0])) for key in keys], bool) & ~there
+        if job.add:
+            kept &= job.add(rows)
+        seen.update(keys)
+        splits = np.full(len(rows), shard.split, object)
+        yield _Decision(kept, there, splits, rows.column("positions").to_numpy().astype(np.int64))
 
 
 def _present(job: Rewriting) -> set[tuple[object, ...]]:

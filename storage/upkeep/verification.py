@@ -32,7 +32,7 @@ from softlabel.storage.versions import damaged_records, vacuumed
 
 _KNOWN_FILES = re.compile(
     rf"README\.md|{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"
-    rf"{SIDE_FOLDER}/((writing|rewritten)/.*|(tags|pins|vacuumed|purged|derived)/.*\.json|keys/[0-9a-f]{{32}}\.parquet|maintenance\.lock)"
+    rf"{SIDE_FOLDER}/((writing|rewritten|unread)/.*|(tags|pins|vacuumed|purged|derived)/.*\.json|keys/[0-9a-f]{{32}}\.parquet|maintenance\.lock)"
 )
 """Files that belong to a table although no version uses them."""
 _KEYS_DAMAGED = (
