@@ -31,6 +31,10 @@ class CommitMessage(BaseModel):
     config: dict[str, Any] = {}
     """Settings of the capture."""
     circumstances: dict[str, str] = {}
+    reading: int = 1
+    """Version of how the table's documents became sequences; 1 if the commit does not say it."""
+    unread: str | None = None
+    """File with the documents of the table for which that is not true."""
 
     @classmethod
     def of(cls, commit: dict[str, Any], where: str) -> Self:

@@ -14,6 +14,7 @@ reads them corrects them, and no other document is read again.
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan_files import Pending
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, row_digests, version_digests
-from softlabel.storage.commit_message import COMMIT_MESSAGE
+from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.errors import TableError
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of
 from softlabel.storage.reader import outline
@@ -39,7 +40,8 @@ READING = 3
 versions. A commit records it if all documents of the table were read in this way, except for those in a file ..."""
 UNREAD_FOLDER = f"{SIDE_FOLDER}/unread"
 """... of this folder, whose name the commit records, too."""
-_NAME, _UNREAD = "reading", "unread"
+_RECENT = 16
+"""Commits that a commit looks at for what it records."""
 _WIDTH = 32
 """Bytes of a version of a document: the hashes of its name and its content."""
 
@@ -55,8 +57,10 @@ class Corrections(Pending):
 def about_reading(table: Table) -> dict[str, object]:
     """What a commit of right rows to a table records about how its documents were read."""
     if not table.shards():
-        return {_NAME: READING}
-    return next(_records(table), {})
+        return {"reading": READING}
+    # Only from a recent commit: it saves later captures from reading the whole history, and nothing depends on it.
+    message = next(_messages(table, _RECENT), None)
+    return {} if message is None else message.model_dump(include={"reading", "unread"}, exclude_none=True)
 
 
 def unread(table: Table, versions: Iterable[Digests]) -> DigestSet:
@@ -67,19 +71,17 @@ def unread(table: Table, versions: Iterable[Digests]) -> DigestSet:
         versions: digests of all documents in the table, needed if it was never corrected.
     """
     found = DigestSet()
-    record = next(_records(table), None) if table.shards() else {}
-    listed = None if record is None else _read_unread(table.place, record.get(_UNREAD))
+    message = next(_messages(table), None)
+    listed = None if message is None else _read_unread(table.place, message.unread)
     for part in versions if listed is None else [listed]:
         found.add(part)
     return found
 
 
-def _records(table: Table) -> Iterator[dict[str, object]]:
-    """What commits record about the reading of this version, newest first."""
-    for commit in table.commits():
-        message = commit.get(COMMIT_MESSAGE, {})
-        if message.get(_NAME, 1) >= READING:
-            yield {name: message[name] for name in (_NAME, _UNREAD) if name in message}
+def _messages(table: Table, limit: int | None = None) -> Iterator[CommitMessage]:
+    """What commits (the newest ones, up to a limit) record about this version of reading, newest first."""
+    messages = (CommitMessage.of(commit, table.location) for commit in islice(table.commits(), limit))
+    return (message for message in messages if message.reading >= READING)
 
 
 class Reread:
@@ -197,7 +199,7 @@ def replace_rows(job: CaptureJob, notes: Path) -> int:
             dropped = rewrite(rewriting, entry, always=True).dropped
         except ConflictError:
             continue
-        _tidy(table.place, entry.get(_UNREAD), [shard for shard, rows in staged.items() if right.has(rows).all()])
+        _tidy(table.place, entry.get("unread"), [shard for shard, rows in staged.items() if right.has(rows).all()])
         return dropped
 
 
@@ -236,13 +238,13 @@ def _record(table: Table, read: DigestSet) -> dict[str, object]:
     held = np.unique(np.concatenate(parts)) if parts else np.zeros(0, f"S{_WIDTH}")
     left = held[unread(table, parts).has(held) & ~read.has(held)]
     if not len(left):
-        return {_NAME: READING}
+        return {"reading": READING}
     content = left.tobytes()
     table.place.write(f"{UNREAD_FOLDER}/{hash_of(content)}", content)
-    return {_NAME: READING, _UNREAD: hash_of(content)}
+    return {"reading": READING, "unread": hash_of(content)}
 
 
-def _read_unread(place: Place, name: object) -> Digests | None:
+def _read_unread(place: Place, name: str | None) -> Digests | None:
     """The documents in a file; None if it is missing or damaged, so that all documents have to be read again."""
     if name is None:
         return np.zeros(0, f"S{_WIDTH}")

@@ -4,6 +4,7 @@
 again.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
@@ -133,10 +134,31 @@ def resolve(config: CaptureConfig) -> CaptureJob:
         raise
     if table is None:
         job.kind.require_trained_positions(checkpoint, settings.sequences, is_new=True)
+        _warn_of_own_rules(checkpoint)
     else:
         require_match(table, job.identity, settings)
     job.kind.require_documents(settings, checkpoint.folder)
     return job
+
+
+def _warn_of_own_rules(checkpoint: Checkpoint) -> None:
+    """Warn of a teacher whose own pruned student would be refused."""
+    # Imported here: together with transformers, it takes seconds, and a later capture may not need it.
+    from softlabel.pipeline.models.pretrained import rules_of_its_own, transformers
+
+    config = checkpoint.config.get_text_config()
+    as_the_file_says = type(checkpoint.tokenizer) is transformers().PreTrainedTokenizerFast
+    if not as_the_file_says or not type(config).__module__.startswith("transformers."):
+        return
+    if found := rules_of_its_own(config, checkpoint.tokenizer):
+        error = TeacherError(
+            "this teacher can be captured, but no student can be pruned from it",
+            expected="a kind of model that transformers loads with the rules of the teacher's tokenizer.json",
+            found=f"model_type {config.model_type}: {found}",
+            where=checkpoint.folder,
+            do="make students of another architecture with student.config: llama and most others take any tokenizer",
+        )
+        warnings.warn(str(error), stacklevel=2)
 
 
 def _find_teacher(settings: CaptureConfig, named_by_the_table: bool) -> Checkpoint:

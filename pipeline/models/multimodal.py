@@ -4,9 +4,11 @@ Transformers saves such models as wrappers around a text model. As teachers and 
 model counts; the loaded weights are used as they are.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softlabel.pipeline.models.pretrained import transformers
+from softlabel.pipeline.models.pretrained import blank_model, transformers
+from softlabel.storage.errors import StudentError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,31 @@ def text_model(model: "PreTrainedModel") -> "PreTrainedModel":
     with torch.no_grad():
         same = torch.equal(text(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
     return text if same else model
+
+
+def blank_text_model(config: Any, source: Path) -> "PreTrainedModel":
+    """The language model of a configuration, or of a wrapper's, without weights; see ``blank_model``.
+
+    Raises:
+        StudentError: if transformers has no class for the text model alone.
+    """
+    text, auto = config.get_text_config(), transformers().AutoModelForCausalLM
+    if text is not config and type(text) not in auto._model_mapping:
+        raise no_text_model(_wrapper(config) or type(config).__name__, text, source)
+    model: PreTrainedModel = blank_model(auto, text)
+    model.config.name_or_path = config.name_or_path
+    return model
+
+
+def no_text_model(wrapper: str, text: Any, source: Path) -> StudentError:
+    """The error for a wrapper whose text model can't be used alone."""
+    return StudentError(
+        "this model also reads images, and its text model can't be used alone",
+        expected="a text model for which transformers has a class of its own",
+        found=f"{wrapper}, with a {type(text).__name__}",
+        where=source,
+        do="start the student from another model; this one can only be a teacher",
+    )
 
 
 def _assembled(kind: Any, config: Any, model: "PreTrainedModel") -> "PreTrainedModel":

@@ -8,6 +8,7 @@ only compares the hashes of the teacher's files.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,21 @@ def keep_rules(folder: Path, tokenizer: Any) -> None:
             f"transformers replaces the rules of {_TOKENIZER} ({', '.join(different)}) by those of "
             f"{type(transformers().AutoTokenizer.from_pretrained(folder)).__name__}, whatever the tokenizer's files say"
         )
+
+
+def rules_of_its_own(config: Any, tokenizer: Any) -> str | None:
+    """Why transformers can't load this tokenizer for a finished model of this configuration; None if it can.
+
+    For some kinds of models it has rules of its own, which replace those of any tokenizer.json.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        try:
+            keep_rules(Path(folder), tokenizer)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def _differing(folder: Path, tokenizer: Any) -> list[str]:

@@ -120,6 +120,25 @@ def _irregular(model: PreTrainedModel, layers: Sequence[int], found: str) -> Stu
     )
 
 
+def require_prunable(model: PreTrainedModel, layers: Sequence[int] | None, neurons: int | None) -> None:
+    """Refuse what ``narrow`` or ``prune`` would refuse, but before any weights are loaded.
+
+    Args:
+        model: a model of the teacher's configuration, without weights (on the meta device); changed in place.
+        layers: layers to keep; None for all.
+        neurons: neurons to keep in each layer; None for all.
+
+    Raises:
+        UsageError: if the teacher does not have these layers or neurons.
+        StudentError: if a model of this architecture can't have them.
+    """
+    with torch.device("meta"):
+        if neurons is not None:
+            _feed_forward_layers(model, neurons)
+        if layers is not None:
+            prune(model, layers)
+
+
 @torch.no_grad()
 def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) -> PreTrainedModel:
     """The teacher with fewer neurons in each feed-forward layer: the most active ones are kept.
@@ -136,6 +155,20 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
         UsageError: if the layers have fewer neurons.
         StudentError: if the model's feed-forward layers are of another kind.
     """
+    config, layers = teacher.config, _feed_forward_layers(teacher, neurons)
+    for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
+        active = activity.topk(neurons).indices.sort().values
+        for name in ("gate_proj", "up_proj"):
+            _keep(getattr(layer, name), active, dimension=0)
+        _keep(layer.down_proj, active, dimension=1)
+        if hasattr(layer, "intermediate_size"):
+            layer.intermediate_size = neurons
+    config.intermediate_size = neurons
+    return teacher
+
+
+def _feed_forward_layers(teacher: PreTrainedModel, neurons: int) -> list[Any]:
+    """The feed-forward layers of a teacher, if they can be narrowed to this size."""
     config = teacher.config
     layers = [part for part in teacher.modules() if _is_feed_forward(part)]
     sizes = {layer.down_proj.in_features for layer in layers}
@@ -149,15 +182,7 @@ def narrow(teacher: PreTrainedModel, neurons: int, sequences: Iterable[Tensor]) 
             do="leave out student.intermediate_size",
         )
     require_neurons(config, neurons)
-    for layer, activity in zip(layers, _activity(teacher, layers, sequences), strict=True):
-        active = activity.topk(neurons).indices.sort().values
-        for name in ("gate_proj", "up_proj"):
-            _keep(getattr(layer, name), active, dimension=0)
-        _keep(layer.down_proj, active, dimension=1)
-        if hasattr(layer, "intermediate_size"):
-            layer.intermediate_size = neurons
-    config.intermediate_size = neurons
-    return teacher
+    return layers
 
 
 def require_layers(config: Any, layers: Sequence[int]) -> None:

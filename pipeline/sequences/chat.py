@@ -259,7 +259,7 @@ def _answer_places(turns: list[Span], answers: list[int], texts: list[MessageTex
         if text.message in answers:
             inside = [place for place in text.places or () if place.whole and place.lies_in(turns)]
             if text.kind == "content" and not inside:
-                if text.places:
+                if text.places and text.core:
                     raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
                 if text.core and text.message not in with_calls:
                     raise ChatRefusedError(f"the chat template leaves out {name}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.pipeline.models.multimodal import architecture_of, text_model
+from softlabel.pipeline.models.multimodal import architecture_of, no_text_model, text_model
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
@@ -127,13 +127,7 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     require_weights(model, source, wrong)
     student = text_model(model)
     if config.get_text_config() is not config and student.config.get_text_config() is not student.config:
-        raise StudentError(
-            "this model also reads images, and its text model can't be used alone",
-            expected="a text model for which transformers has a class of its own",
-            found=f"{type(model).__name__}, with a {type(config.get_text_config()).__name__}",
-            where=source,
-            do="start the student from another model; this one can only be a teacher",
-        )
+        raise no_text_model(type(model).__name__, config.get_text_config(), source)
     return student
 
 

@@ -4,14 +4,20 @@ The same checks run before a capture, when only the teacher's files exist, and b
 Loads no weights.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.context_length import trained_positions
-from softlabel.pipeline.models.pretrained import keep_rules, load_config, load_tokenizer
-from softlabel.pipeline.models.pruning import require_layers, require_neurons, spread
+from softlabel.pipeline.models.multimodal import blank_text_model
+from softlabel.pipeline.models.pretrained import (
+    blank_model,
+    load_config,
+    load_tokenizer,
+    rules_of_its_own,
+    transformers,
+)
+from softlabel.pipeline.models.pruning import require_layers, require_neurons, require_prunable, spread
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.models.tokenizer_rules import differing_rules
 from softlabel.pipeline.students.origin import Origin
@@ -41,12 +47,17 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
         _require_tokenizer(source.path, origin)
     text = settings.get_text_config()
     text.name_or_path = settings.name_or_path
+    layers = config.layers
     if config.depth is not None:
-        spread(config.depth, text.num_hidden_layers)
-    if config.layers is not None:
-        require_layers(text, config.layers)
+        layers = spread(config.depth, text.num_hidden_layers)
+    if layers is not None:
+        require_layers(text, layers)
     if config.intermediate_size is not None:
         require_neurons(text, config.intermediate_size)
+    if layers is not None or config.intermediate_size is not None:
+        kind = transformers().AutoModelForSequenceClassification
+        blank = blank_text_model(settings, source.path) if origin.classes is None else blank_model(kind, settings)
+        require_prunable(blank, layers, config.intermediate_size)
     _require_vocabulary(settings, origin)
     _require_positions(settings, origin)
     source.require_unchanged()
@@ -61,19 +72,14 @@ def require_same_tokens_elsewhere(source: StudentSource, origin: Origin) -> None
     """
     settings = load_or_raise(source.path, "configuration", lambda: load_config(source.path)).get_text_config()
     tokenizer = origin.tokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        settings.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        try:
-            keep_rules(Path(folder), tokenizer)
-        except ValueError as error:
-            raise StudentError(
-                "transformers would split text differently for a student of this kind than for the teacher",
-                expected=f"a kind of model that transformers loads with the teacher's tokenizer ({origin.location})",
-                found=f"model_type {settings.model_type}: {error}",
-                where=source.path,
-                do="choose a student of another architecture: llama and most others take any tokenizer",
-            ) from error
+    if found := rules_of_its_own(settings, tokenizer):
+        raise StudentError(
+            "transformers would split text differently for a student of this kind than for the teacher",
+            expected=f"a kind of model that transformers loads with the teacher's tokenizer ({origin.location})",
+            found=f"model_type {settings.model_type}: {found}",
+            where=source.path,
+            do="choose a student of another architecture: llama and most others take any tokenizer",
+        )
 
 
 def _require_tokenizer(source: Path, origin: Origin) -> None:

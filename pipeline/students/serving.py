@@ -18,7 +18,10 @@ from softlabel.storage.views.view import AnyTable
 
 _GROUPS = 4
 """Row groups that are searched for the token with which documents end."""
-_NESTED = {"full_attention": ("rope_theta", "global_rope_theta"), "sliding_attention": ("rope_local_base_freq",)}
+_NESTED = {
+    "full_attention": ("rope_theta", "global_rope_theta"),
+    "sliding_attention": ("rope_local_base_freq", "local_rope_theta"),
+}
 """Older names of the base frequency, for architectures with one for each kind of attention."""
 
 
@@ -73,7 +76,8 @@ def write_older_names(folder: Path) -> None:
 def _read(folder: Path) -> tuple[Any, ...]:
     """What transformers reads from a folder for the settings whose older names are added."""
     config = load_config(folder)
-    return getattr(config, "rope_parameters", None), config.dtype
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {name: value for name, value in rope.items() if name != "type"}, config.dtype  # an older name of rope_type
 
 
 def _older_rope(settings: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +104,10 @@ def _older(rope: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         older["partial_rotary_factor"] = part
     if rope.get("rope_type", "default") != "default":
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if scaling["rope_type"] == "longrope":  # Phi-3's was checked for having these three fields
+            scaling = {"type": scaling.pop("rope_type"), **scaling}
+            if trained := scaling.pop("original_max_position_embeddings", None):
+                older["original_max_position_embeddings"] = trained
         older["rope_scaling"] = scaling
     return older
 

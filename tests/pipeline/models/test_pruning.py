@@ -1,5 +1,7 @@
 """Pruned teachers have the right layers and neurons, and give the same logits after a reload."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -18,7 +20,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from softlabel.pipeline.models.pruning import layer_stack, narrow, prune, spread
+from softlabel.pipeline.models.multimodal import blank_text_model
+from softlabel.pipeline.models.pruning import layer_stack, narrow, prune, require_prunable, spread
 from softlabel.pipeline.students.build import _require_head, parameters
 from softlabel.storage.errors import StudentError, UsageError
 from tests.pipeline.students.test_build import SIZES
@@ -178,3 +181,20 @@ def test_layers_of_an_irregular_stack_keep_their_kind_or_are_refused(name, tmp_p
     for layers in WRONG.get(name, []):
         with pytest.raises(StudentError, match="do not make a model of its architecture"):
             prune(teacher(), layers)
+
+
+@pytest.mark.parametrize("name", IRREGULAR)
+def test_what_can_not_be_pruned_is_told_without_weights(name):
+    """Before a capture is paid for, only the configuration is known."""
+    for layers in RIGHT[name]:
+        require_prunable(blank_text_model(IRREGULAR[name](), Path()), layers, None)
+    for layers in WRONG.get(name, []):
+        with pytest.raises(StudentError, match="do not make a model of its architecture"):
+            require_prunable(blank_text_model(IRREGULAR[name](), Path()), layers, None)
+
+
+def test_what_can_not_be_narrowed_is_told_without_weights():
+    require_prunable(blank_text_model(LlamaConfig(**SIZES), Path()), (0, 2), 16)
+    gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(StudentError, match="can't be made narrower"):
+        require_prunable(blank_text_model(gpt2, Path()), None, 16)

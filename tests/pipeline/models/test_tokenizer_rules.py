@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from softlabel.pipeline.config.capture import SequencesConfig, TeacherConfig
+from softlabel.pipeline.capturing.job import resolve
+from softlabel.pipeline.config.capture import CaptureConfig, SequencesConfig, TeacherConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
@@ -113,6 +115,20 @@ def test_a_capture_has_the_ids_of_tokenizer_json_for_every_kind_of_model(
 ) -> None:
     folder = changed(tmp_path / "teacher", tiny_teacher, split, None, model_type=model_type, architectures=None)
     assert captured(folder) == ids(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(("model_type", "is_warned"), [("qwen2", True), ("llama", False)])
+def test_a_teacher_that_can_not_be_pruned_because_of_its_tokenizer_is_warned_about_before_the_capture(
+    model_type: str, is_warned: bool, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = changed(tmp_path / "teacher", tiny_teacher, split, None, model_type=model_type, architectures=None)
+    config = {"documents": str(ROOT / "README.md"), "table": str(tmp_path / "t"), "teacher": {"model": str(folder)}}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        resolve(CaptureConfig.model_validate(config))
+    found = [str(each.message) for each in warned if "no student can be pruned from it" in str(each.message)]
+    assert len(found) == is_warned
+    assert all("model_type qwen2" in each for each in found)
 
 
 def test_settings_of_added_tokens_are_those_of_tokenizer_json(tiny_teacher: Path, tmp_path: Path) -> None:

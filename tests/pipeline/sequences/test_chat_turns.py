@@ -97,6 +97,44 @@ TEMPLATES = {
         prompt("<|im_start|>model\n"),
         "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %B') + '.<|im_end|>\n' }}",
     ),
+    "instructions after the question": loop(
+        "{% if m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content }}"
+        "{% if messages[0].role == 'system' and loop.index0 == 1 %}{{ '\n[' + messages[0].content + ']' }}{% endif %}"
+        "{{ '<|end|>' }}{% endif %}",
+        "{{ '<|start|>assistant<|message|>' }}" + G + "{{ m.content + '<|end|>' }}" + E,
+        prompt("<|start|>assistant<|message|>"),
+    ),
+    "one mark between all turns": loop(
+        "{{ m.role + '\n' + m.content + '<|endoftext|>' }}",
+        "{{ 'assistant\n' }}" + G + "{{ m.content + '<|endoftext|>' }}" + E,
+        prompt("assistant\n"),
+        "{{ '<|endoftext|>' }}",
+    ),
+    "turns of one role joined, by a macro": loop(
+        "{{ head(m.role, loop) + m.content }}",
+        "{{ head(m.role, loop) }}" + G + "{{ m.content }}{% if loop.last or loop.nextitem.role != m.role %}"
+        "{{ '<|end|>' }}{% endif %}" + E,
+        "{% if messages[-1].role != 'assistant' %}{{ '<|end|>' }}{% endif %}{{ '\n' }}"
+        + prompt("<|start|>assistant\n"),
+        "{%- macro head(role, loop) -%}{%- if loop.first -%}{{ '<|start|>' + role + '\n' }}{%- elif "
+        "loop.previtem.role != role -%}{{ '' if loop.previtem.role == 'assistant' else '<|end|>' }}"
+        "{{ '\n<|start|>' + role + '\n' }}{%- else -%}{{ '\n\n' }}{%- endif -%}{%- endmacro -%}",
+    ),
+    "roles in another language": loop(
+        "{{ '【' + {'system': 'Anweisung', 'user': 'Mensch'}[m.role] + '】' + m.content + '〚Ende〛' }}",
+        "【Assistentin】" + G + "{{ m.content + '〚Ende〛' }}" + E,
+        prompt("【Assistentin】"),
+    ),
+    "the task is repeated before each answer": loop(
+        ROLE,
+        "{{ '<|im_start|>assistant\n[' + (messages | selectattr('role', 'equalto', 'user') | first).content + '] ' }}"
+        + G
+        + "{{ m.content + '<|im_end|>' }}"
+        + E
+        + "{{ '\n' }}",
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n[' + "
+        "(messages | selectattr('role', 'equalto', 'user') | first).content + '] ' }}{% endif %}",
+    ),
     "tool calls": loop(
         ROLE,
         ASSISTANT + G + "{{ m.content or '' }}" + CALLS + "{{ '<|im_end|>' }}" + E + "{{ '\n' }}",
@@ -151,6 +189,25 @@ def test_turns_are_found_as_the_template_would_mark_them(trait: str, shape: str,
     assert found[0] == expected[0]
     assert found[1] == expected[1]
     assert expected[1].strip()
+
+
+def test_a_result_that_is_written_into_the_turn_of_its_call_is_not_captured() -> None:
+    """Also if the template writes the call's empty content only after that result."""
+    result = (
+        "{% for r in messages[loop.index:] if r.role == 'tool' and m.tool_calls %}"
+        "{{ '<result>' + r.content + '</result>' }}"
+        "{% endfor %}"
+    )
+    source = loop(
+        "{% if m.role != 'tool' %}" + ROLE + "{% endif %}",
+        ASSISTANT + CALLS + result + "{{ m.content or '' }}{% if not m.tool_calls %}{{ '<|im_end|>\n' }}{% endif %}",
+        prompt("<|im_start|>assistant\n"),
+    )
+    for content in ({}, {"content": ""}):
+        chat = [user("Weather?"), calls({"city": "Ulm"}, **content), {"role": "tool", "content": "rain"}, says("Wet.")]
+        assert write(source, chat)[1].startswith('<call>look {"city": "Ulm"}</call>')
+        assert write(source, chat)[1].endswith("Wet.<|im_end|>")
+        assert "rain" not in write(source, chat)[1]
 
 
 def test_names_of_special_tokens_that_a_template_reads_are_marks_and_others_stay_text() -> None:

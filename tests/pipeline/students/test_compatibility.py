@@ -5,13 +5,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from transformers import BloomConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, JambaConfig, LlamaConfig
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
+from softlabel.pipeline.distillation import distill_in_stages
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.students.origin import Origin
@@ -139,3 +141,28 @@ def test_a_temperature_that_the_capture_would_not_store_is_refused(tiny_teacher)
     objective_of(origin_of(capturing(tiny_teacher, selection={"temperatures": (1.0, 2.0)}))).require_loss(config)
     with pytest.raises(UsageError, match=r"the table does not store temperature 2"):
         objective_of(origin_of(capturing(tiny_teacher))).require_loss(config)
+
+
+@pytest.mark.parametrize("student", [{"layers": (0, 2)}, {"depth": 1, "intermediate_size": 8}], ids=str)
+def test_a_teacher_that_can_not_be_pruned_so_is_refused_before_the_capture(student, tiny_teacher, tmp_path):
+    """Its layers are of several kinds, and transformers decides by their place of which."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (teacher / "model.safetensors").unlink()
+    (teacher / "generation_config.json").unlink()
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"vocab_size": 512}
+    mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "num_experts": 2}
+    config = JambaConfig(**sizes, **mamba, attn_layer_period=2, attn_layer_offset=1, max_position_embeddings=2048)
+    AutoModelForCausalLM.from_config(config).save_pretrained(teacher)
+    with pytest.raises(StudentError, match=r"do not make a model of its architecture|can't be made narrower"):
+        distill_in_stages(
+            DistillConfig(
+                documents=str(ROOT / "README.md"),
+                table=str(tmp_path / "table"),
+                teacher={"model": str(teacher)},
+                student=student,
+                output=str(tmp_path / "run"),
+            ),
+            capture=pytest.fail,
+            train=pytest.fail,
+            evaluate=pytest.fail,
+        )
