@@ -58,7 +58,7 @@ def blank_text_model(config: Any, source: Path) -> "PreTrainedModel":
     if text is not config and type(text) not in auto._model_mapping:
         raise no_text_model(_wrapper(config) or type(config).__name__, text, source)
     model: PreTrainedModel = blank_model(auto, text)
-    model.config.name_or_path = config.name_or_path
+    model.config.name_or_path = str(source)
     return model
 
 

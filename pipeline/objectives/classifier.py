@@ -44,7 +44,7 @@ from softlabel.pipeline.models.pretrained import load_config
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, LabelledDocuments
-from softlabel.pipeline.students.classifier_student import build_classifier
+from softlabel.pipeline.students.classifier_student import blank_classifier, build_classifier
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.origin import Origin
@@ -71,7 +71,7 @@ class Classifier:
     def require_fitting(self, config: StudentConfig, source: StudentSource | None = None) -> StudentSource:
         """See ``Objective``."""
         self._labels(config)
-        return require_fitting(config, self.origin, source)
+        return require_fitting(config, self.origin, blank_classifier, source)
 
     def require_loss(self, config: TrainConfig) -> Target | None:
         """See ``Objective``."""

@@ -43,6 +43,7 @@ from softlabel.pipeline.evaluation.unfinished import ALL, Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
+from softlabel.pipeline.models.multimodal import blank_text_model
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.batch import Batch
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
@@ -75,7 +76,7 @@ class LanguageModel:
                 where=self.origin.location,
                 do="leave student.labels out",
             )
-        return require_fitting(config, self.origin, source)
+        return require_fitting(config, self.origin, blank_text_model, source)
 
     def require_loss(self, config: TrainConfig) -> Target | None:
         """See ``Objective``."""

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.checkpoint import class_names, is_classifier
 from softlabel.pipeline.models.padding import padding_id
-from softlabel.pipeline.models.pretrained import fresh_model, load_config
+from softlabel.pipeline.models.pretrained import blank_model, fresh_model, load_config
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
 from softlabel.pipeline.students.build import pruned
 from softlabel.pipeline.students.labels import LabelMap
@@ -64,6 +64,13 @@ def _load(source: Path, dtype: torch.dtype, head: dict[str, Any]) -> PreTrainedM
         student, source, {name: wrong[name] for name in needed}, but="" if same_labels else " but its head's"
     )
     return student
+
+
+def blank_classifier(config: Any, source: Path) -> PreTrainedModel:
+    """A classifier without weights, of a configuration from these files; see ``blank_model``."""
+    model: PreTrainedModel = blank_model(AutoModelForSequenceClassification, config)
+    model.config.name_or_path = str(source)
+    return model
 
 
 @torch.no_grad()

@@ -4,19 +4,15 @@ The same checks run before a capture, when only the teacher's files exist, and b
 Loads no weights.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.context_length import trained_positions
-from softlabel.pipeline.models.multimodal import blank_text_model
-from softlabel.pipeline.models.pretrained import (
-    blank_model,
-    load_config,
-    load_tokenizer,
-    rules_of_its_own,
-    transformers,
-)
+from softlabel.pipeline.models.pretrained import load_config, load_tokenizer, rules_of_its_own
 from softlabel.pipeline.models.pruning import require_layers, require_neurons, require_prunable, spread
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.models.tokenizer_rules import differing_rules
@@ -25,12 +21,18 @@ from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError
 
 
-def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource | None = None) -> StudentSource:
+def require_fitting(
+    config: StudentConfig,
+    origin: Origin,
+    blank: Callable[[Any, Path], PreTrainedModel],
+    source: StudentSource | None = None,
+) -> StudentSource:
     """Refuse a student that can't be built, or can't be trained on these soft labels.
 
     Args:
         config: settings of the student.
         origin: the soft labels that it has to fit.
+        blank: makes a model without weights, of a configuration from these files.
         source: the files that it is made from, if they have been found already.
 
     Returns:
@@ -55,9 +57,7 @@ def require_fitting(config: StudentConfig, origin: Origin, source: StudentSource
     if config.intermediate_size is not None:
         require_neurons(text, config.intermediate_size)
     if layers is not None or config.intermediate_size is not None:
-        kind = transformers().AutoModelForSequenceClassification
-        blank = blank_text_model(settings, source.path) if origin.classes is None else blank_model(kind, settings)
-        require_prunable(blank, layers, config.intermediate_size)
+        require_prunable(blank(settings, source.path), layers, config.intermediate_size)
     _require_vocabulary(settings, origin)
     _require_positions(settings, origin)
     source.require_unchanged()

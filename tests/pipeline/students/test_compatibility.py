@@ -149,9 +149,10 @@ def test_a_teacher_that_can_not_be_pruned_so_is_refused_before_the_capture(stude
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     (teacher / "model.safetensors").unlink()
     (teacher / "generation_config.json").unlink()
-    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"vocab_size": 512}
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    sizes |= {"vocab_size": 512, "max_position_embeddings": 2048}
     mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "num_experts": 2}
-    config = JambaConfig(**sizes, **mamba, attn_layer_period=2, attn_layer_offset=1, max_position_embeddings=2048)
+    config = JambaConfig(**sizes, **mamba, attn_layer_period=2, attn_layer_offset=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(teacher)
     with pytest.raises(StudentError, match=r"do not make a model of its architecture|can't be made narrower"):
         distill_in_stages(

@@ -133,10 +133,6 @@ ROPES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
         Phi3Config(**SIZES, original_max_position_embeddings=16, rope_scaling={"rope_type": "longrope", **LONG}),
         {"original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **LONG}},
     ),
-    "other names of two frequencies": (
-        ModernBertDecoderConfig(**{n: v for n, v in SIZES.items() if n not in ("head_dim", "num_key_value_heads")}),
-        {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
-    ),
     "a part of each head": (
         Phi3Config(**SIZES, rope_theta=2e4, partial_rotary_factor=0.5),
         {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
@@ -158,9 +154,17 @@ ROPES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROPES)
+NAMED = ROPES | {
+    "other names of two frequencies": (  # which transformers 4 reads, but does not compute with as transformers 5 does
+        ModernBertDecoderConfig(**{n: v for n, v in SIZES.items() if n not in ("head_dim", "num_key_value_heads")}),
+        {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_rotary_settings_are_also_where_transformers_4_looks(name: str, tmp_path: Path) -> None:
-    config, older = ROPES[name]
+    config, older = NAMED[name]
     config.save_pretrained(tmp_path)
     before = type(config).from_pretrained(tmp_path)
     write_older_names(tmp_path)
