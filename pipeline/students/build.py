@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
+from softlabel.pipeline.models.body import inner
 from softlabel.pipeline.models.multimodal import architecture_of, no_text_model, text_model
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
@@ -84,9 +85,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         input_ids: (rows, L) int64.
         position_ids: (rows, L) int64, restarting at 0 with each sequence.
     """
-    body = model.get_decoder()
-    if body is model:  # Llama 4 does not name its body as transformers expects
-        body = next(part for part in model.children() if isinstance(part, PreTrainedModel))
+    body = inner(model, model.get_decoder())
     # With neither a cache nor a mask, transformers detects packed sequences by their position ids.
     hidden: Tensor = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     return hidden

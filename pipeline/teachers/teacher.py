@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.devices import device
+from softlabel.pipeline.models.body import inner
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import first_line
 from softlabel.pipeline.teachers.kind import kind_of
@@ -79,7 +80,7 @@ class TransformersTeacher:
         self.vocabulary = kind.vocabulary(self.checkpoint)
         self.device = device(config.device)
         self._model = self.checkpoint.load(config.device_map or {"": self.device}, config.attn_implementation)
-        self._body = self._model.base_model
+        self._body = inner(self._model, self._model.base_model)
         chunk_bytes = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         self._chunk = max(1, chunk_bytes // (self._model.dtype.itemsize * self.checkpoint.padded_vocabulary))
         if kind.causal:

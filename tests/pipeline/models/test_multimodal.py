@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    Llama4Config,
     LlavaConfig,
     Mistral3Config,
     PretrainedConfig,
@@ -71,6 +72,12 @@ WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "llava": lambda: LlavaConfig(
         text_config=TEXT | {"model_type": "llama"}, vision_config=VISION | {"model_type": "clip_vision_model"}
+    ),
+    "llama 4": lambda: Llama4Config(
+        text_config=TEXT
+        | {"intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1, 3]}
+        | {"no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 64, "pad_token_id": 0},
+        vision_config=VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
     ),
     "qwen 3 vl": lambda: Qwen3VLConfig(
         text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
