@@ -9,7 +9,8 @@ import pytest
 
 from softlabel.pipeline.capturing import capture as capturing
 from softlabel.pipeline.capturing import corrections, labelling, run_plan
-from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.capturing.capture import CaptureReport, capture, preview_capture
+from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.config.tables import MaintainConfig, VerifyConfig
@@ -275,10 +276,14 @@ def test_equal_texts_are_corrected_with_one_run_of_the_teacher(tiny_teacher: Pat
     require_as_new(table, tiny_teacher, documents, tmp_path / "new")
 
 
-def test_estimate_counts_what_is_read_again_and_replaced(older: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_estimate_and_a_dry_run_count_what_is_read_again_and_replaced(
+    older: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
     shown = settings(tiny_teacher, tmp_path / "c.jsonl", older)
     found = estimate(EstimateConfig.model_validate(shown))
     assert (found.pending, found.reread, found.replacing, found.sequences) == (0, 6, 2, 2)
+    preview = preview_capture(resolve(CaptureConfig.model_validate(shown)))
+    assert (preview.reread, preview.replaced, preview.withdrawn, preview.sequences) == (6, 2, 0, 2)
     run(tiny_teacher, tmp_path / "c.jsonl", older)
     found = estimate(EstimateConfig.model_validate(shown))
     assert (found.pending, found.reread, found.replacing, found.sequences) == (0, 0, 0, 0)
