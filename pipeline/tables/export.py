@@ -164,7 +164,7 @@ def _write(
 
 def _count(source: AnyTable, config: ExportConfig) -> dict[str, ExportedSplit]:
     """What ``_write`` would write of each split."""
-    found = {}
+    found: dict[str, ExportedSplit] = {}
     condition = Condition(source, config.where)
     for split in (config.split,) if config.split else ("train", "eval"):
         sequences = positions = 0
