@@ -89,6 +89,7 @@ def test_processes_that_want_overlapping_cards_neither_share_one_nor_wait_for_ea
                 time.sleep(0.005)
                 for name in wanted:
                     (tmp_path / name).unlink()
+        os._exit(0)  # without the ends of threads that a fork does not have, such as Prefect's
 
     processes = [fork.Process(target=work, args=(seed,)) for seed in range(4)]
     for process in processes:
