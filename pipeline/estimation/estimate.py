@@ -106,8 +106,6 @@ class Estimate:
     documents: int
     pending: int
     """Documents that the table does not hold completely."""
-    reread: int
-    """Documents of the table that would be read again, because an older version of this program has captured them."""
     rejects: int
     """Documents that can't be used; the tokenizer or the chat template may refuse more."""
     tokenized: float
@@ -134,6 +132,8 @@ class Estimate:
     """Tokens of these sequences."""
     positions: int = 0
     """Captured positions of these sequences."""
+    reread: int = 0
+    """Documents of the table that would be read again, because an older version of this program has captured them."""
     replacing: int = 0
     """Sequences, among these and the copied ones, that would replace wrong ones of documents that are read again."""
     copied: int = 0

@@ -6,7 +6,6 @@ import string
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
 from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.storage.table import Table
 from tests.pipeline.classifiers import save_classifier
 from tests.pipeline.sequences.test_tokenizer import captured, pair
 
@@ -143,8 +143,8 @@ def test_a_document_with_a_token_that_the_teacher_has_no_row_for_is_rejected(
         "no embedding for the token '<extra>' (its id is 512, and there are 512 rows)"
         in Path(report.rejects_file).read_text()
     )
-    stored = pq.read_table(tmp_path / "table")
-    assert sorted(stored.column("document_id").to_pylist()) == ["0", "2"]
+    stored = Table.open(str(tmp_path / "table")).scan().collect()
+    assert sorted(stored["document_id"].to_list()) == ["0", "2"]
     assert captured(Checkpoint.find(config.teacher), tmp_path, {"text": texts[0]}, special_tokens="parse")[2] == []
 
 
