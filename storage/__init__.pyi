@@ -1,4 +1,3 @@
-from .codec import SoftLabels as SoftLabels
 from .errors import AccessError as AccessError
 from .errors import DisagreementError as DisagreementError
 from .errors import DocumentsError as DocumentsError
@@ -14,6 +13,7 @@ from .errors import TrainingError as TrainingError
 from .errors import UsageError as UsageError
 from .errors import WorkerError as WorkerError
 from .identity import Identity as Identity
+from .labels import SoftLabels as SoftLabels
 from .reader import read as read
 from .state import Shard as Shard
 from .table import Table as Table

@@ -13,10 +13,9 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from softlabel.storage.checkpoints import VERSIONS_PER_CHECKPOINT, write_checkpoint
 from softlabel.storage.errors import TableError, cause
-from softlabel.storage.identity import Identity
 from softlabel.storage.log_files import write_commit
 from softlabel.storage.shard_file import shard_of
-from softlabel.storage.table import Table
+from softlabel.storage.table import Change, Table
 
 Action: TypeAlias = AddAction | RemoveAction
 
@@ -45,7 +44,7 @@ def try_commit(
     actions: Sequence[Action],
     about: Mapping[str, Any],
     publications: Sequence[Callable[[], None]] = (),
-    identity: Identity | None = None,
+    change: Change | None = None,
 ) -> bool:
     """Try to commit on top of ``newest``; returns False if another commit came first.
 
@@ -54,14 +53,14 @@ def try_commit(
         actions: shards to add and to remove, all of them or none.
         about: metadata for the table's history.
         publications: functions that give the new shards their final names, or check that the files still exist.
-        identity: the table's new identity, if it changes.
+        change: new properties of the table, if they change.
     """
     for publish in publications:
         publish()
     added = [shard_of(action) for action in actions if isinstance(action, AddAction)]
     removed = [action.path for action in actions if isinstance(action, RemoveAction)]
-    hashes, lines = newest.next_commit(added, removed, identity)
-    operation = "WRITE" if identity is None else "SET TBLPROPERTIES"
+    hashes, lines = newest.next_commit(added, removed, change)
+    operation = "WRITE" if change is None else "SET TBLPROPERTIES"
     lines += map(_line, actions)
     if not write_commit(newest.place, newest.version + 1, operation, {**about, **hashes}, lines):
         return False

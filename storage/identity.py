@@ -9,16 +9,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import date
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from softlabel.storage.errors import ProvenanceError
+from softlabel.storage.errors import ProvenanceError, UsageError
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "polars", "deltalake")
 _VARIABLES = {"run": "SOFTLABEL_RUN", "flow": "SOFTLABEL_FLOW"}
@@ -98,9 +98,36 @@ class Identity(_Part):
     selection: SelectionIdentity
     temperatures: tuple[float, ...]
     sequences: SequencesIdentity
+    tail_logprobs: Literal["eval", "all"] = "eval"
+    """Splits whose rows store the log-probabilities of their sampled tails."""
+    unknown: tuple[str, ...] = ()
+    """Columns in which values may be unknown, because another program made the soft labels."""
     derived_from: SelectionIdentity | None = None
     """Selection of the original capture, if this table was narrowed from it without the teacher: its tail masses then
     differ slightly from those of a capture. None for a captured table."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields that older identities lack, if they have their usual values."""
+        fields: dict[str, Any] = serialize(self)
+        usual = [name for name, value in (("tail_logprobs", "eval"), ("unknown", ())) if getattr(self, name) == value]
+        return {name: value for name, value in fields.items() if name not in usual}
+
+    def require_known(self, columns: Iterable[str], where: str, purpose: str, do: str) -> None:
+        """Refuse a purpose that needs values which may be unknown.
+
+        Raises:
+            UsageError: if some may be; it names their columns.
+        """
+        unknown = [name for name in columns if name in self.unknown]
+        if unknown:
+            raise UsageError(
+                f"this table can't be used for {purpose}: values that it needs may be unknown",
+                expected="soft labels with all their values, as softlabel captures them",
+                found=f"values that may be unknown in {', '.join(unknown)}",
+                where=where,
+                do=do,
+            )
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """Dotted name of each field that differs, with the values of ``self`` and ``other``."""

@@ -5,17 +5,17 @@ their decoded probabilities. Reads and writes no files.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import CODES_PER_NAT, ZERO_CODE, Ints, assemble, flatten, trim_log_masses
+from softlabel.storage.codec import CODES_PER_NAT, UNKNOWN, ZERO_CODE, Flat, trim_log_masses
 from softlabel.storage.identity import Identity
+from softlabel.storage.numbering import gaps_of, running_sums
 
 Array = NDArray[Any]
 
@@ -55,74 +55,90 @@ class Narrowing:
         return hashlib.blake2b(self.source.model_dump_json().encode(), digest_size=16).digest()
 
 
-def narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
-    """The same rows with fewer ids, draws and temperatures.
+def narrow(flat: Flat, narrowing: Narrowing, keys: Sequence[bytes], row_positions: Array, seed: bytes) -> Flat:
+    """The same positions with fewer ids, draws and temperatures.
 
     The first ``max_k`` ids of each head stay, with their codes. A dropped id's probability goes to the tail, at each
     temperature: there p = (1 - r) softmax(log p / T) over the head. The ceil(draws x r') new draws are sampled from the
     dropped ids (with their exact probabilities) and the M old draws (with r / M each), so that the expectation of head
-    and tail stays the same. A position that loses no ids keeps its draws, unless their number
-    changes.
+    and tail stays the same. A position that loses no ids keeps its draws, unless their number changes. Whether the
+    log-probabilities of the old draws are known does not matter for any of this.
 
     Args:
-        rows: rows with the columns of ``storage.schema.SOFT_LABELS`` and the key.
+        flat: encoded values of the rows, with token ids (``storage.codec.with_token_ids``).
         narrowing: what to keep.
+        keys: (R,) key of each row.
+        row_positions: (R,) captured positions of each row.
         seed: seed of the draws, together with each row's key.
 
     Returns:
-        The narrowed rows; their other columns are unchanged.
+        The encoded values of the narrowed rows, with token ids.
     """
-    ends = np.cumsum(rows.column("positions").to_numpy(), dtype=np.int64)
-    cuts = np.flatnonzero(np.diff(ends // _POSITIONS, prepend=0)).tolist()
-    parts = [rows.slice(a, b - a) for a, b in pairwise([0, *(cut for cut in cuts if cut), len(rows)])]
-    return pa.concat_tables([_narrow(part, narrowing, seed) for part in parts])
+    ends = np.append(0, np.cumsum(row_positions, dtype=np.int64))
+    cuts = np.flatnonzero(np.diff(ends[1:] // _POSITIONS, prepend=0)).tolist()
+    parts = []
+    for a, b in pairwise([0, *(cut for cut in cuts if cut), len(keys)]):
+        part = _slice(flat, ends[a], ends[b], len(narrowing.source.temperatures))
+        parts.append(_narrow(part, narrowing, keys[a:b], row_positions[a:b], seed))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _narrow(rows: pa.Table, narrowing: Narrowing, seed: bytes) -> pa.Table:
-    flat, temperatures = flatten(rows), narrowing.source.temperatures
-    row_positions = rows.column("positions").to_numpy()
+def _slice(flat: Flat, first: int, last: int, temperatures: int) -> Flat:
+    """The encoded values of some positions."""
+    heads, tails = (
+        slice(*np.append(0, np.cumsum(flat[name], dtype=np.int64))[[first, last]])
+        for name in ("head_counts", "tail_counts")
+    )
+    parts = dict.fromkeys(("head_ids", "head_codes"), heads)
+    parts |= dict.fromkeys(("tail_ids", "tail_draws", "tail_codes"), tails)
+    parts["tail_log_masses"] = slice(first * temperatures, last * temperatures)
+    return {name: values[parts.get(name, slice(first, last))] for name, values in flat.items()}
+
+
+def _narrow(flat: Flat, narrowing: Narrowing, keys: Sequence[bytes], row_positions: Array, seed: bytes) -> Flat:
+    temperatures = narrowing.source.temperatures
     log_masses = flat["tail_log_masses"].reshape(-1, len(temperatures)).T.astype(np.float64)
     ids = _Ids.of(flat)
     head = ids.is_head & (ids.places < narrowing.max_k)
     masses = np.array([_log_mass(ids, head, mass, T) for mass, T in zip(log_masses, temperatures, strict=True)])
     before, after = _draws(ids, head, masses[0], narrowing)
-    random = _random(rows.column("key").to_pylist(), row_positions, before, after, seed)
+    random = _random(keys, row_positions, before, after, seed)
     draws = _draw(ids, head, log_masses[0], before, after, *random)
     tail = draws > 0
-    gaps = _gaps(ids, head | tail)
-    flat |= {
+    return flat | {
         "head_counts": ids.count(head),
-        "head_ids": ids.ranks[head],
-        "head_codes": gaps[head[head | tail]],
+        "head_ids": ids.token_ids[head],
+        "head_codes": gaps_of(ids.codes[head], ids.count(head)),
         "tail_counts": ids.count(tail),
-        "tail_ids": ids.ranks[tail],
+        "tail_ids": ids.token_ids[tail],
         "tail_draws": draws[tail],
-        "tail_codes": gaps[tail[head | tail]],
+        "tail_codes": _tail_codes(ids, log_masses[0], row_positions)[tail],
         "tail_log_masses": trim_log_masses(masses[[temperatures.index(T) for T in narrowing.temperatures]]).T.ravel(),
     }
-    return _replaced(rows, flat)
 
 
-def renumber(rows: pa.Table, ranks: Ints) -> pa.Table:
-    """The same rows with other ranks of token ids: ``ranks`` has (V,) the new rank of each old one."""
-    flat = flatten(rows)
-    return _replaced(rows, flat | {name: ranks[flat[name]] for name in ("head_ids", "tail_ids")})
-
-
-def _replaced(rows: pa.Table, flat: Mapping[str, Array]) -> pa.Table:
-    columns = dict(zip(rows.column_names, rows.columns, strict=True))
-    encoded = assemble(flat, rows.column("positions").to_numpy().astype(np.int64))
-    columns |= dict(zip(encoded.column_names, encoded.columns, strict=True))
-    return pa.table(columns, schema=rows.schema)
+def _tail_codes(ids: "_Ids", log_masses: Array, row_positions: Array) -> Array:
+    """The code of each id as one of a tail; unknown in each row in which that of one of the old draws is unknown."""
+    weights = _weights(ids, 1.0)
+    total = ids.sum(weights)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logprobs = np.log(weights) + (np.log(-np.expm1(log_masses)) - np.log(total))[ids.positions]
+    possible = np.isfinite(logprobs)
+    of_heads = np.full(len(logprobs), ZERO_CODE)
+    of_heads[possible] = np.rint(np.clip(-CODES_PER_NAT * logprobs[possible], 0, ZERO_CODE)).astype(np.int64)
+    codes = np.where(ids.is_head, of_heads, ids.codes)
+    rows = np.repeat(np.arange(len(row_positions)), row_positions)[ids.positions]
+    unknown = np.bincount(rows, codes < 0, len(row_positions)) > 0
+    return np.where(unknown[rows], UNKNOWN, codes)
 
 
 @dataclass(frozen=True)
 class _Ids:
-    """Head and tail ids of N positions in one list, position after position, each with decreasing probabilities."""
+    """Head and tail ids of N positions in one list, position after position, those of the head first."""
 
-    ranks: Array
+    token_ids: Array
     codes: Array
-    """Absolute."""
+    """In a head, counted from its first id; in a tail, absolute."""
     draws: Array
     """0 in the head."""
     is_head: Array
@@ -134,19 +150,17 @@ class _Ids:
     """Index of each id within its position."""
 
     @classmethod
-    def of(cls, flat: dict[str, Array]) -> "_Ids":
+    def of(cls, flat: Flat) -> "_Ids":
         heads, tails = flat["head_counts"].astype(np.int64), flat["tail_counts"].astype(np.int64)
         counts = heads + tails
         positions = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(counts.sum()) - _starts(counts)[positions]
         is_head = places < np.repeat(heads, counts)
-        ranks, gaps, draws = (np.zeros(len(places), np.int64) for _ in range(3))
-        ranks[is_head], ranks[~is_head] = flat["head_ids"], flat["tail_ids"]
-        gaps[is_head], gaps[~is_head] = flat["head_codes"], flat["tail_codes"]
+        token_ids, codes, draws = (np.zeros(len(places), np.int64) for _ in range(3))
+        token_ids[is_head], token_ids[~is_head] = flat["head_ids"], flat["tail_ids"]
+        codes[is_head], codes[~is_head] = running_sums(flat["head_codes"], heads), flat["tail_codes"]
         draws[~is_head] = flat["tail_draws"]
-        running = np.cumsum(gaps)
-        codes = running - np.repeat(np.append(0, running)[_starts(counts)], counts)
-        return cls(ranks, codes, draws, is_head, counts, positions, places)
+        return cls(token_ids, codes, draws, is_head, counts, positions, places)
 
     def sum(self, values: Array) -> Array:
         """(N,) sum over the ids of each position."""
@@ -265,14 +279,6 @@ def _dropped_share(ids: _Ids, dropped: Array, log_masses: Array, before: Array) 
     share[log_dropped == -np.inf] = 0.0
     share[before == 0] = 1.0
     return share
-
-
-def _gaps(ids: _Ids, chosen: Array) -> Array:
-    """Gap of each chosen id's code from that of the one before it in its position, or from 0."""
-    codes, positions = ids.codes[chosen], ids.positions[chosen]
-    first = np.diff(positions, prepend=-1) > 0
-    gaps: Array = codes - np.where(first, 0, np.append(0, codes)[: len(codes)])
-    return gaps
 
 
 def _starts(counts: Array) -> Array:

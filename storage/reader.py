@@ -8,9 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from softlabel.storage import format_1
+from softlabel.storage.codec import decode
 from softlabel.storage.errors import IntegrityError, TableError, recapture
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.places.place import File, Place, content_hash, reading
-from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
+from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import tombstone
@@ -25,7 +28,7 @@ def read(
     columns: Sequence[str] | None = None,
     row_groups: Sequence[int] | None = None,
 ) -> pa.Table:
-    """Rows of a shard, in the order in which they were written.
+    """Rows of a shard in the current format, in the order in which they were written.
 
     Args:
         table: the version that has the shard.
@@ -36,6 +39,21 @@ def read(
     Raises:
         IntegrityError: if the shard is missing or damaged.
     """
+    if table.format == FORMAT:
+        return stored(table, shard, columns, row_groups)
+    names = row_schema(table.carried).names if columns is None else columns
+    names = [name for name in names if name != PARTITION]
+    rows = stored(table, shard, format_1.columns_for(names), row_groups)
+    return format_1.converted(rows, names, table.numbering)
+
+
+def stored(
+    table: Table,
+    shard: Shard,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+) -> pa.Table:
+    """Rows of a shard as they are stored, in the table's format; otherwise like ``read``."""
     names = list(columns) if columns is not None else None
     with open_shard(table, shard) as file, _reporting_damage(table, shard):
         wanted = range(file.num_row_groups) if row_groups is None else row_groups
@@ -99,6 +117,20 @@ def captured_positions(table: Table) -> int:
 def with_split(rows: pa.Table, shard: Shard) -> pa.Table:
     """A shard's rows with their split, which is otherwise only in the shard's path."""
     return rows.append_column(SEQUENCE.field(PARTITION), pa.array([shard.split] * len(rows), pa.string()))
+
+
+def first_labels(table: Table, positions: int) -> SoftLabels:
+    """The soft labels of the table's first positions, at least as many as asked for if it has them.
+
+    Raises:
+        IntegrityError: if a shard is damaged or missing.
+    """
+    parts = [decode(SOFT_LABELS.empty_table(), table.numbering)]
+    for _, rows in batches(table, SOFT_LABELS.names):
+        parts.append(decode(rows, table.numbering))
+        if sum(part.positions for part in parts) >= positions:
+            break
+    return SoftLabels.concatenate(parts)
 
 
 def soft_labels_by_key(table: Table, keys: Sequence[bytes], staged: Sequence[Shard] = ()) -> pa.Table:

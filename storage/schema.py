@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from softlabel.storage.errors import UsageError
 
-FORMAT = 1
-"""Version of the layout that FORMAT.md specifies."""
+FORMAT = 2
+"""Version of the layout that FORMAT.md specifies, and that tables are written in."""
 
 PARTITION = "split"
 """The table's partition column: its value is in the path of a shard, not in the file."""
@@ -36,6 +36,7 @@ SEQUENCE = pa.schema(
 SOFT_LABELS = pa.schema(
     [
         pa.field("head_counts", pa.list_(pa.int16()), nullable=False),
+        pa.field("head_clusters", pa.list_(pa.int16()), nullable=False),
         pa.field("head_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("head_codes", pa.list_(pa.int16()), nullable=False),
         pa.field("tail_counts", pa.list_(pa.int16()), nullable=False),

@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
 from softlabel.storage.errors import IntegrityError
-from softlabel.storage.places.place import content_hash
+from softlabel.storage.places.place import Place, content_hash
 from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys, without
 from softlabel.storage.state import Shard
-from softlabel.storage.table import Table
 
 RowKey = tuple[object, ...]
 """The values of ``storage.schema.ROW_KEY``."""
@@ -37,9 +36,9 @@ def shard_of(action: AddAction) -> Shard:
 class ShardFile:
     """A shard that is being written: buffers rows into whole row groups, in a temporary file until it is published."""
 
-    def __init__(self, table: Table, split: str, row_group: int) -> None:
-        self._place = table.place
-        self._schema = without(table.schema, [PARTITION])
+    def __init__(self, place: Place, schema: pa.Schema, split: str, row_group: int) -> None:
+        self._place = place
+        self._schema = without(schema, [PARTITION])
         self._split = split
         self._row_group = row_group
         self._buffer: list[pa.Table] = []
@@ -128,13 +127,14 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """Options of the Parquet writer, chosen for the smallest files at a speed that does not slow a capture down.
 
     Bytes of equal significance are distributed alike, so lists of numbers are split by byte and compressed by zstd's
-    entropy coder; a dictionary would make them larger. Ids compress as well at zstd's lowest level as at its highest.
-    Codes repeat from position to position, which only a higher level finds. A ``tests.benchmarks`` command shows the
-    bytes by column.
+    entropy coder; a dictionary would make them larger. The numbers of ids compress better at zstd's lowest level than
+    at its highest. Codes repeat from position to position, which only a higher level finds, and token ids and entropies
+    gain more from the next levels than these cost. A ``tests.benchmarks`` command shows the bytes by column.
     """
     own = [field.name for field in (*SEQUENCE, *SOFT_LABELS) if pa.types.is_list(field.type)]
     numbers = [name for name in own if name != "loss_mask" and name in schema.names]
-    levels = {name: 1 if name.endswith("_ids") else 10 for name in numbers}
+    levels = dict.fromkeys(numbers, 10) | dict.fromkeys({"head_ids", "tail_ids"} & {*numbers}, 1)
+    levels |= dict.fromkeys({"token_ids", "entropies"} & {*numbers}, 15)
     return {
         "compression": "zstd",
         "compression_level": {_leaf(name): level for name, level in levels.items()},

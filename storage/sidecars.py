@@ -4,39 +4,34 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from softlabel.storage.codec import Ints, SoftLabels
+from softlabel.storage.clustering import fit
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.labels import SoftLabels
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of, reading
 
 _RESTORE = "restore this from a copy of the table"
 
 
-def store_vocabulary(place: Place, sample: SoftLabels | Ints, vocabulary: int) -> str:
-    """Rank the token ids by their frequency in a sample, and store the ranking as a file.
+def store_vocabulary(place: Place, sample: SoftLabels | Numbering, vocabulary: int) -> str:
+    """Number the token ids so that soft labels like a sample take few bytes, and store the numbering as a file.
 
     Args:
         place: place of the table.
-        sample: soft labels with the teacher's ids; or another table's vocabulary, to use the same ranking.
-        vocabulary: number of token ids; ids that do not occur come last, in ascending order.
+        sample: soft labels with the teacher's ids; or another table's numbering, to use the same.
+        vocabulary: number of token ids.
 
     Returns:
         The file's name.
     """
-    ids = _by_frequency(sample, vocabulary) if isinstance(sample, SoftLabels) else sample
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"rank": np.arange(len(ids), dtype=np.int32), "token_id": ids}), sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
+    content = (fit(sample, vocabulary) if isinstance(sample, SoftLabels) else sample).to_parquet()
     name = _vocabulary_name(content)
     place.write(f"{SIDE_FOLDER}/{name}", content)
     return name
 
 
-def read_vocabulary(place: Place, name: str) -> Ints:
-    """(V,) int32 token id of each rank.
+def read_vocabulary(place: Place, name: str) -> Numbering:
+    """The table's numbering of token ids.
 
     Raises:
         IntegrityError: if the file is missing or damaged.
@@ -56,8 +51,7 @@ def read_vocabulary(place: Place, name: str) -> Ints:
             where=place.where(path),
             do=_RESTORE,
         )
-    ids: Ints = pq.read_table(pa.BufferReader(content)).column("token_id").to_numpy()
-    return ids
+    return Numbering.from_parquet(content)
 
 
 def store_tokenizer(place: Place, source: Path) -> str:
@@ -91,11 +85,6 @@ def read_tokenizer(place: Place, name: str) -> Path:
             do=_RESTORE,
         )
     return folder
-
-
-def _by_frequency(sample: SoftLabels, vocabulary: int) -> Ints:
-    counts = np.bincount(np.concatenate([sample.head_ids, sample.tail_ids]), minlength=vocabulary)
-    return np.argsort(-counts, kind="stable").astype(np.int32)
 
 
 def _vocabulary_name(content: bytes) -> str:

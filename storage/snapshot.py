@@ -62,16 +62,19 @@ class Snapshot:
         """Whether its state is that in its commit, and its commits match their own hashes."""
         return self.damaged is None and self.message.get("state") == self.state
 
-    def state_after(self, added: Iterable[Shard], removed: Iterable[str], properties: Mapping[str, str]) -> str:
+    def state_after(
+        self, added: Iterable[Shard], removed: Iterable[str], properties: Mapping[str, str], schema: str
+    ) -> str:
         """The state hash of the next version, with these changes.
 
         Args:
             added: new shards.
             removed: paths of shards of this version.
             properties: properties of the Delta table.
+            schema: schema of the Delta table, as JSON.
         """
         gone = {self.shards[path].line for path in removed}
-        return state(self.version + 1, properties, self.schema, _merged(self.lines, gone, added))
+        return state(self.version + 1, properties, schema, _merged(self.lines, gone, added))
 
     def require_sound(self, place: Place) -> None:
         """Refuse a version whose state differs from the state hash in its commit.

@@ -12,19 +12,19 @@ import hashlib
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import DeltaError
 
-from softlabel.storage.codec import Ints, SoftLabels
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, cause
 from softlabel.storage.identity import Identity
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.location import located
 from softlabel.storage.log_files import (
     commit_file,
@@ -35,6 +35,7 @@ from softlabel.storage.log_files import (
     require_no_remains,
     write_commit,
 )
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
@@ -43,7 +44,16 @@ from softlabel.storage.snapshot import Snapshot, follow, load
 from softlabel.storage.state import Shard, state
 from softlabel.storage.versions import parse, resolve
 
-_IDENTITY = "softlabel.identity"
+_IDENTITY, _FORMAT, _VOCABULARY = "softlabel.identity", "softlabel.format", "softlabel.vocabulary"
+
+
+@dataclass(frozen=True)
+class Change:
+    """New properties of a table."""
+
+    identity: Identity
+    vocabulary: str | None = None
+    """Name of its new vocabulary file, if it changes to the current format."""
 
 
 class Table:
@@ -52,7 +62,8 @@ class Table:
     Attributes:
         location: the table's folder, or its URL.
         place: folder or bucket that its files are in.
-        vocabulary_name: name of the file that ranks the token ids; see ``vocabulary``.
+        format: version of the layout of its rows; those of an older one are converted when they are read.
+        vocabulary_name: name of the file that numbers the token ids; see ``numbering``.
         tokenizer_name: name of the folder with the teacher's tokenizer; see ``tokenizer``.
     """
 
@@ -63,17 +74,18 @@ class Table:
         self._checks = True
         self._latest = [snapshot] if latest is None else latest  # shared by all versions that come from one another
         settings = snapshot.metadata.get("configuration", {})
-        if settings.get("softlabel.format") != str(FORMAT):
+        if settings.get(_FORMAT) not in map(str, range(1, FORMAT + 1)):
             raise TableError(
                 "this is not a soft-label table that this version of softlabel can read",
-                expected=f"softlabel.format {FORMAT} in the Delta table's properties",
-                found=settings.get("softlabel.format", "no such property"),
+                expected=f"softlabel.format 1 to {FORMAT} in the Delta table's properties",
+                found=settings.get(_FORMAT, "no such property"),
                 where=location,
                 do="check the path, or read it with the version of softlabel that made it",
             )
+        self.format = int(settings[_FORMAT])
         try:
             self._identity = Identity.model_validate_json(settings[_IDENTITY])
-            self.vocabulary_name: str = settings["softlabel.vocabulary"]
+            self.vocabulary_name: str = settings[_VOCABULARY]
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
             self._schema = pa.schema(DeltaSchema.from_json(snapshot.schema))
         except (KeyError, ValueError, DeltaError) as error:
@@ -113,7 +125,7 @@ class Table:
 
     @classmethod
     def create(
-        cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels | Ints, tokenizer: Path
+        cls, location: str, identity: Identity, carried: pa.Schema, sample: SoftLabels | Numbering, tokenizer: Path
     ) -> Self:
         """Create a table, or open the one that another process has created meanwhile.
 
@@ -121,8 +133,8 @@ class Table:
             location: a folder, which is created if necessary; or s3://BUCKET/PREFIX.
             identity: identity of the rows that will be added.
             carried: carried columns of the documents.
-            sample: soft labels that show how often each token id occurs; they determine the table's ranking of the ids,
-                which never changes. Or another table's vocabulary, to use the same ranking.
+            sample: soft labels like those that will be added; they determine the table's numbering of token ids, which
+                never changes. Or another table's numbering, to use the same.
             tokenizer: folder with the teacher's tokenizer, copied into the table.
 
         Raises:
@@ -135,9 +147,9 @@ class Table:
         try:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
-                "softlabel.format": str(FORMAT),
+                _FORMAT: str(FORMAT),
                 _IDENTITY: identity.model_dump_json(),
-                "softlabel.vocabulary": store_vocabulary(place, sample, identity.vocabulary),
+                _VOCABULARY: store_vocabulary(place, sample, identity.vocabulary),
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
             }
             columns = DeltaSchema.from_arrow(schema).to_json()
@@ -239,8 +251,8 @@ class Table:
         return self.identity.temperatures
 
     @cached_property
-    def vocabulary(self) -> Ints:
-        """(V,) int32 token id of each rank.
+    def numbering(self) -> Numbering:
+        """How rows write token ids.
 
         Raises:
             IntegrityError: if the file is missing or damaged.
@@ -255,13 +267,6 @@ class Table:
             IntegrityError: if its files are missing or damaged.
         """
         return read_tokenizer(self.place, self.tokenizer_name)
-
-    @cached_property
-    def ranks(self) -> Ints:
-        """(V,) int32 rank of each token id, the inverse of ``vocabulary``."""
-        ranks = np.empty_like(self.vocabulary)
-        ranks[self.vocabulary] = np.arange(len(ranks), dtype=np.int32)
-        return ranks
 
     def shards(self, split: str | None = None) -> list[Shard]:
         """The version's shards, in the order of their names.
@@ -288,25 +293,28 @@ class Table:
         return [self._snapshot.shards[path] for path in sorted(self._snapshot.shards)]
 
     def next_commit(
-        self, added: Iterable[Shard], removed: Iterable[str], identity: Identity | None
+        self, added: Iterable[Shard], removed: Iterable[str], change: Change | None
     ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-        """The hashes in a commit on top of this version, and the line that changes the table's identity, if any.
+        """The hashes in a commit on top of this version, and the line that changes the table's properties, if any.
 
         Args:
             added: new shards.
             removed: paths of shards to remove.
-            identity: the table's new identity, if it changes.
+            change: new properties of the table, if they change.
 
         Raises:
             IntegrityError: if the log is damaged.
         """
         self._snapshot.require_sound(self.place)
-        properties, known = self._snapshot.properties, self._snapshot.metadata
+        properties, known, columns = self._snapshot.properties, self._snapshot.metadata, self._snapshot.schema
         lines = []
-        if identity is not None:
-            properties[_IDENTITY] = identity.model_dump_json()
-            lines = [metadata_line(known["id"], known["createdTime"], self._snapshot.schema, properties)]
-        after = self._snapshot.state_after(added, removed, properties)
+        if change is not None:
+            properties[_IDENTITY] = change.identity.model_dump_json()
+            if change.vocabulary is not None:
+                properties |= {_FORMAT: str(FORMAT), _VOCABULARY: change.vocabulary}
+                columns = DeltaSchema.from_arrow(row_schema(self.carried)).to_json()
+            lines = [metadata_line(known["id"], known["createdTime"], columns, properties)]
+        after = self._snapshot.state_after(added, removed, properties, columns)
         return {"state": after, "previous": self._snapshot.digest}, lines
 
     def scan(self) -> pl.LazyFrame:

@@ -4,6 +4,7 @@ Any number of writers may add to a table at the same time, even the same rows: a
 committed first. A writer that dies, or loses such a race, leaves unused files, which ``maintain`` removes.
 """
 
+import shlex
 import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,15 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import SoftLabels, encode
+from softlabel.storage.codec import encode, without_tail_codes
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.key_index import key_index
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.places.durable import require_permission
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
-from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
+from softlabel.storage.schema import FORMAT, PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey, ShardFile, add_action
 from softlabel.storage.staging import staged_path
 from softlabel.storage.state import Shard
@@ -51,9 +53,13 @@ class ShardWriter:
     Args:
         table: any version of the table; rows that its newest version has at the time of the commit are left out.
         row_group: sequences in a row group, the smallest unit that is read.
+
+    Raises:
+        TableError: if the table has an older format.
     """
 
     def __init__(self, table: Table, row_group: int = 256) -> None:
+        require_current_format(table)
         self._table = table
         self._row_group = row_group
         self._files: dict[str, ShardFile] = {}
@@ -78,7 +84,7 @@ class ShardWriter:
             TableError: if the disk is full or the folder can't be written.
         """
         positions = sequences.column("positions").to_numpy().astype("int64")
-        encoded = encode(labels, positions, self._table.ranks)
+        encoded = encode(labels, positions, self._table.numbering, stores_tail_codes(self._table, sequences))
         self.append_encoded(_joined(sequences, encoded))
 
     def append_copies(self, sequences: pa.Table, staged: Sequence[Shard] = ()) -> None:
@@ -92,7 +98,7 @@ class ShardWriter:
             TableError: if a key is not there, the disk is full, or the folder can't be written.
         """
         labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist(), staged)
-        self.append_encoded(_joined(sequences, labels))
+        self.append_encoded(without_tail_codes(_joined(sequences, labels), ~stores_tail_codes(self._table, sequences)))
 
     def append_encoded(self, rows: pa.Table) -> None:
         """Add rows of the table's schema, whose soft labels are encoded already.
@@ -103,7 +109,7 @@ class ShardWriter:
         with all_or_nothing(self._table.location):
             for split in pc.unique(rows.column(PARTITION)).to_pylist():
                 if split not in self._files:
-                    self._files[split] = ShardFile(self._table, split, self._row_group)
+                    self._files[split] = ShardFile(self._table.place, self._table.schema, split, self._row_group)
                 self._files[split].append(rows.filter(pc.equal(rows.column(PARTITION), split)))
 
     @property
@@ -200,6 +206,31 @@ def present_rows(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArr
     found = {row for part in _rows_sharing_keys(table, wanted) for row in part if row[-1] in keys}
     found_keys = {row[-1] for row in found}
     return np.array([row in found for row in wanted], bool), np.array([row[-1] in found_keys for row in wanted], bool)
+
+
+def stores_tail_codes(table: Table, rows: pa.Table) -> NDArray[np.bool_]:
+    """(R,) which of some rows store the log-probabilities of their tails in a table."""
+    if table.identity.tail_logprobs == "all":
+        return np.ones(len(rows), np.bool_)
+    stores: NDArray[np.bool_] = pc.equal(rows.column(PARTITION), "eval").to_numpy()
+    return stores
+
+
+def require_current_format(table: Table) -> None:
+    """Refuse to add rows to a table of an older format.
+
+    Raises:
+        TableError: if it has one.
+    """
+    if table.format != FORMAT:
+        raise TableError(
+            f"this table has format {table.format}, to which no rows are added any more",
+            expected=f"a table of format {FORMAT}",
+            found=f"format {table.format}, which can still be read, trained on and evaluated",
+            where=f"{table.location}@{table.version}",
+            do=f"first change the table to format {FORMAT}, without the teacher, with\n"
+            f"               softlabel reprocess {shlex.quote(table.location)}",
+        )
 
 
 def require_writable(location: str, *, dry_run: bool = False) -> None:

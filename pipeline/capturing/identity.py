@@ -79,6 +79,7 @@ def _identity(config: CaptureConfig, checkpoint: Checkpoint, read: _Read) -> Ide
         padded_vocabulary=read.padded_vocabulary,
         classes=read.classes,
         temperatures=selection.pop("temperatures"),
+        tail_logprobs="eval" if read.classes else config.selection.tail_logprobs,
         selection=SelectionIdentity(**selection),
         sequences=SequencesIdentity(
             max_tokens=read.max_tokens,

@@ -23,6 +23,7 @@ from softlabel.storage.errors import ProvenanceError, TeacherError, UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.table import Table
 from softlabel.storage.versions import parse
+from softlabel.storage.writer import require_current_format
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def resolve(config: CaptureConfig) -> CaptureJob:
 
         device(config.teacher.device)
     table = Table.open(config.table) if Table.exists(config.table) else None
+    if table is not None:
+        require_current_format(table)
     settings = complete(config, table)
     find(settings.documents)  # before the teacher is downloaded or hashed
     checkpoint = _find_teacher(settings, named_by_the_table=config.teacher.model is None)

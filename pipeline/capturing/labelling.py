@@ -14,8 +14,8 @@ from softlabel.pipeline.sequences.whole_documents import class_ids
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import each_batch
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import TeacherError
+from softlabel.storage.labels import SoftLabels
 
 _SLICE = 4096
 """Rows that get their own labels at a time."""

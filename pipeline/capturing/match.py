@@ -11,6 +11,7 @@ from softlabel.storage.table import Table
 
 _NAMED_DIFFERENTLY = {
     "temperatures": "selection.temperatures",
+    "tail_logprobs": "selection.tail_logprobs",
     "sequences.eval_fraction": "shards.eval_fraction",
     "tokenizer.chat_template_date": "sequences.chat_template_date",
 }

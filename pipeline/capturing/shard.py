@@ -17,13 +17,11 @@ from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.labelling import Labelled, Labeller, labeller_of
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer
-from softlabel.storage.codec import SoftLabels
+from softlabel.storage.clustering import SAMPLE
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter
-
-VOCABULARY_SAMPLE = 65_536
-"""Positions whose ids a new table's numbering of ids is based on."""
 
 
 def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Commit:
@@ -54,7 +52,7 @@ def capture_shard(job: CaptureJob, path: Path, watch: Watch = unwatched) -> Comm
     details: dict[str, float] = {}
     batches = _watched(labeller.label(sequences), done, total, watch, details)
     if not Table.exists(job.table):
-        first = list(_at_least(batches, VOCABULARY_SAMPLE))
+        first = list(_at_least(batches, SAMPLE))
         sample = SoftLabels.concatenate([labels for _, labels in first])
         carried = pa.schema([field for field in sequences.schema if field.name not in SEQUENCE.names])
         tokenizer = DocumentTokenizer(job.checkpoint, job.settings.sequences, job.settings.columns.content)

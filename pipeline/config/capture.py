@@ -193,6 +193,9 @@ class SelectionConfig(Settings):
     tail."""
     temperatures: tuple[Annotated[float, Field(ge=1e-3, le=1e3)], ...] = (1.0,)
     """Temperatures that students can be trained at, 1 first; each takes about 3 bytes per position."""
+    tail_logprobs: Literal["eval", "all"] = "eval"
+    """Splits whose rows also store the log-probabilities of the sampled ids: eval, or all. Training never uses them;
+    in an evaluation, they help to estimate other divergences than forward_kl."""
     seed: int = 0
     """Seed for sampling the tail."""
 

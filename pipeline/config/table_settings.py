@@ -74,6 +74,7 @@ def table_settings(table: Table) -> dict[str, Any]:
     if identity.classes is None:
         settings |= {f"selection.{name}": value for name, value in identity.selection}
         settings["selection.temperatures"] = identity.temperatures
+        settings["selection.tail_logprobs"] = identity.tail_logprobs
     settings["shards.eval_fraction"] = identity.sequences.eval_fraction
     return {name: value for name, value in settings.items() if not (value is None or value is False or value == ())}
 

@@ -130,7 +130,8 @@ class RelayConfig(ShardsConfig):
 class ReprocessConfig(Settings):
     """Make a smaller table from a table, or change it in place as one new version; no teacher is needed.
 
-    All settings can be combined in one pass, except purge.
+    All settings can be combined in one pass, except purge. Without any, a table of an older format gets the current
+    one; every other change in place does that, too.
     """
 
     source: Location
@@ -157,18 +158,18 @@ class ReprocessConfig(Settings):
     shards: RelayConfig = RelayConfig()
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> Self:
-        changes = [f"selection.{name}" for name, value in self.selection if value is not None]
-        changes += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
-        changes += ["where"] if self.where is not None else []
-        changes += [name for name in ("drop", "stale", "compact") if getattr(self, name)]
-        if self.purge and (changes or self.destination):
-            others = ", ".join(changes) or "the destination"
+    def _combined(self) -> Self:
+        if self.purge and (self.changes or self.destination):
+            others = ", ".join(self.changes) or "the destination"
             raise ValueError(f"purge can't be combined with other changes or a destination; leave out {others}")
         if self.stale and self.columns.id is None:
             raise ValueError("stale compares documents by their ids, so columns.id can't be none")
-        if not (changes or self.purge or self.destination):
-            raise ValueError(
-                "nothing to do; give destination, selection, where, drop, stale, compact, shards.eval_fraction or purge"
-            )
         return self
+
+    @property
+    def changes(self) -> list[str]:
+        """The settings that say what to change."""
+        changes = [f"selection.{name}" for name, value in self.selection if value is not None]
+        changes += ["shards.eval_fraction"] if self.shards.eval_fraction is not None else []
+        changes += ["where"] if self.where is not None else []
+        return changes + [name for name in ("drop", "stale", "compact") if getattr(self, name)]

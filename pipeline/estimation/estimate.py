@@ -32,8 +32,8 @@ from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import UsageError
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 

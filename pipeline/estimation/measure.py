@@ -24,8 +24,8 @@ from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import TeacherIdentity
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import column_bytes

@@ -18,7 +18,7 @@ from softlabel.pipeline.evaluation.bootstrap import Floats, Sums, seed_of
 from softlabel.pipeline.evaluation.positions import DIVERGENCES, Known, compare
 from softlabel.pipeline.loss.averaging import AveragedTargets, decode_batch
 from softlabel.pipeline.loss.divergence import cross_entropy
-from softlabel.pipeline.loss.targets import SparseTargets, decode_draws, decode_targets
+from softlabel.pipeline.loss.targets import SparseTargets, TokenIds, decode_draws, decode_targets
 from softlabel.pipeline.students.build import hidden_states, output_head
 from softlabel.storage.errors import StudentError
 from softlabel.storage.views.view import AnyTable
@@ -125,16 +125,16 @@ def _quantities(model: "PreTrainedModel", batch: "Batch", table: AnyTable) -> di
 
 def in_chunks(model: "PreTrainedModel", batch: "Batch", table: AnyTable, of: OfPositions) -> dict[str, Tensor]:
     """What a function finds at each captured position of a batch, with the logits of a chunk of them at a time."""
-    head, vocabulary = output_head(model), torch.tensor(table.vocabulary, device=model.device)
+    head, token_ids = output_head(model), TokenIds(table.numbering).to(model.device)
     batch = batch.to(model.device)
     states = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
-    teacher = teacher_of(batch, vocabulary, table)
+    teacher = teacher_of(batch, token_ids, table)
     budget = _CHUNK_BYTES.get(model.device.type, _CHUNK_BYTES["cuda"])
     rows = max(1, budget // (4 * (head.weight.shape[0] + _ids(teacher))))
     parts = []
     for start in range(0, len(states), rows):
         chunk = slice(start, start + rows)
-        logits = head(states[chunk])[:, : len(vocabulary)].float()
+        logits = head(states[chunk])[:, : len(token_ids)].float()
         top = logits.amax(1, keepdim=True)
         logits -= top + (logits - top).exp_().sum(1, keepdim=True).log()
         parts.append(of(logits, teacher[chunk], batch.next_ids[chunk], -batch.targets.next_logprobs[chunk].double()))
@@ -162,12 +162,12 @@ def quantities(logprobs: Tensor, teacher: Teacher, next_ids: Tensor, next_cross_
     }
 
 
-def teacher_of(batch: "Batch", vocabulary: Tensor, table: AnyTable) -> Teacher:
+def teacher_of(batch: "Batch", token_ids: TokenIds, table: AnyTable) -> Teacher:
     """What the table knows of the teacher; of an average of teachers, only an unbiased estimate."""
     if isinstance(batch.targets, AveragedTargets):
-        return decode_batch(batch.targets, vocabulary, table.temperatures, LossConfig(target="sampled"))
-    head = decode_targets(batch.targets, vocabulary, table.temperatures, LossConfig(target="bucket"))
-    draws = decode_draws(batch.targets, vocabulary)
+        return decode_batch(batch.targets, token_ids, table.temperatures, LossConfig(target="sampled"))
+    head = decode_targets(batch.targets, token_ids, table.temperatures, LossConfig(target="bucket"))
+    draws = decode_draws(batch.targets, token_ids)
     derived = any(part.identity.derived_from is not None for part in table.tables)
     return Known(head, draws, mass_error=1 / 64 if derived else 2e-5)
 

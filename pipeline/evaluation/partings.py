@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softlabel.pipeline.evaluation.metrics import Teacher, in_chunks, quantities, teacher_of
 from softlabel.pipeline.evaluation.positions import Known
+from softlabel.pipeline.loss.targets import TokenIds
 from softlabel.storage.views.view import AnyTable
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def of_student(model: "PreTrainedModel", held: "HeldOutBatch", table: AnyTable) 
 
 def of_teacher(held: "HeldOutBatch", table: AnyTable) -> Likeliest:
     """The likeliest tokens of the teacher, as far as the table's heads have them."""
-    teacher = teacher_of(held.batch, torch.tensor(table.vocabulary), table)
+    teacher = teacher_of(held.batch, TokenIds(table.numbering), table)
     head = teacher.head if isinstance(teacher, Known) else teacher
     ids, logprobs = head.ids[:, :TOKENS], head.logprobs[:, :TOKENS]
     return Likeliest(ids, logprobs, torch.zeros(len(ids)))

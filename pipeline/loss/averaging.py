@@ -79,7 +79,7 @@ def require_average(loss: LossConfig, max_k: int | None) -> None:
 
 def decode_batch(
     compact: CompactTargets | AveragedTargets,
-    vocabulary: Tensor,
+    token_ids: targets.TokenIds,
     temperatures: Sequence[float],
     loss: LossConfig,
     max_k: int | None = None,
@@ -92,10 +92,10 @@ def decode_batch(
         UsageError: see ``pipeline.loss.targets.decode_targets`` and ``require_average``.
     """
     if isinstance(compact, CompactTargets):
-        return targets.decode_targets(compact, vocabulary, temperatures, loss, max_k)
+        return targets.decode_targets(compact, token_ids, temperatures, loss, max_k)
     require_average(loss, max_k)
     sampled = loss.model_copy(update={"target": "sampled"})
-    parts = [targets.decode_targets(part, vocabulary, temperatures, sampled) for part in compact.parts]
+    parts = [targets.decode_targets(part, token_ids, temperatures, sampled) for part in compact.parts]
     weighted = list(zip(parts, compact.weights, strict=True))
     ids = torch.cat([part.ids for part in parts], 1)
     probabilities = torch.cat([part.logprobs.exp() * weight for part, weight in weighted], 1)

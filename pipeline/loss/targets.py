@@ -11,11 +11,12 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT, ZERO_CODE
 from softlabel.storage.errors import UsageError
+from softlabel.storage.numbering import Numbering
 
 Target = Literal["bucket", "sampled", "renormalized", "zero_tail"]
 
@@ -26,18 +27,20 @@ class CompactTargets:
 
     head_counts: Tensor
     """(N,) int16: number of ids that are stored exactly."""
+    head_clusters: Tensor
+    """(N,) int16: cluster in the table's numbering of token ids."""
     head_ids: Tensor
-    """(sum of head_counts,) int32: ranks in the table's vocabulary."""
+    """(sum of head_counts,) int32: numbers of the ids' places."""
     head_codes: Tensor
-    """(sum of head_counts,) int16: log-probabilities as gaps of 1/64 nat."""
+    """(sum of head_counts,) int16: log-probabilities as gaps of 1/64 nat, from that of the first id."""
     tail_counts: Tensor
     """(N,) int16: number of distinct ids that were drawn from outside the head."""
     tail_ids: Tensor
-    """(sum of tail_counts,) int32: ranks in the table's vocabulary."""
+    """(sum of tail_counts,) int32: numbers of the gaps between the ids' places."""
     tail_draws: Tensor
     """(sum of tail_counts,) int16: how often each id was drawn."""
     tail_codes: Tensor
-    """(sum of tail_counts,) int16: log-probabilities as gaps of 1/64 nat."""
+    """(sum of tail_counts,) int16: log-probabilities in 1/64 nat; -1 where the table does not store them."""
     tail_log_masses: Tensor
     """(T, N) float32: log of the mass outside the head at each of the table's temperatures."""
     entropies: Tensor
@@ -60,6 +63,36 @@ class CompactTargets:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+class TokenIds(nn.Module):
+    """The token ids that a table's numbers stand for, on the training device (``storage.numbering.Numbering``)."""
+
+    places: Tensor
+    ids: Tensor
+
+    def __init__(self, numbering: Numbering) -> None:
+        super().__init__()
+        self._clusters, self._listed = numbering.lists.shape
+        self._vocabulary = len(numbering.vocabulary)
+        self.register_buffer("places", torch.tensor(numbering.places), persistent=False)
+        self.register_buffer("ids", torch.tensor(numbering.token_ids), persistent=False)
+
+    def __len__(self) -> int:
+        """Number of token ids."""
+        return self._vocabulary
+
+    def of_heads(self, compact: CompactTargets, rows: Tensor) -> Tensor:
+        """(sum of head_counts,) int64 ids in heads, given the position of each."""
+        return self._at(self.places[compact.head_ids], compact, rows)
+
+    def of_tails(self, compact: CompactTargets, rows: Tensor) -> Tensor:
+        """(sum of tail_counts,) int64 ids in tails, given the position of each."""
+        return self._at(_running_sums(self.places[compact.tail_ids], compact.tail_counts, rows), compact, rows)
+
+    def _at(self, places: Tensor, compact: CompactTargets, rows: Tensor) -> Tensor:
+        own = compact.head_clusters.long()[rows] * self._listed
+        return self.ids[places + torch.where(places < self._listed, own, (self._clusters - 1) * self._listed)].long()
 
 
 @dataclass(frozen=True)
@@ -157,7 +190,7 @@ def resolve_target(loss: LossConfig, temperatures: Sequence[float], draws: bool,
 
 def decode_targets(
     compact: CompactTargets,
-    vocabulary: Tensor,
+    token_ids: TokenIds,
     temperatures: Sequence[float],
     loss: LossConfig,
     max_k: int | None = None,
@@ -166,7 +199,7 @@ def decode_targets(
 
     Args:
         compact: soft labels as they are stored.
-        vocabulary: (V,) integer, on the same device: the token id of each rank.
+        token_ids: those of the table's numbers, on the same device.
         temperatures: temperatures of ``compact.tail_log_masses``, in its order.
         loss: form and temperature of the target.
         max_k: number of the head's ids to use; the mass of the others goes to the bucket.
@@ -178,15 +211,15 @@ def decode_targets(
     log_rest = compact.tail_log_masses[list(temperatures).index(loss.temperature)]
     rows, columns = _places(compact.head_counts, compact.head_ids)
     width = _width(compact.head_counts)
-    ids = vocabulary.new_zeros((compact.positions, width), dtype=torch.int64)
-    ids[rows, columns] = vocabulary[compact.head_ids].long()
+    ids = compact.head_ids.new_zeros((compact.positions, width), dtype=torch.int64)
+    ids[rows, columns] = token_ids.of_heads(compact, rows)
     logprobs = log_rest.new_full(ids.shape, -torch.inf)
-    codes = _codes(compact.head_codes, compact.head_counts, rows)
+    codes = _running_sums(compact.head_codes, compact.head_counts, rows)
     logprobs[rows, columns] = _logprobs(codes, log_rest.dtype) / loss.temperature
     logprobs = logprobs + _shift(_log1mexp(log_rest) - logprobs.logsumexp(1))
 
     if target == "sampled":
-        tail_ids, tail_logprobs = _tail(compact, vocabulary, log_rest)
+        tail_ids, tail_logprobs = _tail(compact, token_ids, log_rest)
         ids, logprobs = torch.cat([ids, tail_ids], 1), torch.cat([logprobs, tail_logprobs], 1)
     elif max_k is not None and max_k < width:
         log_rest = torch.logaddexp(log_rest, logprobs[:, max_k:].logsumexp(1))
@@ -195,28 +228,29 @@ def decode_targets(
         logprobs = logprobs + _shift(-logprobs.logsumexp(1))
     if target != "bucket":
         log_rest = torch.full_like(log_rest, -torch.inf)
-    entropies = compact.entropies.to(log_rest.dtype) / ENTROPY_CODES_PER_NAT
+    entropies = (compact.entropies.to(log_rest.dtype) / ENTROPY_CODES_PER_NAT).masked_fill(
+        compact.entropies < 0, torch.nan
+    )
     return SparseTargets(ids, logprobs, log_rest, entropies, target)
 
 
-def decode_draws(compact: CompactTargets, vocabulary: Tensor) -> Draws:
+def decode_draws(compact: CompactTargets, token_ids: TokenIds) -> Draws:
     """Decode the sampled tail of N positions with the teacher's probabilities, which only evaluation needs.
+
+    Draws whose probabilities the table does not store count as not drawn.
 
     Args:
         compact: soft labels as they are stored.
-        vocabulary: (V,) integer, on the same device: the token id of each rank.
+        token_ids: those of the table's numbers, on the same device.
     """
     rows, columns = _places(compact.tail_counts, compact.tail_ids)
-    ids = vocabulary.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
-    ids[rows, columns] = vocabulary[compact.tail_ids].long()
+    ids = compact.tail_ids.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
+    ids[rows, columns] = token_ids.of_tails(compact, rows)
+    known = compact.tail_codes >= 0
     counts = compact.tail_log_masses.new_zeros(ids.shape)
-    counts[rows, columns] = compact.tail_draws.to(counts.dtype)
-    last = _codes(compact.head_codes, compact.head_counts, _places(compact.head_counts, compact.head_ids)[0])
-    before = torch.cat([last.new_zeros(1), last])[compact.head_counts.cumsum(0, dtype=torch.int64)]
-    before = torch.where(compact.head_counts > 0, before, 0)  # the tail continues where the head ends
+    counts[rows, columns] = torch.where(known, compact.tail_draws, 0).to(counts.dtype)
     logprobs = torch.zeros_like(counts)
-    codes = _codes(compact.tail_codes, compact.tail_counts, rows) + before[rows]
-    logprobs[rows, columns] = _logprobs(codes, counts.dtype)
+    logprobs[rows, columns] = torch.where(known, _logprobs(compact.tail_codes, counts.dtype), 0.0)
     return Draws(ids, counts, logprobs)
 
 
@@ -228,25 +262,25 @@ def _has_draws(compact: CompactTargets, temperatures: Sequence[float], loss: Los
     return loss.target == "sampled" and bool((masses.exp() == 0).all())
 
 
-def _codes(gaps: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """The codes behind flat gaps: a running sum over all gaps, minus its value before each position."""
-    running = gaps.cumsum(0, dtype=torch.int64)
-    return running - torch.cat([running.new_zeros(1), running])[_starts(counts)][rows]
-
-
 def _logprobs(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(dtype) / -CODES_PER_NAT).masked_fill(codes >= ZERO_CODE, -torch.inf)
 
 
-def _tail(compact: CompactTargets, vocabulary: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+def _tail(compact: CompactTargets, token_ids: TokenIds, log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-weights of the draws, (N, K) each: each draw has an equal share of the tail's mass."""
     rows, columns = _places(compact.tail_counts, compact.tail_ids)
-    ids = vocabulary.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
-    ids[rows, columns] = vocabulary[compact.tail_ids].long()
+    ids = compact.tail_ids.new_zeros((compact.positions, _width(compact.tail_counts)), dtype=torch.int64)
+    ids[rows, columns] = token_ids.of_tails(compact, rows)
     draws = log_mass.new_zeros(ids.shape)
     draws[rows, columns] = compact.tail_draws.to(log_mass.dtype)
     total = draws.sum(1, keepdim=True).clamp(min=1)
     return ids, log_mass[:, None] + (draws / total).log()
+
+
+def _running_sums(gaps: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """The values whose gaps are given: a running sum over all gaps, minus its value before each position."""
+    running = gaps.cumsum(0, dtype=torch.int64)
+    return running - torch.cat([running.new_zeros(1), running])[_starts(counts)][rows]
 
 
 def _places(counts: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:

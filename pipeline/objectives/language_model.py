@@ -42,7 +42,7 @@ from softlabel.pipeline.evaluation.token_bytes import token_bytes
 from softlabel.pipeline.evaluation.unfinished import ALL, Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
-from softlabel.pipeline.loss.targets import Target, dropping, resolve_target
+from softlabel.pipeline.loss.targets import Target, TokenIds, dropping, resolve_target
 from softlabel.pipeline.models.multimodal import blank_text_model
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.batch import Batch
@@ -86,7 +86,20 @@ class LanguageModel:
         target = resolve_target(config.loss, self.origin.temperatures, self.origin.draws, max_k)
         if self.origin.average:
             require_average(config.loss, max_k)
+        self._require_known(target)
         return target
+
+    def _require_known(self, target: Target) -> None:
+        """Refuse soft labels without what the loss needs: entropies to report it and, but for one target, masses."""
+        needed = {"entropies"} | ({"tail_log_masses"} if target != "renormalized" else set())
+        if missing := sorted(needed & self.origin.unknown):
+            raise UsageError(
+                "the soft labels lack values that this loss needs",
+                expected=f"known {', '.join(sorted(needed))}",
+                found=f"values that may be unknown in {', '.join(missing)}",
+                where=self.origin.location,
+                do="set loss.target to renormalized, which needs no tail_log_masses; or loss.soft_weight to 0",
+            )
 
     def build(
         self, config: StudentConfig, table: AnyTable, packing: bool = False, source: StudentSource | None = None
@@ -112,6 +125,9 @@ class LanguageModel:
         self, table: AnyTable, students: Sequence[StudentConfig], by: Sequence[str] = ()
     ) -> "HeldOutPositions":
         """See ``Objective``."""
+        for part in table.tables:
+            needed = ("entropies", "tail_log_masses", "next_logprobs")
+            part.identity.require_known(needed, part.location, "an evaluation", "evaluate on another table")
         tokenizer = self.origin.tokenizer()
         return HeldOutPositions(Holdout.of(table, by), tokenizer, token_bytes(tokenizer, self.origin.vocabulary))
 
@@ -122,12 +138,10 @@ class LanguageModel:
 class Distillation(nn.Module):
     """A student and its loss in one module, so that whatever wraps it (autocast, DDP, FSDP) wraps both."""
 
-    vocabulary: Tensor
-
     def __init__(self, student: PreTrainedModel, table: AnyTable, loss: LossConfig, max_k: int | None) -> None:
         super().__init__()
         self.student = student
-        self.register_buffer("vocabulary", torch.tensor(table.vocabulary), persistent=False)
+        self.token_ids = TokenIds(table.numbering)
         self.loss = loss
         """Settings of the loss, with its weights at the current step."""
         self._table = table
@@ -139,7 +153,7 @@ class Distillation(nn.Module):
         hidden = hidden_states(self.student, batch.input_ids, batch.position_ids).flatten(0, 1)[batch.positions]
         targets = None
         if self.loss.soft_weight:
-            targets = decode_batch(batch.targets, self.vocabulary, self._table.temperatures, self.loss, self._max_k)
+            targets = decode_batch(batch.targets, self.token_ids, self._table.temperatures, self.loss, self._max_k)
         positions = max(1, batch.global_positions)
         loss = distillation_loss(
             hidden,
@@ -148,7 +162,7 @@ class Distillation(nn.Module):
             targets,
             self.loss,
             bias=head.bias,
-            vocabulary_size=min(len(self.vocabulary), len(head.weight)),  # a smaller student lacks only unused ids
+            vocabulary_size=min(len(self.token_ids), len(head.weight)),  # a smaller student lacks only unused ids
             soft_cap=head.soft_cap,
             logit_scale=head.scale,
             normalizer=positions,

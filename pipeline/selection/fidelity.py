@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.storage.codec import SoftLabels
+from softlabel.storage.labels import SoftLabels
 
 Doubles = NDArray[np.float64]
 

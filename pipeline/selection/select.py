@@ -14,8 +14,8 @@ from softlabel.pipeline.selection import counter_rng as counters
 from softlabel.pipeline.selection import scan_torch
 from softlabel.pipeline.selection.scan import LEAST, Draws, Scan
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import TeacherError
+from softlabel.storage.labels import SoftLabels
 
 _ROWS = 512
 """Positions processed at a time."""

@@ -213,7 +213,7 @@ def _order(count: int, seed: int, epoch: int) -> Ints:
 
 def _dense(rows: pa.Table, table: Table) -> NDArray[np.float32]:
     """(R, classes) log-probabilities in nats; -inf outside the head, where the probability is 0."""
-    labels = decode(rows, table.vocabulary)
+    labels = decode(rows, table.numbering)
     dense = np.full((len(rows), table.identity.vocabulary), -np.inf, np.float32)
     dense[np.repeat(np.arange(len(rows)), labels.head_counts), labels.head_ids] = labels.head_logprobs
     return dense

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.models.files import first_line
 from softlabel.pipeline.models.pretrained import load_tokenizer
+from softlabel.storage.codec import NUMBERED, with_token_ids
 from softlabel.storage.errors import TableError
 from softlabel.storage.identity import Identity, TeacherIdentity
 from softlabel.storage.upkeep.inspection import last_capture
-from softlabel.storage.views.row_groups import flat, load, outlines
+from softlabel.storage.views.row_groups import column_of, flat, load, outlines
 from softlabel.storage.views.view import AnyTable, View
 
 
@@ -65,6 +66,8 @@ class Origin:
     """Temperatures whose tail mass is stored."""
     draws: bool
     """Whether tails are sampled."""
+    unknown: frozenset[str]
+    """Columns of the table in which values may be unknown."""
     head: int
     """Maximum number of ids in a position's head."""
     average: bool
@@ -92,6 +95,7 @@ class Origin:
             classes=identity.classes,
             temperatures=table.temperatures,
             draws=table.draws,
+            unknown=frozenset(name for part in table.tables for name in part.identity.unknown),
             head=min(identity.vocabulary, max(part.identity.selection.max_k for part in table.tables)),
             average=isinstance(table, View) and table.average,
             teachers=partial(_teachers_of, table),
@@ -118,6 +122,7 @@ class Origin:
             classes=identity.classes,
             temperatures=identity.temperatures,
             draws=identity.selection.draws > 0,
+            unknown=frozenset(identity.unknown),
             head=min(identity.vocabulary, identity.selection.max_k),
             average=False,
             teachers=lambda: [KnownTeacher.of(name, teacher.revision, identity.teacher)],
@@ -153,14 +158,15 @@ def _longest_of(table: AnyTable) -> int:
 
 
 def _highest_of(table: AnyTable) -> int:
-    ranked = [] if table.tables[0].identity.classes is not None else ["head_ids", "tail_ids"]
+    names = [] if table.tables[0].identity.classes is not None else NUMBERED
+    teachers = len(table.tables) if isinstance(table, View) and table.average else 1
     highest = 0
     for group, _ in outlines(table, ["key"]):
-        rows = load(table, group, ["token_ids", *ranked])
-        for name in rows.column_names:
-            column = name.partition(":")[0]
-            if column in ("token_ids", *ranked):
-                values = flat(rows, name)[0]
-                ids = values if column == "token_ids" else table.vocabulary[values]
-                highest = max(highest, int(ids.max(initial=0)))
+        rows = load(table, group, ["token_ids", *names])
+        found = [flat(rows, "token_ids")[0]]
+        for number in range(teachers) if names else ():
+            labels = {name: flat(rows, column_of(name, number))[0] for name in names}
+            ids = with_token_ids(labels, table.numbering)
+            found += [ids["head_ids"], ids["tail_ids"]]
+        highest = max(highest, *(int(ids.max(initial=0)) for ids in found))
     return highest

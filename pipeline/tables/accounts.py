@@ -4,7 +4,7 @@ Both are ``Answers`` about the same ids, so that they can be compared value by v
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,8 @@ from torch import Tensor
 from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.table import Table
 
 _LOWEST = -500.0
@@ -58,7 +59,7 @@ class SampledSequences:
     def __init__(self, table: Table, rows: pa.Table, teacher: Teacher) -> None:
         self._teacher, self._temperatures = teacher, table.temperatures
         self._queries = Queries(rows, kind_of(table.identity.classes))
-        self._labels = [decode(rows.slice(i, 1), table.vocabulary) for i in range(len(rows))]
+        self._labels = [_with_known_tails(decode(rows.slice(i, 1), table.numbering)) for i in range(len(rows))]
         self.tokens = np.array([len(tokens) for tokens in self._queries.tokens])
         """(R,) length of each sequence."""
         self.labels = SoftLabels.concatenate(self._labels)
@@ -102,6 +103,16 @@ class SampledSequences:
 
         tokens, positions = [self._queries.tokens[i] for i in group], [self._queries.positions[i] for i in group]
         yield from each_batch(self._teacher, tokens, positions, answer, batch_tokens)
+
+
+def _with_known_tails(labels: SoftLabels) -> SoftLabels:
+    """Soft labels without the draws of a row that does not store their log-probabilities."""
+    known = ~np.isnan(labels.tail_logprobs)
+    if known.all():
+        return labels
+    tails = {name: getattr(labels, name)[known] for name in ("tail_ids", "tail_draws", "tail_logprobs")}
+    at = np.repeat(np.arange(labels.positions), labels.tail_counts)[known]
+    return replace(labels, tail_counts=np.bincount(at, minlength=labels.positions).astype(np.int32), **tails)
 
 
 @dataclass(frozen=True)

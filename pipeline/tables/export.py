@@ -147,7 +147,7 @@ def _write(
             for group, keep in _wanted(source, config.where, split):
                 if keep.any():
                     rows = load(source, group, [*_STORED, *SOFT_LABELS.names, *carried.names]).filter(pa.array(keep))
-                    files.write(columns.make(rows, decode(rows, source.vocabulary), carried))
+                    files.write(columns.make(rows, decode(rows, source.numbering), carried))
                     positions += int(rows.column("positions").to_numpy().sum())
                     sequences += len(rows)
                 seen += len(keep)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import SoftLabels
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.views.row_groups import flat
 
 _IGNORED = -100

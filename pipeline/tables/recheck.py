@@ -134,6 +134,8 @@ def recheck(table: Table, config: TeacherConfig, sequences: int, seed: int = 0, 
             found=f"teacher.labels: {' '.join(config.labels)}",
             do="leave out teacher.labels; if the table holds the documents' own labels, leave out all teacher settings",
         )
+    needed = ("entropies", "tail_log_masses", "next_logprobs")
+    table.identity.require_known(needed, table.location, "a comparison with its teacher", "leave out the teacher")
     checkpoint = Checkpoint.find(config)
     _require_teacher(table, checkpoint)
     rows = _sample(table, sequences, seed)

@@ -14,23 +14,27 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.sequences.chunking import split_of
 from softlabel.pipeline.tables.row_filter import RowFilter, listed
 from softlabel.pipeline.teachers.kind import kind_of
+from softlabel.storage.clustering import SAMPLE
+from softlabel.storage.committing import all_or_nothing
 from softlabel.storage.derivations import record_derived
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log_files import require_no_remains
 from softlabel.storage.narrowing import Narrowing
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.places.open import place_of
-from softlabel.storage.reader import outline, with_split
-from softlabel.storage.schema import PARTITION
-from softlabel.storage.table import Table
+from softlabel.storage.reader import first_labels, outline, with_split
+from softlabel.storage.schema import FORMAT, PARTITION
+from softlabel.storage.table import Change, Table
 from softlabel.storage.takedown import carry_over
 from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.upkeep.purge import Purged, plan_purge, purge
-from softlabel.storage.upkeep.rewrite import rewrite
+from softlabel.storage.upkeep.rewrite import in_current_format, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, nothing_left, plan
 from softlabel.storage.versions import parse
-from softlabel.storage.writer import require_writable
+from softlabel.storage.writer import require_current_format, require_writable
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched, *, dry_run: boo
     target_identity, narrowing = _identity(source, config)
     row_filter = RowFilter(source, config)
     target = _target(source, config, target_identity, row_filter, dry_run)
+    change = None
+    if not (config.destination or config.purge):
+        changed = None if target_identity == source.identity else target_identity
+        with all_or_nothing(source.location):
+            change = in_current_format(source, changed, dry_run=dry_run)
+        _require_something_to_do(source, config, change)
     operation, fraction = _operation(config), config.shards.eval_fraction
     history_entry = {
         "operation": operation,
@@ -103,7 +113,7 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched, *, dry_run: boo
             columns=row_filter.columns,
             split=None if fraction is None else partial(split_of, eval_fraction=fraction),
             narrowing=narrowing,
-            identity=None if config.destination or target_identity == source.identity else target_identity,
+            change=change,
             compact=config.compact,
         )
         if dry_run:
@@ -139,7 +149,17 @@ def _operation(config: ReprocessConfig) -> str:
         "compact": config.compact,
         "purge": config.purge,
     }
-    return " + ".join(name for name, given in parts.items() if given) or "copy"
+    return " + ".join(name for name, given in parts.items() if given) or ("copy" if config.destination else "format")
+
+
+def _require_something_to_do(source: Table, config: ReprocessConfig, change: Change | None) -> None:
+    if not (change or config.changes):
+        raise UsageError(
+            f"nothing to do: this table has format {source.format} already",
+            expected="destination, selection, where, drop, stale, compact, shards.eval_fraction or purge",
+            where=f"{source.location}@{source.version}",
+            do="give what to change, or the destination of a copy",
+        )
 
 
 def _teacher_entry(source: Table) -> dict[str, Any]:
@@ -161,7 +181,9 @@ def _identity(source: Table, config: ReprocessConfig) -> tuple[Identity, Narrowi
 
 def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
     given = {name: value for name, value in wanted if value is not None}
-    kind_of(source.identity.classes).require_narrowing(given, f"{source.location}@{source.version}")
+    where = f"{source.location}@{source.version}"
+    kind_of(source.identity.classes).require_narrowing(given, where)
+    source.identity.require_known(["tail_log_masses"], where, "narrowing", "leave out the selection")
     stored = source.identity.selection
     max_k = stored.max_k if wanted.max_k is None else wanted.max_k
     draws = stored.draws if wanted.draws is None else wanted.draws
@@ -218,6 +240,7 @@ def _target(
         )
     if Table.exists(config.destination):
         target = Table.open(config.destination)
+        require_current_format(target)
         target.identity.require(identity, config.destination)
         target.require_carried(source.carried)
     elif dry_run:
@@ -225,10 +248,15 @@ def _target(
         return None
     else:
         _require_rows(source, row_filter)
-        target = Table.create(config.destination, identity, source.carried, source.vocabulary, source.tokenizer)
+        target = Table.create(config.destination, identity, source.carried, _numbering(source), source.tokenizer)
     if not dry_run:
         carry_over(source.location, target.location)
     return target
+
+
+def _numbering(source: Table) -> Numbering | SoftLabels:
+    """What a new table's numbering is: the source's, or one for its rows, if the source's is of an older format."""
+    return source.numbering if source.format == FORMAT else first_labels(source, SAMPLE)
 
 
 def _require_rows(source: Table, row_filter: RowFilter) -> None:

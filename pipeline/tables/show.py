@@ -16,8 +16,9 @@ from softlabel.pipeline.config.show import ShowConfig
 from softlabel.pipeline.sequences.token_text import TokenText, TokenTexts
 from softlabel.pipeline.tables import find_rows
 from softlabel.pipeline.tables.find_rows import Found, Place
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
 from softlabel.storage.errors import UsageError
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
@@ -275,7 +276,7 @@ class _Reader:
 def _labels(row: pa.Table, number: int, source: AnyTable) -> SoftLabels:
     """A row's soft labels, of one of the tables if they are averaged."""
     columns = [row.column(column_of(name, number)) for name in SOFT_LABELS.names]
-    return decode(pa.table(columns, names=SOFT_LABELS.names), source.vocabulary)
+    return decode(pa.table(columns, names=SOFT_LABELS.names), source.numbering)
 
 
 def _head(labels: SoftLabels, position: int) -> tuple[Any, Any]:

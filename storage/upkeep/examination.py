@@ -1,5 +1,6 @@
 """Checks every byte of one shard: that the file is undamaged, and that its rows are valid."""
 
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -10,6 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from softlabel.storage.codec import flatten
+from softlabel.storage.errors import IntegrityError
+from softlabel.storage.numbering import Numbering, running_sums
 from softlabel.storage.places.place import content_hash, reading
 from softlabel.storage.schema import PARTITION, ROW_KEY, without
 from softlabel.storage.state import Shard
@@ -69,20 +73,53 @@ def _require_sense(table: Table, rows: pa.Table) -> None:
     heads, tails = _sums(rows.column("head_counts")), _sums(rows.column("tail_counts"))
     lengths = {
         **dict.fromkeys(("token_ids", "loss_mask"), tokens),
-        **dict.fromkeys(("head_counts", "tail_counts", "entropies", "next_logprobs"), positions),
+        **dict.fromkeys(("head_counts", "head_clusters", "tail_counts", "entropies", "next_logprobs"), positions),
         "tail_log_masses": positions * len(table.temperatures),
         **dict.fromkeys(("head_ids", "head_codes"), heads),
         **dict.fromkeys(("tail_ids", "tail_draws", "tail_codes"), tails),
     }
     for name, expected in lengths.items():
+        if name == "head_clusters" and table.format == 1:
+            continue
         _require_each(rows, f"values in {name}", _lengths(rows.column(name)), expected)
     _require_each(rows, "captured tokens in loss_mask", _sums(rows.column("loss_mask")), positions)
-    ranges = {"token_ids": table.identity.padded_vocabulary}
-    ranges |= dict.fromkeys(("head_ids", "tail_ids"), table.identity.vocabulary)
-    for name, end in ranges.items():
-        low, high = pc.min_max(pc.list_flatten(rows.column(name))).as_py().values()
-        if low is not None and not 0 <= low <= high < end:
-            raise WrongShardError(f"{name}: values from {low} to {high}, expected from 0 to {end - 1}")
+    _require_range(rows, "token_ids", table.identity.padded_vocabulary)
+    if table.format == 1:
+        for name in ("head_ids", "tail_ids"):
+            _require_range(rows, name, table.identity.vocabulary)
+    else:
+        _require_known(table, rows)
+        with suppress(IntegrityError):  # a damaged vocabulary is a finding of its own
+            _require_ids(table.numbering, rows)
+
+
+def _require_known(table: Table, rows: pa.Table) -> None:
+    """Require values, except in the columns in which they may be unknown."""
+    may_be = {*table.identity.unknown, *(["next_logprobs"] if table.identity.classes is not None else ())}
+    for name in {"tail_log_masses", "entropies", "next_logprobs"} - may_be:
+        values = pc.list_flatten(rows.column(name)).to_numpy()
+        unknown = int((values < 0).sum() if name == "entropies" else np.isnan(values).sum())
+        if unknown:
+            raise WrongShardError(f"{name}: {unknown} values are unknown, expected none")
+
+
+def _require_ids(numbering: Numbering, rows: pa.Table) -> None:
+    """Require clusters and numbers of the table's numbering, and tails that end within it."""
+    flat = flatten(rows)
+    _require_range(rows, "head_clusters", len(numbering.lists))
+    for name in ("head_ids", "tail_ids"):
+        _require_range(rows, name, len(numbering.places))
+        if (numbering.places[flat[name]] < 0).any():
+            raise WrongShardError(f"{name}: numbers that stand for no token id")
+    highest = running_sums(numbering.places[flat["tail_ids"]], flat["tail_counts"]).max(initial=0)
+    if highest >= max(len(numbering.numbers), 1):
+        raise WrongShardError(f"tail_ids: places up to {highest}, expected below {len(numbering.numbers)}")
+
+
+def _require_range(rows: pa.Table, name: str, end: int) -> None:
+    low, high = pc.min_max(pc.list_flatten(rows.column(name))).as_py().values()
+    if low is not None and not 0 <= low <= high < end:
+        raise WrongShardError(f"{name}: values from {low} to {high}, expected from 0 to {end - 1}")
 
 
 def _require_each(rows: pa.Table, what: str, found: NDArray[Any], expected: NDArray[Any]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import SoftLabels, decode
-from softlabel.storage.reader import open_shard, read
+from softlabel.storage.codec import decode
+from softlabel.storage.labels import SoftLabels
+from softlabel.storage.reader import open_shard, read, stored
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
@@ -62,13 +63,15 @@ def label_sample(table: Table) -> LabelSample:
     Raises:
         IntegrityError: if a shard of the sample is damaged.
     """
-    frequencies = {name: _Frequencies() for name in SOFT_LABELS.names}
+    names = [name for name in SOFT_LABELS.names if name in table.schema.names]
+    frequencies = {name: _Frequencies() for name in names}
     groups = []
     for shard, group in _spread(table):
-        rows = read(table, shard, SOFT_LABELS.names, [group])
+        as_stored = stored(table, shard, names, [group])
         for name, found in frequencies.items():
-            found.add(rows.column(name))
-        groups.append(_small(decode(rows, table.vocabulary)))
+            found.add(as_stored.column(name))
+        rows = read(table, shard, SOFT_LABELS.names, [group])
+        groups.append(_small(decode(rows, table.numbering)))
     joined = [np.concatenate(each) for each in zip(*groups, strict=True)] or [np.zeros(0)] * 5
     kept, ids, draws, next_logprobs, entropies = joined
     positions = len(kept)

@@ -28,7 +28,7 @@ from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.table import Table
 from softlabel.storage.takedown import Purge, purges, record_deletion, refusal, refuse
 from softlabel.storage.upkeep.log import replay
-from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
+from softlabel.storage.upkeep.rewrite import ConflictError, in_current_format, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, plan
 from softlabel.storage.versions import pins, tags
 
@@ -78,7 +78,7 @@ def purge(
         newest = Table.open(location)
         try:
             # Always commit: a writer that has not seen the refuse list then has to try again, and sees it.
-            job = Rewriting(newest, newest, *layout, exclusive=True)
+            job = Rewriting(newest, newest, *layout, change=in_current_format(newest), exclusive=True)
             rewritten = rewrite(job, about, watch, always=record.version is None)
             break
         except ConflictError:
@@ -118,7 +118,8 @@ def plan_purge(
     def keep(rows: pa.Table) -> NDArray[np.bool_]:
         return np.array([name not in documents for name in rows.column("document_id").to_pylist()], bool)
 
-    job = Rewriting(newest, newest, *layout, keep=keep, columns=("document_id",), exclusive=True)
+    change = in_current_format(newest, dry_run=True)
+    job = Rewriting(newest, newest, *layout, keep=keep, columns=("document_id",), change=change, exclusive=True)
     earlier = [purge for purge in purges(location) if purge.is_of(documents)]
     rewritten, replaced = plan(job, watch, always=all(purge.version is None for purge in earlier))
     traces = _find(newest, lambda name: name in documents or refused(name), [shard.path for shard in replaced])

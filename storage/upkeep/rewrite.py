@@ -19,18 +19,22 @@ import numpy as np
 import pyarrow as pa
 from deltalake.transaction import AddAction, RemoveAction
 
-from softlabel.storage.codec import Ints
+from softlabel.storage.clustering import SAMPLE
+from softlabel.storage.codec import assemble, flatten, number, with_token_ids, without_tail_codes
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
-from softlabel.storage.narrowing import narrow, renumber
+from softlabel.storage.identity import Identity
+from softlabel.storage.narrowing import narrow
 from softlabel.storage.places.place import File, PendingFile
-from softlabel.storage.reader import read
-from softlabel.storage.schema import PARTITION
+from softlabel.storage.reader import first_labels, read
+from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
 from softlabel.storage.shard_file import ShardFile, add_action
+from softlabel.storage.sidecars import store_vocabulary
 from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.state import Shard
-from softlabel.storage.table import Table
+from softlabel.storage.table import Change, Table
 from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, nothing_left, outputs
+from softlabel.storage.writer import stores_tail_codes
 
 
 class ConflictError(TableError):
@@ -72,7 +76,7 @@ def rewrite(
         done.bytes = sum(new.shard.bytes for new in finished) - sum(old.bytes for old in removed)
         if done.is_empty and not always:
             raise nothing_left(job.source, done.dropped)
-        changes = bool(finished or removed or job.identity) or always
+        changes = bool(finished or removed or job.change) or always
         done.version = _commit(job, job.target, finished, removed, about, done) if changes else job.target.version
     return done
 
@@ -94,14 +98,12 @@ def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File
     """Write a shard, or reuse the one that an earlier run has written."""
     prefix = f"{REWRITTEN}/{_name(job, target, output)}-"
     name = next((file.name for file in pending if file.name.startswith(prefix)), None)
-    numbering = _numbering(job.source, target)
     if name is None:
-        file = ShardFile(target, output.split, job.row_group)
+        file = ShardFile(target.place, row_schema(target.carried), output.split, job.row_group)
         try:
             for shard, group, rows in output.pieces:
                 part = read(job.source, shard, row_groups=[group]).take(pa.array(rows))
-                part = narrow(part, job.narrowing, job.narrowing.seed) if job.narrowing else part
-                file.append(part if numbering is None else renumber(part, numbering))
+                file.append(_rewritten(job, target, part, output.split))
             file.finish()
             name = f"{prefix}{PurePath(file.shard_path).name}"
             file.publish(name)
@@ -113,19 +115,28 @@ def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File
     return _Finished(place.pending(name), shard, output.positions)
 
 
-def _numbering(source: Table, target: Table) -> Ints | None:
-    """The target's rank for each rank of the source; None if the rankings are equal."""
-    if np.array_equal(source.vocabulary, target.vocabulary):
-        return None
-    ranks: Ints = target.ranks[source.vocabulary]
-    return ranks
+def _rewritten(job: Rewriting, target: Table, rows: pa.Table, split: str) -> pa.Table:
+    """Rows of the source as those of a split of the target."""
+    rows = rows.append_column(SEQUENCE.field(PARTITION), pa.array([split] * len(rows), pa.string()))
+    stores = stores_tail_codes(target, rows)
+    if not job.recodes:
+        return rows if stores.all() else without_tail_codes(rows, ~stores)
+    positions = rows.column("positions").to_numpy().astype(np.int64)
+    flat = with_token_ids(flatten(rows), job.source.numbering)
+    if job.narrowing:
+        flat = narrow(flat, job.narrowing, rows.column("key").to_pylist(), positions, job.narrowing.seed)
+    labels = assemble(number(flat, positions, job.numbering, stores), positions)
+    for name in labels.column_names:
+        rows = rows.set_column(rows.column_names.index(name), SOFT_LABELS.field(name), labels.column(name))
+    return rows
 
 
 def _name(job: Rewriting, target: Table, output: Output) -> str:
     """A hash of everything that a shard is made from: shards with the same hash have the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity or target.identity))
-    for text in (*identities, output.split, str(job.row_group)):
+    after = target.identity if job.change is None else job.change.identity
+    identities = (identity.model_dump_json() for identity in (job.source.identity, after))
+    for text in (*identities, job.vocabulary, output.split, str(job.row_group)):
         digest.update(f"{text}\n".encode())
     for shard, group, rows in output.pieces:
         digest.update(f"{shard.path} {group} {len(rows)}\n".encode() + rows.astype("<i8").tobytes())
@@ -155,7 +166,7 @@ def _commit(
             while True:
                 newest = target.newest()
                 _require_unchanged(job, target, newest, removed)
-                if try_commit(newest, actions, {**about, **counts}, publications, job.identity):
+                if try_commit(newest, actions, {**about, **counts}, publications, job.change):
                     break
     except ConflictError:
         _discard(finished)
@@ -172,7 +183,7 @@ def _discard(finished: Sequence[_Finished]) -> None:
 
 def _require_unchanged(job: Rewriting, target: Table, newest: Table, removed: Sequence[Shard]) -> None:
     """Require that the shards that were read still exist. New shards of other writers are fine, and stay unchanged."""
-    exclusive = job.exclusive or not job.in_place or job.identity is not None  # new shards would have the old identity
+    exclusive = job.exclusive or not job.in_place or job.change is not None  # new shards would have the old identity
     gone = {shard.path for shard in removed} - {shard.path for shard in newest.shards()}
     if gone or (newest.version != target.version and exclusive):
         raise ConflictError(
@@ -182,3 +193,23 @@ def _require_unchanged(job: Rewriting, target: Table, newest: Table, removed: Se
             where=target.location,
             do="run the same command again",
         )
+
+
+def in_current_format(table: Table, identity: Identity | None = None, *, dry_run: bool = False) -> Change | None:
+    """The change of a table whose rows are all rewritten in the current format; None if they have that already.
+
+    Args:
+        table: the newest version.
+        identity: its new identity, if that changes, too.
+        dry_run: write nothing; the change then names no file.
+
+    Raises:
+        IntegrityError: if a shard is damaged.
+        OSError: if the new vocabulary can't be written.
+    """
+    if table.format == FORMAT:
+        return None if identity is None else Change(identity)
+    if dry_run:
+        return Change(identity or table.identity, "not written")
+    sample = first_labels(table, SAMPLE)
+    return Change(identity or table.identity, store_vocabulary(table.place, sample, table.identity.vocabulary))

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.storage.errors import UsageError
-from softlabel.storage.identity import Identity
 from softlabel.storage.narrowing import Narrowing
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.reader import outline, with_split
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey
+from softlabel.storage.sidecars import read_vocabulary
 from softlabel.storage.state import Shard
-from softlabel.storage.table import Table
+from softlabel.storage.table import Change, Table
 from softlabel.storage.takedown import refusal
 from softlabel.storage.writer import present_rows
 
@@ -37,8 +39,8 @@ class Rewriting:
     split: Callable[[str], str] | None = None
     """New split of a document, if splits change."""
     narrowing: Narrowing | None = None
-    identity: Identity | None = None
-    """New identity of the table, if it changes in place."""
+    change: Change | None = None
+    """New properties of the table, if they change in place."""
     compact: bool = False
     """Also merge shards that are less than half full."""
     staged: tuple[Shard, ...] = ()
@@ -52,6 +54,23 @@ class Rewriting:
     def in_place(self) -> bool:
         """Whether the rows stay in their table."""
         return self.target is not None and self.source.place.address == self.target.place.address
+
+    @property
+    def vocabulary(self) -> str:
+        """Name of the vocabulary file of the new rows."""
+        if self.change is not None and self.change.vocabulary is not None:
+            return self.change.vocabulary
+        return (self.target or self.source).vocabulary_name
+
+    @cached_property
+    def numbering(self) -> Numbering:
+        """How the new rows write token ids."""
+        return read_vocabulary((self.target or self.source).place, self.vocabulary)
+
+    @property
+    def recodes(self) -> bool:
+        """Whether every row is encoded anew, because its ids are numbered otherwise or it is narrowed."""
+        return self.narrowing is not None or self.vocabulary != self.source.vocabulary_name
 
 
 @dataclass
@@ -120,7 +139,7 @@ def outputs(job: Rewriting, done: Rewritten, removed: list[Shard], report: Calla
     """
     for output in _filled(job, done, removed, report):
         whole = output.pieces[0][0]
-        if whole in removed and not job.narrowing and output.is_just(whole):
+        if whole in removed and not job.recodes and output.is_just(whole):
             removed.remove(whole)
             done.left += whole.rows
         else:
@@ -145,7 +164,7 @@ def plan(job: Rewriting, watch: Callable[[int], None], *, always: bool = False) 
     done.bytes = round(size) - sum(shard.bytes for shard in removed)
     if done.is_empty and not always:
         raise nothing_left(job.source, done.dropped)
-    changes = bool(done.shards or removed or job.identity) or always
+    changes = bool(done.shards or removed or job.change) or always
     done.version = (0 if job.target is None else job.target.version) + changes
     return done, removed
 
@@ -169,7 +188,7 @@ def _filled(job: Rewriting, done: Rewritten, removed: list[Shard], report: Calla
         groups = list(_decide(job, shard, present, refused))
         positions = sum(int(group.positions.sum()) for group in groups)
         small = job.compact and positions < job.positions / 2
-        if job.in_place and not small and not job.narrowing and not any(group.changes(shard) for group in groups):
+        if job.in_place and not small and not job.recodes and not any(group.changes(shard) for group in groups):
             done.left += shard.rows
             report()
             continue

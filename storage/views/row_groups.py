@@ -1,8 +1,8 @@
 """Reads the rows of a table or a view, row group by row group, as students are trained on them.
 
-Rows of a table are returned as they are stored. Rows of a view have token ids instead of ranks, and tail masses at the
-temperatures that all its tables have. Rows of an average have the soft-label columns once for each table
-(``column_of``). The caller decides which rows to read, and in which order.
+Rows of a table are returned as they are stored. Rows of a view write token ids as the view's numbering does, and have
+tail masses at the temperatures that all its tables have. Rows of an average have the soft-label columns once for each
+table (``column_of``). The caller decides which rows to read, and in which order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.storage.codec import NUMBERED, flatten, renumber
 from softlabel.storage.reader import outline, read
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.state import Shard
@@ -55,10 +56,10 @@ def load(source: AnyTable, group: Group, columns: Sequence[str]) -> pa.Table:
         IntegrityError: if a shard is missing or damaged.
     """
     table = source.tables[group.table]
-    rows = read(table, group.shard, columns, [group.number])
     if not isinstance(source, View):
-        return rows
-    rows = _in_common_terms(source, table, _common(source, group.shard, group.number, rows))
+        return read(table, group.shard, columns, [group.number])
+    rows = read(table, group.shard, _needed(columns), [group.number])
+    rows = _in_common_terms(source, table, _common(source, group.shard, group.number, rows)).select(columns)
     names = [name for name in columns if name in SOFT_LABELS.names]
     if source.average and names:
         for number in range(1, len(source.tables)):
@@ -89,19 +90,27 @@ def _common(source: AnyTable, shard: Shard, number: int, rows: pa.Table) -> pa.T
 def _counterparts(view: View, number: int, group: Group, columns: Sequence[str]) -> pa.Table:
     """The soft labels of the same sequences in another table of an average."""
     table, places = view.tables[number], [np.zeros(0, np.int64)]
-    parts = [pa.schema([SOFT_LABELS.field(name) for name in columns]).empty_table()]
+    wanted = _needed(columns)
+    parts = [pa.schema([SOFT_LABELS.field(name) for name in wanted]).empty_table()]
     for shard, there, rows, which in view.alignment.counterparts(number, group.shard, group.number):
-        parts.append(read(table, shard, columns, [there]).take(pa.array(rows)))
+        parts.append(read(table, shard, wanted, [there]).take(pa.array(rows)))
         places.append(which)
     order = np.argsort(np.concatenate(places))
-    return _in_common_terms(view, table, pa.concat_tables(parts).take(pa.array(order)))
+    return _in_common_terms(view, table, pa.concat_tables(parts).take(pa.array(order))).select(columns)
+
+
+def _needed(columns: Sequence[str]) -> list[str]:
+    """The given columns, and those without which ids can't be numbered otherwise."""
+    return list(dict.fromkeys([*columns, *(NUMBERED if set(NUMBERED).intersection(columns) else ())]))
 
 
 def _in_common_terms(view: View, table: Table, rows: pa.Table) -> pa.Table:
-    """The same rows with token ids instead of ranks, and with the temperatures of the view."""
-    for name in {"head_ids", "tail_ids"}.intersection(rows.column_names):
-        values, offsets = flat(rows, name)
-        rows = _with(rows, name, table.vocabulary[values], offsets)
+    """The same rows with the numbering and the temperatures of the view."""
+    if set(NUMBERED) <= set(rows.column_names):
+        numbered = renumber(flatten(rows), table.numbering, view.numbering)
+        for name in NUMBERED:
+            kind = SOFT_LABELS.field(name).type.value_type.to_pandas_dtype()
+            rows = _with(rows, name, numbered[name].astype(kind), flat(rows, name)[1])
     if "tail_log_masses" in rows.column_names and view.temperatures != table.temperatures:
         values, offsets = flat(rows, "tail_log_masses")
         stored, wanted = len(table.temperatures), [table.temperatures.index(T) for T in view.temperatures]

@@ -15,12 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from softlabel.storage.codec import Ints
 from softlabel.storage.errors import IntegrityError, TableError, TableNotFoundError
 from softlabel.storage.location import require_clean
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.opening import VIEW_FILE, is_view
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import Place
@@ -112,9 +111,9 @@ class View:
         return all(map(is_unbiased, self.tables))
 
     @cached_property
-    def vocabulary(self) -> Ints:
-        """(V,) int32 identity: rows of a view have token ids instead of the tables' ranks."""
-        return np.arange(self.tables[0].identity.vocabulary, dtype=np.int32)
+    def numbering(self) -> Numbering:
+        """How the view's rows write token ids: as they are, because its tables number them differently."""
+        return Numbering.of_ids(self.tables[0].identity.vocabulary)
 
     @property
     def tokenizer(self) -> Path:

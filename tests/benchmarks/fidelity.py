@@ -35,12 +35,13 @@ from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
-from softlabel.pipeline.loss.targets import CompactTargets, Target, decode_targets
+from softlabel.pipeline.loss.targets import CompactTargets, Target, TokenIds, decode_targets
 from softlabel.pipeline.selection.select import position_seeds, select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.students.build import hidden_states, output_head, prune
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
-from softlabel.storage.codec import SoftLabels, encode, flatten
+from softlabel.storage.codec import encode, flatten
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.writer import ShardWriter
@@ -146,10 +147,10 @@ class Student:
             total += loss.item()
         return self._flat(self.hidden, hidden.grad), total
 
-    def sparse(self, compact: CompactTargets, vocabulary: Tensor, target: Target) -> tuple[Tensor, float]:
+    def sparse(self, compact: CompactTargets, token_ids: TokenIds, target: Target) -> tuple[Tensor, float]:
         """Gradient and mean of the loss on stored soft labels."""
         config = LossConfig(target=target)
-        targets = decode_targets(compact, vocabulary, (1.0,), config)
+        targets = decode_targets(compact, token_ids, (1.0,), config)
         loss = distillation_loss(self.hidden, self.head.weight, self.text.next_ids, targets, config)
         return self._flat(loss.total), loss.soft.item() / loss.positions
 
@@ -216,13 +217,13 @@ def stored(labels: SoftLabels, text: Text) -> tuple[float, Table]:
         with ShardWriter(table) as writer:
             writer.append(sequences_of(captured, 0), labels)
             writer.commit({})
-        table.ranks  # noqa: B018  (loaded while its file exists)
+        table.numbering  # noqa: B018  (loaded while its file exists)
         return inspect(table.newest()).soft_label_bytes_per_position, table
 
 
 def compact(labels: SoftLabels, text: Text, table: Table) -> CompactTargets:
     """Soft labels as they are read back from a shard."""
-    flat = flatten(encode(labels, _lengths(text), table.ranks))
+    flat = flatten(encode(labels, _lengths(text), table.numbering))
     flat["tail_log_masses"] = flat["tail_log_masses"][None]
     return CompactTargets(**{name: torch.from_numpy(values.copy()) for name, values in flat.items()})
 
@@ -245,7 +246,7 @@ def measure(
     """For each target that the selection allows: name, bytes per position, ids and mass, and closeness."""
     labels = labels_of(text, config)
     size, table = stored(labels, text)
-    vocabulary = torch.tensor(table.vocabulary)
+    token_ids = TokenIds(table.numbering)
     held = f"{labels.head_counts.mean():5.1f}{labels.tail_counts.mean():6.1f}"
     held += f"{1 - np.exp(labels.tail_log_masses[0], dtype=np.float64).mean():8.3f}"
     targets: tuple[Target, ...] = ("renormalized", "zero_tail", "bucket") if config.top_k else ("sampled",)
@@ -253,7 +254,7 @@ def measure(
         gradients = (
             student.sparse(
                 compact(labels_of(student.text, config.model_copy(update={"seed": seed})), student.text, table),
-                vocabulary,
+                token_ids,
                 target,
             )
             for seed in range(1 if config.top_k else seeds)

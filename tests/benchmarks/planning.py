@@ -31,7 +31,7 @@ from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, TeacherConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, Encoded
-from softlabel.storage.codec import SoftLabels
+from softlabel.storage.labels import SoftLabels
 from tests import memory
 
 WORDS = 15

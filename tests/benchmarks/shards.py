@@ -63,7 +63,7 @@ def rows(table: Table, number: int) -> pa.Table:
         "tokens": lengths + 1,
         "positions": lengths,
     }
-    sequences, labels = pa.table(own, schema=SEQUENCE), encode(LABELS, lengths, table.ranks)
+    sequences, labels = pa.table(own, schema=SEQUENCE), encode(LABELS, lengths, table.numbering)
     return pa.table([*sequences.columns, *labels.columns], [*sequences.column_names, *labels.column_names])
 
 

@@ -28,7 +28,6 @@ import torch
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.batch import COLUMNS
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -36,6 +35,7 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import batches
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table

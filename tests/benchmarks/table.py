@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.storage import reader
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -34,6 +34,7 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
@@ -92,12 +93,12 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     import torch
     from transformers import AutoTokenizer
 
-    from softlabel.pipeline.capturing.shard import VOCABULARY_SAMPLE
     from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
     from softlabel.pipeline.examples.language_model import prepare_teacher
     from softlabel.pipeline.selection.select import position_seeds, select
     from softlabel.pipeline.selection.selection import Selection
     from softlabel.pipeline.teachers.teacher import TransformersTeacher
+    from softlabel.storage.clustering import SAMPLE
 
     folder = Path(".demo/teacher")
     prepare_teacher(folder)
@@ -105,7 +106,7 @@ def _run_teacher(wanted: int) -> dict[str, Captured]:
     selections = {"k=64": Selection.of(SelectionConfig(top_k=64)), "default": Selection.of(SelectionConfig())}
     text = "\n".join(text for _, text in sorted(topics.items()))
     ids = np.array(AutoTokenizer.from_pretrained(folder)(text)["input_ids"], np.int32)
-    sampled, measured = (-(-count // (LENGTH - 1)) for count in (VOCABULARY_SAMPLE, wanted))
+    sampled, measured = (-(-count // (LENGTH - 1)) for count in (SAMPLE, wanted))
     sequences = ids[: LENGTH * (sampled + measured)].reshape(sampled + measured, LENGTH)
     parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
     for number, sequence in enumerate(sequences):
@@ -240,7 +241,7 @@ def measure(name: str, captured: Captured, runs: int) -> None:
         def load(run: int) -> None:
             reader._HASHES.clear()  # so that each run checks the shard's bytes, as every process does once
             for shard in one_shard.shards():
-                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.vocabulary)
+                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.numbering)
 
         written, loaded = best(write, P, runs), best(load, P, runs)
 

@@ -147,8 +147,8 @@ def test_an_invalid_value_is_named_with_its_flag():
 def test_an_error_of_all_settings_names_no_single_flag(tmp_path: Path):
     file = write(tmp_path, "source: t")
     for given in (None, file):
-        with pytest.raises(UsageError, match=r"^invalid settings: nothing to do") as error:
-            resolve(ReprocessConfig, {("source",): "t"}, given)
+        with pytest.raises(UsageError, match=r"^invalid settings: purge can't be combined") as error:
+            resolve(ReprocessConfig, {("source",): "t", ("purge",): "ids", ("compact",): True}, given)
         assert "--source" not in str(error.value)
         assert (f"where:       {file}\n" in f"{error.value}\n") == (given is not None)
 

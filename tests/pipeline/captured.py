@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softlabel.pipeline.models.files import sha256
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -19,9 +18,11 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
+from tests.numberings import random_numbering
 
 VOCABULARY, PADDED = 500, 512
 _FILES = ("config.json", "model.safetensors")
@@ -47,7 +48,7 @@ def make_table(folder: Path, teacher: Path, train: int = 40, held_out: int = 6, 
         sequences=SequencesIdentity(max_tokens=40, context=1, mask="all", eval_fraction=0.1),
     )
     parts = [_labels(model, number) for number in range(train + held_out)]
-    table = Table.create(str(folder), identity, pa.schema([]), SoftLabels.concatenate(parts), tokenizer)
+    table = Table.create(str(folder), identity, pa.schema([]), random_numbering(VOCABULARY), tokenizer)
     if train:
         add(table, parts[:train], range(train), "train", teacher)
     if held_out:

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 
 from softlabel.pipeline.stream.batch import Batch
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -15,10 +14,12 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
+from tests.numberings import random_numbering
 
 VOCABULARY = 97
 TEMPERATURES = (1.0, 2.0)
@@ -91,9 +92,10 @@ def identity() -> Identity:
 def make_table(folder: Path, shards: int = 4) -> Table:
     """Up to three shards of 90 train sequences in row groups of 8, and one of 13 eval sequences."""
     (folder / "tokenizer").mkdir()
-    generator = np.random.default_rng(0)
-    sample = random_labels(generator, 500)
-    table = Table.create(str(folder / "table"), identity(), pa.schema([]), sample, folder / "tokenizer")
+    generator = np.random.default_rng(2)
+    table = Table.create(
+        str(folder / "table"), identity(), pa.schema([]), random_numbering(VOCABULARY), folder / "tokenizer"
+    )
     for name, count, split in [("a", 40, "train"), ("b", 27, "train"), ("c", 23, "train"), ("e", 13, "eval")][:shards]:
         with ShardWriter(table.newest(), row_group=8) as writer:
             sequences = random_sequences(generator, count, name, split)

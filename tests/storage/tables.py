@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -21,11 +20,13 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
 from softlabel.storage.writer import Commit, ShardWriter
+from tests.numberings import random_numbering
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Real processes, which start quickly because their imports are preloaded."""
@@ -149,11 +150,12 @@ def identity(temperatures: tuple[float, ...] = (1.0,), **changes: Any) -> Identi
 
 
 def make_table(location: Path | str, identity: Identity, seed: int = 0) -> Table:
-    """An empty table; the seed is for the labels that determine its ranking of token ids."""
+    """An empty table; the seed is for its numbering of token ids."""
     with tempfile.TemporaryDirectory() as tokenizer:
         Path(tokenizer, "tokenizer.json").write_text("{}")
         Path(tokenizer, "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-        return Table.create(str(location), identity, CARRIED, random_labels(50, seed), Path(tokenizer))
+        numbering = random_numbering(identity.vocabulary, seed)
+        return Table.create(str(location), identity, CARRIED, numbering, Path(tokenizer))
 
 
 def add(table: Table, names: Sequence[str], split: str | None = None) -> Commit:

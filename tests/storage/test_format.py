@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
 import softlabel.storage
 from softlabel.pipeline.sequences.chunking import split_of
-from softlabel.storage.codec import SoftLabels, decode, encode
+from softlabel.storage.codec import decode, encode
+from softlabel.storage.labels import SoftLabels
+from softlabel.storage.numbering import Numbering
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
@@ -55,7 +58,7 @@ def decoded_rows(table: Table) -> dict[str, SoftLabels]:
     """Our own reading, by document."""
     rows = [row for shard in table.shards() for row in [read(table, shard)]]
     return {
-        name: decode(part.slice(i, 1), table.vocabulary)
+        name: decode(part.slice(i, 1), table.numbering)
         for part in rows
         for i, name in enumerate(part.column("document_id").to_pylist())
     }
@@ -65,9 +68,10 @@ def test_the_reference_reader_agrees_with_ours(table: Table):
     reference = run("reference")["decode"]
     ours = decoded_rows(table)
     rows = [row for shard in table.shards() for row in read(table, shard).to_pylist()]
+    vocabulary = pq.read_table(f"{table.location}/_softlabel/{table.vocabulary_name}").to_pylist()
     assert len(rows) == 40
     for row in rows:
-        positions = reference(row, table.vocabulary.tolist(), 2)
+        positions = reference(row, vocabulary, 2)
         labels = ours[row["document_id"]]
         assert len(positions) == labels.positions
         heads, tails, masses, entropies, following = zip(*positions, strict=True)
@@ -103,7 +107,11 @@ def test_the_example_encodes_to_the_documented_values():
         entropies=np.array([1.1174, 0], f32),
         next_logprobs=np.array([np.log(0.25), 0], f32),
     )
-    rows = encode(labels, np.array([2]), np.argsort(VOCABULARY).astype(np.int32))
+    sink = pa.BufferOutputStream()
+    schema = [("cluster", pa.int16()), ("place", pa.int32()), ("number", pa.int32()), ("token_id", pa.int32())]
+    pq.write_table(pa.Table.from_pylist(VOCABULARY, pa.schema(schema)), sink)
+    numbering = Numbering.from_parquet(sink.getvalue().to_pybytes())
+    rows = encode(labels, np.array([2]), numbering)
     assert rows.to_pylist() == [{name: ROW[name] for name in SOFT_LABELS.names}]
 
 
@@ -126,7 +134,7 @@ def test_every_column_is_described():
 def test_the_documented_properties_are_those_of_a_table(table: Table):
     found = run("setup", TABLE=table.location)["properties"]
     assert set(found) == set(re.findall(r"^\| `((?:softlabel|delta)\.\w+)`", PAGE, re.MULTILINE))
-    assert found["softlabel.format"] == "1"
+    assert found["softlabel.format"] == "2"
     for file in found["softlabel.vocabulary"], *(Path(shard.path).name for shard in table.shards()):
         (path,) = Path(table.location).rglob(file)
         assert path.stem.removeprefix("vocabulary-") == hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

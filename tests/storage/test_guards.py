@@ -238,7 +238,7 @@ PLANTED: dict[str, Callable[[Table], object]] = {
     "_softlabel/tags/paper.json": lambda table: tags(table.location),
     "_softlabel/purged/x.json": lambda table: purges(table.location),
     "SHARD": lambda table: read(table, table.shards()[0]),
-    "VOCABULARY": lambda table: table.vocabulary,
+    "VOCABULARY": lambda table: table.numbering,
     "TOKENIZER": lambda table: table.tokenizer,
 }
 

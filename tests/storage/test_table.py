@@ -40,13 +40,15 @@ def test_a_new_table_has_no_rows_and_the_given_identity(table: Table):
     assert Table.exists(table.location)
 
 
-def test_token_ids_are_ranked_by_frequency(table: Table):
+def test_token_ids_are_ranked_by_frequency(table: Table, tmp_path: Path):
     labels = random_labels(50, seed=0)
+    made = Table.create(str(tmp_path / "ranked"), identity(), CARRIED, labels, table.tokenizer)
     counts = np.bincount(np.concatenate([labels.head_ids, labels.tail_ids]), minlength=VOCABULARY)
-    assert table.vocabulary.dtype == table.ranks.dtype == np.int32
-    assert (np.diff(counts[table.vocabulary]) <= 0).all()
-    np.testing.assert_array_equal(table.ranks[table.vocabulary], np.arange(VOCABULARY))
-    np.testing.assert_array_equal(np.sort(table.vocabulary), np.arange(VOCABULARY))
+    numbering = made.numbering
+    assert numbering.vocabulary.dtype == numbering.ranks.dtype == np.int32
+    assert (np.diff(counts[numbering.vocabulary]) <= 0).all()
+    np.testing.assert_array_equal(numbering.ranks[numbering.vocabulary], np.arange(VOCABULARY))
+    np.testing.assert_array_equal(np.sort(numbering.vocabulary), np.arange(VOCABULARY))
 
 
 def test_old_versions_stay_unchanged(filled: Table):
@@ -121,13 +123,13 @@ def test_a_damaged_vocabulary_is_named(filled: Table, damage: str):
     else:
         shutil.copy(next(Path(filled.location).glob("split=train/*")), path)
     with pytest.raises(IntegrityError, match=path.name):
-        _ = Table.open(filled.location).vocabulary
+        _ = Table.open(filled.location).numbering
 
 
 def test_creating_again_opens_the_table_or_refuses_another_identity(filled: Table):
     again = make_table(Path(filled.location), identity(), seed=1)
     assert again.version == 2
-    np.testing.assert_array_equal(again.vocabulary, filled.vocabulary)
+    assert again.vocabulary_name == filled.vocabulary_name
     selection = identity().selection.model_copy(update={"max_k": 5})
     with pytest.raises(ProvenanceError, match=r"selection.max_k: the table has 8, this run 5") as error:
         make_table(Path(filled.location), identity(selection=selection))
@@ -165,7 +167,7 @@ def create_often(folder: Path | str, identity: Identity, seed: int, start: Barri
     for n in range(15):
         start.wait(30)
         try:
-            found.append(make_table(f"{folder}/table{n}", identity, seed).vocabulary.tolist())
+            found.append(make_table(f"{folder}/table{n}", identity, seed).numbering.vocabulary.tolist())
         except ProvenanceError as error:
             found.append(str(error))
     made.put(found)
@@ -189,7 +191,9 @@ def test_two_processes_that_create_the_same_table_share_it(tmp_path: Path):
     """Both get the same table, whose ranking comes from the labels of the first."""
     first, second = race(tmp_path, [identity(), identity()])
     assert first == second
-    by_seed = [make_table(tmp_path / f"alone{n}" / "table", identity(), n).vocabulary.tolist() for n in range(2)]
+    by_seed = [
+        make_table(tmp_path / f"alone{n}" / "table", identity(), n).numbering.vocabulary.tolist() for n in range(2)
+    ]
     assert all(ids in by_seed for ids in first)
     for n in range(15):
         table = Table.open(str(tmp_path / f"table{n}"))

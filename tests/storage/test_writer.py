@@ -17,6 +17,7 @@ from softlabel.storage.reader import open_shard, outline, read
 from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
+from tests.numberings import by_id
 from tests.storage.tables import add, leftovers, names_in, rows
 
 A = [f"a{i}" for i in range(40)]
@@ -49,7 +50,7 @@ def test_rows_are_read_back_as_they_were_written(table: Table):
     assert found.drop_columns(list(set(found.column_names) - set(sequences.column_names))).equals(
         sequences.drop_columns(["split"]).cast(found.select(sequences.drop_columns(["split"]).column_names).schema)
     )
-    decoded = decode(found, newest.vocabulary)
+    decoded, labels = by_id(decode(found, newest.numbering)), by_id(labels)
     assert (decoded.head_ids == labels.head_ids).all()
     assert (decoded.tail_draws == labels.tail_draws).all()
     assert abs(decoded.head_logprobs - labels.head_logprobs).max() < 1 / 64

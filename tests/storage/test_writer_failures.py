@@ -62,7 +62,7 @@ def kill_writers(table: Table, kills: int) -> None:
     newest = table.newest()
     assert names_in(newest) == sorted(names)
     for shard in newest.shards():
-        decode(read(newest, shard), newest.vocabulary)
+        decode(read(newest, shard), newest.numbering)
 
 
 def unwritable(table: Table) -> str:

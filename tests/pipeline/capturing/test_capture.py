@@ -92,7 +92,7 @@ def test_stored_log_probabilities_are_those_of_the_model_at_the_same_positions(
             captured = np.flatnonzero(row.column("loss_mask")[0].as_py())
             with torch.no_grad():
                 dense = model(ids[None]).logits[0, :, :500].log_softmax(-1)[captured - 1].numpy()
-            labels = decode(row, table.vocabulary)
+            labels = decode(row, table.numbering)
             stored = np.full_like(dense, np.nan)
             stored[np.repeat(np.arange(len(captured)), labels.head_counts), labels.head_ids] = labels.head_logprobs
             np.testing.assert_allclose(stored, dense, atol=1 / 64 + 1e-4)
@@ -137,7 +137,7 @@ def test_other_batches_change_soft_labels_by_no_more_than_the_teachers_noise(
         table = Table.open(str(tmp_path / name))
         rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
         rows = rows.sort_by([("document_id", "ascending"), ("chunk", "ascending")])
-        tables.append((rows, decode(rows, table.vocabulary)))
+        tables.append((rows, decode(rows, table.numbering)))
     (single, one), (together, other) = tables
     assert single.column("key").equals(together.column("key"))
     noise = _noise(tiny_teacher, single)

@@ -23,7 +23,6 @@ from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.stream import holdout
 from softlabel.pipeline.stream.holdout import Holdout
 from softlabel.pipeline.students.record import table_record
-from softlabel.storage.codec import SoftLabels
 from softlabel.storage.errors import StudentError, TableError, UsageError
 from softlabel.storage.identity import (
     Identity,
@@ -32,6 +31,7 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table

@@ -18,6 +18,7 @@ from softlabel.pipeline.stream.holdout import HeldOutBatch
 from softlabel.storage.codec import encode
 from softlabel.storage.errors import StudentError
 from softlabel.storage.schema import SOFT_LABELS
+from tests.numberings import random_numbering
 
 V, PADDED = 61, 64
 LENGTHS = ((12, 20), (31,))  # sequences of each training row; the rest of a row is padding
@@ -63,9 +64,8 @@ def following(sequences):
 
 
 def table(chosen):
-    vocabulary = np.random.default_rng(0).permutation(V).astype(np.int32)
     parts = [SimpleNamespace(identity=SimpleNamespace(derived_from=None))]
-    return SimpleNamespace(vocabulary=vocabulary, temperatures=chosen.temperatures, tables=parts)
+    return SimpleNamespace(numbering=random_numbering(V), temperatures=chosen.temperatures, tables=parts)
 
 
 def batch(sequences, labels, table):
@@ -79,8 +79,7 @@ def batch(sequences, labels, table):
             positions.append(number * L + start + torch.arange(len(ids) - 1))
             start += len(ids)
         position_ids[number, start:] = torch.arange(L - start)
-    ranks = np.argsort(table.vocabulary).astype(np.int32)
-    columns = encode(labels, np.array([labels.positions]), ranks)
+    columns = encode(labels, np.array([labels.positions]), table.numbering)
     flat = {name: torch.from_numpy(columns[name].chunk(0).flatten().to_numpy().copy()) for name in SOFT_LABELS.names}
     flat["tail_log_masses"] = flat["tail_log_masses"].reshape(labels.positions, -1).T
     return Batch(

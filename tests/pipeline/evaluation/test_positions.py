@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.evaluation.positions import CODE_ERROR, DIVERGENCES, TOP, Known, compare
-from softlabel.pipeline.loss.targets import CompactTargets, decode_draws, decode_targets
+from softlabel.pipeline.loss.targets import CompactTargets, TokenIds, decode_draws, decode_targets
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.storage.codec import decode, encode
 from softlabel.storage.schema import SOFT_LABELS
+from tests.numberings import random_numbering
 
 V = 37
 WHOLE = Selection(top_p=1.0, min_k=V, max_k=V, draws=0, temperatures=(1.0,), seed=0)
@@ -41,17 +42,17 @@ def stored(teacher, next_ids, selection, seed=0):
     """What a table keeps of the teacher's (n, V) distributions."""
     seeds = torch.arange(len(teacher)) + 1_000_003 * seed
     labels = select(teacher.float(), next_ids, seeds, selection, V)
-    vocabulary = np.random.default_rng(0).permutation(V).astype(np.int32)
-    columns = encode(labels, np.array([labels.positions]), np.argsort(vocabulary).astype(np.int32))
+    numbering = random_numbering(V)
+    columns = encode(labels, np.array([labels.positions]), numbering)
     flat = {name: torch.from_numpy(columns[name].chunk(0).flatten().to_numpy().copy()) for name in SOFT_LABELS.names}
     flat["tail_log_masses"] = flat["tail_log_masses"].reshape(labels.positions, -1).T
-    return CompactTargets(**flat), torch.from_numpy(vocabulary), columns
+    return CompactTargets(**flat), numbering, columns
 
 
 def known(teacher, next_ids, selection, seed=0):
-    compact, vocabulary, _ = stored(teacher, next_ids, selection, seed)
-    head = decode_targets(compact, vocabulary, (1.0,), LossConfig(target="bucket"))
-    return Known(head, decode_draws(compact, vocabulary), mass_error=2e-5)
+    compact, numbering, _ = stored(teacher, next_ids, selection, seed)
+    head = decode_targets(compact, TokenIds(numbering), (1.0,), LossConfig(target="bucket"))
+    return Known(head, decode_draws(compact, TokenIds(numbering)), mass_error=2e-5)
 
 
 def divergences(t, s):
@@ -154,8 +155,8 @@ def test_without_draws_the_estimate_is_the_lower_bound_and_says_so():
 @pytest.mark.parametrize("name", ["default", "few draws", "draws only"])
 def test_draws_have_the_probabilities_that_the_table_stores(name):
     t = distributions(5, 60, 2.0)
-    compact, vocabulary, columns = stored(t, torch.zeros(60, dtype=torch.int64), SELECTIONS[name])
-    draws, labels = decode_draws(compact, vocabulary), decode(columns, vocabulary.numpy())
+    compact, numbering, columns = stored(t, torch.zeros(60, dtype=torch.int64), SELECTIONS[name])
+    draws, labels = decode_draws(compact, TokenIds(numbering)), decode(columns, numbering)
     drawn = draws.counts > 0
     assert draws.ids[drawn].tolist() == labels.tail_ids.tolist()
     assert draws.counts[drawn].tolist() == labels.tail_draws.tolist()

@@ -6,8 +6,9 @@ import torch
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.loss.averaging import AveragedTargets, decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
+from softlabel.pipeline.loss.targets import TokenIds
 from softlabel.storage.errors import UsageError
-from tests.pipeline.loss.test_targets import TEMPERATURES, VOCABULARY, V, capture, compact_of, dense
+from tests.pipeline.loss.test_targets import NUMBERING, TEMPERATURES, V, capture, compact_of, dense
 
 WEIGHTS = (0.7, 0.3)
 SEEDS = 400
@@ -20,7 +21,7 @@ def average(first, second, **selection) -> AveragedTargets:
 
 
 def decoded(averaged):
-    return decode_batch(averaged, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig())
+    return decode_batch(averaged, TokenIds(NUMBERING), TEMPERATURES, LossConfig())
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,23 @@ import torch
 
 from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.config.train import LossConfig
-from softlabel.pipeline.loss.targets import CompactTargets, decode_targets, resolve_target
+from softlabel.pipeline.loss.targets import CompactTargets, TokenIds, decode_targets, resolve_target
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.storage.codec import SoftLabels, encode
 from softlabel.storage.codec import decode as decode_rows
+from softlabel.storage.codec import encode
 from softlabel.storage.errors import UsageError
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SOFT_LABELS
+from tests.numberings import random_numbering
 
 V = 97
 TEMPERATURES = (1.0, 2.0)
-VOCABULARY = np.random.default_rng(0).permutation(V).astype(np.int32)
+NUMBERING = random_numbering(V)
 
 
 def rows_of(labels: SoftLabels):
-    return encode(labels, np.array([labels.positions]), np.argsort(VOCABULARY).astype(np.int32))
+    return encode(labels, np.array([labels.positions]), NUMBERING)
 
 
 def compact_of(labels: SoftLabels) -> CompactTargets:
@@ -35,7 +37,7 @@ def capture(logits, seed=0, **selection) -> SoftLabels:
 
 
 def decoded(labels, max_k=None, **loss):
-    return decode_targets(compact_of(labels), torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig(**loss), max_k)
+    return decode_targets(compact_of(labels), TokenIds(NUMBERING), TEMPERATURES, LossConfig(**loss), max_k)
 
 
 def dense(targets):
@@ -64,7 +66,7 @@ def test_a_bucket_target_is_the_head_and_the_stored_mass_of_its_temperature(logi
 @pytest.mark.parametrize("selection", [{"top_k": 8}, {}, {"max_k": 0, "min_k": 0, "draws": 20}])
 def test_the_head_equals_the_one_that_the_storage_decodes(logits, selection):
     labels = capture(logits, **selection)
-    stored = decode_rows(rows_of(labels), VOCABULARY)
+    stored = decode_rows(rows_of(labels), NUMBERING)
     targets = decoded(labels, target="bucket")
     kept = targets.logprobs.isfinite()
     assert kept.sum(1).tolist() == stored.head_counts.tolist()
@@ -161,7 +163,7 @@ def test_no_positions_decode_to_nothing():
     assert empty.ids.shape == (0, 4)
     none = compact_of(capture(torch.randn(1, V), top_k=4))
     none = CompactTargets(**{name: getattr(none, name)[..., :0] for name in SOFT_LABELS.names}).to("cpu")
-    assert decode_targets(none, torch.from_numpy(VOCABULARY), TEMPERATURES, LossConfig()).ids.shape == (0, 0)
+    assert decode_targets(none, TokenIds(NUMBERING), TEMPERATURES, LossConfig()).ids.shape == (0, 0)
 
 
 def test_a_batch_without_tail_mass_does_not_count_as_a_table_without_draws():

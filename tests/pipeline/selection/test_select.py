@@ -13,7 +13,8 @@ from softlabel.pipeline.config.capture import SelectionConfig
 from softlabel.pipeline.selection import select as module
 from softlabel.pipeline.selection.select import NotADistributionError, position_seeds, select
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.storage.codec import SoftLabels, trim_log_masses
+from softlabel.storage.codec import trim_log_masses
+from softlabel.storage.labels import SoftLabels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "passes")
 

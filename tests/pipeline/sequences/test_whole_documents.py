@@ -65,7 +65,7 @@ def answers(location) -> dict[str, tuple[dict[str, object], np.ndarray, float]]:
     """By document: its row, its distribution over the classes, and the log-probability of its label."""
     table, found = Table.open(str(location)), {}
     for _, rows in batches(table, [n for n in table.schema.names if n != "split"]):
-        labels = decode(rows, table.vocabulary)
+        labels = decode(rows, table.numbering)
         probabilities = np.zeros((len(rows), table.identity.vocabulary))
         places = np.repeat(np.arange(len(rows)), labels.head_counts)
         probabilities[places, labels.head_ids] = np.exp(labels.head_logprobs)

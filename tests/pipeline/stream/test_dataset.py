@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from softlabel.pipeline.config.train import LossConfig, StreamConfig
-from softlabel.pipeline.loss.targets import decode_targets
+from softlabel.pipeline.loss.targets import TokenIds, decode_targets
 from softlabel.pipeline.stream import dataset
 from softlabel.pipeline.stream.batch import Sequences
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
@@ -68,8 +68,8 @@ def test_decoded_targets_equal_the_tables_soft_labels(table):
     (shard,) = table.shards("eval")
     rows = read(table, shard)
     order_of = {tuple(values): i for i, values in enumerate(rows.column("next_logprobs").to_pylist())}
-    labels = codec.decode(rows.take([order_of[row["next_logprobs"]] for row in unpacked(batch)]), table.vocabulary)
-    targets = decode_targets(batch.targets, torch.tensor(table.vocabulary), TEMPERATURES, LossConfig(target="bucket"))
+    labels = codec.decode(rows.take([order_of[row["next_logprobs"]] for row in unpacked(batch)]), table.numbering)
+    targets = decode_targets(batch.targets, TokenIds(table.numbering), TEMPERATURES, LossConfig(target="bucket"))
     found = targets.logprobs.isfinite()
     assert targets.ids[found].tolist() == labels.head_ids.tolist()
     np.testing.assert_allclose(targets.logprobs[found], labels.head_logprobs, atol=1e-5)

@@ -102,7 +102,7 @@ def test_a_student_without_rows_for_ids_that_never_occur_is_trained_and_evaluate
         )
     )
     table = Table.open(str(tmp_path / "table"))
-    soft = [decode(read(table, shard, SOFT_LABELS.names), table.vocabulary) for shard in table.shards()]
+    soft = [decode(read(table, shard, SOFT_LABELS.names), table.numbering) for shard in table.shards()]
     ids = [part for labels in soft for part in (labels.head_ids, labels.tail_ids)]
     ids += [flat(read(table, shard, ["token_ids"]), "token_ids")[0] for shard in table.shards()]
     used = max(int(part.max()) for part in ids)

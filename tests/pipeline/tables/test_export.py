@@ -21,8 +21,9 @@ from softlabel.pipeline.tables import export as module
 from softlabel.pipeline.tables import export_files
 from softlabel.pipeline.tables.export import ExportReport, export
 from softlabel.pipeline.tables.mix import mix
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
 from softlabel.storage.errors import UsageError
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
 from softlabel.storage.table import Table
 from tests.conftest import ROOT
@@ -49,7 +50,7 @@ def stored(table: Table, split: str | None = None) -> list[tuple[dict[str, Any],
     for shard in table.shards(split):
         rows = read(table, shard)
         found += [
-            (rows.slice(i, 1).to_pylist()[0], decode(rows.slice(i, 1), table.vocabulary)) for i in range(len(rows))
+            (rows.slice(i, 1).to_pylist()[0], decode(rows.slice(i, 1), table.numbering)) for i in range(len(rows))
         ]
     return sorted(found, key=lambda pair: (pair[0]["document_id"], pair[0]["chunk"], pair[0]["token_ids"]))
 

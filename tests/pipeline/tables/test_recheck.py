@@ -17,9 +17,10 @@ from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.tables.recheck import Recheck, disagreement, recheck
 from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
 from softlabel.storage.errors import ProvenanceError, TeacherError
 from softlabel.storage.identity import Identity
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
@@ -50,10 +51,10 @@ def doctored(config: CaptureConfig, location: Path, change: Change, identity: Id
     rows = pa.concat_tables([read(table, shard) for shard in table.shards()])
     sequences = rows.select([name for name in SEQUENCE.names if name != "split"])
     sequences = sequences.append_column("split", pa.array(["train"] * len(rows)))
-    labels = [change(decode(rows.slice(i, 1), table.vocabulary)) for i in range(len(rows))]
+    labels = [change(decode(rows.slice(i, 1), table.numbering)) for i in range(len(rows))]
     tokenizer = location.with_suffix(".tokenizer")
     tokenizer.mkdir()
-    new = Table.create(str(location), identity or table.identity, pa.schema([]), table.vocabulary, tokenizer)
+    new = Table.create(str(location), identity or table.identity, pa.schema([]), table.numbering, tokenizer)
     with ShardWriter(new, 8) as writer:
         writer.append(sequences, SoftLabels.concatenate(labels))
         writer.commit({"operation": "doctor"})

@@ -66,7 +66,7 @@ def test_a_table_is_narrowed_to_fewer_ids_draws_and_temperatures(table: Table, t
     assert (selection.max_k, selection.min_k, selection.draws) == (4, 1, 3)
     assert made.identity.derived_from == table.identity.selection
     assert made.temperatures == (1.0,)
-    before, after = (decode(rows_of(t), t.vocabulary) for t in (table, made))
+    before, after = (decode(rows_of(t), t.numbering) for t in (table, made))
     assert (after.head_counts == np.minimum(before.head_counts, 4)).all()
     assert set(after.tail_draws.tolist()) <= {1, 2, 3}
     assert (after.tail_log_masses[0] >= before.tail_log_masses[0]).all()
@@ -171,7 +171,6 @@ def test_a_copy_records_the_sources_teacher(table: Table, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing to do"),
         ({"purge": "ids", "selection": {"max_k": 4}}, "leave out selection.max_k"),
         (
             {"purge": "ids", "compact": True},
@@ -238,7 +237,7 @@ def test_a_killed_run_leaves_the_table_usable_and_finishes_when_run_again(in_pla
             newest = Table.open(result)
             assert len(names_in(newest)) in ((400,) if in_place else (0, 400))
             if len(newest.shards()):
-                heads = decode(rows_of(newest), newest.vocabulary).head_counts
+                heads = decode(rows_of(newest), newest.numbering).head_counts
                 assert heads.max() == newest.identity.selection.max_k, "labels and identity change together"
     assert died
     in_a_process(settings)
@@ -273,7 +272,7 @@ def test_a_narrowed_table_equals_a_capture_with_fewer_ids(tiny_teacher: Path, tm
         capture(capture_settings(tiny_teacher, few_documents(tmp_path), tmp_path / f"k{k}", k))
     run(tmp_path / "k64", tmp_path / "from-64", selection={"max_k": 16})
     derived, captured = (Table.open(str(tmp_path / name)) for name in ("from-64", "k16"))
-    ids = [decode(rows_of_capture(t), t.vocabulary) for t in (derived, captured)]
+    ids = [decode(rows_of_capture(t), t.numbering) for t in (derived, captured)]
     assert (ids[0].head_ids == ids[1].head_ids).all()
     for name in set(SOFT_LABELS.names) - {"tail_log_masses", "head_ids"}:
         assert rows_of_capture(derived).column(name).equals(rows_of_capture(captured).column(name)), name

@@ -11,7 +11,7 @@ from softlabel.storage.codec import decode
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError, ProvenanceError
 from softlabel.storage.reader import index
-from softlabel.storage.table import Table
+from softlabel.storage.table import Change, Table
 from softlabel.storage.upkeep.inspection import history
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.rewrite import ConflictError
@@ -69,10 +69,10 @@ def test_a_shard_that_narrowing_does_not_change_stays(table: Table) -> None:
     """No commit removes and adds the same file."""
     run(table.location, selection={"draws": 0})
     before = Table.open(table.location)
-    largest = int(decode(rows_of(before), before.vocabulary).head_counts.max())
+    largest = int(decode(rows_of(before), before.numbering).head_counts.max())
     selection = before.identity.selection.model_copy(update={"max_k": 99})
     wider = before.identity.model_copy(update={"selection": selection})
-    assert try_commit(before, [], {"operation": "test"}, identity=wider)
+    assert try_commit(before, [], {"operation": "test"}, change=Change(wider))
     rows = run(table.location, selection={"max_k": largest}).rows
     assert rows.left > 0
     assert rows.left + rows.sequences == 80
@@ -125,4 +125,4 @@ def test_of_several_runs_that_narrow_a_table_at_once_one_succeeds(table: Table) 
     assert newest.version >= 3
     assert names_in(newest) == sorted([*A, *B])
     assert verify(newest).findings == ()
-    assert decode(rows_of(newest), newest.vocabulary).head_counts.max() == newest.identity.selection.max_k
+    assert decode(rows_of(newest), newest.numbering).head_counts.max() == newest.identity.selection.max_k

@@ -67,7 +67,7 @@ def test_a_custom_engine_is_used_by_capture_recheck_and_estimate(
     rows = read(table, table.shards()[0])
     ids, mask = (rows.column(name)[0].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "loss_mask"))
     [logits] = Bigrams(config.teacher, Checkpoint.find(config.teacher)).logits([ids], [np.flatnonzero(mask)])
-    labels = decode(rows.slice(0, 1), table.vocabulary)
+    labels = decode(rows.slice(0, 1), table.numbering)
     expected = logits.log_softmax(1).topk(8)
     np.testing.assert_array_equal(labels.head_ids.reshape(-1, 8), expected.indices)
     np.testing.assert_allclose(labels.head_logprobs.reshape(-1, 8), expected.values, atol=1 / 64)
@@ -99,7 +99,7 @@ def test_a_batch_is_written_while_the_next_one_runs(
     tiny_teacher: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writing each of the first batches waits until the teacher has begun the next one."""
-    monkeypatch.setattr("softlabel.pipeline.capturing.shard.VOCABULARY_SAMPLE", 1)
+    monkeypatch.setattr("softlabel.pipeline.capturing.shard.SAMPLE", 1)
     monkeypatch.setattr(Signalling, "batches", tuple(Event() for _ in range(4)))
     monkeypatch.setattr(Signalling, "begun", 0)
     append, in_time = ShardWriter.append, list[bool]()

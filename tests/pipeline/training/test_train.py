@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, Grani
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.loss.targets import decode_targets
+from softlabel.pipeline.loss.targets import TokenIds, decode_targets
 from softlabel.pipeline.objectives import language_model
 from softlabel.pipeline.objectives.language_model import Distillation
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
@@ -125,9 +125,9 @@ def test_the_loss_is_that_of_the_models_own_logits(config, table):
     stream = StreamConfig(**{**STREAM, "micro_batch_size": STREAM["batch_size"]})
     (batch,) = SoftLabelDataset(table, stream, max_steps=1)
     logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
-    targets = decode_targets(batch.targets, torch.tensor(table.vocabulary), table.temperatures, loss)
+    targets = decode_targets(batch.targets, TokenIds(table.numbering), table.temperatures, loss)
     identity = torch.eye(LIKE["vocab_size"])
-    expected = dense.reference(logits, identity, batch.next_ids, targets, loss, size=len(table.vocabulary))
+    expected = dense.reference(logits, identity, batch.next_ids, targets, loss, size=table.identity.vocabulary)
     found, _ = Distillation(model, table, loss, None)(batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

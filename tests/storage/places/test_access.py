@@ -46,7 +46,7 @@ def operations(table: Table, shard: Shard | None = None) -> dict[str, Callable[[
         "read": lambda: read(table, shard),
         "outline": lambda: list(outline(table, shard, ROW_KEY)),
         "open": lambda: Table.open(table.location),
-        "vocabulary": lambda: Table.open(table.location).vocabulary,
+        "vocabulary": lambda: Table.open(table.location).numbering,
         "tokenizer": lambda: table.tokenizer,
         "names": lambda: (tags(table.location), pins(table.location)),
         "vacuum": lambda: maintain(table.location, keep_versions=1, grace_hours=0),

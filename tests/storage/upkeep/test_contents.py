@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
@@ -81,7 +82,7 @@ def test_documents_that_have_changed_and_documents_that_lack_chunks_are_counted(
 
 
 def whole(table: Table) -> SoftLabels:
-    return decode(pa.concat_tables(read(table, shard, SOFT_LABELS.names) for shard in table.shards()), table.vocabulary)
+    return decode(pa.concat_tables(read(table, shard, SOFT_LABELS.names) for shard in table.shards()), table.numbering)
 
 
 def test_the_soft_labels_of_a_small_table_are_described_as_they_are(table: Table):

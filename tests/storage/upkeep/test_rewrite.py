@@ -17,10 +17,12 @@ from softlabel.storage.codec import decode
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.reader import read
+from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep import rewrite as module
 from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting
+from tests.numberings import by_id
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in
 
 A = [f"a{i}" for i in range(40)]
@@ -41,16 +43,11 @@ def contents(table: Table) -> list[dict[str, object]]:
     rows = []
     for shard in table.shards():
         part = read(table, shard)
-        ids = [
-            table.vocabulary[part.column(name).combine_chunks().flatten().to_numpy()].tolist()
-            for name in ("head_ids", "tail_ids")
-        ]
-        lengths = [
-            np.cumsum([0, *map(len, part.column(name).to_pylist())]).tolist() for name in ("head_ids", "tail_ids")
-        ]
-        for i, row in enumerate(part.to_pylist()):
-            row["head_ids"], row["tail_ids"] = (ids[j][lengths[j][i] : lengths[j][i + 1]] for j in range(2))
-            rows.append({**row, "split": shard.split})
+        for i in range(len(part)):
+            labels = by_id(decode(part.slice(i, 1), table.numbering))
+            row = part.slice(i, 1).drop_columns([name for name in SOFT_LABELS.names if name != "head_codes"])
+            soft = {name: values.tolist() for name, values in vars(labels).items() if name != "tail_logprobs"}
+            rows.append({**row.to_pylist()[0], **soft, "split": shard.split})
     return sorted(rows, key=lambda row: str(row["document_id"]))
 
 
@@ -124,7 +121,7 @@ def test_documents_move_to_their_new_split(filled: Table) -> None:
 
 def test_rows_are_stored_with_the_ranks_of_the_target_table(filled: Table, tmp_path: Path) -> None:
     other = make_table(tmp_path / "other", identity(), seed=9)
-    assert not np.array_equal(other.vocabulary, filled.vocabulary)
+    assert other.vocabulary_name != filled.vocabulary_name
     done = rewrite(job(filled, target=other, keep=of_source("a"), columns=("source",)), {})
     assert (done.sequences, done.dropped, done.version) == (40, 40, 1)
     assert contents(other.newest()) == [row for row in contents(filled) if row["source"] == "a"]
@@ -290,7 +287,7 @@ def test_finished_shards_of_an_interrupted_rewrite_are_reused(filled: Table, mon
     done = rewrite(job(filled, **everything), {})
     assert len(made) == len(set(made)) == done.shards
     assert set(finished) < {shard.path for shard in filled.newest().shards()}
-    decode(read(filled.newest(), filled.newest().shards()[0]), filled.vocabulary)
+    decode(read(filled.newest(), filled.newest().shards()[0]), filled.numbering)
 
 
 def interrupt_after(rows: int) -> Callable[[int], None]:

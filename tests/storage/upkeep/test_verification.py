@@ -155,8 +155,8 @@ FORGERIES = {
         "captured tokens in loss_mask of document x0",
     ),
     "ranks": (
-        replace_column("head_ids", lambda values: [[300] * len(v) for v in values]),
-        "head_ids: values from 300 to 300",
+        replace_column("head_ids", lambda values: [[10**6] * len(v) for v in values]),
+        "head_ids: values from 1000000",
     ),
     "tokens": (
         replace_column("token_ids", lambda values: [[-1] * len(v) for v in values]),

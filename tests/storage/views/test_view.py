@@ -20,6 +20,7 @@ from softlabel.storage.views import mixing
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.row_groups import column_of, load, outlines
 from softlabel.storage.views.view import View, open_table
+from tests.numberings import by_id
 from tests.storage.tables import add, identity, make_table
 
 ALL = ["document_id", "key", "token_ids", "positions", *SOFT_LABELS.names]
@@ -65,7 +66,7 @@ def stored(table: Table) -> dict[str, pa.Table]:
 
 
 def assert_same_labels(found: pa.Table, view: View, row: pa.Table, table: Table) -> None:
-    ours, theirs = decode(found, view.vocabulary), decode(row, table.vocabulary)
+    ours, theirs = by_id(decode(found, view.numbering)), by_id(decode(row, table.numbering))
     for name in ("head_ids", "head_logprobs", "tail_ids", "tail_draws", "entropies", "next_logprobs"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     wanted = [table.temperatures.index(T) for T in view.temperatures]
