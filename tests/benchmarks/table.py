@@ -1,11 +1,12 @@
 """Measures the size of a real teacher's soft labels in a table, by column, and how fast one core writes and reads them.
 
-``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual, and writes
-real tables of k=64 and of the default selection, each also with its ids renumbered at random over the 151,669 ids of a
-large vocabulary. The measured text comes after the text by which the table numbers its ids, as in all but small tables.
-For comparison, it measures a naive layout, and calculates the size of DistillKit's formats from their layouts.
-``--npz FILE`` saves the teacher's soft labels in a file, and loads them from there the next time. Speeds are per second
-of CPU time in the best of several runs: a shard is encoded, written, hashed and committed, then hashed, read and
+``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual, over prose
+and over chats (``tests.benchmarks.texts``). It writes real tables of k=64 and of the default selection, each also with
+its ids spread at random over the 151,669 ids of a large vocabulary, and prints their columns beside those of format 1.
+The measured documents come after those from which the table numbers its ids, as in all but small tables. For
+comparison, it measures a naive layout, and calculates the size of DistillKit's formats from their layouts.
+``--keep FOLDER`` saves the teacher's soft labels in a folder, and loads them from there the next time. Speeds are per
+second of CPU time in the best of several runs: a shard is encoded, written, hashed and committed, then hashed, read and
 decoded.
 """
 
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.storage import reader
-from softlabel.storage.codec import decode
+from softlabel.storage.codec import SoftLabels, decode
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -34,18 +35,25 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
-from softlabel.storage.labels import SoftLabels
-from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
+from softlabel.storage.places.place import SIDE_FOLDER
+from softlabel.storage.schema import FORMAT, SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.writer import ShardWriter
+from tests.benchmarks import format_1
+from tests.benchmarks.texts import CORPORA
 
 LENGTH = 1024
 """Tokens of a sequence."""
 LARGE = 151_669
 """Number of ids in a large vocabulary, that of Qwen3."""
-GOALS = {"k=64": (126, 100_000, 300_000), "default": (60, 200_000, 600_000)}
-"""Bytes per position, positions/s written, and positions/s read, for each selection."""
+GROWN = 10_000_000
+"""Positions of a table that has grown."""
+SELECTIONS = ("k=64", "default")
+GOALS = {("manual", "k=64"): 105, ("manual", "default"): 38, ("prose", "k=64"): 106, ("prose", "default"): 50}
+"""Bytes per position of all soft-label columns."""
+SPEEDS = {"k=64": (100_000, 300_000), "default": (200_000, 600_000)}
+"""Goals for positions/s written, and positions/s read, for each selection."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +65,29 @@ class Captured:
     """Captured positions of each sequence."""
     vocabulary: int
     sample: SoftLabels | None = None
-    """Soft labels of other sequences, by which a table numbers its ids; ``labels`` if None."""
+    """Soft labels of other documents, by which a table numbers its ids; ``labels`` if None."""
 
 
-def capture_demo(npz: Path | None, wanted: int) -> dict[str, Captured]:
-    """Both selections of the same logits: SmolLM2 over sections of Python's manual."""
-    if npz and npz.exists():
-        held = np.load(npz)
+def capture(corpus: str, wanted: int, kept: Path | None) -> dict[str, Captured]:
+    """Both selections of the same logits: SmolLM2 over a corpus."""
+    if kept and kept.exists():
+        held = np.load(kept)
+        positions, vocabulary = held["positions"], int(held["vocabulary"])
         return {
-            name: Captured(
-                _held(held, f"{name}.labels"), held["positions"], int(held["vocabulary"]), _held(held, f"{name}.sample")
-            )
-            for name in GOALS
+            name: Captured(_held(held, f"{name}.labels"), positions, vocabulary, _held(held, f"{name}.sample"))
+            for name in SELECTIONS
         }
-    captured = _run_teacher(wanted)
-    if npz:
-        first = captured["k=64"]
+    captured = _run_teacher(corpus, wanted)
+    if kept:
+        first = captured[SELECTIONS[0]]
         fields = {
             f"{name}.{part}.{key}": value
             for name, c in captured.items()
             for part in ("labels", "sample")
             for key, value in vars(getattr(c, part)).items()
         }
-        np.savez(npz, positions=first.positions, vocabulary=first.vocabulary, **fields)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, positions=first.positions, vocabulary=first.vocabulary, **fields)
     return captured
 
 
@@ -87,50 +95,63 @@ def _held(arrays: Mapping[str, NDArray[Any]], prefix: str) -> SoftLabels:
     return SoftLabels(**{field.name: arrays[f"{prefix}.{field.name}"] for field in dataclasses.fields(SoftLabels)})
 
 
-def _run_teacher(wanted: int) -> dict[str, Captured]:
-    from pydoc_data.topics import topics
-
+def _run_teacher(corpus: str, wanted: int) -> dict[str, Captured]:
     import torch
-    from transformers import AutoTokenizer
 
+    from softlabel.pipeline.capturing.shard import VOCABULARY_SAMPLE
     from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
     from softlabel.pipeline.examples.language_model import prepare_teacher
-    from softlabel.pipeline.selection.select import position_seeds, select
+    from softlabel.pipeline.selection.select import select
     from softlabel.pipeline.selection.selection import Selection
+    from softlabel.pipeline.teachers.kind import LanguageModel
+    from softlabel.pipeline.teachers.queries import Queries
     from softlabel.pipeline.teachers.teacher import TransformersTeacher
-    from softlabel.storage.clustering import SAMPLE
 
     folder = Path(".demo/teacher")
     prepare_teacher(folder)
     teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
-    selections = {"k=64": Selection.of(SelectionConfig(top_k=64)), "default": Selection.of(SelectionConfig())}
-    text = "\n".join(text for _, text in sorted(topics.items()))
-    ids = np.array(AutoTokenizer.from_pretrained(folder)(text)["input_ids"], np.int32)
-    sampled, measured = (-(-count // (LENGTH - 1)) for count in (SAMPLE, wanted))
-    sequences = ids[: LENGTH * (sampled + measured)].reshape(sampled + measured, LENGTH)
+    settings = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
+    selections = {name: Selection.of(settings[name]) for name in SELECTIONS}
+    sample, measured = _sequences(corpus, teacher.checkpoint, VOCABULARY_SAMPLE, wanted)
+    queries, identity = Queries(pa.concat_tables([sample, measured]), LanguageModel()), teacher_identity()
     parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
-    for number, sequence in enumerate(sequences):
-        print(f"\rteacher: sequence {number + 1} of {len(sequences)}", end="", file=sys.stderr)
-        start = 1
-        for logits in teacher.logits([sequence], [np.arange(1, LENGTH, dtype=np.int32)]):
-            at = torch.arange(start, start + len(logits))
-            start += len(logits)
-            for name, selection in selections.items():
-                seeds = position_seeds(selection, b"smollm2", b"%d" % number, at)
-                next_ids = torch.from_numpy(sequence[at.numpy()])
-                parts[name].append(select(logits, next_ids, seeds, selection, teacher.vocabulary))
+    for number, (tokens, at) in enumerate(zip(queries.tokens, queries.positions, strict=True)):
+        print(f"\r{corpus}: sequence {number + 1} of {len(queries.tokens)}", end="", file=sys.stderr)
+        batch, logits = np.array([number]), torch.cat(list(teacher.logits([tokens], [at])))
+        for name, selection in selections.items():
+            next_ids, seeds = queries.next_ids(batch), queries.seeds(batch, selection, identity)
+            parts[name].append(select(logits, next_ids, seeds, selection, teacher.vocabulary))
     print(file=sys.stderr)
-    positions = np.full(measured, LENGTH - 1)
-    chunks = len(parts["k=64"]) // len(sequences)
+    positions, first = measured.column("positions").to_numpy().astype(np.int64), len(sample)
     return {
         name: Captured(
-            SoftLabels.concatenate(made[sampled * chunks :]),
-            positions,
-            teacher.vocabulary,
-            SoftLabels.concatenate(made[: sampled * chunks]),
+            SoftLabels.concatenate(made[first:]), positions, teacher.vocabulary, SoftLabels.concatenate(made[:first])
         )
         for name, made in parts.items()
     }
+
+
+def _sequences(corpus: str, checkpoint: Any, sampled: int, wanted: int) -> tuple[pa.Table, pa.Table]:
+    """Sequences of a corpus's first documents, and of the documents after them, with so many positions each."""
+    from softlabel.pipeline.config.capture import SequencesConfig
+    from softlabel.pipeline.documents.documents import DOCUMENT
+    from softlabel.pipeline.sequences.chunking import ChunkedDocuments
+
+    content, documents = CORPORA[corpus]
+    chunked = ChunkedDocuments(checkpoint, SequencesConfig(max_tokens=LENGTH), content)
+    left = [sampled, wanted]
+    tables: list[list[pa.Table]] = [[], []]
+    for name, text in documents():
+        part = 0 if left[0] > 0 else 1
+        document = {"document_id": name, "content": text, "label": None, "fingerprint": bytes(16)}
+        rows, _ = chunked.sequences(pa.Table.from_pylist([document], DOCUMENT), 0.0)
+        tables[part].append(rows)
+        left[part] -= sum(rows.column("positions").to_pylist())
+        if left[1] <= 0:
+            break
+    assert tables[1], "the corpus has more documents than the sample"
+    first, rest = (pa.concat_tables(made) for made in tables)
+    return first, rest
 
 
 def renumbered(captured: Captured) -> Captured:
@@ -165,10 +186,14 @@ def sequences_of(captured: Captured, copy: int) -> pa.Table:
     return pa.Table.from_pylist(rows, SEQUENCE)
 
 
+def teacher_identity() -> TeacherIdentity:
+    return TeacherIdentity(files={}, dtype="bfloat16")
+
+
 def make_table(folder: Path, captured: Captured) -> Table:
     """A softlabel table that numbers its ids by their frequency in the sample."""
     identity = Identity(
-        teacher=TeacherIdentity(files={}, dtype="bfloat16"),
+        teacher=teacher_identity(),
         tokenizer=TokenizerIdentity(files="", chat_template=None, chat_template_date=date(2026, 1, 1)),
         vocabulary=captured.vocabulary,
         padded_vocabulary=captured.vocabulary,
@@ -219,21 +244,86 @@ def best(work: Callable[[int], object], positions: int, runs: int) -> float:
     return positions / min(seconds)
 
 
-def measure(name: str, captured: Captured, runs: int) -> None:
-    """Print the sizes and speeds of a selection."""
+class Sizes(NamedTuple):
+    """Bytes of soft labels in one format."""
+
+    columns: dict[str, float]
+    """Bytes per position of each column."""
+    vocabulary: int
+    """Bytes of the vocabulary file."""
+
+    @property
+    def together(self) -> float:
+        """Bytes per position of all columns."""
+        return sum(self.columns.values())
+
+    def share(self, positions: int) -> float:
+        """The vocabulary file's share of the bytes of a table with so many positions."""
+        return self.vocabulary / (self.vocabulary + positions * self.together)
+
+
+def sizes_before(captured: Captured) -> Sizes:
+    """The sizes in format 1."""
+    ranking = format_1.ranked(captured.sample or captured.labels, captured.vocabulary)
+    columns = format_1.column_bytes(captured.labels, captured.positions, ranking)
+    positions = captured.labels.positions
+    return Sizes({name: size / positions for name, size in columns.items()}, format_1.vocabulary_bytes(ranking))
+
+
+def sizes_of(table: Table) -> Sizes:
+    """The sizes in a table."""
+    columns = inspect(table).columns
+    vocabulary = table.place.read(f"{SIDE_FOLDER}/{table.vocabulary_name}")
+    return Sizes({name: columns[name].bytes_per_position for name in SOFT_LABELS.names}, len(vocabulary))
+
+
+def write(folder: Path, captured: Captured) -> Table:
+    """A table with one shard of these soft labels."""
+    table = make_table(folder, captured)
+    with ShardWriter(table) as writer:
+        writer.append(sequences_of(captured, 0), captured.labels)
+        writer.commit({})
+    return table.newest()
+
+
+def measure_sizes(corpus: str, name: str, captured: Captured) -> None:
+    """Print the sizes of a selection in both formats, with the teacher's ids and with those of a large vocabulary."""
+    labels, P = captured.labels, captured.labels.positions
+    sizes: list[Sizes] = []
+    for case in (captured, renumbered(captured)):
+        with tempfile.TemporaryDirectory() as scratch:
+            sizes += [sizes_before(case), sizes_of(write(Path(scratch), case))]
+    print(f"\n{corpus}, {name}: {P:,} positions, {labels.head_counts.mean():.1f} ids in the head, ", end="")
+    print(f"{labels.tail_counts.mean():.1f} in the tail")
+    print(f"  {'bytes per position':<20}{f'{captured.vocabulary:,} ids':>20}{f'spread over {LARGE:,}':>24}")
+    print(f"  {'':<20}{''.join(f'{it:>{width}}' for width in (10, 14) for it in ('format 1', f'format {FORMAT}'))}")
+
+    def line(what: str, figures: list[str], note: str = "") -> None:
+        first, second, third, fourth = figures
+        print(f"  {what:<20}{first:>10}{second:>10}{third:>14}{fourth:>10}   {note}".rstrip())
+
+    for column in dict.fromkeys([*sizes[0].columns, *SOFT_LABELS.names]):
+        line(column, [f"{size.columns[column]:.2f}" if column in size.columns else "" for size in sizes])
+    goal = GOALS.get((corpus, name))
+    line("together", [f"{size.together:.2f}" for size in sizes], f"goal {goal}" if goal else "")
+    line("vocabulary file, kB", [f"{size.vocabulary / 1000:.0f}" for size in sizes])
+    line("its share", [f"{size.share(P):.1%}" for size in sizes], f"of a table of {P:,} positions")
+    line("", [f"{size.share(GROWN):.2%}" for size in sizes], f"of {GROWN:,}")
+    print(f"  {'naive layout':<20}{naive_bytes(labels):>20.2f}   int32 ids + float32, zstd; only ids and values")
+    if name == "k=64":
+        sizes_here, sizes_large = (distillkit_bytes(64, V) for V in (captured.vocabulary, LARGE))
+        for setting, size in sizes_here.items():
+            print(f"  {'DistillKit':<20}{size:>20.2f}{sizes_large[setting]:>24.2f}   {setting}, calculated")
+
+
+def measure_speeds(name: str, captured: Captured, runs: int) -> None:
+    """Print how fast a selection is written and read."""
     P = captured.labels.positions
-    sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for kind, case in (("as they are", captured), ("random", renumbered(captured))):
-            table = make_table(Path(scratch) / kind, case)
-            with ShardWriter(table) as writer:
-                writer.append(sequences_of(case, 0), case.labels)
-                writer.commit({})
-            sizes[kind] = inspect(table.newest())
-        one_shard = Table.open(str(Path(scratch) / "as they are" / "table"))
+        one_shard = write(Path(scratch), captured)
         copies = [sequences_of(captured, copy) for copy in range(1, runs + 1)]
 
-        def write(run: int) -> None:
+        def add(run: int) -> None:
             with ShardWriter(one_shard) as writer:
                 writer.append(copies[run], captured.labels)
                 writer.commit({})
@@ -241,43 +331,30 @@ def measure(name: str, captured: Captured, runs: int) -> None:
         def load(run: int) -> None:
             reader._HASHES.clear()  # so that each run checks the shard's bytes, as every process does once
             for shard in one_shard.shards():
-                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.numbering)
+                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.vocabulary)
 
-        written, loaded = best(write, P, runs), best(load, P, runs)
-
-    plain, random = sizes["as they are"], sizes["random"]
-    goal_bytes, goal_write, goal_read = GOALS[name]
-    print(f"\n{name}: {P:,} positions, {captured.labels.head_counts.mean():.1f} ids in the head, ", end="")
-    print(f"{captured.labels.tail_counts.mean():.1f} in the tail")
-    print(f"  {'bytes per position':<20}{'stored':>8}{'entropy':>9}{'ids at random':>15}")
-    for column in SOFT_LABELS.names:
-        a, b = plain.columns[column], random.columns[column]
-        print(f"  {column:<20}{a.bytes_per_position:8.2f}{a.entropy_per_position:9.2f}{b.bytes_per_position:15.2f}")
-    ours, worst = plain.soft_label_bytes_per_position, random.soft_label_bytes_per_position
-    entropy = sum(plain.columns[column].entropy_per_position or 0 for column in SOFT_LABELS.names)
-    print(
-        f"  {'together':<20}{ours:8.2f}{entropy:9.2f}{worst:15.2f}   goals {goal_bytes}, +10%: {worst / ours - 1:+.1%}"
-    )
-    print(f"  {'naive layout':<20}{naive_bytes(captured.labels):8.2f}   int32 ids + float32, zstd; only ids and values")
-    if name == "k=64":
-        sizes_here, sizes_large = (distillkit_bytes(64, V) for V in (captured.vocabulary, LARGE))
-        for setting, size in sizes_here.items():
-            print(f"  {'DistillKit':<20}{size:8.2f}{sizes_large[setting]:24.2f}   {setting}, calculated")
+        written, loaded = best(add, P, runs), best(load, P, runs)
+    goal_write, goal_read = SPEEDS[name]
     print(f"  encode and write  {written:10,.0f} positions/s   goal {goal_write:,}")
     print(f"  read and decode   {loaded:10,.0f} positions/s   goal {goal_read:,}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument(
-        "--npz", type=Path, help="file to save the teacher's soft labels in, or to load them from if it exists"
+        "--keep", type=Path, help="folder to save the teacher's soft labels in, or to load them from if they are there"
     )
-    parser.add_argument("--positions", type=int, default=16_384)
+    parser.add_argument("--positions", type=int, default=32_768)
     parser.add_argument("--runs", type=int, default=7)
     settings = parser.parse_args()
     pa.set_cpu_count(1)
-    for name, captured in capture_demo(settings.npz, settings.positions).items():
-        measure(name, captured, settings.runs)
+    for corpus in settings.corpora:
+        kept = settings.keep and settings.keep / f"{corpus}.npz"
+        for name, captured in capture(corpus, settings.positions, kept).items():
+            measure_sizes(corpus, name, captured)
+            if corpus == settings.corpora[0]:
+                measure_speeds(name, captured, settings.runs)
 
 
 if __name__ == "__main__":
