@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.benchmarks import stream, texts
+from tests import texts
+from tests.benchmarks import stream
 from tests.figures import verdict
 
 

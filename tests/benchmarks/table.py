@@ -1,7 +1,7 @@
 """Measures the size of a real teacher's soft labels in a table, by column, and how fast one core writes and reads them.
 
 ``python -m tests.benchmarks.table`` runs SmolLM2-135M (unpacked to .demo/teacher) over Python's own manual, over prose
-and over chats (``tests.benchmarks.texts``). It writes real tables of k=64 and of the default selection, each also with
+and over chats (``tests.texts``). It writes real tables of k=64 and of the default selection, each also with
 its ids spread at random over the 151,669 ids of a large vocabulary, and prints their columns beside those of format 1.
 The measured documents come after those from which the table numbers its ids, as in all but small tables. For
 comparison, it measures a naive layout, and calculates the size of DistillKit's formats from their layouts.
@@ -40,8 +40,8 @@ from softlabel.storage.schema import FORMAT, SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.writer import ShardWriter
-from tests.benchmarks import format_1
-from tests.benchmarks.texts import CORPORA
+from tests import format_1_sizes as format_1
+from tests.texts import CORPORA
 
 LENGTH = 1024
 """Tokens of a sequence."""
