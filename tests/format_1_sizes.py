@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softlabel.storage.codec import SoftLabels
+from softlabel.storage.labels import SoftLabels
 
 _TYPES = {
     "head_counts": "int16",

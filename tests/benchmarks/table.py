@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.storage import reader
-from softlabel.storage.codec import SoftLabels, decode
+from softlabel.storage.codec import decode
 from softlabel.storage.identity import (
     Identity,
     SelectionIdentity,
@@ -35,6 +35,7 @@ from softlabel.storage.identity import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from softlabel.storage.labels import SoftLabels
 from softlabel.storage.places.place import SIDE_FOLDER
 from softlabel.storage.schema import FORMAT, SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
@@ -331,7 +332,7 @@ def measure_speeds(name: str, captured: Captured, runs: int) -> None:
         def load(run: int) -> None:
             reader._HASHES.clear()  # so that each run checks the shard's bytes, as every process does once
             for shard in one_shard.shards():
-                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.vocabulary)
+                decode(reader.read(one_shard, shard, SOFT_LABELS.names), one_shard.numbering)
 
         written, loaded = best(add, P, runs), best(load, P, runs)
     goal_write, goal_read = SPEEDS[name]
