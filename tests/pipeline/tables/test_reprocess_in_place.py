@@ -10,7 +10,6 @@ from softlabel.pipeline.progress import Progress
 from softlabel.storage.codec import decode
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError, ProvenanceError
-from softlabel.storage.reader import index
 from softlabel.storage.table import Change, Table
 from softlabel.storage.upkeep.inspection import history
 from softlabel.storage.upkeep.maintenance import maintain
@@ -67,19 +66,17 @@ def test_no_shard_is_written_if_only_the_identity_changes(table: Table) -> None:
 
 def test_a_shard_that_narrowing_does_not_change_stays(table: Table) -> None:
     """No commit removes and adds the same file."""
-    run(table.location, selection={"draws": 0})
+    one_a_split = {"positions": 1_000_000}
+    run(table.location, selection={"draws": 0}, shards=one_a_split)
     before = Table.open(table.location)
     largest = int(decode(rows_of(before), before.numbering).head_counts.max())
     selection = before.identity.selection.model_copy(update={"max_k": 99})
     wider = before.identity.model_copy(update={"selection": selection})
     assert try_commit(before, [], {"operation": "test"}, change=Change(wider))
-    rows = run(table.location, selection={"max_k": largest}).rows
-    assert rows.left > 0
-    assert rows.left + rows.sequences == 80
+    rows = run(table.location, selection={"max_k": largest}, shards=one_a_split).rows
     newest = Table.open(table.location)
-    moved = index(newest, ["positions"]).to_pydict()["positions"]
-    assert 0 < rows.positions < sum(moved)
-    assert names_in(newest) == sorted([*A, *B])
+    assert newest.identity.selection.max_k == largest
+    assert (rows.left, rows.sequences, newest.shards()) == (80, 0, before.shards())
     assert verify(newest).findings == ()
 
 
