@@ -9,9 +9,7 @@ from typing import Self
 
 from pydantic import TypeAdapter
 
-from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.bootstrap import Estimate
-from softlabel.pipeline.evaluation.charts import Bar
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
 from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, reach, render
 from softlabel.pipeline.evaluation.standings import Gap, Standing
@@ -135,6 +133,8 @@ def to_html(report: ClassReport) -> str:
 
 def _drawings(report: ClassReport) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
+    from softlabel.pipeline.evaluation import charts
+
     drawings, students = {}, report.students
     for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):
         if curves := histories(students, quantity):
@@ -143,7 +143,7 @@ def _drawings(report: ClassReport) -> dict[str, str]:
         drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
     models: list[ClassTeacher | ClassStudent] = [report.teacher, *students]
     bars = [
-        Bar(index, model.name, [getattr(model.metrics.quality, score) for score in SCORES])
+        charts.Bar(index, model.name, [getattr(model.metrics.quality, score) for score in SCORES])
         for index, model in enumerate(models, start=-1)
         if model.metrics.quality is not None
     ]

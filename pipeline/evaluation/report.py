@@ -2,6 +2,8 @@
 
 Both are written from one ``Report``; the page adds only drawings to the content of the JSON, whose fields are described
 by the docstrings here and in ``summary``. Measures nothing and reads neither table nor model.
+
+Functions that draw import ``charts`` themselves: a training needs no drawings, and matplotlib takes half a second.
 """
 
 import json
@@ -14,14 +16,12 @@ from html import unescape
 from itertools import count
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import TypeAdapter
 
-from softlabel.pipeline.evaluation import charts
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
-from softlabel.pipeline.evaluation.charts import Curve, Dot
 from softlabel.pipeline.evaluation.metrics import DRAFT
 from softlabel.pipeline.evaluation.partings import Place
 from softlabel.pipeline.evaluation.positions import TOP
@@ -31,6 +31,9 @@ from softlabel.pipeline.evaluation.unfinished import claim, claimed
 from softlabel.pipeline.students.record import StudentRecord
 from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
+
+if TYPE_CHECKING:
+    from softlabel.pipeline.evaluation.charts import Curve
 
 _ALONE = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 """What an SVG file needs, and an SVG element of a page does not."""
@@ -359,6 +362,8 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         verdict: sentence to begin with; None to leave it out.
         drawings: SVG by name.
     """
+    from softlabel.pipeline.evaluation.charts import SERIES
+
     templates = Environment(
         loader=PackageLoader("softlabel.pipeline.evaluation"),
         autoescape=True,
@@ -377,7 +382,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
     return templates.get_template(template).render(
         report=report,
         title=_title([student.name for student in report.students], report.teacher.name),
-        series=charts.SERIES,
+        series=SERIES,
         verdict=verdict,
         drawings=drawings,
         total=sum(column.bytes_per_position for column in report.columns),
@@ -398,9 +403,11 @@ def _command(report: Header) -> str:
 
 def _drawings(report: Report) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
+    from softlabel.pipeline.evaluation import charts
+
     drawings, students, metrics = {}, report.students, [student.metrics for student in report.students]
     sized = [
-        Dot(index, student.name, student.parameters, student.metrics.kl.mean, reach(student.metrics.kl))
+        charts.Dot(index, student.name, student.parameters, student.metrics.kl.mean, reach(student.metrics.kl))
         for index, student in enumerate(students)
         if student.parameters
     ]
@@ -440,8 +447,10 @@ def _drawings(report: Report) -> dict[str, str]:
     return drawings
 
 
-def _curves(report: Report, groups: Sequence[Sequence[Group]]) -> list[Curve]:
+def _curves(report: Report, groups: Sequence[Sequence[Group]]) -> "list[Curve]":
     """Each student's KL over the middles of some ranges."""
+    from softlabel.pipeline.evaluation.charts import Curve
+
     return [
         Curve(
             index,
@@ -453,8 +462,10 @@ def _curves(report: Report, groups: Sequence[Sequence[Group]]) -> list[Curve]:
     ]
 
 
-def histories(students: Sequence[Any], quantity: str) -> list[Curve]:
+def histories(students: Sequence[Any], quantity: str) -> "list[Curve]":
     """Each student's curve of a quantity by step, for the students that logged it."""
+    from softlabel.pipeline.evaluation.charts import Curve
+
     curves = []
     for index, student in enumerate(students):
         records = [record for record in student.history if quantity in record]

@@ -34,7 +34,7 @@ def deployed_run(tmp_path: Path) -> FlowRun:
         return client.read_flow_run(run.id)
 
 
-@pytest.mark.parametrize("error", [AccessError, WorkerError])
+@pytest.mark.parametrize("error", [AccessError, pytest.param(WorkerError, marks=pytest.mark.long)])
 def test_an_error_that_passes_is_survived(error: type[SoftlabelError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     left = [error("the store did not answer"), error("the store did not answer")]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from softlabel.pipeline.config.train import StudentConfig
-from softlabel.pipeline.students.compatibility import require_fitting
+from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.students.origin import KnownTeacher, Origin
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.pipeline.training.train import train
@@ -26,6 +26,8 @@ from tests.pipeline.conftest import NEW, OLD
 from tests.pipeline.trainings import interrupt_at, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ONE_LAYER = StudentConfig(depth=1)
 
 
 def change(folder: Path) -> None:
@@ -114,11 +116,11 @@ def captured_from(table, *teachers):
 def test_layers_of_a_teacher_with_an_adapter_or_code_of_its_own(model, table):
     spoke = TeacherIdentity(files=hashes(model), dtype="float32", adapter="0")
     with pytest.raises(StudentError, match="without the adapter"):
-        require_fitting(StudentConfig(depth=1), captured_from(table, KnownTeacher.of(str(model), None, spoke)))
+        objective_of(captured_from(table, KnownTeacher.of(str(model), None, spoke))).require_fitting(ONE_LAYER)
     (model / "own.py").write_text("")
     files = hashes(model) | {"own.py": hashlib.sha256(b"").hexdigest()}
     coded = TeacherIdentity(files=files, dtype="float32")
-    require_fitting(StudentConfig(depth=1), captured_from(table, KnownTeacher.of(str(model), None, coded)))
+    objective_of(captured_from(table, KnownTeacher.of(str(model), None, coded))).require_fitting(ONE_LAYER)
 
 
 @pytest.mark.usefixtures("hub")
@@ -127,7 +129,7 @@ def test_a_downloaded_copy_of_the_hub_teacher_is_accepted_by_its_files(table, mo
     monkeypatch.chdir(tmp_path)
     spoke = KnownTeacher.of("org/name", OLD, TeacherIdentity(files=hashes(model), dtype="float32"))
     shutil.copytree(model, tmp_path / "org" / "name")
-    assert require_fitting(StudentConfig(depth=1), captured_from(table, spoke)).path == Path("org/name")
+    assert objective_of(captured_from(table, spoke)).require_fitting(ONE_LAYER).path == Path("org/name")
 
 
 def test_one_teacher_in_two_precisions_is_one(tiny_teacher, tmp_path):

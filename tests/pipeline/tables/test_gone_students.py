@@ -43,7 +43,7 @@ def test_only_students_that_are_surely_gone_are_unpinned(table: Table):
     before = len(pins(table.location))
     assert unpinned(maintain(MaintainConfig(table=table.location))) == set()
     asked = MaintainConfig(table=table.location, unpin_gone_after_days=30)
-    assert unpinned(maintain(asked.model_copy(update={"dry_run": True}))) == {"gone"}
+    assert unpinned(maintain(asked, dry_run=True)) == {"gone"}
     assert len(pins(table.location)) == before
     report = maintain(asked)
     assert unpinned(report) == {"gone"}

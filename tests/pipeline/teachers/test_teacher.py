@@ -16,7 +16,6 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
-    Llama4TextConfig,
     MixtralConfig,
     OPTConfig,
     XLNetConfig,
@@ -260,12 +259,8 @@ BERT = {**SMALL, "num_attention_heads": 2, "initializer_range": 0.3}
             "sees the token that it should predict",
         ),
         (OPTConfig(**SMALL, ffn_dim=64, num_attention_heads=2), "can't be run separately from its base model"),
-        (
-            Llama4TextConfig(**SMALL, **HEADS, num_local_experts=2, head_dim=16),
-            "can't be run separately from its base model",
-        ),
     ],
-    ids=["bert", "xlnet", "opt", "llama4"],
+    ids=["bert", "xlnet", "opt"],
 )
 def test_an_architecture_that_can_not_be_a_teacher_is_refused(
     config: object, reason: str, tiny_teacher: Path, tmp_path: Path

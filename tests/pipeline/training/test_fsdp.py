@@ -113,6 +113,7 @@ def hold_a_share(rank, rendezvous):
     os._exit(0)  # without the interpreter's own end, in which a thread of gloo may still abort the process
 
 
+@pytest.mark.long
 def test_weights_are_saved_whole_and_loaded_in_shards(tmp_path):
     torch.multiprocessing.spawn(hold_a_share, (str(tmp_path / "rendezvous"),), nprocs=2)
 

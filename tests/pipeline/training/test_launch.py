@@ -97,7 +97,8 @@ def test_an_error_of_a_rank_is_raised_by_the_parent(table, tmp_path):
     assert not {path.name for path in tmp_path.iterdir()} - {".student.softlabel.lock"}
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_others_and_is_named_in_the_error(victim, table, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     died, before = 0.0, family(os.getpid())
@@ -116,7 +117,8 @@ def test_a_rank_that_dies_ends_the_others_and_is_named_in_the_error(victim, tabl
     assert {path.name for path in tmp_path.iterdir()} <= {".student.softlabel.lock", "student.training"}
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.long), "full"])
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_ranks_ignore_other_launchers_and_use_only_the_loopback_interface(sharding, table, tmp_path, monkeypatch):
     """With another launcher's environment, another network interface, and a folder of modules that must not run."""
     for name, value in ELSEWHERE.items():

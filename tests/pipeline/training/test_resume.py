@@ -19,7 +19,10 @@ from tests.pipeline.trainings import CHILD, curve, history, interrupt_at, run, s
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("die", "resumed"), [({"step": 10}, 8), ({"saving": 8}, 4)])
+DEATHS = [pytest.param({"step": 10}, 8, marks=pytest.mark.long), ({"saving": 8}, 4)]
+
+
+@pytest.mark.parametrize(("die", "resumed"), DEATHS)
 def test_a_killed_run_resumes_bit_for_bit(die, resumed, uninterrupted, table, tmp_path, monkeypatch):
     config = settings(table, tmp_path / "student")
     assert run(["-c", CHILD], config, **die).returncode == -signal.SIGKILL

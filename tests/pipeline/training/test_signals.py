@@ -215,6 +215,7 @@ def test_a_refused_training_puts_the_handlers_back(table, tmp_path):
     assert list(map(signal.getsignal, (2, 15))) == handlers
 
 
+@pytest.mark.long
 def test_two_processes_stop_at_the_same_step_and_save_it(table, tmp_path, caplog):
     """Also if each of them gets the signal, as from a service manager."""
     config = settings(table, tmp_path / "student", optimizer={**TWO, "max_steps": 1000, "save_steps": 1000})
