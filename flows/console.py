@@ -1,12 +1,21 @@
 """Building blocks of the terminal output: the console, tables, labelled lines, suggested commands, short numbers."""
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from rich.console import Console
 from rich.table import Table
 
-console = Console(highlight=False, soft_wrap=True)
+_WIDTH_OF_A_PIPE = 200
+"""Columns for output that goes to no terminal; rich would take 80, and cut off what does not fit."""
+
+console = Console(
+    highlight=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_PIPE,
+)
 
 
 def facts(facts: Mapping[str, str]) -> None:
