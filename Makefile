@@ -30,9 +30,9 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m softlabel.pipeline.examples.language_model .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
-# One process for each core, each with one thread for its tensors.
+# One process for each core, and one more since many tests wait; each with one thread for its tensors.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)) --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest --hypothesis-profile drawn -m "not gpu and (long or hypothesis)"

@@ -195,6 +195,7 @@ def test_empty_documents_are_an_error_and_leave_no_table(
     assert not (tmp_path / "table").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("prefect")
 def test_a_yes_on_standard_input_runs_no_code(tiny_teacher: Path, tmp_path: Path):
     """Scripts may answer yes to any question."""

@@ -82,6 +82,7 @@ def test_ranks_die_with_their_parent_and_another_number_of_them_resumes(table, t
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_error_of_a_rank_is_raised_by_the_parent(table, tmp_path):
     alone, together = (
         settings(table, tmp_path / "student", student={"layers": None, "model": "nowhere"}, optimizer=optimizer)
