@@ -67,10 +67,14 @@ class _Ids:
     tail_counts: Ints
 
     def __getitem__(self, part: slice) -> Self:
-        (heads, tails), positions = ((self.head_counts, self.tail_counts), np.arange(len(self.head_counts))[part])
-        first = np.isin(np.arange(len(heads)), positions)
+        """The ids of some of the positions."""
+        chosen = np.zeros(len(self.head_counts), bool)
+        chosen[part] = True
         return type(self)(
-            self.heads[np.repeat(first, heads)], heads[part], self.tails[np.repeat(first, tails)], tails[part]
+            self.heads[np.repeat(chosen, self.head_counts)],
+            self.head_counts[part],
+            self.tails[np.repeat(chosen, self.tail_counts)],
+            self.tail_counts[part],
         )
 
     @property

@@ -1,6 +1,9 @@
 """What the command prints for classifiers; the tests of the flows cover language models."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -75,3 +78,19 @@ def test_a_lower_bound_is_shown_as_one(kind: str, shown: str, capsys: pytest.Cap
     assert (
         "90 positions of 4 held-out sequences of 4 documents; 1 more left out (also in the train split); 2 left" in out
     )
+
+
+PRINT_A_WIDE_TABLE = """
+from softlabel.flows.console import console, table_of
+table = table_of("a", "b")
+table.add_row("x" * 70, "y" * 70)
+console.print(table)
+"""
+
+
+def test_nothing_is_cut_off_in_a_pipe():
+    """Which has no width: rich would cut cells off at 80 columns."""
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-c", PRINT_A_WIDE_TABLE]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "y" * 70 in shown
