@@ -13,7 +13,7 @@ if "prefect" in sys.modules:  # a worker loads a flow when Prefect has already c
     for handler in logging.getLogger("prefect.extra").handlers:
         logging.getLogger("softlabel").addHandler(handler)
     if os.environ.get("SOFTLABEL_LOG_FORMAT") == "json":
-        from softlabel.flows.logs import print_json_lines
+        from softlabel.flows.running.logs import print_json_lines
 
         print_json_lines()
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")

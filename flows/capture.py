@@ -7,11 +7,11 @@ from prefect import Flow, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from softlabel.flows.artifacts import publishing_progress
-from softlabel.flows.events import announcing
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.artifacts import publishing_progress
+from softlabel.flows.running.events import announcing
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.capturing.capture import CaptureReport, capture
 from softlabel.pipeline.capturing.steps import P, R, StepDecorator
 from softlabel.pipeline.config.capture import CaptureConfig

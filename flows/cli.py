@@ -21,7 +21,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from pydantic_core import to_json
 
 from softlabel.flows.arguments import placed, read_file, resolve, settings
-from softlabel.flows.logs import line
+from softlabel.flows.running.logs import line
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
@@ -120,18 +120,18 @@ def answer(verb: str, work: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         print(to_json(result, inf_nan_mode="null").decode())
     else:
-        from softlabel.flows.display import SHOW, SHOW_DRY_RUN
+        from softlabel.flows.display.verbs import SHOW, SHOW_DRY_RUN
 
         dry = SHOW_DRY_RUN.get(verb) if getattr(result, "dry_run", False) else None
         (dry or SHOW[verb])(result)
 
 
 def _run_flow(name: str, config: Settings) -> Any:
-    return import_module("softlabel.flows.runner").run(name, config)
+    return import_module("softlabel.flows.running.runner").run(name, config)
 
 
 def _dry_run(config: Settings) -> Any:
-    return import_module("softlabel.flows.runner").dry_run(config)
+    return import_module("softlabel.flows.running.runner").dry_run(config)
 
 
 def _several_then_one(several: str, last: str) -> inspect.Parameter:
@@ -209,7 +209,7 @@ def _show(config: ShowConfig) -> Any:
 
 
 def _export(config: ExportConfig) -> Any:
-    from softlabel.flows.progress import watching
+    from softlabel.flows.running.progress import watching
     from softlabel.pipeline.tables.export import export
 
     with watching() as watch:
@@ -244,7 +244,7 @@ def inspect_table(table: str | None = None, /, *, file: File = None, as_json: As
     """
 
     def work() -> Any:
-        from softlabel.flows.progress import watching
+        from softlabel.flows.running.progress import watching
         from softlabel.pipeline import inspect
 
         with watching() as watch:
@@ -307,7 +307,7 @@ def deploy_flows(
     def work() -> Any:
         given = {("schedules",): schedules, ("work_pool",): work_pool}
         flags: dict[tuple[str, ...], Any] = {name: value for name, value in given.items() if value is not None}
-        with import_module("softlabel.flows.runner").without_traces() if dry_run else nullcontext():
+        with import_module("softlabel.flows.running.runner").without_traces() if dry_run else nullcontext():
             from softlabel.flows.deploy import deploy
             from softlabel.flows.deployments import DeployConfig
 

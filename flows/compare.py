@@ -3,10 +3,10 @@
 from prefect import flow
 
 from softlabel.flows.evaluate import show_report
-from softlabel.flows.outages import reported
-from softlabel.flows.progress import watching
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.outages import reported
+from softlabel.flows.running.progress import watching
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.evaluate import CompareConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.compare import compare

@@ -17,7 +17,7 @@ from prefect.events.actions import CancelFlowRun, ChangeFlowRunState, RunDeploym
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from softlabel.flows.events import NEW_VERSION, table_resource
+from softlabel.flows.running.events import NEW_VERSION, table_resource
 from softlabel.pipeline.config.base import Location, Settings
 
 FlowName = Literal[

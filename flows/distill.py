@@ -4,7 +4,7 @@ from prefect import flow
 
 from softlabel.flows.capture import capture_flow
 from softlabel.flows.evaluate import evaluate_flow
-from softlabel.flows.retries import retrying
+from softlabel.flows.running.retries import retrying
 from softlabel.flows.train import train_flow
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.distillation import DistillReport, distill_in_stages

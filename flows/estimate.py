@@ -3,9 +3,9 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.progress import watching
-from softlabel.flows.retries import retrying
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.progress import watching
+from softlabel.flows.running.retries import retrying
 from softlabel.pipeline.config.estimate import EstimateConfig
 from softlabel.pipeline.estimation.estimate import Estimate, estimate
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.progress import watching
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.progress import watching
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate

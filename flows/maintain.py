@@ -3,9 +3,9 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport, maintain
 

@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from softlabel.flows.outages import reported
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.outages import reported
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.tables import MixConfig
 from softlabel.pipeline.tables.mix import MixReport, mix
 

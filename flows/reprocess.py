@@ -3,11 +3,11 @@
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from softlabel.flows.artifacts import publishing_progress
-from softlabel.flows.events import announcing
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.artifacts import publishing_progress
+from softlabel.flows.running.events import announcing
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.tables import ReprocessConfig
 from softlabel.pipeline.tables.reprocess import ReprocessReport, reprocess
 

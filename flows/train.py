@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from prefect import flow
 from prefect._internal import control_listener
 
-from softlabel.flows.events import announce_student
-from softlabel.flows.outages import reported
-from softlabel.flows.progress import watching
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.events import announce_student
+from softlabel.flows.running.outages import reported
+from softlabel.flows.running.progress import watching
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.pipeline.training.train import TrainReport, train
 

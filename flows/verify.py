@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, cast
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from softlabel.flows.events import announcing
-from softlabel.flows.outages import publish, reported
-from softlabel.flows.progress import watching
-from softlabel.flows.retries import retrying
-from softlabel.flows.runs import recorded
+from softlabel.flows.running.events import announcing
+from softlabel.flows.running.outages import publish, reported
+from softlabel.flows.running.progress import watching
+from softlabel.flows.running.retries import retrying
+from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.tables import VerifyConfig
 from softlabel.pipeline.tables.verify import VerifyReport, verify
 from softlabel.storage.errors import DisagreementError, IntegrityError

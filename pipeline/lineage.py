@@ -18,18 +18,18 @@ from softlabel.pipeline.students.record import (
     ViewRecord,
     read_record,
 )
-from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.credentials import masked
-from softlabel.storage.derivations import Derived, derived
 from softlabel.storage.errors import SoftlabelError, TableNotFoundError
 from softlabel.storage.identity import Identity, SelectionIdentity
 from softlabel.storage.location import located
+from softlabel.storage.log.commit_message import CommitMessage
 from softlabel.storage.opening import exists, is_view
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline
+from softlabel.storage.records.derivations import Derived, derived
+from softlabel.storage.records.versions import Pin, pins
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import HistoryEntry, history, last_capture
-from softlabel.storage.versions import Pin, pins
 from softlabel.storage.views.view import View, open_table
 
 

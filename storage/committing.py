@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from softlabel.storage.checkpoints import VERSIONS_PER_CHECKPOINT, write_checkpoint
 from softlabel.storage.errors import TableError, cause
-from softlabel.storage.log_files import write_commit
+from softlabel.storage.log.checkpoints import VERSIONS_PER_CHECKPOINT, write_checkpoint
+from softlabel.storage.log.files import write_commit
 from softlabel.storage.shard_file import shard_of
 from softlabel.storage.table import Change, Table
 

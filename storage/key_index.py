@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of
 from softlabel.storage.reader import outline
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 KEYS = f"{SIDE_FOLDER}/keys"

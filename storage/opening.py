@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from softlabel.storage import log_files
 from softlabel.storage.errors import SoftlabelError, TableNotFoundError, UsageError
-from softlabel.storage.log_files import commits
+from softlabel.storage.log import files as log_files
+from softlabel.storage.log.files import commits
 from softlabel.storage.places.open import place_of
-from softlabel.storage.versions import parse, spans
+from softlabel.storage.records.versions import parse, spans
 
 VIEW_FILE = "view.json"
 """The file that defines a view, in the view's folder."""

@@ -12,11 +12,11 @@ from softlabel.storage import format_1
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import IntegrityError, TableError, recapture
 from softlabel.storage.labels import SoftLabels
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import File, Place, content_hash, reading
+from softlabel.storage.records.takedown import tombstone
 from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import tombstone
 
 _HASHES: dict[tuple[str, File], str] = {}
 """Content hash of each file state that this process has checked, by place and file."""

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import Place, content_hash
 from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys, without
-from softlabel.storage.state import Shard
 
 RowKey = tuple[object, ...]
 """The values of ``storage.schema.ROW_KEY``."""

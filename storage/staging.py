@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import SIDE_FOLDER, hash_of
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 REWRITTEN = f"{SIDE_FOLDER}/rewritten"

@@ -26,7 +26,7 @@ from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError
 from softlabel.storage.identity import Identity
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.location import located
-from softlabel.storage.log_files import (
+from softlabel.storage.log.files import (
     commit_file,
     commits,
     last_metadata_commit,
@@ -35,14 +35,14 @@ from softlabel.storage.log_files import (
     require_no_remains,
     write_commit,
 )
+from softlabel.storage.log.snapshot import Snapshot, follow, load
+from softlabel.storage.log.state import Shard, state
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
+from softlabel.storage.records.versions import parse, resolve
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
-from softlabel.storage.snapshot import Snapshot, follow, load
-from softlabel.storage.state import Shard, state
-from softlabel.storage.versions import parse, resolve
 
 _IDENTITY, _FORMAT, _VOCABULARY = "softlabel.identity", "softlabel.format", "softlabel.vocabulary"
 

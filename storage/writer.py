@@ -23,16 +23,16 @@ from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.key_index import key_index
 from softlabel.storage.labels import SoftLabels
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.durable import require_permission
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
+from softlabel.storage.records.takedown import refusal
 from softlabel.storage.schema import FORMAT, PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey, ShardFile, add_action
 from softlabel.storage.staging import staged_path
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import refusal
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.plan_files import Pending
 from softlabel.pipeline.digests import Digests, DigestSet, as_digests, row_digests, version_digests
-from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.errors import TableError
+from softlabel.storage.log.commit_message import CommitMessage
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of
 from softlabel.storage.reader import outline
 from softlabel.storage.schema import ROW_KEY
 from softlabel.storage.staging import staged_shards
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting

@@ -21,8 +21,8 @@ from softlabel.pipeline.sequences.tokenizer import tokenizer_hash
 from softlabel.pipeline.teachers.kind import Kind, kind_of
 from softlabel.storage.errors import ProvenanceError, TeacherError, UsageError
 from softlabel.storage.identity import Identity
+from softlabel.storage.records.versions import parse
 from softlabel.storage.table import Table
-from softlabel.storage.versions import parse
 from softlabel.storage.writer import require_current_format
 
 

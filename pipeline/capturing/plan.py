@@ -32,9 +32,9 @@ from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.errors import DocumentsError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline
+from softlabel.storage.records.takedown import refusal
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import refusal
 
 
 @dataclass(frozen=True, kw_only=True)

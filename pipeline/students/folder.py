@@ -48,7 +48,7 @@ from softlabel.pipeline.students.serving import write_older_names
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.errors import StudentError, TrainingError, UsageError
 from softlabel.storage.places import durable
-from softlabel.storage.versions import parse
+from softlabel.storage.records.versions import parse
 from softlabel.storage.views.view import AnyTable, open_table
 
 RUN = "run.json"

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.tables.row_expression import row_expression
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import outline, with_split
 from softlabel.storage.schema import PARTITION, SEQUENCE
-from softlabel.storage.state import Shard
 from softlabel.storage.views.row_groups import Group, outlines
 from softlabel.storage.views.view import AnyTable, View
 

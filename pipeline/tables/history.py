@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from softlabel.storage.takedown import purged_versions
+from softlabel.storage.records.takedown import purged_versions
+from softlabel.storage.records.versions import Pin, Tag, pins, tags, vacuumed
 from softlabel.storage.upkeep import inspection
 from softlabel.storage.upkeep.inspection import HistoryEntry
-from softlabel.storage.versions import Pin, Tag, pins, tags, vacuumed
 from softlabel.storage.views.view import View, open_table
 from softlabel.storage.views.view_inspection import view_history
 

@@ -6,9 +6,9 @@ from typing import Any
 from softlabel.pipeline.config.table_settings import table_settings
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.identity import Identity
+from softlabel.storage.records.versions import Pin, Tag, pins, tags
 from softlabel.storage.upkeep import inspection
 from softlabel.storage.upkeep.inspection import Inspection, last_capture
-from softlabel.storage.versions import Pin, Tag, pins, tags
 from softlabel.storage.views.view import View, open_table
 from softlabel.storage.views.view_inspection import ViewInspection, inspect_view
 

@@ -6,11 +6,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from softlabel.pipeline.config.tables import MaintainConfig
+from softlabel.storage.records.versions import Pin, Tag, new_tag, parse, pin_of, pins, tag, tag_of, tags, unpin, untag
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep import maintenance
 from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.maintenance import Maintenance
-from softlabel.storage.versions import Pin, Tag, new_tag, parse, pin_of, pins, tag, tag_of, tags, unpin, untag
 
 
 @dataclass(frozen=True)

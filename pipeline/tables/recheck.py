@@ -25,9 +25,9 @@ from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.pipeline.teachers.load import load_teacher
 from softlabel.storage.codec import CODES_PER_NAT, ENTROPY_CODES_PER_NAT
 from softlabel.storage.errors import DisagreementError, ProvenanceError, TeacherError, UsageError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import open_shard, read
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 _COLUMNS = ("key", "document_id", "chunk", "label", "token_ids", "loss_mask", *SOFT_LABELS.names)

@@ -16,24 +16,24 @@ from softlabel.pipeline.tables.row_filter import RowFilter, listed
 from softlabel.pipeline.teachers.kind import kind_of
 from softlabel.storage.clustering import SAMPLE
 from softlabel.storage.committing import all_or_nothing
-from softlabel.storage.derivations import record_derived
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import Identity
 from softlabel.storage.labels import SoftLabels
-from softlabel.storage.log_files import require_no_remains
+from softlabel.storage.log.files import require_no_remains
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import first_labels, outline, with_split
+from softlabel.storage.records.derivations import record_derived
+from softlabel.storage.records.takedown import carry_over
+from softlabel.storage.records.versions import parse
 from softlabel.storage.schema import FORMAT, PARTITION
 from softlabel.storage.table import Change, Table
-from softlabel.storage.takedown import carry_over
 from softlabel.storage.upkeep.card import update_card
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.upkeep.purge import Purged, plan_purge, purge
 from softlabel.storage.upkeep.rewrite import in_current_format, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, nothing_left, plan
-from softlabel.storage.versions import parse
 from softlabel.storage.writer import require_current_format, require_writable
 
 

@@ -42,7 +42,7 @@ from softlabel.pipeline.training.trainer import DistillationTrainer
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
 from softlabel.storage.places import durable
-from softlabel.storage.versions import parse, pin
+from softlabel.storage.records.versions import parse, pin
 from softlabel.storage.views.row_groups import outlines
 from softlabel.storage.views.view import AnyTable, open_table
 

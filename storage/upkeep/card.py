@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.errors import TableError, printable
 from softlabel.storage.identity import Identity, SelectionIdentity
+from softlabel.storage.log.commit_message import CommitMessage
 from softlabel.storage.places.place import reading
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from softlabel.storage.codec import flatten
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.numbering import Numbering, running_sums
 from softlabel.storage.places.place import content_hash, reading
 from softlabel.storage.schema import PARTITION, ROW_KEY, without
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 Hashes = NDArray[np.uint64]

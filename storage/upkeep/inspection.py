@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 
-from softlabel.storage.commit_message import CommitMessage
 from softlabel.storage.credentials import masked
+from softlabel.storage.log.commit_message import CommitMessage
 from softlabel.storage.reader import open_shard
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from softlabel.storage.codec import decode
 from softlabel.storage.labels import SoftLabels
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import open_shard, read, stored
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 _GROUPS = 16

@@ -27,14 +27,14 @@ from itertools import groupby
 
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.key_index import tidy
-from softlabel.storage.log_files import LOG
+from softlabel.storage.log.files import LOG
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, WRITING, File, Place
+from softlabel.storage.records.versions import needed, retire, vacuumed
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.log import Log, checkpoint_problems, read_log, renew_checkpoints
-from softlabel.storage.versions import needed, retire, vacuumed
+from softlabel.storage.upkeep.replay import Log, checkpoint_problems, read_log, renew_checkpoints
 
 GRACE_HOURS = 24.0
 

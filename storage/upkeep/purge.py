@@ -17,20 +17,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softlabel.storage.derivations import derived
 from softlabel.storage.errors import AccessError, IntegrityError, TableError
 from softlabel.storage.key_index import tidy
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, reading
 from softlabel.storage.reader import outline
+from softlabel.storage.records.derivations import derived
+from softlabel.storage.records.takedown import Purge, purges, record_deletion, refusal, refuse
+from softlabel.storage.records.versions import pins, tags
 from softlabel.storage.schema import PARTITION
 from softlabel.storage.staging import REWRITTEN
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import Purge, purges, record_deletion, refusal, refuse
-from softlabel.storage.upkeep.log import replay
+from softlabel.storage.upkeep.replay import replay
 from softlabel.storage.upkeep.rewrite import ConflictError, in_current_format, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting, Rewritten, plan
-from softlabel.storage.versions import pins, tags
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from softlabel.storage.codec import assemble, flatten, number, with_token_ids, w
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
 from softlabel.storage.identity import Identity
+from softlabel.storage.log.state import Shard
 from softlabel.storage.narrowing import narrow
 from softlabel.storage.places.place import File, PendingFile
 from softlabel.storage.reader import first_labels, read
@@ -31,7 +32,6 @@ from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, r
 from softlabel.storage.shard_file import ShardFile, add_action
 from softlabel.storage.sidecars import store_vocabulary
 from softlabel.storage.staging import REWRITTEN
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Change, Table
 from softlabel.storage.upkeep.rewrite_plan import Output, Rewriting, Rewritten, nothing_left, outputs
 from softlabel.storage.writer import stores_tail_codes

@@ -9,15 +9,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.storage.errors import UsageError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.reader import outline, with_split
+from softlabel.storage.records.takedown import refusal
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey
 from softlabel.storage.sidecars import read_vocabulary
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Change, Table
-from softlabel.storage.takedown import refusal
 from softlabel.storage.writer import present_rows
 
 

@@ -18,17 +18,17 @@ from deltalake.transaction import RemoveAction
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import IntegrityError, recapture
 from softlabel.storage.key_index import damaged_files
-from softlabel.storage.log_files import LOG
+from softlabel.storage.log.files import LOG
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
 from softlabel.storage.reader import outline
+from softlabel.storage.records.versions import damaged_records, vacuumed
 from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
 from softlabel.storage.shard_file import RowKey
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.examination import Hashes, WrongShardError, examine
-from softlabel.storage.upkeep.log import Log, problems, replay
-from softlabel.storage.versions import damaged_records, vacuumed
+from softlabel.storage.upkeep.replay import Log, problems, replay
 
 _KNOWN_FILES = re.compile(
     rf"README\.md|{LOG}/(\d{{20}}\.(json|checkpoint\..*)|_last_checkpoint)|{REJECTS}|"

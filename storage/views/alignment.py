@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import outline
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 
 Rows = NDArray[np.int64]

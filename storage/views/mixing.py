@@ -9,10 +9,10 @@ from softlabel.storage.identity import Identity, run_id, user
 from softlabel.storage.location import located
 from softlabel.storage.opening import VIEW_FILE, is_view
 from softlabel.storage.places.open import place_of
-from softlabel.storage.records import now
-from softlabel.storage.sealed_json import seal
+from softlabel.storage.records.sealed_json import seal
+from softlabel.storage.records.store import now
+from softlabel.storage.records.versions import parse, pin, unpin
 from softlabel.storage.table import Table
-from softlabel.storage.versions import parse, pin, unpin
 from softlabel.storage.views.view import FORMAT, Definition, How, Part, View, is_unbiased, read_definition
 from softlabel.storage.writer import require_writable
 

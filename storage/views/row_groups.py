@@ -14,9 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.storage.codec import NUMBERED, flatten, renumber
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import outline, read
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.views.view import AnyTable, View
 

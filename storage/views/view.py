@@ -23,9 +23,9 @@ from softlabel.storage.numbering import Numbering
 from softlabel.storage.opening import VIEW_FILE, is_view
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import Place
-from softlabel.storage.sealed_json import unseal
+from softlabel.storage.records.sealed_json import unseal
+from softlabel.storage.records.versions import parse
 from softlabel.storage.table import Table
-from softlabel.storage.versions import parse
 from softlabel.storage.views.alignment import Alignment
 
 How = Literal["concatenate", "average"]

@@ -23,13 +23,13 @@ import pyarrow as pa
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.stream.dataset import SoftLabelDataset
-from softlabel.storage.checkpoints import write_checkpoint
 from softlabel.storage.codec import encode
 from softlabel.storage.committing import try_commit
 from softlabel.storage.key_index import KeyIndex
+from softlabel.storage.log.checkpoints import write_checkpoint
+from softlabel.storage.log.state import Shard
 from softlabel.storage.schema import SEQUENCE
 from softlabel.storage.shard_file import ShardFile, add_action
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.upkeep.verification import verify

@@ -5,8 +5,8 @@ from threading import Event
 
 import pytest
 
-from softlabel.flows import artifacts
-from softlabel.flows.artifacts import progress_artifact
+from softlabel.flows.running import artifacts
+from softlabel.flows.running.artifacts import progress_artifact
 from softlabel.pipeline.progress import Progress
 from tests.flows.servers import wait_until
 

@@ -185,7 +185,7 @@ ANNOUNCING = """
 import sys
 from pathlib import Path
 
-from softlabel.flows.events import announcing
+from softlabel.flows.running.events import announcing
 from tests.pipeline.captured import make_table
 
 folder, teacher = map(Path, sys.argv[1:])

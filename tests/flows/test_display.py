@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from softlabel.flows.console import count
-from softlabel.flows.display import show_capture, show_distill, show_evaluate, show_train
+from softlabel.flows.display.console import count
+from softlabel.flows.display.verbs import show_capture, show_distill, show_evaluate, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
 from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation, ClassScore
@@ -81,7 +81,7 @@ def test_a_lower_bound_is_shown_as_one(kind: str, shown: str, capsys: pytest.Cap
 
 
 PRINT_A_WIDE_TABLE = """
-from softlabel.flows.console import console, table_of
+from softlabel.flows.display.console import console, table_of
 table = table_of("a", "b")
 table.add_row("x" * 70, "y" * 70)
 console.print(table)

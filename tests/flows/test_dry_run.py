@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from softlabel.flows import runner, server
 from softlabel.flows.cli import app, run
+from softlabel.flows.running import runner, server
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -30,8 +30,8 @@ from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.tables.verify import verify
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import SoftlabelError, TrainingError
+from softlabel.storage.records.versions import tag
 from softlabel.storage.table import Table
-from softlabel.storage.versions import tag
 from tests.conftest import ROOT
 from tests.flows.commands import softlabel
 from tests.pipeline.capturing.test_capture import settings, texts, write
@@ -157,7 +157,7 @@ def test_a_dry_run_writes_nothing_and_starts_no_server(
 
 def pinned(folder: Path) -> str:
     """The student that the copied table names: that of the original folder."""
-    from softlabel.storage.versions import pins
+    from softlabel.storage.records.versions import pins
 
     return pins(str(folder / "table"))[0].student
 

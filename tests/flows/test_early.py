@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.flows import runner, server
 from softlabel.flows.cli import run
+from softlabel.flows.running import runner, server
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.training.train import train

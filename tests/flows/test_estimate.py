@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from softlabel.flows.cli import run
-from softlabel.flows.display import show_estimate
+from softlabel.flows.display.verbs import show_estimate
 from softlabel.pipeline.estimation.estimate import Estimate, Preview, Seconds, Segment
 
 pytestmark = pytest.mark.usefixtures("prefect")

@@ -12,7 +12,7 @@ import pytest
 
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
-from softlabel.flows.logs import JsonLines
+from softlabel.flows.running.logs import JsonLines
 from softlabel.pipeline.log_context import about
 from tests.flows.captures import Capture
 from tests.flows.servers import prefect_server, wait_until, worker
@@ -70,7 +70,8 @@ def test_a_training_by_several_ranks_prints_only_json_lines(prefect_home: Path, 
 
 WARNING = """
 import logging, sys, warnings
-from softlabel.flows import maintain, runner
+from softlabel.flows import maintain
+from softlabel.flows.running import runner
 from softlabel.pipeline.config.tables import MaintainConfig
 
 def work(_):

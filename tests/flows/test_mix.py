@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from softlabel.flows.cli import run
 from softlabel.pipeline.capturing.capture import capture
+from softlabel.storage.records.versions import pins
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.verification import remove_damaged, verify
-from softlabel.storage.versions import pins
 from tests.flows.commands import shown, softlabel
 from tests.pipeline.capturing.test_capture import settings, texts, write
 

@@ -15,10 +15,11 @@ from uuid import uuid4
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from softlabel.flows import maintain, outages
+from softlabel.flows import maintain
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import SHIPPED, DeployConfig, DeploymentConfig, flow_of
 from softlabel.flows.maintain import maintain_flow
+from softlabel.flows.running import outages
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport
 from softlabel.storage.errors import AccessError

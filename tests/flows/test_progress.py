@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from softlabel.flows import progress
-from softlabel.flows.progress import Pace, describe, watching
+from softlabel.flows.running import progress
+from softlabel.flows.running.progress import Pace, describe, watching
 from softlabel.pipeline.progress import Progress
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from softlabel.flows.cli import run
+from softlabel.storage.records.versions import pin
 from softlabel.storage.table import Table
-from softlabel.storage.versions import pin
 from tests.flows.commands import softlabel
 from tests.storage.tables import add, identity, make_table, names_in
 

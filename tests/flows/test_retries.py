@@ -7,8 +7,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
 
-from softlabel.flows import maintain, retries
+from softlabel.flows import maintain
 from softlabel.flows.maintain import maintain_flow
+from softlabel.flows.running import retries
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport
 from softlabel.storage.errors import AccessError, IntegrityError, SoftlabelError, UsageError, WorkerError

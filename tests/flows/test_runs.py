@@ -17,9 +17,9 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.students.record import RECORD, StudentRecord, read_record
 from softlabel.storage.places.open import place_of
+from softlabel.storage.records.versions import pins, tags
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import history
-from softlabel.storage.versions import pins, tags
 from softlabel.storage.views.view import read_definition
 from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.pipeline.trainings import settings as training

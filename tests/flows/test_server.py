@@ -15,8 +15,8 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from softlabel.flows import engine, server
 from softlabel.flows.cli import run
+from softlabel.flows.running import engine, server
 from softlabel.pipeline.config.base import Settings
 from softlabel.storage.errors import SoftlabelError
 from tests.conftest import ROOT
@@ -27,7 +27,7 @@ from tests.pipeline.capturing.test_capture import texts, write
 
 SCRIPT = """
 import sys, time
-from softlabel.flows import server
+from softlabel.flows.running import server
 
 url = server.address()
 try:
@@ -110,7 +110,7 @@ def test_runs_of_long_ago_are_forgotten(tmp_path: Path):
 
 @pytest.mark.long
 def test_eight_first_starts_at_once_all_succeed(tmp_path: Path):
-    script = "from softlabel.flows import server; print(server.address())"
+    script = "from softlabel.flows.running import server; print(server.address())"
     environment = os.environ | {"PREFECT_HOME": str(tmp_path / "fresh")}
     starts = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from softlabel.flows import console, show_display
+from softlabel.flows.display import console, rows
 from softlabel.pipeline.tables.show import Choice, Prediction, ShownRow, ShownToken, ShowReport
 from tests.flows.commands import shown, softlabel
 from tests.pipeline.captured import make_table
@@ -33,13 +33,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
     made = Console(
         record=True, highlight=False, soft_wrap=True, width=100, force_terminal=True, color_system="truecolor"
     )
-    monkeypatch.setattr(show_display, "console", made)
+    monkeypatch.setattr(rows, "console", made)
     monkeypatch.setattr(console, "console", made)
     return made
 
 
 def test_what_is_captured_and_what_was_expected_can_be_read_without_colors(terminal: Console):
-    show_display.show_show(report(token("user: "), token("so", 0.7), token("\n", 0.002), token("end")))
+    rows.show_show(report(token("user: "), token("so", 0.7), token("\n", 0.002), token("end")))
     lines = terminal.export_text(styles=False).splitlines()
     assert "t (version 3) 1 of 7 rows" in lines
     assert any("text 1 of 2 · chunk 2 of 3 · train · 4 tokens" in line for line in lines)
@@ -52,12 +52,12 @@ def test_what_is_captured_and_what_was_expected_can_be_read_without_colors(termi
 
 def test_what_the_table_does_not_know_is_a_question_mark(terminal: Console):
     unknown = ShownToken(2, "x", "x", False, True, None, (Prediction((), None, None, None, 0),))
-    show_display.show_show(report(unknown))
+    rows.show_show(report(unknown))
     assert terminal.export_text(styles=False).splitlines()[-1].split() == ["0", '"x"', "?", "-", "?"]
 
 
 def test_the_less_the_teacher_expected_a_token_the_stronger_is_its_color(terminal: Console):
-    show_display.show_show(report(*(token("x", p) for p in (0.9, 0.3, 0.05, 0.001))))
+    rows.show_show(report(*(token("x", p) for p in (0.9, 0.3, 0.05, 0.001))))
     text = terminal.export_text(styles=True)
     codes = [
         re.findall(r"\x1b\[([0-9;]*)mx", line) for line in text.splitlines() if line.startswith(("\x1b[2m  | ", "  | "))
@@ -66,7 +66,7 @@ def test_the_less_the_teacher_expected_a_token_the_stronger_is_its_color(termina
 
 
 def test_nothing_in_a_document_acts_on_the_terminal(terminal: Console):
-    show_display.show_show(report(token(HOSTILE), token(HOSTILE, 0.5), label=HOSTILE))
+    rows.show_show(report(token(HOSTILE), token(HOSTILE, 0.5), label=HOSTILE))
     text = terminal.export_text(styles=False)
     assert not set(text) & {"\x1b", "\u202e", "\r"}
     assert text.count("[bold]") >= 5  # it is no markup
@@ -75,7 +75,7 @@ def test_nothing_in_a_document_acts_on_the_terminal(terminal: Console):
 
 
 def test_a_character_of_several_tokens_is_shown_once_in_the_text_and_at_its_end_in_the_list(terminal: Console):
-    show_display.show_show(report(token("\\xf0\\x9f", 0.5, ""), token("\\x98\\x80", 0.5, "😀")))
+    rows.show_show(report(token("\\xf0\\x9f", 0.5, ""), token("\\x98\\x80", 0.5, "😀")))
     text = terminal.export_text(styles=False)
     assert "  | ⟦😀⟧" in text
     assert '"\\x98\\x80 = 😀"' in text
@@ -83,7 +83,7 @@ def test_a_character_of_several_tokens_is_shown_once_in_the_text_and_at_its_end_
 
 def test_a_list_has_as_many_tokens_as_asked_for_and_says_how_to_get_more(terminal: Console):
     many = report(*(token("a", 0.5) for _ in range(150)))
-    show_display.show_show(many)
+    rows.show_show(many)
     text = terminal.export_text(styles=False)
     assert "\n   99  " in text
     assert "\n  100  " not in text
@@ -92,7 +92,7 @@ def test_a_list_has_as_many_tokens_as_asked_for_and_says_how_to_get_more(termina
 
 def test_the_classes_of_a_document_are_listed(terminal: Console):
     classes = (Choice(0, "[red]law", 0.75), Choice(1, "story", 0.25))
-    show_display.show_show(report(token("text"), classes=classes, label="story"))
+    rows.show_show(report(token("text"), classes=classes, label="story"))
     text = " ".join(terminal.export_text(styles=False).split())
     assert "[red]law 75.0% story 25.0%" in text
     assert "captured" not in text

@@ -8,9 +8,9 @@ import pytest
 from softlabel.flows.cli import run
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.storage.errors import UsageError
+from softlabel.storage.records.versions import tag, untag
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.verification import remove_damaged, verify
-from softlabel.storage.versions import tag, untag
 from tests.flows.commands import shown, softlabel
 from tests.pipeline.capturing.test_capture import rows_of, settings, texts, write
 

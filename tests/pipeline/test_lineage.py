@@ -15,13 +15,13 @@ from softlabel.pipeline.lineage import StudentLineage, TableLineage, ViewLineage
 from softlabel.pipeline.tables.mix import mix
 from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.training.train import train
-from softlabel.storage.derivations import DERIVED, Derived, record_derived
 from softlabel.storage.errors import TableNotFoundError
 from softlabel.storage.identity import working_for
-from softlabel.storage.records import now
+from softlabel.storage.records.derivations import DERIVED, Derived, record_derived
+from softlabel.storage.records.store import now
+from softlabel.storage.records.versions import pin
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import pin
 from tests.flows.commands import shown, softlabel
 from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.pipeline.trainings import settings as training

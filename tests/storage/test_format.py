@@ -19,9 +19,9 @@ from softlabel.storage.codec import decode, encode
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.reader import read
+from softlabel.storage.records.versions import tag
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.table import Table
-from softlabel.storage.versions import tag
 from tests.storage.tables import add, identity, make_table
 
 PAGE = (Path(softlabel.storage.__path__[0]) / "FORMAT.md").read_text(encoding="utf-8")

@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 
-from softlabel.storage import records
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError, SoftlabelError, TableError
-from softlabel.storage.log_files import LARGEST_LINE, commit_file
+from softlabel.storage.log.files import LARGEST_LINE, commit_file
+from softlabel.storage.log.state import Chain, Shard
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.reader import read
+from softlabel.storage.records import store
+from softlabel.storage.records.takedown import purges, refuse
+from softlabel.storage.records.versions import retire, tag, tags
 from softlabel.storage.shard_file import add_action
-from softlabel.storage.state import Chain, Shard
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import purges, refuse
-from softlabel.storage.upkeep.log import read_log
 from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.upkeep.replay import read_log
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import retire, tag, tags
 from tests.storage.tables import CARRIED, add, identity, make_table, names_in
 
 LAST = "_delta_log/_last_checkpoint"
@@ -184,7 +184,7 @@ def test_a_path_that_leaves_the_table_is_refused(filled: Table, path: str, check
     assert try_commit(filled, [add_action(Shard(path, "train", 1, 1))], {})
     if checkpoint:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("softlabel.storage.state._OUTSIDE", re.compile("$x"))
+            patch.setattr("softlabel.storage.log.state._OUTSIDE", re.compile("$x"))
             DeltaTable(filled.location).create_checkpoint()
     for use in (lambda: Table.open(filled.location), filled.newest, lambda: verify(filled), lambda: read_log(filled)):
         with pytest.raises(IntegrityError, match=commit_file(3)):
@@ -275,7 +275,7 @@ def test_a_checkpoint_that_is_not_a_regular_file_is_read_past(marked: Table, nam
 
 
 def test_records_and_log_lines_have_a_largest_size(marked: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "LARGEST_RECORD", 1000)
+    monkeypatch.setattr(store, "LARGEST_RECORD", 1000)
     with pytest.raises(TableError, match="nothing was written"):
         refuse(marked.location, [f"document {i}" for i in range(100)])
     assert purges(marked.location) == []

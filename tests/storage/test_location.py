@@ -14,11 +14,11 @@ from softlabel.storage.errors import IntegrityError, SoftlabelError, TableNotFou
 from softlabel.storage.location import located
 from softlabel.storage.opening import exists
 from softlabel.storage.places.open import place_of
-from softlabel.storage.sealed_json import seal, unseal
+from softlabel.storage.records.sealed_json import seal, unseal
+from softlabel.storage.records.versions import pin, pins, tag, unpin
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.upkeep.maintenance import maintain
-from softlabel.storage.versions import pin, pins, tag, unpin
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.view import open_table
 from softlabel.storage.writer import ShardWriter

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from softlabel.storage.errors import IntegrityError, TableError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import batches, open_shard, outline, read, soft_labels_by_key
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from tests.storage.tables import add, rows

@@ -12,9 +12,9 @@ import softlabel.storage.writer
 from softlabel.storage import committing
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import TableError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import content_hash
 from softlabel.storage.reader import open_shard, outline, read
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
 from tests.numberings import by_id

@@ -21,11 +21,11 @@ from softlabel.pipeline.tables.show import show
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import IntegrityError, UsageError
 from softlabel.storage.places.open import place_of
+from softlabel.storage.records.versions import pins
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import history, inspect
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import pins
 from tests import buckets
 from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.storage.tables import names_in

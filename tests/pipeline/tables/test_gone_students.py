@@ -8,9 +8,9 @@ import pytest
 from softlabel.flows.cli import run
 from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport, maintain
-from softlabel.storage import versions
+from softlabel.storage.records import versions
+from softlabel.storage.records.versions import pin, pins
 from softlabel.storage.table import Table
-from softlabel.storage.versions import pin, pins
 from tests.pipeline.captured import make_table
 
 OLD = "2020-01-01T00:00:00+00:00"
@@ -59,7 +59,7 @@ def test_a_student_that_comes_back_before_its_time_is_over_stays_pinned(table: T
 
 
 def test_the_command_names_the_unpinned_students(table: Table, capsys: pytest.CaptureFixture[str]):
-    from softlabel.flows.table_display import show_maintain
+    from softlabel.flows.display.tables import show_maintain
 
     show_maintain(maintain(MaintainConfig(table=table.location, unpin_gone_after_days=30)))
     out = capsys.readouterr().out

@@ -16,8 +16,8 @@ from softlabel.pipeline.tables.find_rows import of_document
 from softlabel.pipeline.tables.mix import mix
 from softlabel.pipeline.tables.show import ShownRow, ShowReport, show
 from softlabel.storage.errors import IntegrityError, UsageError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.reader import index, outline, read
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.views.row_groups import load
 from softlabel.storage.writer import ShardWriter

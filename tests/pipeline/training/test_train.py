@@ -22,8 +22,8 @@ from softlabel.pipeline.students import build as student
 from softlabel.pipeline.training import train as training
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import IntegrityError, StudentError, TableError, TrainingError, UsageError
+from softlabel.storage.records.versions import pins
 from softlabel.storage.table import Table
-from softlabel.storage.versions import pins
 from tests.pipeline import captured as tables
 from tests.pipeline import dense
 from tests.pipeline.building import built

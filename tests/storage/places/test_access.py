@@ -20,17 +20,17 @@ import pytest
 from obstore.store import S3Store
 
 from softlabel.storage.errors import AccessError, TableError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import outline, read
+from softlabel.storage.records.takedown import refuse
+from softlabel.storage.records.versions import pin, pins, tags
 from softlabel.storage.schema import ROW_KEY
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import refuse
 from softlabel.storage.upkeep.examination import examine
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.purge import purge
 from softlabel.storage.upkeep.verification import remove_damaged, verify
-from softlabel.storage.versions import pin, pins, tags
 from tests import buckets
 from tests.conftest import ROOT
 from tests.storage.tables import add, identity, make_table

@@ -14,13 +14,14 @@ from softlabel.storage.errors import IntegrityError, TableError, TableNotFoundEr
 from softlabel.storage.places import bucket
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import read
+from softlabel.storage.records.versions import tag
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.verification import remove_damaged, verify
-from softlabel.storage.versions import tag
 from softlabel.storage.writer import ShardWriter
 from tests import buckets
-from tests.storage import test_table, test_versions, test_writer
+from tests.storage import test_table, test_writer
+from tests.storage.records import test_versions
 from tests.storage.tables import CARRIED, add, identity, make_table, names_in, random_labels, rows
 from tests.storage.upkeep import test_maintenance, test_rewrite, test_takedown, test_vacuum
 

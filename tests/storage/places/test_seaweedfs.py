@@ -10,10 +10,10 @@ import pytest
 
 from softlabel.storage.errors import TableError
 from softlabel.storage.places.open import place_of
+from softlabel.storage.records.versions import tag, tags
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import tag, tags
 from tests import buckets
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in, process
 from tests.storage.test_writer_failures import kill_writers

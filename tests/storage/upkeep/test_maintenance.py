@@ -11,9 +11,9 @@ import pytest
 
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import TableError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places import folder
 from softlabel.storage.shard_file import add_action
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.verification import Finding, Verification, remove_damaged, verify

@@ -12,15 +12,15 @@ import pytest
 
 from softlabel.storage.errors import PurgedError, TableError, TableNotFoundError
 from softlabel.storage.places.open import place_of
+from softlabel.storage.records.takedown import carry_over, purged_versions, purges, refusal
+from softlabel.storage.records.versions import needed, pin, remaining, tag
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import carry_over, purged_versions, purges, refusal
 from softlabel.storage.upkeep import purge as module
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.purge import Purged, purge
 from softlabel.storage.upkeep.rewrite import rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting
 from softlabel.storage.upkeep.verification import Finding, remove_damaged, verify
-from softlabel.storage.versions import needed, pin, remaining, tag
 from softlabel.storage.writer import ShardWriter
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in, rows
 

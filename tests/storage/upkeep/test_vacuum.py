@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from softlabel.storage.errors import TableNotFoundError, UsageError
+from softlabel.storage.records.versions import pin, tag, unpin, untag
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep import maintenance
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import pin, tag, unpin, untag
 from softlabel.storage.writer import ShardWriter
 from tests.storage.tables import PROCESSES, names_in, rows
 from tests.storage.upkeep.test_maintenance import paths, replaced

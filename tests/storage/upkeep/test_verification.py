@@ -13,11 +13,11 @@ from deltalake import DeltaTable
 
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError
+from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import content_hash
 from softlabel.storage.reader import read
 from softlabel.storage.schema import ROW_KEY, row_keys
 from softlabel.storage.shard_file import add_action, parquet_options
-from softlabel.storage.state import Shard
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.examination import examine
 from softlabel.storage.upkeep.rewrite import rewrite

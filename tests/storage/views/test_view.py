@@ -11,11 +11,11 @@ from softlabel.storage.codec import decode
 from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import SelectionIdentity
 from softlabel.storage.reader import read
+from softlabel.storage.records.sealed_json import seal, unseal
+from softlabel.storage.records.versions import pins
 from softlabel.storage.schema import SOFT_LABELS
-from softlabel.storage.sealed_json import seal, unseal
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.verification import remove_damaged, verify
-from softlabel.storage.versions import pins
 from softlabel.storage.views import mixing
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.row_groups import column_of, load, outlines

@@ -12,8 +12,8 @@ from prefect.events import emit_event
 from softlabel.storage.identity import run_id
 from softlabel.storage.places.open import place_of
 from softlabel.storage.reader import captured_positions
+from softlabel.storage.records.versions import parse
 from softlabel.storage.table import Table
-from softlabel.storage.versions import parse
 
 if TYPE_CHECKING:
     from softlabel.pipeline.training.train import TrainReport

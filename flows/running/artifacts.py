@@ -10,7 +10,7 @@ from typing import Any
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from softlabel.flows.progress import Show, watching
+from softlabel.flows.running.progress import Show, watching
 from softlabel.pipeline.progress import Progress, Watch
 
 _SECONDS_FOR_THE_LAST = 5.0

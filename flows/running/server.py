@@ -81,7 +81,7 @@ def start() -> Child:
     log = _until_exit.enter_context(scratch()) / "server.log"
     # Not in the working folder: alembic puts the current folder first on the import path, and Prefect reads settings
     # from files there, which can name code to run.
-    return Child("softlabel.flows.server", log=log, environment=environment, cwd=processes.NEUTRAL)
+    return Child("softlabel.flows.running.server", log=log, environment=environment, cwd=processes.NEUTRAL)
 
 
 @cache

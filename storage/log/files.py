@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from softlabel.storage.commit_message import COMMIT_MESSAGE
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.identity import circumstances
+from softlabel.storage.log.commit_message import COMMIT_MESSAGE
 from softlabel.storage.places.place import Place, hash_of
 from softlabel.storage.schema import PARTITION
 

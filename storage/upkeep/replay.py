@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from softlabel.storage.checkpoints import LAST_CHECKPOINT, checkpoint_problem, hinted, write_checkpoint
 from softlabel.storage.errors import IntegrityError
-from softlabel.storage.log_files import LOG, commit_file, commits, list_log, read_bytes, unreadable_commit
+from softlabel.storage.log.checkpoints import LAST_CHECKPOINT, checkpoint_problem, hinted, write_checkpoint
+from softlabel.storage.log.files import LOG, commit_file, commits, list_log, read_bytes, unreadable_commit
+from softlabel.storage.log.state import Chain, Shard, added_shard, named_path
 from softlabel.storage.places.place import Place
-from softlabel.storage.state import Chain, Shard, added_shard, named_path
+from softlabel.storage.records.versions import remaining
 from softlabel.storage.table import Table
-from softlabel.storage.versions import remaining
 
 _SIDECAR_PROPERTIES = ("softlabel.vocabulary", "softlabel.tokenizer")
 """Properties of a version whose values are files in the side folder."""

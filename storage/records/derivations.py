@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from softlabel.storage.errors import TableError
 from softlabel.storage.identity import user
 from softlabel.storage.places.place import hash_of
-from softlabel.storage.records import Record, RecordStore, now
+from softlabel.storage.records.store import Record, RecordStore, now
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from softlabel.storage.commit_message import COMMIT_MESSAGE
-from softlabel.storage.log_files import commit_file, lines_of, matches_its_hash
+from softlabel.storage.log.commit_message import COMMIT_MESSAGE
+from softlabel.storage.log.files import commit_file, lines_of, matches_its_hash
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.schema import PARTITION
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from softlabel.flows.logs import format_of_lines
+from softlabel.flows.running.logs import format_of_lines
 from softlabel.pipeline.progress import Progress, Watch
 
 _SECONDS_BETWEEN_LINES = 5.0

@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from softlabel.flows import logs, server
-from softlabel.flows.progress import watching
+from softlabel.flows.running import logs, server
+from softlabel.flows.running.progress import watching
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
@@ -146,7 +146,7 @@ def _run_flow(name: str, config: Settings, embedded: Child | None = None, work: 
     with ExitStack() as stack:
         with chdir(NEUTRAL):
             # Importing the flow takes seconds, and so does starting the server: both go on at the same time.
-            engine, module = import_module("softlabel.flows.engine"), import_module(f"softlabel.flows.{name}")
+            engine, module = import_module("softlabel.flows.running.engine"), import_module(f"softlabel.flows.{name}")
             flow = getattr(module, f"{name}_flow") if work is None else module.flow_of(work)
             if embedded:
                 stack.enter_context(engine.connected(server.address()))

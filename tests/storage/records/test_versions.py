@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.storage import versions
 from softlabel.storage.errors import IntegrityError, TableError, TableNotFoundError, UsageError
+from softlabel.storage.records import versions
+from softlabel.storage.records.versions import Tag, parse, pin, pins, retire, spans, tag, tags, unpin, untag
 from softlabel.storage.table import Table
-from softlabel.storage.versions import Tag, parse, pin, pins, retire, spans, tag, tags, unpin, untag
 from tests.storage.tables import PROCESSES, add, names_in, process
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from softlabel.flows.console import bytes_of, console, count, duration, facts, printable, short
+from softlabel.flows.display.console import bytes_of, console, count, duration, facts, printable, short
 
 if TYPE_CHECKING:
     from softlabel.pipeline.dry_run import CaptureDryRun, DistillDryRun

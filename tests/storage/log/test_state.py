@@ -11,12 +11,12 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from softlabel.storage.errors import IntegrityError, SoftlabelError
+from softlabel.storage.records.takedown import purges, refuse
+from softlabel.storage.records.versions import pin, pins, tag, tags
 from softlabel.storage.table import Table
-from softlabel.storage.takedown import purges, refuse
-from softlabel.storage.upkeep.log import read_log
 from softlabel.storage.upkeep.maintenance import maintain
+from softlabel.storage.upkeep.replay import read_log
 from softlabel.storage.upkeep.verification import verify
-from softlabel.storage.versions import pin, pins, tag, tags
 from tests.storage.tables import add, names_in
 
 EVERYTHING = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from rich.tree import Tree
 
-from softlabel.flows.console import console, count, printable, short
+from softlabel.flows.display.console import console, count, printable, short
 from softlabel.storage.upkeep.inspection import HistoryEntry
 
 if TYPE_CHECKING:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 from softlabel.storage.credentials import holds_credentials
-from softlabel.storage.derivations import DERIVED
 from softlabel.storage.errors import TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import user
 from softlabel.storage.location import located
-from softlabel.storage.log_files import commits
+from softlabel.storage.log.files import commits
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import hash_of
-from softlabel.storage.records import Record, RecordStore, now
-from softlabel.storage.takedown import PURGES, purged_error, purged_versions
+from softlabel.storage.records.derivations import DERIVED
+from softlabel.storage.records.store import Record, RecordStore, now
+from softlabel.storage.records.takedown import PURGES, purged_error, purged_versions
 
 TAG = r"[A-Za-z][A-Za-z0-9_.-]*"
 """Pattern of a valid tag name."""

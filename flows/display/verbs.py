@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.text import Text
 
-from softlabel.flows.console import (
+from softlabel.flows.display.console import (
     bytes_of,
     console,
     count,
@@ -17,15 +17,15 @@ from softlabel.flows.console import (
     table_of,
     try_next,
 )
-from softlabel.flows.dry_run_display import (
+from softlabel.flows.display.dry_runs import (
     show_capture_dry_run,
     show_distill_dry_run,
     show_evaluate_dry_run,
     show_train_dry_run,
 )
-from softlabel.flows.lineage_display import show_lineage
-from softlabel.flows.show_display import show_show
-from softlabel.flows.table_display import (
+from softlabel.flows.display.lineage import show_lineage
+from softlabel.flows.display.rows import show_show
+from softlabel.flows.display.tables import (
     show_export,
     show_history,
     show_inspect,

@@ -15,7 +15,7 @@ import httpx
 from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from softlabel.flows import server
+from softlabel.flows.running import server
 from softlabel.pipeline.config.base import Settings
 from softlabel.pipeline.models.files import first_line
 from softlabel.storage.errors import SoftlabelError

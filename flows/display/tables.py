@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from softlabel.flows.console import bytes_of, console, count, facts, printable, table_of, try_next
+from softlabel.flows.display.console import bytes_of, console, count, facts, printable, table_of, try_next
 from softlabel.pipeline.config.flags import as_flag
-from softlabel.storage.versions import spans
+from softlabel.storage.records.versions import spans
 
 if TYPE_CHECKING:
     from softlabel.pipeline.tables.export import ExportReport
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from softlabel.pipeline.tables.reprocess import ReprocessReport
     from softlabel.pipeline.tables.verify import VerifyReport
     from softlabel.storage.identity import Identity, SelectionIdentity
+    from softlabel.storage.records.versions import Pin, Tag
     from softlabel.storage.upkeep.contents import CarriedColumn
     from softlabel.storage.upkeep.inspection import Inspection
     from softlabel.storage.upkeep.label_sample import LabelSample
     from softlabel.storage.upkeep.maintenance import Maintenance
     from softlabel.storage.upkeep.purge import Purged
-    from softlabel.storage.versions import Pin, Tag
     from softlabel.storage.views.view_inspection import ViewInspection
 
 _SHOWN_CLASSES = 12

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from softlabel.flows.console import console, count, printable, table_of, try_next
+from softlabel.flows.display.console import console, count, printable, table_of, try_next
 from softlabel.pipeline.config.flags import as_flag
 
 if TYPE_CHECKING:

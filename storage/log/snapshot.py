@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from softlabel.storage.checkpoints import hinted, read_checkpoint
 from softlabel.storage.errors import IntegrityError
-from softlabel.storage.log_files import commit_file, lines_of, list_log, matches_its_hash, read_bytes, unreadable_commit
+from softlabel.storage.log.checkpoints import hinted, read_checkpoint
+from softlabel.storage.log.files import commit_file, lines_of, list_log, matches_its_hash, read_bytes, unreadable_commit
+from softlabel.storage.log.state import Shard, added_shard, named_path, softlabel_metadata, state
 from softlabel.storage.places.place import Place, hash_of
-from softlabel.storage.state import Shard, added_shard, named_path, softlabel_metadata, state
 
 _THREADS = 8
 """Commits that are read in parallel from a bucket, where each is a request."""

@@ -15,7 +15,7 @@ from softlabel.storage.errors import IntegrityError, TableError
 from softlabel.storage.identity import run_id
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import SIDE_FOLDER, File, Place
-from softlabel.storage.sealed_json import seal, unseal
+from softlabel.storage.records.sealed_json import seal, unseal
 
 
 @dataclass(frozen=True)

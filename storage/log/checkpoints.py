@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from softlabel.storage.log_files import LOG, commit_file, list_log, read_commit
+from softlabel.storage.log.files import LOG, commit_file, list_log, read_commit
+from softlabel.storage.log.state import Shard, named_path, softlabel_metadata, state
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
-from softlabel.storage.state import Shard, named_path, softlabel_metadata, state
 
 VERSIONS_PER_CHECKPOINT = 100
 """One checkpoint is made for so many versions."""
