@@ -5,7 +5,7 @@ Opens, creates and describes tables; never reads a shard (``storage.reader``) or
     TABLE/_delta_log/                      the commits; a shard belongs to the table once it is in a commit
     TABLE/split=train/<hash>.parquet       the shards, named by a hash of their content
     TABLE/_softlabel/vocabulary-<hash>.parquet, tokenizer-<hash>/     (``storage.sidecars``)
-    TABLE/_softlabel/tags/, pins/, vacuumed/, derived/    (``storage.versions``, ``storage.derivations``)
+    TABLE/_softlabel/tags/, pins/, vacuumed/, derived/    (``storage.records``)
 """
 
 import hashlib

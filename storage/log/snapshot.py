@@ -54,7 +54,7 @@ class Snapshot:
 
     @cached_property
     def state(self) -> str:
-        """Its state hash (see ``storage.state``), which its commit must contain."""
+        """Its state hash (see ``storage.log.state``), which its commit must contain."""
         return state(self.version, self.properties, self.schema, self.lines)
 
     @cached_property

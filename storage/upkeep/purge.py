@@ -2,7 +2,7 @@
 
 It can be killed at any point and run again, because of its order: first the refuse list, so that no writer adds the
 documents again; then the commit; then the record of the shards to delete; and last the deletion of these files. See
-``storage.takedown`` for the records.
+``storage.records.takedown`` for the records.
 """
 
 import re
