@@ -8,9 +8,9 @@ from softlabel.flows.running.progress import watching
 from softlabel.flows.running.retries import retrying
 from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.evaluate import CompareConfig
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.compare import compare
-from softlabel.pipeline.evaluation.report import EvaluationReport
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 
 
 @flow(name="compare", flow_run_name="compare {config.models}", persist_result=False)

@@ -13,9 +13,10 @@ from softlabel.flows.running.progress import watching
 from softlabel.flows.running.retries import retrying
 from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.evaluate import EvaluateConfig
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.evaluation.report import EvaluationReport, pictures
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.page import pictures
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 
 
 @flow(name="evaluate", flow_run_name="evaluate {config.table}", persist_result=False)

@@ -31,7 +31,7 @@ from .estimation.estimate import Estimate as Estimate
 from .estimation.estimate import estimate as estimate
 from .evaluation.compare import compare as compare
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.report import EvaluationReport as EvaluationReport
+from .evaluation.report.scores import EvaluationReport as EvaluationReport
 from .lineage import StudentLineage as StudentLineage
 from .lineage import TableLineage as TableLineage
 from .lineage import ViewLineage as ViewLineage

@@ -9,9 +9,9 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import VERSION, TrainConfig
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import evaluate
-from softlabel.pipeline.evaluation.report import EvaluationReport
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.compatibility import require_same_tokens_elsewhere

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from softlabel.pipeline.capturing.capture import CaptureReport
     from softlabel.pipeline.distillation import DistillReport
     from softlabel.pipeline.estimation.estimate import Estimate, Preview
-    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
-    from softlabel.pipeline.evaluation.report import EvaluationReport
+    from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+    from softlabel.pipeline.evaluation.report.scores import EvaluationReport
     from softlabel.pipeline.training.train import TrainReport
 
 
@@ -149,7 +149,7 @@ def _with_interval(share: float, interval: tuple[float, float] | None) -> str:
 
 def show_distill(report: "DistillReport") -> None:
     """What each stage did, the scores of teacher and students, and what to do next."""
-    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
+    from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
 
     _capture_line(report.capture)
     for trained in report.train.values():
@@ -266,7 +266,7 @@ def _train_line(report: "TrainReport") -> None:
 
 
 def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
-    from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
+    from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
 
     if isinstance(report, ClassEvaluation):
         _class_scores(report)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from softlabel.pipeline.config.evaluate import CompareConfig
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.evaluate import EvaluatePreview, evaluate, preview_evaluate
 from softlabel.pipeline.evaluation.provenance import read_student
-from softlabel.pipeline.evaluation.report import EvaluationReport
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.record import RECORD
 from softlabel.storage.errors import UsageError

@@ -18,17 +18,11 @@ from softlabel.pipeline.cards import holding
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.provenance import is_model, other_model, read_student, stored_dtype, warnings_of
-from softlabel.pipeline.evaluation.report import (
-    REPORT_FILES,
-    EvaluationReport,
-    Header,
-    NamedTeacher,
-    TrainedStudent,
-    column_costs,
-    prepare,
-)
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, column_costs
+from softlabel.pipeline.evaluation.report.folder import REPORT_FILES, prepare
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.unfinished import Unfinished, finish
 from softlabel.pipeline.log_context import about

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from softlabel.pipeline.evaluation.report import TrainedStudent
+from softlabel.pipeline.evaluation.report.content import TrainedStudent
 from softlabel.pipeline.models.adapter import ADAPTER, Adapter
 from softlabel.pipeline.models.files import HUB_NAME, sha256
 from softlabel.pipeline.models.pretrained import load_config

@@ -26,7 +26,7 @@ from softlabel.pipeline.evaluation.classifier_metrics import (
     mean,
     measure_classes,
 )
-from softlabel.pipeline.evaluation.classifier_report import (
+from softlabel.pipeline.evaluation.report.classifier_report import (
     ClassEvaluation,
     ClassReport,
     ClassStudent,
@@ -34,7 +34,8 @@ from softlabel.pipeline.evaluation.classifier_report import (
     to_html,
     to_json,
 )
-from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, write
+from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent
+from softlabel.pipeline.evaluation.report.folder import write
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.fused import distillation_loss

@@ -24,18 +24,18 @@ from softlabel.pipeline.evaluation import partings
 from softlabel.pipeline.evaluation.bootstrap import effective
 from softlabel.pipeline.evaluation.metrics import empty_sums, means, measure
 from softlabel.pipeline.evaluation.partings import Likeliest
-from softlabel.pipeline.evaluation.report import (
-    EvaluationReport,
+from softlabel.pipeline.evaluation.report.content import (
     Header,
     NamedTeacher,
     Report,
     StudentSummary,
     TeacherSummary,
     TrainedStudent,
-    to_html,
     to_json,
-    write,
 )
+from softlabel.pipeline.evaluation.report.folder import write
+from softlabel.pipeline.evaluation.report.page import to_html
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.summary import Measurement, compared, gaps_closed
 from softlabel.pipeline.evaluation.token_bytes import token_bytes

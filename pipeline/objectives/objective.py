@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation
-from softlabel.pipeline.evaluation.report import EvaluationReport, Header, NamedTeacher, TrainedStudent
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.targets import Target

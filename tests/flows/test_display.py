@@ -11,8 +11,8 @@ from softlabel.flows.display.console import count
 from softlabel.flows.display.verbs import show_capture, show_distill, show_evaluate, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
-from softlabel.pipeline.evaluation.classifier_report import ClassEvaluation, ClassScore
-from softlabel.pipeline.evaluation.report import EvaluationReport, Score
+from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation, ClassScore
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport, Score
 from softlabel.pipeline.models.pruning import spread
 from softlabel.pipeline.training.train import TrainReport
 

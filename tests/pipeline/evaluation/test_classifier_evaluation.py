@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_metrics import compare, compared
-from softlabel.pipeline.evaluation.classifier_report import verdict
 from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.evaluation.report.classifier_report import verdict
 from softlabel.pipeline.stream.classifier_batches import LabelledDocuments
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.training.train import train

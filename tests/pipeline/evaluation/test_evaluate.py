@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.train import StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation import partings
-from softlabel.pipeline.evaluation import report as report_module
 from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.evaluation.report import page
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.stream import holdout
@@ -47,7 +47,7 @@ TRAIN, EVAL = range(8), range(6, 20)  # documents; 6 and 7 are in both splits, u
 def without_drawings(monkeypatch, request):
     """Drawings take most of an evaluation's time; test_report.py looks at them."""
     if "drawings" not in request.fixturenames:
-        monkeypatch.setattr(report_module, "_drawings", lambda report: {})
+        monkeypatch.setattr(page, "drawings_of", lambda report: {})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.evaluation.report import to_html
+from softlabel.pipeline.evaluation.report.page import to_html
 from softlabel.pipeline.evaluation.standings import Gap
 from tests.pipeline.evaluation.test_report import HOSTILE, report, student
 

@@ -7,16 +7,9 @@ import pytest
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
 from softlabel.pipeline.evaluation.partings import Likely, Place
-from softlabel.pipeline.evaluation.report import (
-    Report,
-    StudentSummary,
-    TeacherSummary,
-    column_costs,
-    prepare,
-    to_html,
-    to_json,
-    write,
-)
+from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, column_costs, to_json
+from softlabel.pipeline.evaluation.report.folder import prepare, write
+from softlabel.pipeline.evaluation.report.page import to_html
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.summary import (
     Bin,

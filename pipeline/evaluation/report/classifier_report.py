@@ -11,7 +11,9 @@ from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
-from softlabel.pipeline.evaluation.report import Header, NamedTeacher, TrainedStudent, histories, reach, render
+from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, reach
+from softlabel.pipeline.evaluation.report.drawings import histories
+from softlabel.pipeline.evaluation.report.page import render
 from softlabel.pipeline.evaluation.standings import Gap, Standing
 
 SCORES = ("accuracy", "precision", "recall", "f1")
@@ -128,12 +130,12 @@ def to_json(report: ClassReport) -> bytes:
 
 def to_html(report: ClassReport) -> str:
     """The report as one self-contained page."""
-    return render("classifier_report.html.j2", report, verdict(report), _drawings(report))
+    return render("classifier_report.html.j2", report, verdict(report), drawings_of(report))
 
 
-def _drawings(report: ClassReport) -> dict[str, str]:
+def drawings_of(report: ClassReport) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
-    from softlabel.pipeline.evaluation import charts
+    from softlabel.pipeline.evaluation.report import charts
 
     drawings, students = {}, report.students
     for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):

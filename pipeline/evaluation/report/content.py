@@ -1,0 +1,150 @@
+"""Everything that a report says: the content of report.json, whose fields are described here and in ``summary``.
+
+Measures nothing, and reads neither table nor model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import TypeAdapter
+
+from softlabel.pipeline.evaluation.bootstrap import Estimate
+from softlabel.pipeline.evaluation.partings import Place
+from softlabel.pipeline.evaluation.standings import Gap, Standing
+from softlabel.pipeline.evaluation.summary import Comparison, Metrics, TeacherMetrics
+from softlabel.pipeline.students.record import StudentRecord
+
+
+@dataclass(frozen=True)
+class NamedTeacher:
+    """What the table's history says about its teacher."""
+
+    name: str
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class TeacherSummary(NamedTeacher):
+    """The teacher's metrics on the same positions, as the table stores them."""
+
+    metrics: TeacherMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudent:
+    """How a student was trained, and what a reader should know before comparing it."""
+
+    name: str
+    folder: str
+    """Folder or, of a model trained elsewhere, maybe its name on the hub."""
+    kind: Literal["student", "teacher", "other"] = "student"
+    """A student that softlabel trained, the table's teacher itself, or a model trained elsewhere."""
+    parameters: int | None
+    objective: str
+    """Description of the training loss or, for another model, of what it is."""
+    history: tuple[dict[str, float], ...]
+    """Training and evaluation records in the order of their steps."""
+    trained_on: str | None
+    """TABLE@version; None if it is not known."""
+    runs: tuple[str, ...] = ()
+    """The steps of each run, if there were several."""
+    config: dict[str, Any]
+    circumstances: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, folder: str, record: StudentRecord, warnings: Sequence[str]) -> Self:
+        """A student as its record describes it."""
+        return cls(
+            name=name,
+            folder=folder,
+            parameters=record.parameters,
+            objective=record.objective,
+            history=record.history,
+            trained_on=f"{record.table.location}@{record.table.version}",
+            runs=record.runs_in_words,
+            config=record.config.model_dump(mode="json"),
+            circumstances=dict(record.circumstances),
+            warnings=tuple(warnings),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSummary(TrainedStudent):
+    """One student's training and its metrics."""
+
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class ColumnBytes:
+    """One column's size on disk."""
+
+    name: str
+    bytes: int
+    bytes_per_position: float
+    """Per captured position, over the whole table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What every report says about the table and the evaluation."""
+
+    format: int = 1
+    """Version of the report's JSON, raised when a field is dropped or changes its meaning; fields may be added."""
+    table: str
+    version: int
+    created: str
+    """Time of the evaluation, ISO 8601, UTC."""
+    columns: tuple[ColumnBytes, ...]
+    identity: dict[str, Any]
+    """The table's identity or, by name, that of each table of a view."""
+    circumstances: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Header):
+    """Everything that the page shows."""
+
+    sequences: int
+    """Number of sequences evaluated."""
+    positions: int
+    """Number of positions evaluated."""
+    documents: int
+    """Number of documents evaluated."""
+    left_out: int
+    """Sequences of the eval split that also occur in the train split, and were not evaluated."""
+    left_out_documents: int
+    """Further sequences of the eval split whose document also occurs in the train split, and were not evaluated."""
+    teacher: TeacherSummary
+    students: tuple[StudentSummary, ...]
+    comparisons: tuple[Comparison, ...]
+    """Each pair of students, compared over the same documents."""
+    gap: Gap | None
+    standings: tuple[Standing, ...]
+    """All students, the closest to the teacher first."""
+    places: tuple[Place, ...]
+    """Some positions at which the first student parts from the teacher."""
+
+
+def column_costs(sizes: Mapping[str, int], positions: int) -> tuple[ColumnBytes, ...]:
+    """Sizes by column, the largest first.
+
+    Args:
+        sizes: bytes of each column over the whole table.
+        positions: captured positions of the whole table.
+    """
+    largest_first = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(ColumnBytes(name, size, size / positions) for name, size in largest_first)
+
+
+def reach(value: Estimate | None) -> float | None:
+    """Half of a 95 % interval; None if there is none."""
+    return None if value is None or value.interval is None else (value.interval[1] - value.interval[0]) / 2
+
+
+def to_json(report: Report) -> bytes:
+    """The report as JSON; numbers that are not finite (a perplexity that overflows) become null."""
+    return TypeAdapter(Report).dump_json(report, indent=2)

@@ -1,0 +1,87 @@
+"""Which charts a report has.
+
+Functions that draw import ``charts`` themselves: a training needs no drawings, and matplotlib takes half a second.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from softlabel.pipeline.evaluation.report.content import Report, reach
+from softlabel.pipeline.evaluation.summary import Group
+
+if TYPE_CHECKING:
+    from softlabel.pipeline.evaluation.report.charts import Curve
+
+
+def drawings_of(report: Report) -> dict[str, str]:
+    """Each chart's SVG by name, without charts that have no data."""
+    from softlabel.pipeline.evaluation.report import charts
+
+    drawings, students, metrics = {}, report.students, [student.metrics for student in report.students]
+    sized = [
+        charts.Dot(index, student.name, student.parameters, student.metrics.kl.mean, reach(student.metrics.kl))
+        for index, student in enumerate(students)
+        if student.parameters
+    ]
+    if len(sized) > 1:
+        drawings["size"] = charts.by_size(sized, "KL to the teacher (nats)")
+    losses = histories(students, "loss")
+    if losses:
+        drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
+    divergences = histories(students, "eval_kl")
+    if divergences:
+        drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
+    bins = metrics[0].by_entropy
+    if bins:
+        curves = _curves(report, [each.by_entropy for each in metrics])
+        edges, counts = [(b.low or 0.0, b.high or 0.0) for b in bins], [b.positions for b in bins]
+        drawings["entropy"] = charts.by_entropy(curves, edges, counts, "KL to the teacher (nats)")
+    if len(metrics[0].by_position) > 1:
+        curves = _curves(report, [each.by_position for each in metrics])
+        drawings["position"] = charts.by_position(curves, "KL to the teacher (nats)")
+    lines = [
+        charts.reliability_of(index, name, each.bins)
+        for index, name, each in [
+            (-1, report.teacher.name, report.teacher.metrics.calibration),
+            *((index, student.name, student.metrics.calibration) for index, student in enumerate(students)),
+        ]
+        if each is not None
+    ]
+    if lines:
+        drawings["calibration"] = charts.reliability(lines)
+    for column in metrics[0].by_column:
+        names = [group.name for group in metrics[0].by_column[column]]
+        bars = [
+            charts.Bar(index, student.name, [group.kl for group in student.metrics.by_column[column]])
+            for index, student in enumerate(students)
+        ]
+        drawings[f"by {column}"] = charts.by_group(bars, names, "KL to the teacher (nats)")
+    return drawings
+
+
+def _curves(report: Report, groups: Sequence[Sequence[Group]]) -> "list[Curve]":
+    """Each student's KL over the middles of some ranges."""
+    from softlabel.pipeline.evaluation.report.charts import Curve
+
+    return [
+        Curve(
+            index,
+            report.students[index].name,
+            [((group.low or 0.0) + (group.high or 0.0)) / 2 for group in of_student],
+            [group.kl.mean for group in of_student],
+        )
+        for index, of_student in enumerate(groups)
+    ]
+
+
+def histories(students: Sequence[Any], quantity: str) -> "list[Curve]":
+    """Each student's curve of a quantity by step, for the students that logged it."""
+    from softlabel.pipeline.evaluation.report.charts import Curve
+
+    curves = []
+    for index, student in enumerate(students):
+        records = [record for record in student.history if quantity in record]
+        if records:
+            steps, values = [r["step"] for r in records], [r[quantity] for r in records]
+            curves.append(Curve(index, student.name, steps, values))
+    return curves
