@@ -1,1 +1,1 @@
-"""The report of an evaluation, in a ``folder``: its ``content``, the ``page`` that shows it, and its main ``scores``."""
+"""The report of an evaluation, in a ``folder``: its ``content``, the ``page`` that shows it, and its ``scores``."""
