@@ -16,7 +16,7 @@ from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.progress import Watch, unwatched
 from softlabel.pipeline.students.compatibility import require_same_tokens_elsewhere
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.training.trackers import require_trackers
+from softlabel.pipeline.students.trackers import require_trackers
 from softlabel.pipeline.training.train import TrainReport, train
 
 
@@ -80,5 +80,5 @@ def require_trainable(config: DistillConfig) -> CaptureJob:
     require_same_tokens_elsewhere(objective.require_fitting(config.student), origin)
     for settings in config.train().values():
         objective.require_loss(settings)
-        require_trackers(settings.optimizer)
+        require_trackers(settings.optimizer.report_to, "optimizer.report_to")
     return job

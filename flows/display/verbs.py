@@ -305,11 +305,14 @@ def _class_scores(report: "ClassEvaluation") -> None:
         shares = (score.accuracy, score.precision, score.recall, score.f1)
         parameters = "" if score.parameters is None else short(score.parameters)
         scores.add_row(
-            score.name, *("" if share is None else f"{share:.1%}" for share in shares), f"{score.kl:.3f}", parameters
+            escape(printable(score.name)),
+            *("" if share is None else f"{share:.1%}" for share in shares),
+            f"{score.kl:.3f}",
+            parameters,
         )
     console.print(scores)
     if report.verdict:
-        console.print(escape(report.verdict))
+        console.print(escape(printable(report.verdict)))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     console.print(f"{count(report.documents, 'held-out document')}{left_out}")
     if report.unmapped > 0.0005:

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import PositiveInt, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
+from softlabel.pipeline.config.train import Trackers
 
 
 class EvaluateConfig(Settings):
@@ -26,6 +27,9 @@ class EvaluateConfig(Settings):
     report: Location = "report"
     """Folder for report.html and report.json. If it has a report on another table or other students, that one is kept,
     and this one is written to a folder with a number after the name."""
+    report_to: Trackers = ()
+    """Trackers that also get each student's results, with their 95 % intervals, in the run of its training; each needs
+    its package. tensorboard writes into the folder of the student, or of the report for another model."""
     device: str = "auto"
     """cpu, cuda, ...; auto uses a GPU if there is one."""
     batch_tokens: PositiveInt = 8192

@@ -1,7 +1,10 @@
 """Settings as flags of the command line: for errors that say what to give, and for output that can be copied."""
 
 import shlex
+from collections.abc import Iterator
 from typing import Any
+
+from pydantic import BaseModel
 
 
 def flag_of(name: str) -> str:
@@ -20,6 +23,16 @@ def as_flag(name: str, value: Any) -> str:
     if any(text.startswith("-") for text in values):  # only after a = is it no flag of its own
         return " ".join(f"{flag_of(name)}={_quoted(text)}" for text in values)
     return " ".join([flag_of(name), *map(_quoted, values)])
+
+
+def flags_of(settings: BaseModel, section: str = "") -> Iterator[str]:
+    """Each setting that is not its default, as it is given on the command line; those that have none are left out."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            yield from flags_of(value, f"{section}{name}.")
+        elif not field.is_required() and value is not None and value != field.get_default(call_default_factory=True):
+            yield as_flag(f"{section}{name}", value)
 
 
 def shown(value: Any) -> str:

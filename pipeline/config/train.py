@@ -10,6 +10,10 @@ SOURCES = ("model", "layers", "depth", "config")
 """Settings that say what a student starts from: exactly one is needed."""
 
 
+Trackers = tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...]
+"""Programs that show the curves and results of trainings."""
+
+
 class StudentConfig(Settings):
     """The model to train: give exactly one of model, layers, depth and config."""
 
@@ -191,7 +195,7 @@ class OptimizerConfig(Settings):
     fit on one GPU. It has no effect with one process."""
     seed: int = 0
     """Seed of the student's random numbers."""
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    report_to: Trackers = ()
     """Trackers that show the curves during training; each needs its package. tensorboard writes into the student's
     folder; the others are configured by their own environment variables, as in transformers. The student's record and
     the report have the curves in any case."""

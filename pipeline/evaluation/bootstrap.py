@@ -57,6 +57,12 @@ def effective(sizes: NDArray[np.int64]) -> float:
     return float(sizes.sum()) ** 2 / float(np.square(sizes.astype(np.float64)).sum()) if len(sizes) else 0.0
 
 
+def worth(positions: Floats) -> float:
+    """The same, from (1 + REPLICATES,) counts of positions: their variance is the sum of the squared sizes."""
+    variance = float(positions[1:].var())
+    return float(positions[0]) ** 2 / variance if variance else 0.0
+
+
 class Sums:
     """Sums of several quantities over positions: once as they are, and once for each replicate.
 
@@ -78,7 +84,8 @@ class Sums:
         weights = _weights(documents)
         with np.errstate(invalid="ignore"):  # an infinite loss that a replicate does not count makes it NaN
             for name, part in parts.items():
-                self.values[name] += weights @ part
+                used = part.any(0)
+                self.values[name][:, used] += weights @ part[:, used]
 
 
 def _weights(documents: NDArray[np.int64]) -> Floats:

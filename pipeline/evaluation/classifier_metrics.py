@@ -4,7 +4,7 @@ The metrics are scikit-learn's, each with a standard error and an interval over 
 derived from the confusion matrix. Trains nothing and reads no files.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate, around
+from softlabel.pipeline.evaluation.figures import Bin, Calibration
 from softlabel.pipeline.evaluation.metrics import CONFIDENCE_BINS
 from softlabel.pipeline.evaluation.standings import Gap
-from softlabel.pipeline.evaluation.summary import Bin, Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,9 +55,9 @@ class Quality:
     """Number of documents by their label (rows) and the classifier's prediction (columns)."""
 
 
-@dataclass(frozen=True)
-class ClassMetrics:
-    """A classifier's metrics over documents, at temperature 1."""
+@dataclass(frozen=True, kw_only=True)
+class ClassFigures:
+    """How good a classifier is on some documents, at temperature 1."""
 
     documents: int
     kl: Estimate
@@ -68,6 +68,21 @@ class ClassMetrics:
     """None if no document has a label."""
     calibration: Calibration | None
     """Against the documents' labels, where they have one, and against the teacher; None if no document has a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassGroup(ClassFigures):
+    """The same over documents with the same value of a column."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics(ClassFigures):
+    """A classifier's metrics over all documents, and by groups of them."""
+
+    by_column: dict[str, tuple[ClassGroup, ...]]
+    """By the value of each column of ``by``, those of the most documents first."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +108,36 @@ class ClassComparison:
 
 
 @torch.no_grad()
-def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -> MeasuredClasses:
-    """Measure a student on documents; its training mode is restored afterwards."""
+def predictions(
+    model: "PreTrainedModel", batches: "Iterable[ClassBatch]"
+) -> "Iterator[tuple[ClassBatch, NDArray[np.float32]]]":
+    """Each batch with (N, labels) log-probabilities of a student, in nats; its training mode is restored afterwards."""
     was_training = model.training
     model.eval()
-    predicted, labels, teacher = [], [], []
     try:
         for batch in batches:
             logits = model(**batch.to(model.device).inputs).logits[: len(batch.labels)]
-            predicted.append(logits.float().log_softmax(1).cpu().numpy())
-            labels.append(batch.labels.numpy())
-            teacher.append(batch.logprobs.numpy())
+            yield batch, logits.float().log_softmax(1).cpu().numpy()
     finally:
         model.train(was_training)
+
+
+def measure_classes(model: "PreTrainedModel", batches: "Iterable[ClassBatch]") -> MeasuredClasses:
+    """Measure a student on documents."""
+    found = list(predictions(model, batches))
+    labels, teacher = (
+        np.concatenate([getattr(batch, name).numpy() for batch, _ in found]) for name in ("labels", "logprobs")
+    )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    return compare(np.concatenate(predicted), np.concatenate(labels), np.concatenate(teacher), names)
+    return compare(np.concatenate([logprobs for _, logprobs in found]), labels, teacher, names)
 
 
 def compare(
-    logprobs: NDArray[np.float32], labels: NDArray[np.int64], teacher: NDArray[np.float32], names: list[str]
+    logprobs: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    teacher: NDArray[np.float32],
+    names: Sequence[str],
+    groups: "Mapping[str, tuple[tuple[str, ...], NDArray[np.int64]]] | None" = None,
 ) -> MeasuredClasses:
     """Metrics of predictions for N documents.
 
@@ -120,19 +146,35 @@ def compare(
         labels: (N,) ids; -1 where there is none.
         teacher: (N, labels) nats; NaN where the teacher has no distribution over these labels.
         names: name of each label.
+        groups: by column: its values, and (N,) which of them each document has.
     """
-    has_teacher, known = ~np.isnan(teacher).any(1), labels >= 0
     predicted, expected = logprobs.astype(np.float64), teacher.astype(np.float64)
     with np.errstate(invalid="ignore"):
         kl = np.where(np.isneginf(expected), 0.0, np.exp(expected) * (expected - predicted)).sum(1)
-    same = predicted[has_teacher].argmax(1) == expected[has_teacher].argmax(1)
+    same = (predicted.argmax(1) == expected.argmax(1)).astype(np.float64)
+    known = labels >= 0
     correct = np.where(known, (logprobs.argmax(1) == labels).astype(np.float64), np.nan)
+
+    def figures(chosen: "NDArray[np.bool_]") -> dict[str, Any]:
+        here, labelled = chosen & ~np.isnan(kl), chosen & known
+        quality = calibration = None
+        if labelled.any():
+            quality = _quality(logprobs[labelled], labels[labelled], names)
+            calibration = _calibration(predicted[labelled], correct[labelled], expected[labelled])
+        return {
+            "documents": int(chosen.sum()),
+            "kl": mean(kl[here]),
+            "agreement": mean(same[here]),
+            "quality": quality,
+            "calibration": calibration,
+        }
+
     metrics = ClassMetrics(
-        documents=len(labels),
-        kl=mean(kl[has_teacher]),
-        agreement=mean(same),
-        quality=_quality(logprobs[known], labels[known], names) if known.any() else None,
-        calibration=_calibration(predicted[known], correct[known], expected[known]) if known.any() else None,
+        **figures(np.ones(len(labels), np.bool_)),
+        by_column={
+            column: tuple(ClassGroup(name=name, **figures(value == number)) for number, name in enumerate(values))
+            for column, (values, value) in (groups or {}).items()
+        },
     )
     return MeasuredClasses(metrics, kl, correct)
 
@@ -208,7 +250,7 @@ def _ece(bins: NDArray[np.int64], gaps: NDArray[np.float64]) -> Estimate:
     return around(of(ones), float(np.std(replicates, ddof=1)), len(bins))
 
 
-def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: list[str]) -> Quality:
+def _quality(logprobs: NDArray[np.float32], labels: NDArray[np.int64], names: Sequence[str]) -> Quality:
     predicted = logprobs.argmax(1)
     confusion = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
     scores, documents = _scores(confusion), confusion.sum(1)

@@ -2,15 +2,16 @@
 
 The teacher's predictions come from the table: no teacher is loaded, unless it is to be measured like a student. All
 models are compared with the table before the first one is measured, so that a mismatch is found early. Never changes a
-table or a student.
+table, or of a student more than what TensorBoard shows of it.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 from transformers import PreTrainedModel
 
@@ -32,8 +33,9 @@ from softlabel.pipeline.objectives.objective import HeldOut, Objective
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.pipeline.students.build import parameters
 from softlabel.pipeline.students.origin import Origin
-from softlabel.pipeline.students.record import RECORD
+from softlabel.pipeline.students.record import RECORD, StudentRecord
 from softlabel.pipeline.students.source import StudentSource
+from softlabel.pipeline.students.trackers import TENSORBOARD, report_results, require_trackers
 from softlabel.storage.errors import UsageError
 from softlabel.storage.identity import circumstances
 from softlabel.storage.reader import captured_positions
@@ -51,11 +53,29 @@ class EvaluatedModel:
     source: StudentSource
     adapter: Adapter | None
     """Merged into the weights after they are loaded."""
+    record: StudentRecord | None = None
+    """None for a model that softlabel did not train."""
 
     def load(self, job: "EvaluationJob") -> PreTrainedModel:
         """Load the model onto the job's device."""
         model = job.objective.build(self.settings, job.table, source=self.source)
         return (model if self.adapter is None else self.adapter.merged(model)).to(job.device)
+
+    def report_results(self, trackers: Sequence[str], report: Path, results: Mapping[str, float]) -> None:
+        """Give its results to trackers: to the run of its training or, for another model, to one of its own.
+
+        Args:
+            trackers: their names.
+            report: folder of the report.
+            results: from ``HeldOut.results``.
+        """
+        name = self.student.name
+        if self.record is None:
+            report_results(trackers, name, report / TENSORBOARD / quote(name, safe=""), {}, 0, results)
+        else:
+            ids = self.record.runs[-1].trackers if self.record.runs else {}
+            curves = Path(self.student.folder) / TENSORBOARD
+            report_results(trackers, name, curves, ids, self.record.step, results)
 
     @property
     def files(self) -> dict[str, Any]:
@@ -80,7 +100,7 @@ class EvaluationJob:
         """Open the table, and find the files of all models.
 
         Raises:
-            UsageError: if there is no student.
+            UsageError: if there is no student, or a tracker is not installed.
             TableError: if the table can't be opened.
             StudentError: if a model does not exist, has another tokenizer than the table, or was trained with another
                 teacher.
@@ -89,6 +109,7 @@ class EvaluationJob:
             raise UsageError(
                 "there is no student to evaluate", expected="students: at least one folder", found="students: []"
             )
+        require_trackers(config.report_to, "report_to")
         table = open_table(config.table)
         origin = Origin.of(table)
         objective = objective_of(origin)
@@ -157,6 +178,7 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
         TableError: if the table does not exist, or has nothing to evaluate on.
         StudentError: if a student does not exist, or does not fit the table.
         UsageError: if the students can't be compared with each other, or the report can't be written.
+        SoftlabelError: if a tracker does not accept the results; then the report has been written.
     """
     job = EvaluationJob.resolve(config)
     held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
@@ -171,6 +193,8 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     gap = None if config.control is None else Gap(names[config.control], names.get(config.reference or ""))
     report = held_out.report(_header(job), _teacher(job.table), measured, gap, folder)
     finish(folder)
+    for model, each in zip(job.models, measured, strict=True):
+        model.report_results(config.report_to, folder, held_out.results(each))
     return report
 
 
@@ -197,7 +221,7 @@ def _model(name: str, folder: str, table: AnyTable, origin: Origin, objective: O
         trained = record.config.student
         settings = StudentConfig(model=folder, dtype=trained.dtype, labels=trained.labels)
         student = TrainedStudent.of(name, folder, record, warnings_of(record, path, table))
-        return EvaluatedModel(student, settings, objective.require_fitting(settings), None)
+        return EvaluatedModel(student, settings, objective.require_fitting(settings), None, record)
     adapter = Adapter.find(folder) if (path / ADAPTER).is_file() else None
     settings = StudentConfig(model=folder if adapter is None else adapter.base)
     source = objective.require_fitting(settings)

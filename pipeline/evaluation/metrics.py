@@ -43,27 +43,32 @@ CONFIDENCE_BINS = 10
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Logits in float32 that are held at a time, by kind of device."""
 
-OVERALL = (
+QUANTITIES = (
     *("positions", "bytes", "cross_entropy", "teacher_cross_entropy", "teacher_entropy", "unsampled"),
     *(f"{name}{part}" for name in DIVERGENCES for part in ("", "_low", "_high", "_variance")),
     *("agreement", "agreement_known", "top", "top_known", "top_low", "top_high"),
-    *("windows", "steps", "steps_low", "steps_high"),
+    *("windows", "steps", "steps_low", "steps_high", "confidence", "correct"),
 )
-"""Quantities that are summed over all positions; ``_known`` counts those at which the quantity is known."""
-GROUPED = ("positions", "bytes", "cross_entropy", *DIVERGENCES, "agreement", "agreement_known", "confidence", "correct")
-"""Quantities that are summed for each group of positions."""
-CALIBRATION = ("positions", "confidence", "correct", "teacher", "teacher_low", "teacher_high")
-"""Quantities that are summed for each bin of the student's confidence."""
-TEACHER_CALIBRATION = ("positions", "teacher_confidence", "teacher_correct")
-"""Quantities that are summed for each bin of the teacher's confidence."""
+"""Quantities that are summed over positions; ``_known`` counts those at which the quantity is known."""
+BINNED = {
+    "calibration": ("confidence", ("positions", "confidence", "correct", "teacher", "teacher_low", "teacher_high")),
+    "teacher's calibration": ("teacher_confidence", ("positions", "teacher_confidence", "teacher_correct")),
+}
+"""What is summed by bins of a confidence: whose confidence, and the quantities."""
 
 
 def empty_sums(groups: Mapping[str, Sequence[str]]) -> Sums:
-    """The sums before the first batch; ``groups`` are the values of each column to group by."""
-    shapes = {"overall": len(OVERALL), "calibration": CONFIDENCE_BINS * len(CALIBRATION)}
-    shapes |= {"teacher_calibration": CONFIDENCE_BINS * len(TEACHER_CALIBRATION)}
-    shapes |= {"entropy": ENTROPY_BINS * len(GROUPED), "position": POSITION_BINS * len(GROUPED)}
-    return Sums(shapes | {f"column {name}": len(values) * len(GROUPED) for name, values in groups.items()})
+    """The sums before the first batch: of each part, over all positions or over groups of them.
+
+    Args:
+        groups: values of each column to group by.
+    """
+    cells = {"overall": 1, "entropy": ENTROPY_BINS, "position": POSITION_BINS}
+    cells |= {f"column {name}": len(values) for name, values in groups.items()}
+    shapes = {part: count * len(QUANTITIES) for part, count in cells.items()}
+    for kind, (_, names) in BINNED.items():
+        shapes |= {f"{part}: {kind}": count * CONFIDENCE_BINS * len(names) for part, count in cells.items()}
+    return Sums(shapes)
 
 
 @torch.no_grad()
@@ -95,7 +100,8 @@ def measure(
         for held in batches:
             if len(held.batch.positions):
                 values = {name: value.cpu() for name, value in _quantities(model, held.batch, table).items()}
-                _require_numbers(values, model)
+                nan = values["cross_entropy"].isnan()
+                require_numbers(int(nan.sum()), len(nan), "positions", model)
                 values["bytes"] = bytes_of[held.batch.next_ids].double()
                 _add(sums, held, values)
             done(held)
@@ -178,13 +184,23 @@ def _ids(teacher: Teacher) -> int:
     return 16 * sum(part.shape[1] for part in ids)
 
 
-def _require_numbers(values: Mapping[str, Tensor], model: "PreTrainedModel") -> None:
-    wrong = int(values["cross_entropy"].isnan().sum())
+def require_numbers(wrong: int, count: int, unit: str, model: "PreTrainedModel") -> None:
+    """Refuse a student whose predictions for a batch are not numbers.
+
+    Args:
+        wrong: how many predictions have NaN, ...
+        count: ... of how many.
+        unit: what is predicted: positions or documents.
+        model: the student.
+
+    Raises:
+        StudentError: if there are any.
+    """
     if wrong:
         raise StudentError(
             "this student's predictions are not numbers",
-            expected="finite logits at each position",
-            found=f"NaN at {wrong:,} of {len(values['cross_entropy']):,} positions of a batch",
+            expected=f"finite logits for all {unit}",
+            found=f"NaN for {wrong:,} of {count:,} {unit} of a batch",
             where=model.config.name_or_path,
             do="its weights are broken: train it again, with a smaller optimizer.learning_rate if the loss became NaN; "
             "evaluate the other students without it",
@@ -200,24 +216,23 @@ def _add(sums: Sums, held: "HeldOutBatch", values: dict[str, Tensor]) -> None:
     values |= _steps(values, held.batch.positions)
     documents, number = np.unique(np.array([seed_of(name) for name in held.documents]), return_inverse=True)
     document = torch.from_numpy(number[held.sequence])
-    groups = {
-        "entropy": (_bin(values["teacher_entropy"] / ENTROPY_BIN, ENTROPY_BINS), ENTROPY_BINS, GROUPED),
-        "position": (_bin(values["position"].log2(), POSITION_BINS), POSITION_BINS, GROUPED),
-        "overall": (torch.zeros_like(document), 1, OVERALL),
+    cells = {
+        "overall": torch.zeros_like(document),
+        "entropy": _bin(values["teacher_entropy"] / ENTROPY_BIN, ENTROPY_BINS),
+        "position": _bin(values["position"].log2(), POSITION_BINS),
     }
-    for name, each in held.groups.items():
-        cells = sums.values[f"column {name}"].shape[1] // len(GROUPED)
-        groups[f"column {name}"] = (torch.from_numpy(each[held.sequence]), cells, GROUPED)
-    parts = {name: _summed(values, document, len(documents), *group) for name, group in groups.items()}
-    for name, by, quantities in (
-        ("calibration", "confidence", CALIBRATION),
-        ("teacher_calibration", "teacher_confidence", TEACHER_CALIBRATION),
-    ):
-        if by in values:
-            known_here = ~values[by].isnan()
-            here = {each: values[each][known_here] for each in quantities}
-            bins = _bin(here[by] * CONFIDENCE_BINS, CONFIDENCE_BINS)
-            parts[name] = _summed(here, document[known_here], len(documents), bins, CONFIDENCE_BINS, quantities)
+    cells |= {f"column {name}": torch.from_numpy(each[held.sequence]) for name, each in held.groups.items()}
+    parts = {}
+    for part, cell in cells.items():
+        count = sums.values[part].shape[1] // len(QUANTITIES)
+        parts[part] = _summed(values, document, len(documents), cell, count, QUANTITIES)
+        for kind, (by, names) in BINNED.items():
+            if by in values:
+                known_here = ~values[by].isnan()
+                here = {each: values[each][known_here] for each in names}
+                binned = cell[known_here] * CONFIDENCE_BINS + _bin(here[by] * CONFIDENCE_BINS, CONFIDENCE_BINS)
+                size = count * CONFIDENCE_BINS
+                parts[f"{part}: {kind}"] = _summed(here, document[known_here], len(documents), binned, size, names)
     sums.add(documents, parts)
 
 

@@ -1,183 +1,122 @@
-"""What an evaluation reports of a student and its teacher: means with their errors and bounds, from sums.
+"""The figures of a report, with their errors and bounds, from the sums of an evaluation. Measures nothing."""
 
-The docstrings here are the description of report.json. All means are per captured position, in nats unless a field says
-otherwise, at temperature 1. Measures nothing.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, isinf, log, sqrt
-from typing import Literal
+from functools import cached_property
+from math import exp, isinf, log, sqrt
+from typing import Any
 
 import numpy as np
 
-from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate, Floats, Sums, difference, estimate
+from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate, Floats, Sums, difference, estimate, worth
+from softlabel.pipeline.evaluation.figures import (
+    Bin,
+    Bounded,
+    Calibration,
+    Comparison,
+    Group,
+    KlKind,
+    Metrics,
+    TeacherGroup,
+    TeacherMetrics,
+)
 from softlabel.pipeline.evaluation.metrics import (
-    CALIBRATION,
+    BINNED,
     CONFIDENCE_BINS,
     ENTROPY_BIN,
     ENTROPY_BINS,
-    GROUPED,
-    OVERALL,
     POSITION_BINS,
-    TEACHER_CALIBRATION,
+    QUANTITIES,
 )
 from softlabel.pipeline.evaluation.standings import Gap
 
-KlKind = Literal["unbiased", "lower bound", "mean over teachers"]
+_Range = tuple[str, float | None, float | None]
+
+
+def _entropy_range(number: int) -> _Range:
+    low, high = number * ENTROPY_BIN, (number + 1) * ENTROPY_BIN
+    return f"{low:g}-{high:g} nats", low, high
+
+
+def _position_range(number: int) -> _Range:
+    low, high = 2**number, 2 ** (number + 1)
+    return f"{low}" if high == low + 1 else f"{low:,}-{high - 1:,}", low, high
+
+
+def _column(name: str, values: Sequence[str]) -> tuple[str, Sequence[_Range]]:
+    """The part of the sums for a column, and its values."""
+    return f"column {name}", [(value, None, None) for value in values]
+
+
+_RANGES = (
+    ("by_entropy", "entropy", [_entropy_range(number) for number in range(ENTROPY_BINS)]),
+    ("by_position", "position", [_position_range(number) for number in range(POSITION_BINS)]),
+)
+"""Field of the metrics, part of the sums, and the ranges that each of its cells stands for."""
 
 
 @dataclass(frozen=True)
-class Bounded(Estimate):
-    """A mean that a table with truncated distributions does not determine exactly."""
+class Cell:
+    """The sums over some positions, as they are (first) and in each replicate of the bootstrap."""
 
-    low: float
-    """The mean over these positions is certainly not below this, whatever the tail is and however stored probabilities
-    were rounded."""
-    high: float | None
-    """Nor above this; None if nothing bounds it."""
-    sampling_error: float | None
-    """Standard error of ``mean`` on these very positions, from the draws of the tail; None if it is not known, or if
-    nothing was drawn, so that the mean is only a bound."""
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Positions at which a model's most likely token has a probability in [low, high)."""
-
-    low: float
-    high: float
-    positions: int
-    confidence: float
-    """Mean probability of the most likely token."""
-    correct: float
-    """How often it is the token that follows."""
-    teacher: float | None
-    """Mean probability that the teacher gives it; None for the teacher itself."""
-    teacher_bounds: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Whether a model is as often right as it is confident."""
-
-    ece: Estimate
-    """Expected calibration error: mean distance of confidence and correctness over bins of confidence."""
-    ece_to_teacher: Estimate | None
-    """The same with the teacher's probability in place of correctness; None for the teacher itself."""
-    bins: tuple[Bin, ...]
-    """Bins with positions, in the order of confidence."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Positions that have something in common, and means over them."""
-
-    name: str
-    low: float | None
-    """Positions with an entropy (nats) or place in [low, high); None for a value of a column."""
-    high: float | None
-    positions: int
-    cross_entropy: Estimate
-    bits_per_byte: Estimate | None
-    kl: Estimate
-    agreement: Estimate | None
-    reverse_kl: Estimate | None
-    """None for an average of teachers, like the following."""
-    jsd: Estimate | None
-    acceptance: Estimate | None
-    confidence: Estimate | None
-    """Mean probability of the most likely token."""
-    correct: Estimate | None
-    """How often it is the token that follows."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """A student's metrics over held-out positions."""
-
-    sequences: int
-    positions: int
-    documents: int
-    cross_entropy: Estimate
-    """With the token that actually follows."""
-    perplexity: Estimate
-    bits_per_byte: Estimate | None
-    """Cross-entropy in bits per byte of the text; None if no token stands for text."""
-    kl: Bounded
-    """Forward KL, from the teacher to the student."""
-    kl_kind: KlKind
-    """Unbiased if the table has a sampled tail or stores whole distributions; a lower bound if all tokens outside the
-    head count as one outcome; for an average of teachers, the (unbiased) mean of the KL from each teacher, which is the
-    KL from their average plus how far the teachers differ from it."""
-    reverse_kl: Bounded | None
-    """KL from the student to the teacher. None for an average of teachers, like the following."""
-    jsd: Bounded | None
-    """Jensen-Shannon divergence."""
-    total_variation: Bounded | None
-    """Half the sum of the absolute differences of all probabilities."""
-    acceptance: Bounded | None
-    """Rate at which the teacher accepts the student's tokens in speculative decoding: 1 - total_variation."""
-    tokens_per_step: Bounded | None
-    """Mean number of tokens per forward pass of the teacher, if the student drafts ``metrics.DRAFT`` tokens at a time:
-    along the held-out text, and up to the first token that is not accepted, plus the teacher's own."""
-    agreement: Estimate | None
-    """Share of positions at which both have the same most likely token; None if the table has no head."""
-    top_agreement: Bounded | None
-    """Share of the teacher's ``positions.TOP`` most likely tokens that are also the student's, where the head reaches
-    that far; the bounds are for all positions."""
-    top_positions: int
-    """Number of positions at which the head reaches that far."""
-    calibration: Calibration | None
-    by_entropy: tuple[Group, ...]
-    """By the teacher's entropy; groups without positions are left out."""
-    by_position: tuple[Group, ...]
-    """By the number of tokens before the predicted one, and itself."""
-    by_column: dict[str, tuple[Group, ...]]
-    """By the value of each column of ``by``, those with the most positions first."""
-
-
-@dataclass(frozen=True)
-class TeacherMetrics:
-    """The teacher on the same positions, as the table stores it."""
-
-    cross_entropy: Estimate
-    perplexity: Estimate
-    bits_per_byte: Estimate | None
-    entropy: Estimate
-    """Mean entropy of its distributions: the minimum of any student's cross-entropy with the teacher."""
-    calibration: Calibration | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two students on the same documents: how much larger the first one's means are."""
-
-    student: str
-    other: str
-    kl: Difference
-    cross_entropy: Difference
-    acceptance: Difference | None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One student's sums, and how many documents of equal size they are worth."""
-
-    sums: Sums
+    values: Mapping[str, Floats]
+    """(1 + replicates,) of each of ``QUANTITIES``."""
+    bins: Mapping[str, Mapping[str, Floats]]
+    """(1 + replicates, CONFIDENCE_BINS) by kind and quantity of ``BINNED``."""
     documents: float
+    """How many documents of equal size the positions are worth."""
+    average: bool
+    """Whether the teacher is an average of several: then little is known."""
 
-    def ratio(self, name: str, by: str = "positions", part: str = "overall", cell: int = 0) -> Floats:
-        """(1 + replicates,) mean of a quantity, as it is and in each replicate."""
-        return _ratio(self._cells(part, GROUPED if part != "overall" else OVERALL), name, by, cell)
+    @property
+    def positions(self) -> int:
+        """Number of positions."""
+        return int(self.values["positions"][0])
 
-    def _cells(self, part: str, names: Sequence[str]) -> dict[str, Floats]:
-        values = self.sums.values[part]
-        return dict(zip(names, np.moveaxis(values.reshape(len(values), -1, len(names)), 2, 0), strict=True))
+    def ratio(self, name: str, by: str = "positions") -> Floats:
+        """(1 + replicates,) mean of a quantity over the positions that ``by`` counts."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result: Floats = self.values[name] / self.values[by]
+        return result
 
     def mean(self, name: str) -> Estimate:
         """Mean over all positions of a quantity that is known everywhere."""
         return estimate(self.ratio(name), self.documents)
+
+    def figures(self) -> dict[str, Any]:
+        """The fields of ``Figures``."""
+        cross_entropy, kl = self.mean("cross_entropy"), self._bounded("forward_kl")
+        assert kl is not None
+        variation = None if self.average else self._bounded("total_variation")
+        return {
+            "positions": self.positions,
+            "cross_entropy": cross_entropy,
+            "perplexity": _perplexity(cross_entropy),
+            "bits_per_byte": self._bits_per_byte("cross_entropy"),
+            "kl": _unbounded(kl) if self.average else kl,
+            "reverse_kl": None if self.average else self._bounded("reverse_kl"),
+            "jsd": None if self.average else self._bounded("jsd"),
+            "total_variation": variation,
+            "acceptance": None if variation is None else _complement(variation),
+            "tokens_per_step": None if self.average else self._bounded("steps", "windows", "windows"),
+            "agreement": self._where_known("agreement", "agreement_known"),
+            "top_agreement": None if self.average else self._bounded("top", "top_known"),
+            "top_positions": int(self.values["top_known"][0]),
+            "confidence": None if self.average else self.mean("confidence"),
+            "correct": None if self.average else self.mean("correct"),
+            "calibration": self._calibration("calibration", teacher=False),
+        }
+
+    def teacher(self) -> dict[str, Any]:
+        """The fields of ``TeacherFigures``."""
+        cross_entropy = self.mean("teacher_cross_entropy")
+        return {
+            "cross_entropy": cross_entropy,
+            "perplexity": _perplexity(cross_entropy),
+            "bits_per_byte": self._bits_per_byte("teacher_cross_entropy"),
+            "entropy": self.mean("teacher_entropy"),
+            "calibration": self._calibration("teacher's calibration", teacher=True),
+        }
 
     def _where_known(self, name: str, by: str) -> Estimate | None:
         """Mean over the positions that ``by`` counts; None if there are none."""
@@ -193,101 +132,16 @@ class Measurement:
         return Bounded(*_fields(mean), low, None if isinf(high) else high, self._sampling_error(name))
 
     def _sampling_error(self, name: str) -> float | None:
-        overall = self._cells("overall", OVERALL)
-        if f"{name}_variance" not in overall or overall["unsampled"][0, 0]:
+        if f"{name}_variance" not in self.values or self.values["unsampled"][0]:
             return None
-        return sqrt(overall[f"{name}_variance"][0, 0]) / float(overall["positions"][0, 0])
-
-    def metrics(self, sequences: int, documents: int, groups: Mapping[str, Sequence[str]], average: bool) -> Metrics:
-        """All metrics of the student.
-
-        Args:
-            sequences: number of sequences measured.
-            documents: number of documents measured.
-            groups: values of each column that the sums are grouped by.
-            average: whether the teacher is an average of several.
-        """
-        overall = {name: values[0, 0] for name, values in self._cells("overall", OVERALL).items()}
-        cross_entropy = self.mean("cross_entropy")
-        kl = self._bounded("forward_kl")
-        assert kl is not None
-        kinds: dict[bool, KlKind] = {True: "lower bound", False: "unbiased"}
-        variation = None if average else self._bounded("total_variation")
-        return Metrics(
-            sequences=sequences,
-            positions=int(overall["positions"]),
-            documents=documents,
-            cross_entropy=cross_entropy,
-            perplexity=_perplexity(cross_entropy),
-            bits_per_byte=self._bits_per_byte("cross_entropy"),
-            kl=_unbounded(kl) if average else kl,
-            kl_kind="mean over teachers" if average else kinds[overall["unsampled"] > 0],
-            reverse_kl=None if average else self._bounded("reverse_kl"),
-            jsd=None if average else self._bounded("jsd"),
-            total_variation=variation,
-            acceptance=None if variation is None else _complement(variation),
-            tokens_per_step=None if average else self._bounded("steps", "windows", "windows"),
-            agreement=self._where_known("agreement", "agreement_known"),
-            top_agreement=None if average else self._bounded("top", "top_known"),
-            top_positions=int(overall["top_known"]),
-            calibration=None if average else self._calibration(teacher=False),
-            by_entropy=self._groups("entropy", [_entropy_range(number) for number in range(ENTROPY_BINS)]),
-            by_position=self._groups("position", [_position_range(number) for number in range(POSITION_BINS)]),
-            by_column={
-                name: self._groups(f"column {name}", [(value, None, None) for value in values])
-                for name, values in groups.items()
-            },
-        )
-
-    def teacher(self, average: bool) -> TeacherMetrics:
-        """The teacher's metrics, which the student's sums contain."""
-        cross_entropy = self.mean("teacher_cross_entropy")
-        return TeacherMetrics(
-            cross_entropy=cross_entropy,
-            perplexity=_perplexity(cross_entropy),
-            bits_per_byte=self._bits_per_byte("teacher_cross_entropy"),
-            entropy=self.mean("teacher_entropy"),
-            calibration=None if average else self._calibration(teacher=True),
-        )
+        return sqrt(self.values[f"{name}_variance"][0]) / self.positions
 
     def _bits_per_byte(self, name: str) -> Estimate | None:
         nats = self._where_known(name, "bytes")
         return None if nats is None or isinf(nats.mean) else _scaled(nats, 1 / log(2))
 
-    def _groups(self, part: str, ranges: Sequence[tuple[str, float | None, float | None]]) -> tuple[Group, ...]:
-        cells = self._cells(part, GROUPED)
-        return tuple(
-            self._group(cells, number, *ranged) for number, ranged in enumerate(ranges) if cells["positions"][0, number]
-        )
-
-    def _group(
-        self, cells: Mapping[str, Floats], number: int, name: str, low: float | None, high: float | None
-    ) -> Group:
-        def mean(quantity: str, by: str = "positions") -> Estimate:
-            return estimate(_ratio(cells, quantity, by, number), self.documents)
-
-        agreement, nats = mean("agreement", "agreement_known"), mean("cross_entropy", "bytes")
-        average = not self.sums.values["calibration"].any()  # of teachers: little is known
-        return Group(
-            name=name,
-            low=low,
-            high=high,
-            positions=int(cells["positions"][0, number]),
-            cross_entropy=mean("cross_entropy"),
-            bits_per_byte=_scaled(nats, 1 / log(2)) if isfinite(nats.mean) else None,
-            kl=mean("forward_kl"),
-            agreement=None if np.isnan(agreement.mean) else agreement,
-            reverse_kl=None if average else mean("reverse_kl"),
-            jsd=None if average else mean("jsd"),
-            acceptance=None if average else _flipped(mean("total_variation")),
-            confidence=None if average else mean("confidence"),
-            correct=None if average else mean("correct"),
-        )
-
-    def _calibration(self, *, teacher: bool) -> Calibration | None:
-        names = TEACHER_CALIBRATION if teacher else CALIBRATION
-        cells = self._cells("teacher_calibration" if teacher else "calibration", names)
-        prefix = "teacher_" if teacher else ""
+    def _calibration(self, kind: str, *, teacher: bool) -> Calibration | None:
+        cells, prefix = self.bins[kind], "teacher_" if teacher else ""
         positions, confidence, correct = (
             cells[name] for name in ("positions", f"{prefix}confidence", f"{prefix}correct")
         )
@@ -316,6 +170,79 @@ class Measurement:
         return Calibration(found[0], None if teacher else found[1], tuple(bins))
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One student's sums, and how many documents of equal size all positions are worth."""
+
+    sums: Sums
+    documents: float
+    average: bool
+    """Whether the teacher is an average of several."""
+
+    @cached_property
+    def overall(self) -> Cell:
+        """The sums over all positions."""
+        return self._cell("overall", 0, self.documents)
+
+    def metrics(self, sequences: int, documents: int, groups: Mapping[str, Sequence[str]]) -> Metrics:
+        """All metrics of the student.
+
+        Args:
+            sequences: number of sequences measured.
+            documents: number of documents measured.
+            groups: values of each column that the sums are grouped by.
+        """
+        kinds: dict[bool, KlKind] = {True: "lower bound", False: "unbiased"}
+        return Metrics(
+            **self.overall.figures(),
+            sequences=sequences,
+            documents=documents,
+            kl_kind="mean over teachers" if self.average else kinds[self.overall.values["unsampled"][0] > 0],
+            **{
+                name: tuple(Group(**where, **cell.figures()) for where, cell in self._groups(part, ranges))
+                for name, part, ranges in _RANGES
+            },
+            by_column={
+                name: tuple(Group(**where, **cell.figures()) for where, cell in self._groups(*_column(name, values)))
+                for name, values in groups.items()
+            },
+        )
+
+    def teacher(self, groups: Mapping[str, Sequence[str]]) -> TeacherMetrics:
+        """The teacher's metrics, which the student's sums contain."""
+
+        def those(part: str, ranges: Sequence[_Range]) -> tuple[TeacherGroup, ...]:
+            found = self._groups(part, ranges)
+            return tuple(TeacherGroup(**where, positions=cell.positions, **cell.teacher()) for where, cell in found)
+
+        return TeacherMetrics(
+            **self.overall.teacher(),
+            **{name: those(part, ranges) for name, part, ranges in _RANGES},
+            by_column={name: those(*_column(name, values)) for name, values in groups.items()},
+        )
+
+    def _groups(self, part: str, ranges: Sequence[_Range]) -> Iterator[tuple[dict[str, Any], Cell]]:
+        """The groups with positions: what they are, and their sums."""
+        counts = self._array(part, QUANTITIES)[:, :, QUANTITIES.index("positions")]
+        for number, (name, low, high) in enumerate(ranges):
+            if counts[0, number]:
+                documents = min(self.documents, worth(counts[:, number]))
+                yield {"name": name, "low": low, "high": high}, self._cell(part, number, documents)
+
+    def _cell(self, part: str, number: int, documents: float) -> Cell:
+        values = self._array(part, QUANTITIES)[:, number]
+        bins = {}
+        for kind, (_, names) in BINNED.items():
+            binned = self._array(f"{part}: {kind}", names)[:, number * CONFIDENCE_BINS : (number + 1) * CONFIDENCE_BINS]
+            bins[kind] = dict(zip(names, np.moveaxis(binned, 2, 0), strict=True))
+        return Cell(dict(zip(QUANTITIES, values.T, strict=True)), bins, documents, self.average)
+
+    def _array(self, part: str, names: Sequence[str]) -> Floats:
+        """(1 + replicates, cells, names) of a part."""
+        values = self.sums.values[part]
+        return values.reshape(len(values), -1, len(names))
+
+
 def compared(names: Sequence[str], measurements: Sequence[Measurement]) -> tuple[Comparison, ...]:
     """Each pair of students, measured on the same documents."""
     pairs = []
@@ -324,16 +251,15 @@ def compared(names: Sequence[str], measurements: Sequence[Measurement]) -> tuple
             a, b = measurements[first], measurements[second]
 
             def less(name: str, a: Measurement = a, b: Measurement = b, sign: int = 1) -> Difference:
-                return difference(sign * a.ratio(name), sign * b.ratio(name), a.documents)
+                return difference(sign * a.overall.ratio(name), sign * b.overall.ratio(name), a.documents)
 
-            varies = a.sums.values["calibration"].any()
             pairs.append(
                 Comparison(
                     names[first],
                     names[second],
                     less("forward_kl"),
                     less("cross_entropy"),
-                    less("total_variation", sign=-1) if varies else None,
+                    None if a.average else less("total_variation", sign=-1),
                 )
             )
     return tuple(pairs)
@@ -345,18 +271,12 @@ def gaps_closed(
     """Share of the gap in forward KL between control and reference that each student closes; None without a gap."""
     if gap is None:
         return (None,) * len(names)
-    kl = {name: each.ratio("forward_kl") for name, each in zip(names, measurements, strict=True)}
+    kl = {name: each.overall.ratio("forward_kl") for name, each in zip(names, measurements, strict=True)}
     start = kl[gap.control]
     width = start - (0.0 if gap.reference is None else kl[gap.reference])
     documents = measurements[0].documents
     with np.errstate(invalid="ignore", divide="ignore"):
         return tuple(estimate((start - kl[name]) / width, documents) for name in names)
-
-
-def _ratio(cells: Mapping[str, Floats], name: str, by: str, cell: int) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Floats = cells[name][:, cell] / cells[by][:, cell]
-    return result
 
 
 def _fields(mean: Estimate) -> tuple[float, float | None, tuple[float, float] | None]:
@@ -381,26 +301,12 @@ def _exp(value: float) -> float:
     return exp(value) if value < 700 else float("inf")
 
 
-def _flipped(share: Estimate) -> Estimate:
-    interval = None if share.interval is None else (1 - share.interval[1], 1 - share.interval[0])
-    return Estimate(1 - share.mean, share.error, interval)
-
-
 def _complement(share: Bounded) -> Bounded:
     """1 minus a share."""
+    interval = None if share.interval is None else (1 - share.interval[1], 1 - share.interval[0])
     high = 1.0 if share.high is None else share.high
-    return Bounded(*_fields(_flipped(share)), 1 - high, 1 - share.low, share.sampling_error)
+    return Bounded(1 - share.mean, share.error, interval, 1 - high, 1 - share.low, share.sampling_error)
 
 
 def _unbounded(kl: Bounded) -> Bounded:
     return Bounded(*_fields(kl), 0.0, None, None)
-
-
-def _entropy_range(number: int) -> tuple[str, float, float]:
-    low, high = number * ENTROPY_BIN, (number + 1) * ENTROPY_BIN
-    return f"{low:g}-{high:g} nats", low, high
-
-
-def _position_range(number: int) -> tuple[str, float, float]:
-    low, high = 2**number, 2 ** (number + 1)
-    return f"{low}" if high == low + 1 else f"{low:,}-{high - 1:,}", low, high

@@ -1,7 +1,7 @@
 """What an evaluation has measured so far, kept in the report's folder, so that a killed one can be continued.
 
-The sums of a student are written each time that some row groups are done, under a name that depends on everything that
-they depend on: other students, another table or other settings never continue them. They are deleted with the folder's
+What is kept of a student is written each time that a part of the table is done, under a name that depends on everything
+that it depends on: other students, another table or other settings never continue it. It is deleted with the folder's
 ``finish``, once the report is written.
 """
 
@@ -14,25 +14,22 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from softlabel.pipeline.evaluation.bootstrap import Sums
 from softlabel.storage.places import durable
 
-ALL = 2**62
-"""Number of row groups that stands for all of them."""
 _FOLDER = "unfinished"
 _CLAIM = "evaluation.json"
 """Says which evaluation a folder is for, as long as it has no report."""
-_METHOD = 1
-"""To be raised when the sums mean something else, so that those of an older version are not continued."""
+_METHOD = 2
+"""To be raised when what is kept means something else, so that an older version's is not continued."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The file with one student's sums."""
+    """The file with what was measured of one student."""
 
     path: Path
 
@@ -42,34 +39,23 @@ class Unfinished:
 
         Args:
             folder: folder of the report.
-            depends_on: everything that determines the sums, as JSON can hold it.
+            depends_on: everything that determines the measurements, as JSON can hold it.
         """
         text = json.dumps({"method": _METHOD, **depends_on}, sort_keys=True)
         return cls(folder / _FOLDER / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors")
 
-    def restore(self, sums: Sums) -> int:
-        """Continue with the sums of an evaluation that was killed, if there are any.
-
-        Returns:
-            The number of row groups that they are from. What can't be read is measured again.
-        """
+    def restore(self) -> dict[str, NDArray[Any]]:
+        """What an evaluation that was killed has kept, by name; empty if there is nothing, or if it can't be read."""
         try:
             content = self.path.read_bytes()
             expected, stored = content[:16], load(content[16:])
         except (OSError, SafetensorError, ValueError):
-            return 0
-        shapes = {name: values.shape for name, values in sums.values.items()}
-        groups = stored.pop("row groups", None)
-        if blake2b(content[16:], digest_size=16).digest() != expected or groups is None:
-            return 0
-        if {name: values.shape for name, values in stored.items()} != shapes:
-            return 0
-        sums.values.update(stored)
-        return int(groups[0])
+            return {}
+        return stored if blake2b(content[16:], digest_size=16).digest() == expected else {}
 
-    def save(self, sums: Sums, row_groups: int) -> None:
-        """Keep the sums of the first row groups."""
-        content = save({**sums.values, "row groups": np.array([row_groups])})
+    def save(self, kept: Mapping[str, NDArray[Any]]) -> None:
+        """Keep arrays in place of those that were kept before."""
+        content = save(dict(kept))
         durable.write(self.path, blake2b(content, digest_size=16).digest() + content)
 
 

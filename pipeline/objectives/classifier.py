@@ -5,7 +5,7 @@ metrics are ``evaluation.classifier_metrics``. It is called through transformers
 classification head works. This module knows no loop, no checkpoint and no device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,9 @@ from softlabel.pipeline.evaluation.classifier_metrics import (
     gaps_closed,
     mean,
     measure_classes,
+    predictions,
 )
+from softlabel.pipeline.evaluation.metrics import require_numbers
 from softlabel.pipeline.evaluation.report.classifier_report import (
     ClassEvaluation,
     ClassReport,
@@ -36,6 +39,7 @@ from softlabel.pipeline.evaluation.report.classifier_report import (
 )
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent
 from softlabel.pipeline.evaluation.report.folder import write
+from softlabel.pipeline.evaluation.report.scores import results_of
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.fused import distillation_loss
@@ -45,6 +49,7 @@ from softlabel.pipeline.models.pretrained import load_config
 from softlabel.pipeline.models.student_loading import load_or_raise
 from softlabel.pipeline.objectives.objective import Trainable
 from softlabel.pipeline.stream.classifier_batches import ClassBatch, ClassDataset, LabelledDocuments
+from softlabel.pipeline.stream.holdout import PART_TOKENS
 from softlabel.pipeline.students.classifier_student import blank_classifier, build_classifier
 from softlabel.pipeline.students.compatibility import require_fitting
 from softlabel.pipeline.students.labels import LabelMap
@@ -135,13 +140,6 @@ class Classifier:
         self, table: AnyTable, students: Sequence[StudentConfig], by: Sequence[str] = ()
     ) -> "HeldOutDocuments":
         """See ``Objective``."""
-        if by:
-            raise UsageError(
-                "the results of classifiers are only grouped by label",
-                expected="no by",
-                found=f"by: {' '.join(by)}",
-                do="leave by out",
-            )
         maps = list(map(self._labels, students))
         different = next((number for number, labels in enumerate(maps) if labels != maps[0]), None)
         if different is not None:
@@ -151,7 +149,7 @@ class Classifier:
                 found=f"{students[different].model}: {', '.join(maps[different].names)}",
                 do="evaluate students with different labels in separate reports",
             )
-        return HeldOutDocuments(LabelledDocuments.read(_single(table), "eval", maps[0]), maps[0])
+        return HeldOutDocuments(LabelledDocuments.read(_single(table), "eval", maps[0], by), maps[0])
 
     def _labels(self, config: StudentConfig) -> LabelMap:
         return LabelMap.of(config.labels, self.classes)
@@ -227,14 +225,32 @@ class HeldOutDocuments:
         done: Callable[[int], object],
         unfinished: Unfinished,
     ) -> "MeasuredClassifier":
-        """See ``HeldOut``; an evaluation that was killed is started again."""
+        """See ``HeldOut``."""
+        found = [unfinished.restore().get("logprobs", np.zeros((0, len(self.labels.names)), np.float32))]
+        start, tokens = len(found[0]), 0
+        done(start)
+        for batch, logprobs in predictions(
+            model, self.documents.batches(model.config.pad_token_id, batch_tokens, start)
+        ):
+            require_numbers(int(np.isnan(logprobs).any(1).sum()), len(logprobs), "documents", model)
+            found.append(logprobs)
+            done(len(logprobs))
+            tokens += batch.attention_mask.numel()
+            if tokens >= PART_TOKENS:
+                unfinished.save({"logprobs": np.concatenate(found)})
+                tokens = 0
+        unfinished.save({"logprobs": np.concatenate(found)})
+        return MeasuredClassifier(student, self._compared(np.concatenate(found)))
 
-        def batches() -> Iterator[ClassBatch]:
-            for batch in self.documents.batches(model.config.pad_token_id, batch_tokens):
-                yield batch
-                done(len(batch.labels))
+    def _compared(self, logprobs: NDArray[np.float32]) -> MeasuredClasses:
+        """A model's metrics from its (N, labels) log-probabilities."""
+        documents = self.documents
+        groups = {name: (documents.values[name], documents.groups[name]) for name in documents.groups}
+        return compare(logprobs, documents.labels, documents.logprobs, self.labels.names, groups)
 
-        return MeasuredClassifier(student, measure_classes(model, batches()))
+    def results(self, measured: "MeasuredClassifier") -> dict[str, float]:
+        """See ``HeldOut``."""
+        return results_of(measured.measured.metrics)
 
     def report(
         self,
@@ -265,9 +281,9 @@ class HeldOutDocuments:
 
     def _teacher_metrics(self) -> ClassMetrics:
         """The teacher measured like a student; a uniform distribution stands in where it has none over the labels."""
-        logprobs, names = self.documents.logprobs, list(self.labels.names)
-        predicted = np.where(np.isnan(logprobs), np.float32(-np.log(len(names))), logprobs)
-        return compare(predicted, self.documents.labels, logprobs, names).metrics
+        logprobs = self.documents.logprobs
+        uniform = np.float32(-np.log(len(self.labels.names)))
+        return self._compared(np.where(np.isnan(logprobs), uniform, logprobs)).metrics
 
 
 @dataclass(frozen=True)

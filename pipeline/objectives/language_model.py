@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation import partings
 from softlabel.pipeline.evaluation.bootstrap import effective
-from softlabel.pipeline.evaluation.metrics import empty_sums, means, measure
+from softlabel.pipeline.evaluation.figures import Figures
+from softlabel.pipeline.evaluation.metrics import QUANTITIES, empty_sums, means, measure
 from softlabel.pipeline.evaluation.partings import Likeliest
 from softlabel.pipeline.evaluation.report.content import (
     Header,
@@ -35,11 +36,11 @@ from softlabel.pipeline.evaluation.report.content import (
 )
 from softlabel.pipeline.evaluation.report.folder import write
 from softlabel.pipeline.evaluation.report.page import to_html
-from softlabel.pipeline.evaluation.report.scores import EvaluationReport
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport, results_of
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
 from softlabel.pipeline.evaluation.summary import Measurement, compared, gaps_closed
 from softlabel.pipeline.evaluation.token_bytes import token_bytes
-from softlabel.pipeline.evaluation.unfinished import ALL, Unfinished
+from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import Target, TokenIds, dropping, resolve_target
@@ -57,6 +58,8 @@ from softlabel.storage.views.view import AnyTable, View
 
 EVAL_TOKENS = 4096
 """Tokens of the eval split, including padding, in evaluations during training; ``evaluate`` measures all of it."""
+_ROW_GROUPS, _ALL = "row groups", 2**62
+"""Name of the number of row groups that sums are from, and the number that stands for all of them."""
 
 
 @dataclass(frozen=True)
@@ -209,19 +212,28 @@ class HeldOutPositions:
     ) -> "MeasuredStudent":
         """See ``HeldOut``."""
         sums = empty_sums(self.holdout.groups)
-        start = unfinished.restore(sums)
-        done(int(sums.values["overall"][0, 0]))
+        kept = unfinished.restore()
+        start = int(kept.pop(_ROW_GROUPS, 0))
+        sums.values.update(kept)
+        done(int(sums.values["overall"][0, QUANTITIES.index("positions")]))
 
         def after(held: HeldOutBatch) -> None:
             done(len(held.batch.positions))
             if held.done is not None:
-                unfinished.save(sums, held.done)
+                unfinished.save({**sums.values, _ROW_GROUPS: np.array(held.done)})
 
         batches = self.holdout.batches(batch_tokens, separates(model), start)
         measure(model, batches, self.holdout.table, self.sizes, sums, after)
-        unfinished.save(sums, ALL)
+        unfinished.save({**sums.values, _ROW_GROUPS: np.array(_ALL)})
         likeliest = partings.of_student(model, self.sample, self.holdout.table)
-        return MeasuredStudent(student, Measurement(sums, effective(self.holdout.document_positions)), likeliest)
+        table = self.holdout.table
+        average = isinstance(table, View) and table.average
+        measurement = Measurement(sums, effective(self.holdout.document_positions), average)
+        return MeasuredStudent(student, measurement, likeliest)
+
+    def results(self, measured: "MeasuredStudent") -> dict[str, float]:
+        """See ``HeldOut``."""
+        return results_of(Figures(**measured.measurement.overall.figures()))
 
     def report(
         self,
@@ -233,7 +245,6 @@ class HeldOutPositions:
     ) -> EvaluationReport:
         """See ``HeldOut``."""
         holdout = self.holdout
-        average = isinstance(holdout.table, View) and holdout.table.average
         documents = len(holdout.document_positions)
         names, measured = [each.student.name for each in students], [each.measurement for each in students]
         comparisons = compared(names, measured)
@@ -245,11 +256,11 @@ class HeldOutPositions:
             documents=documents,
             left_out=holdout.left_out,
             left_out_documents=holdout.left_out_documents,
-            teacher=TeacherSummary(**vars(teacher), metrics=measured[0].teacher(average)),
+            teacher=TeacherSummary(**vars(teacher), metrics=measured[0].teacher(holdout.groups)),
             students=tuple(
                 StudentSummary(
                     **vars(each.student),
-                    metrics=each.measurement.metrics(holdout.sequences, documents, holdout.groups, average),
+                    metrics=each.measurement.metrics(holdout.sequences, documents, holdout.groups),
                 )
                 for each in students
             ),
@@ -263,7 +274,7 @@ class HeldOutPositions:
             gap=gap,
             standings=standings_of(
                 names,
-                [each.mean("forward_kl") for each in measured],
+                [each.overall.mean("forward_kl") for each in measured],
                 comparisons,
                 closed,
                 apart={each.student.name for each in students if each.student.kind == "teacher"},

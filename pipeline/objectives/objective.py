@@ -70,6 +70,9 @@ class HeldOut(Protocol[S]):
             The student with its measurements, for ``report``.
         """
 
+    def results(self, measured: S) -> dict[str, float]:
+        """The main results of a student by name, for trackers."""
+
     def report(
         self, header: Header, teacher: NamedTeacher, students: Sequence[S], gap: Gap | None, folder: Path
     ) -> EvaluationReport | ClassEvaluation:

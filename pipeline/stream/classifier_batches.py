@@ -5,11 +5,12 @@ instead (``pipeline.stream.dataset``). Knows no model and no loss.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import IterableDataset
 
 from softlabel.pipeline.config.train import StreamConfig
 from softlabel.pipeline.models.padding import padded
+from softlabel.pipeline.stream.by_column import largest_values, numbers, require_columns
 from softlabel.pipeline.stream.epoch_plan import Ints, accumulation, plan_epoch, share
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.record import Cursor
@@ -43,22 +45,35 @@ class LabelledDocuments:
     """(N,) mass of the teacher's distribution on classes without a label."""
     left_out: int
     """Number of documents of the eval split that were left out because they also occur in the train split."""
+    values: Mapping[str, tuple[str, ...]]
+    """By column to group by: its values, those of the most documents first."""
+    groups: Mapping[str, Ints]
+    """By column: (N,) number of each document's value."""
 
     @classmethod
-    def read(cls, table: Table, split: str, labels: LabelMap) -> Self:
+    def read(cls, table: Table, split: str, labels: LabelMap, by: Sequence[str] = ()) -> Self:
         """Read the documents of a split; eval documents that also occur in train are left out.
+
+        Args:
+            table: table of a classifier.
+            split: train or eval.
+            labels: the student's labels.
+            by: carried columns, by whose values results will be grouped.
 
         Raises:
             TableError: if there are none.
-            UsageError: if documents have labels that are neither the student's nor the teacher's.
+            UsageError: if documents have labels that are neither the student's nor the teacher's, or the table has no
+                such column.
         """
+        require_columns(table, by)
         seen = pa.array([], pa.binary())
         if split == "eval":
             keys = index(table, ["key"])
             seen = keys.filter(pc.not_equal(keys.column("split"), "eval")).column("key").unique()
         tokens, names, logprobs, unmapped = [], [], [np.zeros((0, len(labels.names)), np.float32)], [np.zeros(0)]
-        left_out = 0
-        for _, group in batches(table, ["key", "label", "token_ids", *SOFT_LABELS.names], split):
+        left_out, carried = 0, []
+        columns = list(dict.fromkeys(["key", "label", "token_ids", *SOFT_LABELS.names, *by]))
+        for _, group in batches(table, columns, split):
             rows = group.filter(pc.invert(pc.is_in(group.column("key"), seen)))
             left_out += len(group) - len(rows)
             merged, rest = labels.merge(_dense(rows, table))
@@ -66,6 +81,7 @@ class LabelledDocuments:
             names += rows.column("label").to_pylist()
             logprobs.append(merged)
             unmapped.append(rest)
+            carried.append(rows.select(list(by)))
         if not tokens:
             raise TableError(
                 f"the table has no documents in its {split} split"
@@ -75,7 +91,18 @@ class LabelledDocuments:
                 where=table.location,
                 do="capture more documents; shards.eval_fraction sets the share of them that goes to eval",
             )
-        return cls(tokens, labels.ids(names), np.concatenate(logprobs), np.concatenate(unmapped), left_out)
+        rows = pa.concat_tables(carried)
+        counted = pl.DataFrame(rows).with_columns(positions=1)
+        values = {name: largest_values(counted, name) for name in by}
+        return cls(
+            tokens=tokens,
+            labels=labels.ids(names),
+            logprobs=np.concatenate(logprobs),
+            unmapped=np.concatenate(unmapped),
+            left_out=left_out,
+            values=values,
+            groups={name: numbers(rows, name, values[name]) for name in by},
+        )
 
     def batch(self, numbers: Sequence[int], pad: int, global_positions: int) -> "ClassBatch":
         """A batch of some of the documents; without any, one row of padding without labels."""
@@ -90,17 +117,25 @@ class LabelledDocuments:
             global_positions=global_positions,
         )
 
-    def batches(self, pad: int, batch_tokens: int) -> Iterator["ClassBatch"]:
-        """Every document once, in the table's order, in batches of at most ``batch_tokens``, including padding."""
-        numbers: list[int] = []
+    def batches(self, pad: int, batch_tokens: int, start: int = 0) -> Iterator["ClassBatch"]:
+        """Every document from ``start`` on once, in the table's order, in batches.
+
+        Args:
+            pad: id of the padding token.
+            batch_tokens: maximum tokens of a batch, including padding; a longer document is a batch of its own.
+            start: number of documents to leave out.
+        """
+        chosen: list[int] = []
         longest = 0
-        for number, ids in enumerate(self.tokens):
-            longest = max(longest, len(ids))
-            if numbers and longest * (len(numbers) + 1) > batch_tokens:
-                yield self.batch(numbers, pad, len(numbers))
-                numbers, longest = [], len(ids)
-            numbers.append(number)
-        yield self.batch(numbers, pad, len(numbers))
+        for number in range(start, len(self.tokens)):
+            length = len(self.tokens[number])
+            longest = max(longest, length)
+            if chosen and longest * (len(chosen) + 1) > batch_tokens:
+                yield self.batch(chosen, pad, len(chosen))
+                chosen, longest = [], length
+            chosen.append(number)
+        if chosen:
+            yield self.batch(chosen, pad, len(chosen))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Sequences to evaluate students on: a table's eval split, without what also occurs in its train split.
 
 Left out are sequences that are also trained on, token for token, and sequences of documents that are: in a view, a
-document that one table holds out may be in another's train split, cut or captured differently. The rest comes in the
-table's order, so that every student is evaluated on the same sequences. Decodes no soft labels and knows no model.
+document that one table holds out may be in another's train split, cut or captured differently, or under another id. The
+rest comes in the table's order, so that every student is evaluated on the same sequences. Decodes no soft labels and
+knows no model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import reduce
+from typing import Self
 
 import numpy as np
 import polars as pl
@@ -16,18 +18,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.pipeline.stream.batch import COLUMNS, Batch, Pack, Sequences, collate
+from softlabel.pipeline.stream.by_column import largest_values, numbers, require_columns
 from softlabel.pipeline.stream.epoch_plan import Ints, best_fit
-from softlabel.storage.errors import TableError, UsageError
+from softlabel.storage.errors import TableError
 from softlabel.storage.reader import outline
-from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
 from softlabel.storage.views.row_groups import load, outlines
 from softlabel.storage.views.view import AnyTable
 
 PART_TOKENS = 1 << 18
 """A batch ends with a row group at least once in about so many tokens: there, an evaluation can be continued."""
-LARGEST_GROUPS = 20
-"""Values of a column that are told apart, those with the most positions; all others count as one."""
-OTHERS, NO_VALUE = "(others)", "(none)"
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Holdout:
     groups: Mapping[str, tuple[str, ...]]
     """By column: its values, those with the most positions first."""
     _longest: int
-    _left_out_keys: pa.Array
-    _left_out_ids: pa.Array
+    _left_out: Mapping[str, pa.Array]
+    """By column: the values of the rows that are left out."""
 
     @classmethod
     def of(cls, table: AnyTable, by: Sequence[str] = ()) -> Self:
@@ -76,17 +75,21 @@ class Holdout:
             TableError: if there are none.
             UsageError: if the table has no such column.
         """
-        _require_columns(table, by)
-        columns = list(dict.fromkeys(["key", "document_id", "tokens", "positions", *by]))
-        parts = [rows for _, rows in outlines(table, columns, "eval")]
+        require_columns(table, by)
+        columns = list(dict.fromkeys(["key", *_DOCUMENT, "tokens", "positions", *by]))
+        numbered = outlines(table, columns, "eval")
+        parts = [
+            rows.append_column("table", pa.array([where.table] * len(rows), pa.int64())) for where, rows in numbered
+        ]
         if not sum(map(len, parts)):
             raise _nothing(table, "no sequences in the eval split")
-        held = pl.DataFrame(pa.concat_tables(parts)).with_columns(hash=_HASHED)
+        held = pl.DataFrame(pa.concat_tables(parts)).with_columns(_HASHED).with_row_index("row")
         trained = _trained(table)
         seen = held.join(trained, on="key", how="semi")
         rest = held.join(trained, on="key", how="anti")
-        leaked = rest.join(trained, on="hash", how="semi")
-        kept = rest.join(trained, on="hash", how="anti")
+        same_id = rest.join(trained, on="document_id hash", how="semi")
+        copies = rest.join(_of_other_tables(rest, trained), on="row", how="semi")
+        kept = rest.join(pl.concat([same_id, copies]), on="row", how="anti")
         if not kept.get_column("positions").sum():
             raise _nothing(table, f"{len(held)} sequences, all of which also occur in the train split")
         ids = kept.group_by("document_id").agg(pl.col("positions").sum()).get_column("positions")
@@ -96,11 +99,13 @@ class Holdout:
             positions=int(kept.get_column("positions").sum()),
             document_positions=ids.to_numpy().astype(np.int64),
             left_out=len(seen),
-            left_out_documents=len(leaked),
-            groups={name: _values(kept, name) for name in by},
+            left_out_documents=len(rest) - len(kept),
+            groups={name: largest_values(kept, name) for name in by},
             _longest=int(kept.get_column("tokens").max()),  # type: ignore[arg-type]
-            _left_out_keys=seen.get_column("key").unique().to_arrow().cast(pa.binary()),
-            _left_out_ids=leaked.get_column("document_id").unique().to_arrow().cast(pa.string()),
+            _left_out={
+                name: rows.get_column(name).unique().to_arrow().cast(table.tables[0].schema.field(name).type)
+                for name, rows in (("key", seen), ("document_id", same_id), ("fingerprint", copies))
+            },
         )
 
     def batches(self, batch_tokens: int, packing: bool, start: int = 0) -> Iterator[HeldOutBatch]:
@@ -131,21 +136,21 @@ class Holdout:
 
     @property
     def _columns(self) -> list[str]:
-        return list(dict.fromkeys(["key", "document_id", "tokens", *COLUMNS, *self.groups]))
+        return list(dict.fromkeys(["key", *_DOCUMENT, "tokens", *COLUMNS, *self.groups]))
 
     def _rows(self, group: pa.Table, packing: bool) -> Iterator["_Row"]:
-        left_out = pc.or_(
-            pc.is_in(group.column("key"), self._left_out_keys),
-            pc.is_in(group.column("document_id"), self._left_out_ids),
+        left_out = [pc.is_in(group.column(name), values) for name, values in self._left_out.items()]
+        group = group.filter(pc.invert(reduce(pc.or_, left_out)))
+        tokens, sequences = (
+            group.column("tokens").to_numpy(),
+            Sequences([group.drop_columns([*self.groups])]),
         )
-        group = group.filter(pc.invert(left_out))
-        tokens, sequences = group.column("tokens").to_numpy(), Sequences([group.drop_columns([*self.groups])])
-        values = {name: _numbers(group, name, known) for name, known in self.groups.items()}
+        values = {name: numbers(group, name, known) for name, known in self.groups.items()}
         packs = best_fit(tokens, self._longest) if packing else np.arange(len(tokens))
         documents = group.column("document_id").to_pylist()
         for pack in range(packs.max(initial=-1) + 1):
             members = np.flatnonzero(packs == pack)
-            groups = {name: numbers[members] for name, numbers in values.items()}
+            groups = {name: each[members] for name, each in values.items()}
             yield _Row(Pack(sequences, members), [documents[member] for member in members], groups)
 
     def _collate(self, rows: list["_Row"], done: int | None) -> HeldOutBatch:
@@ -169,55 +174,31 @@ class _Row:
     groups: dict[str, Ints]
 
 
-_HASHED = pl.col("document_id").hash(seed=0)
+_DOCUMENT = ("document_id", "fingerprint")
+"""Columns that say which document a row is from: its id, and its content, whose id may differ elsewhere."""
+_HASHED = [pl.col(name).hash(seed=0).alias(f"{name} hash") for name in _DOCUMENT]
 
 
 def _trained(table: AnyTable) -> pl.DataFrame:
-    """Key, and hash of the document's id, of every row that is trained on."""
-    parts = [pl.DataFrame(schema={"key": pl.Binary, "hash": pl.UInt64})]
-    for part in table.tables:
+    """Key, table, and hashes of the document's id and content, of every row that is trained on."""
+    schema = {"key": pl.Binary, **{f"{name} hash": pl.UInt64 for name in _DOCUMENT}, "table": pl.Int64}
+    parts = [pl.DataFrame(schema=schema)]
+    for number, part in enumerate(table.tables):
         for shard in part.shards():
             if shard.split != "eval":
-                read = outline(part, shard, ["key", "document_id"])
-                parts += [pl.DataFrame(rows).select("key", hash=_HASHED) for rows in read]
+                read = outline(part, shard, ["key", *_DOCUMENT])
+                parts += [pl.DataFrame(rows).select("key", *_HASHED, _table(number)) for rows in read]
     return pl.concat(parts)
 
 
-def _values(kept: pl.DataFrame, name: str) -> tuple[str, ...]:
-    """The values of a column with the most positions, as text."""
-    positions: dict[str, int] = {}
-    for value, count in kept.group_by(name).agg(pl.col("positions").sum()).iter_rows():
-        positions[_text(value)] = positions.get(_text(value), 0) + count
-    ordered = sorted(positions, key=lambda text: (-positions[text], text))
-    several = len(ordered) > LARGEST_GROUPS
-    return (*ordered[: LARGEST_GROUPS - several], *([OTHERS] if several else []))
+def _table(number: int) -> pl.Expr:
+    return pl.lit(number, pl.Int64).alias("table")
 
 
-def _numbers(group: pa.Table, name: str, known: tuple[str, ...]) -> Ints:
-    """(rows,) number of each row's value among the known ones."""
-    numbers = {text: number for number, text in enumerate(known)}
-    others = numbers.get(OTHERS, 0)
-    texts = (_text(value) for value in group.column(name).to_pylist())
-    return np.array([numbers.get(text, others) for text in texts], np.int64)
-
-
-def _text(value: Any) -> str:
-    return NO_VALUE if value is None else str(value)
-
-
-def _require_columns(table: AnyTable, by: Sequence[str]) -> None:
-    plain = {*SOFT_LABELS.names, "token_ids", "loss_mask", "key", "fingerprint", "split"}
-    common = set.intersection(*(set(part.schema.names) for part in table.tables)) - plain
-    missing = [name for name in by if name not in common]
-    if missing:
-        carried = sorted(common - set(SEQUENCE.names) | {"label"})
-        raise UsageError(
-            "the table has no such column to group the results by",
-            expected=f"by: one of {', '.join(carried)}",
-            found=f"by: {', '.join(missing)}",
-            where=table.location,
-            do="name a column that columns.carry stored, or leave it out",
-        )
+def _of_other_tables(rows: pl.DataFrame, trained: pl.DataFrame) -> pl.DataFrame:
+    """Which rows are of documents that another table trains on; in one table, copies of a document have equal keys."""
+    same = rows.join(trained.select("fingerprint hash", "table").unique(), on="fingerprint hash")
+    return same.filter(pl.col("table") != pl.col("table_right")).select("row").unique()
 
 
 def _nothing(table: AnyTable, found: str) -> TableError:

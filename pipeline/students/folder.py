@@ -46,6 +46,7 @@ from softlabel.pipeline.students.record import (
 )
 from softlabel.pipeline.students.serving import write_older_names
 from softlabel.pipeline.students.source import StudentSource
+from softlabel.pipeline.students.trackers import TENSORBOARD
 from softlabel.storage.errors import StudentError, TrainingError, UsageError
 from softlabel.storage.places import durable
 from softlabel.storage.records.versions import parse
@@ -120,7 +121,7 @@ class StudentFolder:
     @property
     def curves(self) -> Path:
         """Folder of TensorBoard's curves; a resumed run draws all of them again."""
-        return self.scratch / "tensorboard"
+        return self.scratch / TENSORBOARD
 
     @property
     def checkpoint(self) -> Path | None:

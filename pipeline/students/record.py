@@ -136,6 +136,8 @@ class TrainingRun(_Part):
     """Settings that said how far it should go; max_steps replaces num_train_epochs."""
     circumstances: dict[str, str] = {}
     """Library versions, device and ranks."""
+    trackers: dict[str, str] = {}
+    """Ids of the runs of trackers that it reported to, by tracker."""
 
 
 class _Record(_Part):

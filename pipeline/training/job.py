@@ -13,7 +13,7 @@ from softlabel.pipeline.students.folder import RUN, Standing, StudentFolder, run
 from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import Cursor, RunRecord, read_record
 from softlabel.pipeline.students.source import StudentSource
-from softlabel.pipeline.training.trackers import require_trackers
+from softlabel.pipeline.students.trackers import require_trackers
 from softlabel.storage.views.view import AnyTable
 
 
@@ -61,7 +61,7 @@ class TrainingJob:
                 if a tracker is not installed.
             StudentError: if the source can't be found, or transformers would split text differently for its students.
         """
-        require_trackers(config.optimizer)
+        require_trackers(config.optimizer.report_to, "optimizer.report_to")
         origin = Origin.of(table)
         objective = objective_of(origin)
         target = objective.require_loss(config)

@@ -30,6 +30,7 @@ from softlabel.pipeline.students.origin import Origin
 from softlabel.pipeline.students.record import StudentRecord, TrainingRun
 from softlabel.pipeline.students.serving import name_end_tokens
 from softlabel.pipeline.students.source import StudentSource
+from softlabel.pipeline.students.trackers import RunIds, TensorBoard, ending_runs
 from softlabel.pipeline.training.adapters import adapt, use_liger, warn_of_experts
 from softlabel.pipeline.training.checkpoints import KEPT as CHECKPOINTS_KEPT
 from softlabel.pipeline.training.fsdp import is_sharded, shard, unshard
@@ -37,7 +38,6 @@ from softlabel.pipeline.training.job import TrainingJob
 from softlabel.pipeline.training.launch import devices, on_cpu, to_start, train_by
 from softlabel.pipeline.training.signals import stop_on_signals
 from softlabel.pipeline.training.stop import Stop, StoppedError
-from softlabel.pipeline.training.trackers import TensorBoard
 from softlabel.pipeline.training.trainer import DistillationTrainer
 from softlabel.storage.errors import StudentError, TableError, TableNotFoundError, UsageError
 from softlabel.storage.identity import circumstances
@@ -144,7 +144,7 @@ def _run(config: TrainConfig, folder: StudentFolder, watch: Watch, stop: Stop, b
         _require_source(config, table, folder, standing)
         return _report(config, standing.finished, 0, None, time.monotonic() - began)
     job = TrainingJob.resolve(config, folder, table, standing)
-    with about(version=table.version):
+    with about(version=table.version), ending_runs():
         record = _train(job, _named(watch, folder.path.name), stop)
     resumed_from = job.start.step if job.checkpoint else None
     return _report(config, record, record.last_step - job.start.step, resumed_from, time.monotonic() - began)
@@ -266,12 +266,12 @@ def _build(job: TrainingJob) -> _Built:
 
 
 def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
-    ranks, built = PartialState(), _build(job)
+    ranks, built, runs = PartialState(), _build(job), RunIds()
     student = built.student
     with job.folder.writing():
         if ranks.is_main_process:
             job.folder.begin_run(job.standing)
-        trainer = _trainer(job, built.trainable, watch, stop)
+        trainer = _trainer(job, built.trainable, watch, stop, runs)
         if ranks.is_main_process:
             _pin(job.table, job.folder.path)
         trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
@@ -285,7 +285,7 @@ def _train(job: TrainingJob, watch: Watch, stop: Stop) -> StudentRecord:
     if built.merge:
         built.merge()
     name_end_tokens(student, job.table, Origin.of(job.table).tokenizer())
-    record = _finished(job, student, trainer, step)
+    record = _finished(job, student, trainer, step, runs)
     if ranks.is_main_process:
         with job.folder.writing():
             job.folder.finish(student, job.table.tokenizer, record, job.objective.task, state)
@@ -355,7 +355,7 @@ def _dataset(job: TrainingJob, trainable: Trainable) -> Any:
     return dataset
 
 
-def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -> DistillationTrainer:
+def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop, runs: RunIds) -> DistillationTrainer:
     ranks, settings = PartialState(), job.config.optimizer
     dataset = _dataset(job, trainable)
     if settings.gradient_checkpointing:
@@ -405,6 +405,7 @@ def _trainer(job: TrainingJob, trainable: Trainable, watch: Watch, stop: Stop) -
     trainer = DistillationTrainer(job, trainable, arguments, dataset, watch, stop)
     if "tensorboard" in settings.report_to:
         trainer.add_callback(TensorBoard(job.folder.curves))
+    trainer.add_callback(runs)
     return trainer
 
 
@@ -420,7 +421,9 @@ def _not_further(job: TrainingJob, total: int) -> UsageError:
     )
 
 
-def _finished(job: TrainingJob, student: PreTrainedModel, trainer: DistillationTrainer, step: int) -> StudentRecord:
+def _finished(
+    job: TrainingJob, student: PreTrainedModel, trainer: DistillationTrainer, step: int, runs: RunIds
+) -> StudentRecord:
     """The record of a student whose weights are those of a step."""
     history = [
         {name: entry[name] for name in ("step", *_HISTORY) if name in entry} for entry in trainer.state.log_history
@@ -436,6 +439,7 @@ def _finished(job: TrainingJob, student: PreTrainedModel, trainer: DistillationT
         num_train_epochs=job.config.optimizer.num_train_epochs,
         max_steps=job.config.optimizer.max_steps,
         circumstances=around,
+        trackers=runs.found,
     )
     return StudentRecord(
         **{**job.record.made_from, "runs": (*job.record.runs, run)},

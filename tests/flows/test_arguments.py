@@ -1,5 +1,6 @@
 """Settings from flags and files: which one wins, and how errors explain what is wrong."""
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from softlabel.flows.cli import run
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.flags import flags_of
 from softlabel.pipeline.config.tables import MaintainConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.config.train import TrainConfig
 from softlabel.storage.errors import UsageError
@@ -62,6 +64,26 @@ def test_several_documents_are_given_like_the_sources_of_cp(
     given = arguments.replace("FILE", str(file)).split()
     assert run([verb, *given, "--teacher.model", "m", "--columns.id", "none"]) == 0
     assert (found[0].documents, found[0].table, found[0].columns.id) == (documents, table, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"student": {"layers": (0, 3)}, "loss": {"divergence": "jsd", "hard_weight": 0.25, "temperature": 2.0}},
+        {"stream": {"packing": False}, "optimizer": {"bf16": True, "learning_rate": 1e-7, "report_to": ["wandb"]}},
+        {"student": {"model": "a folder's $name", "labels": ["x=a,b", "--y"]}, "optimizer": {"max_steps": 3}},
+    ],
+)
+def test_the_flags_of_settings_give_the_same_settings(changes: dict, monkeypatch: pytest.MonkeyPatch):
+    """As in the commands that a report shows."""
+    found: list[TrainConfig] = []
+    monkeypatch.setattr("softlabel.flows.cli.answer", lambda verb, work, as_json: work())
+    runner = SimpleNamespace(run=lambda verb, config: found.append(config))
+    monkeypatch.setattr("softlabel.flows.cli.import_module", lambda _: runner)
+    config = TrainConfig.model_validate({"table": "t", "output": "o", **changes}).completed()
+    assert run(["train", "t", "o", *shlex.split(" ".join(flags_of(config)))]) == 0
+    assert found[0].completed() == config
 
 
 def test_documents_of_one_path_or_several_are_valid_in_prefects_form():

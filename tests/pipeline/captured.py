@@ -76,7 +76,7 @@ def _row(number: int, split: str) -> dict[str, object]:
         "document_id": str(number),
         "chunk": 0,
         "chunks": 1,
-        "fingerprint": b"0" * 16,
+        "fingerprint": f"{number:016}".encode(),
         "label": None,
         "split": split,
         "token_ids": ids.tolist(),

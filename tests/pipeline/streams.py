@@ -64,7 +64,7 @@ def random_sequences(generator: np.random.Generator, count: int, name: str, spli
             "document_id": f"{name}{i}",
             "chunk": 0,
             "chunks": 1,
-            "fingerprint": b"0" * 16,
+            "fingerprint": f"{name}{i:014}".encode(),
             "label": None,
             "split": split,
             "token_ids": generator.integers(0, VOCABULARY, n).tolist(),

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Protocol
 
 import matplotlib as mpl
@@ -172,18 +173,24 @@ def reliability_of(index: int, name: str, bins: Sequence[Confidence]) -> Curve:
     return Curve(index, name, [each.confidence for each in drawn], [each.correct for each in drawn])
 
 
-def reliability(curves: Sequence[Curve]) -> str:
-    """How often each model is right, over how confident it is, next to the diagonal."""
+def reliability(curves: Sequence[Curve], what: str, right: str) -> str:
+    """How often each model is right, over how confident it is, next to the diagonal.
+
+    Args:
+        curves: from ``reliability_of``.
+        what: what models predict, such as "token".
+        right: how often it is right, in words.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(height=290)
         axes.plot([0, 1], [0, 1], ":", color=_ROLES["muted"], linewidth=1)
         for curve in curves:
             axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
-        axes.set(xlabel="probability of the most likely token", ylabel="how often it follows", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel=f"probability of the most likely {what}", ylabel=right, xlim=(0, 1), ylim=(0, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         _label_ends(axes, curves)
-        return _svg(figure, "how often the most likely token follows, by its probability")
+        return _svg(figure, f"{right}, by the probability of the most likely {what}")
 
 
 def by_group(bars: Sequence[Bar], names: Sequence[str], xlabel: str) -> str:
@@ -357,4 +364,4 @@ def _svg(figure: Figure, label: str) -> str:
         body = body.replace(color, f"var(--{role})")
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # ids repeat across drawings, and nothing refers to them
     body = re.sub(r"font-family: [^;]*; ", "", body)  # use the page's font
-    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{label}">{body}'
+    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}'

@@ -3,6 +3,7 @@
 The page extends the one of ``report``. Measures nothing and reads neither table nor model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,7 +11,7 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
-from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassMetrics
+from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassGroup, ClassMetrics
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, reach
 from softlabel.pipeline.evaluation.report.drawings import histories
 from softlabel.pipeline.evaluation.report.page import render
@@ -18,6 +19,7 @@ from softlabel.pipeline.evaluation.standings import Gap, Standing
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 """Metrics that classifiers are compared by; the last three are means over the labels."""
+NOTHING = Estimate(float("nan"), None, None)
 DRAWN_LABELS = 30
 """With more labels than this, a confusion matrix is in the JSON but not drawn."""
 
@@ -157,13 +159,25 @@ def drawings_of(report: ClassReport) -> dict[str, str]:
         if (each := model.metrics.calibration) is not None
     ]
     if lines:
-        drawings["calibration"] = charts.reliability(lines)
+        drawings["calibration"] = charts.reliability(lines, "label", "how often it is right")
+    for column, groups in students[0].metrics.by_column.items():
+        names = [group.name for group in groups]
+        found = [charts.Bar(index, s.name, _scored(s.metrics.by_column[column])) for index, s in enumerate(students)]
+        label = "KL to the teacher (nats)" if students[0].metrics.quality is None else "accuracy"
+        drawings[f"by {column}"] = charts.by_group(found, names, label)
     if len(report.labels) <= DRAWN_LABELS:
         for index, student in enumerate(students):
             if student.metrics.quality is not None:
                 confusion = student.metrics.quality.confusion
                 drawings[f"confusion-{index}"] = charts.confusion(index, confusion, report.labels, student.name)
     return drawings
+
+
+def _scored(groups: Sequence[ClassGroup]) -> list[Estimate]:
+    """Each group's accuracy or, where no document of a group has a label, nothing; its KL if none has any."""
+    if all(group.quality is None for group in groups):
+        return [group.kl for group in groups]
+    return [NOTHING if group.quality is None else group.quality.accuracy for group in groups]
 
 
 def verdict(report: ClassReport) -> str | None:

@@ -1,18 +1,20 @@
-"""Everything that a report says: the content of report.json, whose fields are described here and in ``summary``.
+"""Everything that a report says: the content of report.json, whose fields are described here and in ``figures``.
 
 Measures nothing, and reads neither table nor model.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any, Literal, Self
 
 from pydantic import TypeAdapter
 
+from softlabel.pipeline.config.flags import flags_of
 from softlabel.pipeline.evaluation.bootstrap import Estimate
+from softlabel.pipeline.evaluation.figures import Comparison, Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.partings import Place
 from softlabel.pipeline.evaluation.standings import Gap, Standing
-from softlabel.pipeline.evaluation.summary import Comparison, Metrics, TeacherMetrics
 from softlabel.pipeline.students.record import StudentRecord
 
 
@@ -49,6 +51,8 @@ class TrainedStudent:
     """TABLE@version; None if it is not known."""
     runs: tuple[str, ...] = ()
     """The steps of each run, if there were several."""
+    command: str | None = None
+    """The command that trains it; None for another model."""
     config: dict[str, Any]
     circumstances: dict[str, Any]
     warnings: tuple[str, ...] = ()
@@ -56,13 +60,15 @@ class TrainedStudent:
     @classmethod
     def of(cls, name: str, folder: str, record: StudentRecord, warnings: Sequence[str]) -> Self:
         """A student as its record describes it."""
+        table = f"{record.table.location}@{record.table.version}"
         return cls(
             name=name,
             folder=folder,
             parameters=record.parameters,
             objective=record.objective,
             history=record.history,
-            trained_on=f"{record.table.location}@{record.table.version}",
+            trained_on=table,
+            command=" ".join(["softlabel train", quote(table), quote(folder), *flags_of(record.config)]),
             runs=record.runs_in_words,
             config=record.config.model_dump(mode="json"),
             circumstances=dict(record.circumstances),

@@ -6,8 +6,8 @@ Functions that draw import ``charts`` themselves: a training needs no drawings, 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from softlabel.pipeline.evaluation.figures import Group
 from softlabel.pipeline.evaluation.report.content import Report, reach
-from softlabel.pipeline.evaluation.summary import Group
 
 if TYPE_CHECKING:
     from softlabel.pipeline.evaluation.report.charts import Curve
@@ -48,7 +48,7 @@ def drawings_of(report: Report) -> dict[str, str]:
         if each is not None
     ]
     if lines:
-        drawings["calibration"] = charts.reliability(lines)
+        drawings["calibration"] = charts.reliability(lines, "token", "how often it follows")
     for column in metrics[0].by_column:
         names = [group.name for group in metrics[0].by_column[column]]
         bars = [

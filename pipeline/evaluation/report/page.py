@@ -50,6 +50,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         "flat": _flat,
         "combine": operator.or_,
         "reach": reach,
+        "by_column": lambda students, column: [student.metrics.by_column[column] for student in students],
     }
     return templates.get_template(template).render(
         report=report,
@@ -60,7 +61,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         total=sum(column.bytes_per_position for column in report.columns),
         draft=DRAFT,
         top=TOP,
-        command=_command(report),
+        commands=[*(student.command for student in report.students if student.command), _command(report)],
     )
 
 

@@ -1,8 +1,9 @@
 """The main numbers of an evaluation: what the terminal shows, and what ``evaluate`` returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from math import isfinite, nan
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, reach
@@ -72,7 +73,7 @@ class EvaluationReport:
     verdict: str
     """Which student is closest to the teacher, and whether the difference is real, in a sentence or two."""
     kl_kind: str
-    """How the KL was estimated: see ``pipeline.evaluation.summary.Metrics.kl_kind``."""
+    """How the KL was estimated: see ``pipeline.evaluation.figures.Metrics.kl_kind``."""
 
     @property
     def measured(self) -> str:
@@ -98,6 +99,24 @@ class EvaluationReport:
             verdict=verdict(report),
             kl_kind=report.students[0].metrics.kl_kind,
         )
+
+
+def results_of(figures: Any) -> dict[str, float]:
+    """The means of some figures with the ends of their 95 % intervals, by name, as trackers show them.
+
+    Args:
+        figures: a dataclass with estimates, maybe in further dataclasses; everything else is left out.
+    """
+    found: dict[str, float] = {}
+    for field in fields(figures):
+        value = getattr(figures, field.name)
+        if isinstance(value, Estimate):
+            low, high = value.interval or (nan, nan)
+            name = f"evaluation/{field.name}"
+            found |= {name: value.mean, f"{name}_low": low, f"{name}_high": high}
+        elif is_dataclass(value):
+            found |= results_of(value)
+    return {name: value for name, value in found.items() if isfinite(value)}
 
 
 def _mean(value: Estimate | None) -> float | None:

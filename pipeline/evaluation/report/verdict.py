@@ -20,9 +20,10 @@ def verdict(report: Report) -> str:
     distance = f"{found.mean:.3f}{_plus_minus(found)} nats over the same {report.documents:,} documents"
     if not found.is_real:
         return f"It can't be told which is closer to the teacher, {both}: they differ by {distance}, maybe by chance."
+    less = 1 - best.metrics.kl.mean / second.metrics.kl.mean
     return (
         f"{best.name} is the closest to the teacher: {kl} nats of KL per position, "
-        f"{1 - best.metrics.kl.mean / second.metrics.kl.mean:.0%} below {second.name} "
+        f"{less:{'.0%' if less > 0.01 else '.1%'}} below {second.name} "
         f"({second.metrics.kl.mean:.3f}). The difference is real: {distance}."
     )
 

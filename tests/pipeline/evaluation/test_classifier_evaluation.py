@@ -1,6 +1,7 @@
 """Evaluation of classifiers: metrics, their standard errors, and the page that shows them."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,12 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.classifier_metrics import compare, compared
 from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.evaluation.report.classifier_report import verdict
+from softlabel.pipeline.objectives import classifier
+from softlabel.pipeline.progress import unwatched
 from softlabel.pipeline.stream.classifier_batches import LabelledDocuments
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.training.train import train
-from softlabel.storage.errors import UsageError
+from softlabel.storage.errors import StudentError, UsageError
 from tests.pipeline.classifiers import CLASSES
 from tests.pipeline.training.test_classifier_objective import MERGED, settings, table, teacher  # noqa: F401  fixtures
 
@@ -44,10 +47,9 @@ def students(table, tmp_path_factory):  # noqa: F811
     return [str(folder / name) for name in losses]
 
 
-def evaluated(table, students, folder):  # noqa: F811
-    return evaluate(
-        EvaluateConfig(table=table.location, students=tuple(map(str, students)), report=str(folder), device="cpu")
-    )
+def evaluated(table, students, folder, watch=unwatched, **changes):  # noqa: F811
+    config = {"table": table.location, "students": tuple(map(str, students)), "report": str(folder), "device": "cpu"}
+    return evaluate(EvaluateConfig(**(config | changes)), watch)
 
 
 def test_metrics_equal_those_that_scikit_learn_computes(table, students, tmp_path):  # noqa: F811
@@ -193,3 +195,60 @@ def test_without_labels_students_are_only_compared_with_their_teacher():
     metrics = compare(logprobs, np.array([-1, -1]), logprobs, NAMES).metrics
     assert metrics.quality is None
     assert metrics.kl.mean == pytest.approx(0, abs=1e-7)
+
+
+def test_results_are_shown_by_a_column(table, students, tmp_path):  # noqa: F811
+    report = evaluated(table, students, tmp_path, by=("label",))
+    content = json.loads(Path(report.json).read_text())
+    for metrics in (content["teacher"]["metrics"], content["students"][0]["metrics"]):
+        groups = {group["name"]: group for group in metrics["by_column"]["label"]}
+        assert set(groups) == {*CLASSES, "(none)"}
+        assert groups["(none)"]["quality"] is None
+        assert sum(group["documents"] for group in groups.values()) == metrics["documents"] == report.documents
+        kl = sum(group["documents"] * group["kl"]["mean"] for group in groups.values()) / report.documents
+        assert kl == pytest.approx(metrics["kl"]["mean"], abs=1e-6)
+    confusion = np.array(content["students"][0]["metrics"]["quality"]["confusion"])
+    doings = [groups[name]["quality"] for name in ("expressions", "statements")]
+    right = sum(each["accuracy"]["mean"] * each["documents"] for each in doings)
+    assert right == pytest.approx(confusion[1, 1])
+    page = Path(report.html).read_text()
+    assert "By label" in page
+    assert page.count("<svg") == 8
+    with pytest.raises(UsageError, match="no such column"):
+        evaluated(table, students, tmp_path, by=("source",))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(table, students, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(classifier, "PART_TOKENS", 1)
+
+    def dies(progress):
+        if progress.stage.endswith("control") and progress.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(table, students, tmp_path / "cut", dies, batch_tokens=100)
+    seen = []
+    resumed = evaluated(table, students, tmp_path / "cut", seen.append, batch_tokens=100)
+    assert [each.done for each in seen if each.stage.endswith("student")] == [resumed.documents]
+    assert min(each.done for each in seen if each.stage.endswith("control")) > 0
+    fresh = evaluated(table, students, tmp_path / "fresh", batch_tokens=100)
+    assert (resumed.students, resumed.verdict) == (fresh.students, fresh.verdict)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_student_whose_predictions_are_not_numbers_is_named(table, students, tmp_path):  # noqa: F811
+    shutil.copytree(students[0], tmp_path / "broken")
+    model = AutoModelForSequenceClassification.from_pretrained(students[0])
+    model.classifier.weight.data.fill_(3e38)  # finite, but its products are not
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(StudentError, match=r"not numbers(.|\n)*broken(.|\n)*what to do"):
+        evaluated(table, [students[1], tmp_path / "broken"], tmp_path / "report")
+
+
+def test_hostile_names_are_escaped_in_the_page(table, students, tmp_path):  # noqa: F811
+    """Also in the descriptions of drawings, which are attributes."""
+    name = 'a"><script>alert(1)<'
+    shutil.copytree(students[0], tmp_path / name)
+    page = Path(evaluated(table, [students[1], tmp_path / name], tmp_path / "report", by=("label",)).html).read_text()
+    assert "<script" not in page
+    assert "a&quot;&gt;&lt;script&gt;" in page

@@ -20,7 +20,7 @@ from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.evaluation.report import page
 from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.pipeline.stream import holdout
+from softlabel.pipeline.stream import by_column, holdout
 from softlabel.pipeline.stream.holdout import Holdout
 from softlabel.pipeline.students.record import table_record
 from softlabel.storage.errors import StudentError, TableError, UsageError
@@ -72,7 +72,7 @@ def rows(numbers, split):
                 "document_id": f"{split}-{number}",
                 "chunk": 0,
                 "chunks": 1,
-                "fingerprint": b"0" * 16,
+                "fingerprint": f"{number:016}".encode(),
                 "label": None,
                 "split": split,
                 "token_ids": sequence(number).tolist(),
@@ -421,9 +421,9 @@ def test_places_where_students_part_from_the_teacher_are_shown(captured, tiny_te
 
 
 def test_values_of_a_column_beyond_the_largest_count_together(captured, monkeypatch):
-    monkeypatch.setattr(holdout, "LARGEST_GROUPS", 4)
+    monkeypatch.setattr(by_column, "LARGEST_GROUPS", 4)
     held = Holdout.of(captured, ("document_id",))
     assert len(held.groups["document_id"]) == 4
-    assert held.groups["document_id"][-1] == holdout.OTHERS
+    assert held.groups["document_id"][-1] == by_column.OTHERS
     numbers = np.concatenate([batch.groups["document_id"] for batch in held.batches(10_000, packing=True)])
     assert np.bincount(numbers).tolist() == [1, 1, 1, 9]

@@ -115,9 +115,8 @@ def measured(student, teacher_logprobs, sequences, chosen, seed=0):
     )
     sums = empty_sums(GROUPS)
     measure(student, [held], store, SIZES, sums)
-    measurement = Measurement(sums, documents=20)
-    metrics = measurement.metrics(3, 2, GROUPS, average=False)
-    teacher = measurement.teacher(average=False)
+    measurement = Measurement(sums, documents=20, average=False)
+    metrics, teacher = measurement.metrics(3, 2, GROUPS), measurement.teacher(GROUPS)
     quick = means(student, [made], store)
     assert quick["cross_entropy"] == pytest.approx(metrics.cross_entropy.mean, rel=1e-6)
     assert quick["forward_kl"] == pytest.approx(metrics.kl.mean, abs=1e-6)
@@ -193,52 +192,116 @@ def test_without_a_head_agreement_is_none(student, teacher, sequences):
     assert metrics.kl.mean == pytest.approx(float(reference(student, teacher, sequences)["kl"].mean()), rel=0.2)
 
 
-def test_everything_that_is_reported_agrees_with_a_dense_recomputation(student, teacher, sequences):
+def groups_of(teacher, sequences):
+    """(N,) bool by kind of group and name: the positions of each group, from what the groups stand for."""
+    place = torch.cat([torch.arange(1, len(ids)) for row in sequences for ids in row])
+    t = dense(teacher, sequences)
+    entropy = -(t.exp() * t).sum(1)
+    return {
+        "by_position": {name: (place >= low) & (place <= high) for name, low, high in PLACES},
+        "by_entropy": {f"{low / 2:g}-{(low + 1) / 2:g} nats": (entropy * 2).floor() == low for low in range(12)},
+        "by_column": {"books": torch.arange(len(place)) < 11, "web": torch.arange(len(place)) >= 11},
+    }
+
+
+PLACES = (("1", 1, 1), ("2-3", 2, 3), ("4-7", 4, 7), ("8-15", 8, 15), ("16-31", 16, 31))
+
+
+def dense_figures(student, teacher, sequences, here):
+    """Each figure over some positions as its definition says, from whole distributions in float64."""
     t, s, ids = dense(teacher, sequences), dense(student, sequences), following(sequences)
-    metrics = measured(student, t, sequences, selection())
-    shared = torch.minimum(t.exp(), s.exp()).sum(1)
-    bytes_of = float(torch.from_numpy(SIZES)[ids].sum())
-    nats = -float(s.gather(1, ids[:, None]).sum())
-    top = [logprobs.topk(5, 1).indices for logprobs in (t, s)]
+    mixed, shared = torch.logaddexp(t, s) - np.log(2), torch.minimum(t.exp(), s.exp()).sum(1)
+    lengths = [len(ids) - 1 for row in sequences for ids in row]
+    steps = torch.full((len(ids),), torch.nan, dtype=torch.float64)
+    for begin, part in zip(np.cumsum([0, *lengths]), shared.split(lengths), strict=False):
+        for start in range(len(part) - DRAFT + 1):
+            steps[begin + start] = 1 + part[start : start + DRAFT].cumprod(0).sum()
     confidence, guess = s.exp().max(1)
     bins = (confidence * CONFIDENCE_BINS).long()
-    gaps, teacher_gaps = confidence - (guess == ids).double(), confidence - t.exp().gather(1, guess[:, None])[:, 0]
-    lengths = [len(ids) - 1 for row in sequences for ids in row]
-    steps = [
-        1 + sum(float(part[start : start + size].prod()) for size in range(1, DRAFT + 1))
-        for part in shared.split(lengths)
-        for start in range(len(part) - DRAFT + 1)
-    ]
+    nats = -s.gather(1, ids[:, None])[:, 0]
+    size = torch.from_numpy(SIZES)[ids].double()
+    top = [logprobs.topk(5, 1).indices for logprobs in (t, s)]
 
-    def ece(gaps):
-        return sum(abs(float(gaps[bins == number].sum())) for number in range(CONFIDENCE_BINS)) / len(gaps)
+    def ece(target):
+        gaps = (confidence - target)[here]
+        return sum(abs(float(gaps[bins[here] == number].sum())) for number in range(CONFIDENCE_BINS)) / len(gaps)
 
-    expected = {
-        "reverse_kl": float((s.exp() * (s - t)).sum(1).mean()),
-        "total_variation": 1 - float(shared.mean()),
-        "acceptance": float(shared.mean()),
-        "perplexity": np.exp(nats / len(ids)),
-        "bits_per_byte": nats / np.log(2) / bytes_of,
-        "top_agreement": float((top[0][:, :, None] == top[1][:, None]).sum((1, 2)).double().mean() / 5),
-        "tokens_per_step": np.mean(steps),
+    each = {
+        "cross_entropy": nats,
+        "kl": (t.exp() * (t - s)).sum(1),
+        "reverse_kl": (s.exp() * (s - t)).sum(1),
+        "jsd": ((t.exp() * (t - mixed)).sum(1) + (s.exp() * (s - mixed)).sum(1)) / 2,
+        "total_variation": 1 - shared,
+        "acceptance": shared,
+        "agreement": (t.argmax(1) == s.argmax(1)).double(),
+        "top_agreement": (top[0][:, :, None] == top[1][:, None]).sum((1, 2)).double() / 5,
+        "confidence": confidence,
+        "correct": (guess == ids).double(),
     }
+    found = {name: float(values[here].mean()) for name, values in each.items()}
+    found |= {"perplexity": np.exp(found["cross_entropy"]), "tokens_per_step": float(steps[here].nanmean())}
+    found["bits_per_byte"] = float(nats[here].sum() / np.log(2) / size[here].sum())
+    found["ece"] = ece((guess == ids).double())
+    found["ece_to_teacher"] = ece(t.exp().gather(1, guess[:, None])[:, 0])
+    return found
+
+
+def reported_groups(metrics):
+    return {
+        "by_position": {each.name: each for each in metrics.by_position},
+        "by_entropy": {each.name: each for each in metrics.by_entropy},
+        "by_column": {each.name: each for each in metrics.by_column["source"]},
+    }
+
+
+def assert_agrees(found, expected, where):
     for name, value in expected.items():
-        assert getattr(metrics, name).mean == pytest.approx(value, rel=5e-3), name
-    assert metrics.calibration.ece.mean == pytest.approx(ece(gaps), abs=1e-6)
-    assert metrics.calibration.ece_to_teacher.mean == pytest.approx(ece(teacher_gaps), abs=2e-3)
-    assert sum(each.positions for each in metrics.calibration.bins) == sum(lengths)
-    books, web = metrics.by_column["source"]
-    assert (books.name, books.positions, web.name, web.positions) == ("books", 11, "web", 49)
-    first = reference(student, teacher, sequences)["kl"][:11]
-    assert books.kl.mean == pytest.approx(float(first.mean()), abs=2e-3)
-    assert books.acceptance.mean == pytest.approx(float(shared[:11].mean()), abs=2e-3)
-    backwards = (s.exp() * (s - t)).sum(1)[11:]
-    assert web.reverse_kl.mean == pytest.approx(float(backwards.mean()), rel=5e-3)
-    assert web.confidence.mean == pytest.approx(float(confidence[11:].mean()), rel=1e-5)
-    assert web.correct.mean == pytest.approx(float((guess == ids)[11:].double().mean()))
-    assert [group.name for group in metrics.by_position] == ["1", "2-3", "4-7", "8-15", "16-31"]
-    assert sum(group.positions for group in metrics.by_position) == 60
-    assert metrics.by_position[0].positions == 3
+        reported = getattr(found.calibration, name) if name.startswith("ece") else getattr(found, name)
+        if np.isnan(value):
+            assert reported is None, (where, name)
+        else:
+            assert reported.mean == pytest.approx(value, rel=5e-3, abs=2e-3), (where, name)
+
+
+def test_every_figure_of_all_positions_and_of_each_group_agrees_with_a_dense_recomputation(student, teacher, sequences):
+    metrics = measured(student, dense(teacher, sequences), sequences, selection())
+    everywhere = torch.ones(60, dtype=torch.bool)
+    assert_agrees(metrics, dense_figures(student, teacher, sequences, everywhere), "all")
+    for kind, groups in groups_of(teacher, sequences).items():
+        reported = reported_groups(metrics)[kind]
+        assert list(reported) == [name for name, here in groups.items() if here.any()]
+        for name, group in reported.items():
+            here = groups[name]
+            assert group.positions == int(here.sum()) == sum(each.positions for each in group.calibration.bins)
+            assert_agrees(group, dense_figures(student, teacher, sequences, here), (kind, name))
+
+
+@pytest.mark.parametrize("changes", [{"draws": 6}, {"draws": 0}, {"draws": 1, "min_k": 0, "max_k": 2}])
+def test_certain_bounds_of_all_positions_and_of_each_group_hold_the_truth(changes, student, teacher, sequences):
+    chosen = selection(**({"top_p": 0.7, "min_k": 1, "max_k": 8} | changes))
+    metrics = measured(student, dense(teacher, sequences), sequences, chosen)
+    groups = {"all": {"all": torch.ones(60, dtype=torch.bool)}, **groups_of(teacher, sequences)}
+    reported = {"all": {"all": metrics}, **reported_groups(metrics)}
+    seen = 0
+    for kind, found in reported.items():
+        for name, group in found.items():
+            if kind == "by_entropy":  # the stored entropy decides, which is rounded
+                continue
+            truth = dense_figures(student, teacher, sequences, groups[kind][name])
+            for figure in ("kl", "reverse_kl", "jsd", "total_variation", "acceptance", "tokens_per_step"):
+                value = getattr(group, figure)
+                if value is not None:
+                    assert value.low <= truth[figure], (kind, name, figure)
+                    assert value.high is None or truth[figure] <= value.high, (kind, name, figure)
+                    seen += 1
+    assert seen > 40
+
+
+def test_a_group_of_few_documents_has_no_error(student, teacher, sequences):
+    """The books are one document, though the positions of all documents are worth many."""
+    metrics = measured(student, dense(teacher, sequences), sequences, selection())
+    assert metrics.kl.interval is not None
+    assert reported_groups(metrics)["by_column"]["books"].kl.interval is None
 
 
 def test_positions_that_the_head_does_not_reach_are_left_out_of_the_agreement_of_the_top(student, teacher, sequences):

@@ -6,20 +6,12 @@ from html.parser import HTMLParser
 import pytest
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
+from softlabel.pipeline.evaluation.figures import Bin, Bounded, Calibration, Comparison, Group, Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.partings import Likely, Place
 from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, column_costs, to_json
 from softlabel.pipeline.evaluation.report.folder import prepare, write
 from softlabel.pipeline.evaluation.report.page import to_html
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
-from softlabel.pipeline.evaluation.summary import (
-    Bin,
-    Bounded,
-    Calibration,
-    Comparison,
-    Group,
-    Metrics,
-    TeacherMetrics,
-)
 from softlabel.storage.errors import UsageError
 
 HOSTILE = '<script>alert("$x_1$ & more")</script>'
@@ -33,34 +25,40 @@ def bounded(value, error=0.02, high=None):
     return Bounded(value, error, (value - 2 * error, value + 2 * error), 0.9 * value, high, 0.001)
 
 
-def group(name, low, kl, positions=100):
-    high = None if low is None else low + 0.5
-    values = (mean(value) for value in (2.5, 0.9, kl, 0.5, 2 * kl, 0.2, 0.6, 0.4, 0.3))
-    return Group(name, low, high, positions, *values)
-
-
-def student(name, kl, **changes):
+def figures(kl, positions=100):
     bins = tuple(
         Bin(low / 10, low / 10 + 0.1, 50, low / 10 + 0.05, low / 11, low / 12, (0.0, 0.1)) for low in range(10)
     )
+    return {
+        "positions": positions,
+        "cross_entropy": mean(2.5 + kl),
+        "perplexity": mean(12.18 + kl, 0.3),
+        "bits_per_byte": mean(0.9),
+        "kl": bounded(kl, 0.021, 3 * kl),
+        "reverse_kl": bounded(2 * kl),
+        "jsd": bounded(0.2),
+        "total_variation": bounded(0.4),
+        "acceptance": bounded(0.6),
+        "tokens_per_step": bounded(2.3),
+        "agreement": mean(0.5432, 0.004),
+        "top_agreement": bounded(0.7),
+        "top_positions": 1234,
+        "confidence": mean(0.4),
+        "correct": mean(0.3),
+        "calibration": Calibration(mean(0.03), mean(0.02), bins),
+    }
+
+
+def group(name, low, kl, positions=100):
+    return Group(name=name, low=low, high=None if low is None else low + 0.5, **figures(kl, positions))
+
+
+def student(name, kl, **changes):
     metrics = Metrics(
+        **figures(kl, 3456),
         sequences=12,
-        positions=3456,
         documents=9,
-        cross_entropy=mean(2.5 + kl),
-        perplexity=mean(12.18 + kl, 0.3),
-        bits_per_byte=mean(0.9),
-        kl=bounded(kl, 0.021, 3 * kl),
         kl_kind="unbiased",
-        reverse_kl=bounded(2 * kl),
-        jsd=bounded(0.2),
-        total_variation=bounded(0.4),
-        acceptance=bounded(0.6),
-        tokens_per_step=bounded(2.3),
-        agreement=mean(0.5432, 0.004),
-        top_agreement=bounded(0.7),
-        top_positions=1234,
-        calibration=Calibration(mean(0.03), mean(0.02), bins),
         by_entropy=tuple(group(str(low), low / 2, kl * (1 + low), 100 + low) for low in range(5)),
         by_position=tuple(group(str(2**place), float(2**place), kl) for place in range(4)),
         by_column={"source": (group("books", None, kl), group(HOSTILE, None, 2 * kl))},
@@ -84,7 +82,16 @@ def student(name, kl, **changes):
 
 
 def report(*students, left_out=0, left_out_documents=0, error=0.02, gap=None):
-    teacher = TeacherMetrics(mean(2.61), mean(13.6), mean(0.8), mean(2.58), students[0].metrics.calibration)
+    teacher = TeacherMetrics(
+        cross_entropy=mean(2.61),
+        perplexity=mean(13.6),
+        bits_per_byte=mean(0.8),
+        entropy=mean(2.58),
+        calibration=students[0].metrics.calibration,
+        by_entropy=(),
+        by_position=(),
+        by_column={},
+    )
     comparisons = [
         Comparison(a.name, b.name, *(difference(a, b, error) for _ in range(3)))
         for place, a in enumerate(students)

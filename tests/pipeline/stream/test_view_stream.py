@@ -128,7 +128,7 @@ def test_train_sequences_of_any_table_of_a_view_are_not_held_out(tables: list[st
         Holdout.of(shared)
 
 
-@pytest.mark.parametrize("change", ["another chunk", "another teacher's rows", "a longer document"])
+@pytest.mark.parametrize("change", ["another chunk", "another teacher's rows", "a longer document", "another id"])
 @pytest.mark.parametrize("first", [True, False])
 def test_documents_that_any_table_of_a_view_trains_on_are_not_held_out(
     tables: list[str], tmp_path: Path, change: str, first: bool
@@ -145,6 +145,8 @@ def test_documents_that_any_table_of_a_view_trains_on_are_not_held_out(
             row["chunk"], row["chunks"] = 3, 7
         if change == "a longer document":
             row["fingerprint"] = b"1" * 16
+        if change == "another id":
+            row["document_id"], row["chunk"], row["chunks"] = f"other {number}", 3, 7
     sequences = pa.Table.from_pylist(rows).select(SEQUENCE.names).cast(SEQUENCE)
     with ShardWriter(other, row_group=8) as writer:
         writer.append(sequences, random_labels(np.random.default_rng(1), sum(row["positions"] for row in rows)))

@@ -8,7 +8,7 @@ from transformers.integrations import integration_utils
 
 from softlabel.pipeline.config.distill import DistillConfig
 from softlabel.pipeline.distillation import distill
-from softlabel.pipeline.training import trackers
+from softlabel.pipeline.students import trackers
 from softlabel.pipeline.training.train import train
 from softlabel.storage.errors import UsageError
 from tests.pipeline.trainings import curve, history, interrupt_at, settings
