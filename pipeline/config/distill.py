@@ -63,5 +63,6 @@ class DistillConfig(CaptureConfig):
             students=students,
             control=control,
             report=f"{self.output}/report",
+            report_to=self.optimizer.report_to,
             device=self.optimizer.device,
         )

@@ -196,9 +196,9 @@ class OptimizerConfig(Settings):
     seed: int = 0
     """Seed of the student's random numbers."""
     report_to: Trackers = ()
-    """Trackers that show the curves during training; each needs its package. tensorboard writes into the student's
-    folder; the others are configured by their own environment variables, as in transformers. The student's record and
-    the report have the curves in any case."""
+    """Trackers that show the curves during training and, of distill, the results of the evaluation; each needs its
+    package. tensorboard writes into the student's folder; the others are configured by their own environment variables,
+    as in transformers. The student's record and the report have the curves in any case."""
 
     @property
     def keeps_best(self) -> bool:

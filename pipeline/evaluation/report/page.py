@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.flags import flags_of
 from softlabel.pipeline.evaluation.metrics import DRAFT
 from softlabel.pipeline.evaluation.positions import TOP
 from softlabel.pipeline.evaluation.report.content import Header, Report, reach
@@ -80,11 +82,9 @@ def pictures(page: Path) -> list[tuple[str, str]]:
 
 def _command(report: Header) -> str:
     """The command that makes this report again."""
-    given = report.config
-    models = " ".join(quote(str(name)) for name in given.get("students", ()))
-    more = "".join(f" --{name} {quote(given[name])}" for name in ("control", "reference") if given.get(name))
-    more += "".join(f" --by {quote(name)}" for name in given.get("by", ()))
-    return f"softlabel evaluate {quote(f'{report.table}@{report.version}')} {models}{more}"
+    config = EvaluateConfig.model_validate({"students": (), **report.config, "table": report.table})
+    models = map(quote, config.students)
+    return " ".join(["softlabel evaluate", quote(f"{report.table}@{report.version}"), *models, *flags_of(config)])
 
 
 def _title(students: Sequence[str], teacher: str) -> str:

@@ -1,6 +1,7 @@
 """The report: one self-contained page with the content of its JSON, in which names are escaped."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -225,6 +226,17 @@ def test_the_charts_show_each_student_in_a_different_color():
         assert ">student<" in drawing or "books" in drawing
         assert ">control<" in drawing or "books" in drawing
         assert "#0000" not in drawing
+
+
+def test_the_page_ends_with_the_commands_that_make_it_again():
+    made = report(student("student", 1.5, command="softlabel train out/table@3 out/student --stream.seed 4"))
+    config = {"students": ["out/student", "a $b"], "control": "c", "by": ["source"], "report": "r", "batch_tokens": 9}
+    text = Page(to_html(replace(made, config=config))).text
+    assert (
+        "softlabel train out/table@3 out/student --stream.seed 4\n"
+        "softlabel evaluate out/table@3 out/student 'a $b' --control c --by source --report r --batch-tokens 9\n"
+        in text
+    )
 
 
 def verdict_of(made):
