@@ -70,15 +70,12 @@ def dense(
         for part, places in zip(accepted, here, strict=True)
         for i in range(places.start, min(places.stop, len(part) - DRAFT + 1))
     ]
-    rows = [
-        {name: [*row[name][:1], *row[name][1:][places]] for name in ("token_ids", "loss_mask")}
-        for row, places in zip(rows, here, strict=True)
-    ]
+    following = [token for row, places in zip(rows, here, strict=True) for token in row["token_ids"][1:][places]]
     teacher, student, accepted = (
         [part[places] for part, places in zip(parts, here, strict=True)] for parts in (teacher, student, accepted)
     )
     t, s = torch.cat(teacher), torch.cat(student)
-    ids = torch.cat([torch.tensor(row["token_ids"][1:])[torch.tensor(row["loss_mask"][1:])] for row in rows])
+    ids = torch.tensor(following)
     m = torch.logaddexp(t, s) - np.log(2)
 
     def kl(p, q):
@@ -87,7 +84,7 @@ def dense(
     confidence, guess = s.exp().max(1)
     bins = (confidence * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
     top = [p.topk(TOP, 1).indices for p in (t, s)]
-    tokens = tokenizer.convert_ids_to_tokens([token for row in rows for token in row["token_ids"][1:]])
+    tokens = tokenizer.convert_ids_to_tokens(following)
     text = sum(len(token) for token in tokens if token not in tokenizer.all_special_tokens)  # a sign stands for a byte
     nats = -s.gather(1, ids[:, None]).mean()
 
