@@ -231,11 +231,10 @@ def test_the_charts_show_each_student_in_a_different_color():
 def test_the_page_ends_with_the_commands_that_make_it_again():
     made = report(student("student", 1.5, command="softlabel train out/table@3 out/student --stream.seed 4"))
     config = {"students": ["out/student", "a $b"], "control": "c", "by": ["source"], "report": "r", "batch_tokens": 9}
-    text = Page(to_html(replace(made, config=config))).text
+    text = Page(to_html(replace(made, config=made.config | config))).text
     assert (
         "softlabel train out/table@3 out/student --stream.seed 4\n"
-        "softlabel evaluate out/table@3 out/student 'a $b' --control c --by source --report r --batch-tokens 9\n"
-        in text
+        "softlabel evaluate out/table@3 out/student 'a $b' --control c --by source --report r --batch-tokens 9" in text
     )
 
 
