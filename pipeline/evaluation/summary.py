@@ -243,15 +243,15 @@ class Measurement:
         return values.reshape(len(values), -1, len(names))
 
 
-def compared(names: Sequence[str], measurements: Sequence[Measurement]) -> tuple[Comparison, ...]:
+def compared(names: Sequence[str], overall: Sequence[Cell]) -> tuple[Comparison, ...]:
     """Each pair of students, measured on the same documents."""
     pairs = []
     for first in range(len(names)):
         for second in range(first + 1, len(names)):
-            a, b = measurements[first], measurements[second]
+            a, b = overall[first], overall[second]
 
-            def less(name: str, a: Measurement = a, b: Measurement = b, sign: int = 1) -> Difference:
-                return difference(sign * a.overall.ratio(name), sign * b.overall.ratio(name), a.documents)
+            def less(name: str, a: Cell = a, b: Cell = b, sign: int = 1) -> Difference:
+                return difference(sign * a.ratio(name), sign * b.ratio(name), a.documents)
 
             pairs.append(
                 Comparison(
@@ -265,16 +265,14 @@ def compared(names: Sequence[str], measurements: Sequence[Measurement]) -> tuple
     return tuple(pairs)
 
 
-def gaps_closed(
-    names: Sequence[str], measurements: Sequence[Measurement], gap: Gap | None
-) -> tuple[Estimate | None, ...]:
+def gaps_closed(names: Sequence[str], overall: Sequence[Cell], gap: Gap | None) -> tuple[Estimate | None, ...]:
     """Share of the gap in forward KL between control and reference that each student closes; None without a gap."""
     if gap is None:
         return (None,) * len(names)
-    kl = {name: each.overall.ratio("forward_kl") for name, each in zip(names, measurements, strict=True)}
+    kl = {name: each.ratio("forward_kl") for name, each in zip(names, overall, strict=True)}
     start = kl[gap.control]
     width = start - (0.0 if gap.reference is None else kl[gap.reference])
-    documents = measurements[0].documents
+    documents = overall[0].documents
     with np.errstate(invalid="ignore", divide="ignore"):
         return tuple(estimate((start - kl[name]) / width, documents) for name in names)
 

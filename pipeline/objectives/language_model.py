@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from softlabel.pipeline.config.train import LossConfig, StreamConfig, StudentConfig, TrainConfig
 from softlabel.pipeline.evaluation import partings
 from softlabel.pipeline.evaluation.bootstrap import effective
-from softlabel.pipeline.evaluation.figures import Figures
+from softlabel.pipeline.evaluation.figures import Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.metrics import QUANTITIES, empty_sums, means, measure
 from softlabel.pipeline.evaluation.partings import Likeliest
 from softlabel.pipeline.evaluation.report.content import (
@@ -38,7 +38,7 @@ from softlabel.pipeline.evaluation.report.folder import write
 from softlabel.pipeline.evaluation.report.page import to_html
 from softlabel.pipeline.evaluation.report.scores import EvaluationReport, results_of
 from softlabel.pipeline.evaluation.standings import Gap, standings_of
-from softlabel.pipeline.evaluation.summary import Measurement, compared, gaps_closed
+from softlabel.pipeline.evaluation.summary import Cell, Measurement, compared, gaps_closed
 from softlabel.pipeline.evaluation.token_bytes import token_bytes
 from softlabel.pipeline.evaluation.unfinished import Unfinished
 from softlabel.pipeline.loss.averaging import decode_batch, require_average
@@ -211,8 +211,8 @@ class HeldOutPositions:
         unfinished: Unfinished,
     ) -> "MeasuredStudent":
         """See ``HeldOut``."""
-        sums = empty_sums(self.holdout.groups)
-        kept = unfinished.restore()
+        holdout = self.holdout
+        sums, kept = empty_sums(holdout.groups), unfinished.restore()
         start = int(kept.pop(_ROW_GROUPS, 0))
         sums.values.update(kept)
         done(int(sums.values["overall"][0, QUANTITIES.index("positions")]))
@@ -222,18 +222,22 @@ class HeldOutPositions:
             if held.done is not None:
                 unfinished.save({**sums.values, _ROW_GROUPS: np.array(held.done)})
 
-        batches = self.holdout.batches(batch_tokens, separates(model), start)
-        measure(model, batches, self.holdout.table, self.sizes, sums, after)
+        batches = holdout.batches(batch_tokens, separates(model), start)
+        measure(model, batches, holdout.table, self.sizes, sums, after)
         unfinished.save({**sums.values, _ROW_GROUPS: np.array(_ALL)})
-        likeliest = partings.of_student(model, self.sample, self.holdout.table)
-        table = self.holdout.table
-        average = isinstance(table, View) and table.average
-        measurement = Measurement(sums, effective(self.holdout.document_positions), average)
-        return MeasuredStudent(student, measurement, likeliest)
+        average = isinstance(holdout.table, View) and holdout.table.average
+        found = Measurement(sums, effective(holdout.document_positions), average)
+        return MeasuredStudent(
+            student=student,
+            metrics=found.metrics(holdout.sequences, len(holdout.document_positions), holdout.groups),
+            teacher=found.teacher(holdout.groups),
+            overall=found.overall,
+            likeliest=partings.of_student(model, self.sample, holdout.table),
+        )
 
     def results(self, measured: "MeasuredStudent") -> dict[str, float]:
         """See ``HeldOut``."""
-        return results_of(Figures(**measured.measurement.overall.figures()))
+        return results_of(measured.metrics)
 
     def report(
         self,
@@ -245,25 +249,18 @@ class HeldOutPositions:
     ) -> EvaluationReport:
         """See ``HeldOut``."""
         holdout = self.holdout
-        documents = len(holdout.document_positions)
-        names, measured = [each.student.name for each in students], [each.measurement for each in students]
-        comparisons = compared(names, measured)
-        closed = gaps_closed(names, measured, gap)
+        names, overall = [each.student.name for each in students], [each.overall for each in students]
+        comparisons = compared(names, overall)
+        closed = gaps_closed(names, overall, gap)
         report = Report(
             **vars(header),
             sequences=holdout.sequences,
             positions=holdout.positions,
-            documents=documents,
+            documents=len(holdout.document_positions),
             left_out=holdout.left_out,
             left_out_documents=holdout.left_out_documents,
-            teacher=TeacherSummary(**vars(teacher), metrics=measured[0].teacher(holdout.groups)),
-            students=tuple(
-                StudentSummary(
-                    **vars(each.student),
-                    metrics=each.measurement.metrics(holdout.sequences, documents, holdout.groups),
-                )
-                for each in students
-            ),
+            teacher=TeacherSummary(**vars(teacher), metrics=students[0].teacher),
+            students=tuple(StudentSummary(**vars(each.student), metrics=each.metrics) for each in students),
             comparisons=comparisons,
             places=partings.places(
                 self.sample,
@@ -274,7 +271,7 @@ class HeldOutPositions:
             gap=gap,
             standings=standings_of(
                 names,
-                [each.overall.mean("forward_kl") for each in measured],
+                [each.metrics.kl for each in students],
                 comparisons,
                 closed,
                 apart={each.student.name for each in students if each.student.kind == "teacher"},
@@ -285,10 +282,14 @@ class HeldOutPositions:
 
 @dataclass(frozen=True)
 class MeasuredStudent:
-    """A student and the sums that its metrics are computed from."""
+    """A student with its metrics; the sums of the groups, which they come from, are no longer kept."""
 
     student: TrainedStudent
-    measurement: Measurement
+    metrics: Metrics
+    teacher: TeacherMetrics
+    """Of the same positions."""
+    overall: Cell
+    """The sums over all positions, to compare it with other students."""
     likeliest: Likeliest
     """Its likeliest tokens in the sample."""
 

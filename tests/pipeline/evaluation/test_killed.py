@@ -10,6 +10,7 @@ import pytest
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.evaluation.evaluate import evaluate
+from softlabel.pipeline.stream import holdout
 from tests.pipeline.captured import make_table
 from tests.pipeline.evaluation.test_evaluate import make_student, recorded
 
@@ -36,7 +37,8 @@ def without_times(path: Path) -> dict:
     return {name: value for name, value in report.items() if name not in ("created", "config")}
 
 
-def test_an_evaluation_that_was_killed_several_times_makes_the_same_report(tiny_teacher, tmp_path):
+def test_an_evaluation_that_was_killed_several_times_makes_the_same_report(tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(holdout, "PART_TOKENS", 1)
     table = make_table(tmp_path / "table", tiny_teacher, train=10, held_out=40)
     students = [
         str(make_student(tmp_path / name, tiny_teacher, recorded(table), noise=noise))
