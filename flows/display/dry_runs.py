@@ -112,6 +112,8 @@ def _evaluate(report: "EvaluatePreview") -> None:
         _line("  {}", name)
         for warning in report.warnings.get(name, ()):
             _line("    [yellow]{}[/]", warning)
+    for task in report.tasks:
+        _line("  task: {}", task)
     for file in report.files:
         verb = "replaced" if file in report.replaced else "written"
         _line(f"  {verb}: {{}}", file)

@@ -23,6 +23,7 @@ from softlabel.flows.display.dry_runs import (
     show_evaluate_dry_run,
     show_train_dry_run,
 )
+from softlabel.flows.display.evaluations import show_cost, show_standings, show_tasks
 from softlabel.flows.display.lineage import show_lineage
 from softlabel.flows.display.rows import show_show
 from softlabel.flows.display.tables import (
@@ -134,17 +135,8 @@ def show_evaluate(report: "EvaluationReport | ClassEvaluation") -> None:
 def show_compare(report: "EvaluationReport | ClassEvaluation") -> None:
     """The scores of all models, and their order."""
     _scores(report)
-    closed = report.standings[0].gap_closed is not None
-    table = table_of("", "place", *(["gap closed"] if closed else []))
-    for each in report.standings:
-        share = [] if each.gap_closed is None else [_with_interval(each.gap_closed.mean, each.gap_closed.interval)]
-        table.add_row(escape(printable(each.student)), str(each.place), *share)
-    console.print(table)
+    show_standings(report)
     facts({"table": f"{report.table} (version {report.version})", "report": report.html, "numbers": report.json})
-
-
-def _with_interval(share: float, interval: tuple[float, float] | None) -> str:
-    return f"{share:.1%}" if interval is None else f"{share:.1%} ±{(interval[1] - interval[0]) / 2:.1%}"
 
 
 def show_distill(report: "DistillReport") -> None:
@@ -283,6 +275,8 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
             "" if score.parameters is None else short(score.parameters),
         )
     console.print(scores)
+    show_tasks(report.students)
+    show_cost(report.students)
     console.print(escape(printable(report.verdict)))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""
     if report.left_out_documents:
@@ -311,6 +305,7 @@ def _class_scores(report: "ClassEvaluation") -> None:
             parameters,
         )
     console.print(scores)
+    show_cost(report.students)
     if report.verdict:
         console.print(escape(printable(report.verdict)))
     left_out = f"; {report.left_out:,} more left out (also in the train split)" if report.left_out else ""

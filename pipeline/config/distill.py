@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from softlabel.pipeline.config.base import Location
 from softlabel.pipeline.config.capture import CaptureConfig
-from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.evaluate import CostConfig, EvaluateConfig
 from softlabel.pipeline.config.train import LossConfig, OptimizerConfig, StreamConfig, StudentConfig, TrainConfig
 
 
@@ -20,6 +20,7 @@ class DistillConfig(CaptureConfig):
     loss: LossConfig = LossConfig()
     stream: StreamConfig = StreamConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    cost: CostConfig = CostConfig()
     control: bool = True
     """Also train a control for comparison: the same student with the same optimizer settings, on hard labels
     only."""
@@ -65,4 +66,5 @@ class DistillConfig(CaptureConfig):
             report=f"{self.output}/report",
             report_to=self.optimizer.report_to,
             device=self.optimizer.device,
+            cost=self.cost,
         )

@@ -2,10 +2,45 @@
 
 from typing import Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
 from softlabel.pipeline.config.train import Trackers
+
+
+class CostConfig(Settings):
+    """What it costs to use each model: besides its size, its speed and memory on this machine, with transformers."""
+
+    measure: bool = True
+    """Measure the speed and the memory, after the held-out documents. For a model of 135M parameters, this takes about
+    ten seconds on two CPU cores."""
+    prompt_tokens: PositiveInt = 256
+    """Tokens of each prompt or, for classifiers, of each document. If left out, it is shortened until all models can
+    read it."""
+    new_tokens: PositiveInt = 16
+    """Tokens that are generated after each prompt; shortened likewise."""
+    batch_size: PositiveInt = 1
+    """Prompts or documents at a time."""
+    runs: PositiveInt = 3
+    """Number of runs, of which the report has the median, the slowest and the fastest; one more comes first, to warm
+    up."""
+
+
+class TasksConfig(Settings):
+    """Tasks of lm-eval that all models are also measured on (language models only): pip install 'softlabel[lm-eval]'"""
+
+    names: tuple[str, ...] = ()
+    """Tasks or groups of tasks, of those that come with lm-eval or are in the folders of include."""
+    include: tuple[Location, ...] = ()
+    """Folders with tasks of your own, in lm-eval's YAML. If names is left out, all tasks in these folders are run."""
+    few_shot: NonNegativeInt | None = None
+    """Solved examples in each prompt; if left out, as many as each task says. A task that sets 0 keeps it."""
+    limit: PositiveInt | None = None
+    """Only the first documents of each task, to try it out."""
+    batch_size: PositiveInt = 8
+    """Requests per forward pass."""
+    trust_code: bool = False
+    """Run Python code that tasks of include name, and code that models write, which some tasks execute."""
 
 
 class EvaluateConfig(Settings):
@@ -34,6 +69,8 @@ class EvaluateConfig(Settings):
     """cpu, cuda, ...; auto uses a GPU if there is one."""
     batch_tokens: PositiveInt = 8192
     """Tokens per forward pass."""
+    cost: CostConfig = CostConfig()
+    tasks: TasksConfig = TasksConfig()
 
     @model_validator(mode="after")
     def _reference_needs_a_control(self) -> Self:

@@ -5,9 +5,10 @@ models are compared with the table before the first one is measured, so that a m
 table, or of a student more than what TensorBoard shows of it.
 """
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,18 +17,23 @@ from urllib.parse import quote
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.cards import holding
-from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.config.evaluate import EvaluateConfig, TasksConfig
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.devices import device
+from softlabel.pipeline.evaluation.cost import Cost, Lengths, cost_of, hardware
 from softlabel.pipeline.evaluation.provenance import is_model, other_model, read_student, stored_dtype, warnings_of
 from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, column_costs
 from softlabel.pipeline.evaluation.report.folder import REPORT_FILES, prepare
 from softlabel.pipeline.evaluation.report.scores import EvaluationReport
 from softlabel.pipeline.evaluation.standings import Gap
-from softlabel.pipeline.evaluation.unfinished import Unfinished, finish
+from softlabel.pipeline.evaluation.tasks import MeasuredTasks, TaskComparison, Tasks, compared_tasks
+from softlabel.pipeline.evaluation.unfinished import Unfinished, finish, once
 from softlabel.pipeline.log_context import about
 from softlabel.pipeline.models.adapter import ADAPTER, Adapter
+from softlabel.pipeline.models.context_length import configured_positions
+from softlabel.pipeline.models.files import weight_files
+from softlabel.pipeline.models.pretrained import load_config
 from softlabel.pipeline.objectives.decide import objective_of
 from softlabel.pipeline.objectives.objective import HeldOut, Objective
 from softlabel.pipeline.progress import Progress, Watch, unwatched
@@ -83,6 +89,11 @@ class EvaluatedModel:
         adapter = None if self.adapter is None else self.adapter.hash
         return {"files": self.source.files, "adapter": adapter, "dtype": self.settings.dtype}
 
+    @property
+    def weights(self) -> list[Path]:
+        """Its weight files."""
+        return weight_files(self.source.path) + ([] if self.adapter is None else [self.adapter.weights])
+
 
 @dataclass(frozen=True)
 class EvaluationJob:
@@ -93,6 +104,10 @@ class EvaluationJob:
     """At the version that is evaluated on."""
     objective: Objective
     models: tuple[EvaluatedModel, ...]
+    lengths: Lengths
+    """Of the runs that measure the cost of each model."""
+    tasks: Tasks | None
+    """None if the settings ask for none."""
     device: str
 
     @classmethod
@@ -100,7 +115,8 @@ class EvaluationJob:
         """Open the table, and find the files of all models.
 
         Raises:
-            UsageError: if there is no student, or a tracker is not installed.
+            UsageError: if there is no student, a tracker is not installed, the cost of a model can't be measured with
+                the given lengths, or a task can't be run.
             TableError: if the table can't be opened.
             StudentError: if a model does not exist, has another tokenizer than the table, or was trained with another
                 teacher.
@@ -115,7 +131,9 @@ class EvaluationJob:
         objective = objective_of(origin)
         named = zip(config.models, _names(config.models), strict=True)
         models = tuple(_model(name, folder, table, origin, objective) for folder, name in named)
-        return cls(config, table, objective, models, str(device(config.device)))
+        lengths = Lengths.fitting(config.cost, _limits(models, origin, objective), objective.task == "text-generation")
+        where = str(device(config.device))
+        return cls(config, table, objective, models, lengths, _tasks(config.tasks, origin, objective), where)
 
     def unfinished(self, model: EvaluatedModel, folder: Path) -> Unfinished:
         """Where a model's measurements are kept until the report is written."""
@@ -137,6 +155,8 @@ class EvaluatePreview:
     """How much each student would be measured on, ..."""
     unit: str
     """... in positions or documents."""
+    tasks: tuple[str, ...]
+    """Tasks of lm-eval that each student would also be measured on."""
     device: str
     files: tuple[str, ...]
     """Files that would be written."""
@@ -162,6 +182,7 @@ def preview_evaluate(config: EvaluateConfig) -> EvaluatePreview:
         warnings={student.name: student.warnings for student in students if student.warnings},
         held_out=held_out.size,
         unit=held_out.unit,
+        tasks=() if job.tasks is None else tuple(job.tasks.loaded["tasks"]),
         device=job.device,
         files=tuple(map(str, files)),
         replaced=tuple(str(file) for file in files if file.exists()),
@@ -183,15 +204,13 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     job = EvaluationJob.resolve(config)
     held_out = job.objective.held_out(job.table, [model.settings for model in job.models], config.by)
     folder = prepare(Path(config.report), job.table.location, config.models)
-    measured = []
     with about(version=job.table.version), holding([job.device]):
-        for model in job.models:
-            done = _counting(f"evaluate {model.student.name}", held_out.size, held_out.unit, watch)
-            unfinished = job.unfinished(model, folder)
-            measured.append(_measure(job, held_out, model, done, unfinished))
+        results = [_measure(job, held_out, model, folder, watch) for model in job.models]
     names = {model.student.folder: model.student.name for model in job.models}
     gap = None if config.control is None else Gap(names[config.control], names.get(config.reference or ""))
-    report = held_out.report(_header(job), _teacher(job.table), measured, gap, folder)
+    header = _header(job, compared_tasks(list(names.values()), [tasks for _, tasks in results]))
+    measured = [each for each, _ in results]
+    report = held_out.report(header, _teacher(job.table), measured, gap, folder)
     finish(folder)
     for model, each in zip(job.models, measured, strict=True):
         model.report_results(config.report_to, folder, held_out.results(each))
@@ -199,18 +218,58 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
 
 
 def _measure(
-    job: EvaluationJob,
-    held_out: HeldOut[Any],
-    model: EvaluatedModel,
-    done: Callable[[int], None],
-    unfinished: Unfinished,
-) -> Any:
-    """Load a model, measure it, and forget it."""
+    job: EvaluationJob, held_out: HeldOut[Any], model: EvaluatedModel, folder: Path, watch: Watch
+) -> tuple[Any, MeasuredTasks]:
+    """Load a model, measure it, and forget it: on the held-out part, then what it costs to use, then on the tasks."""
     loaded = model.load(job)
     student = model.student
     if student.parameters is None:
         student = replace(student, parameters=parameters(loaded))
-    return held_out.measure(loaded, student, job.config.batch_tokens, done, unfinished)
+    done = _counting(f"evaluate {student.name}", held_out.size, held_out.unit, watch)
+    measured = held_out.measure(loaded, student, job.config.batch_tokens, done, job.unfinished(model, folder))
+    cost = _cost(job, model, loaded, folder)
+    tasks = _measured_tasks(job, model, loaded, folder, watch)
+    return replace(measured, student=replace(measured.student, cost=cost, tasks=tasks.scores)), tasks
+
+
+def _tasks(config: TasksConfig, origin: Origin, objective: Objective) -> Tasks | None:
+    if objective.task != "text-generation" and (config.names or config.include):
+        raise UsageError(
+            "tasks of lm-eval are only for language models, and this table's teacher is a classifier",
+            expected="no tasks",
+            found=f"tasks: {' '.join(config.names or config.include)}",
+            do="leave the tasks out",
+        )
+    return Tasks.load(config, origin.tokenizer)
+
+
+def _cost(job: EvaluationJob, model: EvaluatedModel, loaded: PreTrainedModel, folder: Path) -> Cost:
+    """What it costs to use a model, measured in this run or, on the same machine, by the one that it continues."""
+    runs = job.config.cost.runs if job.config.cost.measure else 0
+    name, conditions = model.student.name, {"lengths": asdict(job.lengths), "runs": runs}
+    machine = {"machine": platform.node(), "hardware": hardware(loaded.device)}
+    depends_on = {"cost": model.files, "folder": model.student.folder, **conditions, **machine}
+    return once(
+        Cost,
+        folder,
+        depends_on,
+        lambda: cost_of(loaded, name, model.weights, job.lengths, runs, job.objective.task),
+    )
+
+
+def _measured_tasks(
+    job: EvaluationJob, model: EvaluatedModel, loaded: PreTrainedModel, folder: Path, watch: Watch
+) -> MeasuredTasks:
+    """A model's scores on the tasks, measured in this run or in the one that it continues."""
+    tasks, name = job.tasks, model.student.name
+    if tasks is None:
+        return MeasuredTasks()
+
+    def done(answered: int, asked: int) -> None:
+        watch(Progress(f"tasks {name}", answered, asked, "requests"))
+
+    depends_on = {**tasks.identity, "model": model.files, "device": job.device}
+    return once(MeasuredTasks, folder, depends_on, lambda: tasks.measure(loaded, name, done))
 
 
 def _model(name: str, folder: str, table: AnyTable, origin: Origin, objective: Objective) -> EvaluatedModel:
@@ -230,6 +289,16 @@ def _model(name: str, folder: str, table: AnyTable, origin: Origin, objective: O
     return EvaluatedModel(other_model(name, folder, source, adapter, table), settings, source, adapter)
 
 
+def _limits(models: Sequence[EvaluatedModel], origin: Origin, objective: Objective) -> list[tuple[str, int]]:
+    """Name and number of positions of each model that has a limit; a classifier's tokenizer may know a lower one."""
+    configured = [(each.student.name, configured_positions(load_config(each.source.path))) for each in models]
+    found = [(name, positions) for name, positions in configured if positions is not None]
+    if objective.task == "text-classification":
+        longest = int(origin.tokenizer().model_max_length)
+        found = [(name, min(positions, longest)) for name, positions in found]
+    return found
+
+
 def _counting(stage: str, total: int, unit: str, watch: Watch) -> Callable[[int], None]:
     """A function that reports progress each time that more is done."""
     done = 0
@@ -242,14 +311,16 @@ def _counting(stage: str, total: int, unit: str, watch: Watch) -> Callable[[int]
     return count
 
 
-def _header(job: EvaluationJob) -> Header:
+def _header(job: EvaluationJob, task_comparisons: tuple[TaskComparison, ...]) -> Header:
+    lm_eval = {} if job.tasks is None else {"lm-eval": job.tasks.version}
     return Header(
         table=job.table.location,
         version=job.table.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         columns=column_costs(_column_bytes(job.table), sum(map(captured_positions, job.table.tables))),
         identity=_identity(job.table),
-        circumstances=circumstances(device=job.device),
+        circumstances=circumstances(device=job.device, **lm_eval),
+        task_comparisons=task_comparisons,
         config=job.config.completed().model_dump(mode="json"),
     )
 

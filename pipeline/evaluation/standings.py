@@ -1,10 +1,14 @@
-"""The order of several students by their distance from the teacher, as far as the documents tell it."""
+"""The order of students by their distance from the teacher, as far as the documents tell it, and which are outdone.
+
+A student is outdone by another that is closer to the teacher and costs no more to use.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
+from softlabel.pipeline.evaluation.cost import Rate
 
 
 class Pair(Protocol):
@@ -27,6 +31,22 @@ class Pair(Protocol):
 
 
 @dataclass(frozen=True)
+class Use:
+    """What one student costs to use."""
+
+    parameters: int | None
+    rate: Rate | None
+    """Tokens generated or documents classified in a second; None if it was not measured."""
+
+    def exceeds(self, other: "Use") -> bool:
+        """Whether it is larger or, by more than the spread of the runs, slower than another."""
+        larger = (self.parameters or 0) > (other.parameters or 0)
+        if self.rate is None or other.rate is None:
+            return larger
+        return larger or self.rate.fastest < other.rate.slowest
+
+
+@dataclass(frozen=True)
 class Gap:
     """Two models between which it is shown how far each student gets."""
 
@@ -46,6 +66,8 @@ class Standing:
     gap_closed: Estimate | None
     """Share of the gap between control and reference that it closes: 0 is as far from the teacher as the control, and 1
     as close as the reference. None without a control."""
+    outdone_by: tuple[str, ...] = ()
+    """Students that are really closer to the teacher, and neither larger nor, as far as it was measured, slower."""
 
 
 def standings_of(
@@ -53,6 +75,7 @@ def standings_of(
     kl: Sequence[Estimate],
     pairs: Sequence[Pair],
     closed: Sequence[Estimate | None],
+    uses: Sequence[Use],
     apart: Collection[str] = (),
 ) -> tuple[Standing, ...]:
     """The students, the closest to the teacher first.
@@ -62,12 +85,22 @@ def standings_of(
         kl: of each model.
         pairs: each pair of models.
         closed: share of the gap that each model closes.
+        uses: what each model costs to use.
         apart: names that are not ranked, because they are those of the teacher itself.
     """
-    closer = dict.fromkeys(names, 0)
+    closer: dict[str, list[str]] = {name: [] for name in names}
     for pair in pairs:
         if pair.kl.is_real and not {pair.student, pair.other}.intersection(apart):
-            closer[pair.student if pair.kl.mean > 0 else pair.other] += 1
+            near, far = (pair.other, pair.student) if pair.kl.mean > 0 else (pair.student, pair.other)
+            closer[far].append(near)
     ranked = [number for number, name in enumerate(names) if name not in apart]
-    order = sorted(ranked, key=lambda number: kl[number].mean)
-    return tuple(Standing(names[number], 1 + closer[names[number]], closed[number]) for number in order)
+    use = dict(zip(names, uses, strict=True))
+    return tuple(
+        Standing(
+            student=(name := names[number]),
+            place=1 + len(closer[name]),
+            gap_closed=closed[number],
+            outdone_by=tuple(near for near in closer[name] if not use[near].exceeds(use[name])),
+        )
+        for number in sorted(ranked, key=lambda number: kl[number].mean)
+    )

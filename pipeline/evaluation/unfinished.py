@@ -1,20 +1,21 @@
 """What an evaluation has measured so far, kept in the report's folder, so that a killed one can be continued.
 
-What is kept of a student is written each time that a part of the table is done, under a name that depends on everything
-that it depends on: other students, another table or other settings never continue it. It is deleted with the folder's
-``finish``, once the report is written.
+What is kept of a student is written each time that a part of the table is done, and what else is measured of it when it
+is done, under a name that depends on everything that it depends on: other students, another table or other settings
+never continue it. It is deleted with the folder's ``finish``, once the report is written.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -41,8 +42,7 @@ class Unfinished:
             folder: folder of the report.
             depends_on: everything that determines the measurements, as JSON can hold it.
         """
-        text = json.dumps({"method": _METHOD, **depends_on}, sort_keys=True)
-        return cls(folder / _FOLDER / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors")
+        return cls(_path(folder, depends_on, "safetensors"))
 
     def restore(self) -> dict[str, NDArray[Any]]:
         """What an evaluation that was killed has kept, by name; empty if there is nothing, or if it can't be read."""
@@ -57,6 +57,31 @@ class Unfinished:
         """Keep arrays in place of those that were kept before."""
         content = save(dict(kept))
         durable.write(self.path, blake2b(content, digest_size=16).digest() + content)
+
+
+T = TypeVar("T")
+
+
+def once(kind: type[T], folder: Path, depends_on: Mapping[str, Any], make: Callable[[], T]) -> T:
+    """What ``make`` returns, or what it returned in an evaluation that was killed.
+
+    Args:
+        kind: a dataclass.
+        folder: folder of the report.
+        depends_on: everything that determines the result, as JSON can hold it.
+        make: measures it.
+    """
+    path, adapter = _path(folder, depends_on, "json"), TypeAdapter(kind)
+    with suppress(OSError, ValueError):
+        return adapter.validate_json(path.read_bytes())
+    made = make()
+    durable.write(path, adapter.dump_json(made))
+    return made
+
+
+def _path(folder: Path, depends_on: Mapping[str, Any], suffix: str) -> Path:
+    text = json.dumps({"method": _METHOD, **depends_on}, sort_keys=True)
+    return folder / _FOLDER / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.{suffix}"
 
 
 def claimed(folder: Path) -> dict[str, Any] | None:

@@ -79,6 +79,11 @@ class Adapter:
             )
         return str(name)
 
+    @property
+    def weights(self) -> Path:
+        """The file with its weights."""
+        return self.folder / _FILES[1]
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the files that the adapter's effect depends on."""

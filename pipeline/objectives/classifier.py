@@ -264,6 +264,7 @@ class HeldOutDocuments:
         names, measured = [each.student.name for each in students], [each.measured for each in students]
         comparisons = compared(names, measured)
         kl, closed = [each.metrics.kl for each in measured], gaps_closed(names, measured, gap)
+        uses = [each.student.use for each in students]
         apart = {each.student.name for each in students if each.student.kind == "teacher"}
         report = ClassReport(
             **vars(header),
@@ -275,7 +276,7 @@ class HeldOutDocuments:
             students=tuple(ClassStudent(**vars(each.student), metrics=each.measured.metrics) for each in students),
             comparisons=comparisons,
             gap=gap,
-            standings=standings_of(names, kl, comparisons, closed, apart),
+            standings=standings_of(names, kl, comparisons, closed, uses, apart),
         )
         return ClassEvaluation.of(report, *write(to_html(report), to_json(report), folder))
 

@@ -274,6 +274,7 @@ class HeldOutPositions:
                 [each.metrics.kl for each in students],
                 comparisons,
                 closed,
+                [each.student.use for each in students],
                 apart={each.student.name for each in students if each.student.kind == "teacher"},
             ),
         )

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.adapter import merge
+from softlabel.pipeline.models.experts import experts
 from softlabel.storage.errors import StudentError, UsageError
 
 
@@ -55,13 +56,11 @@ def adapt(student: PreTrainedModel, config: StudentConfig) -> Callable[[], None]
 
 def warn_of_experts(student: PreTrainedModel, adapted: bool) -> None:
     """Say what is not trained of a student with experts (MoE): its router's balance and, with adapters, its experts."""
-    experts = [
-        part for name, part in student.named_modules() if "Experts" in type(part).__name__ or name.endswith(".experts")
-    ]
-    if not experts:
+    found = experts(student)
+    if not found:
         return
     missing = ["the loss that keeps its router's load balanced is not part of the training"]
-    fused = [part for part in experts if not any(isinstance(layer, nn.Linear) for layer in part.modules())]
+    fused = [part for part in found if not any(isinstance(layer, nn.Linear) for layer in part.modules())]
     if adapted and fused:
         missing.append("student.lora_r adapts linear layers only, not the experts, whose weights are fused")
     warnings.warn(f"the student is a mixture of experts: {'; '.join(missing)}.", stacklevel=2)

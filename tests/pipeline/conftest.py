@@ -4,11 +4,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from softlabel.pipeline.evaluation import evaluate as evaluation
+from softlabel.pipeline.evaluation.cost import Cost, cost_of
 from softlabel.pipeline.selection import scan_cpu, scan_torch
 from softlabel.pipeline.selection import select as selection
 from softlabel.pipeline.training.train import TrainReport, train
@@ -55,6 +58,23 @@ def uninterrupted(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Tra
     """A student that was trained on it in one go."""
     with _single_thread():
         return train(settings(table, tmp_path_factory.mktemp("uninterrupted") / "student"))
+
+
+@pytest.fixture(autouse=True)
+def without_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the speed of the models takes most of a small evaluation's time; test_cost.py does it."""
+
+    def cost(*arguments: Any) -> Cost:
+        *others, _, task = arguments
+        return cost_of(*others, 0, task)
+
+    if "speed" not in request.fixturenames:
+        monkeypatch.setattr(evaluation, "cost_of", cost)
+
+
+@pytest.fixture
+def speed() -> None:
+    """A test in which evaluations measure the speed of the models."""
 
 
 @pytest.fixture

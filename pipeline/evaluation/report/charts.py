@@ -101,7 +101,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """One model's size and score; ``index`` is its place in the report, which sets its color."""
+    """One model's size or speed, and its score; ``index`` is its place in the report, which sets its color."""
 
     index: int
     name: str
@@ -135,22 +135,31 @@ def _color(index: int) -> str:
     return _ROLES["muted" if index < 0 else f"series-{index % SERIES}"]
 
 
-def by_size(dots: Sequence[Dot], ylabel: str) -> str:
-    """A dot for each model over its number of parameters, with a line for its interval."""
+def by_cost(dots: Sequence[Dot], xlabel: str, ylabel: str) -> str:
+    """A dot for each model over its size or speed, with a line for its interval."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(height=230)
         for dot in dots:
             axes.errorbar(dot.x, dot.y, yerr=dot.reach, fmt="o", markersize=6, linewidth=1.8, color=_color(dot.index))
         axes.set_xscale("log")
-        axes.set(xlabel="parameters", ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
         axes.set_xlim(low / 1.5, high * 1.5)
         axes.set_ylim(0, 1.1 * max(dot.y + (dot.reach or 0) for dot in dots))
-        axes.xaxis.set_major_locator(FixedLocator(sorted({dot.x for dot in dots})))
-        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        axes.xaxis.set_major_locator(FixedLocator(_apart(sorted({dot.x for dot in dots}), low, high)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0 if low >= 10 else 1))
         axes.xaxis.set_minor_locator(NullLocator())
         _label_ends(axes, [Curve(dot.index, dot.name, [dot.x], [dot.y]) for dot in dots])
-        return _svg(figure, f"{ylabel} of each model by its number of parameters")
+        return _svg(figure, f"{ylabel} of each model by {xlabel}")
+
+
+def _apart(values: Sequence[float], low: float, high: float) -> list[float]:
+    """Those of some sorted values whose labels have room on a logarithmic axis."""
+    room, found = (1.5**2 * high / low) ** 0.1, [values[0]]
+    for value in values:
+        if value >= found[-1] * room:
+            found.append(value)
+    return found
 
 
 def by_position(curves: Sequence[Curve], ylabel: str) -> str:

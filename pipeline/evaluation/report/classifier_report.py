@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassGroup, ClassMetrics
+from softlabel.pipeline.evaluation.cost import Cost
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, reach
-from softlabel.pipeline.evaluation.report.drawings import histories
+from softlabel.pipeline.evaluation.report.drawings import by_cost, histories
 from softlabel.pipeline.evaluation.report.page import render
 from softlabel.pipeline.evaluation.standings import Gap, Standing
 
@@ -73,13 +74,16 @@ class ClassScore:
     kl: float
     """Forward KL from the teacher, nats per document."""
     parameters: int | None
+    cost: Cost | None = None
+    """What it costs to use; None for the teacher, as the table stores it."""
 
     @classmethod
     def of(cls, model: ClassTeacher | ClassStudent) -> Self:
         """The line of the teacher or of a student."""
         quality = model.metrics.quality
         means = {name: None if quality is None else getattr(quality, name).mean for name in SCORES}
-        return cls(name=model.name, kl=model.metrics.kl.mean, parameters=model.parameters, **means)
+        cost = model.cost if isinstance(model, ClassStudent) else None
+        return cls(name=model.name, kl=model.metrics.kl.mean, parameters=model.parameters, cost=cost, **means)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def drawings_of(report: ClassReport) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
     from softlabel.pipeline.evaluation.report import charts
 
-    drawings, students = {}, report.students
+    students = report.students
+    drawings = by_cost(students, "KL to the teacher (nats)")
     for quantity, label in (("eval_accuracy", "accuracy"), ("eval_kl", "KL to the teacher (nats)")):
         if curves := histories(students, quantity):
             drawings[quantity] = charts.by_step(curves, label)

@@ -1,4 +1,5 @@
-"""Everything that a report says: the content of report.json, whose fields are described here and in ``figures``.
+"""Everything that a report says: the content of report.json, whose fields are described here, in ``figures``, ``cost``
+and ``tasks``.
 
 Measures nothing, and reads neither table nor model.
 """
@@ -12,9 +13,11 @@ from pydantic import TypeAdapter
 
 from softlabel.pipeline.config.flags import flags_of
 from softlabel.pipeline.evaluation.bootstrap import Estimate
+from softlabel.pipeline.evaluation.cost import Cost
 from softlabel.pipeline.evaluation.figures import Comparison, Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.partings import Place
-from softlabel.pipeline.evaluation.standings import Gap, Standing
+from softlabel.pipeline.evaluation.standings import Gap, Standing, Use
+from softlabel.pipeline.evaluation.tasks import TaskComparison, TaskScore
 from softlabel.pipeline.students.record import StudentRecord
 
 
@@ -56,6 +59,16 @@ class TrainedStudent:
     config: dict[str, Any]
     circumstances: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    cost: Cost | None = None
+    """What it costs to use; None before that is measured."""
+    tasks: tuple[TaskScore, ...] = ()
+    """Its scores on tasks of lm-eval."""
+
+    @property
+    def use(self) -> Use:
+        """What it costs to use, to compare it with others."""
+        speed = None if self.cost is None else self.cost.speed
+        return Use(self.parameters, None if speed is None else speed.decode or speed.documents)
 
     @classmethod
     def of(cls, name: str, folder: str, record: StudentRecord, warnings: Sequence[str]) -> Self:
@@ -107,6 +120,8 @@ class Header:
     identity: dict[str, Any]
     """The table's identity or, by name, that of each table of a view."""
     circumstances: dict[str, Any]
+    task_comparisons: tuple[TaskComparison, ...] = ()
+    """Each pair of students on the same documents of each task."""
     config: dict[str, Any]
 
 

@@ -17,14 +17,8 @@ def drawings_of(report: Report) -> dict[str, str]:
     """Each chart's SVG by name, without charts that have no data."""
     from softlabel.pipeline.evaluation.report import charts
 
-    drawings, students, metrics = {}, report.students, [student.metrics for student in report.students]
-    sized = [
-        charts.Dot(index, student.name, student.parameters, student.metrics.kl.mean, reach(student.metrics.kl))
-        for index, student in enumerate(students)
-        if student.parameters
-    ]
-    if len(sized) > 1:
-        drawings["size"] = charts.by_size(sized, "KL to the teacher (nats)")
+    students, metrics = report.students, [student.metrics for student in report.students]
+    drawings = by_cost(students, "KL to the teacher (nats)")
     losses = histories(students, "loss")
     if losses:
         drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
@@ -56,6 +50,27 @@ def drawings_of(report: Report) -> dict[str, str]:
             for index, student in enumerate(students)
         ]
         drawings[f"by {column}"] = charts.by_group(bars, names, "KL to the teacher (nats)")
+    return drawings
+
+
+def by_cost(students: Sequence[Any], ylabel: str) -> dict[str, str]:
+    """The charts of the KL over the size and over the speed of students, if there are several."""
+    from softlabel.pipeline.evaluation.report import charts
+
+    drawings = {}
+    speeds = [None if student.cost is None else student.cost.speed for student in students]
+    for name, xlabel, values in (
+        ("size", "parameters", [student.parameters for student in students]),
+        ("speed", "tokens generated per second", [each and each.decode and each.decode.median for each in speeds]),
+        ("speed", "documents per second", [each and each.documents and each.documents.median for each in speeds]),
+    ):
+        dots = [
+            charts.Dot(index, student.name, value, student.metrics.kl.mean, reach(student.metrics.kl))
+            for index, (student, value) in enumerate(zip(students, values, strict=True))
+            if value
+        ]
+        if len(dots) > 1:
+            drawings[name] = charts.by_cost(dots, xlabel, ylabel)
     return drawings
 
 

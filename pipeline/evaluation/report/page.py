@@ -49,6 +49,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         "visible": _visible,
         "count": _count,
         "short": _short,
+        "size": _size,
         "flat": _flat,
         "combine": operator.or_,
         "reach": reach,
@@ -111,6 +112,16 @@ def _short(number: int | None) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return str(number)
+
+
+def _size(bytes: int | None) -> str:
+    """134515008 bytes as 134.5 MB."""
+    if bytes is None:
+        return "—"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if bytes >= size:
+            return f"{bytes / size:.1f} {unit}"
+    return f"{bytes} B"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
+from softlabel.pipeline.evaluation.cost import Cost
 from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, reach
 from softlabel.pipeline.evaluation.report.verdict import verdict
 from softlabel.pipeline.evaluation.standings import Standing
+from softlabel.pipeline.evaluation.tasks import TaskScore
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Score:
     acceptance: float | None
     """Rate at which the teacher would accept the student's tokens in speculative decoding."""
     parameters: int | None
+    cost: Cost | None = None
+    """What it costs to use; None for the teacher, as the table stores it."""
+    tasks: tuple[TaskScore, ...] = ()
+    """Scores on tasks of lm-eval."""
 
     @classmethod
     def of(cls, student: StudentSummary) -> Self:
@@ -42,6 +48,8 @@ class Score:
             agreement=_mean(metrics.agreement),
             acceptance=_mean(metrics.acceptance),
             parameters=student.parameters,
+            cost=student.cost,
+            tasks=student.tasks,
         )
 
     @classmethod

@@ -104,7 +104,8 @@ def test_the_page_and_the_json_show_all_results(table, students, tmp_path):  # n
     assert content["labels"] == NAMES
     for name in ("student", "control", "teacher", *NAMES, "Label by label", "Confusion matrix of control"):
         assert name in page
-    assert page.count("<svg") == 7  # scores, calibration, accuracy, KL and loss by step, and a confusion matrix each
+    # Size, scores, calibration, accuracy, KL and loss by step, and a confusion matrix each.
+    assert page.count("<svg") == 8
     assert "http" not in page.replace("http://www.w3.org", "")
     confusion = np.array(content["students"][0]["metrics"]["quality"]["confusion"])
     assert confusion.sum() == content["students"][0]["metrics"]["quality"]["documents"]

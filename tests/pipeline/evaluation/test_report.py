@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 import pytest
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
+from softlabel.pipeline.evaluation.cost import Cost, Lengths, Rate, Speed
 from softlabel.pipeline.evaluation.figures import Bin, Bounded, Calibration, Comparison, Group, Metrics, TeacherMetrics
 from softlabel.pipeline.evaluation.partings import Likely, Place
 from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, column_costs, to_json
 from softlabel.pipeline.evaluation.report.folder import prepare, write
 from softlabel.pipeline.evaluation.report.page import to_html
-from softlabel.pipeline.evaluation.standings import Gap, standings_of
+from softlabel.pipeline.evaluation.standings import Gap, Use, standings_of
+from softlabel.pipeline.evaluation.tasks import TaskComparison, TaskScore
 from softlabel.storage.errors import UsageError
 
 HOSTILE = '<script>alert("$x_1$ & more")</script>'
@@ -24,6 +26,20 @@ def mean(value, error=0.02):
 
 def bounded(value, error=0.02, high=None):
     return Bounded(value, error, (value - 2 * error, value + 2 * error), 0.9 * value, high, 0.001)
+
+
+def cost(tokens):
+    speed = Speed(
+        prefill=Rate(1234.5, 1200.0, 1300.0),
+        decode=Rate(tokens, 0.9 * tokens, 1.1 * tokens),
+        documents=None,
+        memory=312_000_000,
+        device=HOSTILE,
+        dtype="bfloat16",
+        lengths=Lengths(batch_size=1, prompt_tokens=256, new_tokens=32),
+        runs=3,
+    )
+    return Cost(active_parameters=53_104_000, bytes=107_000_000, speed=speed)
 
 
 def figures(kl, positions=100):
@@ -77,6 +93,11 @@ def student(name, kl, **changes):
             "trained_on": "out/table@3",
             "config": {"loss": {"divergence": "forward_kl"}},
             "circumstances": {"torch": "2.13.0"},
+            "cost": cost(20 * kl),
+            "tasks": (
+                TaskScore(HOSTILE, "acc", 0.625, 0.011, 1200, 0, True),
+                TaskScore("t", HOSTILE, 31.4, None, 9, None, False),
+            ),
             **changes,
         }
     )
@@ -116,11 +137,24 @@ def report(*students, left_out=0, left_out_documents=0, error=0.02, gap=None):
             Place("doc", f"{HOSTILE} some text", token, (Likely(token, 0.7), Likely(" other\n", 0.2)), likely)
             for token, likely in ((" next", ((Likely(HOSTILE, 0.6),),) * len(students)),)
         ),
-        standings=standings_of([s.name for s in students], [s.metrics.kl for s in students], comparisons, closed),
+        standings=standings_of(
+            [s.name for s in students],
+            [s.metrics.kl for s in students],
+            comparisons,
+            closed,
+            [s.use for s in students],
+        ),
+        task_comparisons=tuple(
+            TaskComparison(pair.student, pair.other, HOSTILE, "acc", pair.kl) for pair in comparisons
+        ),
         columns=column_costs({"head_ids": 20_000, "entropies": 1_500, "key": 16}, positions=1000),
         identity={"teacher": {"dtype": "bfloat16"}, "vocabulary": 49152},
-        circumstances={"torch": "2.13.0"},
-        config={"students": ["out/student", "out/control"]},
+        circumstances={"torch": "2.13.0", "lm-eval": "0.4"},
+        config={
+            "students": ["out/student", "out/control"],
+            "cost": {"runs": 3, "batch_size": 4},
+            "tasks": {"include": ["my tasks"], "names": [], "limit": 9, "trust_code": True},
+        },
     )
 
 
@@ -218,7 +252,7 @@ def test_names_are_escaped():
 def test_the_charts_show_each_student_in_a_different_color():
     made = report(student("student", 1.5), student("control", 2.0))
     svgs = to_html(made).split("<svg")[1:]
-    assert len(svgs) == 7  # size, entropy, calibration, by source, by position, and two curves
+    assert len(svgs) == 8  # size, speed, entropy, calibration, by source, by position, and two curves
     for svg in svgs:
         drawing = svg.split("</svg>")[0]
         assert "var(--series-0)" in drawing
@@ -280,7 +314,9 @@ def test_the_teacher_itself_is_not_the_closest_student():
 def test_the_teacher_itself_takes_no_place():
     kl = {"teach": 0.001, "student": 1.5, "control": 2.0}
     pairs = report(*(student(name, value) for name, value in kl.items())).comparisons
-    found = standings_of(list(kl), [mean(value) for value in kl.values()], pairs, [None] * 3, apart={"teach"})
+    found = standings_of(
+        list(kl), [mean(value) for value in kl.values()], pairs, [None] * 3, [Use(1, None)] * 3, apart={"teach"}
+    )
     assert [(each.student, each.place) for each in found] == [("student", 1), ("control", 2)]
 
 
@@ -356,3 +392,39 @@ def test_students_are_ranked_and_those_that_can_not_be_told_apart_share_a_place(
     assert [row[:2] for row in page.tables["standings"][1:]] == places
     assert page.tables["standings"][1][2] == "50.0 ±4.0"
     assert "The gap is between the KL of control and 0, that of the teacher." in page.text
+
+
+def test_costs_and_scores_on_tasks_are_on_the_page():
+    page = Page(to_html(report(student("best", 1.5), student("small", 2.0))))
+    assert page.tables["cost"][1] == [
+        "best", "53.1M", "53.1M", "107.0 MB", "1,234 1,200 to 1,300", "30 27 to 33", "312.0 MB", "bfloat16"
+    ]  # fmt: skip
+    assert page.tables["tasks"][1] == [f"{HOSTILE} acc", "1,200", "0", "0.625 (± 0.011)", "0.625 (± 0.011)"]
+    assert page.tables["tasks"][2][3:] == ["31.4", "31.4"]
+    assert page.tables["task-differences"][1] == ["best − small", f"{HOSTILE}, acc", "-0.500 ±0.040 real"]
+    assert "Only the first 9 documents of each task." in page.text
+    command = "out/control --cost.batch-size 4 --tasks.include 'my tasks' --tasks.limit 9 --tasks.trust-code"
+    assert command in page.text
+
+
+@pytest.mark.parametrize(
+    ("best", "small", "outdone"),
+    [
+        ((10, (50, 40, 60)), (10, (50, 40, 60)), True),  # costs the same
+        ((9, (50, 40, 60)), (10, (55, 45, 65)), True),  # smaller, and as fast within the spread of the runs
+        ((11, (50, 40, 60)), (10, (50, 40, 60)), False),  # larger
+        ((9, (50, 40, 60)), (10, (70, 61, 80)), False),  # slower
+        ((9, None), (10, None), True),
+        ((11, None), (10, None), False),
+    ],
+)
+def test_a_student_is_outdone_by_one_that_is_closer_and_costs_no_more(best, small, outdone):
+    kl = {"best": 1.5, "small": 2.0, "equal": 1.51}
+    pairs = report(*(student(name, value) for name, value in kl.items())).comparisons
+    uses = [Use(size, rate and Rate(*rate)) for size, rate in (best, small)]
+    found = standings_of(list(kl), [mean(value) for value in kl.values()], pairs, [None] * 3, [*uses, Use(8, None)])
+    assert {each.student: each.outdone_by for each in found} == {
+        "best": (),
+        "equal": (),  # it can't be told whether the best is closer
+        "small": ("best", "equal") if outdone else ("equal",),
+    }
