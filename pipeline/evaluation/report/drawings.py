@@ -18,21 +18,22 @@ def drawings_of(report: Report) -> dict[str, str]:
     from softlabel.pipeline.evaluation.report import charts
 
     students, metrics = report.students, [student.metrics for student in report.students]
-    drawings = by_cost(students, "KL to the teacher (nats)")
+    kl = f"KL to the teacher{', at least' if metrics[0].kl_kind == 'lower bound' else ''} (nats)"
+    drawings = by_cost(students, kl)
     losses = histories(students, "loss")
     if losses:
         drawings["loss"] = charts.by_step(losses, "training loss (nats)", smooth=True)
     divergences = histories(students, "eval_kl")
     if divergences:
-        drawings["eval_kl"] = charts.by_step(divergences, "KL to the teacher (nats)")
+        drawings["eval_kl"] = charts.by_step(divergences, kl)
     bins = metrics[0].by_entropy
     if bins:
         curves = _curves(report, [each.by_entropy for each in metrics])
         edges, counts = [(b.low or 0.0, b.high or 0.0) for b in bins], [b.positions for b in bins]
-        drawings["entropy"] = charts.by_entropy(curves, edges, counts, "KL to the teacher (nats)")
+        drawings["entropy"] = charts.by_entropy(curves, edges, counts, kl)
     if len(metrics[0].by_position) > 1:
         curves = _curves(report, [each.by_position for each in metrics])
-        drawings["position"] = charts.by_position(curves, "KL to the teacher (nats)")
+        drawings["position"] = charts.by_position(curves, kl)
     lines = [
         charts.reliability_of(index, name, each.bins)
         for index, name, each in [
@@ -49,7 +50,7 @@ def drawings_of(report: Report) -> dict[str, str]:
             charts.Bar(index, student.name, [group.kl for group in student.metrics.by_column[column]])
             for index, student in enumerate(students)
         ]
-        drawings[f"by {column}"] = charts.by_group(bars, names, "KL to the teacher (nats)")
+        drawings[f"by {column}"] = charts.by_group(bars, names, kl)
     return drawings
 
 

@@ -344,6 +344,7 @@ def test_left_out_sequences_and_lower_bounds_are_noted():
     assert Page(to_html(made)).tables["scores"][2][3].startswith("≥ 1.500")
     assert Page(to_html(made)).tables["scores"][2][5].startswith("≤ 60.0")
     assert "student is at least 1.500" in text
+    assert to_html(made).count("KL to the teacher, at least (nats)</text>") == 4
     assert "the teacher's most likely token is not known" in text
 
 
