@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.storage.labels import Ints, SoftLabels
-from softlabel.storage.numbering import Numbering, sorted_gaps
+from softlabel.storage.numbering import Numbering
 
 SAMPLE = 65_536
 """Positions from which a table's numbering is found, if it has so many."""
@@ -89,9 +89,8 @@ class _Ids:
     def bytes(self, numbering: Numbering) -> float:
         """About what clusters and numbers take in a shard, where each byte of a number is coded on its own."""
         clusters = numbering.assign(self.heads, self.head_counts)
-        numbers = numbering.numbers[numbering.places_of(self.heads, np.repeat(clusters, self.head_counts))]
-        tails = numbering.places_of(self.tails, np.repeat(clusters, self.tail_counts))
-        gaps = numbering.numbers[sorted_gaps(tails, self.tail_counts)[0]]
+        numbers = numbering.number_heads(self.heads, self.head_counts, clusters)
+        gaps, _ = numbering.number_tails(self.tails, self.tail_counts, clusters)
         parts = [clusters, *(values >> shift & 255 for values in (numbers, gaps) for shift in (0, 8, 16))]
         return sum(map(_bytes, parts))
 

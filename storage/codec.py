@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.storage.labels import Floats, Ints, SoftLabels
-from softlabel.storage.numbering import Numbering, gaps_of, running_sums, sorted_gaps
+from softlabel.storage.numbering import Numbering, running_sums
 from softlabel.storage.schema import SOFT_LABELS
 
 CODES_PER_NAT = 64
@@ -73,15 +73,14 @@ def number(
         tail_codes: (R,) rows that keep their ``tail_codes``; all by default.
     """
     clusters = numbering.assign(flat["head_ids"], flat["head_counts"])
-    heads, tails = (np.repeat(clusters, flat[name]) for name in ("head_counts", "tail_counts"))
-    gaps, order = sorted_gaps(numbering.places_of(flat["tail_ids"], tails), flat["tail_counts"])
+    gaps, order = numbering.number_tails(flat["tail_ids"], flat["tail_counts"], clusters)
     codes = flat["tail_codes"][order]
     if tail_codes is not None and not tail_codes.all():
         codes = np.where(np.repeat(np.repeat(tail_codes, positions), flat["tail_counts"]), codes, UNKNOWN)
     return flat | {
         "head_clusters": clusters,
-        "head_ids": numbering.numbers[numbering.places_of(flat["head_ids"], heads)],
-        "tail_ids": numbering.numbers[gaps],
+        "head_ids": numbering.number_heads(flat["head_ids"], flat["head_counts"], clusters),
+        "tail_ids": gaps,
         "tail_draws": flat["tail_draws"][order],
         "tail_codes": codes,
     }
@@ -100,10 +99,10 @@ def renumber(flat: Flat, old: Numbering, new: Numbering) -> Flat:
 def with_token_ids(flat: Mapping[str, NDArray[Any]], numbering: Numbering) -> Flat:
     """Encoded values with token ids in place of ``head_ids`` and ``tail_ids``: the inverse of ``number``."""
     heads, tails = (np.repeat(flat["head_clusters"], flat[name]) for name in ("head_counts", "tail_counts"))
-    tail_places = running_sums(numbering.places[flat["tail_ids"]], flat["tail_counts"])
+    tail_places = running_sums(numbering.places.take(flat["tail_ids"]), flat["tail_counts"])
     return {
         **flat,
-        "head_ids": numbering.ids_at(numbering.places[flat["head_ids"]], heads),
+        "head_ids": numbering.ids_at(numbering.places.take(flat["head_ids"]), heads),
         "tail_ids": numbering.ids_at(tail_places, tails),
     }
 
@@ -138,7 +137,7 @@ def assemble(flat: Mapping[str, NDArray[Any]], positions: NDArray[np.int64]) -> 
     columns = [
         pa.ListArray.from_arrays(
             offsets[field.name].astype(np.int32),
-            pa.array(flat[field.name].astype(field.type.value_type.to_pandas_dtype())),
+            pa.array(flat[field.name].astype(field.type.value_type.to_pandas_dtype(), copy=False)),
         )
         for field in SOFT_LABELS
     ]
@@ -193,12 +192,14 @@ def _codes(logprobs: Floats) -> Ints:
     return codes
 
 
-def _head_gaps(logprobs: Floats, counts: Ints) -> Ints:
+def _head_gaps(logprobs: Floats, counts: Ints) -> NDArray[np.int16]:
     """The gaps between the codes of each head, which count from its first id."""
-    first = _starts(counts)[counts > 0]
-    highest = np.repeat(logprobs[first], counts[counts > 0])
-    gaps = gaps_of(_codes(np.where(logprobs == highest, 0, logprobs - highest)), counts)
-    assert not len(gaps) or gaps.min() >= 0, "ids of a head come in the order of their logits"
+    from softlabel.storage import kernels  # numba takes a third of a second to import, and readers need none
+
+    gaps = np.empty(len(logprobs), np.int16)
+    values, counts = np.require(logprobs, np.float32, ["C", "W"]), counts.astype(np.int64)
+    lowest = kernels.head_gaps(values, counts, np.float32(CODES_PER_NAT), ZERO_CODE, gaps)
+    assert lowest >= 0, "ids of a head come in the order of their logits"
     return gaps
 
 
@@ -208,10 +209,12 @@ def _normalized(codes: Ints, counts: Ints, tail_log_mass: Floats) -> Floats:
     if not len(codes):
         return np.zeros(0, np.float32)
     filled = counts > 0
-    mass = np.add.reduceat(_PROBABILITIES[codes], _starts(counts)[filled])
+    mass = np.add.reduceat(_PROBABILITIES.take(codes), _starts(counts)[filled])
     tail = np.nan_to_num(tail_log_mass[filled].astype(np.float64), nan=-np.inf, neginf=-np.inf)
     shift = np.log(-np.expm1(tail) / mass).astype(np.float32)
-    return _LOGPROBS[codes] + np.repeat(shift, counts[filled])
+    logprobs: Floats = _LOGPROBS.take(codes)
+    logprobs += np.repeat(shift, counts[filled])
+    return logprobs
 
 
 def trim_log_masses(log_masses: NDArray[np.floating[Any]]) -> Floats:

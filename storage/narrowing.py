@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,19 +32,25 @@ class Narrowing:
         max_k: largest number of head ids to keep.
         draws: draws from the tail, where it has all the mass.
         temperatures: temperatures to keep.
+        tail_logprobs: splits whose rows keep the log-probabilities of their draws.
     """
 
     source: Identity
     max_k: int
     draws: int
     temperatures: tuple[float, ...]
+    tail_logprobs: Literal["eval", "all"] = "eval"
 
     @property
     def identity(self) -> Identity:
-        """Identity of the narrowed rows. If only temperatures are dropped, it is that of an ordinary capture."""
+        """Identity of the narrowed rows. If heads and draws stay as they are, it is that of an ordinary capture."""
         old = self.source.selection
         new = old.model_copy(update={"max_k": self.max_k, "min_k": min(old.min_k, self.max_k), "draws": self.draws})
-        changes: dict[str, Any] = {"selection": new, "temperatures": self.temperatures}
+        changes: dict[str, Any] = {
+            "selection": new,
+            "temperatures": self.temperatures,
+            "tail_logprobs": self.tail_logprobs,
+        }
         if new != old:
             changes["derived_from"] = self.source.derived_from or old
         return self.source.model_copy(update=changes)

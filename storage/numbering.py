@@ -8,6 +8,7 @@ the file. ``storage.clustering`` finds a numbering for a sample of soft labels.
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
 
-_DECIDING = 16
+_DECIDING = 64
 """How many of a head's likeliest ids decide about its cluster."""
-_STEPS_PER_BIT = 8
-_HEADS_AT_ONCE = 512
-"""So that the costs of their clusters fit into a processor's cache."""
+_STEPS_PER_BIT = 4
+_MOST_SAVED = 63
+"""In steps: what four ids save fits into a byte."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +66,25 @@ class Numbering:
         return np.concatenate([self.lists.ravel(), self.vocabulary])
 
     @cached_property
-    def _own_places(self) -> NDArray[np.int16]:
-        """(C, V) place of each token id in the list of each cluster; -1 if it is not there."""
-        places = np.full((len(self.lists), len(self.vocabulary)), -1, np.int16)
-        np.put_along_axis(places, self.lists, np.arange(self.lists.shape[1], dtype=np.int16)[None], axis=1)
+    def _own_places(self) -> NDArray[np.signedinteger[Any]]:
+        """(C, V) place of the id of each rank in the list of each cluster; -1 if it is not there.
+
+        By rank, so that those of frequent ids are close together in memory.
+        """
+        listed = self.lists.shape[1]
+        kind = np.int16 if listed <= np.iinfo(np.int16).max else np.int32
+        places = np.full((len(self.lists), len(self.vocabulary)), -1, kind)
+        np.put_along_axis(places, self.ranks[self.lists], np.arange(listed, dtype=kind)[None], axis=1)
         return places
 
     @cached_property
-    def _costs(self) -> NDArray[np.int16]:
-        """(V + 1, C) about what each token id takes in each cluster; nothing for the last row."""
+    def _saved(self) -> NDArray[np.uint8]:
+        """(V + 1, C) about what each cluster saves for the id of each rank; nothing for the last row."""
         clusters, listed = self.lists.shape
-        costs = np.zeros((len(self.vocabulary) + 1, clusters), np.int16)
-        costs[:-1] = _cost(listed + self.ranks)[:, None]
-        costs[self.lists.T, np.arange(clusters)] = _cost(np.arange(listed))[:, None]
-        return costs
+        saved, ranks = np.zeros((len(self.vocabulary) + 1, clusters), np.uint8), self.ranks[self.lists]
+        steps = np.rint(_cost(listed + ranks) - _cost(np.arange(listed)))
+        saved[ranks, np.arange(clusters)[:, None]] = np.minimum(steps, _MOST_SAVED)
+        return saved
 
     def assign(self, ids: Ints, counts: NDArray[Any]) -> NDArray[np.int16]:
         """The cluster of each position: the one in which the first ids of its head have low places; 0 without a head.
@@ -88,36 +94,55 @@ class Numbering:
             counts: (P,) ids in each head.
         """
         clusters = np.zeros(len(counts), np.int16)
-        if len(self.lists) == 1:
-            return clusters
-        starts, nothing = np.cumsum(counts, dtype=np.int64) - counts, len(self.vocabulary)
-        buffer = np.empty((_HEADS_AT_ONCE, len(self.lists)), np.int16)
-        for first in range(0, len(counts), _HEADS_AT_ONCE):
-            part = slice(first, first + _HEADS_AT_ONCE)
-            total = np.zeros((len(counts[part]), len(self.lists)), np.int16)
-            for place in range(min(_DECIDING, int(counts[part].max(initial=0)))):
-                here = np.full(len(total), nothing)
-                reaches = counts[part] > place
-                here[reaches] = ids[starts[part][reaches] + place]
-                total += np.take(self._costs, here, axis=0, out=buffer[: len(total)], mode="clip")
-            clusters[part] = total.argmin(1)
+        if len(self.lists) > 1:
+            _kernels().assign(*self._ready(ids, counts), self.ranks, self._saved, _DECIDING, clusters)
         return clusters
 
-    def places_of(self, ids: Ints, clusters: NDArray[Any]) -> Ints:
-        """The place of each token id in its cluster."""
-        listed = self.lists.shape[1]
-        places: Ints = self.ranks[ids] + np.int32(listed)
-        if listed:  # a flat take is twice as fast as an index for each dimension
-            flat = clusters.astype(np.int64) * len(self.vocabulary) + ids
-            own = self._own_places.ravel().take(flat)
-            np.copyto(places, own, where=own >= 0)
-        return places
+    def number_heads(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any]) -> Ints:
+        """The number of the place of each id.
+
+        Args:
+            ids: (sum of counts,) token ids, head after head.
+            counts: (P,) ids in each head.
+            clusters: (P,) cluster of each position.
+        """
+        found = np.empty(len(ids), np.int32)
+        entries = self._ready(ids, counts, clusters)
+        _kernels().number_heads(*entries, self._own_places, self.ranks, _typed(self.numbers, np.int32), found)
+        return found
+
+    def number_tails(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any]) -> tuple[Ints, NDArray[np.int64]]:
+        """The numbers of the gaps between the sorted places of each position; and the entry that each place is from.
+
+        Args:
+            ids: (sum of counts,) token ids, tail after tail.
+            counts: (P,) ids in each tail.
+            clusters: (P,) cluster of each position.
+        """
+        found, order = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
+        entries = self._ready(ids, counts, clusters)
+        _kernels().number_tails(*entries, self._own_places, self.ranks, _typed(self.numbers, np.int32), found, order)
+        return found, order
+
+    def _ready(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any] | None = None) -> tuple[NDArray[Any], ...]:
+        """Entries in the types that the kernels take; these check no bounds."""
+        assert len(ids) == counts.sum(), "the counts are those of the ids"
+        assert counts.min(initial=0) >= 0
+        if ids.min(initial=0) < 0 or ids.max(initial=-1) >= len(self.vocabulary):
+            raise IndexError(f"token ids from {ids.min()} to {ids.max()} are not all below {len(self.vocabulary)}")
+        entries = _typed(ids, np.int32), _typed(counts, np.int64)
+        return entries if clusters is None else (*entries, _typed(clusters, np.int16))
 
     def ids_at(self, places: Ints, clusters: NDArray[Any]) -> Ints:
-        """The token id at each place of its cluster: the inverse of ``places_of``."""
+        """The token id at each place of its cluster."""
         count, listed = self.lists.shape
-        own = clusters.astype(np.int32) * listed
-        ids: Ints = self.token_ids[places + np.where(places < listed, own, (count - 1) * listed)]
+        own = clusters.astype(np.int32)
+        own -= count - 1
+        own *= listed
+        own *= places < listed
+        own += places
+        own += (count - 1) * listed
+        ids: Ints = self.token_ids.take(own)
         return ids
 
     def to_parquet(self) -> bytes:
@@ -172,22 +197,22 @@ class Numbering:
         return cls(vocabulary, lists, all_numbers)
 
 
-def _cost(places: NDArray[Any]) -> NDArray[np.int16]:
-    """About what a number takes, in steps of 1/8 bit, given how many ids are more frequent."""
-    cost: NDArray[np.int16] = np.rint(_STEPS_PER_BIT * np.log2(places + 4.0)).astype(np.int16)
+def _cost(places: NDArray[Any]) -> NDArray[np.float64]:
+    """About what a number takes, in steps of 1/4 bit, given how many ids are more frequent."""
+    cost: NDArray[np.float64] = _STEPS_PER_BIT * np.log2(places + 4.0)
     return cost
 
 
-def sorted_gaps(places: Ints, counts: NDArray[Any]) -> tuple[Ints, NDArray[np.int64]]:
-    """The gaps between the sorted places of each position, of which the first counts from 0; and the order of these.
+def _kernels() -> ModuleType:
+    """Imported by what needs it: numba takes a third of a second, and most readers do not number ids."""
+    from softlabel.storage import kernels
 
-    Args:
-        places: (sum of counts,) below 2^31, position after position.
-        counts: (P,) places of each position.
-    """
-    at = np.repeat(np.arange(len(counts), dtype=np.int64) << 31, counts)
-    order = np.argsort(at + places)
-    return gaps_of(places[order], counts), order
+    return kernels
+
+
+def _typed(values: NDArray[Any], kind: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """Values of the one type for which a kernel is compiled: Arrow's arrays can't be written to, which is another."""
+    return np.require(values, kind, ["C", "W"])
 
 
 def gaps_of(values: Ints, counts: NDArray[Any]) -> Ints:
@@ -199,8 +224,12 @@ def gaps_of(values: Ints, counts: NDArray[Any]) -> Ints:
 
 
 def running_sums(gaps: NDArray[Any], counts: NDArray[Any]) -> Ints:
-    """The values whose gaps are given: one running sum over all gaps, minus its value before each position."""
-    running = np.cumsum(gaps, dtype=np.int64)
-    before = np.append(np.int64(0), running)[np.cumsum(counts, dtype=np.int64) - counts]
-    values: Ints = (running - np.repeat(before, counts)).astype(np.int32)
+    """The values whose gaps are given: one running sum over all gaps, minus its value before each position.
+
+    The sum over all may wrap around, and the difference is then still right.
+    """
+    filled = counts > 0
+    starts = (np.cumsum(counts, dtype=np.int64) - counts)[filled]
+    values = np.cumsum(gaps, dtype=np.int32)
+    values -= np.repeat(values[starts] - gaps[starts].astype(np.int32), counts[filled])
     return values

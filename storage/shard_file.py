@@ -16,6 +16,13 @@ from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import Place, content_hash
 from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys, without
 
+_LEVELS = {
+    **dict.fromkeys(("head_ids", "tail_ids", "tail_counts", "tail_codes"), 1),
+    "head_codes": 8,
+    **dict.fromkeys(("token_ids", "entropies", "head_clusters"), 15),
+}
+"""zstd's level for columns of numbers; 10 for the others."""
+
 RowKey = tuple[object, ...]
 """The values of ``storage.schema.ROW_KEY``."""
 
@@ -128,13 +135,13 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
     Bytes of equal significance are distributed alike, so lists of numbers are split by byte and compressed by zstd's
     entropy coder; a dictionary would make them larger. The numbers of ids compress better at zstd's lowest level than
-    at its highest. Codes repeat from position to position, which only a higher level finds, and token ids and entropies
-    gain more from the next levels than these cost. A ``tests.benchmarks`` command shows the bytes by column.
+    at its highest. Codes repeat from position to position, which only a higher level finds; the one above takes 1% off
+    them, and half as long again. Token ids, entropies and clusters gain more from the next levels than these cost.
+    ``tests.benchmarks.table`` shows the bytes by column.
     """
     own = [field.name for field in (*SEQUENCE, *SOFT_LABELS) if pa.types.is_list(field.type)]
     numbers = [name for name in own if name != "loss_mask" and name in schema.names]
-    levels = dict.fromkeys(numbers, 10) | dict.fromkeys({"head_ids", "tail_ids"} & {*numbers}, 1)
-    levels |= dict.fromkeys({"token_ids", "entropies"} & {*numbers}, 15)
+    levels = {name: _LEVELS.get(name, 10) for name in numbers}
     return {
         "compression": "zstd",
         "compression_level": {_leaf(name): level for name, level in levels.items()},

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from softlabel.storage.codec import encode, without_tail_codes
 from softlabel.storage.committing import all_or_nothing, try_commit
 from softlabel.storage.errors import TableError
+from softlabel.storage.identity import Identity
 from softlabel.storage.key_index import key_index
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log.state import Shard
@@ -84,7 +85,7 @@ class ShardWriter:
             TableError: if the disk is full or the folder can't be written.
         """
         positions = sequences.column("positions").to_numpy().astype("int64")
-        encoded = encode(labels, positions, self._table.numbering, stores_tail_codes(self._table, sequences))
+        encoded = encode(labels, positions, self._table.numbering, stores_tail_codes(self._table.identity, sequences))
         self.append_encoded(_joined(sequences, encoded))
 
     def append_copies(self, sequences: pa.Table, staged: Sequence[Shard] = ()) -> None:
@@ -98,7 +99,8 @@ class ShardWriter:
             TableError: if a key is not there, the disk is full, or the folder can't be written.
         """
         labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist(), staged)
-        self.append_encoded(without_tail_codes(_joined(sequences, labels), ~stores_tail_codes(self._table, sequences)))
+        rows, stores = _joined(sequences, labels), stores_tail_codes(self._table.identity, sequences)
+        self.append_encoded(without_tail_codes(rows, ~stores))
 
     def append_encoded(self, rows: pa.Table) -> None:
         """Add rows of the table's schema, whose soft labels are encoded already.
@@ -107,10 +109,12 @@ class ShardWriter:
             TableError: if the disk is full or the folder can't be written.
         """
         with all_or_nothing(self._table.location):
-            for split in pc.unique(rows.column(PARTITION)).to_pylist():
+            splits = pc.unique(rows.column(PARTITION)).to_pylist()
+            for split in splits:
                 if split not in self._files:
                     self._files[split] = ShardFile(self._table.place, self._table.schema, split, self._row_group)
-                self._files[split].append(rows.filter(pc.equal(rows.column(PARTITION), split)))
+                here = rows if len(splits) == 1 else rows.filter(pc.equal(rows.column(PARTITION), split))
+                self._files[split].append(here)
 
     @property
     def bytes_a_position(self) -> float | None:
@@ -208,9 +212,9 @@ def present_rows(table: Table, rows: pa.Table) -> tuple[NDArray[np.bool_], NDArr
     return np.array([row in found for row in wanted], bool), np.array([row[-1] in found_keys for row in wanted], bool)
 
 
-def stores_tail_codes(table: Table, rows: pa.Table) -> NDArray[np.bool_]:
-    """(R,) which of some rows store the log-probabilities of their tails in a table."""
-    if table.identity.tail_logprobs == "all":
+def stores_tail_codes(identity: Identity, rows: pa.Table) -> NDArray[np.bool_]:
+    """(R,) which of some rows store the log-probabilities of their tails in a table with this identity."""
+    if identity.tail_logprobs == "all":
         return np.ones(len(rows), np.bool_)
     stores: NDArray[np.bool_] = pc.equal(rows.column(PARTITION), "eval").to_numpy()
     return stores

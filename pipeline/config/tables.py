@@ -117,6 +117,9 @@ class NarrowingConfig(Settings):
     """Keep this many samples in the tail, in proportion to the probability outside the head; 0 removes the tail."""
     temperatures: tuple[PositiveFloat, ...] | None = None
     """Stored temperatures to keep, 1 first."""
+    tail_logprobs: Literal["eval", "all"] | None = None
+    """Splits whose rows keep the log-probabilities of their samples: eval, or all. A table of format 1 has them all,
+    and keeps those of its eval split if this is left out."""
 
 
 class RelayConfig(ShardsConfig):

@@ -192,6 +192,10 @@ def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
     for name, (requested, stored_limit) in limits.items():
         if requested > stored_limit:
             raise _too_much(source, name, f"at most {stored_limit}", requested)
+    tail_logprobs = wanted.tail_logprobs or source.identity.tail_logprobs
+    has_all = source.identity.tail_logprobs == "all" or source.format == 1
+    if tail_logprobs == "all" and not has_all:
+        raise _too_much(source, "tail_logprobs", "eval, the only split in which they are stored", tail_logprobs)
     if max_k == draws == 0:
         raise _too_much(source, "max_k and selection.draws", "at least one above 0", "0 for both")
     if (
@@ -203,7 +207,7 @@ def _narrowing(source: Table, wanted: NarrowingConfig) -> Narrowing:
         requested_ones = " ".join(f"{T:g}" for T in temperatures)
         expected = f"1, then any others of the stored temperatures ({stored_ones})"
         raise _too_much(source, "temperatures", expected, requested_ones)
-    return Narrowing(source.identity, max_k, draws, temperatures)
+    return Narrowing(source.identity, max_k, draws, temperatures, tail_logprobs)
 
 
 def _too_much(source: Table, name: str, expected: object, found: object) -> UsageError:

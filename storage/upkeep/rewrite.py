@@ -96,14 +96,14 @@ def _keep_unchanged(finished: list[_Finished], removed: list[Shard], done: Rewri
 
 def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File]) -> _Finished:
     """Write a shard, or reuse the one that an earlier run has written."""
-    prefix = f"{REWRITTEN}/{_name(job, target, output)}-"
+    prefix = f"{REWRITTEN}/{_name(job, output)}-"
     name = next((file.name for file in pending if file.name.startswith(prefix)), None)
     if name is None:
         file = ShardFile(target.place, row_schema(target.carried), output.split, job.row_group)
         try:
             for shard, group, rows in output.pieces:
                 part = read(job.source, shard, row_groups=[group]).take(pa.array(rows))
-                file.append(_rewritten(job, target, part, output.split))
+                file.append(_rewritten(job, part, output.split))
             file.finish()
             name = f"{prefix}{PurePath(file.shard_path).name}"
             file.publish(name)
@@ -115,10 +115,10 @@ def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File
     return _Finished(place.pending(name), shard, output.positions)
 
 
-def _rewritten(job: Rewriting, target: Table, rows: pa.Table, split: str) -> pa.Table:
+def _rewritten(job: Rewriting, rows: pa.Table, split: str) -> pa.Table:
     """Rows of the source as those of a split of the target."""
     rows = rows.append_column(SEQUENCE.field(PARTITION), pa.array([split] * len(rows), pa.string()))
-    stores = stores_tail_codes(target, rows)
+    stores = stores_tail_codes(job.identity, rows)
     if not job.recodes:
         return rows if stores.all() else without_tail_codes(rows, ~stores)
     positions = rows.column("positions").to_numpy().astype(np.int64)
@@ -131,11 +131,10 @@ def _rewritten(job: Rewriting, target: Table, rows: pa.Table, split: str) -> pa.
     return rows
 
 
-def _name(job: Rewriting, target: Table, output: Output) -> str:
+def _name(job: Rewriting, output: Output) -> str:
     """A hash of everything that a shard is made from: shards with the same hash have the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    after = target.identity if job.change is None else job.change.identity
-    identities = (identity.model_dump_json() for identity in (job.source.identity, after))
+    identities = (identity.model_dump_json() for identity in (job.source.identity, job.identity))
     for text in (*identities, job.vocabulary, output.split, str(job.row_group)):
         digest.update(f"{text}\n".encode())
     for shard, group, rows in output.pieces:

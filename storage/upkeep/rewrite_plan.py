@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.storage.errors import UsageError
+from softlabel.storage.identity import Identity
 from softlabel.storage.log.state import Shard
 from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.numbering import Numbering
@@ -54,6 +55,11 @@ class Rewriting:
     def in_place(self) -> bool:
         """Whether the rows stay in their table."""
         return self.target is not None and self.source.place.address == self.target.place.address
+
+    @property
+    def identity(self) -> Identity:
+        """Identity of the new rows."""
+        return (self.target or self.source).identity if self.change is None else self.change.identity
 
     @property
     def vocabulary(self) -> str:

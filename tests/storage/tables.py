@@ -30,7 +30,7 @@ from tests.numberings import random_numbering
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Real processes, which start quickly because their imports are preloaded."""
-PROCESSES.set_forkserver_preload(["tests.storage.tables"])
+PROCESSES.set_forkserver_preload(["tests.storage.preloaded"])
 
 
 def process(target: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:

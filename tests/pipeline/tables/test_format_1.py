@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
@@ -121,13 +122,57 @@ def test_reprocess_changes_it_in_place_as_one_version(
         reprocess(ReprocessConfig(source=before.location))
 
 
+def known_draws(table: Table, split: str) -> NDArray[np.bool_]:
+    """Whether the table has the log-probability of each draw in a split."""
+    values = [decode(read(table, shard), table.numbering).tail_logprobs for shard in table.shards(split)]
+    return ~np.isnan(np.concatenate(values))
+
+
 def test_a_changed_table_keeps_the_draws_log_probabilities_in_the_eval_split(folder: Path) -> None:
     reprocess(ReprocessConfig(source=str(folder / "text")))
     table = Table.open(str(folder / "text"))
-    for split in ("train", "eval"):
-        values = [decode(read(table, shard), table.numbering).tail_logprobs for shard in table.shards(split)]
-        assert np.isnan(np.concatenate(values)).all() == (split == "train")
+    assert known_draws(table, "eval").all()
+    assert not known_draws(table, "train").any()
     assert not verify(with_teacher(folder)).findings
+    with pytest.raises(UsageError, match=r"selection.tail_logprobs(.|\n)*the only split in which they are stored"):
+        reprocess(of_all_draws(folder))
+
+
+def of_all_draws(folder: Path, **more: object) -> ReprocessConfig:
+    settings = {"source": str(folder / "text"), "selection": {"tail_logprobs": "all"}, **more}
+    return ReprocessConfig.model_validate(settings)
+
+
+def test_a_changed_table_keeps_all_log_probabilities_of_draws_if_asked_to(folder: Path) -> None:
+    before = Table.open(str(folder / "text"))
+    old = labels_of(before)
+    reprocess(of_all_draws(folder, destination=str(folder / "new")))
+    reprocess(of_all_draws(folder))
+    for name in ("text", "new"):
+        after = Table.open(str(folder / name))
+        assert (after.format, after.identity.tail_logprobs) == (FORMAT, "all")
+        assert after.identity.model_copy(update={"tail_logprobs": "eval"}) == before.identity
+        for row, labels in labels_of(after).items():
+            for field, values in vars(labels).items():
+                np.testing.assert_array_equal(values, getattr(old[row], field), err_msg=field)
+        assert not verify(VerifyConfig(table=after.location)).findings
+    reprocess(of_all_draws(folder, selection={"tail_logprobs": "eval"}))
+    after = Table.open(str(folder / "text"))
+    assert after.identity == before.identity
+    assert known_draws(after, "eval").all()
+    assert not known_draws(after, "train").any()
+
+
+def test_a_dry_run_says_what_the_change_would_do_and_writes_nothing(folder: Path) -> None:
+    before = {path: path.stat() for path in (folder / "text").rglob("*")}
+    table = Table.open(str(folder / "text"))
+    report = reprocess(ReprocessConfig(source=table.location), dry_run=True)
+    assert {path: path.stat() for path in (folder / "text").rglob("*")} == before
+    assert (report.operation, report.dry_run, report.version) == ("format", True, table.version + 1)
+    done = reprocess(ReprocessConfig(source=table.location))
+    assert done.version == report.version
+    for name in ("sequences", "positions", "left", "dropped", "shards", "replaced"):
+        assert getattr(report.rows, name) == getattr(done.rows, name), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"selection": {"max_k": 2, "draws": 6}}, {"where": "year >= 2005"}])
