@@ -32,6 +32,9 @@ from softlabel.storage.places.place import (
     require_small,
 )
 
+_NAMES_OF_FILES = (".json", ".parquet", "_last_checkpoint")
+"""No folder has such a name, unless someone has put it in the place of a file, which then can't be read."""
+
 
 class Folder:
     """``storage.places.place.Place`` in a local folder, which is created with its first file."""
@@ -53,12 +56,12 @@ class Folder:
             return self._path.is_dir()
 
     def files(self, folder: str = "", after: str = "") -> Iterator[File]:
-        """Files that are deleted during the listing are left out."""
+        """Files that are deleted during the listing are left out; a folder in the place of a file is one of them."""
         for root, folders, names in os.walk(self._path / folder, onerror=_unless_missing):
             with suppress(ValueError):
                 folders.remove("lost+found")  # in the root of a volume; only root can read it
             start = os.path.relpath(root, self._path)
-            for name in names:
+            for name in (*names, *(folder for folder in folders if folder.endswith(_NAMES_OF_FILES))):
                 relative = name if start == "." else f"{start}/{name}"
                 if relative > after:
                     with suppress(FileNotFoundError), reading(self.where(relative)):

@@ -174,6 +174,7 @@ OUTSIDE += (
     "%252e%252e/x.parquet",
     "a\\..\\x.parquet",
 )
+OUTSIDE += ("C:/x.parquet", "C:\\x.parquet", "split=train/%00x.parquet", "split=train\n/x.parquet", "split=train/.")
 OUTSIDE += ("_delta_log/x.parquet", "_softlabel/tags/x.json", "split=a//x.parquet", "./x.parquet", "x\x00.parquet", "")
 
 
@@ -231,6 +232,10 @@ def listener(path: Path) -> None:
         os.chdir(here)
 
 
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
 PLANTED: dict[str, Callable[[Table], object]] = {
     commit_file(1): lambda table: Table.open(f"{table.location}@1"),
     commit_file(3): lambda table: Table.open(table.location),
@@ -243,7 +248,7 @@ PLANTED: dict[str, Callable[[Table], object]] = {
 }
 
 
-@pytest.mark.parametrize("plant", [pipe, device, link, listener])
+@pytest.mark.parametrize("plant", [pipe, device, link, listener, folder])
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_not_a_regular_file_is_refused_at_once(marked: Table, name: str, plant: Callable[[Path], None]) -> None:
     names = {"SHARD": marked.shards()[0].path, "VOCABULARY": f"_softlabel/{marked.vocabulary_name}"}
