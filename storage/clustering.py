@@ -27,6 +27,8 @@ _GROWTH = 4
 _FEWEST_IDS = 1 << 16
 """Ids in the heads of a sample below which clusters are not tried."""
 _ROUNDS = 8
+_LAST_ROUNDS = 16
+"""Rounds of the method for each shape, and for the one that is chosen."""
 _PRIOR = 300.0
 """Weight of the frequencies in all heads in those of one cluster, in ids."""
 _SPREAD = 8192
@@ -54,7 +56,8 @@ def fit(sample: SoftLabels, vocabulary: int) -> Numbering:
 
     shapes = [(1, 0), *(shape for shape in product(_CLUSTERS, _LISTED) if shape[1] < vocabulary)]
     best = min(shapes, key=lambda shape: cost(_clustered(known, plain.vocabulary, *shape), held_out))
-    return min(plain, _clustered(ids, plain.vocabulary, *best), key=lambda numbering: cost(numbering, ids))
+    found = _clustered(ids, plain.vocabulary, *best, _LAST_ROUNDS)
+    return min(plain, found, key=lambda numbering: cost(numbering, ids))
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _bytes(values: NDArray[Any]) -> float:
     return len(values) * (max(bits, 1.0) if len(shares) > 1 else 0.0) / 8
 
 
-def _clustered(ids: _Ids, vocabulary: Ints, clusters: int, listed: int) -> Numbering:
+def _clustered(ids: _Ids, vocabulary: Ints, clusters: int, listed: int, rounds: int = _ROUNDS) -> Numbering:
     """A numbering with so many clusters, and lists of so many ids."""
     numbers = _numbers(listed + len(vocabulary))
     found = Numbering(vocabulary, np.zeros((clusters, 0), np.int32), numbers)
@@ -113,7 +116,7 @@ def _clustered(ids: _Ids, vocabulary: Ints, clusters: int, listed: int) -> Numbe
     filled = ids.head_counts > 0
     assigned = np.full(len(filled), -1)
     assigned[filled] = found.ranks[ids.heads[(np.cumsum(ids.head_counts) - ids.head_counts)[filled]]]
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         found = replace(found, lists=_lists(ids, assigned, found, clusters, listed))
         assigned = found.assign(ids.heads, ids.head_counts)
     return found

@@ -46,7 +46,7 @@ def encode(
     assert positions.sum() == labels.positions, "every row's positions have soft labels, and nothing else does"
     for counts in (labels.head_counts, labels.tail_counts, labels.tail_draws):
         assert counts.max(initial=0) <= _LARGEST_COUNT, f"an int16 would wrap beyond {_LARGEST_COUNT}"
-    flat = {
+    flat: Flat = {
         "head_counts": labels.head_counts,
         "head_ids": labels.head_ids,
         "head_codes": _head_gaps(labels.head_logprobs, labels.head_counts),
@@ -98,12 +98,12 @@ def renumber(flat: Flat, old: Numbering, new: Numbering) -> Flat:
 
 def with_token_ids(flat: Mapping[str, NDArray[Any]], numbering: Numbering) -> Flat:
     """Encoded values with token ids in place of ``head_ids`` and ``tail_ids``: the inverse of ``number``."""
-    heads, tails = (np.repeat(flat["head_clusters"], flat[name]) for name in ("head_counts", "tail_counts"))
-    tail_places = running_sums(numbering.places.take(flat["tail_ids"]), flat["tail_counts"])
+    clusters, head_counts, tail_counts = (flat[name] for name in ("head_clusters", "head_counts", "tail_counts"))
+    tail_places = running_sums(numbering.places.take(flat["tail_ids"]), tail_counts)
     return {
         **flat,
-        "head_ids": numbering.ids_at(numbering.places.take(flat["head_ids"]), heads),
-        "tail_ids": numbering.ids_at(tail_places, tails),
+        "head_ids": numbering.ids_at(numbering.places.take(flat["head_ids"]), head_counts, clusters),
+        "tail_ids": numbering.ids_at(tail_places, tail_counts, clusters),
     }
 
 
@@ -171,7 +171,7 @@ def decode(rows: pa.Table, numbering: Numbering) -> SoftLabels:
         tail_counts=tail_counts,
         tail_ids=flat["tail_ids"],
         tail_draws=flat["tail_draws"].astype(np.int32),
-        tail_logprobs=_LOGPROBS[flat["tail_codes"]],
+        tail_logprobs=_LOGPROBS.take(flat["tail_codes"]),
         tail_log_masses=masses,
         entropies=np.where(flat["entropies"] < 0, np.nan, flat["entropies"] / np.float32(ENTROPY_CODES_PER_NAT)).astype(
             np.float32

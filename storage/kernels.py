@@ -7,9 +7,6 @@ from contextlib import suppress
 import numpy as np
 from numba import njit
 
-_STEPS = (1093, 364, 121, 40, 13, 4, 1)
-"""Of Shell's sort, which takes few entries as fast as insertion, and thousands not much slower each."""
-
 
 @njit(nogil=True)
 def assign(ids, counts, ranks, saved, deciding, clusters):
@@ -36,40 +33,38 @@ def assign(ids, counts, ranks, saved, deciding, clusters):
 
 
 @njit(nogil=True)
-def number_heads(ids, counts, clusters, own_places, ranks, numbers, found):
-    """Write the number of each id."""
-    listed, end = len(numbers) - len(ranks), 0
+def number_heads(ids, counts, ranks, clusters, numbers, found):
+    """Write the number of each id, given those of all ranks in each cluster."""
+    end = 0
     for p in range(len(counts)):
         start, end = end, end + counts[p]
-        places = own_places[clusters[p]]
+        here = numbers[clusters[p]]
         for i in range(start, end):
-            rank = ranks[ids[i]]
-            place = places[rank]
-            found[i] = numbers[place if place >= 0 else listed + rank]
+            found[i] = here[ranks[ids[i]]]
 
 
 @njit(nogil=True)
-def number_tails(ids, counts, clusters, own_places, ranks, numbers, found, order):
-    """Write the number of each gap between the sorted places of a position, and the entry that each place is from."""
-    listed, end = len(numbers) - len(ranks), 0
+def places_with_entries(ids, counts, ranks, clusters, places, bits, found):
+    """Write, for each id, its position, its place in ``bits`` bits and its entry within the position in 15 bits."""
+    end = 0
     for p in range(len(counts)):
         start, end = end, end + counts[p]
-        places = own_places[clusters[p]]
+        here = places[clusters[p]]
         for i in range(start, end):
-            rank = ranks[ids[i]]
-            place = places[rank]
-            found[i], order[i] = (place if place >= 0 else listed + rank), i
-        for step in _STEPS:
-            for i in range(start + step, end):
-                place, entry, j = found[i], order[i], i
-                while j >= start + step and found[j - step] > place:
-                    found[j], order[j] = found[j - step], order[j - step]
-                    j -= step
-                found[j], order[j] = place, entry
-        for i in range(end - 1, start, -1):
-            found[i] = numbers[found[i] - found[i - 1]]
-        if end > start:
-            found[start] = numbers[found[start]]
+            found[i] = ((p << bits | here[ranks[ids[i]]]) << 15) | (i - start)
+
+
+@njit(nogil=True)
+def number_gaps(sorted_places, counts, bits, numbers, found, order):
+    """Write the number of each gap between the sorted places of a position, and the entry that each place is from."""
+    end = 0
+    for p in range(len(counts)):
+        start, end = end, end + counts[p]
+        before = 0
+        for i in range(start, end):
+            place = (sorted_places[i] >> 15) & ((1 << bits) - 1)
+            found[i], order[i] = numbers[place - before], start + (sorted_places[i] & 0x7FFF)
+            before = place
 
 
 @njit(nogil=True)
@@ -92,6 +87,6 @@ def head_gaps(logprobs, counts, codes_per_nat, zero_code, gaps):
     return lowest
 
 
-for _compiled in (assign, number_heads, number_tails, head_gaps):
+for _compiled in (assign, number_heads, places_with_entries, number_gaps, head_gaps):
     with suppress(RuntimeError):  # without a writable folder, every process compiles again
         _compiled.enable_caching()

@@ -62,20 +62,33 @@ class Numbering:
 
     @cached_property
     def token_ids(self) -> Ints:
-        """(C x L + V,) token ids of all lists, one list after the other, and then of all ranks."""
-        return np.concatenate([self.lists.ravel(), self.vocabulary])
+        """(C x L + V,) the token id at each place of cluster 0, and then the lists of the other clusters."""
+        return np.concatenate([self.lists[0], self.vocabulary, self.lists[1:].ravel()])
 
     @cached_property
-    def _own_places(self) -> NDArray[np.signedinteger[Any]]:
-        """(C, V) place of the id of each rank in the list of each cluster; -1 if it is not there.
+    def starts(self) -> Ints:
+        """(C,) where in ``token_ids`` the list of each cluster starts."""
+        clusters, listed = self.lists.shape
+        starts = len(self.vocabulary) + listed * np.arange(clusters, dtype=np.int32)
+        starts[0] = 0
+        return starts
 
-        By rank, so that those of frequent ids are close together in memory.
-        """
-        listed = self.lists.shape[1]
-        kind = np.int16 if listed <= np.iinfo(np.int16).max else np.int32
-        places = np.full((len(self.lists), len(self.vocabulary)), -1, kind)
-        np.put_along_axis(places, self.ranks[self.lists], np.arange(listed, dtype=kind)[None], axis=1)
-        return places
+    @cached_property
+    def _places_by_rank(self) -> Ints:
+        """(C, V) the place of the id of each rank in each cluster, the lower one of two."""
+        return self._by_rank(np.arange(len(self.numbers), dtype=np.int32))
+
+    @cached_property
+    def _numbers_by_rank(self) -> Ints:
+        """(C, V) the number of the place of the id of each rank in each cluster."""
+        return self._by_rank(self.numbers.astype(np.int32))
+
+    def _by_rank(self, values: Ints) -> Ints:
+        """(C, V) the value at the place of the id of each rank; those of frequent ids are close together in memory."""
+        clusters, listed = self.lists.shape
+        found: Ints = np.tile(values[listed:], (clusters, 1))
+        np.put_along_axis(found, self.ranks[self.lists], values[None, :listed], axis=1)
+        return found
 
     @cached_property
     def _saved(self) -> NDArray[np.uint8]:
@@ -95,7 +108,7 @@ class Numbering:
         """
         clusters = np.zeros(len(counts), np.int16)
         if len(self.lists) > 1:
-            _kernels().assign(*self._ready(ids, counts), self.ranks, self._saved, _DECIDING, clusters)
+            _kernels().assign(*self._ready(ids, counts), self._saved, _DECIDING, clusters)
         return clusters
 
     def number_heads(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any]) -> Ints:
@@ -107,8 +120,7 @@ class Numbering:
             clusters: (P,) cluster of each position.
         """
         found = np.empty(len(ids), np.int32)
-        entries = self._ready(ids, counts, clusters)
-        _kernels().number_heads(*entries, self._own_places, self.ranks, _typed(self.numbers, np.int32), found)
+        _kernels().number_heads(*self._ready(ids, counts), _typed(clusters, np.int16), self._numbers_by_rank, found)
         return found
 
     def number_tails(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any]) -> tuple[Ints, NDArray[np.int64]]:
@@ -116,33 +128,42 @@ class Numbering:
 
         Args:
             ids: (sum of counts,) token ids, tail after tail.
-            counts: (P,) ids in each tail.
+            counts: (P,) ids in each tail; fewer than 2^15.
             clusters: (P,) cluster of each position.
         """
-        found, order = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
-        entries = self._ready(ids, counts, clusters)
-        _kernels().number_tails(*entries, self._own_places, self.ranks, _typed(self.numbers, np.int32), found, order)
+        found, order, together = (
+            np.empty(len(ids), np.int32),
+            np.empty(len(ids), np.int64),
+            np.empty(len(ids), np.int64),
+        )
+        if len(ids):
+            bits, entries = len(self.numbers).bit_length(), self._ready(ids, counts)
+            assert len(counts).bit_length() + bits + 15 < 64, "what is sorted has 64 bits"
+            _kernels().places_with_entries(*entries, _typed(clusters, np.int16), self._places_by_rank, bits, together)
+            together.sort()
+            _kernels().number_gaps(together, entries[1], bits, _typed(self.numbers, np.int32), found, order)
         return found, order
 
-    def _ready(self, ids: Ints, counts: NDArray[Any], clusters: NDArray[Any] | None = None) -> tuple[NDArray[Any], ...]:
-        """Entries in the types that the kernels take; these check no bounds."""
+    def _ready(self, ids: Ints, counts: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Entries and ranks in the types that the kernels take; these check no bounds."""
         assert len(ids) == counts.sum(), "the counts are those of the ids"
         assert counts.min(initial=0) >= 0
         if ids.min(initial=0) < 0 or ids.max(initial=-1) >= len(self.vocabulary):
             raise IndexError(f"token ids from {ids.min()} to {ids.max()} are not all below {len(self.vocabulary)}")
-        entries = _typed(ids, np.int32), _typed(counts, np.int64)
-        return entries if clusters is None else (*entries, _typed(clusters, np.int16))
+        return _typed(ids, np.int32), _typed(counts, np.int64), self.ranks
 
-    def ids_at(self, places: Ints, clusters: NDArray[Any]) -> Ints:
-        """The token id at each place of its cluster."""
-        count, listed = self.lists.shape
-        own = clusters.astype(np.int32)
-        own -= count - 1
-        own *= listed
-        own *= places < listed
-        own += places
-        own += (count - 1) * listed
-        ids: Ints = self.token_ids.take(own)
+    def ids_at(self, places: Ints, counts: NDArray[Any], clusters: NDArray[Any]) -> Ints:
+        """The token id at each place.
+
+        Args:
+            places: (sum of counts,) places in the position's cluster, position after position.
+            counts: (P,) places of each position.
+            clusters: (P,) cluster of each position.
+        """
+        at = np.repeat(self.starts.take(clusters), counts)
+        at *= places < self.lists.shape[1]
+        at += places
+        ids: Ints = self.token_ids.take(at)
         return ids
 
     def to_parquet(self) -> bytes:

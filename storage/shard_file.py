@@ -18,8 +18,10 @@ from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys,
 
 _LEVELS = {
     **dict.fromkeys(("head_ids", "tail_ids", "tail_counts", "tail_codes"), 1),
+    **dict.fromkeys(("tail_log_masses", "next_logprobs"), 3),
+    "tail_draws": 6,
     "head_codes": 8,
-    **dict.fromkeys(("token_ids", "entropies", "head_clusters"), 15),
+    **dict.fromkeys(("token_ids", "head_clusters"), 15),
 }
 """zstd's level for columns of numbers; 10 for the others."""
 
@@ -135,9 +137,9 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
     Bytes of equal significance are distributed alike, so lists of numbers are split by byte and compressed by zstd's
     entropy coder; a dictionary would make them larger. The numbers of ids compress better at zstd's lowest level than
-    at its highest. Codes repeat from position to position, which only a higher level finds; the one above takes 1% off
-    them, and half as long again. Token ids, entropies and clusters gain more from the next levels than these cost.
-    ``tests.benchmarks.table`` shows the bytes by column.
+    at its highest. Codes repeat from position to position, which only a higher level finds; but a level above 8 takes
+    half as long again for 1% less. Token ids and clusters gain more from the next levels than these cost, and floats
+    next to nothing from any. ``tests.benchmarks.table`` shows the bytes by column.
     """
     own = [field.name for field in (*SEQUENCE, *SOFT_LABELS) if pa.types.is_list(field.type)]
     numbers = [name for name in own if name != "loss_mask" and name in schema.names]

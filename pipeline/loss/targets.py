@@ -70,13 +70,15 @@ class TokenIds(nn.Module):
 
     places: Tensor
     ids: Tensor
+    starts: Tensor
 
     def __init__(self, numbering: Numbering) -> None:
         super().__init__()
-        self._clusters, self._listed = numbering.lists.shape
+        self._listed = numbering.lists.shape[1]
         self._vocabulary = len(numbering.vocabulary)
         self.register_buffer("places", torch.tensor(numbering.places), persistent=False)
         self.register_buffer("ids", torch.tensor(numbering.token_ids), persistent=False)
+        self.register_buffer("starts", torch.tensor(numbering.starts), persistent=False)
 
     def __len__(self) -> int:
         """Number of token ids."""
@@ -91,8 +93,8 @@ class TokenIds(nn.Module):
         return self._at(_running_sums(self.places[compact.tail_ids], compact.tail_counts, rows), compact, rows)
 
     def _at(self, places: Tensor, compact: CompactTargets, rows: Tensor) -> Tensor:
-        own = compact.head_clusters.long()[rows] * self._listed
-        return self.ids[places + torch.where(places < self._listed, own, (self._clusters - 1) * self._listed)].long()
+        own = self.starts[compact.head_clusters.long()][rows]
+        return self.ids[places + torch.where(places < self._listed, own, 0)].long()
 
 
 @dataclass(frozen=True)

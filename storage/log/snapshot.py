@@ -155,7 +155,7 @@ def follow(place: Place, known: Snapshot) -> Snapshot | None:
 def _next(place: Place, version: int) -> bytes | None:
     try:
         return read_bytes(place, version)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):  # a folder lets nobody make this commit
         return None
     except OSError as error:
         raise unreadable_commit(place, version, error) from error
