@@ -18,7 +18,7 @@ PROGRAMS := datasets dill multiprocess xxhash trl axolotl addict lm-eval aiohapp
 	dataproperty evaluate frozenlist lxml mbstrdecoder more-itertools multidict nltk pathvalidate portalocker propcache \
 	pytablewriter rouge-score sacrebleu sqlitedict tabledata tabulate tcolorpy typepy word2number yarl
 
-TEACHER := $(addprefix bench-,capture planning estimate selection)
+TEACHER := $(addprefix bench-,capture planning estimate selection chats)
 STORAGE := $(addprefix bench-,table shards fidelity)
 STUDENT := $(addprefix bench-,loss stream step)
 BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)

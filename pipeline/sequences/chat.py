@@ -164,14 +164,17 @@ class ChatTemplate:
             turns, places = [], []
             for i in wanted:
                 try:
-                    turn = self._finder.find(render, messages, written.text, texts, i)
+                    found = self._finder.find(render, messages, written.text, texts, i)
                 except TurnNotFoundError as reason:
-                    _answer_places([(0, len(written.text))], answers, [text for text in texts if text.message == i])
                     raise ChatRefusedError(
                         f"can't tell {reason} in what the chat template writes for message {i} (counting from 0)"
                     ) from None
-                turns.append((turn.start, turn.end))
-                places += _answer_places(turns[-1:], [i], texts)
+                turns += found
+                places += _answer_places(found, [i], texts)
+        if not places and (
+            given := [t.message for t in texts if t.message in wanted and t.kind == "content" and t.core]
+        ):
+            raise ChatRefusedError(f"the chat template leaves out message {given[0]} (counting from 0)")
         others = [place for text in texts if text.message not in wanted for place in text.places or ()]
         quotes = [*written.quotes, *self._names_in_texts(render, messages, written.text)]
         whole = [_is_whole([text for text in texts if text.message == i], written.text, turns) for i in wanted]
@@ -253,16 +256,12 @@ def _answers(messages: Messages) -> list[int]:
 def _answer_places(turns: list[Span], answers: list[int], texts: list[MessageText]) -> list[Place]:
     """Places of these messages, after a check that the turns have all of them and nothing of other messages."""
     places = []
-    with_calls = {t.message for t in texts if t.kind == "call" and any(p.lies_in(turns) for p in t.places or ())}
     for text in texts:
         name = f"message {text.message} (counting from 0)"
         if text.message in answers:
             inside = [place for place in text.places or () if place.whole and place.lies_in(turns)]
-            if text.kind == "content" and not inside:
-                if text.places and text.core:
-                    raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
-                if text.core and text.message not in with_calls:
-                    raise ChatRefusedError(f"the chat template leaves out {name}")
+            if text.kind == "content" and text.core and text.places and not inside:
+                raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, does not contain all of {name}")
             places += inside if text.core else []
         elif any(place.meets(turn) for place in text.places or () for turn in turns):
             raise ChatRefusedError(f"the assistant's turn, {_AS_WRITTEN}, also contains {name}")
@@ -272,16 +271,18 @@ def _answer_places(turns: list[Span], answers: list[int], texts: list[MessageTex
 def _marked_turns(marked: list[Span], answers: list[int], wanted: list[int], texts: list[MessageText]) -> list[Span]:
     """The turns of the wanted answers among those that the template marks; one answer may be marked in several parts.
 
-    A part without any text belongs to the message before it or, if that is not the assistant's, to the one after it.
+    What it marks of other messages only is no turn. A part without any text belongs to the message before it or, if
+    that is not the assistant's, to the one after it.
     """
-    if len(wanted) == len(answers):
-        return marked
-    if len(marked) == len(answers):
-        return [marked[answers.index(i)] for i in wanted]
     places = sorted((place.start, place.end, text.message) for text in texts for place in text.places or ())
+    parts = [((start, end), [i for a, b, i in places if a < end and start < b]) for start, end in marked]
+    parts = [part for part in parts if not part[1] or not set(answers).isdisjoint(part[1])] or parts
+    if len(wanted) == len(answers):
+        return [turn for turn, _ in parts]
+    if len(parts) == len(answers):
+        return [parts[answers.index(i)][0] for i in wanted]
     turns = []
-    for start, end in marked:
-        inside = [message for a, b, message in places if a < end and start < b]
+    for (start, end), inside in parts:
         before = [message for _, b, message in places if b <= start][-1:]
         after = [message for a, _, message in places if a >= end][:1]
         owner = next((message for message in [*inside, *before, *after] if message in answers), None)

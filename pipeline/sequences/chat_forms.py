@@ -123,8 +123,10 @@ class ChatForms:
         found = {kind: self._written([form, *pair], texts) for kind, form in forms.items()}
         self._in_parts["system"] = parts if found[parts] or not found[not parts] else not parts
         self._takes_parts["system"] = False
-        developer = {**forms[parts], "role": "developer"}
-        return "developer" if self._written([developer, *pair], texts) or not any(found.values()) else "system"
+        developer, answer = (
+            self._written([{**forms[parts], "role": role}, *pair], texts) for role in ("developer", "assistant")
+        )
+        return "developer" if developer not in (None, answer) or not any(found.values()) else "system"
 
     def _find_arguments(self) -> type[dict[str, Any]] | type[str] | None:
         """The form of arguments that the template can write; None if it takes either as it is, or neither."""
@@ -139,8 +141,9 @@ class ChatForms:
         """What to give the template as the content of a message that has only tool calls."""
         arguments = json.dumps({_KEY: STAND_IN}, ensure_ascii=False) if self._arguments is str else {_KEY: STAND_IN}
         empty = self._calls(arguments, "")
-        for text in (STAND_IN, ""):  # a template that writes no calls still may need content
-            for content in (_ABSENT, None, ""):
+        # A template that writes no calls still may need content.
+        for text, contents in ((STAND_IN, (_ABSENT, None, "")), ("", ("", _ABSENT, None))):
+            for content in contents:
                 for written, with_empty in zip(self._calls(arguments, content), empty, strict=True):
                     nulls = [(written.count(null), with_empty.count(null)) for null in ("None", "null")]
                     if written and text in written and all(found <= expected for found, expected in nulls):

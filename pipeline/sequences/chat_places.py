@@ -186,6 +186,8 @@ class _Search:
         for i in self._missing(numbers):
             for at in {0, len(self.texts[i].core) // 2} if self.texts[i].core else ():
                 self._replace(i, at)
+        for i in self._missing(numbers):
+            self._leave_out_answer(i)
 
     def _whole(self, numbers: list[int]) -> dict[int, slice]:
         return {i: slice(0, len(self.texts[i].core)) for i in numbers}
@@ -199,7 +201,8 @@ class _Search:
         self._leave_out(list(sizes))
         self._begin(self._mark({i: slice(sizes[i] - 1, sizes[i]) for i in self._missing(list(sizes))}) or [])
         self._mark({i: slice(0, 1) for i in self._missing(list(sizes))})
-        self._mark({i: slice((sizes[i] - 1) // 2, (sizes[i] + 1) // 2) for i in self._missing(list(sizes))})
+        middle = {i: slice((sizes[i] - 1) // 2, (sizes[i] + 1) // 2) for i in self._missing(list(sizes))}
+        self._begin(self._mark(middle) or [])
 
     def _missing(self, numbers: list[int]) -> list[int]:
         return [i for i in numbers if i not in self.found]
@@ -254,6 +257,17 @@ class _Search:
         """Record that these texts are left out, if the output is the same without them."""
         if self._spans({i: _marked("", i) for i in numbers}) is not None:
             self.found |= {i: [] for i in numbers}
+
+    def _leave_out_answer(self, number: int) -> None:
+        """Record that this text of the assistant is left out if marks in its middle are left out with it.
+
+        The template reads such a text: for example, the marks of a thought that it does not write.
+        """
+        text = self.texts[number]
+        middle = len(text.core) // 2
+        is_answer = bool(text.core) and self._messages[text.message]["role"] == "assistant"
+        if is_answer and self._spans({number: text.marked(number, slice(middle, middle + 1))}) == {}:
+            self.found[number] = []
 
     def _spans(self, words: dict[int, str]) -> dict[int, list[tuple[int | None, int | None]]] | None:
         """Positions of the marks of these texts, if the output is the same except for the marks."""

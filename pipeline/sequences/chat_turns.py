@@ -8,12 +8,13 @@ way. So they are compared with renderings of the same chat up to this turn.
 import os.path
 import re
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
 from softlabel.pipeline.sequences.chat_forms import attempt
-from softlabel.pipeline.sequences.chat_places import Messages, MessageText, Place, locate_texts
+from softlabel.pipeline.sequences.chat_places import Messages, MessageText, Path, Place, locate_texts, with_text
 from softlabel.pipeline.sequences.chat_rendering import ANSWER, STAND_IN
 
 
@@ -50,15 +51,14 @@ class TurnFinder:
     """
 
     def __init__(
-        self, render: Render, question: dict[str, object], answer: dict[str, object], special_tokens: Iterable[str]
+        self, render: Render, question: dict[str, Any], answer: dict[str, Any], special_tokens: Iterable[str]
     ) -> None:
         special = sorted(special_tokens, key=len, reverse=True)
         named = "|".join(map(re.escape, special)) or "(?!)"
         self._mark = re.compile(rf"{named}|<[^<>\s]+>|\[[^\[\]\s]+\]")
         self._unit = re.compile(rf"{self._mark.pattern}|\w+|\s+|.", re.DOTALL)
         pair = [question, answer]
-        both = render(pair)
-        self._head, _, rest = both.partition(STAND_IN)
+        _, _, rest = render(pair).partition(STAND_IN)
         between, _, end = rest.rpartition(ANSWER)
         self._end = end.rstrip()
         """How the template ends a turn that is the last of its chat."""
@@ -72,10 +72,15 @@ class TurnFinder:
         """The part of this that all answers have before them."""
         if not self._end.strip() and not (gaps and self._leading_mark(gaps[0].after)):
             raise TemplateError(f"the template writes {between!r} before an answer and {end!r} after it")
-        self._answer = answer
+        self._render, self._question, self._answer = render, question, answer
 
-    def find(self, render: Render, messages: Messages, written: str, texts: list[MessageText], i: int) -> Place:
+    def find(
+        self, render: Render, messages: Messages, written: str, texts: list[MessageText], i: int
+    ) -> list[tuple[int, int]]:
         """Where the turn of message ``i`` is, which is one of the assistant.
+
+        It has several parts if the template writes another message, such as the result of a tool call, in the middle,
+        and none if the template leaves the message out.
 
         Args:
             render: renders messages of this chat.
@@ -88,32 +93,67 @@ class TurnFinder:
             TurnNotFoundError: if the turn's beginning or end can't be told.
         """
         turn = _Turn(render, messages, written, i)
-        own = turn.own(texts)
-        others = sorted(place for text in texts if text.message != i for place in text.places or ())
-        if not own:
-            own = [(self._nothing(written, texts, i), "")]
-        first, (final, text) = min(own)[0], max(own, key=lambda each: each[0].end)
-        last, space = final.end, text[len(text.rstrip()) :]
-        before = max((place.end for place in others if place.end <= first.start), default=0)
-        after = min((place.start for place in others if place.start >= last), default=len(written))
-        start = self._begin(turn, before, first, texts)
-        space = space if written.startswith(space, last) else ""
-        end = self._finish(turn, last, len(space), after, after == len(written) and i == len(messages) - 1)
-        return Place(min(start, first.start), end, whole=True)
+        own = sorted(turn.own(texts) or self._nothing(turn, texts))
+        others = [(place, text.message) for text in texts if text.message != i for place in text.places or ()]
+        parts = _parts(own, [place for place, _ in others])
+        return [self._part(turn, part, others, texts, part is parts[0], part is parts[-1]) for part in parts]
 
-    def _nothing(self, written: str, texts: list[MessageText], i: int) -> Place:
-        """The place of an answer without text: where the template prompts for it, between its neighbours."""
+    def _part(
+        self,
+        turn: "_Turn",
+        own: "list[_Own]",
+        others: list[tuple[Place, int]],
+        texts: list[MessageText],
+        begins: bool,
+        ends: bool,
+    ) -> tuple[int, int]:
+        """The part of a turn that has these texts; with ``begins`` and ``ends``, it is the turn's first and last."""
+        written, first, last = turn.written, own[0], max(own, key=lambda each: each.place.end)
+        start, end = first.place.start, last.place.end
+        before = max((place.end for place, _ in others if place.end <= start), default=0)
+        after, following = min(
+            ((place.start, message) for place, message in others if place.start >= end),
+            default=(len(written), turn.i + 1),
+        )
+        start = min(start, self._begin(turn, before, first, texts)) if begins else start - turn.lead(first)
+        if not ends:
+            rest = turn.after_text(last.path)
+            if rest is None:
+                raise TurnNotFoundError("where the assistant's turn ends")
+            return start, end + self._common(written[end:after], rest)
+        space = last.text[len(last.text.rstrip()) :]
+        space = space if written.startswith(space, end) else ""
+        if any(not text.places for text in texts if turn.i < text.message < following):
+            following = turn.i + 1  # it may be written there, but its place is not known
+        role = turn.messages[following]["role"] if following < len(turn.messages) else None
+        return start, self._finish(turn, end, len(space), after, role)
+
+    def _nothing(self, turn: "_Turn", texts: list[MessageText]) -> "list[_Own]":
+        """The place of an answer without text: where the template prompts for it, between its neighbours.
+
+        There is none if the template would not write any answer there.
+        """
+        written, i = turn.written, turn.i
         before = max((p.end for text in texts if text.message < i for p in text.places or ()), default=0)
-        after = min((p.start for text in texts if text.message > i for p in text.places or ()), default=len(written))
+        later = [(p.start, text.message) for text in texts if text.message > i for p in text.places or ()]
+        after, following = min(later, default=(len(written), len(turn.messages)))
         gap = written[before:after]
-        if not self._prompt or gap.count(self._prompt) != 1:
-            raise TurnNotFoundError("where the assistant's turn begins")
-        at = before + gap.index(self._prompt) + len(self._prompt)
+        if self._prompt and gap.count(self._prompt) == 1:
+            at = before + gap.index(self._prompt) + len(self._prompt)
+        else:
+            plain = self._with_plain_answer(turn)
+            at = len(plain.partition(ANSWER)[0])
+            if plain and ANSWER not in plain:
+                return []
+            if not plain or not before <= at <= after or not plain.startswith(written[:at]):
+                raise TurnNotFoundError("where the assistant's turn begins")
         # What the template adds to an empty answer, such as an empty thought, is part of the turn.
-        end = written.find(self._end, at, after) if self._end else -1
-        return Place(at, max(at, end), whole=True)
+        is_bounded = all(text.places for text in texts if i < text.message < following)
+        end = written.find(self._end, at, after) if self._end and is_bounded else -1
+        return [_Own(Place(at, max(at, end), whole=True), "", ())]
 
-    def _begin(self, turn: "_Turn", before: int, first: Place, texts: list[MessageText]) -> int:
+    def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
+        first = own.place
         gap = turn.written[before : first.start]
         prompt = self._prompt
         if prompt not in gap:  # it may be another one at this place
@@ -122,65 +162,74 @@ class TurnFinder:
             return before + gap.rindex(prompt) + len(prompt)
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
-            return first.start
+            return first.start - turn.lead(own)
         # The turn begins with something else, such as a thought or a tool call, which the template introduces.
         if (start := self._start.strip()) and (at := gap.rfind(start)) >= 0:
             rest = gap[at + len(start) :]
             return before + at + len(start) + _common([rest, self._start.partition(start)[2]])
-        plain = [*turn.messages[: turn.i], self._answer, *turn.messages[turn.i + 1 :]]
-        written = attempt(turn.render, plain) or ""
-        common = self._common(written.partition(ANSWER)[0], turn.written[: first.start])
-        if ANSWER in written and common > before:
+        lead, found, _ = self._with_plain_answer(turn).partition(ANSWER)
+        common = self._common(lead, turn.written[: first.start])
+        if found and (common > before or common == before == len(lead)):
             return common
         raise TurnNotFoundError("where the assistant's turn begins")
+
+    def _with_plain_answer(self, turn: "_Turn") -> str:
+        """The chat as written if the message were a plain answer; "" if the template raises an error."""
+        return attempt(turn.render, [*turn.messages[: turn.i], self._answer, *turn.messages[turn.i + 1 :]]) or ""
 
     @staticmethod
     def _begins(written: str, place: Place, text: MessageText) -> bool:
         """Whether the place has the text's beginning."""
         return place.start == place.end or written.startswith(text.core[:1], place.start)
 
-    def _finish(self, turn: "_Turn", last: int, space: int, after: int, is_last: bool) -> int:
+    def _finish(self, turn: "_Turn", last: int, space: int, after: int, following: str | None) -> int:
+        """The end of the turn whose text ends at ``last``, and after which a message of another role is written."""
         gap = turn.written[last:after]
         for skip in (0, space):  # a template may trim the answer
             if self._end.strip() and gap.startswith(self._end, skip):
                 return last + skip + len(self._end)
-        if is_last:
-            return last + len(gap.rstrip())
+        if following is None:
+            return last + max(space, len(gap.rstrip()))
         end = turn.end_as_last()
         if end.strip() and gap.startswith(end):
             more = 0 if self._end.strip() else self._leading_mark(gap[len(end) :])
             return last + len(end) + more
-        next_role = turn.messages[turn.i + 1]["role"]
-        if not gap.strip() and next_role == "assistant":
+        if not gap.strip() and following == "assistant":
             return last + space
-        for found in (self._end_before_prompt(turn), self._end_before_next(gap)):
-            if found is not None and gap.startswith(found):
-                if found.strip() or self._end.strip():  # only the chat's last turn ends with a mark
-                    return last + (len(found) or space)
-                break
+        candidates = (self._end_before_prompt(turn), self._end_before_next(gap, following))
+        ends = [found for found in candidates if found is not None and gap.startswith(found)]
+        found = next((found for found in ends if found.strip()), "")
+        if found or (ends and self._end.strip()):  # if none is found, only the chat's last turn ends with a mark
+            return last + (len(found) or space)
         if mark := self._leading_mark(gap):  # a turn ends where the next role begins
             return last + mark
         raise TurnNotFoundError("where the assistant's turn ends")
 
     def _end_before_prompt(self, turn: "_Turn") -> str | None:
         """The end of the turn, if the assistant is prompted again after it."""
-        before = turn.messages[: turn.i + 1]
-        prompt = self._prompt_after(turn.render, before) or self._prompt
-        for each in dict.fromkeys((prompt, self._prompt)):
-            tail = turn.tail(prompt=True)
-            if tail is not None and each and tail.endswith(each):
-                return tail.removesuffix(each).rstrip()
-        return None
+        tail = turn.tail(prompt=True)
+        if tail is None:
+            return None
+        # After a question, since the assistant's turn itself may end otherwise if it is not the last.
+        before, lasts = turn.messages[: turn.i], (self._question, turn.messages[turn.i])
+        prompts = (self._prompt_after(turn.render, [*before, last]) for last in lasts)
+        each = next((prompt for prompt in chain([self._prompt], prompts) if prompt and tail.endswith(prompt)), "")
+        return tail.removesuffix(each).rstrip() if each else None
 
-    def _end_before_next(self, gap: str) -> str | None:
-        """The end of the turn, if what follows it is what the template begins a chat with."""
-        head = self._head
+    def _end_before_next(self, gap: str, following: str) -> str | None:
+        """The end of the turn, if what follows it is how the template begins a message of this role in other chats."""
+        head = self._prompt if following == "assistant" else self._head_of(following)
         while head:
             if head.strip() and gap.rstrip().endswith(head.rstrip()):
                 return gap.rstrip().removesuffix(head.rstrip()).rstrip()
             mark = self._mark.match(head)
             head = head[mark.end() :] if mark else ""
         return None
+
+    def _head_of(self, role: str) -> str:
+        """What the template begins a chat with whose first message has this role; "" if it raises an error."""
+        first = {**self._question, "role": role}
+        return (attempt(self._render, [first, self._answer]) or "").partition(STAND_IN)[0]
 
     def _leading_mark(self, text: str) -> int:
         """Length of the text up to the end of the mark that it begins with; 0 if it begins with something else."""
@@ -218,6 +267,28 @@ class TurnFinder:
         return [_Gaps(match[1], match[2]) for match in found]
 
 
+class _Own(NamedTuple):
+    """A text of the message whose turn is to be found, at one of its places."""
+
+    place: Place
+    text: str
+    path: Path
+
+
+def _parts(own: list[_Own], others: list[Place]) -> list[list[_Own]]:
+    """These texts, in groups between which the template writes texts of other messages."""
+    parts = [own[:1]]
+    for each in own[1:]:
+        end = max(one.place.end for one in parts[-1])
+        is_apart = any(end <= other.start < other.end <= each.place.start for other in others)
+        # A copy of the same text is no further part: the template repeats it, or it can't be told apart.
+        if is_apart and all(each.path != one.path for part in parts for one in part):
+            parts.append([each])
+        else:
+            parts[-1].append(each)
+    return parts if own else []
+
+
 class _Turn:
     """A turn that is to be found, and the renderings that end with it."""
 
@@ -225,23 +296,38 @@ class _Turn:
         self.render, self.messages, self.written, self.i = render, messages, written, i
         self._tails: dict[bool, tuple[str, list[MessageText]] | None] = {}
 
-    def own(self, texts: list[MessageText]) -> list[tuple[Place, str]]:
-        """Places of the message's texts, with these texts.
+    def own(self, texts: list[MessageText]) -> list[_Own]:
+        """The message's texts, at each of their places.
 
-        A later message may repeat the name of a tool that was called. That is no part of the turn, so a text counts as
-        often as in a chat that ends with the turn.
+        A template may repeat a text in a later message, such as the name of a tool that was called. That is no part of
+        the turn, so a text counts as often as in a chat that ends with the turn.
         """
         mine = [text for text in texts if text.message == self.i]
         mine = [text for text in mine if text.core and text.places] or mine
-        if not any(text.kind == "call" for text in mine) or self.i == len(self.messages) - 1:
-            return [(place, text.text) for text in mine for place in text.places or ()]
-        known = self._tail(prompt=False)
-        counts = {text.path: len(text.places or ()) for text in known[1]} if known else {}
-        return [(p, t.text) for t in mine for p in (t.places or ())[: max(1, counts.get(t.path, 1))]]
+        copied = any(len(text.places or ()) > 1 for text in mine) and self.i < len(self.messages) - 1
+        known = self._tail(prompt=False) if copied else None
+        counts = {text.path: len(text.places or ()) or 1 for text in known[1]} if known else {}
+        return [_Own(p, t.text, t.path) for t in mine for p in (t.places or [])[: counts.get(t.path)]]
 
     def end_as_last(self) -> str:
         """What the template writes after this turn in a chat that ends with it."""
         return (self.tail(prompt=False) or "").rstrip()
+
+    def lead(self, own: _Own) -> int:
+        """Length of the space that the text begins with, if the template writes it."""
+        bare = own.text.lstrip()
+        lead = own.text[: len(own.text) - len(bare)]
+        if not lead or not bare or not self.written[: own.place.start].endswith(lead):
+            return 0
+        trimmed = with_text(self.messages[self.i], own.path, bare)
+        is_trimmed = attempt(self.render, [*self.messages[: self.i], trimmed, *self.messages[self.i + 1 :]])
+        return 0 if is_trimmed == self.written else len(lead)
+
+    def after_text(self, path: Path) -> str | None:
+        """What follows this text of the message in a chat that ends with the turn; None if that is not known."""
+        known = self._tail(prompt=False)
+        places = [place for text in known[1] if text.path == path for place in text.places or ()] if known else []
+        return known[0][max(place.end for place in places) :] if known and places else None
 
     def tail(self, prompt: bool) -> str | None:
         """What follows the turn's last text in a chat that ends with it; None if that is not known."""
