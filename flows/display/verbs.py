@@ -237,7 +237,7 @@ def _partial_answers(answers: int, partial: int) -> None:
     if partial:
         console.print(
             f"[yellow]{partial:,} of {count(answers, 'answer')} incomplete[/]: the chat template leaves out their"
-            " thoughts, their tool calls, or their content beside a tool call"
+            " thoughts, their tool calls, their content beside a tool call, or all of them"
         )
 
 
