@@ -62,11 +62,10 @@ class TurnFinder:
         between, _, end = rest.rpartition(ANSWER)
         self._end = end.rstrip()
         """How the template ends a turn that is the last of its chat."""
-        self._prompt = self._prompt_after(render, [question])
-        """What it writes to prompt the assistant after a question; if that differs from what is before an answer or
-        is nothing, everything between question and answer."""
-        if not self._prompt or self._prompt not in between:
-            self._prompt = between
+        self._asked = self._prompt_after(render, [question])
+        """What it writes to prompt the assistant after a question."""
+        self._prompt = self._asked if self._asked and self._asked in between else between
+        """The same; if that differs from what is before an answer or is nothing, everything between the two."""
         gaps = self._gaps(render, [*pair, *pair])
         self._start = self._common_start([self._prompt, *(gap.before for gap in gaps)])
         """The part of this that all answers have before them."""
@@ -155,11 +154,12 @@ class TurnFinder:
     def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
         first = own.place
         gap = turn.written[before : first.start]
-        prompt = self._prompt
-        if prompt not in gap:  # it may be another one at this place
-            prompt = self._prompt_after(turn.render, turn.messages[: turn.i])
-        if prompt and prompt in gap:
-            return before + gap.rindex(prompt) + len(prompt)
+        here = (
+            self._prompt_after(turn.render, turn.messages[: turn.i]) for _ in range(1)
+        )  # it may be another one here
+        for prompt in chain((self._asked, self._prompt), here):
+            if prompt and prompt in gap:
+                return before + gap.rindex(prompt) + len(prompt)
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
             return first.start - turn.lead(own)
