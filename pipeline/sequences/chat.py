@@ -275,7 +275,7 @@ def _marked_turns(marked: list[Span], answers: list[int], wanted: list[int], tex
     that is not the assistant's, to the one after it.
     """
     places = sorted((place.start, place.end, text.message) for text in texts for place in text.places or ())
-    parts = [((start, end), [i for a, b, i in places if a < end and start < b]) for start, end in marked]
+    parts = [((start, end), [i for a, b, i in places if a < end and start < max(b, a + 1)]) for start, end in marked]
     parts = [part for part in parts if not part[1] or not set(answers).isdisjoint(part[1])] or parts
     if len(wanted) == len(answers):
         return [turn for turn, _ in parts]

@@ -247,6 +247,49 @@ def test_an_answer_that_is_only_an_omitted_thought_is_rejected(
     assert "message 1" in refused
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (loop(ROLES, FORGETS, PROMPT), [END, "Mars." + END]),  # the thought's turn is written without it
+        (
+            loop("Q: {{ m.content }}", "A{% generation %}{{ m.content.split('>')[-1] }}!{% endgeneration %}"),
+            ["!", "Mars.!"],
+        ),
+        ("{% set messages = messages[-2:] %}" + loop(ROLES, ROLES, PROMPT), ["Mars." + END]),  # older turns are not
+    ],
+    ids=["as nothing", "marked", "not at all"],
+)
+def test_an_answer_that_is_left_out_is_counted_and_the_others_are_captured(
+    template: str, words: list[str], checkpoints: dict[str, Checkpoint]
+) -> None:
+    checkpoints["bytes"].tokenizer.chat_template = template
+    chat = [user("Name."), says("<think>\nrings\n</think>"), user("Another?"), says("Mars.")]
+    tokenizer = DocumentTokenizer(checkpoints["bytes"], SequencesConfig(), "chat")
+    encoded, refused = tokenizer.encode([json.dumps(chat)])
+    assert not refused
+    assert checkpoints["bytes"].tokenizer.decode(encoded.ids[encoded.wanted]) == "".join(words)
+    assert (tokenizer.answers, tokenizer.partial_answers) == (2, 1)
+
+
+def test_what_a_template_marks_of_other_messages_is_not_captured(checkpoints: dict[str, Checkpoint]) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    chat = [SYSTEM, user("Name."), says("Saturn."), user(""), says(""), {"role": "tool", "content": "7"}, says("Mars.")]
+    assert captured(checkpoints["bytes"], template, chat)[1] == ""
+    assert captured(checkpoints["bytes"], template, chat[:4] + chat[5:]) == ("Saturn.<|im_end|>Mars.<|im_end|>", "")
+
+
+@pytest.mark.parametrize("header", ["A: ", "A:", "A:\n"])
+def test_space_that_belongs_to_an_answer_is_captured(header: str, checkpoints: dict[str, Checkpoint]) -> None:
+    """Also where the generation prompt is not what the header is, and where nothing ends the chat's last turn."""
+    prompt = "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    answer = "{{ " + repr(header) + " + m.content }}{% if not loop.last %}{{ '<|im_end|>' }}{% endif %}"
+    chat = [user("Name."), says("\n  Qz \n"), user("Another?"), says("  Qy\n\n")]
+    expected = ("\n  Qz \n<|im_end|>  Qy\n\n", "")
+    assert captured(checkpoints["bytes"], loop("{{ '<|im_start|>' + m.content }}", answer, prompt), chat) == expected
+
+
 def test_a_special_token_is_not_captured_for_the_space_that_it_includes(
     checkpoints: dict[str, Checkpoint],
 ) -> None:

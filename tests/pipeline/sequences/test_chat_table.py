@@ -11,7 +11,7 @@ from tests.benchmarks.chats import TEMPLATES, results_of
 from tests.pipeline.sequences.shapes import SHAPES
 
 FILES = sorted(TEMPLATES.glob("*.jinja"))
-FEW = ("a system's words", "the same turns", "space around", "thoughts", "a call and more", "a prompt")
+FEW = ("a system's words", "space around", "thoughts", "a call and more")
 """Shapes in which most faults show."""
 
 

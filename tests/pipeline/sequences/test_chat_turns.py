@@ -232,6 +232,7 @@ def test_names_of_special_tokens_that_a_template_reads_are_marks_and_others_stay
             [user("A"), says("<think>x</think>B"), user("C"), says("<think>y</think>D")],
             [False, True],
         ),
+        ("prompt opens a thought", [user("A"), says("<think>x</think>"), user("C"), says("D")], [False, True]),
         ("prompt opens a thought", [user("A"), says("B", reasoning_content="x")], [True]),
         ("header ends in a space", [user("A"), says("B", reasoning_content="x"), user("C"), says("D")], [False, True]),
         ("header ends in a space", [user("A"), says("B", tool_calls=calls({})["tool_calls"])], [False]),
