@@ -120,7 +120,9 @@ def _string(value: Any, what: str) -> str:
 
 def id_of(value: Any) -> str:
     """A document's id: a string, or an integer as a string."""
-    text = str(value) if type(value) is int else _string(value, "id")
+    if isinstance(value, bool | float):
+        raise UnfitError(f"the id must be a string or an integer, but is {type(value).__name__}")
+    text = str(value) if isinstance(value, int) else _string(value, "id")
     if not text:
         raise UnfitError("the id is empty")
     encoded(text, "id")

@@ -15,14 +15,23 @@ from typing import Any
 import pyarrow as pa
 
 from softlabel.pipeline.documents.paths import File
-from softlabel.pipeline.documents.reading import READ_AHEAD, RECORD_BYTES, Piece, Record, pieces, reading, stream
+from softlabel.pipeline.documents.reading import (
+    BOM,
+    READ_AHEAD,
+    RECORD_BYTES,
+    ZERO_BYTES,
+    Piece,
+    Record,
+    pieces,
+    reading,
+    stream,
+)
 from softlabel.storage.errors import DocumentsError, printable
 
 SAMPLE_ROWS = 1000
 SAMPLE_BYTES = 16 << 20
 """Records, or bytes of them if that is less, from which columns and their types are inferred."""
 
-_BOM = b"\xef\xbb\xbf"
 _MARK = re.compile(rb'["\[\]{},]')
 """Bytes that can begin or end something outside of a string."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
@@ -74,7 +83,7 @@ class Json:
 
 def _is_array(start: bytes) -> bool:
     """Whether a file that starts like this holds one array, and not one array per line."""
-    start = start.removeprefix(_BOM).lstrip()
+    start = start.removeprefix(BOM).lstrip()
     first, _, rest = start.partition(b"\n")
     if not rest.strip():
         return start.startswith(b"[")
@@ -128,7 +137,7 @@ def _elements(content: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
 
 def _object(record: bytes, what: str) -> dict[str, Any] | str:
     if b"\0" in record:
-        return f"the {what} is not UTF-8: it contains zero bytes, as UTF-16 does"
+        return f"the {what} {ZERO_BYTES}"
     try:
         found = json.loads(record.decode("utf-8-sig"))  # given bytes, json would guess the encoding
     except UnicodeDecodeError as error:

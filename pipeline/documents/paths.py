@@ -97,7 +97,7 @@ def store_errors() -> Iterator[None]:
 def _on_disk(path: str) -> Found:
     root = Path(path)
     if is_folder := root.is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(root, onerror=_unreadable) for name in names]
+        paths = list(_below(root))
     elif root.is_file():
         root, paths = root.parent, [root]
     else:
@@ -106,6 +106,20 @@ def _on_disk(path: str) -> Found:
         paths = list(root.glob(pattern)) if pattern != "." else []
     found = [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
     return Found([_file_on_disk(path, path.relative_to(root).as_posix()) for path in found], is_folder)
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """All files below a folder. Links to folders are followed, and each folder is visited once."""
+    seen, waiting = set[str](), [root]
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0), onerror=_unreadable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            waiting += sorted(path for name in folders if (path := Path(folder, name)).is_symlink())
+            yield from (Path(folder, name) for name in names)
 
 
 def _file_on_disk(path: Path, name: str) -> File:

@@ -9,7 +9,17 @@ import pyarrow as pa
 
 from softlabel.pipeline.documents.json_records import Json
 from softlabel.pipeline.documents.paths import File, find_files
-from softlabel.pipeline.documents.reading import COMPRESSED, Piece, Reader, Record, pieces, reading, stream
+from softlabel.pipeline.documents.reading import (
+    BOM,
+    COMPRESSED,
+    ZERO_BYTES,
+    Piece,
+    Reader,
+    Record,
+    pieces,
+    reading,
+    stream,
+)
 from softlabel.pipeline.documents.saved_datasets import without_caches
 from softlabel.pipeline.documents.tabular import Arrow, Csv, Parquet
 from softlabel.storage.errors import DocumentsError, printable
@@ -83,8 +93,9 @@ class PlainText:
     def _records(self) -> Iterator[Record]:
         for file in self._files:
             with reading(file, self.kind), stream(file) as opened:
-                content = opened.read()
-            yield Record(file.name, len(content), dict(zip(TEXT_COLUMNS, (file.name, content), strict=True)))
+                content = opened.read().removeprefix(BOM)
+            values = dict(zip(TEXT_COLUMNS, (file.name, content), strict=True))
+            yield Record(file.name, len(content), f"the file {ZERO_BYTES}" if b"\0" in content else values)
 
 
 _READERS: tuple[dict[str, type[Reader]], ...] = (
@@ -109,7 +120,7 @@ _FIRST_BYTES: dict[bytes, type[Reader]] = {b"PAR1": Parquet, b"ARROW1": Arrow, b
 def _reader(file: File) -> type[Reader] | None:
     if not file.format:
         with reading(file, "document"), stream(file) as content:
-            start = content.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()
+            start = content.read(1 << 10).removeprefix(BOM).lstrip()
         return next((reader for lead, reader in _FIRST_BYTES.items() if start.startswith(lead)), None)
     reader = next((group[file.format] for group in _READERS if file.format in group), None)
     return None if file.ending in COMPRESSED and reader in (Parquet, Arrow) else reader

@@ -16,6 +16,10 @@ RECORD_BYTES = 1 << 30
 READ_AHEAD = 1 << 20
 """Bytes of a stream that are read at a time; for an object in a bucket, each read is a request."""
 
+BOM = b"\xef\xbb\xbf"
+"""Bytes at the start of a file that say that it is UTF-8; they are no part of its text."""
+ZERO_BYTES = "is not UTF-8: it contains zero bytes, as UTF-16 and compressed files do"
+
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 

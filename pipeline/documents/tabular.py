@@ -95,6 +95,8 @@ class Csv:
         """Columns of the first file."""
         with reading(self._files[0], self.kind), stream(self._files[0]) as content:
             names = next(_csv_rows(content, self._files[0]), [])
+            if any(name.encode(errors="ignore").decode() != name for name in names):
+                raise ValueError("the line of column names is not UTF-8")
         return pa.schema([(name, pa.string()) for name in names])
 
     def read(self, columns: list[str]) -> Iterator[Piece]:

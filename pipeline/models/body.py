@@ -9,11 +9,11 @@ def inner(model: PreTrainedModel, named: nn.Module) -> nn.Module:
 
     Args:
         model: the model.
-        named: what transformers names as its body; the model itself if the architecture does not tell, as Llama 4's.
+        named: what transformers names as its body. It may be wrong: Llama 4 names itself, ModernBERT its output layer.
 
     Returns:
         The body; the model itself if it has none.
     """
-    if named is not model:
+    if isinstance(named, PreTrainedModel) and named is not model:
         return named
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softlabel.pipeline.models.body import inner
 from softlabel.storage.errors import StudentError, UsageError
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -55,7 +56,8 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     except StudentError:
         raise
     except Exception as error:  # architectures raise many kinds of errors for layers that don't go together
-        raise _irregular(teacher, layers, str(error).strip().splitlines()[0][:200]) from error
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        raise _irregular(teacher, layers, " ".join(lines[:2])[:300]) from error  # torch names a weight in the second
     if student.can_generate():
         student.generation_config = teacher.generation_config
     return student
@@ -72,6 +74,9 @@ def _settings(config: Any, layers: Sequence[int]) -> dict[str, Any]:
             settings[name] = [place for place, layer in enumerate(layers) if layer in value]
         elif len(value) == count:  # a value for each layer
             settings[name] = [value[layer] for layer in layers]
+    if "per_layer_config" in settings:  # what single layers have of their own, by their numbers
+        own = {int(layer): values for layer, values in (settings["per_layer_config"] or {}).items()}
+        settings["per_layer_config"] = {place: own[layer] for place, layer in enumerate(layers) if layer in own}
     step = settings.get("decoder_sparse_step")
     if step:  # each layer says for itself whether it has experts
         dense = {layer for layer in range(count) if (layer + 1) % step} | set(config.mlp_only_layers or ())
@@ -172,7 +177,7 @@ def _feed_forward_layers(teacher: PreTrainedModel, neurons: int) -> list[Any]:
     config = teacher.config
     layers = [part for part in teacher.modules() if _is_feed_forward(part)]
     sizes = {layer.down_proj.in_features for layer in layers}
-    if len(layers) != config.num_hidden_layers or sizes != {getattr(config, "intermediate_size", None)}:
+    if len(layers) != config.num_hidden_layers or sizes != {_neurons(config)}:
         of_sizes = f", with {' and '.join(map(str, sorted(sizes)))} neurons," if sizes else ""
         raise StudentError(
             "this kind of model can't be made narrower",
@@ -207,13 +212,23 @@ def require_neurons(config: Any, neurons: int) -> None:
     Raises:
         UsageError: if there are more.
     """
-    if neurons > getattr(config, "intermediate_size", neurons):
+    size = _neurons(config)
+    if size is not None and neurons > size:
         raise UsageError(
             "student.intermediate_size exceeds that of the teacher",
-            expected=f"at most {config.intermediate_size}",
+            expected=f"at most {size}",
             found=f"student.intermediate_size: {neurons}",
             where=config.name_or_path,
         )
+
+
+def _neurons(config: Any) -> int | None:
+    """Neurons of each feed-forward layer; None if the configuration does not give one number for all."""
+    try:
+        size = getattr(config, "intermediate_size", None)
+    except RuntimeError:  # transformers' answer if single layers have others
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _is_feed_forward(part: nn.Module) -> bool:
@@ -230,7 +245,7 @@ def _activity(teacher: PreTrainedModel, layers: Sequence[Any], sequences: Iterab
     hooks = [layer.down_proj.register_forward_pre_hook(listener(s)) for layer, s in zip(layers, sums, strict=True)]
     teacher.eval()
     for ids in sequences:
-        teacher.get_decoder()(input_ids=ids[None], use_cache=False)
+        inner(teacher, teacher.get_decoder())(input_ids=ids[None], use_cache=False)
     for hook in hooks:
         hook.remove()
     return sums

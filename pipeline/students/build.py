@@ -7,6 +7,7 @@ fused loss can do so chunk by chunk. Never trains.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softlabel.pipeline.config.train import StudentConfig
 from softlabel.pipeline.models.body import inner
+from softlabel.pipeline.models.files import first_line
 from softlabel.pipeline.models.multimodal import architecture_of, no_text_model, text_model
 from softlabel.pipeline.models.pretrained import fresh_model, load_config
 from softlabel.pipeline.models.pruning import narrow, prune, spread
@@ -77,6 +79,16 @@ def pruned(student: PreTrainedModel, config: StudentConfig, table: AnyTable) -> 
     return student
 
 
+def name_special_tokens(config: Any, tokenizer: Any) -> None:
+    """Give a configuration the ids of a tokenizer's special tokens, except those that only the architecture needs."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        try:
+            setattr(config, name, getattr(tokenizer, name))
+        except Exception:  # transformers' own kind of error, for an architecture that can't be without this token
+            if getattr(tokenizer, name) is not None:
+                raise
+
+
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """(rows, L, H) inputs of the output layer; those of packed sequences are independent if ``separates``.
 
@@ -133,8 +145,7 @@ def _load(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _fresh(source: StudentSource, dtype: torch.dtype) -> PreTrainedModel:
     folder, tokenizer = source.path, source.origin.tokenizer()
     config = load_or_raise(folder, "configuration", lambda: load_config(folder))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
+    name_special_tokens(config, tokenizer)
     return load_or_raise(folder, "model", lambda: fresh_model(AutoModelForCausalLM, config, dtype=dtype))
 
 
@@ -153,7 +164,16 @@ def _some_sequences(table: AnyTable) -> Iterator[Tensor]:
 def _require_head(student: PreTrainedModel) -> None:
     """Refuse a model whose logits ``output_head`` does not reproduce: it would be trained on wrong logits."""
     ids = torch.arange(8)[None]
-    logits = student.eval()(input_ids=ids, use_cache=False).logits.float()
+    try:
+        logits = student.eval()(input_ids=ids, use_cache=False).logits.float()
+    except Exception as error:  # architectures fail in many different ways
+        raise StudentError(
+            "the student can't be run",
+            expected=f"logits for {ids.numel()} tokens",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            where=student.config.name_or_path or "student.config",
+            do="correct its configuration, install the package that it needs, or choose another student",
+        ) from error
     reproduced = output_head(student)(hidden_states(student, ids, ids)).float()
     tolerance = (0.03 if student.dtype == torch.bfloat16 else 1e-3) * float(logits.abs().max())
     difference = float((reproduced - logits).abs().max())
@@ -187,7 +207,8 @@ def _depends(model: PreTrainedModel, positions: Tensor, states: slice, tokens: s
     """Whether some hidden states of a row depend on some of its tokens, found by a gradient.
 
     Without a dependence the gradient is exactly 0 in any precision, so even the weak dependence of an untrained model
-    is not taken for rounding.
+    is not taken for rounding. The tokens' embeddings are replaced by arbitrary numbers: a padding token's are 0, where
+    some norms have no gradient.
 
     Args:
         model: a causal language model.
@@ -198,7 +219,8 @@ def _depends(model: PreTrainedModel, positions: Tensor, states: slice, tokens: s
     embedded: list[Tensor] = []
 
     def start_gradient(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
+        numbers = torch.arange(output.numel(), device=output.device).view_as(output).sin()
+        embedded.append(numbers.to(output.dtype).requires_grad_())
         return embedded[0].clone()
 
     was_training, device = model.training, model.device

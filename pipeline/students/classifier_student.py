@@ -12,7 +12,7 @@ from softlabel.pipeline.models.checkpoint import class_names, is_classifier
 from softlabel.pipeline.models.padding import padding_id
 from softlabel.pipeline.models.pretrained import blank_model, fresh_model, load_config
 from softlabel.pipeline.models.student_loading import load_or_raise, load_student_model, require_weights
-from softlabel.pipeline.students.build import pruned
+from softlabel.pipeline.students.build import name_special_tokens, pruned
 from softlabel.pipeline.students.labels import LabelMap
 from softlabel.pipeline.students.source import StudentSource
 from softlabel.storage.views.view import AnyTable
@@ -39,8 +39,7 @@ def build_classifier(
     dtype, tokenizer = getattr(torch, config.dtype), source.origin.tokenizer()
     if config.config is not None:
         settings = load_or_raise(folder, "configuration", lambda: load_config(folder, **head))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(settings, name, getattr(tokenizer, name))
+        name_special_tokens(settings, tokenizer)
         student = load_or_raise(
             folder, "model", lambda: fresh_model(AutoModelForSequenceClassification, settings, dtype=dtype)
         )

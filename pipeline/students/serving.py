@@ -5,6 +5,7 @@ silently compute with defaults instead of them, so the older names are written a
 """
 
 import json
+import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ _NESTED = {
     "sliding_attention": ("rope_local_base_freq", "local_rope_theta"),
 }
 """Older names of the base frequency, for architectures with one for each kind of attention."""
+_ONE_FREQUENCY = ("modernbert-decoder",)
+"""Kinds of models with two base frequencies, of which transformers 4 uses that of full attention everywhere."""
 
 
 def name_end_tokens(student: PreTrainedModel, table: AnyTable, tokenizer: Any) -> None:
@@ -57,12 +60,16 @@ def _last_token(table: AnyTable, tokenizer: Any) -> int | None:
 
 
 def write_older_names(folder: Path) -> None:
-    """Add the names of transformers 4 to a student's config.json and tokenizer_config.json."""
+    """Add the names of transformers 4 to a student's config.json and tokenizer_config.json.
+
+    Warns if transformers 4 computes something else than transformers 5 whatever the files say.
+    """
     path = folder / "config.json"
     before, settings = _read(folder), json.loads(path.read_text(encoding="utf-8"))
-    _write(path, settings | _older_rope(settings) | _older_dtype(settings))
-    if _read(folder) != before:  # an architecture for which these names mean something else
+    _write(path, _aliases(folder, settings) | settings | _older_rope(settings) | _older_dtype(settings))
+    if not _reads_as(before, folder):  # an architecture for which these names mean something else
         _write(path, settings)
+    _warn_of_one_frequency(settings)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -78,6 +85,30 @@ def _read(folder: Path) -> tuple[Any, ...]:
     config = load_config(folder)
     rope = getattr(config, "rope_parameters", None) or {}
     return {name: value for name, value in rope.items() if name != "type"}, config.dtype  # an older name of rope_type
+
+
+def _reads_as(expected: tuple[Any, ...], folder: Path) -> bool:
+    try:
+        return _read(folder) == expected
+    except Exception:  # some architectures check their settings, and refuse names that they don't have
+        return False
+
+
+def _warn_of_one_frequency(settings: dict[str, Any]) -> None:
+    rope = settings.get("rope_parameters") or {}
+    full, sliding = ((rope.get(kind) or {}).get("rope_theta") for kind in _NESTED)
+    if settings["model_type"] in _ONE_FREQUENCY and full != sliding:
+        warnings.warn(
+            "transformers 4, and servers that are built on it, compute other logits with this student: for model_type "
+            f"{settings['model_type']}, they also use the base frequency of full attention ({full:g}) in sliding "
+            f"attention, where the student has {sliding:g}. Serve it with transformers 5.",
+            stacklevel=2,
+        )
+
+
+def _aliases(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by further names that the architecture knows them by, such as the number of experts."""
+    return {other: settings[name] for other, name in load_config(folder).attribute_map.items() if name in settings}
 
 
 def _older_rope(settings: dict[str, Any]) -> dict[str, Any]:

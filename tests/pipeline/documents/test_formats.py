@@ -15,7 +15,7 @@ import pytest
 from softlabel.pipeline.config.capture import ColumnsConfig
 from softlabel.pipeline.documents import json_records
 from softlabel.pipeline.documents.documents import Documents, Reject
-from softlabel.storage.errors import DocumentsError, UsageError
+from softlabel.storage.errors import DocumentsError, SoftlabelError, UsageError
 
 RECORDS = [{"id": f"d{i}", "text": f'text "{i}", [x] {{y}} \\ é\n' * 3, "n": [i, {"a": None}]} for i in range(300)]
 
@@ -182,6 +182,26 @@ def test_damaged_csv_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("id;text\n1;a\n")
     with pytest.raises(UsageError, match=r"no column 'id'[\s\S]*id;text"):
         read(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
+def test_a_mark_of_utf_8_is_no_text_and_utf_16_is_an_error_that_names_it(
+    name: str, encoding: str, tmp_path: Path
+) -> None:
+    content = {"x.txt": "Mars", "x.jsonl": '{"id": "x.txt", "text": "Mars"}\n', "x.csv": "id,text\nx.txt,Mars\n"}[name]
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    if encoding == "utf-8-sig":
+        assert read(tmp_path / name)[0].select(["document_id", "content"]).to_pylist() == [
+            {"document_id": "x.txt", "content": "Mars"}
+        ]
+    elif name == "x.txt":
+        assert read(tmp_path / name)[1] == [
+            Reject(name, "the file is not UTF-8: it contains zero bytes, as UTF-16 and compressed files do")
+        ]
+    else:
+        with pytest.raises(SoftlabelError, match=r"not UTF-8|no column 'id'"):
+            read(tmp_path / name)
 
 
 def test_files_that_describe_others_in_a_folder_are_not_documents(tmp_path: Path) -> None:

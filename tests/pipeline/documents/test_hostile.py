@@ -49,6 +49,18 @@ def test_a_link_to_a_missing_file_is_an_error_and_not_fewer_documents(tmp_path: 
             names(path)
 
 
+def test_linked_folders_are_read_once_under_their_own_names_first(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for path in (folder / "a" / "own.txt", elsewhere / "deep" / "far.txt", elsewhere / "near.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (folder / "b").symlink_to(elsewhere)
+    (folder / "A").symlink_to(folder / "a")
+    (elsewhere / "again").symlink_to("../elsewhere/deep")
+    (elsewhere / "back").symlink_to(folder)
+    assert names(folder) == ["a/own.txt", "b/deep/far.txt", "b/near.txt"]
+
+
 def test_a_folder_that_can_not_be_listed_is_an_error_and_not_fewer_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     JambaConfig,
@@ -104,6 +105,12 @@ def test_more_neurons_or_another_kind_of_layer_are_refused():
         narrow(gpt2, 16, [])
 
 
+@pytest.mark.parametrize("name", ["shared keys", "dense layers by number"])
+def test_a_model_without_one_number_of_neurons_can_not_be_narrowed(name):
+    with pytest.raises(StudentError, match="can't be made narrower"):
+        require_prunable(blank_text_model(IRREGULAR[name](), Path()), None, 16)
+
+
 MOE = {**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "initializer_range": 0.3}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
@@ -123,6 +130,14 @@ IRREGULAR = {
     "kinds of attention": lambda: Gemma3TextConfig(
         **SIZES, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4
     ),
+    "settings of single layers": lambda: Gemma4TextConfig(
+        **SIZES,
+        global_head_dim=16,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=4,
+    ),
     "shared keys": lambda: Gemma3nTextConfig(
         **{**SIZES, "vocab_size": 64},
         vocab_size_per_layer_input=64,
@@ -140,6 +155,7 @@ RIGHT = {
     "experts by number": [(0, 1), (1, 2), (0, 3)],
     "attention by place": [(0, 1), (2, 3)],
     "kinds of attention": [(0, 1), (1, 3), (1, 2)],
+    "settings of single layers": [(0, 1), (0, 3), (2, 3)],
     "shared keys": [],
 }
 WRONG = {"attention by place": [(0, 2), (1, 3), (1,)], "dense at first": [(2, 0)], "shared keys": [(0, 1), (2, 3)]}

@@ -12,9 +12,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -23,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
+    ModernBertDecoderConfig,
     OPTConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
@@ -130,6 +134,35 @@ def test_packed_sequences_that_see_each_other_are_refused_and_padded_ones_are_no
 def test_a_student_that_sees_the_tokens_it_has_to_predict_is_refused():
     with pytest.raises(StudentError, match="sees the tokens it has to predict"):
         student._require_separation(BertLMHeadModel(BertConfig(**HEADS, intermediate_size=48)), packing=False)
+
+
+def test_a_causal_model_whose_norms_have_no_gradient_at_a_padding_token_is_accepted():
+    """A padding token's embedding is 0."""
+    config = Gemma3nTextConfig(
+        **SIZES,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    student._require_separation(Gemma3nForCausalLM(config), packing=True)
+
+
+def test_a_model_that_names_its_output_layer_as_its_decoder_is_refused_for_its_logits(table, tmp_path):
+    ModernBertDecoderConfig(**HEADS, pad_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(StudentError, match="computes its logits in a way that the loss does not support"):
+        built(StudentConfig(config=str(tmp_path)), table)
+
+
+def test_a_student_that_can_not_be_run_is_an_error_that_says_why(table, tmp_path):
+    """As where an architecture needs a package for its layers, or its configuration contradicts itself."""
+    sizes = {name: WIDTH[name] for name in ("vocab_size", "num_hidden_layers")}
+    config = DeepseekV3Config(**sizes, num_attention_heads=4, num_key_value_heads=1, hidden_size=32, q_lora_rank=None)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(StudentError, match=r"(?s)the student can't be run.*RuntimeError: The size of tensor"):
+        built(StudentConfig(config=str(tmp_path)), table)
 
 
 def test_layers_come_from_the_teacher_that_the_table_names(table, tiny_teacher):

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GenerationConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from softlabel.pipeline.capturing.capture import capture
@@ -150,20 +153,34 @@ ROPES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
         ),
         {"rotary_emb_base": 5000, "rotary_pct": 0.5},
     ),
+    "experts by another name": (
+        Qwen3MoeConfig(**SIZES, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, rope_theta=3e6),
+        {"num_experts": 2, "num_local_experts": 2, "rope_theta": 3e6},
+    ),
     "experts": (MixtralConfig(**SIZES, num_local_experts=2, rope_theta=3e6), {"rope_theta": 3e6}),
 }
 
 
+BERT_SIZES = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
+ROPES["one frequency by other names"] = (
+    ModernBertDecoderConfig(**BERT_SIZES, global_rope_theta=3e4, local_rope_theta=3e4),
+    {"global_rope_theta": 3e4, "local_rope_theta": 3e4},
+)
 NAMED = ROPES | {
-    "other names of two frequencies": (  # which transformers 4 reads, but does not compute with as transformers 5 does
-        ModernBertDecoderConfig(**{n: v for n, v in SIZES.items() if n not in ("head_dim", "num_key_value_heads")}),
+    "other names of two frequencies": (
+        ModernBertDecoderConfig(**BERT_SIZES),
         {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+    ),
+    "settings that the architecture checks": (
+        Gemma4TextConfig(**SIZES, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0),
+        {},
     ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:transformers 4, and servers")
 @pytest.mark.parametrize("name", NAMED)
-def test_rotary_settings_are_also_where_transformers_4_looks(name: str, tmp_path: Path) -> None:
+def test_renamed_settings_are_also_where_transformers_4_looks(name: str, tmp_path: Path) -> None:
     config, older = NAMED[name]
     config.save_pretrained(tmp_path)
     before = type(config).from_pretrained(tmp_path)
@@ -172,6 +189,17 @@ def test_rotary_settings_are_also_where_transformers_4_looks(name: str, tmp_path
     assert {key: written.get(key) for key in older} == older
     after = type(config).from_pretrained(tmp_path).rope_parameters
     assert {key: value for key, value in after.items() if key != "type"} == before.rope_parameters
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_transformers_4_can_not_compute_is_said(name: str, tmp_path: Path) -> None:
+    NAMED[name][0].save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        write_older_names(tmp_path)
+    messages = [str(warning.message) for warning in said if "transformers 4" in str(warning.message)]
+    assert len(messages) == (name == "other names of two frequencies")
+    assert all("(160000) in sliding attention, where the student has 10000" in message for message in messages)
 
 
 CHILD = """
