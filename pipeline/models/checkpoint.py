@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from softlabel.pipeline.config.capture import TeacherConfig
 from softlabel.pipeline.models.adapter import Adapter
-from softlabel.pipeline.models.files import MODEL_FILES, broken, first_line, locate, sha256, weight_files
+from softlabel.pipeline.models.files import (
+    MODEL_FILES,
+    UntrustedCodeError,
+    broken,
+    first_line,
+    locate,
+    sha256,
+    weight_files,
+)
 from softlabel.pipeline.models.multimodal import architecture_of, text_model
 from softlabel.pipeline.models.pretrained import blank_model, load_config, load_model, load_tokenizer, transformers
 from softlabel.storage.errors import TeacherError
@@ -70,7 +78,9 @@ class Checkpoint:
         try:
             tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # the backend raises a bare Exception on a broken file
-            raise broken("the teacher's tokenizer can't be loaded", self.folder, error) from None
+            if (self.folder / "tokenizer.json").is_file() or isinstance(error, UntrustedCodeError):
+                raise broken("the teacher's tokenizer can't be loaded", self.folder, error) from None
+            raise _no_tokenizer_file(self.folder, error) from None
         if not tokenizer.is_fast:
             raise TeacherError(
                 "the teacher's tokenizer has no fast backend",
@@ -213,6 +223,19 @@ def _no_attention(attention: str, folder: Path, error: Exception) -> TeacherErro
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="install the package that it needs, or leave out teacher.attn_implementation",
+    )
+
+
+def _no_tokenizer_file(folder: Path, error: Exception) -> TeacherError:
+    """The error for a tokenizer that is not in the form that can be loaded without further packages."""
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:20])
+    return TeacherError(
+        "the teacher's tokenizer can't be loaded",
+        expected="tokenizer.json",
+        found=f"{files}; {type(error).__name__}: {first_line(error)}",
+        where=folder,
+        do="download or save the model and its tokenizer again. A tokenizer in another form can be converted where the "
+        "package that it needs is installed: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
     )
 
 

@@ -93,6 +93,8 @@ class DocumentTokenizer:
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None  # for the training of tokenizers: the same text gets ids at random
         self.prefix = np.array(_prefix(self._backend), np.int32)
         """Ids that the tokenizer puts before a text; every sequence of a text begins with them."""
         self._backend.post_processor = None  # it may trim space from the tokens' offsets

@@ -21,7 +21,7 @@ from softlabel.pipeline.evaluation.evaluate import evaluate
 from softlabel.pipeline.models.checkpoint import Checkpoint
 from softlabel.pipeline.sequences.tokenizer import DocumentTokenizer, tokenizer_files
 from softlabel.pipeline.training.train import train
-from softlabel.storage.errors import StudentError
+from softlabel.storage.errors import StudentError, TeacherError
 from tests.conftest import ROOT
 from tests.pipeline.building import built
 from tests.pipeline.captured import make_table
@@ -107,6 +107,28 @@ def test_a_capture_has_the_ids_of_tokenizer_json(
 ) -> None:
     folder = changed(tmp_path / "teacher", tiny_teacher, rules, kind)
     assert captured(folder) == ids(folder / "tokenizer.json")
+
+
+def test_ids_are_never_random(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Dropout of merges is a help for training, which some files still have."""
+
+    def dropout(rules: dict[str, Any]) -> None:
+        rules["model"]["dropout"] = 0.9
+
+    folder = changed(tmp_path / "teacher", tiny_teacher, dropout, "TokenizersBackend")
+    assert captured(folder) == ids(tiny_teacher / "tokenizer.json")
+
+
+@pytest.mark.parametrize("file", [None, "tokenizer.model", "vocab.tiktoken", "tekken.json"])
+def test_a_tokenizer_without_tokenizer_json_is_an_error_that_says_how_to_convert_it(
+    file: str | None, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (folder / "tokenizer.json").unlink()
+    if file:
+        (folder / file).write_bytes(b"\x0a\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(TeacherError, match=rf"(?s)expected:\s+tokenizer\.json.*{file or ''}.*can be converted"):
+        captured(folder)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "phi3", "gemma2"])
