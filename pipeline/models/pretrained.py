@@ -8,6 +8,7 @@ only compares the hashes of the teacher's files.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter_config.json"
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_SCALE = re.compile(r"(weight|proj)\w*_(scales?|scale_inv|scale_2|zero_point)$")
+"""Name of numbers by which quantized weights have to be multiplied, or which have to be taken from them."""
 _MODULES_OF_CODE = "transformers_modules"
 """Package in which transformers puts code that comes with a model."""
 
@@ -161,7 +164,7 @@ def load_model(
     Raises:
         UntrustedCodeError: if it needs code that is not trusted.
         MemoryError: if the device does not have enough memory.
-        Exception: if it can't be read.
+        Exception: if it can't be read, or has quantized weights that transformers would take as they are.
     """
     import torch
 
@@ -180,6 +183,12 @@ def load_model(
             )
     except torch.OutOfMemoryError as error:
         raise MemoryError(str(error)) from error
+    scales = sorted(filter(_SCALE.search, loaded[1]["unexpected_keys"]))
+    if scales:
+        raise ValueError(
+            f"its weights are quantized in a way that transformers does not know: it would leave out {len(scales)} "
+            f"scales of weights, such as {scales[0]}"
+        )
     return loaded
 
 

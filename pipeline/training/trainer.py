@@ -86,7 +86,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(trainable.module, arguments, train_dataset=dataset, eval_dataset=list(trainable.evaluation))
         self.remove_callback(PrinterCallback)
         self.add_callback(_Callback(watch, stop, self._publish_checkpoint))
-        self.loss_is_scaled_for_ga = True  # each micro-batch's loss is a share of its step's
+        # Each micro-batch's loss is a share of its step's. The Trainer would divide it by their number unless this is
+        # set, also in releases that do not know loss_is_scaled_for_ga; it calls compute_loss in any case.
+        self.compute_loss_func = self.compute_loss
         self._run = job.folder.run
         self._steps_before = job.steps_before
         self._record = job.record
