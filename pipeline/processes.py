@@ -5,10 +5,12 @@ outlives the process that started it. It never imports modules from the folder w
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -17,7 +19,8 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from softlabel.storage import errors
-from softlabel.storage.errors import SoftlabelError, WorkerError
+from softlabel.storage.credentials import masked
+from softlabel.storage.errors import SoftlabelError, WorkerError, printable
 from softlabel.storage.identity import run_variables
 
 NEUTRAL = "/"
@@ -25,6 +28,10 @@ NEUTRAL = "/"
 _STARTED_IN = str(Path.cwd())
 _SHOWN_LINES = 15
 _SECONDS_TO_DIE = 1.0
+_MOST_WARNINGS = 100
+"""Most different warnings that one child passes on: a library may put a number into each."""
+
+logger = logging.getLogger("softlabel")
 
 
 def start(
@@ -87,6 +94,30 @@ def _of_the_program() -> list[str]:
     return [str(Path(file).absolute().parents[name.count(".")])] if file else []
 
 
+class Warned:
+    """What child processes have warned of. Each text is passed on once, however many children send it."""
+
+    def __init__(self) -> None:
+        self._texts: set[str] = set()
+
+    def pass_on(self, kind: str, value: Any) -> None:
+        """Warn of what a child's message says, or log it.
+
+        Args:
+            kind: "warning" or "log".
+            value: the text; for a log line, after its level.
+        """
+        level, text = (logging.WARNING, value) if kind == "warning" else value
+        text = masked(printable(text, kept="\n\t"))
+        if text in self._texts:
+            return
+        self._texts.add(text)
+        if kind == "warning":
+            warnings.warn(text, stacklevel=3)
+        else:
+            logger.log(level, "%s", text)
+
+
 class Child:
     """A child process that exchanges lines of JSON with this one.
 
@@ -96,6 +127,7 @@ class Child:
         log: file for everything else that it prints.
         environment: environment variables; this process's by default.
         cwd: its working folder; this process's by default.
+        warned: takes its warnings; children with the same one do not repeat each other's.
     """
 
     def __init__(
@@ -105,8 +137,10 @@ class Child:
         log: Path,
         environment: Mapping[str, str] | None = None,
         cwd: str | None = None,
+        warned: Warned | None = None,
     ) -> None:
         open_standard_files()
+        self.warned = warned or Warned()
         self._log = log
         with log.open("wb") as file:
             self.process = start(
@@ -156,6 +190,8 @@ class ChildDiedError(Exception):
 def messages(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
     """Messages of the children as they arrive: the child, the message's kind and its value.
 
+    What a child warns of is passed on here.
+
     Raises:
         SoftlabelError: the error that a child has reported.
         ChildDiedError: if a child has died. Its death often makes other children fail, and their errors may arrive
@@ -181,6 +217,8 @@ def messages(children: Sequence[Child]) -> Iterator[tuple[Child, str, Any]]:
                     if kind == "error":
                         raised = raised or _error(*value)
                         failed.append(child)
+                    elif kind in ("warning", "log"):
+                        child.warned.pass_on(kind, value)
                     else:
                         yield child, kind, value
 
@@ -200,6 +238,38 @@ def message_sender() -> Callable[[str, Any], None]:
         lines.flush()
 
     return send
+
+
+def send_warnings(send: Callable[[str, Any], None]) -> None:
+    """In a child process: send the parent each warning, and each log line from the level WARNING on, once.
+
+    Libraries keep their log lines from other handlers, so they are taken where every one of them begins.
+    """
+    sent: set[str] = set()
+    make = logging.getLogRecordFactory()
+
+    def send_once(kind: str, text: str, value: Any) -> None:
+        if text not in sent and len(sent) < _MOST_WARNINGS:
+            sent.add(text)
+            send(kind, value)
+
+    def record(*arguments: Any, **settings: Any) -> logging.LogRecord:
+        made = make(*arguments, **settings)
+        if made.levelno >= logging.WARNING:
+            ours = made.name.partition(".")[0] == "softlabel"
+            text = _text(made) if ours else f"{made.name}: {_text(made)}"
+            send_once("log", text, [made.levelno, text])
+        return made
+
+    logging.setLogRecordFactory(record)
+    warnings.showwarning = lambda message, *_, **__: send_once("warning", str(message), str(message))
+
+
+def _text(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # a library's arguments do not fit its text
+        return str(record.msg)
 
 
 def _line(value: Any) -> bytes:

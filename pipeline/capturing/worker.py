@@ -18,13 +18,14 @@ import torch
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.capturing.shard import capture_shard
 from softlabel.pipeline.models.files import remember
-from softlabel.pipeline.processes import message_sender, serialized
+from softlabel.pipeline.processes import message_sender, send_warnings, serialized
 from softlabel.storage.errors import SoftlabelError
 
 
 def main() -> None:
     """Answer requests until there are no more."""
     answer = message_sender()
+    send_warnings(answer)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that a partly written shard is deleted
     watch = partial(answer, "progress")
     requests: SimpleQueue[tuple[str, str, dict[str, str]]] = SimpleQueue()

@@ -23,7 +23,7 @@ import torch
 
 from softlabel.pipeline.capturing.job import CaptureJob
 from softlabel.pipeline.models.files import known_hashes
-from softlabel.pipeline.processes import Child, ChildDiedError, messages
+from softlabel.pipeline.processes import Child, ChildDiedError, Warned, messages
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.errors import WorkerError
 from softlabel.storage.writer import Commit
@@ -71,14 +71,15 @@ class Worker:
         device: that the process is pinned to.
         threads: number of CPU threads.
         log: file for the process's output.
+        warned: takes its warnings.
     """
 
-    def __init__(self, name: str, device: str, threads: int, log: Path) -> None:
+    def __init__(self, name: str, device: str, threads: int, log: Path, warned: Warned | None = None) -> None:
         self.name = name
         self.deaths = 0
         """Number of deaths in a row."""
         self.closed = False
-        self._device, self._threads, self._log = device, threads, log
+        self._device, self._threads, self._log, self._warned = device, threads, log, warned
         self._child: Child | None = None
         self._lock = Lock()
 
@@ -119,7 +120,8 @@ class Worker:
             if self.closed:
                 raise WorkerError("the capture has ended")
             if self._child is None or self._child.process.poll() is not None:
-                self._child = Child("softlabel.pipeline.capturing.worker", str(self._threads), log=self._log)
+                module, threads = "softlabel.pipeline.capturing.worker", str(self._threads)
+                self._child = Child(module, threads, log=self._log, warned=self._warned)
             return self._child
 
 
@@ -136,8 +138,9 @@ class Workers:
         self._last_error: WorkerError | None = None
         several = len(set(devices)) < len(devices)
         names = [f"{device} #{i}" if several else device for i, device in enumerate(devices, 1)]
+        warned = Warned()
         self._workers = [
-            Worker(name, device, threads, folder / f"worker-{i}.log")
+            Worker(name, device, threads, folder / f"worker-{i}.log", warned)
             for i, (name, device) in enumerate(zip(names, devices, strict=True))
         ]
 

@@ -7,7 +7,6 @@ loopback interface, because anyone who can connect to a rank can run code in it.
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -126,8 +125,6 @@ def train_by(processes: int, config: TrainConfig, watch: Watch, stop: Stop) -> d
                         raise StoppedError
                     case "progress":
                         watch(Progress(**value))
-                    case "warning":
-                        warnings.warn(value, stacklevel=3)
                     case "report" if child is ranks[0]:
                         return dict(value)
         except ChildDiedError as death:

@@ -8,11 +8,10 @@ import os
 import signal
 import sys
 import traceback
-import warnings
 from functools import partial
 from threading import Thread
 
-from softlabel.pipeline.processes import message_sender, serialized
+from softlabel.pipeline.processes import message_sender, send_warnings, serialized
 from softlabel.pipeline.training.stop import Stop, StoppedError
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     parent.start()
     settings, rendezvous = sys.argv[1:]
     if os.environ["RANK"] == "0":
-        warnings.showwarning = lambda message, *_, **__: send("warning", str(message))
+        send_warnings(send)
     try:
         from softlabel.pipeline.config.train import TrainConfig
         from softlabel.pipeline.training.launch import join

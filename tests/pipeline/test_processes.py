@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.pipeline.processes import Child, ChildDiedError, messages
+from softlabel.pipeline.processes import Child, ChildDiedError, Warned, messages
 from softlabel.storage.errors import SoftlabelError, TeacherError, WorkerError
 from tests.conftest import ROOT
 
@@ -49,6 +49,26 @@ def test_details_that_json_can_not_represent_still_arrive(tmp_path: Path):
         list(messages([child]))
     assert json.dumps(error.value.details)
     end(child)
+
+
+def test_what_children_warn_of_is_in_the_log_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    warned = Warned()
+    children = [Child(SPEAKING, "warns", log=tmp_path / name, warned=warned) for name in ("a", "b")]
+    received = messages(children)
+    with pytest.warns() as said:
+        assert {next(received)[1], next(received)[1]} == {"progress"}
+    for child in children:
+        end(child)
+    assert [str(warning.message) for warning in said] == ["deprecated"]
+    assert [(record.levelname, record.message) for record in caplog.records if "number" not in record.message] == [
+        ("WARNING", "library.of.models: 7 tokens are too many"),
+        ("WARNING", "library.of.models: %d tokens"),
+        ("ERROR", r"library.of.models: from a document: \x1b[31m\r"),
+        ("WARNING", "library.of.models: no access to (a location with credentials)"),
+        ("WARNING", "ours"),
+    ]
+    assert len(caplog.records) <= 100  # a warning may have a number in it
+    assert "no warning" in (tmp_path / "a").read_text()
 
 
 def test_an_error_of_a_child_that_has_ended_since_is_raised(tmp_path: Path):
