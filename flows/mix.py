@@ -11,5 +11,5 @@ from softlabel.pipeline.tables.mix import MixReport, mix
 @flow(name="mix", flow_run_name="mix {config.view}", persist_result=False)
 def mix_flow(config: MixConfig) -> MixReport:
     """Make a view, through which several tables with one tokenizer are read like one table."""
-    with recorded(), reported():
+    with recorded(view=config.view), reported():
         return mix(config)

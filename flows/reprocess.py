@@ -17,7 +17,7 @@ def reprocess_flow(config: ReprocessConfig) -> ReprocessReport:
     """Make a smaller table from a table, or change it in place as one new version; no teacher is needed."""
     target = config.destination or config.source
     with (
-        recorded(),
+        recorded(destination=config.destination),
         retrying(),
         announcing(target, "reprocess"),
         reported(),

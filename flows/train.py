@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from prefect import flow
 from prefect._internal import control_listener
 
+from softlabel.flows.running.artifacts import publishing_progress
 from softlabel.flows.running.events import announce_student
 from softlabel.flows.running.outages import reported
-from softlabel.flows.running.progress import watching
 from softlabel.flows.running.retries import retrying
 from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.train import TrainConfig
@@ -18,8 +18,8 @@ from softlabel.pipeline.training.train import TrainReport, train
 @flow(name="train", flow_run_name="train {config.output}", persist_result=False)
 def train_flow(config: TrainConfig) -> TrainReport:
     """Train a student from a table; a student that is already trained with these settings is left unchanged."""
-    with recorded():
-        with retrying(), _cancellable(), reported(), watching() as watch:
+    with recorded(output=config.output):
+        with retrying(), _cancellable(), reported(), publishing_progress("train-progress") as watch:
             report = train(config, watch)
         announce_student(report)  # once the server can take the event
     return report

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, cast
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from softlabel.flows.running.artifacts import publishing_progress
 from softlabel.flows.running.events import announcing
 from softlabel.flows.running.outages import publish, reported
-from softlabel.flows.running.progress import watching
 from softlabel.flows.running.retries import retrying
 from softlabel.flows.running.runs import recorded
 from softlabel.pipeline.config.tables import VerifyConfig
@@ -25,7 +25,7 @@ def verify_flow(config: VerifyConfig) -> VerifyReport:
     """Check every byte of a table and, if its teacher is given, compare a sample with it; any difference fails."""
     changing = announcing(config.table, "verify") if config.remove_damaged else nullcontext()
     try:
-        with recorded(), retrying(), changing, reported(), watching() as watch:
+        with recorded(), retrying(), changing, reported(), publishing_progress("verify-progress") as watch:
             report = verify(config, watch)
     except IntegrityError as error:
         if isinstance(error.details, Verification):

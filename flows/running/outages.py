@@ -14,9 +14,10 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext, _deployment_id
+from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from softlabel.flows.running.runs import is_deployed
 from softlabel.pipeline.models.files import first_line
 
 HOURS = 12.0
@@ -41,7 +42,7 @@ def reported() -> Iterator[None]:
 def await_server() -> None:
     """Wait until the server answers; only in a run of a deployment, since a person can decide what to wait for."""
     context = FlowRunContext.get()
-    if not (context and context.flow_run and _deployment_id.get()):
+    if not (context and context.flow_run and is_deployed()):
         return
     began = time.monotonic()
     answered = True

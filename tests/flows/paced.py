@@ -1,7 +1,9 @@
-"""A teacher for tests of workers: it takes its time, writes down what it reads, and fails once if it is told to."""
+"""A teacher for tests of workers: it takes its time, warns, writes down what it reads, and fails once if told to."""
 
+import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +23,8 @@ class Paced(TransformersTeacher):
     ) -> Iterator[torch.Tensor]:
         """See ``pipeline.teachers.teacher.Teacher``."""
         time.sleep(float(os.environ.get("PACED_SECONDS", "0")))
+        logging.getLogger("library").warning("of the library")
+        warnings.warn("of the engine", stacklevel=1)
         failure = Path(os.environ.get("PACED_FAILURE", ""))
         if failure.is_file():
             failure.unlink()

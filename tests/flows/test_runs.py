@@ -1,21 +1,30 @@
 """Whatever a flow writes names the Prefect run that wrote it; what is written without Prefect names none."""
 
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect import Flow
+from prefect.context import _deployment_id
 
 from softlabel.flows.capture import capture_flow
+from softlabel.flows.evaluate import with_lasting_report
 from softlabel.flows.maintain import maintain_flow
 from softlabel.flows.mix import mix_flow
 from softlabel.flows.reprocess import reprocess_flow
+from softlabel.flows.running.runs import recorded
 from softlabel.flows.train import train_flow
 from softlabel.flows.verify import verify_flow
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.evaluate import CompareConfig, EvaluateConfig
 from softlabel.pipeline.config.tables import MaintainConfig, MixConfig, ReprocessConfig, VerifyConfig
 from softlabel.pipeline.students.record import RECORD, StudentRecord, read_record
+from softlabel.storage.errors import UsageError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.records.versions import pins, tags
 from softlabel.storage.table import Table
@@ -97,6 +106,45 @@ def test_every_commit_record_and_student_names_the_run_that_wrote_it(config: Cap
     assert [run.circumstances["run"] for run in record.runs] == [trained]
     assert record.circumstances["flow"] == "train"
     assert {pin.run for pin in pins(table)} == {mixed, trained}
+
+
+@pytest.fixture
+def deployed() -> Iterator[None]:
+    """As in a run of a deployment."""
+    token = _deployment_id.set(uuid4())
+    yield
+    _deployment_id.reset(token)
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize("location", ["table", "./students/{version}", "wiki@3", "data/s3:"])
+def test_a_run_of_a_deployment_writes_nothing_to_its_working_folder_which_is_deleted(location: str):
+    with pytest.raises(UsageError, match="working folder is deleted") as error, recorded(output=location):
+        pass
+    assert f"output: {location}" in str(error.value)
+
+
+@pytest.mark.usefixtures("deployed")
+@pytest.mark.parametrize("location", ["/data/table", "s3://bucket/table", "/students/{version}", None])
+def test_a_run_of_a_deployment_writes_to_full_locations(location: str | None):
+    with recorded(output=location):
+        pass
+
+
+WRITTEN = {"capture": "table", "train": "output", "mix": "view", "reprocess": "destination", "evaluate": "report"}
+
+
+@pytest.mark.parametrize(("flow", "name"), [*WRITTEN.items(), ("compare", "report"), ("distill", "table")])
+def test_every_flow_that_makes_something_checks_where(flow: str, name: str):
+    assert f"recorded({name}=config.{name}" in inspect.getsource(import_module(f"softlabel.flows.{flow}"))
+
+
+@pytest.mark.parametrize("kind", [EvaluateConfig, CompareConfig])
+def test_the_report_of_a_deployed_run_lasts(kind: type[EvaluateConfig], deployed: None):
+    config = kind(table="/data/table", students=("/data/students/a", "hub/name"))
+    assert with_lasting_report(config).report == f"/data/students/{config.report}"
+    given = config.model_validate(config.model_dump(exclude_unset=True) | {"report": "/reports/a"})
+    assert with_lasting_report(given).report == "/reports/a"
 
 
 def test_without_prefect_no_run_is_recorded(config: CaptureConfig):
