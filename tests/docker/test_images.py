@@ -31,6 +31,16 @@ def test_a_capture_runs_on_a_read_only_root_and_compiles_no_kernel(
     assert not list((open_folder / "scratch").glob("softlabel-*"))
 
 
+def test_a_gpu_worker_without_a_gpu_says_so_and_takes_no_runs(images: Images, open_folder: Path):
+    places = folders(open_folder, "/tmp", "/data", "/scratch")
+    command = command_in(
+        images["gpu-worker"], folders=places, environment={"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("softlabel: this worker is for runs on a GPU, and it sees none")
+
+
 @pytest.mark.parametrize("target", ["server", *WORKERS])
 def test_a_container_can_write_only_to_its_volumes(images: Images, target: str, open_folder: Path):
     image, places = images[target], folders(open_folder, "/tmp")
