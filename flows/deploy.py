@@ -4,10 +4,14 @@ Nothing that it does not describe is touched: other pools, deployments and autom
 """
 
 import asyncio
+import logging
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
+import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
@@ -27,10 +31,14 @@ from softlabel.flows.deployments import (
     entrypoint,
     flow_of,
 )
+from softlabel.flows.running.logs import line
 from softlabel.storage.credentials import masked
 from softlabel.storage.errors import SoftlabelError, UsageError
 
 Change = Literal["created", "updated", "unchanged"]
+
+_SECONDS_TO_START = 60.0
+"""Time to wait for a server that was just started: its first start creates the database."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ def _require_valid(deployment: DeploymentConfig, schedules: bool) -> None:
 
 async def _install(config: DeployConfig, server: str, dry_run: bool) -> DeployReport:
     async with get_client() as client:
+        await _started(client, server)
         installed = [await _work_pool(client, config.work_pool, dry_run)]
         installed += [await _queue(client, config.work_pool, name, text, dry_run) for name, text in QUEUES.items()]
         ids: dict[str, UUID] = {}
@@ -126,6 +135,23 @@ async def _install(config: DeployConfig, server: str, dry_run: bool) -> DeployRe
         for automation in automations(config, ids, notify):
             installed.append(await _automation(client, automation, dry_run))
     return DeployReport(masked(server), config.work_pool, tuple(installed), dry_run)
+
+
+async def _started(client: PrefectClient, server: str) -> None:
+    """Wait until the server accepts connections.
+
+    Raises:
+        httpx.TransportError: if it still does not after a minute.
+    """
+    began = time.monotonic()
+    waited = False
+    while isinstance(problem := await client.api_healthcheck(), httpx.TransportError):
+        if time.monotonic() - began > _SECONDS_TO_START:
+            raise problem
+        if not waited:
+            print(line(logging.INFO, f"waiting for the Prefect server at {masked(server)}"), file=sys.stderr)
+        waited = True
+        await asyncio.sleep(1)
 
 
 async def _work_pool(client: PrefectClient, name: str, dry_run: bool) -> Installed:

@@ -53,6 +53,7 @@ def test_the_commands_of_scheduling_capture_by_hand_and_on_a_schedule(
     described = yaml.safe_load(here(site))
     nightly = described["deployments"][0] | {"cron": "* * * * *"}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"deployments": [nightly]}))
+    (tmp_path / ".demo").mkdir()
     environment = os.environ | {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_SERVER_API_PORT": str(port)}
     environment |= {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PREFECT_API_URL", None)
@@ -81,5 +82,5 @@ def test_the_commands_of_scheduling_capture_by_hand_and_on_a_schedule(
         done = "prefect flow-run ls --state COMPLETED --flow-name capture --output json"
         wait_until(lambda: len(json.loads(command(done))) > 1, seconds=180)
     finally:
-        shell.stdin.write("kill -KILL %1; prefect server stop\n")  # a worker that has lost its server does not end
+        shell.stdin.write("kill -KILL %1 %2\n")  # without job control, they ignore SIGINT, and so Prefect SIGTERM
         shell.communicate()

@@ -5,25 +5,31 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Pending
+from prefect.states import Completed, Failed, Pending, Running
 
+from softlabel.flows import deploy as deploying
 from softlabel.flows.cli import run
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
+from softlabel.storage.errors import SoftlabelError
 from tests.flows.commands import softlabel
-from tests.flows.servers import of_server, prefect_server, wait_until, worker
+from tests.flows.servers import answering, closed, of_server, prefect_server, wait_until, worker
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import processes_of, settings
 
@@ -204,6 +210,25 @@ def test_without_a_server_to_deploy_to_the_error_says_how_to_name_one(capsys: py
     assert "PREFECT_API_URL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_server_that_does_not_listen_yet_is_waited_for_a_while(listens: bool, monkeypatch, capsys):
+    if not listens:
+        monkeypatch.setattr(deploying, "_SECONDS_TO_START", 0.2)
+    with closed() as port, temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}), ExitStack() as stack:
+
+        def listen() -> None:
+            wait_until(lambda: "waiting for" in capsys.readouterr().err, seconds=20)
+            stack.enter_context(answering(418, port))
+
+        thread = threading.Thread(target=listen)
+        if listens:
+            thread.start()
+            stack.callback(thread.join)
+        with pytest.raises(SoftlabelError) as error:
+            deploy(DeployConfig())
+        assert ("418" in str(error.value), "ConnectError" in str(error.value)) == (listens, not listens)
+
+
 @pytest.mark.long
 def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(tiny_teacher: Path, tmp_path: Path):
     """Worker and run are killed; after the missing heartbeats, another worker gets the run, which ends as it would."""
@@ -242,6 +267,40 @@ def test_a_run_that_its_worker_never_started_is_handed_out_again(tmp_path: Path)
             run = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
             client.set_flow_run_state(run.id, Pending(name="Submitting"), force=True)
             wait_until(lambda: client.read_flow_run(run.id).state_name == "AwaitingRetry", seconds=120)
+
+
+@contextmanager
+def receiving() -> Iterator[tuple[str, list[str]]]:
+    """A web hook: its URL, and what it is sent."""
+    received: list[str] = []
+
+    class Receive(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Receive) as hook:
+        threading.Thread(target=hook.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{hook.server_port}/", received
+        hook.shutdown()
+
+
+@pytest.mark.long
+def test_a_team_is_told_of_a_run_that_fails_and_of_no_other(tmp_path: Path):
+    with prefect_server(tmp_path), receiving() as (url, received), get_client(sync_client=True) as client:
+        hook = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}}\n{{body}}"})
+        hook.save("team")
+        deploy(DeployConfig(notify="custom-webhook/team"))
+        mix = client.read_deployment_by_name("mix/softlabel")
+        parameters = {"config": {"view": "/v", "tables": ["/a", "/b"]}}
+        for state in (Completed(), Failed(message="there is no table /a")):
+            run = client.create_flow_run_from_deployment(mix.id, parameters=parameters, state=Running())
+            client.set_flow_run_state(run.id, state, force=True)
+        wait_until(lambda: received, seconds=60)
+    [message] = received
+    assert message.startswith(f"softlabel: {run.name} Failed\nthere is no table /a\n")
+    assert str(run.id) in message
 
 
 @pytest.mark.long

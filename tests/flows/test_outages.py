@@ -4,11 +4,9 @@ import inspect
 import logging
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,7 +22,7 @@ from softlabel.pipeline.config.tables import MaintainConfig
 from softlabel.pipeline.tables.maintain import MaintainReport
 from softlabel.storage.errors import AccessError
 from tests.flows.captures import DOCUMENTS, IMPATIENT, Capture
-from tests.flows.servers import prefect_server, wait_until, worker
+from tests.flows.servers import answering, closed, prefect_server, wait_until, worker
 from tests.flows.test_retries import REPORT, deployed_run, quick
 
 _ = quick
@@ -35,34 +33,6 @@ def hanging() -> Iterator[int]:
     """A port whose connections are accepted, and never answered."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-@contextmanager
-def answering(status: int) -> Iterator[int]:
-    """A server, or the proxy before one, that answers everything with one status."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def closed() -> Iterator[int]:
-    """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    yield port
 
 
 @pytest.mark.parametrize(
@@ -171,6 +141,25 @@ def test_a_run_that_fails_during_an_outage_is_tried_again_after_it(tiny_teacher:
             server.start()
             wait_until(lambda: capture.run.state_name == "Completed", seconds=240)
             assert capture.run.run_count == 2
+    assert capture.is_exact()
+
+
+@pytest.mark.long
+def test_a_worker_that_is_stopped_during_an_outage_ends_and_another_one_finishes_its_run(
+    tiny_teacher: Path, tmp_path: Path
+):
+    with prefect_server(tmp_path) as server:
+        deploy(DeployConfig(heartbeat_seconds=30))
+        capture = Capture(tmp_path, tiny_teacher)
+        with worker(**capture.pace(3), **IMPATIENT) as stopped:
+            wait_until(lambda: capture.has(1), seconds=180)
+            server.kill()
+            stopped.send_signal(signal.SIGTERM)  # what Docker and Kubernetes do, two minutes before they kill
+            stopped.wait(120)
+        assert not capture.has(DOCUMENTS)
+        server.start()
+        with worker(**capture.pace(0)):
+            wait_until(lambda: capture.run.state_name == "Completed", seconds=400)
     assert capture.is_exact()
 
 
