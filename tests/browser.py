@@ -47,8 +47,8 @@ class Page:
             case "Page.loadEventFired":
                 self._loaded = True
 
-    def visit(self, path: Path, width: int, *, dark: bool = False, media: str = "screen") -> Self:
-        """Open a file in a window of this width, and wait until it is there."""
+    def visit(self, place: Path | str, width: int, *, dark: bool = False, media: str = "screen") -> Self:
+        """Open a file or a URL in a window of this width, and wait until it is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._ask(f"{domain}.enable")
         self._ask(
@@ -57,7 +57,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._loaded = False
-        self._ask("Page.navigate", url=path.as_uri())
+        self._ask("Page.navigate", url=place.as_uri() if isinstance(place, Path) else place)
         while not self._loaded:
             self._note(json.loads(self._socket.recv(timeout=_SECONDS)))
         return self
@@ -75,6 +75,16 @@ class Page:
         x, y = self.value(f"{place}(document.querySelectorAll({json.dumps(selector)})[{number}])")
         for kind in ("mousePressed", "mouseReleased"):
             self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, text: str, selector: str, number: int = 0) -> None:
+        """Type into a field."""
+        self.click(selector, number)
+        self._ask("Input.insertText", text=text)
+
+    @property
+    def text(self) -> str:
+        """The text that a person sees."""
+        return str(self.value("document.body.innerText"))
 
     @property
     def overflow(self) -> int:
