@@ -42,10 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
 
 
+# Importing everything makes a million objects, among which there is no garbage to look for.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Exclude imported modules from garbage collection, which would cost each training a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 CHATML = (

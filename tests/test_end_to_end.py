@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from softlabel.pipeline.examples import language_model as demo
@@ -34,11 +35,19 @@ socket.getaddrinfo = lambda host, *rest, **more: (record(host), resolve(host, *r
 """A sitecustomize module that records every connection to another machine."""
 
 
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's folder, which the first command makes."""
+    return tmp_path_factory.mktemp("home") / "prefect"
+
+
 def softlabel(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("softlabel")), *arguments]
 
 
-def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(smollm2: Path, tmp_path: Path) -> None:
+def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
+    smollm2: Path, prefect_home: Path, tmp_path: Path
+) -> None:
     """SmolLM2 on a few pages of Python's manual.
 
     Runs as a user would, without a configured server: stdout is one object, and nothing contacts another machine.
@@ -59,7 +68,7 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(smollm
     (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
     calls = tmp_path / "calls"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "CI"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(prefect_home)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -74,7 +83,9 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(smollm
     assert all(name in page for name in ("student", "control", "<svg"))
 
 
-def test_a_killed_capture_that_runs_again_completes_the_table(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_capture_that_runs_again_completes_the_table(
+    tiny_teacher: Path, prefect_home: Path, tmp_path: Path
+) -> None:
     """In a folder of documents that also has code, none of which the command, its workers and its server run."""
     folder = tmp_path / "downloaded"
     caught = trap(folder)
@@ -82,7 +93,7 @@ def test_a_killed_capture_that_runs_again_completes_the_table(tiny_teacher: Path
     texts = {f"d{i}": f"Document number {i} says that {i * i} is the square of {i}." for i in range(count)}
     pq.write_table(pa.table({"id": list(texts), "text": list(texts.values())}), folder / "documents.parquet")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    environment["PREFECT_HOME"] = str(tmp_path / "prefect")
+    environment["PREFECT_HOME"] = str(prefect_home)
     command = softlabel("capture", "documents.parquet", "table", "--shards.positions", "2000")
     command += ["--teacher.model", str(tiny_teacher), "--teacher.dtype", "float32", "--teacher.batch-tokens", "512"]
     by_two = [*command, "--teacher.device", "cpu", "--teacher.workers", "2"]

@@ -1,10 +1,14 @@
 """The part of a model that computes hidden states, without the output layer."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def inner(model: PreTrainedModel, named: nn.Module) -> nn.Module:
+def inner(model: "PreTrainedModel", named: nn.Module) -> nn.Module:
     """The body of a model.
 
     Args:
@@ -14,6 +18,8 @@ def inner(model: PreTrainedModel, named: nn.Module) -> nn.Module:
     Returns:
         The body; the model itself if it has none.
     """
+    from transformers import PreTrainedModel  # imported here: three seconds, which an engine of one's own does not need
+
     if isinstance(named, PreTrainedModel) and named is not model:
         return named
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,9 +39,11 @@ READ_TABLES_ONLY = {"reprocess", "mix", "maintain"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def server(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server of its own, since a deployment is visible to all."""
-    with prefect_server(tmp_path_factory.mktemp("server")):
+    home = tmp_path_factory.mktemp("server")
+    shutil.copy(prefect_database, home)
+    with prefect_server(home):
         yield
 
 
@@ -173,7 +176,7 @@ def test_a_deployment_that_could_not_run_is_refused_before_anything_is_installed
 
 
 @pytest.mark.usefixtures("server")
-def test_a_new_version_of_a_table_starts_the_training_that_waits_for_it(site: Path, tiny_teacher: Path):
+def test_a_new_version_of_a_table_starts_the_training_that_waits_for_it(site: Path):
     deploy(DeployConfig.model_validate(yaml.safe_load(site.read_text())))
     with get_client(sync_client=True) as client:
         training = client.read_deployment_by_name("train/wiki")
@@ -182,7 +185,7 @@ def test_a_new_version_of_a_table_starts_the_training_that_waits_for_it(site: Pa
             return [run for run in client.read_flow_runs() if run.deployment_id == training.id]
 
         # In a process of its own: Prefect sends all events of a process to the first server that it used.
-        subprocess.run([sys.executable, "-c", ANNOUNCING, site.parent, tiny_teacher], env=of_server(), check=True)
+        subprocess.run([sys.executable, "-c", ANNOUNCING, site.parent], env=of_server(), check=True)
         wait_until(runs, seconds=60)
         assert len(runs()) == 1
 
@@ -192,12 +195,12 @@ import sys
 from pathlib import Path
 
 from softlabel.flows.running.events import announcing
-from tests.pipeline.captured import make_table
+from tests.storage.tables import add, identity, make_table
 
-folder, teacher = map(Path, sys.argv[1:])
+folder = Path(sys.argv[1])
 for name in ("other", "table"):
     with announcing(str(folder / name), "capture"):
-        make_table(folder / name, teacher, train=2, held_out=0)
+        add(make_table(folder / name, identity()), ["a row"])
 with announcing(str(folder / "table"), "capture"):
     pass  # nothing new
 """

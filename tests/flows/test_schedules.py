@@ -1,5 +1,6 @@
 """Schedules fire on a Prefect server, with either database."""
 
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +19,8 @@ SCHEDULES = {
 }
 
 
-def test_every_kind_of_schedule_creates_runs(tmp_path: Path):
+def test_every_kind_of_schedule_creates_runs(prefect_database: Path, tmp_path: Path):
+    shutil.copy(prefect_database, tmp_path)
     with prefect_server(tmp_path) as server:
         assert_schedules_create_runs(server.log)
 

@@ -39,14 +39,13 @@ time.sleep(60)
 """
 
 
-def test_the_server_serves_only_its_process_and_ends_with_it(prefect_home: Path):
-    prefect_home.mkdir(exist_ok=True)
-    database = prefect_home / "prefect.db"
+def test_the_server_serves_only_its_process_and_ends_with_it(tmp_path: Path):
+    database = tmp_path / "prefect.db"
     database.touch()
     database.chmod(0o644)  # as Prefect itself makes it
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"PREFECT_HOME": str(prefect_home)},
+        env=os.environ | {"PREFECT_HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -64,7 +63,7 @@ def test_the_server_serves_only_its_process_and_ends_with_it(prefect_home: Path)
     answer = httpx.post(f"{url}/flow_runs/filter", auth=owner, headers=everyone, json={})  # type: ignore[arg-type]
     assert answer.is_success
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    files = [path for path in prefect_home.rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert database in files
     assert not [path for path in files if stat.S_IMODE(path.stat().st_mode) & 0o077]
 

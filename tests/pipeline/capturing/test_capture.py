@@ -1,9 +1,10 @@
 """A capture brings a table up to date: nothing twice and nothing lost, even if it is interrupted."""
 
 import json
-import multiprocessing
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -16,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softlabel.pipeline.capturing.capture import CaptureReport, capture
+from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.job import resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
@@ -34,6 +35,7 @@ from softlabel.storage.schema import ROW_KEY, row_keys
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import history
 from tests.conftest import topics
+from tests.pipeline.bigrams import MEETING
 
 DENSE = {"top_p": 1.0, "min_k": 500, "max_k": 500, "draws": 0}
 """Stores every id, so that the table can be compared with the model."""
@@ -302,21 +304,27 @@ def test_progress_reaches_the_total(tiny_teacher: Path, tmp_path: Path) -> None:
     assert len(Table.open(str(tmp_path / "t")).history()) > 2  # several shards, each with its own commit
 
 
-def _capture_in_child(config: CaptureConfig, done: "multiprocessing.Queue[CaptureReport]") -> None:
-    torch.set_num_threads(1)
-    done.put(capture(config))
+CAPTURE = """
+import sys
+from softlabel.pipeline.capturing.capture import capture
+from softlabel.pipeline.config.capture import CaptureConfig
+
+print(capture(CaptureConfig.model_validate_json(sys.argv[1])).sequences)
+"""
 
 
-def test_two_captures_at_once_write_every_row_once(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_two_captures_at_once_write_every_row_once(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have planned to capture everything before either has captured anything."""
     config = settings(tiny_teacher, write(tmp_path / "a.parquet", texts(150)), tmp_path / "t")
-    context = multiprocessing.get_context("spawn")
-    done: multiprocessing.Queue[CaptureReport] = context.Queue()
-    children = [context.Process(target=_capture_in_child, args=(config, done)) for _ in range(2)]
-    for child in children:
-        child.start()
-    reports = [done.get(timeout=120) for _ in children]
-    for child in children:
-        child.join()
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"engine": MEETING})})
+    (tmp_path / "meeting").mkdir()
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
+    command = [sys.executable, "-c", CAPTURE, config.model_dump_json(exclude_unset=True)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        captured = capture(config).sequences
+        captured += int(other.communicate(timeout=120)[0])
     rows = rows_of(tmp_path / "t")
     assert len(rows) == len(set(rows)) == 150
-    assert sum(report.sequences for report in reports) == 150  # each sequence is counted by the run that committed it
+    assert captured == 150  # each sequence is counted by the run that committed it

@@ -26,12 +26,13 @@ from softlabel.storage.errors import TeacherError, WorkerError
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
 from softlabel.storage.writer import Commit
+from tests.pipeline.bigrams import REFUSING, UNHURRIED
 from tests.pipeline.capturing.test_capture import rows_of, settings, texts, write
 
 
 def with_two_workers(config: CaptureConfig, **teacher: object) -> CaptureConfig:
-    """The same capture with two workers on the CPU."""
-    changed = config.teacher.model_copy(update={"device": "cpu", "workers": 2, **teacher})
+    """The same capture with two workers on the CPU that start soon."""
+    changed = config.teacher.model_copy(update={"device": "cpu", "workers": 2, "engine": UNHURRIED, **teacher})
     return config.model_copy(update={"teacher": changed})
 
 
@@ -56,7 +57,7 @@ def gone(process: int) -> bool:
         return True
 
 
-def test_after_workers_are_killed_every_row_is_still_captured_once(
+def test_after_a_worker_is_killed_every_row_is_still_captured_once(
     tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Workers use the hashes that this process has computed, and do not read the weights again.
@@ -65,16 +66,14 @@ def test_after_workers_are_killed_every_row_is_still_captured_once(
     known = {state: "known" for state in model_folder.known_hashes() if "model.safetensors" in state}
     monkeypatch.setattr(model_folder, "_HASHES", known)
     documents = write(tmp_path / "d.parquet", texts(400))
-    config = with_two_workers(settings(tiny_teacher, documents, tmp_path / "t"))
+    config = with_two_workers(settings(tiny_teacher, documents, tmp_path / "t"), batch_tokens=256)
     seen: list[Progress] = []
 
     def watch(progress: Progress) -> None:
         seen.append(progress)
-        if len(progress.parts) == 2 and not killed:
-            # Both, since on a busy machine the first may have done all its shards when the second begins.
-            killed.extend(workers_of(os.getpid()))
-            for process in killed:
-                os.kill(process, signal.SIGKILL)
+        if set(progress.parts) == {"cpu #1", "cpu #2"} and not killed:
+            killed.append(workers_of(os.getpid())[0])
+            os.kill(killed[0], signal.SIGKILL)
 
     killed: list[int] = []
     report = capture(config, watch)
@@ -88,9 +87,8 @@ def test_after_workers_are_killed_every_row_is_still_captured_once(
     assert (report.sequences, report.positions) == (400, sum(split.positions for split in found))
     assert report.bytes == sum(split.bytes for split in found)
     assert seen[-1].done == seen[-1].total == report.positions
-    assert set(seen[-1].parts) == {"cpu #1", "cpu #2"}
     assert sum(part.done for part in seen[-1].parts.values()) == report.positions
-    assert 0.1 < seen[-1].details["probability in the head"] < 1
+    assert 0.01 < seen[-1].details["probability in the head"] < 1
     assert 20 < seen[-1].details["bytes per position"] < 500
     assert Table.open(str(tmp_path / "t")).identity.teacher.files["model.safetensors"] == "known"
     again = capture(config)
@@ -98,10 +96,8 @@ def test_after_workers_are_killed_every_row_is_still_captured_once(
 
 
 def test_an_interrupt_ends_all_workers(tiny_teacher: Path, tmp_path: Path) -> None:
-    documents = write(tmp_path / "d.parquet", texts(5000))
-    config = with_two_workers(
-        settings(tiny_teacher, documents, tmp_path / "t", shards={"positions": 5_000}), batch_tokens=128
-    )
+    documents = write(tmp_path / "d.parquet", texts(400))
+    config = with_two_workers(settings(tiny_teacher, documents, tmp_path / "t"), batch_tokens=64)
     workers: list[int] = []
     interrupted = 0.0
 
@@ -139,32 +135,19 @@ def test_a_workers_error_names_the_document_whatever_the_current_folder(
     (tmp_path / "pipeline.py").write_text("raise RuntimeError('somebody else')")
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
-    model.model.norm.weight.data.fill_(float("nan"))
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
     broken = shutil.copytree(tiny_teacher, tmp_path / "broken")
     model.save_pretrained(broken)
-    config = settings(broken, write(tmp_path / "d.parquet", texts(1)), tmp_path / "t")
+    config = with_two_workers(settings(broken, write(tmp_path / "d.parquet", texts(1)), tmp_path / "t"))
     job = resolve(config)
     [shard] = plan(job, tmp_path / "plan").shards
     with Workers(["cpu"], tmp_path) as workers, pytest.raises(TeacherError, match="document d0"):
         workers.each([shard], lambda worker, path: worker.capture_shard(job, path))
 
 
-class RefusalError(TeacherError):
-    """A class that only the user's engine knows."""
-
-
-class Refusing:
-    """An engine that refuses every teacher."""
-
-    def __init__(self, *_: object) -> None:
-        raise RefusalError("not this one", details={"model": 1})
-
-
 def test_an_error_of_a_custom_engine_is_raised_with_its_details(tiny_teacher: Path, tmp_path: Path) -> None:
     documents = write(tmp_path / "d.parquet", texts(300))
-    config = with_two_workers(
-        settings(tiny_teacher, documents, tmp_path / "t"), engine=f"{__name__}:{Refusing.__name__}"
-    )
+    config = with_two_workers(settings(tiny_teacher, documents, tmp_path / "t"), engine=REFUSING)
     with pytest.raises(TeacherError, match="RefusalError: not this one") as error:
         capture(config)
     assert error.value.details == {"model": 1}

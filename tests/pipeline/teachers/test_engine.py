@@ -1,6 +1,6 @@
 """Custom engines in place of transformers, and writing while the next batch runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
-from safetensors.numpy import load_file
 
 from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
@@ -22,27 +20,10 @@ from softlabel.storage.codec import decode
 from softlabel.storage.reader import read
 from softlabel.storage.table import Table
 from softlabel.storage.writer import ShardWriter
+from tests.pipeline.bigrams import BIGRAMS, Bigrams
 
 
-class Bigrams:
-    """A bigram model in plain numpy: products of a token's embedding with all others."""
-
-    device = torch.device("cpu")
-    parameters = None
-
-    def __init__(self, config: TeacherConfig, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.vocabulary = checkpoint, checkpoint.vocabulary
-        self._embedding = load_file(checkpoint.weights[0])["model.embed_tokens.weight"][: self.vocabulary]
-
-    def logits(
-        self, sequences: Sequence[NDArray[np.int32]], positions: Sequence[NDArray[np.int32]]
-    ) -> Iterator[torch.Tensor]:
-        """See ``pipeline.teachers.teacher.Teacher``."""
-        for ids, wanted in zip(sequences, positions, strict=True):
-            yield torch.from_numpy(self._embedding[ids[wanted - 1]] @ self._embedding.T)
-
-
-def settings(teacher: Path, documents: Path, table: Path, engine: str = "Bigrams") -> dict[str, Any]:
+def settings(teacher: Path, documents: Path, table: Path, engine: str = BIGRAMS) -> dict[str, Any]:
     return {
         "documents": str(documents),
         "table": str(table),
@@ -50,7 +31,7 @@ def settings(teacher: Path, documents: Path, table: Path, engine: str = "Bigrams
             "model": str(teacher),
             "dtype": "float32",
             "device": "cpu",
-            "engine": f"{__name__}:{engine}",
+            "engine": engine,
             "batch_tokens": 512,
         },
         "sequences": {"max_tokens": 128},
@@ -110,5 +91,7 @@ def test_a_batch_is_written_while_the_next_one_runs(
         append(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "append", slow)
-    capture(CaptureConfig.model_validate(settings(tiny_teacher, documents, tmp_path / "table", "Signalling")))
+    capture(
+        CaptureConfig.model_validate(settings(tiny_teacher, documents, tmp_path / "table", f"{__name__}:Signalling"))
+    )
     assert in_time == [True] * 3
