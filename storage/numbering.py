@@ -69,7 +69,7 @@ class Numbering:
     def starts(self) -> Ints:
         """(C,) where in ``token_ids`` the list of each cluster starts."""
         clusters, listed = self.lists.shape
-        starts = len(self.vocabulary) + listed * np.arange(clusters, dtype=np.int32)
+        starts: Ints = len(self.vocabulary) + listed * np.arange(clusters, dtype=np.int32)
         starts[0] = 0
         return starts
 

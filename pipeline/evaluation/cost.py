@@ -223,20 +223,22 @@ def _peak(model: PreTrainedModel, run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return _weights(model) + torch.cuda.max_memory_allocated(device) - before
-    with _Tensors(model) as tensors:
+        allocated: int = torch.cuda.max_memory_allocated(device)
+        return _weights(model) + allocated - before
+    tensors = _Tensors(model)
+    with tensors:
         run()
     return _weights(model) + tensors.peak
 
 
-class _Tensors(TorchDispatchMode):  # type: ignore[misc]
+class _Tensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that are made and freed.
 
     A process's memory is no measure of that: it keeps some of what is freed, more or less by chance.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._bytes = 0
         self._known = WeakSet(each.untyped_storage() for each in _tensors(model))
 

@@ -25,7 +25,7 @@ from softlabel.pipeline.evaluation.provenance import is_model, other_model, read
 from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, column_costs
 from softlabel.pipeline.evaluation.report.folder import REPORT_FILES, prepare
-from softlabel.pipeline.evaluation.report.scores import EvaluationReport
+from softlabel.pipeline.evaluation.report.scores import EvaluationReport, use_of
 from softlabel.pipeline.evaluation.standings import Gap
 from softlabel.pipeline.evaluation.tasks import MeasuredTasks, TaskComparison, Tasks, compared_tasks
 from softlabel.pipeline.evaluation.unfinished import Unfinished, finish, once
@@ -213,7 +213,7 @@ def evaluate(config: EvaluateConfig, watch: Watch = unwatched) -> EvaluationRepo
     report = held_out.report(header, _teacher(job.table), measured, gap, folder)
     finish(folder)
     for model, each in zip(job.models, measured, strict=True):
-        model.report_results(config.report_to, folder, held_out.results(each))
+        model.report_results(config.report_to, folder, held_out.results(each) | use_of(each.student))
     return report
 
 

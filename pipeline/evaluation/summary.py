@@ -48,11 +48,9 @@ def _column(name: str, values: Sequence[str]) -> tuple[str, Sequence[_Range]]:
     return f"column {name}", [(value, None, None) for value in values]
 
 
-_RANGES = (
-    ("by_entropy", "entropy", [_entropy_range(number) for number in range(ENTROPY_BINS)]),
-    ("by_position", "position", [_position_range(number) for number in range(POSITION_BINS)]),
-)
-"""Field of the metrics, part of the sums, and the ranges that each of its cells stands for."""
+_ENTROPY_RANGES = [_entropy_range(number) for number in range(ENTROPY_BINS)]
+_POSITION_RANGES = [_position_range(number) for number in range(POSITION_BINS)]
+"""What each cell of a part of the sums stands for."""
 
 
 @dataclass(frozen=True)
@@ -193,19 +191,18 @@ class Measurement:
             groups: values of each column that the sums are grouped by.
         """
         kinds: dict[bool, KlKind] = {True: "lower bound", False: "unbiased"}
+
+        def those(part: str, ranges: Sequence[_Range]) -> tuple[Group, ...]:
+            return tuple(Group(**where, **cell.figures()) for where, cell in self._groups(part, ranges))
+
         return Metrics(
             **self.overall.figures(),
             sequences=sequences,
             documents=documents,
             kl_kind="mean over teachers" if self.average else kinds[self.overall.values["unsampled"][0] > 0],
-            **{
-                name: tuple(Group(**where, **cell.figures()) for where, cell in self._groups(part, ranges))
-                for name, part, ranges in _RANGES
-            },
-            by_column={
-                name: tuple(Group(**where, **cell.figures()) for where, cell in self._groups(*_column(name, values)))
-                for name, values in groups.items()
-            },
+            by_entropy=those("entropy", _ENTROPY_RANGES),
+            by_position=those("position", _POSITION_RANGES),
+            by_column={name: those(*_column(name, values)) for name, values in groups.items()},
         )
 
     def teacher(self, groups: Mapping[str, Sequence[str]]) -> TeacherMetrics:
@@ -217,7 +214,8 @@ class Measurement:
 
         return TeacherMetrics(
             **self.overall.teacher(),
-            **{name: those(part, ranges) for name, part, ranges in _RANGES},
+            by_entropy=those("entropy", _ENTROPY_RANGES),
+            by_position=those("position", _POSITION_RANGES),
             by_column={name: those(*_column(name, values)) for name, values in groups.items()},
         )
 

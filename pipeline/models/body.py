@@ -20,6 +20,7 @@ def inner(model: "PreTrainedModel", named: nn.Module) -> nn.Module:
     """
     from transformers import PreTrainedModel  # imported here: three seconds, which an engine of one's own does not need
 
-    if isinstance(named, PreTrainedModel) and named is not model:
-        return named
-    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+    body: nn.Module = named
+    if body is model or not isinstance(named, PreTrainedModel):
+        body = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+    return body

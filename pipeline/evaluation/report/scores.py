@@ -1,5 +1,6 @@
 """The main numbers of an evaluation: what the terminal shows, and what ``evaluate`` returns."""
 
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Self
 
 from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.cost import Cost
-from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, reach
+from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, TrainedStudent, reach
 from softlabel.pipeline.evaluation.report.verdict import verdict
 from softlabel.pipeline.evaluation.standings import Standing
 from softlabel.pipeline.evaluation.tasks import TaskScore
@@ -125,6 +126,19 @@ def results_of(figures: Any) -> dict[str, float]:
         elif is_dataclass(value):
             found |= results_of(value)
     return {name: value for name, value in found.items() if isfinite(value)}
+
+
+def use_of(student: TrainedStudent) -> dict[str, float]:
+    """What a student costs to use, and its scores on tasks, by name, as trackers show them."""
+    found = {f"evaluation/{score.task}/{score.metric}": score.value for score in student.tasks}
+    if student.cost is not None:
+        found["evaluation/bytes"] = student.cost.bytes
+        if speed := student.cost.speed:
+            rates = {"prefill": speed.prefill, "decode": speed.decode, "documents": speed.documents}
+            found |= {f"evaluation/{name}_per_second": rate.median for name, rate in rates.items() if rate}
+            found["evaluation/memory"] = speed.memory
+    plain = {re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII): value for name, value in found.items()}
+    return {name: value for name, value in plain.items() if isfinite(value)}
 
 
 def _mean(value: Estimate | None) -> float | None:

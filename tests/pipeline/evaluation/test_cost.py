@@ -82,7 +82,7 @@ def test_every_model_has_its_cost_in_the_report(table, students, tiny_teacher, t
     assert "Cost of use" in page
     assert page.count("Quality against") == 2  # size and speed
     show_cost(found.students)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown for name in ("good", "[b]<script>", "teacher", "2 prompts of 12 tokens and 4 new ones"))
 
 

@@ -13,6 +13,7 @@ from softlabel.pipeline.evaluation.partings import Likely, Place
 from softlabel.pipeline.evaluation.report.content import Report, StudentSummary, TeacherSummary, column_costs, to_json
 from softlabel.pipeline.evaluation.report.folder import prepare, write
 from softlabel.pipeline.evaluation.report.page import to_html
+from softlabel.pipeline.evaluation.report.scores import use_of
 from softlabel.pipeline.evaluation.standings import Gap, Use, standings_of
 from softlabel.pipeline.evaluation.tasks import TaskComparison, TaskScore
 from softlabel.storage.errors import UsageError
@@ -429,3 +430,10 @@ def test_a_student_is_outdone_by_one_that_is_closer_and_costs_no_more(best, smal
         "equal": (),  # it can't be told whether the best is closer
         "small": ("best", "equal") if outdone else ("equal",),
     }
+
+
+def test_trackers_get_costs_and_scores_under_names_that_they_accept():
+    found = use_of(student("best", 1.5))
+    assert (found["evaluation/decode_per_second"], found["evaluation/memory"]) == (30, 312_000_000)
+    assert found["evaluation/_script_alert___x_1_ _ more___/script_/acc"] == 0.625
+    assert use_of(student("best", 1.5, cost=None, tasks=())) == {}
