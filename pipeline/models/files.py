@@ -24,6 +24,10 @@ _MIN_AGE_SECONDS = 2.0
 """A younger file's hash is not remembered: its times do not change if it is written again within one clock tick."""
 
 
+PACKAGES = "the packages that a model of this architecture needs"
+INSTALL = "install this package into the environment of softlabel, and run the same command again; or use another model"
+
+
 class UntrustedCodeError(ValueError):
     """Files that need code that comes with them, which is not trusted."""
 
@@ -138,11 +142,15 @@ def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
     """The error for a teacher's files that exist but can't be used."""
     return TeacherError(
         summary,
-        expected="a folder that save_pretrained() wrote, or a hub repository with the same layout",
+        expected=PACKAGES
+        if isinstance(error, ImportError)
+        else "a folder that save_pretrained() wrote, or a hub repository with the same layout",
         found=f"{type(error).__name__}: {first_line(error)}",
         where=folder,
         do="read the Python files of this model and, if you trust them, set teacher.trust_remote_code"
         if isinstance(error, UntrustedCodeError)
+        else INSTALL
+        if isinstance(error, ImportError)
         else "download or save the model and its tokenizer again",
     )
 

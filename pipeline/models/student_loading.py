@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from softlabel.pipeline.models import pretrained
-from softlabel.pipeline.models.files import UntrustedCodeError
+from softlabel.pipeline.models.files import INSTALL, PACKAGES, UntrustedCodeError
 from softlabel.storage.errors import StudentError
 
 
@@ -110,12 +110,17 @@ def load_or_raise(source: Path, what: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except Exception as error:  # damaged files raise many kinds of errors
+        missing = isinstance(error, ImportError)
         raise StudentError(
             f"the student's {what} can't be loaded",
-            expected="a folder or a hub repository with config.json, *.safetensors and a tokenizer",
+            expected=PACKAGES
+            if missing
+            else "a folder or a hub repository with config.json, *.safetensors and a tokenizer",
             found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
             where=source.absolute(),
             do="use a model and a tokenizer that transformers loads without extra code; a student's code is never run"
             if isinstance(error, UntrustedCodeError)
+            else INSTALL
+            if missing
             else "download or save the model again; its weights must be in safetensors",
         ) from error

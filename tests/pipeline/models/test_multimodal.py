@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma3nConfig,
     Llama4Config,
     LlavaConfig,
     Mistral3Config,
@@ -143,6 +145,19 @@ def test_a_multimodal_model_without_a_text_model_of_its_own_is_refused_as_a_stud
 ) -> None:
     folder = wrapper(tmp_path / "source", tiny_teacher, "qwen 3 vl")
     with pytest.raises(StudentError, match="text model can't be used alone"):
+        built(StudentConfig(model=str(folder)), table)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="says that timm is missing")
+def test_a_package_that_an_architecture_needs_is_named(table: Table, tiny_teacher: Path, tmp_path: Path) -> None:
+    """Gemma 3n's images are read by a model of timm."""
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    config = Gemma3nConfig(text_config=TEXT, audio_config={"hidden_size": 16, "conf_num_hidden_layers": 1})
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    config.save_pretrained(folder)
+    with pytest.raises(TeacherError, match=r"(?s)timm library.*install this package"):
+        TransformersTeacher(teacher_settings(folder))
+    with pytest.raises(StudentError, match=r"(?s)timm library.*install this package"):
         built(StudentConfig(model=str(folder)), table)
 
 
