@@ -235,8 +235,24 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(value)]
 
 
-_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function": "tool"}
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
 """Names of roles in {from, value} messages that templates know under another name."""
+
+
+def _calls(i: int, value: Any) -> list[dict[str, Any]]:
+    """The tool calls of ShareGPT's function_call: {name, arguments}, or a list of these, as JSON."""
+    calls = _parsed(value, f"function_call of message {i} (counting from 0)")
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UnfitError(f"the function_call of message {i} (counting from 0) must be an object with a name, as JSON")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _message(i: int, value: Any) -> dict[str, Any]:
@@ -245,7 +261,9 @@ def _message(i: int, value: Any) -> dict[str, Any]:
     message = {key: field for key, field in value.items() if field is not None}
     if "role" not in message and isinstance(message.get("from"), str):
         sender = message.pop("from")
-        message = {"role": _SHAREGPT.get(sender, sender), "content": message.pop("value", None), **message}
+        value = message.pop("value", None)
+        said = {"tool_calls": _calls(i, value)} if sender == "function_call" else {"content": value}
+        message = {"role": _SHAREGPT.get(sender, sender), **said, **message}
     if not isinstance(message.get("role"), str):
         raise UnfitError(f"message {i} (counting from 0) has no role")
     if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):

@@ -293,13 +293,20 @@ def test_tools_are_given_to_the_template_as_objects_without_the_nulls_of_other_t
 
 
 def test_messages_of_from_and_value_are_read(tmp_path: Path) -> None:
-    chat = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."), ("observation", "7"), ("gpt", "Seven.")]
-    row = {"id": "x", "conversations": [{"from": sender, "value": text} for sender, text in chat]}
-    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    call = {"name": "look", "arguments": {"city": "Ulm"}}
+    chat = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."), ("function_call", json.dumps(call))]
+    chat += [("observation", "7"), ("gpt", "Seven.")]
+    rows = [{"id": "x", "conversations": [{"from": sender, "value": text} for sender, text in chat]}]
+    rows += [{"id": "y", "conversations": [{"from": "function_call", "value": text}]} for text in ("look", "[]", "7")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [batch] = Documents(str(tmp_path / "x.jsonl"), ColumnsConfig(messages="conversations")).batches()
     messages = json.loads(batch.documents.column("content")[0].as_py())
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert [message["content"] for message in messages] == [text for _, text in chat]
+    roles = ["system", "user", "assistant", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in messages] == roles
+    assert [message.get("content") for message in messages] == ["Be brief.", "Hi", "Hello.", None, "7", "Seven."]
+    assert messages[3]["tool_calls"] == [{"type": "function", "function": call}]
+    assert all("function_call of message 0" in reject.reason for reject in batch.rejects)
+    assert len(batch.rejects) == 3
 
 
 @pytest.mark.parametrize(
