@@ -127,7 +127,9 @@ class Service(ModuleType):
         self.got.append((None, self.run.name, results))
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+@pytest.mark.parametrize(
+    "tracker", ["wandb", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlflow", "trackio"))]
+)
 def test_other_trackers_get_the_results_in_the_run_of_the_training(tracker, table, tmp_path, monkeypatch):
     service = Service(tracker)
 
