@@ -283,7 +283,7 @@ def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
         axes.set_yticks(range(len(names)), names)
         axes.set_xlim(right=1)
         axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         return _svg(figure, f"{', '.join(names)} of each model")
 
 
