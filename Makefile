@@ -23,7 +23,9 @@ STORAGE := $(addprefix bench-,table shards fidelity)
 STUDENT := $(addprefix bench-,loss stream step)
 BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 
-.PHONY: container-tools demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS)
+LONG := $(addprefix test-long-,storage training pipeline flows docker whole)
+
+.PHONY: container-tools demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS) $(LONG)
 
 demo-classes: $(INSTALLED)
 	@$(BIN)/python -m softlabel.pipeline.examples.book_classifier .demo/classes
@@ -39,8 +41,20 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)) --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
+# Each part also runs alone, in less than 20 minutes. A part that fails does not stop the others.
 test-long: $(READ)
-	$(BIN)/python -m pytest --hypothesis-profile drawn -m "not gpu and (long or hypothesis)"
+	@failed=; for part in $(LONG); do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+test-long-storage: TESTS := tests/storage
+test-long-training: TESTS := tests/pipeline/training
+test-long-pipeline: TESTS := tests/pipeline --ignore tests/pipeline/training
+test-long-flows: TESTS := tests/flows
+test-long-docker: TESTS := tests/docker
+test-long-whole: TESTS := $(wildcard tests/test_*.py)
+
+$(LONG): $(READ)
+	$(BIN)/python -m pytest --hypothesis-profile drawn -m "not gpu and (long or hypothesis)" $(TESTS)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

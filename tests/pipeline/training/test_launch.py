@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from softlabel.pipeline.config.train import OptimizerConfig
+from softlabel.pipeline.processes import Child
 from softlabel.pipeline.students.folder import newest_checkpoint, step_of
 from softlabel.pipeline.training import launch as ranks
 from softlabel.pipeline.training.train import train
@@ -64,6 +65,20 @@ def test_two_processes_train_the_same_student(uninterrupted, table, tmp_path):
     assert train(settings(table, tmp_path / "student")).steps_trained == 0
 
 
+def test_a_rank_ends_with_its_parent_even_while_it_starts(table, tmp_path):
+    rank = Child(
+        "softlabel.pipeline.training.rank",
+        settings(table, tmp_path / "student").model_dump_json(),
+        str(tmp_path / "rendezvous"),
+        log=tmp_path / "log",
+        environment=os.environ | {"RANK": "0"},
+    )
+    rank.process.stdin.close()  # as the kernel does when the parent is killed
+    assert rank.process.wait(60) == 1, (tmp_path / "log").read_text()
+    assert not (tmp_path / "student.training").exists()
+
+
+@pytest.mark.long
 def test_ranks_die_with_their_parent_and_another_number_of_them_resumes(table, tmp_path):
     config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 1000})
     assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
