@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,11 +12,12 @@ import pyarrow.parquet as pq
 from softlabel.storage import format_1
 from softlabel.storage.codec import decode
 from softlabel.storage.errors import IntegrityError, TableError, recapture
+from softlabel.storage.footer import column_bytes
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import File, Place, content_hash, reading
 from softlabel.storage.records.takedown import tombstone
-from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
+from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema, without
 from softlabel.storage.table import Table
 
 _HASHES: dict[tuple[str, File], str] = {}
@@ -43,8 +45,17 @@ def read(
         return stored(table, shard, columns, row_groups)
     names = row_schema(table.carried).names if columns is None else columns
     names = [name for name in names if name != PARTITION]
-    rows = stored(table, shard, format_1.columns_for(names), row_groups)
-    return format_1.converted(rows, names, table.numbering)
+    return current(table, stored(table, shard, stored_names(table, names), row_groups), names)
+
+
+def stored_names(table: Table, columns: Sequence[str]) -> list[str]:
+    """The columns that are stored, in the table's format, of which ``current`` makes these."""
+    return list(columns) if table.format == FORMAT else format_1.columns_for(columns)
+
+
+def current(table: Table, rows: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """These columns in the current format, of rows as they are stored, with the columns of ``stored_names``."""
+    return rows.select(columns) if table.format == FORMAT else format_1.converted(rows, columns, table.numbering)
 
 
 def stored(
@@ -69,27 +80,86 @@ def batches(table: Table, columns: Sequence[str], split: str | None = None) -> I
             yield shard, read(table, shard, columns, [group])
 
 
-def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """A few small columns of each row group, in order, without reading the rest of the shard.
+class Outline:
+    """A shard of which only some columns are read, or only the footer; a context manager.
 
-    Cheap enough for every shard of a table: it checks the file's size and the checksums of the pages that it reads.
-    Only ``read`` checks the hash of the whole content.
+    Cheap enough for every shard of a table: it checks the file's size, whether the footer describes this file, and the
+    checksums of the pages that it reads. Only ``read`` checks the hash of the whole content.
+    """
+
+    def __init__(self, table: Table, shard: Shard) -> None:
+        self._table, self._shard = table, shard
+        self._source = _source(table, shard)
+        with _reporting_damage(table, shard):
+            self._file = _parquet(table, self._source)
+        if self._file.metadata.num_rows != shard.rows:
+            self._file.close()
+            raise self._wrong_footer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def row_groups(self) -> int:
+        """How many row groups it has."""
+        return int(self._file.num_row_groups)
+
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column; also checks that the columns have the table's types.
+
+        Raises:
+            IntegrityError: if the footer is damaged.
+        """
+        with _reporting_damage(self._table, self._shard):
+            sizes = column_bytes(self._source, self._shard.bytes)
+            found = _types(self._file.schema_arrow)
+        if found != _types(without(self._table.schema, [PARTITION])) or found.keys() != sizes.keys():
+            raise self._wrong_footer()
+        return sizes
+
+    def read(self, row_group: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of a row group as they are stored.
+
+        Raises:
+            IntegrityError: if these columns are damaged.
+        """
+        with _reporting_damage(self._table, self._shard):
+            part = self._file.read_row_group(row_group, columns=list(columns), use_threads=False)
+        if set(part.column_names) != set(columns) or len(part) > self._shard.rows:
+            raise self._wrong_footer()
+        # Without the metadata in the footer, on which polars stops if it is damaged.
+        return pa.table(part.columns, schema=pa.schema([field.remove_metadata() for field in part.schema]))
+
+    def parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of each row group, in order; see ``read``."""
+        rows = 0
+        for group in range(self.row_groups):
+            part = self.read(group, columns)
+            rows += len(part)
+            yield part
+        if rows != self._shard.rows:
+            raise self._wrong_footer()
+
+    def _wrong_footer(self) -> TableError:
+        found = "a footer that does not match the number of rows, the columns or the size of the file"
+        return _damage_error(self._table, self._shard, found)
+
+
+def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in schema}
+
+
+def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """A few small columns of each row group, in order; see ``Outline``.
 
     Raises:
         IntegrityError: if the shard is missing, truncated, or damaged in these columns.
     """
-    rows = 0
-    with _open(table, shard) as file, _reporting_damage(table, shard):
-        for group in range(file.num_row_groups):
-            part = file.read_row_group(group, columns=list(columns), use_threads=False)
-            rows += len(part)
-            if set(part.column_names) != set(columns) or rows > shard.rows:
-                break
-            yield part
-        else:
-            if rows == shard.rows:
-                return
-    raise _damage_error(table, shard, "a footer that does not match the number of rows or the columns")
+    with Outline(table, shard) as opened:
+        yield from opened.parts(columns)
 
 
 def index(table: Table, columns: Sequence[str]) -> pa.Table:
@@ -176,19 +246,24 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     Raises:
         IntegrityError: if the file is missing, truncated, or does not match the hash in its name.
     """
-    return _open(table, shard, PurePath(shard.path).stem.rpartition("-")[2])
+    source = _source(table, shard, PurePath(shard.path).stem.rpartition("-")[2])
+    with _reporting_damage(table, shard):
+        return _parquet(table, source)
 
 
-def _open(table: Table, shard: Shard, expected: str | None = None) -> pq.ParquetFile:
-    """Check the hash, if one is expected, before anything parses the file as Parquet: its footer has no checksum."""
+def _source(table: Table, shard: Shard, expected: str | None = None) -> Any:
+    """The file of a shard. The hash is checked, if one is expected, before anything parses it: a footer has none."""
     with _reporting_damage(table, shard):
         source, file = table.place.open(shard.path)
         found = _content_hash(table.place, file) if expected and file.bytes == shard.bytes else expected
         if file.bytes == shard.bytes and found == expected:
-            # Read adjacent column chunks in one request. On a disk, the threads for that would only cost time.
-            remote = table.place.is_remote
-            return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote)
+            return source
     raise _damage_error(table, shard, f"{file.bytes} bytes" + (f" with the hash {found}" if found != expected else ""))
+
+
+def _parquet(table: Table, source: Any) -> pq.ParquetFile:
+    # Read adjacent column chunks in one request. On a disk, the threads for that would only cost time.
+    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=table.place.is_remote)
 
 
 @contextmanager

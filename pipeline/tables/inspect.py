@@ -42,19 +42,17 @@ def inspect(table: str, watch: Watch = unwatched) -> TableReport | ViewReport:
 
     Args:
         table: folder or s3://BUCKET/PREFIX; ``TABLE@12`` opens version 12, ``TABLE@name`` the version with that tag.
-        watch: called after each shard, with the kB that are checked.
+        watch: called after each shard.
 
     Raises:
         TableNotFoundError: if the table or version does not exist.
-        IntegrityError: if the table is damaged.
+        IntegrityError: if the table is damaged in what is read; ``verify`` checks every byte.
     """
     opened = open_table(table)
     if isinstance(opened, View):
         return ViewReport(inspect_view(opened))
     return TableReport(
-        inspection=inspection.inspect(
-            opened, lambda done, total: watch(Progress("inspect", done // 1000, total // 1000, "kB"))
-        ),
+        inspection=inspection.inspect(opened, lambda done, total: watch(Progress("inspect", done, total, "shards"))),
         teacher=last_capture(opened).teacher or "",
         identity=opened.identity,
         settings=table_settings(opened),

@@ -1,17 +1,18 @@
 """What the columns of a table's documents hold: counts by split and by value, and documents that have changed.
 
-One pass over small columns. Takes some 16 bytes of memory for each document and chunk, whatever is in them.
+One pass over the footers and small columns of the shards. Takes some 16 bytes of memory for each document and chunk,
+whatever is in them.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from softlabel.storage.reader import outline
+from softlabel.storage.reader import Outline
 from softlabel.storage.table import Table
 
 _MOST_VALUES = 1_000
@@ -63,6 +64,8 @@ class Contents:
     """What the columns of the documents hold."""
 
     splits: dict[str, SplitSize]
+    column_bytes: dict[str, int]
+    """Compressed bytes of each column."""
     documents: int
     carried: dict[str, CarriedColumn]
     changed: int
@@ -72,8 +75,12 @@ class Contents:
     """Texts of documents of which chunks are missing: a capture was interrupted, or rows were dropped."""
 
 
-def contents(table: Table) -> Contents:
+def contents(table: Table, watch: Callable[[int, int], None] = lambda done, total: None) -> Contents:
     """Count what a table holds.
+
+    Args:
+        table: version to count.
+        watch: called after each shard, with the number of shards that are counted, and of all.
 
     Raises:
         IntegrityError: if a shard is missing, or damaged in these columns.
@@ -82,14 +89,19 @@ def contents(table: Table) -> Contents:
     names = {split: _Texts() for split in sorted({shard.split for shard in table.shards()}, reverse=True)}
     carried = {name: _Values(table.carried.field(name).type) for name in table.carried.names}
     sizes = {split: Counter[str]() for split in names}
-    for shard in table.shards():
+    column_bytes = Counter[str]()
+    shards = table.shards()
+    for done, shard in enumerate(shards, 1):
         sizes[shard.split].update(shards=1, bytes=shard.bytes)
-        for part in outline(table, shard, [*columns, *carried]):
-            size = {name: pc.sum(part.column(name)).as_py() or 0 for name in ("tokens", "positions")}
-            sizes[shard.split].update(size, sequences=len(part))
-            names[shard.split].add(part)
-            for name, values in carried.items():
-                values.add(part.column(name), part.column("positions"))
+        with Outline(table, shard) as opened:
+            column_bytes.update(opened.column_bytes())
+            for part in opened.parts([*columns, *carried]):
+                size = {name: pc.sum(part.column(name)).as_py() or 0 for name in ("tokens", "positions")}
+                sizes[shard.split].update(size, sequences=len(part))
+                names[shard.split].add(part)
+                for name, values in carried.items():
+                    values.add(part.column(name), part.column("positions"))
+        watch(done, len(shards))
     texts = {split: found.joined() for split, found in names.items()}
     everything = pl.concat([_Texts.EMPTY, *texts.values()])
     by_text = everything.group_by("document", "text").agg(pl.col("chunk").n_unique(), pl.col("chunks").max())
@@ -98,6 +110,7 @@ def contents(table: Table) -> Contents:
         splits={
             split: SplitSize(documents=texts[split]["document"].n_unique(), **size) for split, size in sizes.items()
         },
+        column_bytes=dict(column_bytes),
         documents=texts_of_each.height,
         carried={name: values.found() for name, values in carried.items()},
         changed=texts_of_each.filter(pl.col("texts") > 1).height,

@@ -1,13 +1,13 @@
 """Describes a table for users: its size by split and by column, what its columns hold, and its history."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import accumulate
 
 from softlabel.storage.credentials import masked
 from softlabel.storage.log.commit_message import CommitMessage
-from softlabel.storage.reader import open_shard
+from softlabel.storage.reader import Outline
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.contents import Contents, SplitSize, contents
@@ -66,22 +66,20 @@ class HistoryEntry:
 
 
 def inspect(table: Table, watch: Callable[[int, int], None] = lambda done, total: None) -> Inspection:
-    """Measure a table; checks the content of its shards first, which takes most of the time.
+    """Measure a table; reads the footers, small columns and a sample of the soft labels. ``verify`` checks every byte.
 
     Args:
         table: version to measure.
-        watch: called after each shard with the bytes that are checked, and those of all shards.
+        watch: called after each shard, with the number of shards that are measured, and of all.
 
     Raises:
-        IntegrityError: if a shard is damaged or missing.
+        IntegrityError: if a shard is missing, or damaged in what is read.
     """
-    # First, because it checks the hash: a damaged footer, which has no checksum, could stop a reader of pages.
-    sizes = column_bytes(table, watch)
-    found, labels, commits = contents(table), label_sample(table), history(table)
+    found, labels, commits = contents(table, watch), label_sample(table), history(table)
     positions = sum(split.positions for split in found.splits.values())
     columns = {
         name: ColumnSize(size, size / positions if positions else 0.0, labels.entropies.get(name))
-        for name, size in sizes.items()
+        for name, size in found.column_bytes.items()
     }
     return Inspection(
         location=table.location,
@@ -99,29 +97,17 @@ def inspect(table: Table, watch: Callable[[int, int], None] = lambda done, total
     )
 
 
-def column_bytes(table: Table, watch: Callable[[int, int], None] = lambda done, total: None) -> dict[str, int]:
+def column_bytes(table: Table) -> dict[str, int]:
     """Compressed bytes of each column over all shards, from their footers.
 
-    Args:
-        table: version to measure.
-        watch: as for ``inspect``.
-
     Raises:
-        IntegrityError: if a shard is damaged.
+        IntegrityError: if a shard is missing, or its footer is damaged.
     """
-    sizes: dict[str, int] = {}
-    shards = table.shards()
-    ends, total = accumulate(shard.bytes for shard in shards), sum(shard.bytes for shard in shards)
-    for shard, end in zip(shards, ends, strict=True):
-        with open_shard(table, shard) as file:
-            metadata = file.metadata
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                column = metadata.row_group(group).column(index)
-                name = column.path_in_schema.split(".")[0]
-                sizes[name] = sizes.get(name, 0) + column.total_compressed_size
-        watch(end, total)
-    return sizes
+    sizes = Counter[str]()
+    for shard in table.shards():
+        with Outline(table, shard) as opened:
+            sizes.update(opened.column_bytes())
+    return dict(sizes)
 
 
 def history(table: Table) -> list[HistoryEntry]:

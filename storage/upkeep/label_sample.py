@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from softlabel.storage.codec import decode
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log.state import Shard
-from softlabel.storage.reader import open_shard, read, stored
+from softlabel.storage.reader import Outline, current, stored_names
 from softlabel.storage.schema import SOFT_LABELS
 from softlabel.storage.table import Table
 
@@ -66,12 +66,13 @@ def label_sample(table: Table) -> LabelSample:
     names = [name for name in SOFT_LABELS.names if name in table.schema.names]
     frequencies = {name: _Frequencies() for name in names}
     groups = []
-    for shard, group in _spread(table):
-        as_stored = stored(table, shard, names, [group])
-        for name, found in frequencies.items():
-            found.add(as_stored.column(name))
-        rows = read(table, shard, SOFT_LABELS.names, [group])
-        groups.append(_small(decode(rows, table.numbering)))
+    for shard, wanted in _spread(table):
+        with Outline(table, shard) as opened:
+            for group in _evenly(opened.row_groups, wanted):
+                rows = opened.read(group, stored_names(table, SOFT_LABELS.names))
+                for name, found in frequencies.items():
+                    found.add(rows.column(name))
+                groups.append(_small(decode(current(table, rows, SOFT_LABELS.names), table.numbering)))
     joined = [np.concatenate(each) for each in zip(*groups, strict=True)] or [np.zeros(0)] * 5
     kept, ids, draws, next_logprobs, entropies = joined
     positions = len(kept)
@@ -124,18 +125,15 @@ class _Frequencies:
 
 
 def _spread(table: Table) -> list[tuple[Shard, int]]:
-    """Row groups at even distances in the table; with only a few, all of them."""
+    """Shards at even distances in the table, each with how many of its row groups to read, at least 1."""
     shards = table.shards()
-    if not shards:
-        return []
-    chosen = [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, _GROUPS).astype(int))]
-    found = []
-    for shard in chosen:
-        with open_shard(table, shard) as file:
-            groups = file.num_row_groups
-        wanted = max(1, _GROUPS // len(chosen))
-        found += [(shard, int(group)) for group in np.unique(np.linspace(0, groups - 1, wanted).astype(int))]
-    return found
+    chosen = [shards[i] for i in _evenly(len(shards), _GROUPS)]
+    return [(shard, max(1, _GROUPS // len(chosen))) for shard in chosen]
+
+
+def _evenly(count: int, wanted: int) -> list[int]:
+    """At most this many of the numbers below a count, at even distances; all, if there are not more."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, wanted).astype(int))] if count else []
 
 
 def _histogram(entropies: NDArray[np.float32]) -> tuple[EntropyBar, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from softlabel.storage import reader as reading
 from softlabel.storage.codec import decode
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read
@@ -103,10 +104,8 @@ def test_of_a_large_table_a_few_row_groups_are_read_from_all_over_it(table: Tabl
     for i in range(5):
         add(table.newest(), [f"n{i}-{j}" for j in range(8)])
     monkeypatch.setattr(sampling, "_GROUPS", 3)
-    asked = []
-    monkeypatch.setattr(
-        sampling, "read", lambda table, shard, *rest: asked.append(shard.path) or read(table, shard, *rest)
-    )
+    asked, opened = [], sampling.Outline
+    monkeypatch.setattr(sampling, "Outline", lambda table, shard: asked.append(shard.path) or opened(table, shard))
     newest = table.newest()
     paths = [shard.path for shard in newest.shards()]
     assert label_sample(newest).positions
@@ -114,14 +113,24 @@ def test_of_a_large_table_a_few_row_groups_are_read_from_all_over_it(table: Tabl
     assert {asked[0], asked[-1]} == {paths[0], paths[-1]}
 
 
-def test_the_progress_of_an_inspection_counts_the_bytes_up_to_the_total(table: Table):
+def test_the_progress_of_an_inspection_counts_the_shards_up_to_the_total(table: Table):
     for name in ("a", "b", "c"):
         add(table.newest(), [name], "train")
-    newest, seen = table.newest(), list[tuple[int, int]]()
-    inspect(newest, lambda done, total: seen.append((done, total)))
-    total = sum(shard.bytes for shard in newest.shards())
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert (seen[-1], {each for _, each in seen}) == ((total, total), {total})
+    seen = list[tuple[int, int]]()
+    inspect(table.newest(), lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_inspection_computes_the_hash_of_no_shard_for_which_it_would_have_to_read_it_whole(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+):
+    add(table, [f"n{i}" for i in range(40)], "train")
+
+    def fails(*_: object) -> str:
+        raise AssertionError("a shard was read whole")
+
+    monkeypatch.setattr(reading, "content_hash", fails)
+    assert inspect(table.newest()).splits["train"].sequences == 40
 
 
 def test_the_oldest_commit_with_rows_and_the_newest_commit_are_named(table: Table):
