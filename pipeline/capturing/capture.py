@@ -18,7 +18,7 @@ from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.card import update_card
+from softlabel.storage.upkeep.card import keeping_card
 from softlabel.storage.writer import Commit, require_writable
 
 
@@ -154,12 +154,12 @@ def carry_out(
     from softlabel.pipeline.capturing.run_plan import run_plan
 
     commits, copies, replaced = list[Commit](), list[Commit](), 0
-    if todo.corrections:
-        commits, copies = run_plan(replace(job, is_correction=True), todo.corrections, watch, decorate)
-        replaced = replace_rows(job, todo.corrections.notes)
-    for done, more in zip((commits, copies), run_plan(job, todo, watch, decorate), strict=True):
-        done += more
-    update_card(job.table)
+    with keeping_card(job.table):
+        if todo.corrections:
+            commits, copies = run_plan(replace(job, is_correction=True), todo.corrections, watch, decorate)
+            replaced = replace_rows(job, todo.corrections.notes)
+        for done, more in zip((commits, copies), run_plan(job, todo, watch, decorate), strict=True):
+            done += more
     return _summarize(job.table, todo, commits, copies, replaced, todo.seconds + time.monotonic() - started)
 
 

@@ -5,6 +5,7 @@ Decides which rows stay and how they change; ``storage.upkeep.rewrite`` does it 
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from softlabel.storage.records.takedown import carry_over
 from softlabel.storage.records.versions import parse
 from softlabel.storage.schema import FORMAT, PARTITION
 from softlabel.storage.table import Change, Table
-from softlabel.storage.upkeep.card import update_card
+from softlabel.storage.upkeep.card import keeping_card
 from softlabel.storage.upkeep.inspection import last_capture
 from softlabel.storage.upkeep.purge import Purged, plan_purge, purge
 from softlabel.storage.upkeep.rewrite import in_current_format, rewrite
@@ -100,31 +101,30 @@ def reprocess(config: ReprocessConfig, watch: Watch = unwatched, *, dry_run: boo
     if dry_run:
         require_writable(config.destination or source.location, dry_run=True)
     purged: Purged | None = None
-    if config.purge and dry_run:
-        done, purged = plan_purge(source.location, listed(config.purge), layout, report_progress)
-    elif config.purge:
-        done, purged = purge(source.location, listed(config.purge), history_entry, layout, report_progress)
-    else:
-        job = Rewriting(
-            source,
-            target,
-            *layout,
-            keep=row_filter,
-            columns=row_filter.columns,
-            split=None if fraction is None else partial(split_of, eval_fraction=fraction),
-            narrowing=narrowing,
-            change=change,
-            compact=config.compact,
-        )
-        if dry_run:
-            done, _ = plan(job, report_progress)
+    with nullcontext() if dry_run else keeping_card(config.destination or source.location):
+        if config.purge and dry_run:
+            done, purged = plan_purge(source.location, listed(config.purge), layout, report_progress)
+        elif config.purge:
+            done, purged = purge(source.location, listed(config.purge), history_entry, layout, report_progress)
         else:
-            entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
-            done = rewrite(job, entry, report_progress)
-        if not (dry_run or job.in_place or target is None):
-            record_derived(source.location, source.version, target.place.address, operation)
-    if not (dry_run or target is None):
-        update_card(target.location)
+            job = Rewriting(
+                source,
+                target,
+                *layout,
+                keep=row_filter,
+                columns=row_filter.columns,
+                split=None if fraction is None else partial(split_of, eval_fraction=fraction),
+                narrowing=narrowing,
+                change=change,
+                compact=config.compact,
+            )
+            if dry_run:
+                done, _ = plan(job, report_progress)
+            else:
+                entry = history_entry if job.in_place else _teacher_entry(source) | history_entry
+                done = rewrite(job, entry, report_progress)
+            if not (dry_run or job.in_place or target is None):
+                record_derived(source.location, source.version, target.place.address, operation)
     return ReprocessReport(
         source=f"{source.location}@{source.version}",
         table=config.destination or source.location,

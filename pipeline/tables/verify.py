@@ -1,5 +1,6 @@
 """Check a table: every byte of it against its hash and, if its teacher is given, its rows against the teacher."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from softlabel.pipeline.config.tables import VerifyConfig
 from softlabel.pipeline.progress import Progress, Watch, unwatched
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep import verification
+from softlabel.storage.upkeep.card import keeping_card
 from softlabel.storage.upkeep.verification import Verification, damage, remove_damaged
 from softlabel.storage.views.view import View, open_table
 from softlabel.storage.views.view_inspection import whole
@@ -61,7 +63,10 @@ def _check_bytes(config: VerifyConfig, watch: Watch, dry_run: bool) -> Verificat
             watch=lambda done, total: watch(Progress("verify", done // 1000, total // 1000, "kB")),
         )
         if found.findings:
-            return remove_damaged(found, dry_run=dry_run) if config.remove_damaged else found
+            if not config.remove_damaged:
+                return found
+            with nullcontext() if dry_run else keeping_card(table.location):
+                return remove_damaged(found, dry_run=dry_run)
         sound.append(found)
     return whole(opened, sound) if isinstance(opened, View) else found
 

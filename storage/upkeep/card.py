@@ -9,16 +9,18 @@ part between two marks is written again, and a README.md without the marks is no
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 
-from softlabel.storage.errors import TableError, printable
+from softlabel.storage.errors import SoftlabelError, TableError, printable
 from softlabel.storage.identity import Identity, SelectionIdentity
 from softlabel.storage.log.commit_message import CommitMessage
 from softlabel.storage.places.place import reading
+from softlabel.storage.records.versions import parse
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
 
@@ -34,6 +36,32 @@ _MASKS = {
     "assistant": "every answer of the assistant",
     "last_assistant": "the last answer of the assistant",
 }
+
+
+@contextmanager
+def keeping_card(location: str) -> Iterator[None]:
+    """Write the table's card at the end if there is a newer version then, also if the block fails after some commits.
+
+    Everything that commits to a table does so in such a block.
+
+    Raises:
+        TableError: if the card can't be written.
+    """
+    location = parse(location)[0]
+    before = _version(location)
+    try:
+        yield
+    except BaseException:
+        with suppress(SoftlabelError):  # what stopped the block is what matters
+            if _version(location) != before:
+                update_card(location)
+        raise
+    if _version(location) != before:
+        update_card(location)
+
+
+def _version(location: str) -> int | None:
+    return Table.open(location).version if Table.exists(location) else None
 
 
 def update_card(location: str) -> None:

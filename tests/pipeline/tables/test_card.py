@@ -1,6 +1,7 @@
 """A table has a card that says what it is, names its version, and keeps what a user writes into it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from softlabel.pipeline.tables.reprocess import reprocess
 from softlabel.pipeline.tables.verify import verify
 from softlabel.storage.errors import TableError
 from softlabel.storage.table import Table
-from softlabel.storage.upkeep.card import update_card
+from softlabel.storage.upkeep.card import keeping_card, update_card
 from tests.pipeline.tables.conftest import captured
 from tests.storage.tables import add, identity, make_table
 
@@ -64,6 +65,60 @@ def test_reprocess_writes_the_card_of_a_new_table_and_maintain_that_of_an_old_on
     made = card(Table.open(str(tmp_path / "new")))
     assert f"describes its version {report.version}." in made
     assert "Reduced from a larger table" in made
+
+
+def damage(table: Table) -> None:
+    path = Path(table.location, table.shards()[0].path)
+    path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"drop": "GONE"},
+        {"where": "year > 0 AND document_id <> 'a'"},
+        {"selection": {"max_k": 2}},
+        {"shards": {"eval_fraction": 0.5}},
+        {"purge": "GONE"},
+        {"remove_damaged": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_verb_that_makes_a_version_writes_its_card_and_a_dry_run_does_not(tmp_path: Path, change: dict[str, Any]):
+    table = make_table(tmp_path / "table", identity())
+    add(table, ["a", "b", "c"], "train")
+    add(table, ["d"], "train")
+    maintain(MaintainConfig(table=table.location))
+    (tmp_path / "gone").write_text("a\n")
+    settings = {name: str(tmp_path / "gone") if value == "GONE" else value for name, value in change.items()}
+    before, version = card(table), table.newest().version
+    for dry_run in (True, False):
+        if "remove_damaged" in change:
+            damage(table.newest())
+            verify(VerifyConfig(table=table.location, **settings), dry_run=dry_run)
+        else:
+            reprocess(ReprocessConfig.model_validate({"source": table.location, **settings}), dry_run=dry_run)
+        assert (card(table) == before) is dry_run
+    newest = Table.open(table.location)
+    assert newest.version > version
+    assert f"describes its version {newest.version}." in card(table)
+
+
+def test_a_card_is_written_even_if_the_work_fails_after_a_commit_and_not_if_nothing_has_changed(tmp_path: Path):
+    table = make_table(tmp_path / "table", identity())
+
+    def stopped() -> None:
+        with keeping_card(table.location):
+            add(table, ["a"], "train")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert "describes its version 1." in card(table)
+    Path(table.location, "README.md").unlink()
+    with keeping_card(table.location):
+        pass
+    assert not Path(table.location, "README.md").exists()
 
 
 def test_names_that_mean_something_in_markdown_are_escaped(tmp_path: Path):
