@@ -33,7 +33,7 @@ def read_student(folder: Path) -> StudentRecord:
         raise StudentError(
             "this is neither a student that softlabel trained nor another model",
             expected=f"a folder with the {RECORD} that softlabel train writes, with the config.json of a model, or with"
-            f" an {ADAPTER}; or the name of a repository on the hub, OWNER/NAME",
+            f" an {ADAPTER}; or the name of a repository on the hub",
             found=f"{type(error).__name__}: {error}",
             where=folder / RECORD,
             do="check the path",
@@ -41,8 +41,8 @@ def read_student(folder: Path) -> StudentRecord:
 
 
 def is_model(path: Path, name: str) -> bool:
-    """Whether this is a model or an adapter that softlabel did not train: in a folder, or on the hub."""
-    if path.exists() or path.parent.exists():
+    """Whether this is a model or an adapter that softlabel did not train: in a folder, or else on the hub."""
+    if path.exists() or ("/" in name and path.parent.exists()):
         return (path / "config.json").is_file() or (path / ADAPTER).is_file()
     return HUB_NAME.fullmatch(name) is not None
 

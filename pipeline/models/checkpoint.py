@@ -285,8 +285,9 @@ def _require_config(checkpoint: Checkpoint) -> None:
             "this folder does not contain a model",
             expected="config.json, tokenizer.json and model.safetensors",
             found=", ".join(sorted(path.name for path in checkpoint.folder.iterdir())[:20]) or "an empty folder",
-            where=checkpoint.folder,
-            do="set teacher.model to a folder that save_pretrained() wrote",
+            where=checkpoint.folder.absolute(),
+            do="set teacher.model to a folder that save_pretrained() wrote; for a repository of this name on the hub,"
+            " move or rename this folder, which comes first",
         )
 
 

@@ -42,7 +42,7 @@ def locate(
     files: Sequence[str] = MODEL_FILES,
     error: type[SoftlabelError] = TeacherError,
 ) -> tuple[Path, str | None]:
-    """A model's folder; for a hub model, the downloaded folder and its commit.
+    """A model's folder; for a hub model, the downloaded folder and its commit. A folder of that name comes first.
 
     Args:
         name: a folder, or the name of a repository on the hub.
@@ -59,7 +59,7 @@ def locate(
     if Path(name).is_dir():
         require_no_revision(Path(name), revision)
         return Path(name), None
-    found = "no such folder"
+    found, advice = f"no such folder: {Path(name).absolute()}", "check the name"
     if HUB_NAME.fullmatch(name):
         from huggingface_hub import snapshot_download  # imported here: only a hub model needs it
 
@@ -72,7 +72,8 @@ def locate(
             )
             return Path(path), Path(path).name
         except (OSError, ValueError) as missing:
-            found = f"no such folder; the hub gave {type(missing).__name__}: {first_line(missing)}"
+            why, advice = _not_from_the_hub(name, missing)
+            found = f"no folder {Path(name).absolute()}; and on the hub: {why}"
     raise error(
         f"can't find the {what}",
         expected="a folder that save_pretrained() wrote, with safetensors, or a repository name on the hub"
@@ -80,8 +81,29 @@ def locate(
         else "a folder with a config.json, the path of one, or a repository name on the hub",
         found=found,
         where=name + (f", revision {revision}" if revision else ""),
-        do="check the name; to work offline, download it first and give its folder",
+        do=advice,
     )
+
+
+def _not_from_the_hub(name: str, error: Exception) -> tuple[str, str]:
+    """Why a hub model is not there, and what to do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    match error:
+        case GatedRepoError():
+            return "only for users who have accepted its terms", "accept its terms on the hub, and set HF_TOKEN"
+        case LocalEntryNotFoundError():
+            offline = constants.HF_HUB_OFFLINE
+            why = "HF_HUB_OFFLINE forbids downloads" if offline else "the hub can't be reached"
+            first = "unset HF_HUB_OFFLINE" if offline else "check the connection"
+            return (
+                f"not in this machine's cache, and {why}",
+                f"check the name, and {first}; or run 'hf download {name}' on a machine with access, copy the folder"
+                " that it prints, and give that",
+            )
+        case _:
+            return f"{type(error).__name__}: {first_line(error)}", "check the name and the revision"
 
 
 def require_no_revision(path: Path, revision: str | None) -> None:

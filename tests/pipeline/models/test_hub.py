@@ -1,6 +1,7 @@
 """Revisions of a hub model: the requested one is loaded, and the loaded one is recorded."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from softlabel.pipeline.capturing.capture import capture
 from softlabel.pipeline.capturing.job import CaptureJob, resolve
 from softlabel.pipeline.capturing.plan import plan
 from softlabel.pipeline.capturing.shard import capture_shard
-from softlabel.pipeline.config.capture import CaptureConfig
+from softlabel.pipeline.config.capture import CaptureConfig, TeacherConfig
+from softlabel.pipeline.evaluation.provenance import is_model
+from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.models.files import locate
 from softlabel.storage.errors import ProvenanceError, TeacherError
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
@@ -59,3 +63,27 @@ def test_a_moved_branch_changes_neither_a_table_nor_a_planned_capture(hub: Path,
         assert capture(CaptureConfig.model_validate(taken)).sequences == 1, "the table's commit goes on"
     with pytest.raises(ProvenanceError, match=r"teacher\.files\.model\.safetensors"):
         capture(of_hub(tmp_path / "t", revision="main"))
+
+
+def test_a_name_without_an_owner_is_a_repository_unless_there_is_a_folder_of_that_name(
+    hub: Path, home: Path, tiny_teacher: Path
+) -> None:
+    hub.rename(hub.with_name("models--name"))
+    assert Checkpoint.find(TeacherConfig(model="name")).revision == OLD
+    assert is_model(Path("name"), "name")
+    Path("name").mkdir()
+    with pytest.raises(TeacherError, match=r"move or rename this folder, which comes first"):
+        Checkpoint.find(TeacherConfig(model="name"))
+    shutil.copytree(tiny_teacher, "name", dirs_exist_ok=True)
+    assert Checkpoint.find(TeacherConfig(model="name")).folder == Path("name")
+
+
+@pytest.mark.parametrize("name", ["nobody", "org/nobody", "org/name@v2"])
+def test_a_repository_that_can_not_be_had_offline_says_so_and_what_to_do(hub: Path, home: Path, name: str) -> None:
+    name, _, revision = name.partition("@")
+    with pytest.raises(TeacherError) as refused:
+        locate(name, "teacher", revision or None)
+    text = str(refused.value)
+    assert str(Path(name).absolute()) in text
+    assert "not in this machine's cache, and HF_HUB_OFFLINE forbids downloads" in text
+    assert f"hf download {name}" in text
