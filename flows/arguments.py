@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from softlabel.pipeline.config.flags import flag_of
 from softlabel.storage.credentials import masked
-from softlabel.storage.errors import UsageError
+from softlabel.storage.errors import UsageError, printable
 from softlabel.storage.location import located
 
 _SHOWN_ERRORS = 4
@@ -111,7 +111,8 @@ def placed(arguments: Sequence[str], given: Set[str], several: str, last: str) -
         last: name of the setting that takes the last argument.
 
     Raises:
-        UsageError: if the first setting has both arguments and a flag, or the last argument is a file.
+        UsageError: if the first setting has both arguments and a flag, or the last argument is a file, or a folder with
+            files of others.
     """
     *values, end = (*arguments, None) if last in given or len(arguments) < 2 else arguments
     if values and several in given:
@@ -121,15 +122,29 @@ def placed(arguments: Sequence[str], given: Set[str], several: str, last: str) -
             found=" ".join(arguments),
             do=f"leave one of them out; to give the {last} as well, use {_flag((last,))}",
         )
-    if end is not None and Path(end).is_file():
+    if end is not None and (other := _something_else(end)):
         raise UsageError(
-            f"the last of several arguments is the {last}, but it is a file",
-            expected=f"{several.upper()}... {last.upper()}, or {_flag((last,))}",
+            f"the last of several arguments is the {last}, but it is {other}",
+            expected=f"{several.upper()}... {last.upper()}, or {_flag((several,))} and {_flag((last,))}",
             found=end,
-            do=f"give the {last} after the {several}; put a glob in quotes, so that the shell does not expand it",
+            do=f"give the {last} after the {several}; put a glob in quotes, so that the shell does not expand it; if"
+            f" these are all {several}, write {_flag((several,))} before them",
         )
     found = {several: tuple(values) or None, last: end}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _something_else(table: str) -> str | None:
+    """What is at the place of a table, if that is neither a table nor a place for one."""
+    from softlabel.storage.opening import exists  # imported here: it takes half a second, and help has to be quick
+
+    path = Path(table)
+    if path.is_file():
+        return "a file"
+    if not path.is_dir() or exists(table):
+        return None
+    others = [each.name for each in path.iterdir() if not each.name.startswith((".", "_", "split=", "README"))]
+    return f"a folder with other files, such as {printable(min(others))}" if others else None
 
 
 def read_file(path: Path) -> dict[str, Any]:

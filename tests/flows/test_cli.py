@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
         (["train", "t", "s", "x"], "too many arguments: x\n"),
         (["capture", "d", "--documents", "e", "--table", "t"], "documents are given twice"),
         (["capture", "d", __file__, "--teacher.model", "m"], "the last of several arguments is the table, but it is a"),
+        (["estimate", "d", str(Path(__file__).parent)], "but it is a folder with other files, such as "),
+        (["capture", "d", str(Path(__file__).parent)], "write --documents before them"),
         (["estimate", "d", "e", __file__, "--teacher.model", "m"], "put a glob in quotes"),
         (["evaluate", "t"], "the setting students is missing"),
         (["distill", "--config", "nowhere.yaml"], "the configuration file does not exist"),
