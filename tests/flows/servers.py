@@ -79,7 +79,8 @@ class PrefectServer:
         self.url = f"http://127.0.0.1:{self._port}/api"
         self.log = home / "server.log"
         quick = {f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": "1" for service in SERVICES}
-        self._environment = quick | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"} | environment
+        ui = {"PREFECT_SERVER_UI_ENABLED": "false", "PREFECT_SERVER_UI_API_URL": self.url}
+        self._environment = quick | {"PREFECT_HOME": str(home)} | ui | environment
 
     def start(self) -> None:
         with self.log.open("a") as file:

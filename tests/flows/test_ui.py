@@ -36,7 +36,9 @@ def run_from_form(page: Page, address: str, flow: str, *values: str, items: int 
         deployment = client.read_deployment_by_name(f"{flow}/softlabel").id
         before = {run.id for run in client.read_flow_runs()}
         page.visit(f"{address}/deployments/deployment/{deployment}/run", WIDTH)
-        wait_until(lambda: "Submit" in page.text and page.value("document.querySelector('textarea')"), seconds=60)
+        wait_until(
+            lambda: "Submit" in page.text and page.value("document.querySelectorAll('textarea').length"), seconds=60
+        )
         for _ in range(items):
             press(page, "Add item")
         for number, value in enumerate(values):
