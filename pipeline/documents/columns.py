@@ -264,6 +264,8 @@ def _message(i: int, value: Any) -> dict[str, Any]:
         value = message.pop("value", None)
         said = {"tool_calls": _calls(i, value)} if sender == "function_call" else {"content": value}
         message = {"role": _SHAREGPT.get(sender, sender), **said, **message}
+    if message.get("tool_calls"):
+        message["tool_calls"] = _parsed(message["tool_calls"], f"tool_calls of message {i} (counting from 0)")
     if not isinstance(message.get("role"), str):
         raise UnfitError(f"message {i} (counting from 0) has no role")
     if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):

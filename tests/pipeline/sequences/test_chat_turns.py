@@ -309,6 +309,17 @@ def test_messages_of_from_and_value_are_read(tmp_path: Path) -> None:
     assert len(batch.rejects) == 3
 
 
+def test_tool_calls_may_be_json(tmp_path: Path) -> None:
+    message = calls({"city": "Ulm"})
+    rows = [[user("Hi"), {**message, "tool_calls": text}] for text in (json.dumps(message["tool_calls"]), "[{", "")]
+    lines = [json.dumps({"id": i, "messages": row}) for i, row in enumerate(rows)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    [batch] = Documents(str(tmp_path / "x.jsonl"), ColumnsConfig(messages="messages")).batches()
+    [chat] = batch.documents.column("content").to_pylist()
+    assert write(TEMPLATES["tool calls"], json.loads(chat))[1] == OBJECT
+    assert ["tool_calls of message 1" in reject.reason for reject in batch.rejects] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("chat", "reason"),
     [
