@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softlabel.pipeline.models.files import broken, locate, sha256
+from softlabel.pipeline.models.files import broken, first_line, locate, sha256
 from softlabel.pipeline.models.pretrained import load_adapter_config
 from softlabel.storage.errors import SoftlabelError, TeacherError, UsageError
 
@@ -115,18 +115,24 @@ class Adapter:
             adapted = PeftModel(model, config)
             report = adapted.load_adapter(str(self.folder), "default")
         except Exception as error:
+            if "size mismatch" in str(error):  # torch's own words: another vocabulary or width
+                raise self._of_another_model(first_line(error)) from error
             raise broken("the adapter can't be applied to its model", self.folder, error) from error
         mismatches = sorted([*report.missing_keys, *report.unexpected_keys])
         if mismatches:
-            raise TeacherError(
-                "the adapter was made for another model",
-                expected="weights for exactly the layers that it adapts",
-                found=f"{len(mismatches)} missing or unexpected weights, starting with {', '.join(mismatches[:3])}",
-                where=self.folder,
-                do="name the model that the adapter was trained on (in teacher.model of a capture; to evaluate it, as "
-                f"base_model_name_or_path in its {ADAPTER}), or download the adapter again",
-            )
+            found = f"{len(mismatches)} missing or unexpected weights, starting with {', '.join(mismatches[:3])}"
+            raise self._of_another_model(found)
         return merge(adapted, self.folder, TeacherError)
+
+    def _of_another_model(self, found: str) -> TeacherError:
+        return TeacherError(
+            "the adapter was made for another model",
+            expected="weights for exactly the layers that it adapts",
+            found=found,
+            where=self.folder,
+            do="name the model that the adapter was trained on (in teacher.model of a capture; to evaluate it, as "
+            f"base_model_name_or_path in its {ADAPTER}), or download the adapter again",
+        )
 
 
 def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
@@ -141,12 +147,21 @@ def merge(adapted: Any, where: str | Path, error: type[SoftlabelError]) -> Any:
         error: class of the error.
 
     Raises:
-        SoftlabelError: of that class, if merging changes the logits by more than rounding.
+        SoftlabelError: of that class, if it can't be merged, or merging changes the logits by more than rounding.
     """
     adapted.eval()
     _untie(adapted)
     before = _probe(adapted)
-    merged = adapted.merge_and_unload()
+    try:
+        merged = adapted.merge_and_unload()
+    except Exception as problem:  # peft has many kinds of adapters, with errors of their own
+        raise error(
+            "the adapter can't be merged into the model's weights",
+            expected="an adapter that only changes weights that the model has",
+            found=f"{type(problem).__name__}: {first_line(problem)}",
+            where=where,
+            do="use another kind of adapter, or merge it yourself and use the merged model",
+        ) from problem
     after = _probe(merged)
     scale = float((before - before.mean(-1, keepdim=True)).square().mean().sqrt())
     difference = float((after - before).square().mean().sqrt())

@@ -178,5 +178,6 @@ def broken(summary: str, folder: Path, error: Exception) -> TeacherError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, shortened to fit into another error."""
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+    """The first line of an error's text, and the second if the first announces it; shortened to fit into an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]

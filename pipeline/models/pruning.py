@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlabel.pipeline.models.body import inner
+from softlabel.pipeline.models.files import first_line
 from softlabel.storage.errors import StudentError, UsageError
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -56,8 +57,7 @@ def prune(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     except StudentError:
         raise
     except Exception as error:  # architectures raise many kinds of errors for layers that don't go together
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        raise _irregular(teacher, layers, " ".join(lines[:2])[:300]) from error  # torch names a weight in the second
+        raise _irregular(teacher, layers, first_line(error)) from error
     if student.can_generate():
         student.generation_config = teacher.generation_config
     return student

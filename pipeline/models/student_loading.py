@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from softlabel.pipeline.models import pretrained
-from softlabel.pipeline.models.files import INSTALL, PACKAGES, UntrustedCodeError
+from softlabel.pipeline.models.files import INSTALL, PACKAGES, UntrustedCodeError, first_line
 from softlabel.storage.errors import StudentError
 
 
@@ -116,7 +116,7 @@ def load_or_raise(source: Path, what: str, load: Callable[[], T]) -> T:
             expected=PACKAGES
             if missing
             else "a folder or a hub repository with config.json, *.safetensors and a tokenizer",
-            found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+            found=first_line(error) or repr(error),
             where=source.absolute(),
             do="use a model and a tokenizer that transformers loads without extra code; a student's code is never run"
             if isinstance(error, UntrustedCodeError)

@@ -110,6 +110,8 @@ def test_a_merge_that_changes_the_logits_is_refused(
         ("damaged", "can't be applied to its model"),
         ("of a larger model", "made for another model"),
         ("of a smaller model", "made for another model"),
+        ("of a larger vocabulary", r"made for another model[\s\S]*size mismatch for \S*embed_tokens"),
+        ("with biases that the model does not have", "can't be merged into the model's weights"),
         ("a prompt", "can't be merged"),
         ("of other folders' adapters", "can't be merged"),
         ("of no kind", "can't be merged"),
@@ -117,9 +119,19 @@ def test_a_merge_that_changes_the_logits_is_refused(
 )
 def test_an_unusable_adapter_is_an_error(how: str, message: str, tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    kinds = {"a prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")}
+    kinds = {
+        "a prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        "of a larger vocabulary": LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        "with biases that the model does not have": LoraConfig(target_modules=["q_proj"], lora_bias=True),
+    }
+    base = tiny_teacher
+    if how == "of a larger vocabulary":
+        base = tmp_path / "larger"
+        larger = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+        larger.resize_token_embeddings(520)
+        larger.save_pretrained(base)
     if how != "missing":
-        adapter(folder, tiny_teacher, kinds.get(how, LORA))
+        adapter(folder, base, kinds.get(how, LORA))
     weights, description = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     match how:
         case "pickled":
