@@ -4,7 +4,7 @@ A footer has no checksum, and pyarrow ends the process if it is asked for the co
 descriptions are read here, as Thrift's compact protocol writes them, and have to cover the file without a gap.
 """
 
-from io import BytesIO
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 _MAGIC = b"PAR1"
@@ -28,7 +28,7 @@ def column_bytes(file: BinaryIO, size: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     place = len(_MAGIC)
     try:
-        for group in _Thrift(file.read(length)).struct()[_ROW_GROUPS]:
+        for group in _struct(file.read(length), 0)[0][_ROW_GROUPS]:
             for column in group[_COLUMNS]:
                 about = column[_DESCRIPTION]
                 if about.get(_DICTIONARY, about[_FIRST_PAGE]) != place:
@@ -43,48 +43,63 @@ def column_bytes(file: BinaryIO, size: int) -> dict[str, int]:
     return sizes
 
 
-class _Thrift:
-    """Reads Thrift's compact protocol: a struct becomes its values by the numbers of their fields."""
+def _struct(content: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """The struct that begins at a place, as its values by the numbers of their fields; and the place after it."""
+    found: dict[int, Any] = {}
+    field = 0
+    while head := content[at]:
+        at += 1
+        if head >> 4:
+            field += head >> 4
+        else:
+            field, at = _integer(content, at)
+        kind = head & 15
+        if kind <= 2:
+            found[field] = kind == 1
+        else:
+            found[field], at = _READERS[kind](content, at)
+    return found, at + 1
 
-    def __init__(self, content: bytes) -> None:
-        self._content = BytesIO(content)
-        self._readers = {3: self._byte, 4: self._integer, 5: self._integer, 6: self._integer, 7: self._double}
-        self._readers |= {8: self._text, 9: self._list, 10: self._list, 12: self.struct}
 
-    def struct(self) -> dict[int, Any]:
-        """The next struct."""
-        found: dict[int, Any] = {}
-        field = 0
-        while (head := self._byte()) != 0:
-            field = field + (head >> 4) if head >> 4 else self._integer()
-            kind = head & 15
-            found[field] = kind == 1 if kind in (1, 2) else self._readers[kind]()
-        return found
+def _byte(content: bytes, at: int) -> tuple[int, int]:
+    return content[at], at + 1
 
-    def _byte(self) -> int:
-        return self._content.read(1)[0]
 
-    def _unsigned(self) -> int:
-        number = shift = 0
-        while True:
-            byte = self._byte()
-            number |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return number
+def _unsigned(content: bytes, at: int) -> tuple[int, int]:
+    number = shift = 0
+    while (byte := content[at]) >= 128:
+        number |= (byte & 127) << shift
+        shift += 7
+        at += 1
+    return number | byte << shift, at + 1
 
-    def _integer(self) -> int:
-        number = self._unsigned()
-        return -(number & 1) ^ number >> 1
 
-    def _double(self) -> bytes:
-        return self._content.read(8)
+def _integer(content: bytes, at: int) -> tuple[int, int]:
+    number, at = _unsigned(content, at)
+    return -(number & 1) ^ number >> 1, at
 
-    def _text(self) -> bytes:
-        return self._content.read(self._unsigned())
 
-    def _list(self) -> list[Any]:
-        head = self._byte()
-        count = head >> 4 if head >> 4 < 15 else self._unsigned()
-        read = self._byte if head & 15 in (1, 2) else self._readers[head & 15]
-        return [read() for _ in range(count)]
+def _text(content: bytes, at: int) -> tuple[bytes, int]:
+    length, at = _unsigned(content, at)
+    return content[at : at + length], at + length
+
+
+def _list(content: bytes, at: int) -> tuple[list[Any], int]:
+    head = content[at]
+    count, at = _unsigned(content, at + 1) if head >> 4 == 15 else (head >> 4, at + 1)
+    read = _READERS[head & 15]
+    values = []
+    for _ in range(count):
+        value, at = read(content, at)
+        values.append(value)
+    return values, at
+
+
+_READERS: dict[int, Callable[[bytes, int], tuple[Any, int]]] = {
+    **dict.fromkeys((1, 2, 3), _byte),
+    **dict.fromkeys((4, 5, 6), _integer),
+    8: _text,
+    **dict.fromkeys((9, 10), _list),
+    12: _struct,
+}
+"""Readers of Thrift's compact protocol, by the number of the type; a footer has no other types."""

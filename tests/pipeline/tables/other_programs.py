@@ -23,20 +23,17 @@ def datasets(folder: str, cache: str) -> dict[str, list[dict[str, Any]]]:
     return {split: list(rows) for split, rows in found.items()}
 
 
-def trl(folder: str, model: str, scratch: str) -> dict[str, float]:
-    """The loss of one step of the SFTTrainer on all rows, and the same from the model's logits."""
+def trl(folder: str, model: str, scratch: str, stored: str) -> dict[str, float]:
+    """The loss of one step of the SFTTrainer on all rows, and the same from the model's logits and the stored rows."""
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = load_dataset(folder, split="train", cache_dir=scratch)
     student = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
     losses = [
-        cross_entropy(
-            student(torch.tensor([row["input_ids"]])).logits[0, :-1], torch.tensor(row["labels"][1:]), reduction="none"
-        )
-        for row in rows
+        cross_entropy(student(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none")[mask[1:]]
+        for ids, mask in json.loads(Path(stored).read_text())
     ]
-    count = sum(label != -100 for row in rows for label in row["labels"][1:])
     settings = SFTConfig(
         scratch,
         per_device_train_batch_size=len(rows),
@@ -51,7 +48,7 @@ def trl(folder: str, model: str, scratch: str) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
     trainer = SFTTrainer(student, settings, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    return {"trainer": trainer.state.log_history[0]["loss"], "expected": float(sum(map(torch.sum, losses))) / count}
+    return {"trainer": trainer.state.log_history[0]["loss"], "expected": float(torch.cat(losses).mean())}
 
 
 def axolotl(folder: str, model: str) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def test_the_datasets_library_reads_every_value_of_every_format(texts: Table, tm
 
 def test_trls_trainer_trains_on_the_labels(chats: Table, tmp_path: Path, tiny_teacher: Path):
     exported(chats, tmp_path / "out", format="trl")
-    found = read_by("trl", tmp_path / "out", tiny_teacher, tmp_path / "scratch")
+    rows = [(row["token_ids"], row["loss_mask"]) for row, _ in stored(chats, "train")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = read_by("trl", tmp_path / "out", tiny_teacher, tmp_path / "scratch", tmp_path / "rows.json")
     assert found["trainer"] == pytest.approx(found["expected"], rel=1e-3)
 
 
