@@ -37,11 +37,11 @@ demo: $(INSTALLED)
 	@$(BIN)/python -m softlabel.pipeline.examples.language_model .demo
 	@$(BIN)/softlabel distill --config .demo/distill.yaml
 
-# One process for each core, and one more since many tests wait; each with one thread for its tensors.
+# One process for each core, and one more since many tests wait.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)) --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
+	$(BIN)/python -m pytest -n $$(($$($(PYTHON) -c 'import os; print(os.cpu_count())') + 1)) --dist loadfile --no-loadscope-reorder -m "not long and not gpu"
 
-# Each part also runs alone, in less than 20 minutes. A part that fails does not stop the others.
+# Each part also runs alone. A part that fails does not stop the others.
 test-long: $(READ)
 	@failed=; for part in $(LONG); do $(MAKE) $$part || failed="$$failed $$part"; done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi

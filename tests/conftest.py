@@ -12,6 +12,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# The problems are tiny: several threads would take four times as long, most of it waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 
