@@ -96,7 +96,7 @@ def _markdown(report: EvaluationReport | ClassEvaluation, scores: Sequence[Mappi
     """
     if report.verdict:
         yield f"**{_plain(report.verdict)}**"
-    rows = [[*scores[0]], ["---", *("--:" for _ in [*scores[0]][1:])]]
+    rows = [[*map(_plain, scores[0])], ["---", *("--:" for _ in [*scores[0]][1:])]]
     rows += [[_plain(cell) for cell in score.values()] for score in scores]
     yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
     yield f"On {_plain(report.measured)} of {_plain(f'{report.table}@{report.version}')}."

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
@@ -13,8 +14,9 @@ import yaml
 from prefect.settings import get_current_settings
 
 from softlabel.flows.cli import run
-from softlabel.flows.evaluate import evaluate_flow
+from softlabel.flows.evaluate import evaluate_flow, show_report
 from softlabel.pipeline.config.evaluate import EvaluateConfig
+from softlabel.pipeline.evaluation.tasks import TaskScore
 from softlabel.pipeline.training.train import train
 from tests.flows.commands import softlabel
 from tests.pipeline.captured import make_table
@@ -104,12 +106,14 @@ def report_shows_pictures_and_scores() -> bool:
 
 
 @pytest.mark.usefixtures("prefect")
-def test_a_students_name_can_not_write_markdown_into_the_report(tiny_teacher: Path, tmp_path: Path):
+def test_names_of_students_and_tasks_can_not_write_markdown_into_the_report(tiny_teacher: Path, tmp_path: Path):
     table = make_table(tmp_path / "table", tiny_teacher, train=4, held_out=4)
     name = "<img src=x>|`*[a](http:b)\n# ±"
     train(settings(table, tmp_path / name.replace("/", ""), optimizer={"max_steps": 1}))
     student = str(tmp_path / name.replace("/", ""))
-    evaluate_flow(EvaluateConfig(table=table.location, students=(student,), report=str(tmp_path / "report")))
+    report = evaluate_flow(EvaluateConfig(table=table.location, students=(student,), report=str(tmp_path / "report")))
+    task = TaskScore(name, name, 0.5, None, 3, 0, True)
+    show_report(replace(report, students=tuple(replace(each, tasks=(task,)) for each in report.students)))
     shown, *_ = newest_report().partition("On ")
     assert "&" not in shown  # the UI shows an entity as it is written
     scores = re.sub(r"\\.", "", shown)  # a sign after a backslash stands for itself

@@ -26,7 +26,7 @@ from softlabel.pipeline.evaluation.evaluate import evaluate, preview_evaluate
 from softlabel.pipeline.models import experts
 from softlabel.pipeline.models.experts import active_parameters
 from softlabel.storage.errors import StudentError, UsageError
-from tests.pipeline.evaluation.test_evaluate import make_student, recorded
+from tests.pipeline.evaluation.test_evaluate import drawings, make_student, recorded, without_drawings  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("speed", "one_thread")
 
@@ -65,6 +65,7 @@ def config(table, students, folder, **cost):
     )
 
 
+@pytest.mark.usefixtures("drawings")
 def test_every_model_has_its_cost_in_the_report(table, students, tiny_teacher, tmp_path, capsys):
     found = evaluate(config(table, [*students, str(tiny_teacher)], tmp_path))
     content, page = json.loads(Path(found.json).read_text()), Path(found.html).read_text()
