@@ -48,7 +48,14 @@ def classifiers() -> str:
     pairs = compared(students, measured)
     content = ClassReport(
         **{"table": "t", "version": 3, "created": "2026", "columns": column_costs({"key": 9}, 9), "identity": {"a": 1}},
-        **{"circumstances": {}, "config": {}, "documents": 300, "left_out": 3, "labels": names, "gap": None},
+        **{
+            "circumstances": {"torch": "2"},
+            "config": {},
+            "documents": 300,
+            "left_out": 3,
+            "labels": names,
+            "gap": None,
+        },
         unmapped=mean(rng.random(300)),
         teacher=ClassTeacher("teacher", 9, teacher.metrics),
         students=tuple(
