@@ -84,7 +84,8 @@ class RunIds(TrainerCallback):  # type: ignore[misc]
         """Look at the current run of each tracker."""
         if "wandb" in args.report_to and (run := _wandb_run()) is not None:
             self.found["wandb"] = str(run.id)
-        if "mlflow" in args.report_to and (run := sys.modules["mlflow"].active_run()) is not None:
+        mlflow = sys.modules.get("mlflow") if "mlflow" in args.report_to else None
+        if mlflow is not None and (run := mlflow.active_run()) is not None:
             self.found["mlflow"] = str(run.info.run_id)
 
 
