@@ -127,7 +127,7 @@ def _texts(messages: Messages, numbers: Iterable[int]) -> Iterator[_Text]:
         yield from (_Text(i, "content", ("content", *path), text) for path, text in _content(message.get("content")))
         if message["role"] == "assistant":
             thoughts = (((key,), message.get(key)) for key in THOUGHTS)
-            yield from (_Text(i, "thought", path, t) for path, t in thoughts if isinstance(t, str) and t.strip())
+            yield from (_Text(i, "thought", path, t) for path, t in thoughts if isinstance(t, str) and t)
             calls = _called(message.get("tool_calls"), ("tool_calls",))
             yield from (_Text(i, "call", path, text) for path, text in calls if text.strip())
 
@@ -251,6 +251,8 @@ class _Search:
     def _begin_at(self, first: dict[int, int]) -> dict[int, int]:
         """The texts, with their assumed beginnings, of which less than that is written."""
         sure = self._mark({i: slice(at, len(self.texts[i].core)) for i, at in first.items()}, exact=True) or []
+        rest = {i: slice(at, at + 1) for i, at in first.items() if i not in sure}  # it may inspect the text's end
+        sure += self._mark(rest, exact=True) or []
         return {i: at for i, at in first.items() if i not in sure}
 
     def _leave_out(self, numbers: list[int]) -> None:

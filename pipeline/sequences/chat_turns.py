@@ -110,10 +110,14 @@ class TurnFinder:
         written, first, last = turn.written, own[0], max(own, key=lambda each: each.place.end)
         start, end = first.place.start, last.place.end
         before = max((place.end for place, _ in others if place.end <= start), default=0)
-        after, following = min(
-            ((place.start, message) for place, message in others if place.start >= end),
-            default=(len(written), turn.i + 1),
-        )
+        # The empty content of an earlier tool call may be written after its result, where this turn is.
+        earlier = {i for i, message in enumerate(turn.messages[: turn.i]) if message["role"] == "assistant"}
+        later = [
+            (place.start, message)
+            for place, message in others
+            if place.start >= end and (place.start < place.end or message not in earlier)
+        ]
+        after, following = min(later, default=(len(written), turn.i + 1))
         start = min(start, self._begin(turn, before, first, texts)) if begins else start - turn.lead(first)
         if not ends:
             rest = turn.after_text(last.path)
@@ -122,9 +126,9 @@ class TurnFinder:
             return start, end + self._common(written[end:after], rest)
         space = last.text[len(last.text.rstrip()) :]
         space = space if written.startswith(space, end) else ""
-        if any(not text.places for text in texts if turn.i < text.message < following):
-            following = turn.i + 1  # it may be written there, but its place is not known
         role = turn.messages[following]["role"] if following < len(turn.messages) else None
+        if any(not text.places for text in texts if turn.i < text.message < following):
+            role = ""  # another message may be written before it, at a place that is not known
         return start, self._finish(turn, end, len(space), after, role)
 
     def _nothing(self, turn: "_Turn", texts: list[MessageText]) -> "list[_Own]":
@@ -136,14 +140,13 @@ class TurnFinder:
         before = max((p.end for text in texts if text.message < i for p in text.places or ()), default=0)
         later = [(p.start, text.message) for text in texts if text.message > i for p in text.places or ()]
         after, following = min(later, default=(len(written), len(turn.messages)))
-        gap = written[before:after]
+        gap, plain = written[before:after], self._with_plain_answer(turn)
+        if plain and ANSWER not in plain:
+            return []
         if self._prompt and gap.count(self._prompt) == 1:
             at = before + gap.index(self._prompt) + len(self._prompt)
         else:
-            plain = self._with_plain_answer(turn)
             at = len(plain.partition(ANSWER)[0])
-            if plain and ANSWER not in plain:
-                return []
             if not plain or not before <= at <= after or not plain.startswith(written[:at]):
                 raise TurnNotFoundError("where the assistant's turn begins")
         # What the template adds to an empty answer, such as an empty thought, is part of the turn.
@@ -183,7 +186,10 @@ class TurnFinder:
         return place.start == place.end or written.startswith(text.core[:1], place.start)
 
     def _finish(self, turn: "_Turn", last: int, space: int, after: int, following: str | None) -> int:
-        """The end of the turn whose text ends at ``last``, and after which a message of another role is written."""
+        """The end of the turn whose text ends at ``last``, by the role of the message that is written after it.
+
+        It is None at the end of the chat, and "" if it is not known.
+        """
         gap = turn.written[last:after]
         for skip in (0, space):  # a template may trim the answer
             if self._end.strip() and gap.startswith(self._end, skip):
@@ -196,7 +202,7 @@ class TurnFinder:
             return last + len(end) + more
         if not gap.strip() and following == "assistant":
             return last + space
-        candidates = (self._end_before_prompt(turn), self._end_before_next(gap, following))
+        candidates = (self._end_before_prompt(turn), self._end_before_next(gap, following) if following else None)
         ends = [found for found in candidates if found is not None and gap.startswith(found)]
         found = next((found for found in ends if found.strip()), "")
         if found or (ends and self._end.strip()):  # if none is found, only the chat's last turn ends with a mark
@@ -303,7 +309,8 @@ class _Turn:
         the turn, so a text counts as often as in a chat that ends with the turn.
         """
         mine = [text for text in texts if text.message == self.i]
-        mine = [text for text in mine if text.core and text.places] or mine
+        if any(text.core and text.places for text in mine):
+            mine = [text for text in mine if text.places and (text.core or text.kind == "thought")]
         copied = any(len(text.places or ()) > 1 for text in mine) and self.i < len(self.messages) - 1
         known = self._tail(prompt=False) if copied else None
         counts = {text.path: len(text.places or ()) or 1 for text in known[1]} if known else {}
