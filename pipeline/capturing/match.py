@@ -14,6 +14,7 @@ _NAMED_DIFFERENTLY = {
     "tail_logprobs": "selection.tail_logprobs",
     "sequences.eval_fraction": "shards.eval_fraction",
     "tokenizer.chat_template_date": "sequences.chat_template_date",
+    "tokenizer.chat_template_kwargs": "sequences.chat_template_kwargs",
 }
 """Fields of the identity whose settings have other names."""
 
@@ -60,6 +61,8 @@ def _matching_flags(name: str, identity: Identity, known: Mapping[str, Any], con
         return f"{flag_of(setting)} {hint}"
     if setting in known:
         return as_flag(setting, known[setting])
+    if setting == "sequences.chat_template_kwargs":
+        return f"{flag_of(setting)} left out"
     if name.startswith("derived_from"):
         return ""
     model = known.get("teacher.model")

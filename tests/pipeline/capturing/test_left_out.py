@@ -422,3 +422,18 @@ def test_the_settings_that_inspect_reports_are_all_that_a_capture_takes(table: P
         for name, value in values.items():
             found = report.settings[f"{section}.{name}"]
             assert (str(found) if name == "chat_template_date" else found) == value
+
+
+def test_the_error_about_values_for_the_chat_template_names_their_flag(tiny_teacher: Path, tmp_path: Path) -> None:
+    documents, base = (
+        chats(tmp_path / "d.jsonl", 2),
+        {"teacher": {"model": str(tiny_teacher)}, "columns": {"messages": "talk", "id": "id"}},
+    )
+    values = {"sequences": {"chat_template_kwargs": '{"thinks": false}'}}
+    for name, first, second, flags in (
+        ("without", {}, values, "--sequences.chat-template-kwargs left out"),
+        ("with", values, {"sequences": {"chat_template_kwargs": "{}"}}, "--sequences.chat-template-kwargs '{"),
+    ):
+        capture(given(documents, tmp_path / name, **base, **first))
+        with pytest.raises(ProvenanceError, match=re.escape(f"(to match: {flags}")):
+            capture(given(documents, tmp_path / name, **base, **second))
