@@ -242,6 +242,13 @@ def test_loss_selection_and_teacher_work_without_prefect_polars_and_deltalake():
     subprocess.run([sys.executable, "-c", f"{absent}; import {modules}"], cwd=ROOT, check=True)
 
 
+def test_a_worker_loads_no_model_of_transformers_before_its_engine_does():
+    """That takes three seconds, and another engine does not need it."""
+    code = "import sys, softlabel.pipeline.capturing.worker; print('transformers.modeling_utils' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout == "False\n"
+
+
 def test_the_command_line_and_the_settings_load_no_heavy_library():
     heavy = {"torch", "transformers", "prefect", "polars", "pyarrow", "deltalake", "matplotlib"}
     code = f"import sys, softlabel.flows.cli, softlabel.pipeline; print(*({heavy!r} & set(sys.modules)))"
