@@ -114,7 +114,7 @@ def browser(folder: Path) -> Iterator[Page]:
         port = _port(folder / "DevToolsActivePort", process)
         with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=_SECONDS) as answer:
             [target] = [each for each in json.load(answer) if each["type"] == "page"]
-        with connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
+        with connect(target["webSocketDebuggerUrl"], max_size=None, ping_interval=None) as socket:
             yield Page(socket)
     finally:
         process.terminate()
