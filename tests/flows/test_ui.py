@@ -58,7 +58,7 @@ def shown(page: Page, address: str, key: str, version: str, *expected: str) -> s
     with get_client(sync_client=True) as client:
         [artifact] = [each for each in client.read_artifacts() if each.key == key]
     page.visit(f"{address}{version}/artifacts/artifact/{artifact.id}", WIDTH)
-    wait_until(lambda: all(text in page.text for text in expected), seconds=60)
+    wait_until(lambda: all(text in page.text for text in expected), seconds=120)
     return page.text
 
 
@@ -69,7 +69,7 @@ def test_a_person_captures_and_evaluates_with_the_forms_and_sees_progress_and_re
     with ui(tmp_path) as (page, address):
         run_from_form(page, address, "capture", str(documents), str(table), str(tiny_teacher))
         for version in ("", "/v2"):
-            shown(page, address, "capture-progress", version, "100%", "positions")
+            shown(page, address, "capture-progress", version, "Progress:", "positions")
             assert "sequences that the teacher read" in shown(page, address, "capture", version, "60")
 
         for name in ("a_student", "control"):
