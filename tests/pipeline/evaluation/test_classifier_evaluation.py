@@ -214,7 +214,7 @@ def test_results_are_shown_by_a_column(table, students, tmp_path):  # noqa: F811
     assert right == pytest.approx(confusion[1, 1])
     page = Path(report.html).read_text()
     assert "By label" in page
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     with pytest.raises(UsageError, match="no such column"):
         evaluated(table, students, tmp_path, by=("source",))
 

@@ -11,7 +11,7 @@ from softlabel.pipeline.evaluation.report.classifier_report import ClassReport, 
 from softlabel.pipeline.evaluation.report.classifier_report import to_html as class_page
 from softlabel.pipeline.evaluation.report.content import column_costs
 from softlabel.pipeline.evaluation.report.page import to_html
-from softlabel.pipeline.evaluation.standings import Gap, standings_of
+from softlabel.pipeline.evaluation.standings import Gap, Use, standings_of
 from tests.browser import Page, browser
 from tests.pipeline.evaluation.test_report import HOSTILE, report, student
 
@@ -63,7 +63,7 @@ def classifiers() -> str:
             for name, each in zip(students, measured, strict=True)
         ),
         comparisons=pairs,
-        standings=standings_of(students, [each.metrics.kl for each in measured], pairs, [None] * 3),
+        standings=standings_of(students, [each.metrics.kl for each in measured], pairs, [None] * 3, [Use(9, None)] * 3),
     )
     return class_page(content)
 
