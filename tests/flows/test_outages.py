@@ -149,7 +149,7 @@ def test_a_worker_that_is_stopped_during_an_outage_ends_and_another_one_finishes
     tiny_teacher: Path, tmp_path: Path
 ):
     with prefect_server(tmp_path) as server:
-        deploy(DeployConfig(heartbeat_seconds=30))
+        deploy(DeployConfig(heartbeat_seconds=105))  # see test_operation: five minutes are too short after a restart
         capture = Capture(tmp_path, tiny_teacher)
         with worker(**capture.pace(3), **IMPATIENT) as stopped:
             wait_until(lambda: capture.has(1), seconds=180)
@@ -159,7 +159,7 @@ def test_a_worker_that_is_stopped_during_an_outage_ends_and_another_one_finishes
         assert not capture.has(DOCUMENTS)
         server.start()
         with worker(**capture.pace(0)):
-            wait_until(lambda: capture.run.state_name == "Completed", seconds=400)
+            wait_until(lambda: capture.run.state_name == "Completed", seconds=900)
     assert capture.is_exact()
 
 
