@@ -7,7 +7,7 @@ way. So they are compared with renderings of the same chat up to this turn.
 
 import os.path
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -157,10 +157,7 @@ class TurnFinder:
     def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
         first = own.place
         gap = turn.written[before : first.start]
-        here = (
-            self._prompt_after(turn.render, turn.messages[: turn.i]) for _ in range(1)
-        )  # it may be another one here
-        for prompt in chain((self._asked, self._prompt), here):
+        for prompt in self._prompts(turn):
             if prompt and prompt in gap:
                 return before + gap.rindex(prompt) + len(prompt)
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
@@ -175,6 +172,12 @@ class TurnFinder:
         if found and (common > before or common == before == len(lead)):
             return common
         raise TurnNotFoundError("where the assistant's turn begins")
+
+    def _prompts(self, turn: "_Turn") -> Iterator[str]:
+        """What may prompt for this turn; found by rendering only if the usual prompts are not there."""
+        yield self._asked
+        yield self._prompt
+        yield self._prompt_after(turn.render, turn.messages[: turn.i])
 
     def _with_plain_answer(self, turn: "_Turn") -> str:
         """The chat as written if the message were a plain answer; "" if the template raises an error."""
