@@ -40,20 +40,20 @@ def show_cost(students: "Sequence[Score | ClassScore]") -> None:
         return
     generates = speeds[0].decode is not None
     table = table_of(
-        "", "on disk", "peak memory", "tokens/s read", "tokens/s generated" if generates else "documents/s", "weights"
+        "", "on disk", "peak memory", "tokens/s read", "generated" if generates else "documents/s", "weights"
     )
     for name, cost, speed in costs:
         if speed is not None:
             sizes = bytes_of(cost.bytes), bytes_of(speed.memory)
-            rates = _rate(speed.prefill), _rate(speed.decode or speed.documents)
+            rates = (_rate(speed.prefill), _rate(speed.decode or speed.documents))
             table.add_row(escape(printable(name)), *sizes, *rates, speed.dtype)
     console.print(table)
     lengths = speeds[0].lengths
     read = f"{count(lengths.batch_size, 'prompt' if generates else 'document')} of {lengths.prompt_tokens:,} tokens"
     new = f" and {lengths.new_tokens:,} new ones" if generates else ""
     console.print(
-        f"[dim]on {escape(printable(speeds[0].device))}: {read}{new} at a time; median (slowest to fastest) of"
-        f" {count(speeds[0].runs, 'run')}[/]"
+        f"[dim]on {escape(printable(speeds[0].device))}: {read}{new} at a time; medians of"
+        f" {count(speeds[0].runs, 'run')}, whose spread is in the report[/]"
     )
 
 
@@ -72,8 +72,7 @@ def show_standings(report: "EvaluationReport | ClassEvaluation") -> None:
         cells.append("" if parameters is None else short(parameters))
         if speeds:
             speed = speeds.get(each.student)
-            rate = speed and (speed.decode or speed.documents)
-            cells.append(_short(rate.median) if rate else "")
+            cells.append(_rate(speed and (speed.decode or speed.documents)))
         cells.append(escape(printable(", ".join(each.outdone_by))))
         table.add_row(escape(printable(each.student)), str(each.place), *cells)
     console.print(table)
@@ -85,8 +84,4 @@ def _with_interval(share: float, interval: tuple[float, float] | None) -> str:
 
 
 def _rate(rate: "Rate | None") -> str:
-    return "" if rate is None else f"{_short(rate.median)} ({_short(rate.slowest)} to {_short(rate.fastest)})"
-
-
-def _short(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}"
+    return "" if rate is None else f"{rate.median:,.0f}" if rate.median >= 100 else f"{rate.median:,.1f}"
