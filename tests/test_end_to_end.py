@@ -62,7 +62,8 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
     config["shards"]["eval_fraction"] = 0.3
     config["sequences"] = {"max_tokens": 256}
     config["stream"] = {"max_length": 256, "batch_size": 1, "micro_batch_size": 1}
-    config["optimizer"] = {"max_steps": 6, "eval_steps": 6, "learning_rate": 1e-3, "bf16": True}
+    config["optimizer"] = {"max_steps": 4, "eval_steps": 4, "learning_rate": 1e-3, "bf16": True}
+    config["cost"] = {"prompt_tokens": 16, "new_tokens": 2, "runs": 1}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
     (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
@@ -78,7 +79,7 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
     assert (student["name"], control["name"]) == ("student", "control")
     assert student["kl"] < control["kl"]
     assert report["evaluate"]["teacher"]["perplexity"] < student["perplexity"]
-    assert report["train"]["student"]["steps"] == report["train"]["control"]["steps"] == 6
+    assert report["train"]["student"]["steps"] == report["train"]["control"]["steps"] == 4
     page = Path(report["evaluate"]["html"]).read_text()
     assert all(name in page for name in ("student", "control", "<svg"))
 
