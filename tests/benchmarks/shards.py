@@ -74,7 +74,7 @@ def make(folder: Path, shards: int) -> Table:
     for first in range(0, shards, SHARDS_PER_COMMIT):
         added = []
         for number in range(first, min(first + SHARDS_PER_COMMIT, shards)):
-            file = ShardFile(table, "train", SEQUENCES)
+            file = ShardFile(table.place, table.schema, "train", SEQUENCES)
             file.append(rows(table, number))
             file.finish()
             added.append(add_action(file.shard))

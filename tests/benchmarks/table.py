@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.storage import reader
+from softlabel.storage.clustering import SAMPLE
 from softlabel.storage.codec import decode
 from softlabel.storage.identity import (
     Identity,
@@ -99,7 +100,6 @@ def _held(arrays: Mapping[str, NDArray[Any]], prefix: str) -> SoftLabels:
 def _run_teacher(corpus: str, wanted: int) -> dict[str, Captured]:
     import torch
 
-    from softlabel.pipeline.capturing.shard import VOCABULARY_SAMPLE
     from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
     from softlabel.pipeline.examples.language_model import prepare_teacher
     from softlabel.pipeline.selection.select import select
@@ -113,7 +113,7 @@ def _run_teacher(corpus: str, wanted: int) -> dict[str, Captured]:
     teacher = TransformersTeacher(TeacherConfig(model=str(folder)))
     settings = {"k=64": SelectionConfig(top_k=64), "default": SelectionConfig()}
     selections = {name: Selection.of(settings[name]) for name in SELECTIONS}
-    sample, measured = _sequences(corpus, teacher.checkpoint, VOCABULARY_SAMPLE, wanted)
+    sample, measured = _sequences(corpus, teacher.checkpoint, SAMPLE, wanted)
     queries, identity = Queries(pa.concat_tables([sample, measured]), LanguageModel()), teacher_identity()
     parts: dict[str, list[SoftLabels]] = {name: [] for name in selections}
     for number, (tokens, at) in enumerate(zip(queries.tokens, queries.positions, strict=True)):
