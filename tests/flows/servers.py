@@ -108,7 +108,7 @@ def prefect_server(home: Path, **environment: str) -> Iterator[PrefectServer]:
             yield server
     finally:
         server.process.terminate()
-        server.process.wait(20)
+        server.process.wait(120)  # after an outage, it has much to catch up with
 
 
 @contextmanager

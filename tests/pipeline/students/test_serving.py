@@ -162,11 +162,11 @@ ROPES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
 
 
 BERT_SIZES = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
-ROPES["one frequency by other names"] = (
-    ModernBertDecoderConfig(**BERT_SIZES, global_rope_theta=3e4, local_rope_theta=3e4),
-    {"global_rope_theta": 3e4, "local_rope_theta": 3e4},
-)
 NAMED = ROPES | {
+    "one frequency by other names": (
+        ModernBertDecoderConfig(**BERT_SIZES, global_rope_theta=3e4, local_rope_theta=3e4),
+        {"global_rope_theta": 3e4, "local_rope_theta": 3e4},
+    ),
     "other names of two frequencies": (
         ModernBertDecoderConfig(**BERT_SIZES),
         {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
