@@ -72,7 +72,7 @@ def show_standings(report: "EvaluationReport | ClassEvaluation") -> None:
         cells.append("" if parameters is None else short(parameters))
         if speeds:
             speed = speeds.get(each.student)
-            cells.append(_rate(speed and (speed.decode or speed.documents)))
+            cells.append(_rate(speed.decode or speed.documents) if speed else "")
         cells.append(escape(printable(", ".join(each.outdone_by))))
         table.add_row(escape(printable(each.student)), str(each.place), *cells)
     console.print(table)
