@@ -39,6 +39,7 @@ def small(tmp_path: Path, tiny_teacher: Path, documents: Path) -> Path:
         "student": {"layers": [0]},
         "stream": {"max_length": 128, "batch_size": 4, "micro_batch_size": 4},
         "optimizer": {"max_steps": 2, "device": "cpu"},
+        "cost": {"measure": False},
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))

@@ -19,6 +19,7 @@ from tests.pipeline.capturing.test_capture import settings, texts, write
 pytestmark = pytest.mark.usefixtures("prefect")
 
 TRAIN = ("--stream.max-length", 128, "--optimizer.max-steps", 2, "--optimizer.device", "cpu")
+EVALUATE = ("evaluate", "--cost.no-measure")
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +50,17 @@ def test_a_student_of_averaged_teachers_is_trained_and_evaluated(folder: Path, c
     assert [(Path(part["location"]).name, part["weight"]) for part in made_of["tables"]] == [("a", 0.5), ("b", 0.5)]
     assert f"a view (average): 0.5 x {folder / 'a'}, version" in (student / "README.md").read_text()
 
-    text = shown(capsys, "evaluate", view, student, "--report", folder / "report")
+    text = shown(capsys, *EVALUATE, view, student, "--report", folder / "report")
     assert "teacher and other" in text
     assert "the KL is the mean over the teachers" in text
     assert "mean of the KL from each teacher" in (folder / "report" / "report.html").read_text()
-    code, evaluated, _ = softlabel(capsys, "evaluate", folder / "a", student, "--report", folder / "report-a")
+    code, evaluated, _ = softlabel(capsys, *EVALUATE, folder / "a", student, "--report", folder / "report-a")
     assert (code, evaluated["kl_kind"]) == (0, "unbiased"), "a table of one of its teachers"
     assert json.loads((folder / "report-a" / "report.json").read_text())["students"][0]["warnings"] == []
 
     of_one = softlabel(capsys, "train", folder / "a", folder / "of-one", "--student.layers", 0, *TRAIN)
     assert of_one[0] == 0
-    code, error, _ = softlabel(capsys, "evaluate", view, folder / "of-one", "--report", folder / "none")
+    code, error, _ = softlabel(capsys, *EVALUATE, view, folder / "of-one", "--report", folder / "none")
     assert (code, error["error"]) == (1, "StudentError")
     assert "another teacher" in error["message"]
 
@@ -71,7 +72,7 @@ def test_a_student_of_concatenated_tables_is_trained_and_evaluated(folder: Path,
     assert "the table has several teachers" in error["message"]
     teacher = ("--student.layers", 0, "--student.teacher", folder / "other", "--loss.divergence", "reverse_kl")
     assert softlabel(capsys, "train", view, folder / "pruned", *teacher, *TRAIN)[0] == 0
-    code, report, _ = softlabel(capsys, "evaluate", view, folder / "pruned", "--report", folder / "report-c")
+    code, report, _ = softlabel(capsys, *EVALUATE, view, folder / "pruned", "--report", folder / "report-c")
     assert (code, report["kl_kind"]) == (0, "unbiased")
     held_out = softlabel(capsys, "inspect", view)[1]["view"]["splits"]["eval"]
     assert report["sequences"] == held_out["sequences"]
