@@ -177,6 +177,6 @@ def test_a_run_that_outlives_an_outage_longer_than_its_heartbeats_is_not_started
             time.sleep(100)  # more than three heartbeats
             server.start()
             wait_until(lambda: capture.run.state_name == "Completed", seconds=300)
-            # Whether the restarted server takes the run for lost meanwhile depends on how soon heartbeats reach it.
+            assert "Lost" in capture.states  # and Running again, unless SQLite was too busy
     assert capture.is_exact()
     assert capture.read_once
