@@ -78,7 +78,7 @@ def _numbers(score: Score | ClassScore) -> dict[str, float | str | None]:
     if cost is not None:
         row["bytes"] = cost.bytes
     if cost is not None and cost.speed is not None:
-        produced = cost.speed.decode or cost.speed.documents
+        produced = cost.speed.produced
         row["memory"] = cost.speed.memory
         row["documents/s" if isinstance(score, ClassScore) else "tokens/s"] = produced and produced.median
     return row

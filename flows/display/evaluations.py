@@ -45,7 +45,7 @@ def show_cost(students: "Sequence[Score | ClassScore]") -> None:
     for name, cost, speed in costs:
         if speed is not None:
             sizes = bytes_of(cost.bytes), bytes_of(speed.memory)
-            rates = (_rate(speed.prefill), _rate(speed.decode or speed.documents))
+            rates = (_rate(speed.prefill), _rate(speed.produced))
             table.add_row(escape(printable(name)), *sizes, *rates, speed.dtype)
     console.print(table)
     lengths = speeds[0].lengths
@@ -72,7 +72,7 @@ def show_standings(report: "EvaluationReport | ClassEvaluation") -> None:
         cells.append("" if parameters is None else short(parameters))
         if speeds:
             speed = speeds.get(each.student)
-            cells.append(_rate(speed.decode or speed.documents) if speed else "")
+            cells.append(_rate(speed.produced) if speed else "")
         cells.append(escape(printable(", ".join(each.outdone_by))))
         table.add_row(escape(printable(each.student)), str(each.place), *cells)
     console.print(table)

@@ -102,6 +102,11 @@ class Speed:
     runs: int
     """Number of runs, after one more to warm up."""
 
+    @property
+    def produced(self) -> Rate | None:
+        """How much comes out in a second: tokens generated or, of a classifier, documents classified."""
+        return self.decode or self.documents
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -68,7 +68,7 @@ class TrainedStudent:
     def use(self) -> Use:
         """What it costs to use, to compare it with others."""
         speed = None if self.cost is None else self.cost.speed
-        return Use(self.parameters, None if speed is None else speed.decode or speed.documents)
+        return Use(self.parameters, None if speed is None else speed.produced)
 
     @classmethod
     def of(cls, name: str, folder: str, record: StudentRecord, warnings: Sequence[str]) -> Self:
