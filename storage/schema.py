@@ -52,6 +52,8 @@ SOFT_LABELS = pa.schema(
 
 ROW_KEY = ("document_id", "chunk", "key")
 """Columns whose values together are unique in a table."""
+RowKey = tuple[str, int, bytes]
+"""Their values in one row."""
 
 _CARRIED_TYPES = (
     pa.string(),
@@ -117,6 +119,6 @@ def without(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in dropped])
 
 
-def row_keys(rows: pa.Table) -> list[tuple[object, ...]]:
+def row_keys(rows: pa.Table) -> list[RowKey]:
     """The unique key of each row (see ``ROW_KEY``)."""
     return list(zip(*(rows.column(name).to_pylist() for name in ROW_KEY), strict=True))

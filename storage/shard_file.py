@@ -14,7 +14,7 @@ from deltalake.transaction import AddAction
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import Place, content_hash
-from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, row_keys, without
+from softlabel.storage.schema import PARTITION, SEQUENCE, SOFT_LABELS, RowKey, row_keys, without
 
 _LEVELS = {
     **dict.fromkeys(("head_ids", "tail_ids", "tail_counts", "tail_codes"), 1),
@@ -24,9 +24,6 @@ _LEVELS = {
     **dict.fromkeys(("token_ids", "head_clusters"), 15),
 }
 """zstd's level for columns of numbers; 10 for the others."""
-
-RowKey = tuple[object, ...]
-"""The values of ``storage.schema.ROW_KEY``."""
 
 
 def add_action(shard: Shard) -> AddAction:

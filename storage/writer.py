@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,8 @@ from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import WRITING
 from softlabel.storage.reader import outline, soft_labels_by_key
 from softlabel.storage.records.takedown import refusal
-from softlabel.storage.schema import FORMAT, PARTITION, ROW_KEY, row_keys
-from softlabel.storage.shard_file import RowKey, ShardFile, add_action
+from softlabel.storage.schema import FORMAT, PARTITION, ROW_KEY, RowKey, row_keys
+from softlabel.storage.shard_file import ShardFile, add_action
 from softlabel.storage.staging import staged_path
 from softlabel.storage.table import Table
 
@@ -260,7 +260,7 @@ def _joined(sequences: pa.Table, labels: pa.Table) -> pa.Table:
 
 def _rows_sharing_keys(table: Table, rows: Iterable[RowKey], own: Container[str] = ()) -> Iterator[set[RowKey]]:
     """All rows of each shard that may share a key with these, except for the caller's own shards."""
-    for shard in key_index(table.place).shards_sharing(table, (cast(bytes, row[-1]) for row in rows)):
+    for shard in key_index(table.place).shards_sharing(table, (key for _, _, key in rows)):
         if shard.path not in own:
             yield {row for part in outline(table, shard, ROW_KEY) for row in row_keys(part)}
 
@@ -269,6 +269,6 @@ def _remember(table: Table, files: Iterable[ShardFile]) -> None:
     """Note the keys of committed shards, so that nobody has to read them for the next commit."""
     index = key_index(table.place)
     for file in files:
-        index.add(file.shard, [cast(bytes, row[-1]) for row in file.keys])
+        index.add(file.shard, [key for _, _, key in file.keys])
     with suppress(OSError, TableError):  # the commit is made; without the file, the next process reads the shards
         index.save(table)

@@ -94,7 +94,8 @@ def vocabulary_bytes(ranking: NDArray[np.int32]) -> int:
 
 
 def _codes(logprobs: NDArray[np.float32]) -> NDArray[np.int32]:
-    return np.rint(np.clip(logprobs * np.float32(-64), 0, 32767)).astype(np.int32)
+    codes: NDArray[np.float32] = np.rint(np.clip(logprobs * np.float32(-64), 0, 32767))
+    return codes.astype(np.int32)
 
 
 def _gaps(codes: NDArray[Any], counts: NDArray[np.int32], origins: NDArray[Any]) -> NDArray[Any]:

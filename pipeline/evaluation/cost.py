@@ -236,7 +236,7 @@ def _peak(model: PreTrainedModel, run: Callable[[], object]) -> int:
     return _weights(model) + tensors.peak
 
 
-class _Tensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tensors(TorchDispatchMode):
     """Counts the bytes of the tensors that are made and freed.
 
     A process's memory is no measure of that: it keeps some of what is freed, more or less by chance.

@@ -15,8 +15,7 @@ from softlabel.storage.narrowing import Narrowing
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.reader import outline, with_split
 from softlabel.storage.records.takedown import refusal
-from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
-from softlabel.storage.shard_file import RowKey
+from softlabel.storage.schema import PARTITION, ROW_KEY, RowKey, row_keys
 from softlabel.storage.sidecars import read_vocabulary
 from softlabel.storage.table import Change, Table
 from softlabel.storage.writer import present_rows
@@ -250,9 +249,7 @@ class _Decision:
         return bool((~self.kept).any() or (self.splits != shard.split).any())
 
 
-def _decide(
-    job: Rewriting, shard: Shard, present: set[tuple[object, ...]], refused: Callable[[str], bool]
-) -> Iterator[_Decision]:
+def _decide(job: Rewriting, shard: Shard, present: set[RowKey], refused: Callable[[str], bool]) -> Iterator[_Decision]:
     columns = {"positions", "document_id", *job.columns, *(ROW_KEY if present else ())}
     for rows in outline(job.source, shard, sorted(columns - {PARTITION})):
         documents = rows.column("document_id").to_pylist()
@@ -289,7 +286,7 @@ def _decide_staged(
         yield _Decision(kept, there, splits, rows.column("positions").to_numpy().astype(np.int64))
 
 
-def _present(job: Rewriting) -> set[tuple[object, ...]]:
+def _present(job: Rewriting) -> set[RowKey]:
     """Rows that the target has already, if it is another table."""
     if job.in_place or job.target is None:
         return set()

@@ -23,8 +23,7 @@ from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import REJECTS, SIDE_FOLDER
 from softlabel.storage.reader import outline
 from softlabel.storage.records.versions import damaged_records, vacuumed
-from softlabel.storage.schema import PARTITION, ROW_KEY, row_keys
-from softlabel.storage.shard_file import RowKey
+from softlabel.storage.schema import PARTITION, ROW_KEY, RowKey, row_keys
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.examination import Hashes, WrongShardError, examine

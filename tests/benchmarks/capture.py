@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,7 @@ from softlabel.pipeline.config.capture import CaptureConfig, SelectionConfig, Se
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.models.checkpoint import Checkpoint
+from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.teachers.teacher import TransformersTeacher, each_batch
 from softlabel.storage.errors import TeacherError
 from softlabel.storage.writer import Commit, ShardWriter
@@ -102,7 +104,7 @@ class Bench:
             checkpoint = RandomWeights(checkpoint.folder, None, False, "bfloat16")
         self.teacher = TransformersTeacher(settings, checkpoint)
         self._folder, self._tokens, self._batch_tokens = folder, tokens, batch * tokens
-        labelling.load_teacher = lambda config, checkpoint: self.teacher
+        patch.object(labelling, "load_teacher", lambda config, checkpoint: self.teacher).start()
         self._configs: dict[str, CaptureConfig] = {}
         self._plans: dict[str, Path] = {}
         measured = documents(folder / "measured.parquet", name, 1, sequences, tokens)
@@ -161,9 +163,8 @@ class Bench:
             self._wait()
             spent.append(time.perf_counter() - started)
 
-        teacher.logits = both
-        yield spent
-        teacher.logits = original
+        with patch.object(teacher, "logits", both):
+            yield spent
 
     def capture(self, selection: str, about: dict[str, float]) -> float:
         """Seconds to capture all batches; fills ``about`` with seconds before the first and bytes per position."""
@@ -177,12 +178,11 @@ class Bench:
             began.append(time.perf_counter())
             return logits(*arguments)
 
-        self.teacher.logits = clocked  # type: ignore[method-assign]
-        started = time.perf_counter()
-        commit: Commit = capture_shard(job, self._plans[selection])
-        ended = time.perf_counter()
+        with patch.object(self.teacher, "logits", clocked):
+            started = time.perf_counter()
+            commit: Commit = capture_shard(job, self._plans[selection])
+            ended = time.perf_counter()
         assert commit.positions == sum(map(len, self._positions)), "some sequences were already in the table"
-        self.teacher.logits = logits  # type: ignore[method-assign]
         shutil.rmtree(table)
         about |= {"before": began[0] - started, "bytes": commit.bytes / commit.positions}
         return ended - began[0]
@@ -199,12 +199,13 @@ class Bench:
             spent[name] += time.perf_counter() - started
             return result
 
-        originals = labelling.select, ShardWriter.append, ShardWriter.commit
-        labelling.select = partial(clocked, "selection", originals[0])
-        ShardWriter.append = lambda *a: clocked("writing", originals[1], *a)  # type: ignore[method-assign]
-        ShardWriter.commit = lambda *a: clocked("commit", originals[2], *a)  # type: ignore[method-assign]
-        spent["whole"] = self.capture(selection, {})
-        labelling.select, ShardWriter.append, ShardWriter.commit = originals  # type: ignore[method-assign]
+        append, commit = ShardWriter.append, ShardWriter.commit
+        with (
+            patch.object(labelling, "select", partial(clocked, "selection", select)),
+            patch.object(ShardWriter, "append", lambda *a: clocked("writing", append, *a)),
+            patch.object(ShardWriter, "commit", lambda *a: clocked("commit", commit, *a)),
+        ):
+            spent["whole"] = self.capture(selection, {})
         return spent
 
     def peak(self, work: Callable[[], object]) -> float:

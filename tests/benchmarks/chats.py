@@ -18,7 +18,7 @@ from copy import deepcopy
 from datetime import date, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 from transformers.utils import chat_template_utils
@@ -99,7 +99,7 @@ def _by_transformers(marked: str, chat: Any) -> Iterator[tuple[str, list[tuple[i
 
 class _FixedDate(datetime):
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:
+    def now(cls, tz: Any = None) -> Self:
         return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
 
 

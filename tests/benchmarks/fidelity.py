@@ -36,9 +36,10 @@ from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.examples.language_model import prepare_teacher
 from softlabel.pipeline.loss.fused import distillation_loss
 from softlabel.pipeline.loss.targets import CompactTargets, Target, TokenIds, decode_targets
+from softlabel.pipeline.models.pruning import prune
 from softlabel.pipeline.selection.select import position_seeds, select
 from softlabel.pipeline.selection.selection import Selection
-from softlabel.pipeline.students.build import hidden_states, output_head, prune
+from softlabel.pipeline.students.build import hidden_states, output_head
 from softlabel.pipeline.teachers.teacher import TransformersTeacher
 from softlabel.storage.codec import encode, flatten
 from softlabel.storage.labels import SoftLabels
@@ -280,7 +281,7 @@ def main() -> None:
     student = Student(model.eval(), text.first(arguments.sequences))
     dense = student.dense()
 
-    rows = []
+    rows: list[tuple[str, float, str, Closeness]] = []
     for number, config in enumerate(SELECTIONS, 1):
         show_progress(f"selection {number} of {len(SELECTIONS)}: {name_of(config)}")
         rows += measure(config, student, text, arguments.seeds, dense)

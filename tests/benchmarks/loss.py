@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Problem:
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(0)
         self.shape = shape
-        options = {"device": shape.device, "dtype": shape.dtype}
+        options: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
         self.hidden = torch.randn(shape.positions, shape.hidden, **options).requires_grad_()
         self.weight = torch.randn(shape.vocabulary, shape.hidden, **options).mul_(0.05).requires_grad_()
         self.next_ids = torch.randint(shape.vocabulary, (shape.positions,), device=shape.device)

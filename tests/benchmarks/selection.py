@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def contestants(logits: Tensor, vocabulary: int) -> dict[str, Callable[[], objec
     for name, config in SELECTIONS.items():
         selection = Selection.of(config)
         seeds = position_seeds(selection, b"teacher", b"key", positions)
-        runs[name] = lambda seeds=seeds, selection=selection: select(logits, positions, seeds, selection, vocabulary)
+        runs[name] = partial(select, logits, positions, seeds, selection, vocabulary)
     return runs
 
 

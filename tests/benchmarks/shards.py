@@ -78,7 +78,7 @@ def make(folder: Path, shards: int) -> Table:
             file.append(rows(table, number))
             file.finish()
             added.append(add_action(file.shard))
-            index.add(file.shard, [row[-1] for row in file.keys])
+            index.add(file.shard, [key for _, _, key in file.keys])
             file.publish()
             file.discard()
         try_commit(table.newest(), added, {})

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ def plain(model: PreTrainedModel) -> Loss:
     def loss(batch: Batch) -> Tensor:
         labels = torch.full_like(batch.input_ids, -100)
         labels.view(-1)[batch.positions + 1] = batch.next_ids
-        return model(**batch.inputs, labels=labels).loss
+        total: Tensor = model(**batch.inputs, labels=labels).loss
+        return total
 
     return loss
 
@@ -109,7 +111,7 @@ def steppers(shape: Shape, table: Table) -> dict[str, Stepper]:
         "softlabel, reverse KL": LossConfig(divergence="reverse_kl"),
     }
     methods: dict[str, Callable[[PreTrainedModel], Loss]] = {
-        name: lambda model, loss=loss: softlabel(model, table, loss) for name, loss in losses.items()
+        name: partial(softlabel, table=table, loss=loss) for name, loss in losses.items()
     }
     methods["transformers, hard labels"] = plain
     if shape.device == "cuda":

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +100,7 @@ def make_table(folder: Path, sequences: int, tokens: int = TOKENS) -> Table:
     return table.newest()
 
 
-def _row(number: int, tokens: int, generator: np.random.Generator) -> dict[str, object]:
+def _row(number: int, tokens: int, generator: np.random.Generator) -> dict[str, Any]:
     length = int(tokens if generator.random() < 0.6 else generator.integers(tokens // 2, tokens))
     return {
         "key": number.to_bytes(16, "little"),
@@ -166,7 +167,8 @@ def hugging_face(path: Path) -> Iterator[int]:
 
 def mean_tokens(table: Table) -> int:
     """Mean number of tokens in a sequence."""
-    return round(np.mean([count for _, rows in batches(table, ["tokens"]) for count in rows["tokens"].to_pylist()]))
+    counts: list[int] = [count for _, rows in batches(table, ["tokens"]) for count in rows["tokens"].to_pylist()]
+    return round(statistics.mean(counts))
 
 
 def rate(stream: Iterator[int], prepared: bool = False) -> float:
