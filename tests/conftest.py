@@ -25,7 +25,7 @@ from hypothesis import settings
 
 # Same examples in every run, so that a failure is due to the current change; `make test-long` draws new ones.
 settings.register_profile("repeated", derandomize=True, deadline=None)
-settings.register_profile("drawn", deadline=None)
+settings.register_profile("drawn", deadline=None, print_blob=True)
 settings.load_profile("repeated")
 
 ROOT = Path(__file__).parents[1]

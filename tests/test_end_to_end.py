@@ -124,7 +124,7 @@ def _rows(table: Path) -> Counter[tuple[str, int, bytes]]:
 
 
 def _wait_for_end(workers: list[int]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not all(map(gone, workers)):
         assert time.monotonic() < deadline, "a worker outlived the process that started it"
         time.sleep(0.05)

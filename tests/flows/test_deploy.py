@@ -220,7 +220,7 @@ def test_a_server_that_does_not_listen_yet_is_waited_for_a_while(listens: bool, 
     with closed() as port, temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}), ExitStack() as stack:
 
         def listen() -> None:
-            wait_until(lambda: "waiting for" in capsys.readouterr().err, seconds=20)
+            wait_until(lambda: "waiting for" in capsys.readouterr().err, seconds=60)
             stack.enter_context(answering(418, port))
 
         thread = threading.Thread(target=listen)

@@ -44,7 +44,7 @@ def assert_schedules_create_runs(log: Path) -> None:
         def scheduled() -> bool:
             return deployed == {run.deployment_id for run in client.read_flow_runs() if run.auto_scheduled}
 
-        wait_until(lambda: scheduled() or failures(log), seconds=15)
+        wait_until(lambda: scheduled() or failures(log), seconds=60)
         assert failures(log) == []
         assert scheduled()
 

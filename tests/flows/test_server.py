@@ -72,7 +72,7 @@ def test_the_server_serves_only_its_process_and_ends_with_it(tmp_path: Path):
     assert answers(url)
     process.kill()
     process.wait()
-    wait_until(lambda: not answers(url), seconds=20)
+    wait_until(lambda: not answers(url), seconds=60)
 
 
 @pytest.mark.long

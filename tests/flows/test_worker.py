@@ -46,7 +46,7 @@ def test_no_rank_outlives_a_killed_worker_and_its_flow(tiny_teacher: Path, tmp_p
     finally:
         process.kill()
     os.kill(flow, signal.SIGKILL)
-    wait_until(lambda: not processes_of(tmp_path), seconds=15)
+    wait_until(lambda: not processes_of(tmp_path), seconds=60)
     process.wait()
 
 
@@ -94,7 +94,7 @@ def test_a_cancelled_capture_says_of_no_worker_that_it_died(tiny_teacher: Path, 
             with get_client(sync_client=True) as client:
                 client.set_flow_run_state(capture.id, Cancelling(), force=True)
             wait_until(lambda: capture.run.state_name == "Cancelled", seconds=120)
-            wait_until(lambda: not processes_of("softlabel.pipeline.capturing.worker"), seconds=20)
+            wait_until(lambda: not processes_of("softlabel.pipeline.capturing.worker"), seconds=60)
     assert not capture.has(DOCUMENTS)
     assert set(capture.rows.values()) == {1}
     assert "died" not in log.read_text(), log.read_text()

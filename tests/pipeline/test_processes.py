@@ -77,7 +77,7 @@ def test_an_error_of_a_child_that_has_ended_since_is_raised(tmp_path: Path):
     received = messages([child])
     next(received)
     child.process.stdin.close()
-    child.process.wait(60)
+    child.process.wait(300)
     with pytest.raises(WorkerError, match="ValueError: 3 is no 4"):
         next(received)
 

@@ -3,13 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from softlabel.storage.table import Table
 from tests.storage.tables import add, identity, make_table
-
-settings.register_profile("storage", deadline=None, print_blob=True)
-settings.load_profile("storage")
 
 
 @pytest.fixture

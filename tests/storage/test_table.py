@@ -165,7 +165,7 @@ def create_often(folder: Path | str, identity: Identity, seed: int, start: Barri
     """Create 15 tables, each at the same moment as another process; put each vocabulary or error into ``made``."""
     found = []
     for n in range(15):
-        start.wait(30)
+        start.wait(60)
         try:
             found.append(make_table(f"{folder}/table{n}", identity, seed).numbering.vocabulary.tolist())
         except ProvenanceError as error:

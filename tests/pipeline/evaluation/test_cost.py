@@ -96,16 +96,21 @@ def test_without_measuring_only_the_size_is_shown(table, students, tmp_path, cap
     assert "tokens per second" not in Path(found.html).read_text()
 
 
-def test_reading_and_generating_are_timed_apart(model):
-    """A model that takes 30 ms for a prompt, and 10 ms for each further token."""
+def test_reading_and_generating_are_timed_apart(model, monkeypatch):
+    """A model that takes 30 ms for a prompt, and 10 ms for each further token, by a clock of its own."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
 
     def slow(module, arguments, named):
-        time.sleep(0.03 if named["input_ids"].shape[1] > 1 else 0.01)
+        nonlocal now
+        now += 0.03 if named["input_ids"].shape[1] > 1 else 0.01
 
     model.register_forward_pre_hook(slow, with_kwargs=True)
     found = measured(model)
-    assert 24 / 0.3 < found.prefill.median < 24 / 0.03
-    assert 2 / 0.1 < found.decode.median < 2 / 0.01
+    for rate in (found.prefill.slowest, found.prefill.median, found.prefill.fastest):
+        assert rate == pytest.approx(24 / 0.03)
+    for rate in (found.decode.slowest, found.decode.median, found.decode.fastest):
+        assert rate == pytest.approx(2 / 0.01)
 
 
 @pytest.mark.parametrize("blocks", [1, 24])

@@ -87,7 +87,7 @@ def test_a_batch_is_written_while_the_next_one_runs(
 
     def slow(self: ShardWriter, *arguments: Any) -> None:
         if len(in_time) + 1 < len(Signalling.batches):
-            in_time.append(Signalling.batches[len(in_time) + 1].wait(5))
+            in_time.append(Signalling.batches[len(in_time) + 1].wait(60))
         append(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "append", slow)

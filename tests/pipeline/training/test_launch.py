@@ -74,7 +74,7 @@ def test_a_rank_ends_with_its_parent_even_while_it_starts(table, tmp_path):
         environment=os.environ | {"RANK": "0"},
     )
     rank.process.stdin.close()  # as the kernel does when the parent is killed
-    assert rank.process.wait(60) == 1, (tmp_path / "log").read_text()
+    assert rank.process.wait(300) == 1, (tmp_path / "log").read_text()
     assert not (tmp_path / "student.training").exists()
 
 
@@ -82,7 +82,7 @@ def test_a_rank_ends_with_its_parent_even_while_it_starts(table, tmp_path):
 def test_ranks_die_with_their_parent_and_another_number_of_them_resumes(table, tmp_path):
     config = settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 1000})
     assert run(["-c", CHILD], config, step=5).returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while left := processes_of(tmp_path):
         assert time.monotonic() < deadline, f"{left} outlived the process that started them"
         time.sleep(0.1)
@@ -127,7 +127,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_named_in_the_error(victim, tabl
 
     with pytest.raises(WorkerError, match=rf"SIGKILL(.|\n)*rank {victim} of 2"):
         train(settings(table, tmp_path / "student", optimizer={"processes": 2, "max_steps": 10_000}), kill)
-    assert time.monotonic() - died < 10
+    assert time.monotonic() - died < 60
     assert not processes_of(tmp_path)
     assert family(os.getpid()) <= before, "no zombie either"
     assert {path.name for path in tmp_path.iterdir()} <= {".student.softlabel.lock", "student.training"}

@@ -63,7 +63,7 @@ def tag_often(location: str, version: int, start: Barrier, results: Queue) -> No
     """Give ten names to a version, each at the moment at which another process gives it to another version."""
     table, won, lost = Table.open(f"{location}@{version}"), [], []
     for n in range(10):
-        start.wait(30)
+        start.wait(60)
         try:
             tag(table.location, table.version, f"tag{n}")
             won.append(n)
@@ -145,7 +145,7 @@ def tag_each_version(location: str, start: Barrier, results: Queue) -> None:
     held = []
     for version in range(10):
         table = Table.open(f"{location}@{version}")
-        start.wait(30)
+        start.wait(60)
         try:
             held.append(tag(table.location, table.version, f"tag{version}"))
         except TableNotFoundError:
@@ -160,7 +160,7 @@ def test_no_version_is_both_tagged_and_vacuumed(table: Table):
     PROCESSES.Process(target=tag_each_version, args=(table.location, start, results)).start()
     retired = []
     for version in range(10):
-        start.wait(30)
+        start.wait(60)
         try:
             retire(table.location, [version])
             retired.append(version)
