@@ -23,7 +23,11 @@ STORAGE := $(addprefix bench-,table shards fidelity)
 STUDENT := $(addprefix bench-,loss stream step)
 BENCHMARKS := $(TEACHER) $(STORAGE) $(STUDENT)
 
-LONG := $(addprefix test-long-,storage training pipeline flows docker whole)
+LONG := $(addprefix test-long-,storage training pipeline flows deployments operation outages docker whole)
+# Tests of flows that wait for minutes, by the part that they belong to.
+DEPLOYMENTS := $(addprefix tests/flows/test_,deploy.py ui.py worker.py)
+OPERATION := tests/flows/test_operation.py
+OUTAGES := tests/flows/test_outages.py
 
 .PHONY: container-tools demo demo-classes test test-long test-gpu lint lock bench bench-teacher bench-storage bench-student $(BENCHMARKS) $(LONG)
 
@@ -49,7 +53,10 @@ test-long: $(READ)
 test-long-storage: TESTS := tests/storage
 test-long-training: TESTS := tests/pipeline/training
 test-long-pipeline: TESTS := tests/pipeline --ignore tests/pipeline/training
-test-long-flows: TESTS := tests/flows
+test-long-flows: TESTS := tests/flows $(addprefix --ignore ,$(DEPLOYMENTS) $(OPERATION) $(OUTAGES))
+test-long-deployments: TESTS := $(DEPLOYMENTS)
+test-long-operation: TESTS := $(OPERATION)
+test-long-outages: TESTS := $(OUTAGES)
 test-long-docker: TESTS := tests/docker
 test-long-whole: TESTS := $(wildcard tests/test_*.py)
 

@@ -17,6 +17,8 @@ if "prefect" in sys.modules:  # a worker loads a flow when Prefect has already c
 
         print_json_lines()
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+# Progress bars of huggingface_hub and transformers would break ours, and clutter the log of a worker.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Torch reads this at its first tensor. Large tensors then use huge pages, if the system leaves the choice to the
 # program. Without them, a CPU spends a twentieth of a capture on handing out small pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

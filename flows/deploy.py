@@ -1,12 +1,14 @@
 """Installs what ``deployments`` describes on the configured Prefect server, and changes only what differs.
 
-Nothing that it does not describe is touched: other pools, deployments and automations stay as they are.
+Nothing that it does not describe is touched: other pools, deployments and automations stay as they are. Only what our
+deployments no longer have, such as a time limit, is deleted.
 """
 
 import asyncio
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID, uuid4
@@ -16,7 +18,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
@@ -27,6 +29,7 @@ from softlabel.flows.deployments import (
     TAG,
     DeployConfig,
     DeploymentConfig,
+    automation_names,
     automations,
     entrypoint,
     flow_of,
@@ -35,7 +38,7 @@ from softlabel.flows.running.logs import line
 from softlabel.storage.credentials import masked
 from softlabel.storage.errors import SoftlabelError, UsageError
 
-Change = Literal["created", "updated", "unchanged"]
+Change = Literal["created", "updated", "unchanged", "deleted"]
 
 _SECONDS_TO_START = 60.0
 """Time to wait for a server that was just started: its first start creates the database."""
@@ -66,7 +69,7 @@ class DeployReport:
 
     @property
     def changed(self) -> int:
-        """Number of objects that were created or updated."""
+        """Number of objects that were created, updated or deleted."""
         return sum(each.change != "unchanged" for each in self.installed)
 
 
@@ -132,8 +135,13 @@ async def _install(config: DeployConfig, server: str, dry_run: bool) -> DeployRe
             ids[deployment.full_name], result = await _deployment(client, config, deployment, dry_run)
             installed.append(result)
         notify = await _block(client, config.notify) if config.notify else None
-        for automation in automations(config, ids, notify):
+        wanted = automations(config, ids, notify)
+        for automation in wanted:
             installed.append(await _automation(client, automation, dry_run))
+        former = {name for each in config.all_deployments for name in automation_names(each)}
+        for name in sorted(former - {each.name for each in wanted}):
+            if await _delete_automations(client, name, dry_run):
+                installed.append(Installed("automation", name, "deleted"))
     return DeployReport(masked(server), config.work_pool, tuple(installed), dry_run)
 
 
@@ -160,7 +168,10 @@ async def _work_pool(client: PrefectClient, name: str, dry_run: bool) -> Install
     except ObjectNotFound:
         template = await get_default_base_job_template_for_infrastructure_type("process")
         if not dry_run:
-            await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template or {}))
+            with suppress(ObjectAlreadyExists):  # someone else deploys at the same time
+                await client.create_work_pool(
+                    WorkPoolCreate(name=name, type="process", base_job_template=template or {})
+                )
         return Installed("work pool", name, "created")
     return Installed("work pool", name, "unchanged")
 
@@ -170,7 +181,8 @@ async def _queue(client: PrefectClient, pool: str, name: str, description: str, 
         await client.read_work_queue_by_name(name, work_pool_name=pool)
     except ObjectNotFound:
         if not dry_run:
-            await client.create_work_queue(name, description=description, work_pool_name=pool)
+            with suppress(ObjectAlreadyExists):
+                await client.create_work_queue(name, description=description, work_pool_name=pool)
         return Installed("queue", name, "created")
     return Installed("queue", name, "unchanged")
 
@@ -264,14 +276,24 @@ async def _automation(client: PrefectClient, wanted: AutomationCore, dry_run: bo
     if not found:
         if not dry_run:
             await client.create_automation(wanted)
+            await _delete_automations(client, wanted.name, dry_run, keep=1)  # if someone else deploys at the same time
         return Installed("automation", wanted.name, "created")
-    before = found[0]
+    before = min(found, key=lambda each: each.id)
+    repeated = await _delete_automations(client, wanted.name, dry_run, keep=1)
     wanted.enabled = before.enabled  # someone may have paused it on purpose
     if _content(before) == _content(wanted):
-        return Installed("automation", wanted.name, "unchanged")
+        return Installed("automation", wanted.name, "updated" if repeated else "unchanged")
     if not dry_run:
         await client.update_automation(before.id, wanted)
     return Installed("automation", wanted.name, "updated")
+
+
+async def _delete_automations(client: PrefectClient, name: str, dry_run: bool, keep: int = 0) -> bool:
+    """Delete the automations of this name, but for so many; whether there were any to delete."""
+    found = sorted(await client.read_automations_by_name(name), key=lambda each: each.id)
+    for each in [] if dry_run else found[keep:]:
+        await client.delete_automation(each.id)
+    return len(found) > keep
 
 
 def _content(automation: AutomationCore) -> dict[str, Any]:

@@ -41,6 +41,7 @@ _ONCE = timedelta(seconds=10)
 """The server may handle an event several times; within this time, the same one triggers an automation only once."""
 _STARTS = 3
 """A run whose process dies is started again, up to this many starts in all."""
+_RUNNING = "prefect.flow-run.Running"
 _ENDED = {
     f"prefect.flow-run.{state}"
     for state in ("Completed", "Failed", "Crashed", "Lost", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
@@ -68,7 +69,7 @@ class DeploymentConfig(Settings):
     concurrency_limit: PositiveInt | None = None
     """Most runs of this deployment at once; further runs wait. Default: no limit."""
     time_limit_hours: PositiveFloat | None = None
-    """A run that takes longer is cancelled. Default: no limit."""
+    """A run that has not ended this long after a start is cancelled. Default: no limit."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,7 +126,7 @@ class DeployConfig(Settings):
     """Work pool that the workers serve. If it does not exist, it is created with the type process."""
     heartbeat_seconds: int = Field(180, ge=30)
     """Seconds between two heartbeats of a run. After three of these intervals without a heartbeat, the run counts as
-    crashed and is started again."""
+    crashed and is started again. With less than 100, this takes up to 15 minutes after a restart of the server."""
     pending_minutes: PositiveInt = 30
     """A run that a worker has taken, but not started within this many minutes, is handed out again."""
     notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
@@ -168,7 +169,7 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
     """
     silent = timedelta(seconds=_SILENT_HEARTBEATS * config.heartbeat_seconds)
     lost = {"prefect.flow-run.Lost"}
-    alive = {"prefect.flow-run.Running", "prefect.flow-run.heartbeat"}
+    alive = {_RUNNING, "prefect.flow-run.heartbeat"}
     pending = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting", "prefect.flow-run.InfrastructurePending"}
     again = silent / _SILENT_HEARTBEATS + timedelta(seconds=_SECONDS_TO_SEND)
     found = [
@@ -191,13 +192,13 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
         _automation(
             "start lost runs again",
             f"A lost run that does not show up within {again} is started again, at most {_STARTS} starts in all.",
-            _missing(lost, ({"prefect.flow-run.Running"} | _ENDED) - lost, again, match=_STARTED),
+            _missing(lost, ({_RUNNING} | _ENDED) - lost, again, match=_STARTED),
             _again("The run was lost, and is started again."),
         ),
         _automation(
             "runs that never start",
             f"A run that a worker took but did not start in {config.pending_minutes} minutes is handed out again.",
-            _missing(pending, {"prefect.flow-run.Running"} | _ENDED, timedelta(minutes=config.pending_minutes)),
+            _missing(pending, pending | {_RUNNING} | _ENDED, timedelta(minutes=config.pending_minutes)),
             _again(f"A worker took this run, but did not start it in {config.pending_minutes} minutes."),
         ),
         _automation(
@@ -232,16 +233,16 @@ def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[Auto
     if hours := deployment.time_limit_hours:
         found.append(
             _automation(
-                f"time limit of {deployment.full_name}",
-                f"A run of {deployment.full_name} that takes longer than {hours:g} hours is cancelled.",
-                _missing({"prefect.flow-run.Running"}, _ENDED, timedelta(hours=hours), its_runs),
+                _time_limit(deployment),
+                f"A run of {deployment.full_name} that runs for {hours:g} hours after a start is cancelled.",
+                _missing({_RUNNING}, {_RUNNING} | _ENDED, timedelta(hours=hours), its_runs),
                 CancelFlowRun(),
             )
         )
     if table := deployment.after_version_of:
         found.append(
             _automation(
-                f"{deployment.full_name} after each version",
+                _after_version(deployment),
                 f"Each new version of {table} starts a run of {deployment.full_name}.",
                 EventTrigger(
                     match={"prefect.resource.id": table_resource(table)},
@@ -253,6 +254,19 @@ def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[Auto
             )
         )
     return found
+
+
+def automation_names(deployment: DeploymentConfig) -> list[str]:
+    """Names of the automations that this deployment may have, depending on its settings."""
+    return [f"{TAG}: {name}" for name in (_time_limit(deployment), _after_version(deployment))]
+
+
+def _time_limit(deployment: DeploymentConfig) -> str:
+    return f"time limit of {deployment.full_name}"
+
+
+def _after_version(deployment: DeploymentConfig) -> str:
+    return f"{deployment.full_name} after each version"
 
 
 _RUNS: dict[str, Any] = {"prefect.resource.id": "prefect.flow-run.*"}
@@ -268,7 +282,11 @@ def _missing(
     related: dict[str, str] = _OURS,
     match: dict[str, Any] = _RUNS,
 ) -> EventTrigger:
-    """Fires for a run that had one of the events, and none of the expected ones within the time."""
+    """Fires for a run that had one of the events, and none of the expected ones within the time.
+
+    If events of ``after`` are expected, too, the time begins again with each of them. Otherwise, the server does not
+    watch a run that has had an expected event and starts again, until the time since its first start is over.
+    """
     return EventTrigger(
         match=match,
         match_related=related,
@@ -308,4 +326,4 @@ def _again(message: str) -> ChangeFlowRunState:
 
 
 def _automation(name: str, description: str, trigger: EventTrigger, action: Any) -> AutomationCore:
-    return AutomationCore(name=f"softlabel: {name}", description=description, trigger=trigger, actions=[action])
+    return AutomationCore(name=f"{TAG}: {name}", description=description, trigger=trigger, actions=[action])

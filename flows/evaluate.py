@@ -32,6 +32,8 @@ _WORDS = {
 }
 _SHARES = ("agreement", "acceptance", "accuracy", "precision", "recall", "f1")
 _SIGNS = set(punctuation) - set(",%/()")
+_COLUMNS = 6
+"""Columns of numbers in one table of the report: in the UI, a wider one would cover what is beside it."""
 C = TypeVar("C", bound=EvaluateConfig)
 
 
@@ -96,9 +98,12 @@ def _markdown(report: EvaluationReport | ClassEvaluation, scores: Sequence[Mappi
     """
     if report.verdict:
         yield f"**{_plain(report.verdict)}**"
-    rows = [[*map(_plain, scores[0])], ["---", *("--:" for _ in [*scores[0]][1:])]]
-    rows += [[_plain(cell) for cell in score.values()] for score in scores]
-    yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    model, *columns = scores[0]
+    for start in range(0, len(columns), _COLUMNS):
+        names = [model, *columns[start : start + _COLUMNS]]
+        rows = [[*map(_plain, names)], ["---", *("--:" for _ in names[1:])]]
+        rows += [[_plain(score[name]) for name in names] for score in scores]
+        yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
     yield f"On {_plain(report.measured)} of {_plain(f'{report.table}@{report.version}')}."
     for title, svg in pictures(Path(report.html)):
         yield f"### {_plain(title)}\n\n![{_plain(title)}](data:image/svg+xml;base64,{b64encode(svg.encode()).decode()})"

@@ -17,8 +17,10 @@ _URL = (
 )
 _CREDENTIALS = re.compile(_URL)
 _CONTAINER = re.compile(rf"{_AZURE}[^?#]*")
-_IN_TEXT = re.compile(  # the same inside a text, where spaces, quotes and commas end a URL
-    r"""(?:[\w+.-]*:[/\\]+|\b[sS]3[aAnN]?:)(?:[^/\\\s'"`,]*(?:[@%?#]|:(?!\d+(?:[/\\\s'"`,)]|$)))|[^\s'"`,]*[?#][^/\\\s'"`,]*=)[^\s'"`,]*"""
+# The same inside a text, where spaces, quotes and commas end a URL. A scheme begins at the start of a word; tried from
+# each of its letters, a very long word would take minutes.
+_IN_TEXT = re.compile(
+    r"""(?:(?<![\w+.-])[\w+.-]*:[/\\]+|\b[sS]3[aAnN]?:)(?:[^/\\\s'"`,]*(?:[@%?#]|:(?!\d+(?:[/\\\s'"`,)]|$)))|[^\s'"`,]*[?#][^/\\\s'"`,]*=)[^\s'"`,]*"""
 )
 
 WITHOUT_CREDENTIALS = f"^(?!{_URL})"

@@ -67,7 +67,7 @@ class JsonLines(logging.Formatter):
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
-            "message": record.getMessage().strip(),
+            "message": _message(record).strip(),
             "logger": record.name,
             **_run_of(record),
             **now_about(),
@@ -87,6 +87,13 @@ def print_json_lines() -> None:
     logging.captureWarnings(True)
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # wrong arguments: logging would print the error as many lines
+        return f"{record.msg!r} with other arguments than it takes"
 
 
 def _run_of(record: logging.LogRecord) -> dict[str, str]:

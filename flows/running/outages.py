@@ -2,18 +2,22 @@
 
 The work itself never asks the server anything. But at the end of a run, Prefect's client gives up after about a minute:
 the run would stay Running on the server, until missing heartbeats start it again. So we wait for the server first.
+And a run that has a slot of a concurrency limit would be ended when the server does not extend its lease of the slot
+within seconds. Ours goes on, with a warning in its log; until it ends, there may be one run more than the limit.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import httpx
+from prefect import flow_engine
 from prefect.client.orchestration import get_client
+from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -26,6 +30,13 @@ SECONDS_BETWEEN_TRIES = 10.0
 _SECONDS_FOR_AN_ANSWER = 10.0
 
 logger = logging.getLogger("softlabel")
+
+
+def _extending_lease(lease: UUID, seconds: float, **_: Any) -> AbstractContextManager[None]:
+    return maintain_concurrency_lease(lease, seconds)
+
+
+flow_engine.maintain_concurrency_lease = _extending_lease  # type: ignore[assignment]
 
 
 @contextmanager

@@ -28,9 +28,6 @@ from softlabel.pipeline.log_context import about
 from softlabel.pipeline.processes import NEUTRAL, Child
 from softlabel.pipeline.students.record import RECORD
 
-# Progress bars of huggingface_hub and transformers would break ours and clutter a log.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 
 def run(name: str, config: Settings) -> Any:
     """Run the flow of that name and return its result.

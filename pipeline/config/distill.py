@@ -4,16 +4,22 @@ from typing import Self
 
 from pydantic import model_validator
 
-from softlabel.pipeline.config.base import Location
 from softlabel.pipeline.config.capture import CaptureConfig
 from softlabel.pipeline.config.evaluate import CostConfig, EvaluateConfig
-from softlabel.pipeline.config.train import LossConfig, OptimizerConfig, StreamConfig, StudentConfig, TrainConfig
+from softlabel.pipeline.config.train import (
+    LossConfig,
+    OptimizerConfig,
+    Output,
+    StreamConfig,
+    StudentConfig,
+    TrainConfig,
+)
 
 
 class DistillConfig(CaptureConfig):
     """Capture, train and evaluate in one run."""
 
-    output: Location
+    output: Output
     """Folder for the student (student/), the control (control/) and the report (report/). {version} in it stands for
     the table's version after the capture, so that each version gets students of its own."""
     student: StudentConfig = StudentConfig()

@@ -1,8 +1,9 @@
 """Settings of a training: the student, its loss, its optimizer, and the stream of its batches."""
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from softlabel.pipeline.config.base import Location, Settings
 
@@ -230,12 +231,22 @@ VERSION = "{version}"
 """What stands for the table's version in the name of an output folder."""
 
 
+def _only_the_version(output: str) -> str:
+    if unknown := [word for word in re.findall(r"\{[A-Za-z_][^{}]*\}", output) if word != VERSION]:
+        raise ValueError(f"{', '.join(unknown)} stands for nothing; {VERSION} stands for the table's version")
+    return output
+
+
+Output = Annotated[Location, AfterValidator(_only_the_version)]
+"""A folder to write to, whose name may contain ``{version}``."""
+
+
 class TrainConfig(Settings):
     """Train a student from a table."""
 
     table: Location
     """Folder of the table; TABLE@12 opens version 12."""
-    output: Location
+    output: Output
     """Folder to write the student to. {version} in it stands for the table's version, as in students/{version}, so
     that each version of a growing table gets a student of its own."""
     student: StudentConfig = StudentConfig()

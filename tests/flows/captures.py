@@ -15,7 +15,7 @@ IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_API_REQUEST_TIMEOUT": "
 
 
 class Capture:
-    """One run of a deployed capture.
+    """One run of a deployed capture. While there is a file at ``hold``, its teacher waits.
 
     Args:
         folder: for the documents, the table, and what the teacher reads.
@@ -35,7 +35,7 @@ class Capture:
         table: str = "table",
         deployment: str = "softlabel",
     ) -> None:
-        self.table, self.passes = folder / table, folder / "passes"
+        self.table, self.passes, self.hold = folder / table, folder / "passes", folder / "hold"
         documents = write(folder / f"{table}-{first}.parquet", texts(DOCUMENTS, first))
         paced = {"model": str(teacher), "dtype": "float32", "batch_tokens": 128, "device": "cpu", "workers": workers}
         paced |= {"engine": "tests.flows.paced:Paced"}
@@ -47,7 +47,7 @@ class Capture:
 
     def pace(self, seconds: float) -> dict[str, str]:
         """Environment of a worker: seconds for each pass of the teacher, three sequences each."""
-        return {"PACED_SECONDS": str(seconds), "PACED_PASSES": str(self.passes)}
+        return {"PACED_SECONDS": str(seconds), "PACED_PASSES": str(self.passes), "PACED_HOLD": str(self.hold)}
 
     @property
     def run(self) -> FlowRun:

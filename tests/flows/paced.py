@@ -1,4 +1,4 @@
-"""A teacher for tests of workers: it takes its time, warns, writes down what it reads, and fails once if told to."""
+"""A teacher for tests of workers: it takes its time, warns, writes down what it reads, and waits or fails if told."""
 
 import logging
 import os
@@ -23,6 +23,8 @@ class Paced(TransformersTeacher):
     ) -> Iterator[torch.Tensor]:
         """See ``pipeline.teachers.teacher.Teacher``."""
         time.sleep(float(os.environ.get("PACED_SECONDS", "0")))
+        while Path(os.environ.get("PACED_HOLD", "")).is_file():
+            time.sleep(0.1)
         logging.getLogger("library").warning("of the library")
         warnings.warn("of the engine", stacklevel=1)
         failure = Path(os.environ.get("PACED_FAILURE", ""))

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -68,6 +68,50 @@ def closed() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     yield port
+
+
+class Link:
+    """A way to a server on this machine, which can be cut: its connections end, and no others begin until it is whole.
+
+    Attributes:
+        url: address of the server's API by this way.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._server = httpx.URL(url)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = str(self._server.copy_with(port=self._listening.getsockname()[1]))
+        self._ends: list[socket.socket] = []
+        self.is_whole = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self.is_whole = False
+        for end in self._ends:
+            with suppress(OSError):  # it has ended already
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self.is_whole = True
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            if not self.is_whole:
+                near.close()
+                continue
+            far = socket.create_connection((self._server.host, self._server.port or 80))
+            self._ends += near, far
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=_pass_on, args=ends, daemon=True).start()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
 
 
 class PrefectServer:

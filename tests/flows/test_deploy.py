@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -22,12 +23,12 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed, Pending, Running
+from prefect.states import AwaitingRetry, Completed, Failed, Pending, Running, State
 
 from softlabel.flows import deploy as deploying
 from softlabel.flows.cli import run
 from softlabel.flows.deploy import deploy
-from softlabel.flows.deployments import DeployConfig
+from softlabel.flows.deployments import DeployConfig, DeploymentConfig
 from softlabel.storage.errors import SoftlabelError
 from tests.flows.commands import softlabel
 from tests.flows.servers import answering, closed, of_server, prefect_server, wait_until, worker
@@ -151,11 +152,47 @@ def test_what_people_changed_in_the_deployment_is_set_right_and_what_they_paused
         assert not client.read_automations_by_name("softlabel: lost runs")[0].enabled
 
 
+@pytest.mark.usefixtures("server")
+def test_what_a_deployment_no_longer_has_is_deleted(site: Path, capsys: pytest.CaptureFixture[str]):
+    assert softlabel(capsys, "deploy", "--config", str(site))[0] == 0
+    deployments = yaml.safe_load(site.read_text())["deployments"]
+    for setting in ("after_version_of", "time_limit_hours"):
+        del deployments[1][setting]
+    site.write_text(yaml.safe_dump({"deployments": deployments}))
+    gone = {"softlabel: time limit of train/wiki", "softlabel: train/wiki after each version"}
+    for dry in (["--dry-run"], [], []):
+        with get_client(sync_client=True) as client:
+            before = {each.name for each in client.read_automations()}
+        code, report, _ = softlabel(capsys, "deploy", "--config", str(site), *dry)
+        changed = {each["name"]: each["change"] for each in report["installed"] if each["change"] != "unchanged"}
+        assert (code, changed) == (0, dict.fromkeys(gone & before, "deleted"))
+    assert not gone & before
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("server")
+def test_people_who_deploy_at_the_same_time_install_everything_once(site: Path, capsys: pytest.CaptureFixture[str]):
+    site.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | {"work_pool": "shared"}))
+    with get_client(sync_client=True) as client:
+        for each in client.read_automations():
+            client.delete_automation(each.id)
+    command = [sys.executable, "-m", "softlabel.flows.cli", "deploy", "--config", str(site)]
+    people = [subprocess.Popen(command, env=of_server(), stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [person.wait() for person in people] == [0, 0, 0]
+    with get_client(sync_client=True) as client:
+        names = [each.name for each in client.read_automations()]
+    assert len(names) == len(set(names)) > 0
+    code, report, _ = softlabel(capsys, "deploy", "--config", str(site))
+    assert (code, {each["change"] for each in report["installed"]}) == (0, {"unchanged"})
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({"parameters": {"tabel": "x"}}, "tabel"),
         ({"parameters": {"output": 7}}, "output"),
+        ({"parameters": {"output": "/students/{versoin}"}}, "{versoin} stands for nothing"),
+        ({"parameters": {"output": "/students/{version}-{table.version!r}"}}, "{table.version!r} stands for nothing"),
         ({"after_version_of": "table"}, "output"),
         ({"cron": "every night"}, "cron"),
         ({"timezone": "Mars/Olympus", "cron": "0 1 * * *"}, "timezone"),
@@ -262,15 +299,28 @@ def test_a_run_whose_worker_and_process_were_killed_starts_again_and_finishes(ti
 
 
 @pytest.mark.long
-def test_a_run_that_its_worker_never_started_is_handed_out_again(tmp_path: Path):
-    with prefect_server(tmp_path):
-        deploy(DeployConfig(pending_minutes=1))
-        with get_client(sync_client=True) as client:
-            mix = client.read_deployment_by_name("mix/softlabel")
+def test_every_start_of_a_run_is_watched_and_has_its_time_limit(tmp_path: Path):
+    limited = DeploymentConfig(flow="mix", name="limited", time_limit_hours=1 / 60)
+    taken, started, again = Pending(name="Submitting"), Running(), AwaitingRetry()
+    with prefect_server(tmp_path), get_client(sync_client=True) as client:
+        deploy(DeployConfig(pending_minutes=1, deployments=(limited,)))
+
+        def run(deployment: str, *states: "State[Any]") -> UUID:
+            """A run without a process, in the last of these states."""
+            mix = client.read_deployment_by_name(f"mix/{deployment}")
             parameters = {"config": {"view": "v", "tables": ["a", "b"]}}
-            run = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
-            client.set_flow_run_state(run.id, Pending(name="Submitting"), force=True)
-            wait_until(lambda: client.read_flow_run(run.id).state_name == "AwaitingRetry", seconds=120)
+            created = client.create_flow_run_from_deployment(mix.id, parameters=parameters)
+            for state in states:
+                client.set_flow_run_state(created.id, state, force=True)
+            return created.id
+
+        ends = {
+            run("softlabel", taken): "AwaitingRetry",
+            run("softlabel", taken, started, again, taken): "AwaitingRetry",
+            run("limited", started): "Cancelling",
+            run("limited", started, again, started): "Cancelling",
+        }
+        wait_until(lambda: ends == {each: client.read_flow_run(each).state_name for each in ends}, seconds=120)
 
 
 @contextmanager

@@ -58,6 +58,27 @@ def test_a_capture_and_its_refusal_print_only_json_lines_on_stderr(
     assert "secret@" not in refused.stderr
 
 
+def test_a_line_is_one_object_whatever_is_logged():
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    logged: list[tuple[object, ...]] = [
+        ("two\nlines \u2028 \udce9",),
+        ("x" * 1_000_000,),  # in no time
+        ("%s", b"\xff\n"),
+        ("%d", "no number"),
+        ("%s %s", "one"),
+        ("%s", Broken()),
+    ]
+    record = logging.getLogger("softlabel").makeRecord
+    for message, *arguments in logged:
+        line = JsonLines().format(record("softlabel", logging.INFO, "", 0, message, tuple(arguments), None))
+        assert line.isascii()
+        assert "\n" not in line
+        assert json.loads(line)["message"]
+
+
 @pytest.mark.long
 def test_a_training_by_several_ranks_prints_only_json_lines(prefect_home: Path, tiny_teacher: Path, tmp_path: Path):
     table = make_table(tmp_path / "table", tiny_teacher, held_out=4)

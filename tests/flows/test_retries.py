@@ -1,11 +1,13 @@
 """A deployed run is tried again for an error that may pass, and only then."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
+from prefect.states import Pending
 
 from softlabel.flows import maintain
 from softlabel.flows.maintain import maintain_flow
@@ -24,13 +26,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "SECONDS_BEFORE_RETRY", (1, 1))
 
 
-def deployed_run(tmp_path: Path) -> FlowRun:
-    """Execute one run of a deployment, as a worker does, and return how it ended."""
+def deployed_run(tmp_path: Path, **settings: Any) -> FlowRun:
+    """Execute one run of a deployment with these settings, as a worker does, and return how it ended."""
     config = MaintainConfig(table=str(tmp_path / "table"))
     parameters = {"config": config.model_dump(mode="json")}
     with get_client(sync_client=True) as client:
-        deployment = client.create_deployment(client.create_flow(maintain_flow), "retried")
+        deployment = client.create_deployment(client.create_flow(maintain_flow), "retried", **settings)
         run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+        client.set_flow_run_state(run.id, Pending())
+        run = client.read_flow_run(run.id)
         run_flow(maintain_flow, flow_run=run, parameters={"config": config}, return_type="state")
         return client.read_flow_run(run.id)
 
