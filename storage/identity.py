@@ -28,7 +28,8 @@ _RUN: ContextVar[Mapping[str, str]] = ContextVar("run")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Later versions of softlabel may write more, which stays part of the identity.
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
 
 class TeacherIdentity(_Part):

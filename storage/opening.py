@@ -1,5 +1,6 @@
 """Tells whether a location has a table or a view, and explains why a table can't be opened."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from softlabel.storage.errors import SoftlabelError, TableNotFoundError, UsageError
@@ -45,7 +46,9 @@ def open_error(location: str, version: int | None) -> SoftlabelError:
         )
     there = commits(place_of(path))
     if version is None or not there:
-        kind = "a file" if Path(path).is_file() else "a folder without a table" if Path(path).is_dir() else "nothing"
+        kind = "nothing"
+        with suppress(OSError):  # the path may be too long
+            kind = "a file" if Path(path).is_file() else "a folder without a table" if Path(path).is_dir() else kind
         return TableNotFoundError(
             "there is no soft-label table here",
             expected="a table made by softlabel capture",

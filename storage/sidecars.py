@@ -39,7 +39,7 @@ def read_vocabulary(place: Place, name: str) -> Numbering:
     path = f"{SIDE_FOLDER}/{name}"
     try:
         content = place.read(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a damaged name may be that of no file
         raise IntegrityError(
             "the table's vocabulary can't be read", found=error, where=place.where(path), do=_RESTORE
         ) from error
@@ -72,7 +72,7 @@ def read_tokenizer(place: Place, name: str) -> Path:
         folder = place.fetch_folder(path)
         with reading(place.where(path)):
             found = _tokenizer_name(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a damaged name may be that of no file
         raise IntegrityError(
             "the table's tokenizer can't be read", found=error, where=place.where(path), do=_RESTORE
         ) from error

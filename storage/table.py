@@ -26,17 +26,21 @@ from softlabel.storage.errors import IntegrityError, ProvenanceError, TableError
 from softlabel.storage.identity import Identity
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.location import located
+from softlabel.storage.log.commit_message import COMMIT_MESSAGE, CommitMessage
 from softlabel.storage.log.files import (
+    FORMAT_PROPERTY,
     commit_file,
     commits,
     last_metadata_commit,
+    matches_its_hash,
     metadata_line,
-    read_commit,
+    read_bytes,
     require_no_remains,
+    unreadable_commit,
     write_commit,
 )
 from softlabel.storage.log.snapshot import Snapshot, follow, load
-from softlabel.storage.log.state import Shard, state
+from softlabel.storage.log.state import Shard, commit_info, state
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
@@ -44,7 +48,7 @@ from softlabel.storage.records.versions import parse, resolve
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
 from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
 
-_IDENTITY, _FORMAT, _VOCABULARY = "softlabel.identity", "softlabel.format", "softlabel.vocabulary"
+_IDENTITY, _VOCABULARY = "softlabel.identity", "softlabel.vocabulary"
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,17 @@ class Table:
         self._checks = True
         self._latest = [snapshot] if latest is None else latest  # shared by all versions that come from one another
         settings = snapshot.metadata.get("configuration", {})
-        if settings.get(_FORMAT) not in map(str, range(1, FORMAT + 1)):
+        if settings.get(FORMAT_PROPERTY) not in map(str, range(1, FORMAT + 1)):
+            if snapshot.damaged is not None:
+                snapshot.require_sound(self.place)
             raise TableError(
                 "this is not a soft-label table that this version of softlabel can read",
                 expected=f"softlabel.format 1 to {FORMAT} in the Delta table's properties",
-                found=settings.get(_FORMAT, "no such property"),
+                found=settings.get(FORMAT_PROPERTY, "no such property"),
                 where=location,
                 do="check the path, or read it with the version of softlabel that made it",
             )
-        self.format = int(settings[_FORMAT])
+        self.format = int(settings[FORMAT_PROPERTY])
         try:
             self._identity = Identity.model_validate_json(settings[_IDENTITY])
             self.vocabulary_name: str = settings[_VOCABULARY]
@@ -147,7 +153,7 @@ class Table:
         try:
             settings = {
                 "delta.enableExpiredLogCleanup": "false",  # would destroy old versions at a checkpoint
-                _FORMAT: str(FORMAT),
+                FORMAT_PROPERTY: str(FORMAT),
                 _IDENTITY: identity.model_dump_json(),
                 _VOCABULARY: store_vocabulary(place, sample, identity.vocabulary),
                 "softlabel.tokenizer": store_tokenizer(place, tokenizer),
@@ -311,7 +317,7 @@ class Table:
         if change is not None:
             properties[_IDENTITY] = change.identity.model_dump_json()
             if change.vocabulary is not None:
-                properties |= {_FORMAT: str(FORMAT), _VOCABULARY: change.vocabulary}
+                properties |= {FORMAT_PROPERTY: str(FORMAT), _VOCABULARY: change.vocabulary}
                 columns = DeltaSchema.from_arrow(row_schema(self.carried)).to_json()
             lines = [metadata_line(known["id"], known["createdTime"], columns, properties)]
         after = self._snapshot.state_after(added, removed, properties, columns)
@@ -332,7 +338,7 @@ class Table:
         """Metadata of each commit up to this version, newest first.
 
         Raises:
-            IntegrityError: if a commit lacks its time or operation.
+            IntegrityError: if a commit is missing or damaged.
         """
         return list(self.commits())
 
@@ -340,20 +346,20 @@ class Table:
         """Metadata of each commit up to this version, newest first; each is read when it is asked for.
 
         Raises:
-            IntegrityError: if a commit lacks its time or operation.
+            IntegrityError: if a commit is missing or damaged.
         """
         for version in sorted(commits(self.place), reverse=True):
             if version > self.version:
                 continue
-            lines = read_commit(self.place, version)
-            info: dict[str, Any] = next((line["commitInfo"] for line in lines if "commitInfo" in line), {})
-            if not {"timestamp", "operation"} <= info.keys():
-                raise IntegrityError(
-                    "the table's log is damaged: a commit lacks its time or its operation",
-                    where=self.place.where(commit_file(version)),
-                    do="restore this file from a copy of the table",
-                )
-            yield {**info, "version": version}
+            try:
+                content = read_bytes(self.place, version)
+                info = {**commit_info(content), "version": version}
+                CommitMessage.of(info, self.location)  # names the field, if one is wrong
+                if not matches_its_hash(content, info.get(COMMIT_MESSAGE, {}), {}):
+                    raise ValueError("the commit does not match the hash in it")
+            except (OSError, ValueError, TypeError) as error:
+                raise unreadable_commit(self.place, version, error) from error
+            yield info
 
     def newest(self) -> Self:
         """The same table at its newest version; reads only the commits since the newest that it has seen."""

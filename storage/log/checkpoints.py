@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from softlabel.storage.log.files import LOG, commit_file, list_log, read_commit
-from softlabel.storage.log.state import Shard, named_path, softlabel_metadata, state
+from softlabel.storage.log.state import Shard, counted_rows, named_path, softlabel_metadata, state, table_metadata
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
 
@@ -56,14 +56,13 @@ def read_checkpoint(place: Place, names: Sequence[str]) -> tuple[dict[str, Any],
         metadata = [row for row in rows["metaData"].drop_null().to_pylist() if row is not None]
         if len(metadata) != 1:
             raise ValueError("not one row with the table's metadata")
-        metadata[0]["configuration"] = dict(metadata[0]["configuration"])
         adds = rows["add"].drop_null()
         paths, sizes, stats = (pc.struct_field(adds, name).to_pylist() for name in ("path", "size", "stats"))
         splits = pc.map_lookup(pc.struct_field(adds, "partitionValues"), PARTITION, "first").to_pylist()
-        counts = {text: json.loads(text)["numRecords"] for text in set(stats)}
+        counts = {text: counted_rows(text) for text in set(stats)}
         shards = map(Shard, map(named_path, paths), splits, map(counts.__getitem__, stats), sizes)
-        return metadata[0], {shard.path: shard for shard in shards}
-    except (pa.ArrowException, KeyError, TypeError) as error:
+        return table_metadata(metadata[0]), {shard.path: shard for shard in shards}
+    except (pa.ArrowException, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a checkpoint: {error}") from error
 
 

@@ -19,6 +19,8 @@ LARGEST_COMMIT = 1 << 30
 """Bytes of a commit; a larger one is not read."""
 LARGEST_LINE = 1 << 24
 """Bytes of a line of a commit."""
+FORMAT_PROPERTY = "softlabel.format"
+"""The table's property with the version of the layout of its rows."""
 _NO_HASH = "0" * 32
 """Stands in a commit for its hash while the hash is computed."""
 _COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
@@ -148,15 +150,19 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
     return actions
 
 
-def matches_its_hash(content: bytes, message: Mapping[str, Any]) -> bool:
+def matches_its_hash(content: bytes, message: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
     """Whether a commit's bytes are those that were written.
 
     Args:
         content: the commit's bytes.
-        message: softlabel's metadata in it; without a hash, as in commits of earlier versions, nothing is known.
+        message: softlabel's metadata in it.
+        metadata: Delta's metadata of the version, if it is known. In format 1, a commit without a hash may be that of
+            an earlier version of softlabel; then nothing is known.
     """
     found = message.get("hash")
-    return found is None or hash_of(content.replace(str(found).encode(), _NO_HASH.encode(), 1)) == found
+    if found is None:
+        return "state" not in message or bool(metadata.get("configuration", {}).get(FORMAT_PROPERTY, "1") == "1")
+    return bool(hash_of(content.replace(str(found).encode(), _NO_HASH.encode(), 1)) == found)
 
 
 def read_bytes(place: Place, version: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log.checkpoints import hinted, read_checkpoint
 from softlabel.storage.log.files import commit_file, lines_of, list_log, matches_its_hash, read_bytes, unreadable_commit
-from softlabel.storage.log.state import Shard, added_shard, named_path, softlabel_metadata, state
+from softlabel.storage.log.state import Shard, added_shard, named_path, softlabel_metadata, state, table_metadata
 from softlabel.storage.places.place import Place, hash_of
 
 _THREADS = 8
@@ -86,7 +86,7 @@ class Snapshot:
             return
         if self.damaged is not None:
             raise IntegrityError(
-                "the table's log is damaged: a commit does not match the hash in it",
+                "the table's log is damaged: a commit has no hash, or does not match the hash in it",
                 where=place.where(commit_file(self.damaged)),
                 do="restore this file from a copy of the table",
             )
@@ -188,7 +188,7 @@ def _advanced(place: Place, base: Snapshot, wanted: int) -> Snapshot:
     else:
         contents = list(map(content, versions))
     if base.version == wanted:  # only its message is needed
-        message, matches = _message(place, wanted, contents[0])
+        message, matches = _message(place, wanted, contents[0], base.metadata)
         about = message, hash_of(contents[0]), None if matches else wanted
         return Snapshot(wanted, base.metadata, base.shards, base.lines, *about)
     return _with_commits(place, base, contents)
@@ -200,8 +200,6 @@ def _with_commits(place: Place, base: Snapshot, contents: Sequence[bytes]) -> Sn
     version, damaged, message = base.version, base.damaged, base.message
     for content in contents:
         version += 1
-        message, matches = _message(place, version, content)
-        damaged = damaged if matches or damaged is not None else version
         try:
             for action in lines_of(content):
                 if "add" in action:
@@ -213,19 +211,21 @@ def _with_commits(place: Place, base: Snapshot, contents: Sequence[bytes]) -> Sn
                     shards.pop(path, None)
                     touched.add(path)
                 elif "metaData" in action:
-                    metadata = action["metaData"]
+                    metadata = table_metadata(action["metaData"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable_commit(place, version, error) from error
+        message, matches = _message(place, version, content, metadata)
+        damaged = damaged if matches or damaged is not None else version
     gone = {base.shards[path].line for path in touched if path in base.shards}
     lines = _merged(base.lines, gone, (shards[path] for path in touched if path in shards))
     return Snapshot(version, metadata, shards, lines, message, hash_of(contents[-1]), damaged)
 
 
-def _message(place: Place, version: int, content: bytes) -> tuple[Mapping[str, Any], bool]:
+def _message(place: Place, version: int, content: bytes, metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """softlabel's metadata in a commit, and whether the commit matches the hash in it."""
     try:
         message = softlabel_metadata(lines_of(content))
-        return message, matches_its_hash(content, message)
+        return message, matches_its_hash(content, message, metadata)
     except (ValueError, TypeError) as error:
         raise unreadable_commit(place, version, error) from error
 

@@ -7,6 +7,8 @@ in each commit is a hash of the commit file before it, so that ``verify`` can na
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -16,8 +18,8 @@ from softlabel.storage.log.files import commit_file, lines_of, matches_its_hash
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.schema import PARTITION
 
-_OUTSIDE = re.compile(r"[\x00-\x1f\x7f%\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)\.{0,2}(/|$)")
-"""Found in a decoded path that might leave the table, or lead to its log and records."""
+_OUTSIDE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff%\\]|^[A-Za-z][A-Za-z0-9+.-]*:|^_|(^|/)\.{0,2}(/|$)")
+"""Found in a decoded path that might leave the table, lead to its log and records, or be no file's name."""
 
 
 class Shard(NamedTuple):
@@ -39,10 +41,38 @@ def added_shard(add: Mapping[str, Any]) -> Shard:
     """The shard that a line ``add`` of the log describes.
 
     Raises:
-        ValueError: if it describes no shard; or a KeyError or TypeError.
+        ValueError: if it describes no shard; or a KeyError, TypeError or AttributeError.
     """
-    rows = json.loads(add.get("stats") or "{}").get("numRecords", 0)
-    return Shard(named_path(add["path"]), add["partitionValues"].get(PARTITION), rows, add["size"])
+    split, rows = add["partitionValues"].get(PARTITION), counted_rows(add.get("stats"))
+    shard = Shard(named_path(add["path"]), split, rows, add["size"])
+    if not (isinstance(split, str | None) and all(isinstance(count, int) and count >= 0 for count in shard[2:])):
+        raise ValueError(f"the split, the rows or the bytes of {shard.path} are not what they can be")
+    return shard
+
+
+def counted_rows(stats: str | None) -> Any:
+    """The number of rows in a shard's statistics; 0 without any.
+
+    Raises:
+        ValueError: if they are no statistics; or a TypeError or AttributeError.
+    """
+    try:
+        return json.loads(stats or "{}").get("numRecords", 0)
+    except RecursionError as error:
+        raise ValueError("statistics that are nested too deeply") from error
+
+
+def table_metadata(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Delta's ``metaData``, as a line of the log or a row of a checkpoint has it.
+
+    Raises:
+        ValueError: if it does not define a table; or a KeyError or TypeError.
+    """
+    properties = dict(line["configuration"])
+    if not all(isinstance(text, str) for text in (line["id"], line["schemaString"], *properties.values())):
+        raise ValueError("the table's id, columns and properties are not texts")
+    _column_lines(line["schemaString"])
+    return {**line, "configuration": properties}
 
 
 def named_path(path: str) -> str:
@@ -53,7 +83,7 @@ def named_path(path: str) -> str:
     """
     plain = unquote(path) if "%" in path else path
     if _OUTSIDE.search(plain):
-        raise ValueError(f"{path!r} is not the path of a shard in the table")
+        raise ValueError(f"{path[:300]!r} is not the path of a shard in the table")
     return plain
 
 
@@ -68,10 +98,16 @@ def state(version: int, properties: Mapping[str, str], schema: str, shards: Sequ
     """
     lines = [f"version {version}"]
     lines += [f"property {name} {properties[name]}" for name in sorted(properties)]
-    lines += [
-        f"column {field['name']} {json.dumps(field['type'], sort_keys=True)}" for field in json.loads(schema)["fields"]
-    ]
-    return hash_of("\n".join([*lines, *shards]).encode())
+    lines += _column_lines(schema)
+    return hash_of("\n".join([*lines, *shards]).encode(errors="surrogatepass"))  # JSON may have half a character
+
+
+def _column_lines(schema: str) -> list[str]:
+    try:
+        fields = json.loads(schema)["fields"]
+        return [f"column {field['name']} {json.dumps(field['type'], sort_keys=True)}" for field in fields]
+    except RecursionError as error:
+        raise ValueError("columns that are nested too deeply") from error
 
 
 def softlabel_metadata(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,15 +116,31 @@ def softlabel_metadata(actions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return next((dict(info[COMMIT_MESSAGE]) for info in infos if COMMIT_MESSAGE in info), {})
 
 
+def commit_info(content: bytes) -> dict[str, Any]:
+    """What a commit says for people: Delta's ``commitInfo``.
+
+    Raises:
+        ValueError: if it lacks its time or its operation; or a TypeError.
+    """
+    info = next((dict(line["commitInfo"]) for line in lines_of(content) if "commitInfo" in line), {})
+    with suppress(KeyError, OverflowError):
+        datetime.fromtimestamp(info["timestamp"] / 1000, UTC)
+        if isinstance(info["operation"], str):
+            return info
+    raise ValueError("the commit lacks its time or its operation")
+
+
 class Chain:
     """Checks commits in order: each contains a hash of its own bytes, and the hash of the commit before it.
 
     Attributes:
         damaged: files of damaged or foreign commits, each with its problem.
+        metadata: Delta's ``metaData`` of the last commit that has one, or of the version before the first commit.
     """
 
     def __init__(self) -> None:
         self.damaged: dict[str, str] = {}
+        self.metadata: Mapping[str, Any] = {}
         self._last = ""
         self._last_matches = False  # whether the commit before is known to be undamaged, by its own hash
         self._suspect = ""  # commit that was blamed for a difference which the commit after it may have caused
@@ -97,17 +149,20 @@ class Chain:
         """Check the next commit; returns its lines.
 
         Raises:
-            ValueError: if it is not a commit.
+            ValueError: if it is not a commit; or a KeyError or TypeError.
         """
         actions, name, before = lines_of(content), commit_file(version), commit_file(version - 1)
         message = softlabel_metadata(actions)
-        previous, matches = message.get("previous"), matches_its_hash(content, message)
+        for line in actions:
+            if "metaData" in line:
+                self.metadata = table_metadata(line["metaData"])
+        previous, matches = message.get("previous"), matches_its_hash(content, message, self.metadata)
         follows = self._last in ("", previous)
         if not follows and before not in self.damaged and self._suspect:
             self.damaged.pop(self._suspect, None)
         self._suspect = ""
         if not matches:
-            self.damaged[name] = "does not match the hash in it"
+            self.damaged[name] = "does not match the hash in it" if "hash" in message else "has no hash of its own"
         elif not follows and previous is None:
             self.damaged[name] = "this commit was not made by softlabel"
         elif not follows and self._last_matches:

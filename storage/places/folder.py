@@ -52,8 +52,9 @@ class Folder:
 
     def exists(self) -> bool:
         """Whether the path is a folder."""
-        with reading(str(self._path)):
+        with suppress(FileNotFoundError), reading(str(self._path)):
             return self._path.is_dir()
+        return False  # because its name is too long
 
     def files(self, folder: str = "", after: str = "") -> Iterator[File]:
         """Files that are deleted during the listing are left out; a folder in the place of a file is one of them."""

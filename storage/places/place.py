@@ -4,6 +4,7 @@ Names of files are relative to the table, with slashes. In every place, files ar
 processes that write a file with ``replace=False`` at the same time, one succeeds. Knows nothing about tables.
 """
 
+import errno
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -161,7 +162,7 @@ def reading(where: str) -> Iterator[None]:
 
     Errors of the operating system have an error number: no permission, too many open files, a failing disk or network.
     These become an ``AccessError``. A Parquet reader's errors about content have none; they pass through, as does the
-    error for a missing file or a folder in its place.
+    error for a missing file or a folder in its place. A file whose name is too long to exist is a missing file.
 
     Args:
         where: path or URL of what is read, for the message.
@@ -176,6 +177,8 @@ def reading(where: str) -> Iterator[None]:
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno is None:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from error
         raise inaccessible(where, str(error) or "not enough memory") from error
 
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePath
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from softlabel.storage.errors import IntegrityError, TableError
 from softlabel.storage.identity import run_id
@@ -46,7 +48,7 @@ class RecordStore(Generic[R]):
     """
 
     def __init__(self, kind: str, record: type[R], *, final: bool = False) -> None:
-        self._kind, self._record, self._final = kind, record, final
+        self._kind, self._type, self._final = kind, TypeAdapter(record), final
         self._known: dict[tuple[str, File], R] = {}
 
     def all(self, table: str) -> list[R]:
@@ -90,13 +92,13 @@ class RecordStore(Generic[R]):
         if (place.address, file) in self._known:
             return self._known[place.address, file]
         try:
-            record = self._record(**unseal(place.read(file.name, LARGEST_RECORD)))
+            record = self._made_of(unseal(place.read(file.name, LARGEST_RECORD)))
             if self._final:
                 self._known[place.address, file] = record
             return record
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise IntegrityError(
                 f"a record in the table's {self._kind} folder is damaged",
                 expected="a JSON object that matches the hash in it",
@@ -104,6 +106,18 @@ class RecordStore(Generic[R]):
                 where=place.where(file.name),
                 do="restore this file from a copy of the table, or delete it and repeat the command that created it",
             ) from error
+
+    def _made_of(self, fields: dict[str, Any]) -> R:
+        """A record with these fields; those that this version of softlabel does not know are left out.
+
+        Raises:
+            ValueError: if a field is missing, or has a value of another type. The value is not shown.
+        """
+        try:
+            return self._type.validate_python(fields)
+        except ValidationError as error:
+            found = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+            raise ValueError("; ".join(found[:3])) from None
 
     def write(self, table: str, name: str, record: R, *, replace: bool) -> None:
         """Write a record.

@@ -307,7 +307,7 @@ def _require_available(table: str, version: int) -> None:
     for vacuum in _VACUUMED.all(table):
         if version in vacuum.versions:
             raise TableNotFoundError(
-                f"version {version} of this table was vacuumed: some of its shards are deleted",
+                f"version {version} of this table was vacuumed: some of its files are deleted",
                 expected=f"a version that remains: {spans(remaining(table))}",
                 found=f"vacuumed {vacuum.time} by {vacuum.user}",
                 where=table,

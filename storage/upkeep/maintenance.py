@@ -40,7 +40,7 @@ GRACE_HOURS = 24.0
 
 _SHARD = re.compile(rf"{PARTITION}=[^/]*/[0-9a-f]{{32}}\.parquet")
 _PARTIAL = re.compile(rf"{SIDE_FOLDER}/.*\.tmp|{LOG}/.*\.json(#.*|\..*\.tmp)")
-_SIDECAR = re.compile(rf"{SIDE_FOLDER}/(vocabulary-[^/]*\.parquet|tokenizer-[^/]*)(?![^/])")
+_SIDECAR = re.compile(rf"{SIDE_FOLDER}/(?:vocabulary-[^/]*\.parquet|tokenizer-[^/]*)(?![^/])")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _reason(path: str, named: bool, is_needed: Callable[[str], bool]) -> str | N
         return "a shard of an unfinished rewrite"
     if _PARTIAL.fullmatch(path):
         return "a partly written file"
-    if (sidecar := _SIDECAR.fullmatch(path)) and not is_needed(sidecar[1]):
+    if _SIDECAR.fullmatch(path):
         return "not used by any version"
     return None
 

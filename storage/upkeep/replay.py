@@ -10,9 +10,9 @@ from typing import Any
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log.checkpoints import LAST_CHECKPOINT, checkpoint_problem, hinted, write_checkpoint
 from softlabel.storage.log.files import LOG, commit_file, commits, list_log, read_bytes, unreadable_commit
-from softlabel.storage.log.state import Chain, Shard, added_shard, named_path
-from softlabel.storage.places.place import Place
-from softlabel.storage.records.versions import remaining
+from softlabel.storage.log.snapshot import load
+from softlabel.storage.log.state import Chain, Shard, added_shard, named_path, table_metadata
+from softlabel.storage.places.place import SIDE_FOLDER, Place
 from softlabel.storage.table import Table
 
 _SIDECAR_PROPERTIES = ("softlabel.vocabulary", "softlabel.tokenizer")
@@ -26,7 +26,7 @@ class Named:
     """A file, and one range of versions that use it."""
 
     path: str
-    """Relative to the table; for the vocabulary and the tokenizer, relative to the side folder."""
+    """Relative to the table; of the tokenizer, the folder."""
     versions: range
     shard: Shard | None
     """None for the vocabulary and the tokenizer."""
@@ -131,22 +131,21 @@ def renew_checkpoints(table: Table, log: Log) -> list[str]:
     found, there = checkpoint_problems(table, log), list_log(table.place)[1]
     if found:
         damaged = {version for version, names in there.items() if names[0] in found}
-        made = [
+        for name in {LAST_CHECKPOINT, *(name for version in damaged for name in there[version])}:
+            table.place.delete(name)  # something else, such as a folder, could not be replaced
+        for version in sorted({*damaged, max(there, default=log.newest)}):  # the last one is the newest
             write_checkpoint(table.place, version)
-            for version in sorted({*damaged, max(there, default=log.newest)})  # the last one is the newest
-        ]
-        for name in {name for version in damaged for name in there[version]}.difference(made):
-            table.place.delete(name)
     return list(found)
 
 
 def _mismatches(table: Table, log: Log) -> dict[str, str]:
     """Commits of the given and the newest version, if they do not match the log before them, with the problem."""
     found = {}
-    kept = remaining(table.location)
-    for version in kept.intersection((table.version, log.newest)):
+    for version in {table.version, log.newest}:
+        snapshot = load(table.place, version)
         try:
-            Table.open(f"{table.location}@{version}").shards()
+            if snapshot is not None:
+                snapshot.require_sound(table.place)
         except IntegrityError as error:
             found[commit_file(version)] = str(error).splitlines()[0]
     return found
@@ -187,7 +186,7 @@ class _Replay:
         elif "remove" in action:
             self._remove(version, named_path(action["remove"]["path"]))
         elif "metaData" in action:
-            properties = action["metaData"]["configuration"]
+            properties = table_metadata(action["metaData"])["configuration"]
             self._name_sidecars(version, [properties[name] for name in _SIDECAR_PROPERTIES])
 
     def end(self, newest: int) -> list[Named]:
@@ -207,8 +206,8 @@ class _Replay:
                 self._past.append(Named(path, range(since, version), shard))
 
     def _name_sidecars(self, version: int, names: list[str]) -> None:
-        for name in self._sidecars:
-            self._remove(version, name)
-        for name in names:
-            self._add(version, name, None)
-        self._sidecars = names
+        for path in self._sidecars:
+            self._remove(version, path)
+        self._sidecars = [f"{SIDE_FOLDER}/{name}" for name in names]
+        for path in self._sidecars:
+            self._add(version, path, None)

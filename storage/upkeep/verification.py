@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -114,9 +115,9 @@ def verify(
     findings = [Finding(*problem) for problem in problems(table, log).items()]
     shards = dict.fromkeys(table.listed, table.version)
     if all_versions and not findings:
-        shards |= {
-            shard: version for shard, version in _shards_in_log(log, vacuumed(table.location)) if shard not in shards
-        }
+        with suppress(IntegrityError):  # a damaged record, which is a finding; it hides which versions remain
+            gone = vacuumed(table.location)
+            shards |= {shard: version for shard, version in _shards_in_log(log, gone) if shard not in shards}
     for version in sorted(set(shards.values()) | {table.version}):
         findings += versions.sidecar_findings(version)
     findings += [Finding(name, "the record is damaged") for name in damaged_records(table.location)]
@@ -270,6 +271,6 @@ def _shards_in_log(log: Log, gone: set[int]) -> Iterator[tuple[Shard, int]]:
 
 def _orphans(table: Table, log: Log) -> tuple[str, ...]:
     shards = {named.path for named in log.named if named.shard}
-    sidecars = tuple(f"{SIDE_FOLDER}/{named.path}" for named in log.named if not named.shard)
+    sidecars = tuple(named.path for named in log.named if not named.shard)
     paths = (file.name for file in table.place.files() if not _KNOWN_FILES.fullmatch(file.name))
     return tuple(sorted(path for path in paths if path not in shards and not path.startswith(sidecars)))

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from deltalake import DeltaTable
@@ -19,13 +20,16 @@ from softlabel.storage.log.state import Chain, Shard
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.reader import read
 from softlabel.storage.records import store
+from softlabel.storage.records.derivations import derived, record_derived
+from softlabel.storage.records.sealed_json import seal, unseal
 from softlabel.storage.records.takedown import purges, refuse
-from softlabel.storage.records.versions import retire, tag, tags
+from softlabel.storage.records.versions import pin, pins, retire, tag, tags, vacuumed
 from softlabel.storage.shard_file import add_action
 from softlabel.storage.table import Table
+from softlabel.storage.upkeep.inspection import history, inspect
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.replay import read_log
-from softlabel.storage.upkeep.verification import verify
+from softlabel.storage.upkeep.verification import remove_damaged, verify
 from tests.storage.tables import CARRIED, add, identity, make_table, names_in
 
 LAST = "_delta_log/_last_checkpoint"
@@ -49,6 +53,7 @@ FLIPS = {
     '"timestamp":1': '"timestamp":2',
     '"operation":"capture"': '"operation":"capturf"',
     '"modificationTime":1': '"modificationTime":2',
+    '"hash":': '"hasj":',
 }
 
 
@@ -68,6 +73,28 @@ def test_a_flipped_previous_names_its_own_commit(filled: Table, version: int) ->
     ]
     edited(filled, version, previous, previous[:-1] + ("0" if previous[-1] != "0" else "1"))
     assert {finding.path for finding in verify(Table.open(filled.location)).findings} == {commit_file(version)}
+
+
+HISTORIES = {'"positions":': '"positions":1', '"timestamp":1': '"timestamp":"', '"operation":"WRITE"': '"op":"WRITE"'}
+
+
+@pytest.mark.parametrize(("old", "new"), HISTORIES.items())
+def test_a_damaged_commit_is_no_part_of_the_history(filled: Table, old: str, new: str) -> None:
+    """A wrong number would be believed."""
+    edited(filled, 1, old, new)
+    for show in (history, inspect):
+        with pytest.raises(IntegrityError, match=commit_file(1)):
+            show(Table.open(filled.location))
+
+
+@pytest.mark.parametrize("info", [None, [], "x", {}, {"timestamp": "x", "operation": "x"}], ids=str)
+@pytest.mark.parametrize("time", [1e300, None])
+def test_a_commit_without_its_time_or_operation_is_named(filled: Table, info: object, time: float | None) -> None:
+    if isinstance(info, dict) and time is not None:
+        info = {"operation": "x", "timestamp": time}
+    at(filled, commit_file(3)).write_text(json.dumps({"commitInfo": info}))
+    with pytest.raises(IntegrityError, match=commit_file(3)):
+        history(Table.open(filled.location))
 
 
 def chain(damaged: int, old: bytes, new: bytes) -> dict[str, str]:
@@ -175,6 +202,7 @@ OUTSIDE += (
     "a\\..\\x.parquet",
 )
 OUTSIDE += ("C:/x.parquet", "C:\\x.parquet", "split=train/%00x.parquet", "split=train\n/x.parquet", "split=train/.")
+OUTSIDE += ("split=train/\x7f.parquet",)
 OUTSIDE += ("_delta_log/x.parquet", "_softlabel/tags/x.json", "split=a//x.parquet", "./x.parquet", "x\x00.parquet", "")
 
 
@@ -190,6 +218,20 @@ def test_a_path_that_leaves_the_table_is_refused(filled: Table, path: str, check
     for use in (lambda: Table.open(filled.location), filled.newest, lambda: verify(filled), lambda: read_log(filled)):
         with pytest.raises(IntegrityError, match=commit_file(3)):
             use()
+
+
+@pytest.mark.parametrize(
+    "path", [f"split=train/{'a' * 300}.parquet", f"split=train/{'%C3%BC' * 200}.parquet", "a/" * 3000 + "x"]
+)
+def test_a_shard_whose_name_is_too_long_is_a_missing_one(filled: Table, path: str) -> None:
+    """Not a file that can't be read at the moment."""
+    assert try_commit(filled, [add_action(Shard(unquote(path), "train", 1, 1))], {})
+    table = Table.open(filled.location)
+    (shard,) = [shard for shard in table.shards() if shard.path == unquote(path)]
+    with pytest.raises(IntegrityError, match="missing"):
+        read(table, shard)
+    assert shard.path in {finding.path for finding in verify(table).findings}
+    assert shard.path in remove_damaged(verify(table)).removed
 
 
 @contextmanager
@@ -266,7 +308,12 @@ def test_what_is_not_a_regular_file_is_refused_at_once(marked: Table, name: str,
             assert path.name in str(error)  # noqa: PT017
 
 
-@pytest.mark.parametrize("plant", [pipe, device, link, listener])
+def full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "x").touch()
+
+
+@pytest.mark.parametrize("plant", [pipe, device, link, listener, folder, full_folder])
 @pytest.mark.parametrize("name", [CHECKPOINT, LAST])
 def test_a_checkpoint_that_is_not_a_regular_file_is_read_past(marked: Table, name: str, plant: Callable) -> None:
     at(marked, name).unlink()
@@ -300,6 +347,114 @@ def test_records_and_log_lines_have_a_largest_size(marked: Table, monkeypatch: p
         file.truncate(1 << 40)  # without data: it takes no space
     with within(5), pytest.raises(IntegrityError, match="more than"):
         Table.open(marked.location)
+
+
+def at_record(table: Table, kind: str) -> Path:
+    return next(at(table, f"_softlabel/{kind}").iterdir())
+
+
+RECORDS: dict[str, Callable[[Table], object]] = {
+    "tags": lambda table: tags(table.location),
+    "pins": lambda table: pins(table.location),
+    "purged": lambda table: purges(table.location),
+    "vacuumed": lambda table: vacuumed(table.location),
+    "derived": lambda table: derived(table.location),
+}
+
+
+@pytest.fixture
+def recorded(marked: Table) -> Table:
+    """A table with a record of each kind."""
+    tag(marked.location, 1, "paper")
+    pin(marked.location, 1, Path("/student"))
+    refuse(marked.location, ["z"])
+    retire(marked.location, [0])
+    record_derived(marked.location, 1, "/other", "capture")
+    return marked
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_damaged_record_is_a_finding_beside_others(recorded: Table, kind: str) -> None:
+    path = at_record(recorded, kind)
+    path.write_bytes(path.read_bytes().replace(b'"user"', b'"uses"'))
+    at(recorded, recorded.shards()[0].path).unlink()
+    for every in (False, True):
+        found = {finding.path for finding in verify(Table.open(recorded.location), all_versions=every).findings}
+        assert found == {f"_softlabel/{kind}/{path.name}", recorded.shards()[0].path}
+
+
+WRONG = {"version": "x", "versions": ["x"], "shards": [1], "documents": "x", "time": 1, "name": None, "student": 1}
+WRONG |= {"table": [], "operation": {}, "kind": "x", "user": 1.5}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_record_with_values_of_other_types_is_refused(recorded: Table, kind: str) -> None:
+    """Even if its hash is right; but what only a later version of softlabel knows is ignored."""
+    path, before = at_record(recorded, kind), RECORDS[kind](recorded)
+    fields = unseal(path.read_bytes())
+    path.write_bytes(seal(fields | {"later": [1]}))
+    assert RECORDS[kind](recorded) == before
+    for name in fields.keys() & WRONG.keys():
+        path.write_bytes(seal(fields | {name: WRONG[name]}))
+        with pytest.raises(IntegrityError, match=path.name):
+            RECORDS[kind](recorded)
+
+
+def forged(table: Table, change: Callable[[list[dict]], object]) -> None:
+    """Change the lines of the newest commit, and give it a hash that is right."""
+    path = at(table, commit_file(table.version))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines)
+    lines[0]["commitInfo"]["softlabel"]["hash"] = "0" * 32
+    content = "\n".join(map(json.dumps, lines)).encode()
+    path.write_bytes(content.replace(b"0" * 32, hash_of(content).encode(), 1))
+
+
+def with_metadata(**changes: object) -> Callable[[list[dict]], object]:
+    usual = {"id": "x", "schemaString": '{"fields": []}', "configuration": {"softlabel.format": "2"}}
+    return lambda lines: lines.append({"metaData": usual | changes})
+
+
+FORGED: dict[str, Callable[[list[dict]], object]] = {
+    "nested statistics": lambda lines: lines[-1]["add"].update(stats="[" * 100_000),
+    "statistics of another kind": lambda lines: lines[-1]["add"].update(stats="[1]"),
+    "rows as text": lambda lines: lines[-1]["add"].update(stats='{"numRecords": "2"}'),
+    "infinitely many rows": lambda lines: lines[-1]["add"].update(stats='{"numRecords": 1e999}'),
+    "fewer rows than none": lambda lines: lines[-1]["add"].update(stats='{"numRecords": -1}'),
+    "no size": lambda lines: lines[-1]["add"].update(size=None),
+    "half a size": lambda lines: lines[-1]["add"].update(size=0.5),
+    "no split": lambda lines: lines[-1]["add"].update(partitionValues={}),
+    "half a character": lambda lines: lines[-1]["add"].update(partitionValues={"split": "\ud800"}),
+    "half a character in a path": lambda lines: lines[-1]["add"].update(path="split=train/\ud800.parquet"),
+    "an add that is a text": lambda lines: lines.append({"add": "x"}),
+    "a remove without a path": lambda lines: lines.append({"remove": {}}),
+    "properties of other kinds": with_metadata(configuration={"softlabel.format": 2}),
+    "no properties": with_metadata(configuration=None),
+    "half a character in a property": with_metadata(configuration={"softlabel.format": "2", "x": "\ud800"}),
+    "nested columns": with_metadata(schemaString="[" * 100_000),
+    "columns that are none": with_metadata(schemaString='{"fields": [{}]}'),
+    "metadata that is a text": lambda lines: lines.append({"metaData": "x"}),
+    "a vocabulary elsewhere": with_metadata(configuration={"softlabel.format": "2", "softlabel.vocabulary": "../x\0"}),
+    "a nested identity": with_metadata(configuration={"softlabel.format": "2", "softlabel.identity": "[" * 100_000}),
+}
+
+
+def test_a_forged_commit_is_named(filled: Table) -> None:
+    """No Python error comes out of it, whatever it says and although its hash is right."""
+    name = commit_file(2)
+    content = at(filled, name).read_bytes()
+    for what, change in FORGED.items():
+        forged(filled, change)
+        with pytest.raises(IntegrityError, match=name):
+            Table.open(filled.location).shards()
+        with pytest.raises(IntegrityError, match=name):
+            maintain(filled.location)
+        try:
+            assert name in str(verify(Table.open(filled.location))), what
+        except IntegrityError as error:
+            assert name in str(error), what  # noqa: PT017
+        at(filled, name).write_bytes(content)
+    assert verify(Table.open(filled.location)).findings == ()
 
 
 def test_many_vacuums_leave_one_record(filled: Table) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import hashlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -88,6 +89,54 @@ def test_a_fingerprint_depends_only_on_content_and_label(tmp_path: Path) -> None
     labelled = fingerprints(RECORDS, label="year")
     assert not set(labelled) & set(first)
     assert not set(fingerprints([r | {"year": 7} for r in RECORDS], label="year")) & set(labelled)
+
+
+CALL = {"name": "f", "arguments": {"a": 1}}
+CALLED = '"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]'
+HEARD = '[{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "x", "weight": 1}]'
+SAID = [{"from": "human", "value": "Grüße"}, {"weight": 1, "from": "chatgpt", "value": "x", "name": None}]
+TOLD = [{"from": "human", "value": "x"}, {"from": "function_call", "value": json.dumps(CALL)}]
+CONTENTS = {
+    "text": ({"text": "Grüße\r\n\t"}, {}, "Grüße\r\n\t"),
+    "chat": ({"messages": SAID}, {"messages": "messages"}, HEARD),
+    "chat as JSON": ({"messages": json.dumps(SAID)}, {"messages": "messages"}, HEARD),
+    "calls": (
+        {"messages": TOLD},
+        {"messages": "messages"},
+        '[{"role": "user", "content": "x"}, {"role": "assistant", ' + CALLED + "}]",
+    ),
+    "tools": (
+        {"messages": SAID, "tools": [json.dumps(CALL)]},
+        {"messages": "messages", "tools": "tools"},
+        f'{{"messages": {HEARD}, "tools": [{json.dumps(CALL)}]}}',
+    ),
+    "other names": (
+        {"messages": [{"from": "observation", "value": "x"}, {"from": "critic", "value": "y"}]},
+        {"messages": "messages"},
+        '[{"role": "tool", "content": "x"}, {"role": "critic", "content": "y"}]',
+    ),
+    "completion": (
+        {"p": "Grüße", "c": "x"},
+        {"prompt": "p", "completion": "c"},
+        '{"prompt": "Grüße", "completion": "x"}',
+    ),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("label", [None, "ö"])
+def test_a_fingerprint_can_be_computed_as_the_format_says(tmp_path: Path, content: str, label: str | None) -> None:
+    """FORMAT.md, Fingerprints."""
+    record, columns, text = CONTENTS[content]
+    path = lines(tmp_path / "x.jsonl", [{"id": "a", **record, "label": label}])
+    written = len(text.encode()).to_bytes(8, "little") + text.encode() + (b"\1" + label.encode() if label else b"")
+    for name in ("x.jsonl", "x.parquet"):
+        if name == "x.parquet":
+            pq.write_table(pa.Table.from_pylist([json.loads(path.read_text())]), tmp_path / name)
+        found, rejects = read(tmp_path / name, label="label", **columns)
+        assert not rejects
+        assert found["content"].to_pylist() == [text]
+        assert found["fingerprint"].to_pylist() == [hashlib.blake2b(written, digest_size=16).digest()]
 
 
 def test_a_document_that_can_not_be_used_is_rejected_and_the_others_are_read(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from softlabel.storage.codec import decode
 from softlabel.storage.errors import TableError, UsageError
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.reader import read, stored
+from softlabel.storage.records.versions import remaining, untag
 from softlabel.storage.schema import FORMAT
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import inspect
+from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.views.mixing import make_view
 from softlabel.storage.views.row_groups import load, outlines
 from tests import format_1
@@ -196,6 +198,19 @@ def test_reprocess_makes_a_new_table_and_continues_if_it_was_killed(folder: Path
     if not changes:
         assert_same_labels(new, Table.open(str(folder / "text")))
     assert not verify(VerifyConfig(table=new.location)).findings
+
+
+def test_a_vacuum_of_a_changed_table_leaves_no_version_without_its_vocabulary(folder: Path) -> None:
+    """Not even the first version, which has no rows."""
+    location = str(folder / "text")
+    untag(location, "first")
+    reprocess(ReprocessConfig(source=location))
+    foreseen = maintain(location, keep_versions=1, grace_hours=0, dry_run=True).vacuumed
+    assert maintain(location, keep_versions=1, grace_hours=0).vacuumed == foreseen == (0, 1, 2)
+    for version in remaining(location):
+        assert Table.open(f"{location}@{version}").numbering is not None
+    with pytest.raises(TableError, match="vacuumed"):
+        Table.open(f"{location}@0")
 
 
 def test_documents_are_taken_down_from_it(folder: Path) -> None:
