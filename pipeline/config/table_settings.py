@@ -20,7 +20,7 @@ from softlabel.pipeline.config.capture import (
 )
 from softlabel.pipeline.config.flags import as_flag, shown
 from softlabel.storage.errors import IntegrityError, UsageError
-from softlabel.storage.identity import Identity
+from softlabel.storage.identity import Identity, SelectionIdentity
 from softlabel.storage.table import Table
 from softlabel.storage.upkeep.inspection import last_capture
 
@@ -72,7 +72,7 @@ def table_settings(table: Table) -> dict[str, Any]:
     identity, recorded = table.identity, _Recorded.of(table)
     settings = _teacher(identity, recorded) | _columns(table, recorded) | _sequences(identity)
     if identity.classes is None:
-        settings |= {f"selection.{name}": value for name, value in identity.selection}
+        settings |= {f"selection.{name}": getattr(identity.selection, name) for name in SelectionIdentity.model_fields}
         settings["selection.temperatures"] = identity.temperatures
         settings["selection.tail_logprobs"] = identity.tail_logprobs
     settings["shards.eval_fraction"] = identity.sequences.eval_fraction

@@ -113,6 +113,9 @@ def _columns(source: AnyTable, config: ExportConfig) -> Columns:
             found=config.table,
             do=f"export its tables: {', '.join(source.names)}",
         )
+    for table in source.tables if config.format != "trl" else ():
+        do = "use --format trl, which exports no soft labels"
+        table.identity.require_known(["tail_log_masses"], table.location, "an export of its probabilities", do)
     if config.format in ("parquet", "datasets"):
         return EVERYTHING
     if source.tables[0].identity.classes:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from softlabel.storage.log.files import LOG, commit_file, list_log, read_commit
+from softlabel.storage.log.files import LARGEST_LINE, LOG, commit_file, list_log, read_commit
 from softlabel.storage.log.state import Shard, counted_rows, named_path, softlabel_metadata, state, table_metadata
 from softlabel.storage.places.place import Place
 from softlabel.storage.schema import PARTITION
@@ -30,7 +30,7 @@ _COLUMNS = ("add.path", "add.partitionValues", "add.size", "add.stats", "metaDat
 def hinted(place: Place) -> int:
     """The version of the newest checkpoint according to ``_last_checkpoint``; 0 if there is no such valid file."""
     try:
-        version = json.loads(place.read(LAST_CHECKPOINT))["version"]
+        version = json.loads(place.read(LAST_CHECKPOINT, LARGEST_LINE))["version"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return 0
     return version if isinstance(version, int) and version > 0 else 0

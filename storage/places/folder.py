@@ -93,10 +93,12 @@ class Folder:
             yield file
 
     def fetch_folder(self, name: str) -> Path:
-        """The folder itself, in which every file is a regular one."""
+        """The folder itself, in which every file is a regular one, and none is too large."""
         with reading(self.where(name)):
             for path in (self._path / name).iterdir():
-                _require_regular(path.lstat(), str(path))
+                found = path.lstat()
+                _require_regular(found, str(path))
+                require_small(str(path), found.st_size, LARGEST_FILE)
         return self._path / name
 
     def _opened(self, name: str) -> BinaryIO:

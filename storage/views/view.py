@@ -24,6 +24,7 @@ from softlabel.storage.opening import VIEW_FILE, is_view
 from softlabel.storage.places.open import place_of
 from softlabel.storage.places.place import Place
 from softlabel.storage.records.sealed_json import unseal
+from softlabel.storage.records.store import LARGEST_RECORD
 from softlabel.storage.records.versions import parse
 from softlabel.storage.table import Table
 from softlabel.storage.views.alignment import Alignment
@@ -176,7 +177,7 @@ def read_definition(place: Place) -> Definition:
         UsageError: if the location of a table contains credentials.
     """
     try:
-        definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE)))
+        definition = TypeAdapter(Definition).validate_python(unseal(place.read(VIEW_FILE, LARGEST_RECORD)))
     except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         raise IntegrityError(

@@ -30,6 +30,7 @@ from softlabel.storage.upkeep.inspection import history, inspect
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.replay import read_log
 from softlabel.storage.upkeep.verification import remove_damaged, verify
+from softlabel.storage.views.view import open_table
 from tests.storage.tables import CARRIED, add, identity, make_table, names_in
 
 LAST = "_delta_log/_last_checkpoint"
@@ -347,6 +348,24 @@ def test_records_and_log_lines_have_a_largest_size(marked: Table, monkeypatch: p
         file.truncate(1 << 40)  # without data: it takes no space
     with within(5), pytest.raises(IntegrityError, match="more than"):
         Table.open(marked.location)
+
+
+def test_huge_files_are_refused_before_they_are_read(marked: Table, tmp_path: Path) -> None:
+    tokenizer = at(marked, f"_softlabel/{marked.tokenizer_name}/tokenizer.json")
+    view = tmp_path / "view" / "view.json"
+    view.parent.mkdir()
+    view.touch()
+    for path in (tokenizer, at(marked, LAST), at(marked, CHECKPOINT), at(marked, marked.shards()[0].path), view):
+        os.truncate(path, 1 << 40)  # without data: it takes no space
+    with within(10):
+        assert Table.open(marked.location).shards() == marked.shards()
+        with pytest.raises(IntegrityError, match=marked.tokenizer_name):
+            _ = marked.tokenizer
+        with pytest.raises(IntegrityError, match=r"view.json(.|\n)*more than"):
+            open_table(str(view.parent))
+        found = {finding.path for finding in verify(Table.open(marked.location)).findings}
+    damaged = {f"_softlabel/{marked.tokenizer_name}", LAST, CHECKPOINT, marked.shards()[0].path}
+    assert found == damaged
 
 
 def at_record(table: Table, kind: str) -> Path:

@@ -9,7 +9,9 @@ import pytest
 
 from softlabel.storage.errors import ProvenanceError
 from softlabel.storage.identity import Identity, circumstances
-from tests.storage.tables import add, identity
+from softlabel.storage.table import Table
+from softlabel.storage.upkeep.verification import verify
+from tests.storage.tables import add, identity, make_table, names_in
 
 CHANGES = {
     "teacher.files.model.safetensors": lambda i: {
@@ -62,6 +64,19 @@ def test_every_field_is_among_the_tested_changes():
 
     named = leaves(identity().model_dump()) - {"teacher.files.config.json"}
     assert named == {*CHANGES, "derived_from"}
+
+
+def test_what_a_later_version_adds_to_an_identity_is_kept_and_only_stops_writers(tmp_path: Path):
+    fields = json.loads(identity().model_dump_json())
+    fields["selection"]["later"], fields["newer"] = 2, {"a": [1]}
+    made = make_table(tmp_path / "table", Identity.model_validate(fields))
+    add(made, ["a", "b"])
+    table = Table.open(made.location)
+    assert json.loads(table.identity.model_dump_json()) == fields
+    assert verify(table).findings == ()
+    assert names_in(table) == ["a", "b"]
+    with pytest.raises(ProvenanceError, match=r"newer.a: the table has \[1\], this run None(.|\n)*selection.later"):
+        table.identity.require(identity(), table.location)
 
 
 def test_a_derived_identity_differs_from_a_captured_one():

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from softlabel.pipeline.config.export import ExportConfig
 from softlabel.pipeline.config.train import LossConfig
 from softlabel.pipeline.loss.targets import TokenIds, decode_targets
+from softlabel.pipeline.tables.export import export
 from softlabel.storage.codec import decode, encode
 from softlabel.storage.errors import UsageError
 from softlabel.storage.labels import SoftLabels
@@ -60,3 +62,12 @@ def test_values_are_only_unknown_where_the_table_says_so(column: str, tmp_path: 
         if declared:
             with pytest.raises(UsageError, match=column):
                 made.identity.require_known(COLUMNS, made.location, "an evaluation", "use another")
+
+
+@pytest.mark.parametrize("form", ["parquet", "datasets", "axolotl"])
+def test_probabilities_that_are_known_only_in_proportion_are_not_exported(form: str, tmp_path: Path) -> None:
+    made = make_table(tmp_path / "table", identity(unknown=("tail_log_masses",)))
+    config = ExportConfig(table=made.location, output=str(tmp_path / "out"), format=form)
+    with pytest.raises(UsageError, match="tail_log_masses"):
+        export(config)
+    assert not (tmp_path / "out").exists()
