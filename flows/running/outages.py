@@ -36,7 +36,7 @@ def _extending_lease(lease: UUID, seconds: float, **_: Any) -> AbstractContextMa
     return maintain_concurrency_lease(lease, seconds)
 
 
-flow_engine.maintain_concurrency_lease = _extending_lease  # type: ignore[assignment]
+flow_engine.maintain_concurrency_lease = _extending_lease  # type: ignore[attr-defined, assignment]
 
 
 @contextmanager
