@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("storage", "pipeline", "flows")
-FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
+FILES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
 
 FOREIGN = {
     "storage": {"torch", "transformers", "accelerate", "prefect", "cyclopts"},
@@ -93,9 +93,14 @@ def package_of(module: str) -> str:
     return next(name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in DEPENDS_ON)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Full names of the modules that a file imports anywhere in it."""
-    yield from imported(ast.parse(path.read_text()))
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[Path, ast.Module]:
+    """The code of each file."""
+    return {path: parsed(path) for path in FILES}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -113,7 +118,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def test_every_folder_is_listed_as_a_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {f"softlabel.{'.'.join(path.relative_to(ROOT).parent.parts)}" for path in FILES}
+    packages = {f"softlabel.{'.'.join(path.parent.parts)}" for path in FILES}
     assert set(project["tool"]["setuptools"]["packages"]) == packages - {"softlabel.flows.softlabel"} | {"softlabel"}
     package_dir = {"softlabel": "flows/softlabel", **{f"softlabel.{name}": name for name in FOLDERS}}
     assert project["tool"]["setuptools"]["package-dir"] == package_dir
@@ -121,14 +126,13 @@ def test_every_folder_is_listed_as_a_package():
     assert all(folder.is_dir() or folder.with_suffix(".py").is_file() for folder in folders)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path):
-    own = path.relative_to(ROOT).with_suffix("").parts
-    found = list(imports(path))
-    assert not {name.split(".")[0] for name in found} & (FOREIGN[own[0]] | set(FOLDERS))
-    allowed = below(package_of(".".join(own).removesuffix(".__init__")))
-    ours = {name: package_of(name.removeprefix("softlabel.")) for name in found if name.startswith("softlabel.")}
-    assert not {name: package for name, package in ours.items() if package not in allowed}
+def test_imports_run_one_way(trees: dict[Path, ast.Module]):
+    for path, tree in trees.items():
+        own, found = path.with_suffix("").parts, list(imported(tree))
+        assert not {name.split(".")[0] for name in found} & (FOREIGN[own[0]] | set(FOLDERS)), path
+        allowed = below(package_of(".".join(own).removesuffix(".__init__")))
+        ours = {name: package_of(name.removeprefix("softlabel.")) for name in found if name.startswith("softlabel.")}
+        assert not {name: package for name, package in ours.items() if package not in allowed}, path
 
 
 def packages(requirements: Iterable[str]) -> set[str]:
@@ -146,7 +150,7 @@ def test_a_plain_install_has_every_package_that_is_imported():
     optional = packages(each for name in extras.keys() - {"dev"} for each in extras[name])
     owners = packages_distributions()  # of what is not installed here, the packages have the names of their modules
     for path in FILES:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         everywhere = list(imported(tree))
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             function.body = []
@@ -156,43 +160,50 @@ def test_a_plain_install_has_every_package_that_is_imported():
             assert not {name for name in foreign if not known & owned[name]}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_text_is_run_as_code_or_as_a_query(path: Path):
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    assert not {call.id for call in calls if isinstance(call, ast.Name)} & {"eval", "exec", "compile", "__import__"}
-    assert not {call.attr for call in calls if isinstance(call, ast.Attribute)} & {"sql", "sql_expr", "SQLContext"}
+def test_no_text_is_run_as_code_or_as_a_query(trees: dict[Path, ast.Module]):
+    for path, tree in trees.items():
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        named = {call.id for call in calls if isinstance(call, ast.Name)}
+        assert not named & {"eval", "exec", "compile", "__import__"}, path
+        methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+        assert not methods & {"sql", "sql_expr", "SQLContext"}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_that_may_contain_code_are_loaded_in_one_module(path: Path):
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    named |= {part for name in imports(path) for part in name.split(".")}
-    is_loader = path == ROOT / "pipeline" / "models" / "pretrained.py"
-    assert is_loader or not named & {"from_pretrained", "from_config", "_from_config", "dynamic_module_utils"}
-    assert not named & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "allow_pickle"}
-    for node in nodes:
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_url"):
-            assert "weights_only=True" in ast.unparse(node)
+def test_files_that_may_contain_code_are_loaded_in_one_module(trees: dict[Path, ast.Module]):
+    for path, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        named |= {part for name in imported(tree) for part in name.split(".")}
+        is_loader = path == Path("pipeline", "models", "pretrained.py")
+        loading = {"from_pretrained", "from_config", "_from_config", "dynamic_module_utils"}
+        assert is_loader or not named & loading, path
+        assert not named & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "allow_pickle"}, path
+        for node in nodes:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_url"):
+                assert "weights_only=True" in ast.unparse(node), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_run_decides_once_between_language_model_and_classifier(path: Path):
+def test_a_run_decides_once_between_language_model_and_classifier(trees: dict[Path, ast.Module]):
     """A training or an evaluation asks in ``objectives.decide`` whether there are classes, a capture or the upkeep of a
     table in ``teachers.kind``. Only the modules that read or show a table as such ask, too."""
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     described = ("storage", "pipeline.config.table_settings", "pipeline.students.origin")
     described += ("flows.display.tables",)
-    asked = [
-        ast.unparse(node)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Compare)
-        and ast.unparse(node.left).rpartition(".")[2] == "classes"
-        and isinstance(node.ops[0], ast.Is | ast.IsNot)
-    ]
+    asked = {
+        module: found
+        for path, tree in trees.items()
+        if not (module := ".".join(path.with_suffix("").parts)).startswith(described)
+        if (
+            found := [
+                ast.unparse(node)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Compare)
+                and ast.unparse(node.left).rpartition(".")[2] == "classes"
+                and isinstance(node.ops[0], ast.Is | ast.IsNot)
+            ]
+        )
+    }
     decided = {"pipeline.objectives.decide": ["origin.classes is None"], "pipeline.teachers.kind": ["classes is None"]}
-    if not module.startswith(described):
-        assert asked == decided.get(module, [])
+    assert asked == decided
 
 
 def test_make_bench_runs_every_benchmark():
@@ -202,9 +213,8 @@ def test_make_bench_runs_every_benchmark():
     assert sorted(" ".join(named).split()) == files
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_has_a_docstring(path: Path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_every_file_has_a_docstring(trees: dict[Path, ast.Module]):
+    assert not [path for path, tree in trees.items() if not ast.get_docstring(tree)]
 
 
 @pytest.mark.parametrize("package", ["pipeline", "storage"])
