@@ -35,7 +35,7 @@ from softlabel.storage.table import Table
 from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting
 
-READING = 4
+READING = 5
 """Version of how documents become sequences. It is no part of the identity, because most rows are the same in all
 versions. A commit records it if all documents of the table were read in this way, except for those in a file ..."""
 UNREAD_FOLDER = f"{SIDE_FOLDER}/unread"

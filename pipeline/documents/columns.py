@@ -184,8 +184,8 @@ def _parsed(value: Any, what: str) -> Any:
 
 
 def _tools(value: Any) -> list[Any]:
-    """The tools of a chat, each an object; in a list, each may be JSON."""
-    tools = _parsed(value, "column of tools")
+    """The tools of a chat, each an object; in a list, each may be JSON. A blank text stands for none."""
+    tools = _parsed(value, "column of tools") if not isinstance(value, str | bytes) or value.strip() else None
     tools = [] if tools is None else tools
     tools = [_parsed(tool, "tool") for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -232,7 +232,10 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
         )
     if not value:
         raise UnfitError(f"the {what} has no messages")
-    return [_message(i, message) for i, message in enumerate(value)]
+    messages = [_message(i, message) for i, message in enumerate(value)]
+    if any(message.get("function_call") for message in value):  # results have the role that belongs to this name
+        messages = [message | {"role": "tool"} if message["role"] == "function" else message for message in messages]
+    return messages
 
 
 _SHAREGPT = {
@@ -247,11 +250,12 @@ _SHAREGPT = {
 
 
 def _calls(i: int, value: Any) -> list[dict[str, Any]]:
-    """The tool calls of ShareGPT's function_call: {name, arguments}, or a list of these, as JSON."""
+    """The tool calls of a function_call, in ShareGPT or beside content: {name, arguments}, or a list of these; it may
+    be JSON."""
     calls = _parsed(value, f"function_call of message {i} (counting from 0)")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise UnfitError(f"the function_call of message {i} (counting from 0) must be an object with a name, as JSON")
+        raise UnfitError(f"the function_call of message {i} (counting from 0) must be an object with a name")
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -264,6 +268,8 @@ def _message(i: int, value: Any) -> dict[str, Any]:
         value = message.pop("value", None)
         said = {"tool_calls": _calls(i, value)} if sender == "function_call" else {"content": value}
         message = {"role": _SHAREGPT.get(sender, sender), **said, **message}
+    if message.get("function_call") and not message.get("tool_calls"):  # its older name
+        message["tool_calls"] = _calls(i, message.pop("function_call"))
     if message.get("tool_calls"):
         message["tool_calls"] = _parsed(message["tool_calls"], f"tool_calls of message {i} (counting from 0)")
     if not isinstance(message.get("role"), str):

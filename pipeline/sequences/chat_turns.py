@@ -8,6 +8,7 @@ way. So they are compared with renderings of the same chat up to this turn.
 import os.path
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -64,14 +65,22 @@ class TurnFinder:
         """How the template ends a turn that is the last of its chat."""
         self._asked = self._prompt_after(render, [question])
         """What it writes to prompt the assistant after a question."""
-        self._prompt = self._asked if self._asked and self._asked in between else between
-        """The same; if that differs from what is before an answer or is nothing, everything between the two."""
+        self._prompt = self._asked if self._asked and self._asked in between else self._head(render, question, between)
+        """The same; if that differs from what is before an answer or is nothing, what begins the answer's turn."""
+        self._intro = between.rpartition(self._asked)[2] if self._asked and self._asked in between else ""
+        """What it writes after its prompt, before an answer; such as an empty thought."""
         gaps = self._gaps(render, [*pair, *pair])
         self._start = self._common_start([self._prompt, *(gap.before for gap in gaps)])
         """The part of this that all answers have before them."""
         if not self._end.strip() and not (gaps and self._leading_mark(gaps[0].after)):
             raise TemplateError(f"the template writes {between!r} before an answer and {end!r} after it")
         self._render, self._question, self._answer = render, question, answer
+
+    def _head(self, render: Render, question: dict[str, Any], between: str) -> str:
+        """What is between a question and its answer, without the end of the question's turn."""
+        _, _, end = (attempt(render, [question]) or "").partition(STAND_IN)
+        head = between[self._common(end, between) :]
+        return head if head.strip() else between
 
     def find(
         self, render: Render, messages: Messages, written: str, texts: list[MessageText], i: int
@@ -91,7 +100,7 @@ class TurnFinder:
         Raises:
             TurnNotFoundError: if the turn's beginning or end can't be told.
         """
-        turn = _Turn(render, messages, written, i)
+        turn = _Turn(render, messages, written, i, self._answer)
         own = sorted(turn.own(texts) or self._nothing(turn, texts))
         others = [(place, text.message) for text in texts if text.message != i for place in text.places or ()]
         parts = _parts(own, [place for place, _ in others])
@@ -140,7 +149,7 @@ class TurnFinder:
         before = max((p.end for text in texts if text.message < i for p in text.places or ()), default=0)
         later = [(p.start, text.message) for text in texts if text.message > i for p in text.places or ()]
         after, following = min(later, default=(len(written), len(turn.messages)))
-        gap, plain = written[before:after], self._with_plain_answer(turn)
+        gap, plain = written[before:after], turn.plain
         if plain and ANSWER not in plain:
             return []
         if self._prompt and gap.count(self._prompt) == 1:
@@ -162,13 +171,16 @@ class TurnFinder:
                 return before + gap.rindex(prompt) + len(prompt)
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
-            return first.start - turn.lead(own)
+            start = first.start - turn.lead(own)
+            return start - len(self._intro) * turn.written.endswith(self._intro, before, start)
         # The turn begins with something else, such as a thought or a tool call, which the template introduces.
-        if (start := self._start.strip()) and (at := gap.rfind(start)) >= 0:
+        lead, found, _ = turn.plain.partition(ANSWER)
+        lead = lead.removesuffix(self._intro)
+        common = self._common(lead, turn.written[: first.start])
+        has_all = found and common == len(lead) > before  # of the header, also if it depends on the turn's place
+        if not has_all and (start := self._start.strip()) and (at := gap.rfind(start)) >= 0:
             rest = gap[at + len(start) :]
             return before + at + len(start) + _common([rest, self._start.partition(start)[2]])
-        lead, found, _ = self._with_plain_answer(turn).partition(ANSWER)
-        common = self._common(lead, turn.written[: first.start])
         if found and (common > before or common == before == len(lead)):
             return common
         raise TurnNotFoundError("where the assistant's turn begins")
@@ -178,10 +190,6 @@ class TurnFinder:
         yield self._asked
         yield self._prompt
         yield self._prompt_after(turn.render, turn.messages[: turn.i])
-
-    def _with_plain_answer(self, turn: "_Turn") -> str:
-        """The chat as written if the message were a plain answer; "" if the template raises an error."""
-        return attempt(turn.render, [*turn.messages[: turn.i], self._answer, *turn.messages[turn.i + 1 :]]) or ""
 
     @staticmethod
     def _begins(written: str, place: Place, text: MessageText) -> bool:
@@ -205,6 +213,8 @@ class TurnFinder:
             return last + len(end) + more
         if not gap.strip() and following == "assistant":
             return last + space
+        if (plain := self._finish_as_plain(turn, last, after, following)) is not None:
+            return plain
         candidates = (self._end_before_prompt(turn), self._end_before_next(gap, following) if following else None)
         ends = [found for found in candidates if found is not None and gap.startswith(found)]
         found = next((found for found in ends if found.strip()), "")
@@ -213,6 +223,17 @@ class TurnFinder:
         if mark := self._leading_mark(gap):  # a turn ends where the next role begins
             return last + mark
         raise TurnNotFoundError("where the assistant's turn ends")
+
+    def _finish_as_plain(self, turn: "_Turn", last: int, after: int, following: str) -> int | None:
+        """The end of the turn, if a plain answer in its place has the same after it, except for what is before that,
+        such as the end of a tool call."""
+        gap, rest = turn.written[last:after], turn.written[after:]
+        lead, found, plain = turn.plain.partition(ANSWER)
+        own = plain[: len(plain) - len(rest)]
+        if not found or not own.strip() or not plain.endswith(rest) or own == gap or not gap.endswith(own):
+            return None
+        start = len(lead) + len(ANSWER)
+        return after - len(own) + self._finish(turn.as_plain(), start, 0, start + len(own), following) - start
 
     def _end_before_prompt(self, turn: "_Turn") -> str | None:
         """The end of the turn, if the assistant is prompted again after it."""
@@ -301,9 +322,22 @@ def _parts(own: list[_Own], others: list[Place]) -> list[list[_Own]]:
 class _Turn:
     """A turn that is to be found, and the renderings that end with it."""
 
-    def __init__(self, render: Render, messages: Messages, written: str, i: int) -> None:
-        self.render, self.messages, self.written, self.i = render, messages, written, i
+    def __init__(self, render: Render, messages: Messages, written: str, i: int, answer: dict[str, Any]) -> None:
+        self.render, self.messages, self.written, self.i, self._answer = render, messages, written, i, answer
         self._tails: dict[bool, tuple[str, list[MessageText]] | None] = {}
+
+    @cached_property
+    def plain(self) -> str:
+        """The chat as written if the message were a plain answer; "" if the template raises an error."""
+        return attempt(self.render, self._plain_messages) or ""
+
+    @property
+    def _plain_messages(self) -> Messages:
+        return [*self.messages[: self.i], self._answer, *self.messages[self.i + 1 :]]
+
+    def as_plain(self) -> "_Turn":
+        """The turn of a plain answer in the place of this message."""
+        return _Turn(self.render, self._plain_messages, self.plain, self.i, self._answer)
 
     def own(self, texts: list[MessageText]) -> list[_Own]:
         """The message's texts, at each of their places.

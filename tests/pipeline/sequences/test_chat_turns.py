@@ -276,11 +276,12 @@ def test_tools_are_given_to_the_template_as_objects_without_the_nulls_of_other_t
         {"id": "b", "tools": [tools[1]], "messages": [user("Hi"), calls({"path": "/x"})]},
         {"id": "c", "tools": None, "messages": PAIR},
     ]
+    blank = {"id": "d", "tools": " ", "messages": PAIR}
     source = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TEMPLATES["tool calls"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     for row in rows:
         row["tools"] = row["tools"] and json.dumps(row["tools"])
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, blank]))
     for name in ("x.parquet", "x.jsonl"):
         columns = ColumnsConfig(messages="messages", tools="tools")
         [batch] = Documents(str(tmp_path / name), columns).batches()
@@ -288,7 +289,7 @@ def test_tools_are_given_to_the_template_as_objects_without_the_nulls_of_other_t
         texts = [write(source, json.loads(chat)) for chat in batch.documents.column("content").to_pylist()]
         assert texts[0][0].startswith(json.dumps(tools[0]) + json.dumps(tools[1]) + START)
         assert texts[1][0].startswith(json.dumps(tools[1]) + START)
-        assert texts[2][0].startswith(START)
+        assert all(text.startswith(START) for text, *_ in texts[2:])
         assert texts[1][1] == '<call>look {"path": "/x"}</call><|im_end|>'
 
 
@@ -307,6 +308,20 @@ def test_messages_of_from_and_value_are_read(tmp_path: Path) -> None:
     assert messages[3]["tool_calls"] == [{"type": "function", "function": call}]
     assert all("function_call of message 0" in reject.reason for reject in batch.rejects)
     assert len(batch.rejects) == 3
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+@pytest.mark.parametrize("form", [json.dumps, lambda call: call, lambda call: {**call, "arguments": '{"city": "Ulm"}'}])
+def test_a_function_call_is_a_tool_call(content: str | None, form: Any, tmp_path: Path) -> None:
+    call = form({"name": "look", "arguments": {"city": "Ulm"}})
+    chat = [user("Hi"), {"role": "assistant", "content": content, "function_call": call}]
+    chat += [{"role": "function", "name": "look", "content": "rain"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "x", "messages": chat}))
+    [batch] = Documents(str(tmp_path / "x.jsonl"), ColumnsConfig(messages="messages")).batches()
+    [content_of] = batch.documents.column("content").to_pylist()
+    text, captured, *_ = write(TEMPLATES["tool calls"], json.loads(content_of))
+    assert captured == (content or "") + OBJECT
+    assert "<|im_start|>tool\nrain" in text
 
 
 def test_tool_calls_may_be_json(tmp_path: Path) -> None:
