@@ -171,8 +171,8 @@ class TurnFinder:
                 return before + gap.rindex(prompt) + len(prompt)
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
-            start = first.start - turn.lead(own)
-            return start - len(self._intro) * turn.written.endswith(self._intro, before, start)
+            begin = first.start - turn.lead(own)
+            return begin - len(self._intro) * turn.written.endswith(self._intro, before, begin)
         # The turn begins with something else, such as a thought or a tool call, which the template introduces.
         lead, found, _ = turn.plain.partition(ANSWER)
         lead = lead.removesuffix(self._intro)
