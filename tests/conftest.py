@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -16,12 +18,15 @@ os.environ |= {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # Same examples in every run, so that a failure is due to the current change; `make test-long` draws new ones.
 settings.register_profile("repeated", derandomize=True, deadline=None)
@@ -38,11 +43,38 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile once what numba compiles, while the parallel processes collect the tests."""
+    parallel = session.config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ
+    if parallel and not any(ROOT.glob("storage/__pycache__/kernels.head_gaps-*.nbi")):
+        compiling = subprocess.Popen([sys.executable, "-m", "tests.kernels"], cwd=ROOT)
+        session.config.add_cleanup(compiling.wait)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with the longest tests first, so that parallel processes finish at about the same time."""
-    long = ["end_to_end", "launch", "fsdp", "worker_pool", "mix", "capture", "flows", "readme", "bucket"]
+    long = ["end_to_end", "worker_pool", "launch", "deploy", "mix", "signals", "resume", "flows", "server", "fsdp"]
+    long += ["capture", "further", "train", "evaluate", "report", "crashes", "dataset", "readme", "architecture"]
     files = [f"test_{name}.py" for name in long]
     items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
+
+
+class ByServer(LoadFileScheduling):
+    """Gives whole files to parallel processes, and all that share a Prefect server to one: starting it takes long."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "prefect" if _shares_server(file) else file
+
+
+@cache
+def _shares_server(file: str) -> bool:
+    return 'usefixtures("prefect")' in (ROOT / file).read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServer:
+    return ByServer(config, log)
 
 
 # Importing everything makes a million objects, among which there is no garbage to look for.

@@ -18,7 +18,7 @@ from tests.pipeline.captured import make_table
 from tests.pipeline.capturing.test_capture import settings, texts, write
 from tests.pipeline.trainings import settings as training
 
-HEAVY = ("torch", "transformers", "prefect")
+HEAVY = ("torch", "transformers", "prefect", "accelerate", "fastapi", "matplotlib", "scipy", "sympy")
 SCRIPT = f"""
 import sys
 from softlabel.flows.cli import run
@@ -35,6 +35,14 @@ def captured(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     config = settings(tiny_teacher, write(folder / "documents.parquet", texts(10)), folder / "table")
     capture(config)
     return config
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """CPU seconds of a command that does nothing, as busy as this machine is."""
+    code, _, seconds = in_fresh_process(tmp_path_factory.mktemp("start"), "--help")
+    assert code == 0
+    return seconds
 
 
 def again(config: CaptureConfig, **changed: object) -> list[str]:
@@ -65,12 +73,14 @@ def in_fresh_process(home: Path, *arguments: str) -> tuple[int, str, float]:
     return done.returncode, done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_a_capture_with_nothing_to_do_needs_neither_torch_nor_a_server(captured: CaptureConfig, tmp_path: Path):
+def test_a_capture_with_nothing_to_do_needs_neither_torch_nor_a_server(
+    captured: CaptureConfig, start: float, tmp_path: Path
+):
     code, shown, seconds = in_fresh_process(tmp_path / "home", *again(captured))
     assert code == 0, shown
     assert "nothing was captured" in shown
     assert shown.endswith("loaded:\n")
-    assert seconds < 2.5
+    assert seconds < 6 * start
     assert not (tmp_path / "home").exists()
 
 
@@ -85,12 +95,12 @@ def test_a_capture_with_nothing_to_do_needs_neither_torch_nor_a_server(captured:
         pytest.param({"teacher.model": "./nowhere"}, "can't find the teacher", marks=pytest.mark.long),
     ],
 )
-def test_a_refused_capture_needs_neither_torch_nor_a_server(changed, problem, captured, tmp_path):
+def test_a_refused_capture_needs_neither_torch_nor_a_server(changed, problem, captured, start, tmp_path):
     code, shown, seconds = in_fresh_process(tmp_path / "home", *again(captured, **changed))
     assert code in (1, 2)
     assert problem in shown
     assert shown.endswith("loaded:\n")
-    assert seconds < 1.5
+    assert seconds < 5 * start
     assert not (tmp_path / "home").exists()
 
 

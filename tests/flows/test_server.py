@@ -39,9 +39,8 @@ time.sleep(60)
 """
 
 
-def test_the_server_serves_only_its_process_and_ends_with_it(tmp_path: Path):
-    database = tmp_path / "prefect.db"
-    database.touch()
+def test_the_server_serves_only_its_process_and_ends_with_it(prefect_database: Path, tmp_path: Path):
+    database = Path(shutil.copy(prefect_database, tmp_path))
     database.chmod(0o644)  # as Prefect itself makes it
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
