@@ -16,6 +16,7 @@ from tests.flows.captures import DOCUMENTS, Capture
 from tests.flows.servers import POSTGRES, postgresql, prefect_server, wait_until, worker
 from tests.listening import family
 from tests.pipeline.captured import make_table
+from tests.pipeline.capturing.test_worker_pool import gone
 from tests.pipeline.trainings import settings
 
 pytestmark = pytest.mark.long
@@ -70,15 +71,23 @@ def test_four_flows_at_once_survive_a_killed_worker_and_a_restarted_server(tiny_
 
 
 def test_a_run_that_exceeds_its_time_limit_is_cancelled_and_keeps_what_it_has_done(tiny_teacher: Path, tmp_path: Path):
-    limited = DeploymentConfig(flow="capture", name="limited", time_limit_hours=90 / 3600)
+    limited = DeploymentConfig(flow="capture", name="limited", time_limit_hours=90 / 3600, concurrency_limit=1)
     with prefect_server(tmp_path):
         deploy(DeployConfig(deployments=(limited,)))
-        capture = Capture(tmp_path, tiny_teacher, deployment="limited")
-        with worker(**capture.pace(9)):
-            wait_until(lambda: capture.run.state_name == "Cancelled", seconds=300)
-            assert "Running" in capture.states
+        capture = Capture(tmp_path, tiny_teacher, workers=2, deployment="limited")
+        with worker(**capture.pace(2)) as process:
+            wait_until(lambda: capture.has(1), seconds=180)
+            capture.hold.touch()
+            children = [each for each in family(process.pid) if each != process.pid]
+            assert len(children) > 2
+            after = Capture(tmp_path, tiny_teacher, table="after", deployment="limited")
+            wait_until(lambda: capture.run.state_name == "Cancelled", seconds=180)
+            wait_until(lambda: all(map(gone, children)), seconds=30)
+            capture.hold.unlink()
+            wait_until(lambda: after.run.state_name == "Completed", seconds=180)  # in the slot of the first
     assert 0 < len(capture.rows) < DOCUMENTS
     assert set(capture.rows.values()) == {1}
+    assert after.is_exact()
 
 
 def test_runs_beyond_the_concurrency_limit_wait_for_their_turn_also_after_the_server_was_killed(
