@@ -40,6 +40,8 @@ class ChatForms:
         self._system = self._find_system()
         self._arguments = self._find_arguments()
         self._no_content = self._find_no_content()
+        beside = [self._calls(self._call_arguments(), content) for content in (STAND_IN, _parts([STAND_IN]))]
+        self._takes_parts_beside_calls = beside[0] == beside[1]
 
     def adapted(self, messages: Messages) -> Messages:
         """The messages in a form that the template takes.
@@ -60,19 +62,22 @@ class ChatForms:
             message["tool_calls"] = [self._call(call) for call in calls]
         content = message.get("content")
         if isinstance(content, str | list):
-            message["content"] = self._content(i, message["role"], content)
+            message["content"] = self._content(i, message["role"], content, beside_calls=bool(calls))
         elif self._no_content is not _ABSENT:
             is_text = isinstance(self._no_content, str)
             message["content"] = self._content(i, message["role"], "") if is_text else self._no_content
         return message
 
-    def _content(self, i: int, role: str, content: str | list[Any]) -> str | list[dict[str, str]]:
+    def _content(
+        self, i: int, role: str, content: str | list[Any], beside_calls: bool = False
+    ) -> str | list[dict[str, str]]:
         like = role if role in self._in_parts else "user"
         if isinstance(content, str):
             return _parts([content]) if self._in_parts[like] else content
         texts = [part if isinstance(part, str) else _text_of(i, part) for part in content]
-        texts = texts if self._takes_parts.get(role) else ["".join(texts)]
-        return _parts(texts) if self._in_parts[like] or self._takes_parts.get(role) else texts[0]
+        takes_parts = self._takes_parts.get(role) and (self._takes_parts_beside_calls or not beside_calls)
+        texts = texts if takes_parts else ["".join(texts)]
+        return _parts(texts) if self._in_parts[like] or takes_parts else texts[0]
 
     def _call(self, call: Any) -> Any:
         if not isinstance(call, dict):
@@ -139,7 +144,7 @@ class ChatForms:
 
     def _find_no_content(self) -> Any:
         """What to give the template as the content of a message that has only tool calls."""
-        arguments = json.dumps({_KEY: STAND_IN}, ensure_ascii=False) if self._arguments is str else {_KEY: STAND_IN}
+        arguments = self._call_arguments()
         empty = self._calls(arguments, "")
         # A template that writes no calls still may need content.
         for text, contents in ((STAND_IN, (_ABSENT, None, "")), ("", ("", _ABSENT, None))):
@@ -149,6 +154,10 @@ class ChatForms:
                     if written and text in written and all(found <= expected for found, expected in nulls):
                         return content
         return _ABSENT
+
+    def _call_arguments(self) -> Any:
+        """Arguments of a call in the form that the template takes."""
+        return json.dumps({_KEY: STAND_IN}, ensure_ascii=False) if self._arguments is str else {_KEY: STAND_IN}
 
     def _calls(self, arguments: Any, content: Any = "") -> list[str]:
         """What the template writes for a tool call, at the end of a chat and before its result."""

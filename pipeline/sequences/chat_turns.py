@@ -59,6 +59,9 @@ class TurnFinder:
         self._mark = re.compile(rf"{named}|<[^<>\s]+>|\[[^\[\]\s]+\]")
         self._unit = re.compile(rf"{self._mark.pattern}|\w+|\s+|.", re.DOTALL)
         pair = [question, answer]
+        self._always = self._written_always(render, question, answer)
+        """What the template writes at the end of every chat: a prompt, asked for or not, or other words."""
+        render = self._with_prompt_only_if_asked(render)
         _, _, rest = render(pair).partition(STAND_IN)
         between, _, end = rest.rpartition(ANSWER)
         self._end = end.rstrip()
@@ -75,6 +78,38 @@ class TurnFinder:
         if not self._end.strip() and not (gaps and self._leading_mark(gaps[0].after)):
             raise TemplateError(f"the template writes {between!r} before an answer and {end!r} after it")
         self._render, self._question, self._answer = render, question, answer
+
+    def _written_always(self, render: Render, question: dict[str, Any], answer: dict[str, Any]) -> str:
+        """See ``_always``: it is both after a last question and after a last answer."""
+        asked, pair = attempt(render, [question]), [question, answer]
+        gaps = self._gaps(render, [*pair, *pair])
+        if not asked or not gaps:
+            return ""
+        (before, after), last_answer = gaps[0], render(pair).rpartition(ANSWER)[2]
+        if after.startswith(last_answer):
+            return ""
+        # It begins like the chat or, at the latest, where it differs from how a question begins.
+        opening = [unit for unit in self._unit.findall(asked)[:2] if unit.strip()]
+        opening = opening if self._mark.fullmatch(opening[0]) else opening[:1]
+        begins = [unit.start() for unit in self._unit.finditer(last_answer) if unit[0] in opening]
+        begin = min([*begins, self._common(last_answer, after)])
+        always, end = last_answer[begin:], last_answer[:begin]
+        last_question = asked.partition(STAND_IN)[2]
+        if not always.strip() or not last_question.endswith(always):
+            return ""
+        if end.strip() and re.search(r"\w", self._mark.sub("", always)):  # words are no mark of an end
+            return always
+        rest = before.removeprefix(last_question.removesuffix(always))
+        head = always[: self._common(always, rest)]  # after it may be a thought that answers lack
+        two = (attempt(render, [*pair, answer]) or "").split(ANSWER)[1:2]
+        is_prompt = before == last_question or bool(two and two[0].startswith(end + head))
+        return always if head.strip() and is_prompt else ""
+
+    def _with_prompt_only_if_asked(self, render: Render) -> Render:
+        def as_asked(messages: Messages, prompt: bool = False) -> str:
+            return render(messages, prompt) if prompt else render(messages).removesuffix(self._always)
+
+        return as_asked if self._always else render
 
     def _head(self, render: Render, question: dict[str, Any], between: str) -> str:
         """What is between a question and its answer, without the end of the question's turn."""
@@ -100,6 +135,7 @@ class TurnFinder:
         Raises:
             TurnNotFoundError: if the turn's beginning or end can't be told.
         """
+        render, written = self._with_prompt_only_if_asked(render), written.removesuffix(self._always)
         turn = _Turn(render, messages, written, i, self._answer)
         own = sorted(turn.own(texts) or self._nothing(turn, texts))
         others = [(place, text.message) for text in texts if text.message != i for place in text.places or ()]
@@ -166,15 +202,18 @@ class TurnFinder:
     def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
         first = own.place
         gap = turn.written[before : first.start]
-        for prompt in self._prompts(turn):
-            if prompt and prompt in gap:
-                return before + gap.rindex(prompt) + len(prompt)
+        prompted = (gap.rindex(each) + len(each) for each in self._prompts(turn) if each and each in gap)
+        if any(not text.places for text in texts if text.message < turn.i):
+            prompted = iter(sorted(prompted, reverse=True))  # the gap may also have the prompt of an earlier turn
+        if (end := next(prompted, None)) is not None:
+            return before + end
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
             begin = first.start - turn.lead(own)
             return begin - len(self._intro) * turn.written.endswith(self._intro, before, begin)
         # The turn begins with something else, such as a thought or a tool call, which the template introduces.
-        lead, found, _ = turn.plain.partition(ANSWER)
+        plain = turn.plain or attempt(turn.render, [*turn.messages[: turn.i], self._answer]) or ""
+        lead, found, _ = plain.partition(ANSWER)
         lead = lead.removesuffix(self._intro)
         common = self._common(lead, turn.written[: first.start])
         has_all = found and common == len(lead) > before  # of the header, also if it depends on the turn's place
@@ -248,18 +287,29 @@ class TurnFinder:
 
     def _end_before_next(self, gap: str, following: str) -> str | None:
         """The end of the turn, if what follows it is how the template begins a message of this role in other chats."""
-        head = self._prompt if following == "assistant" else self._head_of(following)
-        while head:
-            if head.strip() and gap.rstrip().endswith(head.rstrip()):
-                return gap.rstrip().removesuffix(head.rstrip()).rstrip()
-            mark = self._mark.match(head)
-            head = head[mark.end() :] if mark else ""
+        gap = gap.rstrip()
+        for head in self._heads_of(following):
+            if head.strip() and gap.endswith(head.rstrip()):
+                return gap.removesuffix(head.rstrip()).rstrip()
         return None
 
-    def _head_of(self, role: str) -> str:
-        """What the template begins a chat with whose first message has this role; "" if it raises an error."""
-        first = {**self._question, "role": role}
-        return (attempt(self._render, [first, self._answer]) or "").partition(STAND_IN)[0]
+    def _heads_of(self, role: str) -> Iterator[str]:
+        """How the template may begin a message of this role."""
+        if role == "assistant":
+            yield self._prompt
+            return
+        message = {**self._question, "role": role}
+        head = (attempt(self._render, [message, self._answer]) or "").partition(STAND_IN)[0]
+        yield head
+        between = (attempt(self._render, [self._question, message]) or "").split(STAND_IN)[1:2]
+        after = self._head(self._render, self._question, between[0]) if between else ""
+        if not self._leading_mark(after):  # otherwise it may be the end of the question's turn
+            yield after
+        # Without marks that every chat begins with.
+        other = attempt(self._render, [self._answer, self._question])
+        while (mark := self._mark.match(head)) and (other is None or other.startswith(mark[0])):
+            head, other = head[mark.end() :], other and other[mark.end() :]
+            yield head
 
     def _leading_mark(self, text: str) -> int:
         """Length of the text up to the end of the mark that it begins with; 0 if it begins with something else."""
