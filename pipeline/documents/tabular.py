@@ -122,10 +122,11 @@ def _csv_rows(content: pa.NativeFile, file: File) -> Iterator[list[str]]:
     csv.field_size_limit(RECORD_BYTES)
     delimiter = _DELIMITERS.get(file.format, ",")
     text = io.TextIOWrapper(io.BufferedReader(content), "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        yield from filter(None, csv.reader(text, delimiter=delimiter, strict=True))
+        yield from filter(None, rows)
     except csv.Error as error:
-        raise ValueError(error) from None
+        raise ValueError(f"line {rows.line_num}: {error}") from None
 
 
 def _parquet_batches(content: pa.NativeFile, rows: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -13,6 +13,8 @@ from datetime import date
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import UndefinedError
+
 from softlabel.pipeline.sequences.chat_forms import ChatForms, UnfitPartError
 from softlabel.pipeline.sequences.chat_places import (
     THOUGHTS,
@@ -105,11 +107,14 @@ class ChatTemplate:
             self._forms = ChatForms(self._render)
             self._finder = None if self._render.marks_turns else self._turn_finder({*quoted, *special_tokens})
         except Exception as error:  # a template is a program, and may raise anything
+            do = "put the assistant's words between {% generation %} and {% endgeneration %} in chat_template.jinja"
+            if isinstance(error, UndefinedError) and str(error).endswith("is undefined"):  # jinja2's own words
+                do = "give that value in sequences.chat_template_kwargs"
             raise UsageError(
                 "the teacher's chat template can't be used for capturing",
                 expected="a template that writes a question and an answer, and marks where the answer ends",
                 found=f"{type(error).__name__}: {error}",
-                do="put the assistant's words between {% generation %} and {% endgeneration %} in chat_template.jinja",
+                do=do,
             ) from None
 
     def _turn_finder(self, special_tokens: set[str]) -> TurnFinder:

@@ -177,7 +177,7 @@ def test_csv_is_read_with_every_value_as_it_is_written(name: str, tmp_path: Path
 
 def test_damaged_csv_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('id,text\n1,"an open quote\n2,b\n')
-    with pytest.raises(DocumentsError, match="unexpected end of data"):
+    with pytest.raises(DocumentsError, match="line 3: unexpected end of data"):
         read(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text("id;text\n1;a\n")
     with pytest.raises(UsageError, match=r"no column 'id'[\s\S]*id;text"):

@@ -168,6 +168,11 @@ def test_a_template_that_never_ends_a_turn_is_refused() -> None:
         spoken(LOOP + "{{ m['role'] + ': ' + m['content'] }}{% endfor %}", CHAT)
 
 
+def test_a_template_that_needs_a_further_value_is_refused_with_the_setting_for_it() -> None:
+    with pytest.raises(UsageError, match=r"'functions' is undefined[\s\S]*chat_template_kwargs"):
+        spoken("{{ functions['look'] }}" + CHATML, CHAT)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tiny_teacher: Path) -> Checkpoint:
     return Checkpoint.find(TeacherConfig(model=str(tiny_teacher)))
