@@ -13,11 +13,16 @@ _PATH, _BYTES, _FIRST_PAGE, _DICTIONARY = 3, 7, 9, 11
 """Numbers of the fields of Parquet's FileMetaData, RowGroup, ColumnChunk and ColumnMetaData that are used here."""
 
 
-def column_bytes(file: BinaryIO, size: int) -> dict[str, int]:
+def column_bytes(file: BinaryIO, size: int, *, gaps: bool = False) -> dict[str, int]:
     """Compressed bytes of each column of a Parquet file of this size, over all row groups.
 
+    Args:
+        file: the file.
+        size: its bytes.
+        gaps: whether something else, such as an index, may be between the columns and after them.
+
     Raises:
-        ValueError: if the footer is damaged.
+        ValueError: if the footer is damaged, as far as that shows.
     """
     file.seek(max(size - 8, 0))
     end = file.read(8)
@@ -31,14 +36,14 @@ def column_bytes(file: BinaryIO, size: int) -> dict[str, int]:
         for group in _struct(file.read(length), 0)[0][_ROW_GROUPS]:
             for column in group[_COLUMNS]:
                 about = column[_DESCRIPTION]
-                if about.get(_DICTIONARY, about[_FIRST_PAGE]) != place:
+                if not gaps and about.get(_DICTIONARY, about[_FIRST_PAGE]) != place:
                     raise ValueError("a footer with a column that does not begin where the one before it ends")
                 name = about[_PATH][0].decode()
                 sizes[name] = sizes.get(name, 0) + about[_BYTES]
                 place += about[_BYTES]
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("a footer that is no description of columns") from error
-    if place != size - 8 - length:
+    if not gaps and place != size - 8 - length:
         raise ValueError("a footer with columns that do not fill the file")
     return sizes
 

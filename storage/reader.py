@@ -1,6 +1,6 @@
 """Reads shards, and checks them against their hashes and checksums, so that damaged bytes are never returned."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any, Self
@@ -17,7 +17,16 @@ from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log.state import Shard
 from softlabel.storage.places.place import File, Place, content_hash, reading
 from softlabel.storage.records.takedown import tombstone
-from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema, without
+from softlabel.storage.schema import (
+    FORMAT,
+    PARTITION,
+    SEQUENCE,
+    SOFT_LABELS,
+    conforming,
+    row_schema,
+    stored_as,
+    without,
+)
 from softlabel.storage.table import Table
 
 _HASHES: dict[tuple[str, File], str] = {}
@@ -68,7 +77,8 @@ def stored(
     names = list(columns) if columns is not None else None
     with open_shard(table, shard) as file, _reporting_damage(table, shard):
         wanted = range(file.num_row_groups) if row_groups is None else row_groups
-        return file.read_row_groups(list(wanted), columns=names, use_threads=False)
+        rows = file.read_row_groups(list(wanted), columns=names, use_threads=False)
+        return conforming(rows, _schema(table, names))
 
 
 def batches(table: Table, columns: Sequence[str], split: str | None = None) -> Iterator[tuple[Shard, pa.Table]]:
@@ -78,6 +88,13 @@ def batches(table: Table, columns: Sequence[str], split: str | None = None) -> I
             groups = file.num_row_groups
         for group in range(groups):
             yield shard, read(table, shard, columns, [group])
+
+
+def _schema(table: Table, columns: Sequence[str] | None) -> pa.Schema:
+    """The table's schema of these stored columns; of all by default."""
+    if columns is None:
+        return without(table.schema, [PARTITION])
+    return pa.schema([table.schema.field(name) for name in columns])
 
 
 class Outline:
@@ -114,9 +131,13 @@ class Outline:
             IntegrityError: if the footer is damaged.
         """
         with _reporting_damage(self._table, self._shard):
-            sizes = column_bytes(self._source, self._shard.bytes)
-            found = _types(self._file.schema_arrow)
-        if found != _types(without(self._table.schema, [PARTITION])) or found.keys() != sizes.keys():
+            try:
+                sizes = column_bytes(self._source, self._shard.bytes)
+            except ValueError:  # another program may have left gaps; then only the hash shows that nothing is damaged
+                _source(self._table, self._shard, _hash_in_name(self._shard))
+                sizes = column_bytes(self._source, self._shard.bytes, gaps=True)
+            found = {field.name: stored_as(field.type) for field in self._file.schema_arrow}
+        if found != {field.name: field.type for field in _schema(self._table, None)} or found.keys() != sizes.keys():
             raise self._wrong_footer()
         return sizes
 
@@ -128,8 +149,9 @@ class Outline:
         """
         with _reporting_damage(self._table, self._shard):
             part = self._file.read_row_group(row_group, columns=list(columns), use_threads=False)
-        if set(part.column_names) != set(columns) or len(part) > self._shard.rows:
-            raise self._wrong_footer()
+            if set(part.column_names) != set(columns) or len(part) > self._shard.rows:
+                raise self._wrong_footer()
+            part = conforming(part, _schema(self._table, columns))
         # Without the metadata in the footer, on which polars stops if it is damaged.
         return pa.table(part.columns, schema=pa.schema([field.remove_metadata() for field in part.schema]))
 
@@ -146,10 +168,6 @@ class Outline:
     def _wrong_footer(self) -> TableError:
         found = "a footer that does not match the number of rows, the columns or the size of the file"
         return _damage_error(self._table, self._shard, found)
-
-
-def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
-    return {field.name: field.type for field in schema}
 
 
 def outline(table: Table, shard: Shard, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -203,13 +221,13 @@ def first_labels(table: Table, positions: int) -> SoftLabels:
     return SoftLabels.concatenate(parts)
 
 
-def soft_labels_by_key(table: Table, keys: Sequence[bytes], staged: Sequence[Shard] = ()) -> pa.Table:
+def soft_labels_by_key(table: Table, keys: Sequence[bytes], shards: Iterable[Shard] | None = None) -> pa.Table:
     """The encoded soft labels for each key, in the order of the keys.
 
     Args:
         table: version to search.
         keys: of the rows.
-        staged: staged shards to search, too.
+        shards: shards to search, of the version or staged; by default, all of the version.
 
     Raises:
         TableError: if a key is in none of them.
@@ -217,7 +235,9 @@ def soft_labels_by_key(table: Table, keys: Sequence[bytes], staged: Sequence[Sha
     missing = set(keys)
     found: list[bytes] = []
     parts = [SOFT_LABELS.empty_table()]
-    for shard in (*table.shards(), *staged):
+    for shard in table.shards() if shards is None else shards:
+        if not missing:
+            break
         for group, part in enumerate(outline(table, shard, ["key"])):
             here = part.column("key").to_pylist()
             rows = [row for row, key in enumerate(here) if key in missing]
@@ -246,9 +266,13 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     Raises:
         IntegrityError: if the file is missing, truncated, or does not match the hash in its name.
     """
-    source = _source(table, shard, PurePath(shard.path).stem.rpartition("-")[2])
+    source = _source(table, shard, _hash_in_name(shard))
     with _reporting_damage(table, shard):
         return _parquet(table, source)
+
+
+def _hash_in_name(shard: Shard) -> str:
+    return PurePath(shard.path).stem.rpartition("-")[2]
 
 
 def _source(table: Table, shard: Shard, expected: str | None = None) -> Any:

@@ -119,6 +119,34 @@ def without(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in dropped])
 
 
+def stored_as(kind: pa.DataType) -> pa.DataType:
+    """The type of a table that Parquet stores like this one: a program may note in its files which of them it used."""
+    if pa.types.is_dictionary(kind):
+        return stored_as(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(stored_as(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(stored_as(field.type)) for field in kind])
+    return kind
+
+
+def conforming(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows with the types of a schema, and its columns in their order, whatever program wrote them.
+
+    Raises:
+        ValueError: if they have other columns, or values that do not fit; or an ArrowException.
+    """
+    if rows.schema.equals(schema):
+        return rows
+    if sorted(rows.column_names) != sorted(schema.names):
+        raise ValueError(f"columns {', '.join(sorted(rows.column_names))}, not {', '.join(sorted(schema.names))}")
+    return rows.select(schema.names).cast(schema)
+
+
 def row_keys(rows: pa.Table) -> list[RowKey]:
     """The unique key of each row (see ``ROW_KEY``)."""
     return list(zip(*(rows.column(name).to_pylist() for name in ROW_KEY), strict=True))

@@ -98,7 +98,9 @@ class ShardWriter:
         Raises:
             TableError: if a key is not there, the disk is full, or the folder can't be written.
         """
-        labels = soft_labels_by_key(self._table, sequences.column("key").to_pylist(), staged)
+        keys = sequences.column("key").to_pylist()
+        shards = key_index(self._table.place).shards_sharing(self._table, keys)
+        labels = soft_labels_by_key(self._table, keys, [*shards, *staged])
         rows, stores = _joined(sequences, labels), stores_tail_codes(self._table.identity, sequences)
         self.append_encoded(without_tail_codes(rows, ~stores))
 

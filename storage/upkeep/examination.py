@@ -16,7 +16,7 @@ from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log.state import Shard
 from softlabel.storage.numbering import Numbering, running_sums
 from softlabel.storage.places.place import content_hash, reading
-from softlabel.storage.schema import PARTITION, ROW_KEY, without
+from softlabel.storage.schema import PARTITION, ROW_KEY, conforming, stored_as, without
 from softlabel.storage.table import Table
 
 Hashes = NDArray[np.uint64]
@@ -42,10 +42,11 @@ def examine(table: Table, shard: Shard) -> Hashes:
             _require("content hash", content_hash(content), PurePath(shard.path).stem)
             file = pq.ParquetFile(content, page_checksum_verification=True)
             _require("rows", file.metadata.num_rows, shard.rows)
-            _require_columns(file.schema_arrow, without(table.schema, [PARTITION]))
+            schema = without(table.schema, [PARTITION])
+            _require_columns(file.schema_arrow, schema)
             groups = [np.zeros(0, np.uint64)]
             for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, use_threads=False)
+                rows = conforming(file.read_row_group(group, use_threads=False), schema)
                 _require_sense(table, rows)
                 groups.append(_hash(rows))
     except (FileNotFoundError, NotADirectoryError):
@@ -61,7 +62,7 @@ def _require(what: str, found: object, expected: object) -> None:
 
 
 def _require_columns(found: pa.Schema, expected: pa.Schema) -> None:
-    types = {field.name: field.type for field in found}
+    types = {field.name: stored_as(field.type) for field in found}
     wanted = {field.name: field.type for field in expected}
     for name in sorted({*types, *wanted}):
         _require(f"column {name}", types.get(name, "none"), wanted.get(name, "none"))

@@ -26,7 +26,8 @@ from softlabel.storage.errors import TableError
 from softlabel.storage.identity import Identity
 from softlabel.storage.log.state import Shard
 from softlabel.storage.narrowing import narrow
-from softlabel.storage.places.place import File, PendingFile
+from softlabel.storage.numbering import Numbering
+from softlabel.storage.places.place import File, PendingFile, Place, content_hash
 from softlabel.storage.reader import first_labels, read
 from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
 from softlabel.storage.shard_file import ShardFile, add_action
@@ -68,6 +69,8 @@ def rewrite(
     done, removed, finished = Rewritten(), list[Shard](), list[_Finished]()
     assert job.target is not None, "only a dry run has no target"
     with all_or_nothing(job.target.location):
+        if job.recodes:
+            _ = job.numbering  # is read now, because maintenance may delete a file that no version names yet
         pending = list(job.target.place.files(REWRITTEN))
         for output in outputs(job, done, removed, lambda: watch(done.seen)):
             finished.append(_write(job, job.target, output, pending))
@@ -97,7 +100,8 @@ def _keep_unchanged(finished: list[_Finished], removed: list[Shard], done: Rewri
 def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File]) -> _Finished:
     """Write a shard, or reuse the one that an earlier run has written."""
     prefix = f"{REWRITTEN}/{_name(job, output)}-"
-    name = next((file.name for file in pending if file.name.startswith(prefix)), None)
+    place = target.place
+    name = next((file.name for file in pending if file.name.startswith(prefix) and _is_undamaged(place, file)), None)
     if name is None:
         file = ShardFile(target.place, row_schema(target.carried), output.split, job.row_group)
         try:
@@ -109,10 +113,18 @@ def _write(job: Rewriting, target: Table, output: Output, pending: Sequence[File
             file.publish(name)
         finally:
             file.discard()
-    place = target.place
     path = f"{PARTITION}={output.split}/{name.removeprefix(prefix)}"
     shard = Shard(path, output.split, output.rows, place.stat(name).bytes)
     return _Finished(place.pending(name), shard, output.positions)
+
+
+def _is_undamaged(place: Place, file: File) -> bool:
+    """Whether a shard of an earlier run, which may have waited for long, matches the hash in its name."""
+    try:
+        with place.fetch(file.name) as content:
+            return content_hash(content) == PurePath(file.name).stem.rpartition("-")[2]
+    except OSError:
+        return False
 
 
 def _rewritten(job: Rewriting, rows: pa.Table, split: str) -> pa.Table:
@@ -160,6 +172,8 @@ def _commit(
         "bytes": done.bytes,
     }
     publications = [partial(new.file.publish, new.shard.path) for new in finished]
+    if job.change is not None and job.change.vocabulary is not None:
+        publications.append(partial(_keep_vocabulary, target, job.numbering))
     try:
         with target.place.gate():
             while True:
@@ -172,6 +186,11 @@ def _commit(
         raise
     _discard(finished)
     return newest.version + 1
+
+
+def _keep_vocabulary(target: Table, numbering: Numbering) -> None:
+    """Store the new vocabulary again: no version names it yet, so maintenance has deleted it if it is old."""
+    store_vocabulary(target.place, numbering, target.identity.vocabulary)
 
 
 def _discard(finished: Sequence[_Finished]) -> None:

@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from softlabel.storage import key_index
+from softlabel.storage import key_index, reader
+from softlabel.storage.codec import decode
 from softlabel.storage.key_index import KEYS, tidy
 from softlabel.storage.places.folder import Folder
 from softlabel.storage.places.place import hash_of
@@ -16,7 +18,8 @@ from softlabel.storage.table import Table
 from softlabel.storage.upkeep.maintenance import maintain
 from softlabel.storage.upkeep.purge import purge
 from softlabel.storage.upkeep.verification import verify
-from tests.storage.tables import add, names_in
+from softlabel.storage.writer import ShardWriter
+from tests.storage.tables import add, names_in, rows
 
 PER_FILE = 4
 
@@ -65,6 +68,33 @@ def test_a_new_process_reads_only_shards_that_no_file_of_keys_has(table: Table, 
     assert len(seen) == 1
     add(table.newest(), ["newer"], "train")
     assert len(seen) == 1, "a process knows its own shards"
+
+
+def test_soft_labels_are_copied_from_the_shards_that_have_them(table: Table, monkeypatch: pytest.MonkeyPatch):
+    """However many others the table has."""
+    names = written(table, 2 * PER_FILE)
+    opened: list[str] = []
+    real = reader.Outline.__init__
+
+    def noted(self, table, shard):
+        opened.append(shard.path)
+        real(self, table, shard)
+
+    monkeypatch.setattr(reader.Outline, "__init__", noted)
+    copies, labels = rows([names[3], names[6]], "train")
+    others = copies.set_column(copies.column_names.index("document_id"), "document_id", pa.array(["x", "y"]))
+    with ShardWriter(table.newest()) as writer:
+        writer.append_copies(others)
+        assert len(opened) == 2
+        assert writer.commit({}).sequences == 2
+    found = {name: decode(part, table.numbering) for name, part in by_name(table.newest()).items() if name in "xy"}
+    assert [found[name].positions for name in "xy"] == copies.column("positions").to_pylist()
+    np.testing.assert_array_equal(np.concatenate([found[name].head_ids for name in "xy"]), labels.head_ids)
+
+
+def by_name(table: Table) -> dict[str, pa.Table]:
+    every = pa.concat_tables(reader.read(table, shard) for shard in table.shards())
+    return {name: every.slice(i, 1) for i, name in enumerate(every.column("document_id").to_pylist())}
 
 
 def test_a_table_without_files_of_keys_gets_them(table: Table, monkeypatch: pytest.MonkeyPatch):

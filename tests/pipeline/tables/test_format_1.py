@@ -213,6 +213,27 @@ def test_a_vacuum_of_a_changed_table_leaves_no_version_without_its_vocabulary(fo
         Table.open(f"{location}@0")
 
 
+@pytest.mark.parametrize("settings", [{}, {"purge": "gone.txt"}])
+def test_maintenance_during_a_long_change_does_not_cost_the_new_vocabulary(
+    folder: Path, settings: dict[str, str]
+) -> None:
+    """No version names it before the commit, so it is deleted if the change takes longer than the grace period."""
+    (folder / "gone.txt").write_text("something else\n")
+    table = Table.open(str(folder / "text"))
+
+    def delete_unused(progress: Progress) -> None:
+        for path in Path(table.location, "_softlabel").glob("vocabulary-*"):
+            if path.name != table.vocabulary_name:
+                path.unlink()
+
+    given = {name: str(folder / value) for name, value in settings.items()}
+    reprocess(ReprocessConfig(source=table.location, **given), delete_unused)
+    newest = Table.open(table.location)
+    assert newest.format == FORMAT
+    assert not verify(VerifyConfig(table=newest.location)).findings
+    assert_same_labels(newest, table)
+
+
 def test_documents_are_taken_down_from_it(folder: Path) -> None:
     table = Table.open(str(folder / "text"))
     gone = next(name for name, _ in labels_of(table))

@@ -22,6 +22,7 @@ from softlabel.storage.table import Table
 from softlabel.storage.upkeep import rewrite as module
 from softlabel.storage.upkeep.rewrite import ConflictError, rewrite
 from softlabel.storage.upkeep.rewrite_plan import Rewriting
+from softlabel.storage.upkeep.verification import verify
 from tests.numberings import by_id
 from tests.storage.tables import PROCESSES, add, identity, make_table, names_in
 
@@ -296,6 +297,20 @@ def test_finished_shards_of_an_interrupted_rewrite_are_reused(filled: Table, mon
     assert len(made) == len(set(made)) == done.shards
     assert set(finished) < {shard.path for shard in filled.newest().shards()}
     decode(read(filled.newest(), filled.newest().shards()[0]), filled.numbering)
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(filled: Table) -> None:
+    everything = {"split": lambda name: "train"}
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(job(filled, **everything), {}, interrupt_after(40))
+    for name in (found := waiting(filled)):
+        path = Path(filled.location, name)
+        path.write_bytes(path.read_bytes()[:-1])
+    assert found
+    rewrite(job(filled, **everything), {})
+    assert verify(filled.newest()).findings == ()
+    assert names_in(filled.newest()) == sorted(A + B)
+    assert waiting(filled) == []
 
 
 def interrupt_after(rows: int) -> Callable[[int], None]:
