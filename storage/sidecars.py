@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from softlabel.storage.clustering import fit
@@ -10,6 +11,7 @@ from softlabel.storage.labels import SoftLabels
 from softlabel.storage.numbering import Numbering
 from softlabel.storage.places.place import SIDE_FOLDER, Place, hash_of, reading
 
+_VOCABULARY, _TOKENIZER = re.compile(r"vocabulary-[0-9a-f]{32}\.parquet"), re.compile(r"tokenizer-[0-9a-f]{32}")
 _RESTORE = "restore this from a copy of the table"
 
 
@@ -30,6 +32,17 @@ def store_vocabulary(place: Place, sample: SoftLabels | Numbering, vocabulary: i
     return name
 
 
+def require_names(vocabulary: str, tokenizer: str) -> None:
+    """Refuse names that may lead elsewhere, because softlabel never gave them.
+
+    Raises:
+        ValueError: if a name is not that of a vocabulary or a tokenizer.
+    """
+    for name, pattern in ((vocabulary, _VOCABULARY), (tokenizer, _TOKENIZER)):
+        if not pattern.fullmatch(name):
+            raise ValueError(f"{name[:300]!r} does not match {pattern.pattern}")
+
+
 def read_vocabulary(place: Place, name: str) -> Numbering:
     """The table's numbering of token ids.
 
@@ -39,7 +52,7 @@ def read_vocabulary(place: Place, name: str) -> Numbering:
     path = f"{SIDE_FOLDER}/{name}"
     try:
         content = place.read(path)
-    except (OSError, ValueError) as error:  # a damaged name may be that of no file
+    except OSError as error:
         raise IntegrityError(
             "the table's vocabulary can't be read", found=error, where=place.where(path), do=_RESTORE
         ) from error
@@ -72,7 +85,7 @@ def read_tokenizer(place: Place, name: str) -> Path:
         folder = place.fetch_folder(path)
         with reading(place.where(path)):
             found = _tokenizer_name(folder)
-    except (OSError, ValueError) as error:  # a damaged name may be that of no file
+    except OSError as error:
         raise IntegrityError(
             "the table's tokenizer can't be read", found=error, where=place.where(path), do=_RESTORE
         ) from error

@@ -46,7 +46,7 @@ from softlabel.storage.opening import exists, open_error
 from softlabel.storage.places.open import place_of
 from softlabel.storage.records.versions import parse, resolve
 from softlabel.storage.schema import FORMAT, PARTITION, carried_schema, row_schema
-from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, store_tokenizer, store_vocabulary
+from softlabel.storage.sidecars import read_tokenizer, read_vocabulary, require_names, store_tokenizer, store_vocabulary
 
 _IDENTITY, _VOCABULARY = "softlabel.identity", "softlabel.vocabulary"
 
@@ -93,6 +93,7 @@ class Table:
             self._identity = Identity.model_validate_json(settings[_IDENTITY])
             self.vocabulary_name: str = settings[_VOCABULARY]
             self.tokenizer_name: str = settings["softlabel.tokenizer"]
+            require_names(self.vocabulary_name, self.tokenizer_name)
             self._schema = pa.schema(DeltaSchema.from_json(snapshot.schema))
         except (KeyError, ValueError, DeltaError) as error:
             raise IntegrityError(

@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from softlabel.storage.committing import try_commit
 from softlabel.storage.errors import IntegrityError, SoftlabelError, TableError
 from softlabel.storage.log.files import LARGEST_LINE, commit_file
-from softlabel.storage.log.state import Chain, Shard
+from softlabel.storage.log.state import Chain, Shard, state
 from softlabel.storage.places.place import hash_of
 from softlabel.storage.reader import read
 from softlabel.storage.records import store
@@ -219,6 +219,24 @@ def test_a_path_that_leaves_the_table_is_refused(filled: Table, path: str, check
     for use in (lambda: Table.open(filled.location), filled.newest, lambda: verify(filled), lambda: read_log(filled)):
         with pytest.raises(IntegrityError, match=commit_file(3)):
             use()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "tokenizer-../../x", "tokenizer-" + "A" * 32, "x\0", "\ud800"])
+@pytest.mark.parametrize("which", ["vocabulary", "tokenizer"])
+def test_a_vocabulary_or_tokenizer_elsewhere_is_refused(filled: Table, which: str, name: str) -> None:
+    """Before anything there is read, even if all hashes of the log are right."""
+    path = at(filled, commit_file(0))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    metadata = next(line["metaData"] for line in lines if "metaData" in line)
+    metadata["configuration"][f"softlabel.{which}"] = name
+    message = lines[0]["commitInfo"]["softlabel"]
+    message |= {"state": state(0, metadata["configuration"], metadata["schemaString"], []), "hash": "0" * 32}
+    content = "\n".join(map(json.dumps, lines)).encode()
+    path.write_bytes(content.replace(b"0" * 32, hash_of(content).encode(), 1))
+    for number in (1, 2):
+        at(filled, commit_file(number)).unlink()
+    with pytest.raises(IntegrityError, match=commit_file(0)):
+        Table.open(filled.location)
 
 
 @pytest.mark.parametrize(
