@@ -5,11 +5,17 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import measure_renderables
 from rich.table import Table
 
 _WIDTH_OF_A_PIPE = 200
 """Columns for output that goes to no terminal; rich would take 80, and cut off what does not fit."""
+
+_GAP = 2
+"""Columns of the terminal between those of a table, ..."""
+_NARROWEST = 12
+"""... and for its words at least."""
 
 console = Console(
     highlight=False,
@@ -32,12 +38,32 @@ def try_next(commands: Iterable[str]) -> None:
         console.print(f"  {command}")
 
 
-def table_of(*names: str, words: int = 1) -> Table:
-    """An empty table with these columns: the first ``words`` of them are aligned left, the numbers after them right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+def table_of(*names: str, words: int = 1, last: str | None = None) -> Table:
+    """An empty table with these columns, which loses no number in a narrow terminal.
+
+    Args:
+        names: of the columns.
+        words: how many of them, from the first, are words: they are aligned left, and take several lines if need be.
+        last: name of one more column of words.
+    """
+    table = _Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index < words else "right", no_wrap=True)
+        kind = "left" if index < words else "right"
+        table.add_column(name, justify=kind, no_wrap=index >= words, overflow="fold")
+    if last is not None:
+        table.add_column(last, overflow="fold")
     return table
+
+
+class _Table(Table):
+    """Wider than the terminal if its numbers are: they go on in the next line, where rich would cut them off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = 0
+        for column in self.columns:
+            widest = measure_renderables(console, options.update(width=10_000), [column.header, *column.cells]).maximum
+            needed += _GAP + (widest if column.no_wrap else min(widest, _NARROWEST))
+        return super().__rich_console__(console, options.update(width=max(options.max_width, needed)))
 
 
 def duration(seconds: float) -> str:

@@ -19,11 +19,13 @@ def show_tasks(students: "Sequence[Score]") -> None:
     scored = [student for student in students if student.tasks]
     if not scored:
         return
-    table = table_of("", "", "documents", *(escape(printable(student.name)) for student in scored), words=2)
+    table = table_of("", "", "", "documents", "score", words=3)
     for number, score in enumerate(scored[0].tasks):
-        scores = [student.tasks[number] for student in scored]
-        task, metric = escape(printable(score.task)), escape(printable(score.metric))
-        table.add_row(task, metric, f"{score.documents:,}", *map(_score, scores))
+        for student in scored:
+            first = student is scored[0]
+            task = [escape(printable(text)) if first else "" for text in (score.task, score.metric)]
+            documents = f"{score.documents:,}" if first else ""
+            table.add_row(*task, escape(printable(student.name)), documents, _score(student.tasks[number]))
     console.print(table)
     console.print("[dim](±): standard error by lm-eval[/]")
 
@@ -59,13 +61,15 @@ def show_cost(students: "Sequence[Score | ClassScore]") -> None:
 
 def show_standings(report: "EvaluationReport | ClassEvaluation") -> None:
     """The order of the models, with what they cost: which are outdone by one that is closer and costs no more."""
+    from softlabel.pipeline.evaluation.standings import in_words
+
     closed = report.standings[0].gap_closed is not None
     scores = {each.name: each for each in report.students}
     speeds = {name: each.cost.speed for name, each in scores.items() if each.cost and each.cost.speed}
     generates = any(speed.decode for speed in speeds.values())
     columns = ["gap closed"] if closed else []
-    columns += ["parameters", *(["tokens/s" if generates else "documents/s"] if speeds else []), "outdone by"]
-    table = table_of("", "place", *columns)
+    columns += ["parameters", *(["tokens/s" if generates else "documents/s"] if speeds else [])]
+    table = table_of("", "place", *columns, last="outdone by")
     for each in report.standings:
         cells = [] if each.gap_closed is None else [_with_interval(each.gap_closed.mean, each.gap_closed.interval)]
         parameters = scores[each.student].parameters
@@ -73,7 +77,7 @@ def show_standings(report: "EvaluationReport | ClassEvaluation") -> None:
         if speeds:
             speed = speeds.get(each.student)
             cells.append(_rate(speed.produced) if speed else "")
-        cells.append(escape(printable(", ".join(each.outdone_by))))
+        cells.append(escape(printable(in_words(each.outdone_by))))
         table.add_row(escape(printable(each.student)), str(each.place), *cells)
     console.print(table)
     console.print("[dim]outdone by: models that are really closer to the teacher, and neither larger nor slower[/]")

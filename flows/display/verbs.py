@@ -259,6 +259,7 @@ def _train_line(report: "TrainReport") -> None:
 
 def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
     from softlabel.pipeline.evaluation.report.classifier_report import ClassEvaluation
+    from softlabel.pipeline.evaluation.report.content import fixed
 
     if isinstance(report, ClassEvaluation):
         _class_scores(report)
@@ -266,11 +267,11 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
     scores = table_of("", "perplexity", "KL to the teacher", "top-1 agreement", "parameters")
     for score in (report.teacher, *report.students):
         least = "≥ " if report.kl_kind == "lower bound" and score is not report.teacher else ""
-        reach = "" if score.kl_reach is None else f" ±{score.kl_reach:.3f}"
+        reach = "" if score.kl_reach is None else f" ±{fixed(score.kl_reach, 3, score.kl)}"
         scores.add_row(
             escape(printable(score.name)),
-            f"{score.perplexity:,.2f}",
-            f"{least}{score.kl:.3f}{reach}",
+            f"{score.perplexity:,.2f}" if score.perplexity < 1e6 else fixed(score.perplexity, 2),
+            f"{least}{fixed(score.kl, 3)}{reach}",
             "" if score.agreement is None else f"{score.agreement:.1%}",
             "" if score.parameters is None else short(score.parameters),
         )
@@ -294,6 +295,8 @@ def _scores(report: "EvaluationReport | ClassEvaluation") -> None:
 
 
 def _class_scores(report: "ClassEvaluation") -> None:
+    from softlabel.pipeline.evaluation.report.content import fixed
+
     scores = table_of("", "accuracy", "precision", "recall", "F1", "KL to the teacher", "parameters")
     for score in (report.teacher, *report.students):
         shares = (score.accuracy, score.precision, score.recall, score.f1)
@@ -301,7 +304,7 @@ def _class_scores(report: "ClassEvaluation") -> None:
         scores.add_row(
             escape(printable(score.name)),
             *("" if share is None else f"{share:.1%}" for share in shares),
-            f"{score.kl:.3f}",
+            fixed(score.kl, 3),
             parameters,
         )
     console.print(scores)

@@ -48,9 +48,12 @@ class Calibration:
     ece: Estimate
     """Expected calibration error: mean distance of confidence and correctness over bins of confidence."""
     ece_to_teacher: Estimate | None
-    """The same with the teacher's probability in place of correctness; None for the teacher itself."""
+    """The same with the teacher's probability in place of correctness; None for the teacher itself. Where nothing was
+    drawn from the tail, the probability of a token outside the head counts as 0: then only the bounds are sure."""
     bins: tuple[Bin, ...]
     """Bins with positions, in the order of confidence."""
+    ece_to_teacher_bounds: tuple[float, float] | None = None
+    """What it certainly is on these positions; None for the teacher itself, and for classifiers, where it is exact."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,9 @@ from typing import Protocol
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
 from softlabel.pipeline.evaluation.cost import Rate
 
+_NAMED = 3
+"""Names that ``in_words`` has room for."""
+
 
 class Pair(Protocol):
     """Two students, and how much larger the first one's KL is."""
@@ -104,3 +107,9 @@ def standings_of(
         )
         for number in sorted(ranked, key=lambda number: kl[number].mean)
     )
+
+
+def in_words(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:_NAMED])} and {more:,} more"

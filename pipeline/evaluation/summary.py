@@ -165,7 +165,8 @@ class Cell:
                 for target in ([correct] if teacher else [correct, cells["teacher"]])
             ]
         found = [estimate(values, self.documents) for values in errors]
-        return Calibration(found[0], None if teacher else found[1], tuple(bins))
+        bounds = None if teacher else _distance_bounds(bins)
+        return Calibration(found[0], None if teacher else found[1], tuple(bins), bounds)
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,18 @@ class Measurement:
         """(1 + replicates, cells, names) of a part."""
         values = self.sums.values[part]
         return values.reshape(len(values), -1, len(names))
+
+
+def _distance_bounds(bins: Sequence[Bin]) -> tuple[float, float]:
+    """The smallest and the largest mean distance of the confidence from what the teacher's probability can be."""
+    smallest = largest = 0.0
+    for each in bins:
+        assert each.teacher_bounds is not None
+        low, high = each.teacher_bounds
+        smallest += each.positions * max(0.0, low - each.confidence, each.confidence - high)
+        largest += each.positions * max(abs(each.confidence - low), abs(each.confidence - high))
+    positions = sum(each.positions for each in bins)
+    return smallest / positions, largest / positions
 
 
 def compared(names: Sequence[str], overall: Sequence[Cell]) -> tuple[Comparison, ...]:

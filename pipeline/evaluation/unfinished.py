@@ -2,12 +2,13 @@
 
 What is kept of a student is written each time that a part of the table is done, and what else is measured of it when it
 is done, under a name that depends on everything that it depends on: other students, another table or other settings
-never continue it. It is deleted with the folder's ``finish``, once the report is written.
+never continue it. It is deleted with the folder's ``finish``, once the report is written. Several processes may make
+the same report at once: each may find that another one has deleted what it keeps, and goes on.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,11 +20,14 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from softlabel.storage.errors import UsageError
 from softlabel.storage.places import durable
 
 _FOLDER = "unfinished"
 _CLAIM = "evaluation.json"
 """Says which evaluation a folder is for, as long as it has no report."""
+_ATTEMPTS = 9
+"""How often a file is written again whose folder was deleted meanwhile."""
 _METHOD = 2
 """To be raised when what is kept means something else, so that an older version's is not continued."""
 
@@ -56,7 +60,7 @@ class Unfinished:
     def save(self, kept: Mapping[str, NDArray[Any]]) -> None:
         """Keep arrays in place of those that were kept before."""
         content = save(dict(kept))
-        durable.write(self.path, blake2b(content, digest_size=16).digest() + content)
+        _keep(self.path, blake2b(content, digest_size=16).digest() + content)
 
 
 T = TypeVar("T")
@@ -75,13 +79,35 @@ def once(kind: type[T], folder: Path, depends_on: Mapping[str, Any], make: Calla
     with suppress(OSError, ValueError):
         return adapter.validate_json(path.read_bytes())
     made = make()
-    durable.write(path, adapter.dump_json(made))
+    _keep(path, adapter.dump_json(made))
     return made
 
 
 def _path(folder: Path, depends_on: Mapping[str, Any], suffix: str) -> Path:
     text = json.dumps({"method": _METHOD, **depends_on}, sort_keys=True)
     return folder / _FOLDER / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.{suffix}"
+
+
+def _keep(path: Path, content: bytes, *, replace: bool = True) -> bool:
+    """Write a file, again if its folder was deleted meanwhile; False if it exists and ``replace`` is false.
+
+    Raises:
+        UsageError: if it can't be written.
+    """
+    with write_errors(path.parent.parent):
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                durable.write(path, content, replace=replace)
+            except FileExistsError:
+                if replace:
+                    raise
+                return False
+            except (FileNotFoundError, NotADirectoryError):
+                if attempt == _ATTEMPTS:
+                    raise
+            else:
+                return True
+    raise AssertionError
 
 
 def claimed(folder: Path) -> dict[str, Any] | None:
@@ -96,14 +122,24 @@ def claimed(folder: Path) -> dict[str, Any] | None:
 def claim(folder: Path, what: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Begin an evaluation in a folder, unless another process has just begun one; returns what that is about."""
     path = folder / _FOLDER / _CLAIM
-    try:
-        durable.write(path, json.dumps(what).encode(), replace=False)
-    except FileExistsError:
-        return claimed(folder)
-    return what
+    return what if _keep(path, json.dumps(what).encode(), replace=False) else claimed(folder)
 
 
 def finish(folder: Path) -> None:
     """Delete what was kept, because the report is written."""
-    with suppress(FileNotFoundError):
-        rmtree(folder / _FOLDER)
+    rmtree(folder / _FOLDER, ignore_errors=True)  # another process may be writing there
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Turn an error about writing to a report's folder into one that users see."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "the report can't be written",
+            expected="a writable folder, on a disk with free space",
+            found=error,
+            where=folder.absolute(),
+            do="choose another folder for the report",
+        ) from error

@@ -1,7 +1,7 @@
 """The values of carried columns, by which the results of an evaluation are grouped."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -44,9 +44,9 @@ def largest_values(rows: pl.DataFrame, name: str) -> tuple[str, ...]:
         rows: with the column, and the ``positions`` of each row.
         name: the column.
     """
-    positions: dict[str, int] = {}
-    for value, count in rows.group_by(name).agg(pl.col("positions").sum()).iter_rows():
-        positions[_text(value)] = positions.get(_text(value), 0) + count
+    positions: Counter[str] = Counter()
+    for text, count in zip(_texts(rows.get_column(name).to_arrow()), rows.get_column("positions"), strict=True):
+        positions[text] += count
     ordered = sorted(positions, key=lambda text: (-positions[text], text))
     several = len(ordered) > LARGEST_GROUPS
     return (*ordered[: LARGEST_GROUPS - several], *([OTHERS] if several else []))
@@ -55,10 +55,14 @@ def largest_values(rows: pl.DataFrame, name: str) -> tuple[str, ...]:
 def numbers(rows: pa.Table, name: str, known: tuple[str, ...]) -> Ints:
     """(rows,) number of each row's value among those of ``largest_values``."""
     number_of = {text: number for number, text in enumerate(known)}
-    others = number_of.get(OTHERS, 0)
-    texts = (_text(value) for value in rows.column(name).to_pylist())
-    return np.array([number_of.get(text, others) for text in texts], np.int64)
+    texts = _texts(rows.column(name))
+    return np.array([number_of[text] if text in number_of else number_of[OTHERS] for text in texts], np.int64)
 
 
-def _text(value: Any) -> str:
-    return NO_VALUE if value is None else str(value)
+def _texts(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
+    """Each value as text; equal values have equal texts."""
+    single = pa.types.is_float32(column.type)
+    for value in column.to_pylist():
+        if isinstance(value, float):
+            value += 0.0  # -0.0 becomes 0.0
+        yield NO_VALUE if value is None else str(np.float32(value) if single else value)

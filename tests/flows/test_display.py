@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from softlabel.flows.display.console import count
+from softlabel.flows.display.console import console, count, table_of
 from softlabel.flows.display.verbs import show_capture, show_distill, show_evaluate, show_train
 from softlabel.pipeline.capturing.capture import CaptureReport
 from softlabel.pipeline.distillation import DistillReport
@@ -94,3 +94,17 @@ def test_nothing_is_cut_off_in_a_pipe():
     command = [sys.executable, "-c", PRINT_A_WIDE_TABLE]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "y" * 70 in shown
+
+
+@pytest.mark.parametrize("width", [30, 60, 80])
+def test_a_narrow_terminal_loses_neither_numbers_nor_names(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(console, "_width", width)
+    table = table_of("", "perplexity", "KL", last="outdone by")
+    table.add_row("x" * 70, "1,234.56", "1.500 ±0.042", ", ".join(["other"] * 9))
+    console.print(table)
+    out = capsys.readouterr().out
+    assert "1,234.56  1.500 ±0.042" in out
+    assert (out.count("x"), out.count("other"), "…" in out) == (70 + 1, 9, False)
+    assert max(map(len, out.splitlines())) <= max(width, 60)

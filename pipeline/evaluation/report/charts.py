@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Protocol
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import numpy as np
@@ -19,10 +19,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 SERIES = 6
-"""Number of colors in the page's style sheet; further series repeat them, dashed."""
+"""Number of colors in the page's style sheet; further series repeat them, dashed and with hollow marks."""
 
 _FEWEST = 30
 """Positions of a bin of confidence that is drawn."""
+_TALLEST = 45
+"""Height of a group's dots, in the units of a drawing."""
 _WIDTH = 400  # of a drawing, in its own units; the page scales it
 _ROLES = {"ink": "#000001", "muted": "#000002", "line": "#000003"} | {
     f"series-{index}": f"#0000{index + 10}" for index in range(SERIES)
@@ -135,12 +137,17 @@ def _color(index: int) -> str:
     return _ROLES["muted" if index < 0 else f"series-{index % SERIES}"]
 
 
+def _mark(index: int) -> dict[str, Any]:
+    """Properties of a series' marks: hollow once the colors repeat."""
+    return {"color": _color(index), "marker": "o"} | ({"markerfacecolor": "none"} if index >= SERIES else {})
+
+
 def by_cost(dots: Sequence[Dot], xlabel: str, ylabel: str) -> str:
     """A dot for each model over its size or speed, with a line for its interval."""
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(height=230)
         for dot in dots:
-            axes.errorbar(dot.x, dot.y, yerr=dot.reach, fmt="o", markersize=6, linewidth=1.8, color=_color(dot.index))
+            axes.errorbar(dot.x, dot.y, yerr=dot.reach, markersize=6, linewidth=1.8, **_mark(dot.index))
         axes.set_xscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
@@ -167,7 +174,7 @@ def by_position(curves: Sequence[Curve], ylabel: str) -> str:
     with mpl.rc_context(_STYLE):
         figure, axes = _canvas(height=230)
         for curve in curves:
-            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+            axes.plot(curve.x, curve.y, curve.dashes, **_mark(curve.index), markersize=3.5)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="position in the sequence", ylabel=ylabel)
         axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
@@ -194,7 +201,7 @@ def reliability(curves: Sequence[Curve], what: str, right: str) -> str:
         figure, axes = _canvas(height=290)
         axes.plot([0, 1], [0, 1], ":", color=_ROLES["muted"], linewidth=1)
         for curve in curves:
-            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+            axes.plot(curve.x, curve.y, curve.dashes, **_mark(curve.index), markersize=3.5)
         axes.set(xlabel=f"probability of the most likely {what}", ylabel=right, xlim=(0, 1), ylim=(0, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -205,17 +212,17 @@ def reliability(curves: Sequence[Curve], what: str, right: str) -> str:
 def by_group(bars: Sequence[Bar], names: Sequence[str], xlabel: str) -> str:
     """A dot for each group and student, with a line for its interval; names of groups are shortened."""
     with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _canvas(height=70 + len(names) * (10 + 9 * len(bars)))
+        figure, axes = _canvas(height=70 + len(names) * (10 + min(9 * len(bars), _TALLEST)))
         gap = 0.6 / len(bars)
         for place, bar in enumerate(bars):
             for group, value in enumerate(bar.values):
                 height = group + (place - (len(bars) - 1) / 2) * gap
-                axes.plot(value.mean, height, "o", markersize=4.5, color=bar.color)
+                axes.plot(value.mean, height, markersize=4.5, **_mark(bar.index))
                 if value.interval is not None:
                     axes.plot(value.interval, [height, height], linewidth=1.6, color=bar.color)
         axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
         axes.set_xlim(left=0)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(xlabel)
         return _svg(figure, f"{xlabel} of each student, by group")
 
@@ -246,7 +253,7 @@ def by_entropy(
         figure = Figure(figsize=(_WIDTH / 72, 290 / 72), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         for curve in curves:
-            axes.plot(curve.x, curve.y, curve.dashes, color=curve.color, marker="o", markersize=3.5)
+            axes.plot(curve.x, curve.y, curve.dashes, **_mark(curve.index), markersize=3.5)
         axes.set(ylabel=ylabel)
         axes.tick_params(axis="x", length=0)
         _ylim(axes, [curve.y for curve in curves])
@@ -269,7 +276,7 @@ def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
             heights = np.arange(len(names)) + (place - (len(bars) - 1) / 2) * gap
             means = [estimate.mean for estimate in bar.values]
             errors = [_reach(estimate) for estimate in bar.values]
-            axes.errorbar(means, heights, xerr=errors, fmt="o", markersize=5, linewidth=1.8, color=bar.color)
+            axes.errorbar(means, heights, xerr=errors, linestyle="", markersize=5, linewidth=1.8, **_mark(bar.index))
             axes.annotate(
                 bar.name,
                 (means[0] + errors[0], heights[0]),

@@ -14,6 +14,7 @@ from softlabel.pipeline.evaluation.bootstrap import Estimate
 from softlabel.pipeline.evaluation.classifier_metrics import ClassComparison, ClassGroup, ClassMetrics
 from softlabel.pipeline.evaluation.cost import Cost
 from softlabel.pipeline.evaluation.report.content import Header, NamedTeacher, TrainedStudent, reach
+from softlabel.pipeline.evaluation.report.detail import detailed
 from softlabel.pipeline.evaluation.report.drawings import by_cost, histories
 from softlabel.pipeline.evaluation.report.page import render
 from softlabel.pipeline.evaluation.standings import Gap, Standing
@@ -136,7 +137,7 @@ def to_json(report: ClassReport) -> bytes:
 
 def to_html(report: ClassReport) -> str:
     """The report as one self-contained page."""
-    return render("classifier_report.html.j2", report, verdict(report), drawings_of(report))
+    return render("classifier_report.html.j2", report, verdict(report), drawings_of(detailed(report)))
 
 
 def drawings_of(report: ClassReport) -> dict[str, str]:

@@ -166,6 +166,20 @@ def reach(value: Estimate | None) -> float | None:
     return None if value is None or value.interval is None else (value.interval[1] - value.interval[0]) / 2
 
 
+def fixed(value: float, digits: int, like: float | None = None) -> str:
+    """A number as people read it: with fewer digits if it is very large, and more if it is a distance close to 0.
+
+    Args:
+        value: the number.
+        digits: after the decimal point, for most numbers.
+        like: the number that it is shown beside, and has as many digits as.
+    """
+    size = abs(value if like is None else like)
+    if size >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{digits + 2 if digits > 2 and 0 < size < 0.01 else digits}f}"
+
+
 def to_json(report: Report) -> bytes:
     """The report as JSON; numbers that are not finite (a perplexity that overflows) become null."""
     return TypeAdapter(Report).dump_json(report, indent=2)

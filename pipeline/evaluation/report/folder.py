@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from softlabel.pipeline.evaluation.unfinished import claim, claimed
-from softlabel.storage.errors import UsageError
+from softlabel.pipeline.evaluation.unfinished import claim, claimed, write_errors
 from softlabel.storage.places import durable
 
 REPORT_FILES = ("report.html", "report.json")
@@ -25,7 +23,7 @@ def prepare(folder: Path, table: str, students: Sequence[str], *, dry_run: bool 
         UsageError: if the folder can't be created.
     """
     what = {"table": table, "students": sorted(students)}
-    with _write_errors(folder):
+    with write_errors(folder):
         for number in count(1):
             place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
             if dry_run:
@@ -63,21 +61,7 @@ def write(page: str, content: bytes, folder: Path) -> tuple[Path, Path]:
         UsageError: if the folder can't be written to.
     """
     html, json = (folder / name for name in REPORT_FILES)
-    with _write_errors(folder):
+    with write_errors(folder):
         durable.write(json, content)
         durable.write(html, page.encode())
     return html, json
-
-
-@contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            "the report can't be written",
-            expected="a writable folder, on a disk with free space",
-            found=error,
-            where=folder.absolute(),
-            do="choose another folder for the report",
-        ) from error

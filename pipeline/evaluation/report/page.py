@@ -14,9 +14,11 @@ from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.flags import flags_of
 from softlabel.pipeline.evaluation.metrics import DRAFT
 from softlabel.pipeline.evaluation.positions import TOP
-from softlabel.pipeline.evaluation.report.content import Header, Report, reach
+from softlabel.pipeline.evaluation.report.content import Header, Report, fixed, reach
+from softlabel.pipeline.evaluation.report.detail import detailed
 from softlabel.pipeline.evaluation.report.drawings import drawings_of
 from softlabel.pipeline.evaluation.report.verdict import verdict
+from softlabel.pipeline.evaluation.standings import in_words
 
 _ALONE = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 """What an SVG file needs, and an SVG element of a page does not."""
@@ -24,7 +26,7 @@ _ALONE = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999
 
 def to_html(report: Report) -> str:
     """The report as one self-contained page."""
-    return render("report.html.j2", report, verdict(report), drawings_of(report))
+    return render("report.html.j2", report, verdict(report), drawings_of(detailed(report)))
 
 
 def render(template: str, report: Any, verdict: str | None, drawings: Mapping[str, str]) -> str:
@@ -45,7 +47,10 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    detail = detailed(report)
     templates.filters |= {
+        "in_words": in_words,
+        "fixed": fixed,
         "visible": _visible,
         "count": _count,
         "short": _short,
@@ -57,6 +62,9 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
     }
     return templates.get_template(template).render(
         report=report,
+        detail=detail,
+        place_of={student.name: place for place, student in enumerate(detail.students)},
+        warnings=_warnings(report.students),
         title=_title([student.name for student in report.students], report.teacher.name),
         series=SERIES,
         verdict=verdict,
@@ -91,6 +99,15 @@ def _command(report: Header) -> str:
 def _title(students: Sequence[str], teacher: str) -> str:
     who = " and ".join(students) if len(students) < 3 else f"{len(students)} students"
     return f"{who} against {teacher}"
+
+
+def _warnings(students: Sequence[Any]) -> dict[str, list[str]]:
+    """Names of the students that each warning is about."""
+    found: dict[str, list[str]] = {}
+    for student in students:
+        for warning in student.warnings:
+            found.setdefault(warning, []).append(student.name)
+    return found
 
 
 def _count(number: int | None) -> str:

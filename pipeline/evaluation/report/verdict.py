@@ -1,7 +1,7 @@
 """The sentence that a report opens with: which student is the closest to the teacher, and whether that is sure."""
 
 from softlabel.pipeline.evaluation.bootstrap import Difference, Estimate
-from softlabel.pipeline.evaluation.report.content import Report, reach
+from softlabel.pipeline.evaluation.report.content import Report, fixed, reach
 
 
 def verdict(report: Report) -> str:
@@ -9,22 +9,22 @@ def verdict(report: Report) -> str:
     measured = [student for student in report.students if student.kind != "teacher"] or report.students
     best, *others = sorted(measured, key=lambda student: student.metrics.kl.mean)
     at_least = "at least " if best.metrics.kl_kind == "lower bound" else ""
-    kl = f"{at_least}{best.metrics.kl.mean:.3f}"
+    kl = f"{at_least}{fixed(best.metrics.kl.mean, 3)}"
     if not others:
         return f"{best.name} is {kl}{_plus_minus(best.metrics.kl)} nats of KL per position from {report.teacher.name}."
     second = others[0]
     found = _difference(report, second.name, best.name)
-    both = f"{best.name} ({kl} nats of KL per position) or {second.name} ({second.metrics.kl.mean:.3f})"
+    both = f"{best.name} ({kl} nats of KL per position) or {second.name} ({fixed(second.metrics.kl.mean, 3)})"
     if found.interval is None:
         return f"There are too few documents to tell which is closer to the teacher: {both}."
-    distance = f"{found.mean:.3f}{_plus_minus(found)} nats over the same {report.documents:,} documents"
+    distance = f"{fixed(found.mean, 3)}{_plus_minus(found)} nats over the same {report.documents:,} documents"
     if not found.is_real:
         return f"It can't be told which is closer to the teacher, {both}: they differ by {distance}, maybe by chance."
     less = 1 - best.metrics.kl.mean / second.metrics.kl.mean
     return (
         f"{best.name} is the closest to the teacher: {kl} nats of KL per position, "
-        f"{less:{'.0%' if less > 0.01 else '.1%'}} below {second.name} "
-        f"({second.metrics.kl.mean:.3f}). The difference is real: {distance}."
+        f"{_share(less)} below {second.name} "
+        f"({fixed(second.metrics.kl.mean, 3)}). The difference is real: {distance}."
     )
 
 
@@ -39,6 +39,10 @@ def _difference(report: Report, student: str, other: str) -> Difference:
     raise AssertionError("every pair of students is compared")
 
 
+def _share(less: float) -> str:
+    return "more than 99%" if less > 0.99 else f"{less:{'.0%' if less > 0.01 else '.1%'}}"
+
+
 def _plus_minus(value: Estimate) -> str:
     half = reach(value)
-    return "" if half is None else f" ± {half:.3f}"
+    return "" if half is None else f" ± {fixed(half, 3, value.mean)}"

@@ -294,6 +294,8 @@ def test_certain_bounds_of_all_positions_and_of_each_group_hold_the_truth(change
                     assert value.low <= truth[figure], (kind, name, figure)
                     assert value.high is None or truth[figure] <= value.high, (kind, name, figure)
                     seen += 1
+            low, high = group.calibration.ece_to_teacher_bounds
+            assert low <= truth["ece_to_teacher"] <= high, (kind, name)
     assert seen > 40
 
 

@@ -1,6 +1,7 @@
 """The report: one self-contained page with the content of its JSON, in which names are escaped."""
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -321,6 +322,21 @@ def test_the_teacher_itself_takes_no_place():
     assert [(each.student, each.place) for each in found] == [("student", 1), ("control", 2)]
 
 
+@pytest.mark.parametrize(
+    ("kl", "other", "expected"),
+    [
+        (0.00066, 0.245, "0.00066 nats of KL per position, more than 99% below control (0.245)"),
+        (1.5, 2.3e36, "1.500 nats of KL per position, more than 99% below control (2.3e+36)"),
+        (0.0, 0.2, "0.000 nats of KL per position, more than 99% below control (0.200)"),
+    ],
+)
+def test_tiny_and_huge_distances_are_shown_with_digits_that_tell_something(kl, other, expected):
+    made = report(student("student", kl, cost=None), student("control", other, cost=None))
+    assert expected in verdict_of(made)
+    cells = [cell for table in Page(to_html(made)).tables.values() for row in table for cell in row]
+    assert max(len(cell) for cell in cells if cell[:1].isdigit()) < 60
+
+
 def test_a_single_student_has_a_verdict_with_its_uncertainty():
     assert "student is 1.500 ± 0.042 nats of KL per position from teach." in verdict_of(report(student("student", 1.5)))
 
@@ -354,6 +370,33 @@ def test_many_students_have_distinguishable_lines():
     html = to_html(report(*(student(name, 1.5 + 0.001 * i) for i, name in enumerate(names))))
     assert "9 students against teach" in html
     assert "stroke-dasharray" in html
+
+
+@pytest.mark.parametrize("gap", [None, Gap("model-20", "model-23")])
+def test_of_many_students_the_page_draws_the_best_and_those_it_speaks_of(gap):
+    students = [
+        replace(student(f"model-{number:02}", 3 - 0.1 * number), warnings=("trained elsewhere",))
+        for number in range(25)
+    ]
+    made = report(*students, gap=gap)
+    html = to_html(made)
+    page, drawings = Page(html), re.findall("<svg .*?</svg>", html, re.DOTALL)
+    assert len(drawings) > 5
+    for drawing in drawings:  # labels that do not fit are pushed off the drawing
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawing).groups())
+        places = re.findall(r'<text [^>]*x="(\S+)" y="(\S+)"', drawing)
+        assert places
+        assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in places)
+    shown = page.tables["measurements"][0][1:]
+    assert len(shown) == 8
+    assert {"model-00", "model-24", *filter(None, [gap and gap.control, gap and gap.reference])} <= set(shown)
+    assert page.tables["places"][0][2:] == page.tables["tasks"][0][3:] == shown
+    assert len(page.tables["scores"]) == 27
+    assert len(page.tables["standings"]) == 26
+    assert len(page.tables["differences"]) == 8 * 7 // 2 + 1
+    assert page.text.count("trained elsewhere") == 1
+    assert "show 8 of the 25 models" in " ".join(page.text.split())
+    assert len(json.loads(to_json(made))["comparisons"]) == 300
 
 
 def test_page_and_json_are_written_to_a_new_folder_without_leftovers(tmp_path):

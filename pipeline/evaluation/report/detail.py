@@ -1,0 +1,47 @@
+"""Which models of a report its charts and wide tables show: of many, only as many as there is room for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from softlabel.pipeline.evaluation.report.content import Report
+
+if TYPE_CHECKING:
+    from softlabel.pipeline.evaluation.report.classifier_report import ClassReport
+
+DETAILED = 8
+"""Models that charts and wide tables have room for."""
+
+AnyReport = TypeVar("AnyReport", "Report", "ClassReport")
+_Value = TypeVar("_Value")
+
+
+def detailed(report: AnyReport) -> AnyReport:
+    """The report with only the models that are shown in detail, in the same order.
+
+    If there are more than ``DETAILED``, these are the first one, where passages show all of them, the ends of the gap,
+    and those that are closest to the teacher.
+    """
+    if len(report.students) <= DETAILED:
+        return report
+    ends = () if report.gap is None else (report.gap.control, report.gap.reference)
+    ranked = [each.student for each in report.standings]
+    kept = list(dict.fromkeys(filter(None, [report.students[0].name, *ends, *ranked])))[:DETAILED]
+    numbers = [number for number, student in enumerate(report.students) if student.name in kept]
+    return replace(
+        report,
+        students=_at(report.students, numbers),
+        comparisons=tuple(pair for pair in report.comparisons if {pair.student, pair.other}.issubset(kept)),
+        task_comparisons=tuple(pair for pair in report.task_comparisons if {pair.student, pair.other}.issubset(kept)),
+        **_passages(report, numbers),
+    )
+
+
+def _passages(report: "Report | ClassReport", numbers: Sequence[int]) -> dict[str, object]:
+    if not isinstance(report, Report):
+        return {}
+    return {"places": tuple(replace(place, students=_at(place.students, numbers)) for place in report.places)}
+
+
+def _at(values: Sequence[_Value], numbers: Sequence[int]) -> tuple[_Value, ...]:
+    return tuple(values[number] for number in numbers)
