@@ -278,7 +278,7 @@ def by_score(bars: Sequence[Bar], names: Sequence[str]) -> str:
             errors = [_reach(estimate) for estimate in bar.values]
             axes.errorbar(means, heights, xerr=errors, linestyle="", markersize=5, linewidth=1.8, **_mark(bar.index))
             axes.annotate(
-                bar.name,
+                _shortened(bar.name),
                 (means[0] + errors[0], heights[0]),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -305,9 +305,14 @@ def confusion(index: int, counts: Sequence[Sequence[int]], names: Sequence[str],
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=color, alpha=0.75 * share, linewidth=0))
                 if count:
                     axes.annotate(str(count), (column, row), ha="center", va="center", fontsize=max(5, 10 - size / 4))
-        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=f"prediction of {model}", ylabel="label")
-        axes.set_xticks(range(size), names, rotation=45, ha="right")
-        axes.set_yticks(range(size), names)
+        axes.set(
+            xlim=(-0.5, size - 0.5),
+            ylim=(size - 0.5, -0.5),
+            xlabel=f"prediction of {_shortened(model)}",
+            ylabel="label",
+        )
+        axes.set_xticks(range(size), map(_shortened, names), rotation=45, ha="right")
+        axes.set_yticks(range(size), map(_shortened, names))
         return _svg(figure, f"documents by label and by prediction of {model}")
 
 

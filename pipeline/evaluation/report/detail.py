@@ -19,14 +19,13 @@ _Value = TypeVar("_Value")
 def detailed(report: AnyReport) -> AnyReport:
     """The report with only the models that are shown in detail, in the same order.
 
-    If there are more than ``DETAILED``, these are the first one, where passages show all of them, the ends of the gap,
-    and those that are closest to the teacher.
+    If there are more than ``DETAILED``, these are the first one, whose distance decides which passages are shown, the
+    ends of the gap, and the best ones.
     """
     if len(report.students) <= DETAILED:
         return report
     ends = () if report.gap is None else (report.gap.control, report.gap.reference)
-    ranked = [each.student for each in report.standings]
-    kept = list(dict.fromkeys(filter(None, [report.students[0].name, *ends, *ranked])))[:DETAILED]
+    kept = list(dict.fromkeys(filter(None, [report.students[0].name, *ends, *_ranked(report)])))[:DETAILED]
     numbers = [number for number, student in enumerate(report.students) if student.name in kept]
     return replace(
         report,
@@ -35,6 +34,15 @@ def detailed(report: AnyReport) -> AnyReport:
         task_comparisons=tuple(pair for pair in report.task_comparisons if {pair.student, pair.other}.issubset(kept)),
         **_passages(report, numbers),
     )
+
+
+def _ranked(report: "Report | ClassReport") -> list[str]:
+    """Names of the students: classifiers by their accuracy, where it is known, and others by their distance."""
+    if not isinstance(report, Report):
+        scored = [(each.metrics.quality.accuracy.mean, each.name) for each in report.students if each.metrics.quality]
+        if scored:
+            return [name for _, name in sorted(scored, key=lambda score: score[0], reverse=True)]
+    return [each.student for each in report.standings]
 
 
 def _passages(report: "Report | ClassReport", numbers: Sequence[int]) -> dict[str, object]:

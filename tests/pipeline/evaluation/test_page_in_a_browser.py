@@ -32,18 +32,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 LONG = "an-unusually-long-name-of-a-student-that-does-not-end"
 
 
-def language_models() -> str:
+def language_models(more: int = 0) -> str:
     students = [student(HOSTILE, 1.5, command=f"softlabel train {HOSTILE}")]
-    students += [student(name, 2.0) for name in (LONG, "a" * 60)]
+    students += [student(name, 2.0) for name in (LONG, "a" * 60, *map("student {}".format, range(more)))]
     return to_html(report(*students, student("control", 3.0), gap=Gap("control", None)))
 
 
-def classifiers() -> str:
+def classifiers(more: int = 0) -> str:
     rng, names = np.random.default_rng(0), ("a label", HOSTILE, "c")
     labels, groups = rng.integers(0, 3, 300), {"source": (("books", HOSTILE), rng.integers(0, 2, 300))}
-    logprobs = [np.log(rng.dirichlet([0.5] * 3, 300)).astype(np.float32) for _ in range(4)]
+    logprobs = [np.log(rng.dirichlet([0.5] * 3, 300)).astype(np.float32) for _ in range(4 + more)]
     teacher, *measured = (compare(each, labels, logprobs[0], names, groups) for each in logprobs)
-    students = [HOSTILE, LONG, "control"]
+    students = [HOSTILE, LONG, "control", *map("student {}".format, range(more))]
     told = {"parameters": 9, "objective": "x", "history": (), "trained_on": None, "config": {}, "circumstances": {}}
     pairs = compared(students, measured)
     content = ClassReport(
@@ -63,12 +63,32 @@ def classifiers() -> str:
             for name, each in zip(students, measured, strict=True)
         ),
         comparisons=pairs,
-        standings=standings_of(students, [each.metrics.kl for each in measured], pairs, [None] * 3, [Use(9, None)] * 3),
+        standings=standings_of(
+            students,
+            [each.metrics.kl for each in measured],
+            pairs,
+            [None] * len(students),
+            [Use(9, None)] * len(students),
+        ),
     )
     return class_page(content)
 
 
-@pytest.fixture(scope="module", params=[language_models, classifiers])
+PAGES = {
+    "language models": language_models,
+    "classifiers": classifiers,
+    "many language models": lambda: language_models(21),
+    "many classifiers": lambda: classifiers(9),
+}
+OUTSIDE = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const all = svg.getBoundingClientRect();
+  const out = r => r.left < all.left - 1 || r.right > all.right + 1 || r.top < all.top - 1 || r.bottom > all.bottom + 1;
+  return [...svg.querySelectorAll('text')].filter(e => out(e.getBoundingClientRect())).map(e => e.textContent);
+})"""
+"""Labels that a drawing has no room for."""
+
+
+@pytest.fixture(scope="module", params=PAGES.values(), ids=PAGES)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("report") / "report.html"
     found.write_text(request.param())
@@ -84,6 +104,7 @@ def style(page: Page, name: str) -> str:
 def test_the_page_fits_asks_for_nothing_and_runs_nothing(width: int, dark: bool, opened: Page, path: Path):
     opened.visit(path, width, dark=dark)
     assert opened.overflow <= 0
+    assert opened.value(OUTSIDE) == []
     assert (opened.messages, opened.outside) == ([], [])
     assert opened.value("document.scripts.length") == 0
     assert opened.value("document.body.textContent.split('<script>').length") > 6

@@ -399,6 +399,14 @@ def test_of_many_students_the_page_draws_the_best_and_those_it_speaks_of(gap):
     assert len(json.loads(to_json(made))["comparisons"]) == 300
 
 
+def test_groups_are_shown_by_all_main_figures():
+    html = to_html(report(student("student", 1.5), student("control", 2.0)))
+    for what in ("forward KL, nats", "perplexity", "top-1 agreement, %", "acceptance, %", "calibration error, %"):
+        assert html.count(f'colspan="4">{what}</th>') == 3  # by entropy, by position, by source
+    rows = [row for row in Page(html).tables[None] if row[0] == "books"]
+    assert [row[2].split()[0] for row in rows] == ["1.500", "13.68", "54.3", "60.0", "3.0"]
+
+
 def test_page_and_json_are_written_to_a_new_folder_without_leftovers(tmp_path):
     made = report(student("student", 1.5))
     html, content = write(to_html(made), to_json(made), tmp_path / "deep" / "report")
