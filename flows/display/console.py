@@ -48,8 +48,8 @@ def table_of(*names: str, words: int = 1, last: str | None = None) -> Table:
     """
     table = _Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     for index, name in enumerate(names):
-        kind = "left" if index < words else "right"
-        table.add_column(name, justify=kind, no_wrap=index >= words, overflow="fold")
+        is_word = index < words
+        table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     if last is not None:
         table.add_column(last, overflow="fold")
     return table

@@ -202,7 +202,7 @@ class TurnFinder:
     def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
         first = own.place
         gap = turn.written[before : first.start]
-        prompted = (gap.rindex(each) + len(each) for each in self._prompts(turn) if each and each in gap)
+        prompted: Iterator[int] = (gap.rindex(each) + len(each) for each in self._prompts(turn) if each and each in gap)
         if any(not text.places for text in texts if text.message < turn.i):
             prompted = iter(sorted(prompted, reverse=True))  # the gap may also have the prompt of an earlier turn
         if (end := next(prompted, None)) is not None:

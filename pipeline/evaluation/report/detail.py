@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from softlabel.pipeline.evaluation.report.content import Report
 
@@ -24,16 +24,15 @@ def detailed(report: AnyReport) -> AnyReport:
     """
     if len(report.students) <= DETAILED:
         return report
-    ends = () if report.gap is None else (report.gap.control, report.gap.reference)
-    kept = list(dict.fromkeys(filter(None, [report.students[0].name, *ends, *_ranked(report)])))[:DETAILED]
+    ends: list[str] = [end for end in (report.gap.control, report.gap.reference) if end] if report.gap else []
+    kept = list(dict.fromkeys([report.students[0].name, *ends, *_ranked(report)]))[:DETAILED]
     numbers = [number for number, student in enumerate(report.students) if student.name in kept]
-    return replace(
-        report,
-        students=_at(report.students, numbers),
-        comparisons=tuple(pair for pair in report.comparisons if {pair.student, pair.other}.issubset(kept)),
-        task_comparisons=tuple(pair for pair in report.task_comparisons if {pair.student, pair.other}.issubset(kept)),
-        **_passages(report, numbers),
-    )
+    shown: dict[str, Any] = {"students": _at(report.students, numbers)}
+    for pairs in ("comparisons", "task_comparisons"):
+        shown[pairs] = tuple(each for each in getattr(report, pairs) if {each.student, each.other}.issubset(kept))
+    if isinstance(report, Report):
+        shown["places"] = tuple(replace(place, students=_at(place.students, numbers)) for place in report.places)
+    return replace(report, **shown)
 
 
 def _ranked(report: "Report | ClassReport") -> list[str]:
@@ -43,12 +42,6 @@ def _ranked(report: "Report | ClassReport") -> list[str]:
         if scored:
             return [name for _, name in sorted(scored, key=lambda score: score[0], reverse=True)]
     return [each.student for each in report.standings]
-
-
-def _passages(report: "Report | ClassReport", numbers: Sequence[int]) -> dict[str, object]:
-    if not isinstance(report, Report):
-        return {}
-    return {"places": tuple(replace(place, students=_at(place.students, numbers)) for place in report.places)}
 
 
 def _at(values: Sequence[_Value], numbers: Sequence[int]) -> tuple[_Value, ...]:
