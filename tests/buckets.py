@@ -24,8 +24,10 @@ KEYS = {"AWS_ACCESS_KEY_ID": "softlabel", "AWS_SECRET_ACCESS_KEY": "a-secret", "
 @contextmanager
 def moto() -> Iterator[str]:
     """Run moto, which answers like S3 but does not reproduce races; yields its URL."""
-    [port] = free_ports(1)
-    with _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url:
+    with (
+        reserved_ports(1) as [port],
+        _server([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)], port) as url,
+    ):
         put(url, "", b"")
         yield url
 
@@ -40,7 +42,12 @@ def put(url: str, key: str, content: bytes) -> None:
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
     """Run SeaweedFS, a server for production use, which guards conditional puts with locks; yields its URL."""
-    names, free = ("s3", "master", "volume", "filer"), free_ports(8)
+    with reserved_ports(8) as free:
+        yield from _seaweedfs(folder, free)
+
+
+def _seaweedfs(folder: Path, free: Sequence[int]) -> Iterator[str]:
+    names = ("s3", "master", "volume", "filer")
     ports, inner = dict(zip(names, free[:4], strict=True)), dict(zip(names, free[4:], strict=True))
     keys = f'[{{"accessKey": "{KEYS["AWS_ACCESS_KEY_ID"]}", "secretKey": "{KEYS["AWS_SECRET_ACCESS_KEY"]}"}}]'
     config = folder / "s3.json"
@@ -68,11 +75,15 @@ def environment(url: str) -> Iterator[None]:
         yield
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports on which nothing listens."""
+@contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Different ports on which nothing listens, and which nobody gets who does not ask for them by number."""
     with ExitStack() as open_:
-        probes = [open_.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+        held = [open_.enter_context(socket.socket()) for _ in range(count)]
+        for each in held:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server can listen there all the same
+            each.bind(("127.0.0.1", 0))
+        yield [each.getsockname()[1] for each in held]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.buckets import free_ports
+from tests.buckets import reserved_ports
 from tests.conftest import ROOT, topics
 from tests.flows.servers import wait_until
 
@@ -36,14 +37,20 @@ def test_the_python_code_runs_from_documents_to_an_evaluated_student(
     assert {"table", "student", "report"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for a server."""
+    with reserved_ports(1) as [port]:
+        yield port
+
+
 @pytest.mark.long
 def test_the_commands_of_scheduling_capture_by_hand_and_on_a_schedule(
-    tiny_teacher: Path, documents: Path, tmp_path: Path
+    tiny_teacher: Path, documents: Path, port: int, tmp_path: Path
 ):
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Scheduling\n")[1].split("\n## ")[0]
     start, run = re.findall(r"^```\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     [site] = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
-    [port] = free_ports(1)
 
     def here(text: str) -> str:
         """The text with the paths and the port of this test."""

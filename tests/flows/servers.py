@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+from tests.buckets import reserved_ports
 from tests.conftest import ROOT
 
 SERVICES = (
@@ -65,9 +65,8 @@ def answering(status: int, port: int = 0) -> Iterator[int]:
 @contextmanager
 def closed() -> Iterator[int]:
     """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    yield port
+    with reserved_ports(1) as [port]:
+        yield port
 
 
 class Link:
@@ -117,9 +116,8 @@ def _pass_on(source: socket.socket, target: socket.socket) -> None:
 class PrefectServer:
     """A server whose services look for work every second; it can be killed, and started again at the same address."""
 
-    def __init__(self, home: Path, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+    def __init__(self, home: Path, port: int, **environment: str) -> None:
+        self._port = port
         self.url = f"http://127.0.0.1:{self._port}/api"
         self.log = home / "server.log"
         quick = {f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": "1" for service in SERVICES}
@@ -145,14 +143,15 @@ class PrefectServer:
 @contextmanager
 def prefect_server(home: Path, **environment: str) -> Iterator[PrefectServer]:
     """Run a server, and set its URL in this process."""
-    server = PrefectServer(home, **environment)
-    try:
-        server.start()
-        with temporary_settings({PREFECT_API_URL: server.url}):
-            yield server
-    finally:
-        server.process.terminate()
-        server.process.wait(120)  # after an outage, it has much to catch up with
+    with reserved_ports(1) as [port]:
+        server = PrefectServer(home, port, **environment)
+        try:
+            server.start()
+            with temporary_settings({PREFECT_API_URL: server.url}):
+                yield server
+        finally:
+            server.process.terminate()
+            server.process.wait(120)  # after an outage, it has much to catch up with
 
 
 @contextmanager
