@@ -5,7 +5,7 @@ The same description for both lets every check run before a capture is paid for.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -86,7 +86,7 @@ class Origin:
         identity = table.tables[0].identity
         return cls(
             location=table.location,
-            tokenizer=partial(_tokenizer_of, table),
+            tokenizer=cache(partial(_tokenizer_of, table)),
             vocabulary=identity.vocabulary,
             padded_vocabulary=identity.padded_vocabulary,
             max_tokens=max(part.identity.sequences.max_tokens for part in table.tables),
