@@ -18,6 +18,7 @@ from softlabel.pipeline.examples import language_model as demo
 from softlabel.storage.reader import index
 from softlabel.storage.table import Table
 from tests.listening import trap
+from tests.pipeline.bigrams import UNHURRIED
 from tests.pipeline.capturing.test_worker_pool import gone, workers_of
 
 NO_WAY_OUT = """
@@ -50,13 +51,16 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
 ) -> None:
     """SmolLM2 on a few pages of Python's manual.
 
-    Runs as a user would, without a configured server: stdout is one object, and nothing contacts another machine.
+    Runs as a user would, without a configured server: stdout is one object, and nothing contacts another machine. The
+    folder of the documents also has code, which is not run.
     """
+    folder = tmp_path / "downloaded"
+    caught = trap(folder)
     demo.prepare_documents(tmp_path / "all.parquet")
     documents = pq.read_table(tmp_path / "all.parquet")
     small = pa.compute.less(pa.compute.utf8_length(documents.column("text")), 1200)
-    pq.write_table(documents.filter(small).slice(0, 8), tmp_path / "documents.parquet")
-    config = demo.demo_config(tmp_path).model_dump(mode="json", exclude_unset=True)
+    pq.write_table(documents.filter(small).slice(0, 8), folder / "documents.parquet")
+    config = demo.demo_config(folder).model_dump(mode="json", exclude_unset=True)
     config["teacher"]["model"] = str(smollm2)
     config["student"]["layers"] = [0, 14, 29]
     config["shards"]["eval_fraction"] = 0.3
@@ -64,16 +68,18 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
     config["stream"] = {"max_length": 256, "batch_size": 1, "micro_batch_size": 1}
     config["optimizer"] = {"max_steps": 4, "eval_steps": 4, "learning_rate": 1e-3, "bf16": True}
     config["cost"] = {"prompt_tokens": 16, "new_tokens": 2, "runs": 1}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    command = softlabel("distill", "--config", str(tmp_path / "run.yaml"), "--json")
-    (tmp_path / "sitecustomize.py").write_text(NO_WAY_OUT)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    command = softlabel("distill", "--config", "run.yaml", "--json")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "sitecustomize.py").write_text(NO_WAY_OUT)
     calls = tmp_path / "calls"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "CI"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "CALLED": str(calls), "PREFECT_HOME": str(prefect_home)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment |= {"PYTHONPATH": str(tmp_path / "notes"), "CALLED": str(calls), "PREFECT_HOME": str(prefect_home)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert not calls.exists(), calls.read_text()
+    assert not caught.exists(), caught.read_text()
     report = json.loads(done.stdout)
     student, control = report["evaluate"]["students"]
     assert (student["name"], control["name"]) == ("student", "control")
@@ -87,7 +93,10 @@ def test_soft_labels_bring_a_student_closer_to_its_teacher_than_text_does(
 def test_a_killed_capture_that_runs_again_completes_the_table(
     tiny_teacher: Path, prefect_home: Path, tmp_path: Path
 ) -> None:
-    """In a folder of documents that also has code, none of which the command, its workers and its server run."""
+    """In a folder of documents that also has code, none of which the command, its workers and its server run.
+
+    By an engine whose processes start soon, and which takes its time.
+    """
     folder = tmp_path / "downloaded"
     caught = trap(folder)
     count = 600
@@ -96,7 +105,7 @@ def test_a_killed_capture_that_runs_again_completes_the_table(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
     environment["PREFECT_HOME"] = str(prefect_home)
     command = softlabel("capture", "documents.parquet", "table", "--shards.positions", "2000")
-    command += ["--teacher.model", str(tiny_teacher), "--teacher.dtype", "float32", "--teacher.batch-tokens", "512"]
+    command += ["--teacher.model", str(tiny_teacher), "--teacher.engine", UNHURRIED, "--teacher.batch-tokens", "512"]
     by_two = [*command, "--teacher.device", "cpu", "--teacher.workers", "2"]
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(by_two, cwd=folder, env=environment, **quiet) as child:
