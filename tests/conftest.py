@@ -79,13 +79,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServe
 
 # Importing everything makes a million objects, among which there is no garbage to look for.
 gc.disable()
+frozen = 0
+"""Number of modules whose objects the garbage collection leaves out, which would cost each training a second."""
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported modules from garbage collection, which would cost each training a second."""
+    """Leave out all that the tests import."""
+    _freeze()
+    gc.enable()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Leave out what was imported by a test."""
+    if len(sys.modules) > frozen + 100:
+        _freeze()
+
+
+def _freeze() -> None:
+    global frozen
+    frozen = len(sys.modules)
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 CHATML = (
