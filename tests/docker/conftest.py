@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from tests.docker.images import Images, require_programs
 @pytest.fixture(scope="session")
 def images() -> Iterator[Images]:
     require_programs()
-    with _folder() as folder:
-        yield Images(folder)
+    with _folder() as folder, closing(Images(folder)) as images:
+        yield images
 
 
 @pytest.fixture

@@ -61,6 +61,11 @@ class Images:
             self._built[target] = self._build(target)
         return self._built[target]
 
+    def close(self) -> None:
+        """Unmount what buildah has mounted, so that the folder can be deleted."""
+        if (mounts := self._folder / "store/overlay").is_mount():
+            _run("umount", "--recursive", str(mounts))
+
     def _make_base(self) -> None:
         packages = "--include=python3,python3-venv,ca-certificates"
         _run("debootstrap", "--variant=minbase", packages, _SUITE, str(self._folder / "base"))
@@ -87,8 +92,7 @@ class Images:
         return Image(Path(root), json.loads(inspected)["Docker"]["config"], inspected)
 
     def _buildah(self, *arguments: str) -> str:
-        storage = ("--storage-driver", "vfs", "--root", f"{self._folder}/store", "--runroot", f"{self._folder}/run")
-        return _run("buildah", *storage, *arguments)
+        return _run("buildah", "--root", f"{self._folder}/store", "--runroot", f"{self._folder}/run", *arguments)
 
 
 def _pip_configuration() -> dict[str, list[str]]:
@@ -159,6 +163,14 @@ def command_in(
         *("setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs"),
         *(*start, *(command or image.config["Cmd"])),
     ]
+
+
+def main_process(container: int) -> int:
+    """The process that Docker's SIGTERM goes to: the container's first one, after bubblewrap's own two."""
+    process = container
+    for _ in range(2):
+        process = int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
+    return process
 
 
 def writable(folder: Path) -> Path:

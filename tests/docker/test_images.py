@@ -1,5 +1,7 @@
 """The images, built for real, and run as their user with a read-only root."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.images import SECRET, Image, Images, command_in, network, writable
+from tests.docker.images import SECRET, Image, Images, command_in, main_process, network, writable
 
 pytestmark = pytest.mark.long
 
@@ -41,6 +43,19 @@ def test_a_gpu_worker_without_a_gpu_says_so_and_takes_no_runs(images: Images, op
     assert done.stderr.startswith("softlabel: this worker is for runs on a GPU, and it sees none")
 
 
+def test_a_gpu_worker_with_a_gpu_takes_runs_of_its_queue(images: Images, open_folder: Path):
+    # This torch pretends to see a GPU, and this `prefect` says what it is asked to do.
+    places = folders(open_folder, "/tmp", "/data")
+    (torch := open_folder / "data/torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
+    (prefect := open_folder / "data/prefect").write_text('#!/bin/sh\necho "$@"\n')
+    for file, mode in ((torch, 0o644), (prefect, 0o755)):
+        file.chmod(mode)
+    environment = {"PYTHONPATH": "/data", "PATH": "/data:/opt/softlabel/bin:/usr/bin:/bin"}
+    command = command_in(images["gpu-worker"], folders=places, environment=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "worker start --pool softlabel --work-queue gpu --limit 1 --with-healthcheck\n", done.stderr
+
+
 @pytest.mark.parametrize("target", ["server", *WORKERS])
 def test_a_container_can_write_only_to_its_volumes(images: Images, target: str, open_folder: Path):
     image, places = images[target], folders(open_folder, "/tmp")
@@ -67,14 +82,14 @@ def test_the_images_are_no_larger_than_their_packages(images: Images):
     assert sizes["cpu-worker"] < 2.5, sizes
 
 
-def test_the_server_starts_on_a_read_only_root_and_passes_its_health_check(images: Images, open_folder: Path):
+def test_a_server_on_a_read_only_root_is_healthy_until_it_is_stopped(images: Images, open_folder: Path):
     image, places = images["server"], folders(open_folder, "/tmp", "/prefect")
     with network() as inside, (open_folder / "log").open("w") as log:
         server = subprocess.Popen([*inside, *command_in(image, folders=places)], stdout=log, stderr=log)
+        check = [*inside, *command_in(image, image.config["Healthcheck"]["Test"][1:], folders=places)]
         try:
-            check = image.config["Healthcheck"]["Test"][1:]
             deadline = time.monotonic() + 90
-            while subprocess.run([*inside, *command_in(image, check, folders=places)], capture_output=True).returncode:
+            while subprocess.run(check, capture_output=True).returncode:
                 assert server.poll() is None, (open_folder / "log").read_text()
                 assert time.monotonic() < deadline, (open_folder / "log").read_text()
                 time.sleep(1)
@@ -83,9 +98,12 @@ def test_the_server_starts_on_a_read_only_root_and_passes_its_health_check(image
                 [*inside, *command_in(image, ["python", "-c", page], folders=places)], capture_output=True, text=True
             )
             assert "<title>" in ui.stdout, ui.stderr
+            os.kill(main_process(server.pid), signal.SIGTERM)
+            server.wait(60)
+            assert subprocess.run(check, capture_output=True).returncode == 1
         finally:
-            server.terminate()
-            server.wait(30)
+            server.kill()
+            server.wait()
     assert (open_folder / "prefect/prefect.db").exists()
 
 
