@@ -77,9 +77,14 @@ class Page:
             self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type(self, text: str, selector: str, number: int = 0) -> None:
-        """Type into a field."""
-        self.click(selector, number)
+        """Type into an empty field."""
+        field = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
+        self.value(f"{field}.focus()")
         self._ask("Input.insertText", text=text)
+        end = time.monotonic() + _SECONDS
+        while self.value(f"{field}.value") != text:
+            assert time.monotonic() < end, "the field did not take the text"
+            time.sleep(0.05)
 
     @property
     def text(self) -> str:

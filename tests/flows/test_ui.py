@@ -1,56 +1,116 @@
-"""Prefect's UI in a real browser."""
+"""Prefect's UI in a real browser, in both of its versions: the form and the report."""
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
 
 from softlabel.flows.deploy import deploy
 from softlabel.flows.deployments import DeployConfig
+from softlabel.pipeline.training.train import train
 from softlabel.storage.table import Table
 from tests.browser import Page, browser
-from tests.flows.servers import prefect_server, wait_until, worker
+from tests.flows.servers import POSTGRES, postgresql, prefect_server, wait_until, worker
+from tests.pipeline.captured import make_table
+from tests.pipeline.trainings import settings
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not POSTGRES, reason="PostgreSQL is not installed")]
 
 WIDTH = 1300
+TABLES = """[...document.querySelectorAll("table")].filter(
+    each => getComputedStyle(each.parentElement).overflowX == "visible"
+)"""
+"""Tables that cover what is beside them if they are too wide."""
 
 
-@contextmanager
-def ui(folder: Path) -> Iterator[tuple[Page, str]]:
-    """A browser, and the address of the UI of a server with our deployments and a worker."""
+class UI:
+    """A browser before one version of the UI of a server with our deployments and a worker."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self._page, self._address = page, address
+
+    def visit(self, place: str) -> Page:
+        return self._page.visit(f"{self._address}/{place}", WIDTH)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, str]]:
+    folder = tmp_path_factory.mktemp("ui")
     places = {"PREFECT_SERVER_UI_ENABLED": "true", "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui")}
-    with prefect_server(folder, **places) as server, browser(folder / "browser") as page:
+    with (
+        postgresql() as url,  # it sorts the settings of the form
+        prefect_server(folder, PREFECT_SERVER_DATABASE_CONNECTION_URL=url, **places) as server,
+        browser(folder / "browser") as page,
+    ):
         deploy(DeployConfig())
         with worker():
             yield page, server.url.removesuffix("/api")
 
 
-def run_from_form(page: Page, address: str, flow: str, *values: str) -> None:
-    """Fill in the first fields of a deployment's form, submit it, and wait until the run is completed."""
+@pytest.fixture(params=["", "/v2"], ids=["v1", "v2"])
+def ui(server: tuple[Page, str], request: pytest.FixtureRequest) -> UI:
+    page, address = server
+    return UI(page, f"{address}{request.param}")
+
+
+def deployment(flow: str) -> UUID:
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"{flow}/softlabel").id
-        before = {run.id for run in client.read_flow_runs()}
-        page.visit(f"{address}/deployments/deployment/{deployment}/run", WIDTH)
-        wait_until(
-            lambda: "Submit" in page.text and page.value("document.querySelectorAll('textarea').length"), seconds=60
-        )
-        for number, value in enumerate(values):
-            page.type(value, "textarea", number)
-        press(page, "Submit")
-        wait_until(lambda: {run.id for run in client.read_flow_runs()} - before, seconds=60)
-        [run] = {run.id for run in client.read_flow_runs()} - before
+        return client.read_deployment_by_name(f"{flow}/softlabel").id
+
+
+def wait_for(run: UUID) -> None:
+    with get_client(sync_client=True) as client:
         wait_until(lambda: client.read_flow_run(run).state_name == "Completed", seconds=240)
 
 
-def press(page: Page, label: str) -> None:
-    page.value(f"[...document.querySelectorAll('button')].find(each => each.innerText.trim() == '{label}').click()")
-
-
-def test_a_person_starts_a_capture_with_the_form(tiny_teacher: Path, documents: Path, tmp_path: Path):
+def test_a_person_starts_a_capture_with_the_form(ui: UI, tiny_teacher: Path, documents: Path, tmp_path: Path):
     table = tmp_path / "table"
-    with ui(tmp_path) as (page, address):
-        run_from_form(page, address, "capture", str(documents), str(table), str(tiny_teacher))
+    with get_client(sync_client=True) as client:
+        before = {run.id for run in client.read_flow_runs()}
+        page = ui.visit(f"deployments/deployment/{deployment('capture')}/run")
+        wait_until(lambda: "Submit" in page.text and page.value("document.querySelectorAll('textarea').length"), 60)
+        for number, value in enumerate((documents, table, tiny_teacher)):
+            page.type(str(value), "textarea", number)
+        submit = "[...document.querySelectorAll('button')].find(each => each.innerText.trim() == 'Submit')"
+        page.value(f"{submit}.click()")
+        wait_until(lambda: {run.id for run in client.read_flow_runs()} - before, seconds=60)
+        [run] = {run.id for run in client.read_flow_runs()} - before
+    wait_for(run)
     assert Table.open(str(table)).version > 0
+
+
+def test_a_person_reads_the_report_of_an_evaluation(ui: UI, tiny_teacher: Path, tmp_path: Path):
+    table = make_table(tmp_path / "table", tiny_teacher)
+    names = ("a | **b** &#177; <b>", "other")
+    for name in names:
+        train(settings(table, tmp_path / name, optimizer={"max_steps": 2}))
+    config = {"table": table.location, "students": [str(tmp_path / name) for name in names]}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment("evaluate"), parameters={"config": config}).id
+        wait_for(run)
+    [report], [students] = artifacts(run, "report"), artifacts(run, "students")
+
+    page = ui.visit(f"artifacts/artifact/{report.id}")
+    wait_until(lambda: page.value("document.images.length"), seconds=60)
+    text = page.text
+    assert "nats of KL" in text  # the verdict
+    for words in ("perplexity", "agreement", "on disk", "KL by the teacher's entropy", "report.html", names[0], "±"):
+        assert words in text, words
+    assert not re.search(r"&#?\w+;", text.replace("&#177;", ""))
+    assert page.value("[...document.images].every(each => each.naturalWidth > 0)")
+    assert page.value(f"Math.max(...{TABLES}.map(each => each.scrollWidth - each.parentElement.clientWidth), 0)") == 0
+
+    page = ui.visit(f"artifacts/artifact/{students.id}")
+    wait_until(lambda: "perplexity" in page.text, seconds=60)
+
+
+def artifacts(run: UUID, key: str) -> list[Artifact]:
+    """The artifacts with this key that a run has made."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return [each for each in found if each.flow_run_id == run]
