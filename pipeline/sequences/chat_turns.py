@@ -202,11 +202,11 @@ class TurnFinder:
     def _begin(self, turn: "_Turn", before: int, own: "_Own", texts: list[MessageText]) -> int:
         first = own.place
         gap = turn.written[before : first.start]
-        prompted: Iterator[int] = (gap.rindex(each) + len(each) for each in self._prompts(turn) if each and each in gap)
-        if any(not text.places for text in texts if text.message < turn.i):
-            prompted = iter(sorted(prompted, reverse=True))  # the gap may also have the prompt of an earlier turn
-        if (end := next(prompted, None)) is not None:
-            return before + end
+        prompted = (before + gap.rindex(each) + len(each) for each in self._prompts(turn) if each and each in gap)
+        is_alone = all(text.places for text in texts if text.message < turn.i)
+        # Otherwise the gap may also have the prompt of an earlier turn.
+        if (begin := next(prompted, None) if is_alone else max(prompted, default=None)) is not None:
+            return begin
         contents = [text for text in texts if text.kind == "content" and first in (text.places or ())]
         if any(self._begins(turn.written, first, text) for text in contents):
             begin = first.start - turn.lead(own)
