@@ -88,14 +88,12 @@ def test_a_damaged_commit_is_no_part_of_the_history(filled: Table, old: str, new
             show(Table.open(filled.location))
 
 
-@pytest.mark.parametrize("info", [None, [], "x", {}, {"timestamp": "x", "operation": "x"}], ids=str)
-@pytest.mark.parametrize("time", [1e300, None])
-def test_a_commit_without_its_time_or_operation_is_named(filled: Table, info: object, time: float | None) -> None:
-    if isinstance(info, dict) and time is not None:
-        info = {"operation": "x", "timestamp": time}
-    at(filled, commit_file(3)).write_text(json.dumps({"commitInfo": info}))
-    with pytest.raises(IntegrityError, match=commit_file(3)):
-        history(Table.open(filled.location))
+def test_a_commit_without_its_time_or_operation_is_named(filled: Table) -> None:
+    infos = [None, [], "x", {}, {"timestamp": "x", "operation": "x"}, {"timestamp": 1e300, "operation": "x"}]
+    for info in (*infos, {"timestamp": 1}, {"timestamp": 1, "operation": 1}):
+        at(filled, commit_file(3)).write_text(json.dumps({"commitInfo": info}))
+        with pytest.raises(IntegrityError, match=commit_file(3)):
+            history(Table.open(filled.location))
 
 
 def chain(damaged: int, old: bytes, new: bytes) -> dict[str, str]:
@@ -221,22 +219,22 @@ def test_a_path_that_leaves_the_table_is_refused(filled: Table, path: str, check
             use()
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc", "tokenizer-../../x", "tokenizer-" + "A" * 32, "x\0", "\ud800"])
 @pytest.mark.parametrize("which", ["vocabulary", "tokenizer"])
-def test_a_vocabulary_or_tokenizer_elsewhere_is_refused(filled: Table, which: str, name: str) -> None:
+def test_a_vocabulary_or_tokenizer_elsewhere_is_refused(filled: Table, which: str) -> None:
     """Before anything there is read, even if all hashes of the log are right."""
+    for number in (1, 2):
+        at(filled, commit_file(number)).unlink()
     path = at(filled, commit_file(0))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     metadata = next(line["metaData"] for line in lines if "metaData" in line)
-    metadata["configuration"][f"softlabel.{which}"] = name
-    message = lines[0]["commitInfo"]["softlabel"]
-    message |= {"state": state(0, metadata["configuration"], metadata["schemaString"], []), "hash": "0" * 32}
-    content = "\n".join(map(json.dumps, lines)).encode()
-    path.write_bytes(content.replace(b"0" * 32, hash_of(content).encode(), 1))
-    for number in (1, 2):
-        at(filled, commit_file(number)).unlink()
-    with pytest.raises(IntegrityError, match=commit_file(0)):
-        Table.open(filled.location)
+    for name in ("../secret", "/etc", "tokenizer-../../x", "tokenizer-" + "A" * 32, "x\0", "\ud800"):
+        metadata["configuration"][f"softlabel.{which}"] = name
+        message = lines[0]["commitInfo"]["softlabel"]
+        message |= {"state": state(0, metadata["configuration"], metadata["schemaString"], []), "hash": "0" * 32}
+        content = "\n".join(map(json.dumps, lines)).encode()
+        path.write_bytes(content.replace(b"0" * 32, hash_of(content).encode(), 1))
+        with pytest.raises(IntegrityError, match=commit_file(0)):
+            Table.open(filled.location)
 
 
 @pytest.mark.parametrize(
