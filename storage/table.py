@@ -333,7 +333,9 @@ class Table:
         paths = [self.place.where(shard.path) for shard in self.shards()]
         if not paths:
             return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).lazy()
-        return pl.scan_parquet(paths, hive_schema={PARTITION: pl.String}).select(self.schema.names)
+        return pl.scan_parquet(paths, glob=False, hive_partitioning=True, hive_schema={PARTITION: pl.String}).select(
+            self.schema.names
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """Metadata of each commit up to this version, newest first.

@@ -245,3 +245,11 @@ def test_no_table_is_created_where_shards_have_lost_their_log(filled: Table):
     with pytest.raises(IntegrityError, match=r"the log of the table that they belong to is missing(.|\n)*split="):
         make_table(filled.location, identity())
     assert not log.exists()
+
+
+def test_a_table_is_scanned_whatever_its_folder_is_called(tmp_path: Path):
+    """A name that looks like a pattern is none."""
+    for name, rows in {"bXc": ["other"], "b*c": ["a", "b"], "[1]": ["c"]}.items():
+        made = make_table(tmp_path / name, identity())
+        add(made, rows)
+        assert sorted(made.newest().scan().collect()["document_id"]) == rows
