@@ -12,7 +12,15 @@ from typing import Any
 
 from softlabel.storage.errors import IntegrityError
 from softlabel.storage.log.checkpoints import hinted, read_checkpoint
-from softlabel.storage.log.files import commit_file, lines_of, list_log, matches_its_hash, read_bytes, unreadable_commit
+from softlabel.storage.log.files import (
+    FORMAT_PROPERTY,
+    commit_file,
+    lines_of,
+    list_log,
+    matches_its_hash,
+    read_bytes,
+    unreadable_commit,
+)
 from softlabel.storage.log.state import Shard, added_shard, named_path, softlabel_metadata, state, table_metadata
 from softlabel.storage.places.place import Place, hash_of
 
@@ -195,13 +203,17 @@ def _advanced(place: Place, base: Snapshot, wanted: int) -> Snapshot:
 
 
 def _with_commits(place: Place, base: Snapshot, contents: Sequence[bytes]) -> Snapshot:
-    """The version that is reached from another by these commits."""
+    """The version that is reached from another by these commits; of another program's table, only its properties."""
     metadata, shards, touched = base.metadata, dict(base.shards), set[str]()
     version, damaged, message = base.version, base.damaged, base.message
     for content in contents:
         version += 1
         try:
-            for action in lines_of(content):
+            actions = lines_of(content)
+            for action in actions:
+                if "metaData" in action:
+                    metadata = table_metadata(action["metaData"])
+            for action in actions if FORMAT_PROPERTY in metadata.get("configuration", {}) else ():
                 if "add" in action:
                     shard = added_shard(action["add"])
                     shards[shard.path] = shard
@@ -210,8 +222,6 @@ def _with_commits(place: Place, base: Snapshot, contents: Sequence[bytes]) -> Sn
                     path = named_path(action["remove"]["path"])
                     shards.pop(path, None)
                     touched.add(path)
-                elif "metaData" in action:
-                    metadata = table_metadata(action["metaData"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable_commit(place, version, error) from error
         message, matches = _message(place, version, content, metadata)

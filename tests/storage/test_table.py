@@ -101,6 +101,9 @@ def test_another_kind_of_delta_table_is_refused(tmp_path: Path):
         Table.open(str(tmp_path / "other"))
     with pytest.raises(TableError, match="not a soft-label table"):
         make_table(tmp_path / "other", identity())
+    write_deltalake(tmp_path / "parts", pa.table({"x": [1, 2], "city": ["New York", None]}), partition_by=["city"])
+    with pytest.raises(TableError, match="not a soft-label table"):
+        Table.open(str(tmp_path / "parts"))
 
 
 def test_a_damaged_log_is_not_reported_as_a_missing_table(filled: Table):
