@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
+from deltalake import Schema as DeltaSchema
+from deltalake.exceptions import DeltaError
 
 from softlabel.storage.log.files import LARGEST_LINE, LOG, commit_file, list_log, read_commit
 from softlabel.storage.log.state import Shard, counted_rows, named_path, softlabel_metadata, state, table_metadata
@@ -61,8 +63,9 @@ def read_checkpoint(place: Place, names: Sequence[str]) -> tuple[dict[str, Any],
         splits = pc.map_lookup(pc.struct_field(adds, "partitionValues"), PARTITION, "first").to_pylist()
         counts = {text: counted_rows(text) for text in set(stats)}
         shards = map(Shard, map(named_path, paths), splits, map(counts.__getitem__, stats), sizes)
+        DeltaSchema.from_json(metadata[0]["schemaString"])  # the state hash covers only the names and types of columns
         return table_metadata(metadata[0]), {shard.path: shard for shard in shards}
-    except (pa.ArrowException, KeyError, TypeError, AttributeError) as error:
+    except (pa.ArrowException, DeltaError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a checkpoint: {error}") from error
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
@@ -151,10 +153,23 @@ def cut(table: Table) -> None:
     at(table, CHECKPOINT).write_bytes(at(table, CHECKPOINT).read_bytes()[:1000])
 
 
+def with_unreadable_columns(table: Table) -> None:
+    """Of the same names and types, which is all that the state hash covers."""
+    path = at(table, CHECKPOINT)
+    rows = pq.read_table(path)
+    changed = [
+        row | {"schemaString": row["schemaString"].replace('"nullable"', '"nullablf"')} if row else None
+        for row in rows["metaData"].to_pylist()
+    ]
+    column = pa.array(changed, rows.schema.field("metaData").type)
+    pq.write_table(rows.set_column(rows.column_names.index("metaData"), "metaData", column), path)
+
+
 CHECKPOINTS: dict[str, tuple[str, Callable[[Table], object]]] = {
     "emptied": (CHECKPOINT, lambda table: at(table, CHECKPOINT).write_bytes(b"")),
     "cut": (CHECKPOINT, cut),
     "of another version": (CHECKPOINT, of_another_version),
+    "unreadable columns": (CHECKPOINT, with_unreadable_columns),
     "ahead": (LAST, lambda table: at(table, LAST).write_text('{"version":90,"size":4}')),
     "far ahead": (LAST, lambda table: at(table, LAST).write_text('{"version":123456789012345678901234,"size":4}')),
     "emptied hint": (LAST, lambda table: at(table, LAST).write_bytes(b"")),
