@@ -24,15 +24,19 @@ def detailed(report: AnyReport) -> AnyReport:
     """
     if len(report.students) <= DETAILED:
         return report
-    ends: list[str] = [end for end in (report.gap.control, report.gap.reference) if end] if report.gap else []
-    kept = list(dict.fromkeys([report.students[0].name, *ends, *_ranked(report)]))[:DETAILED]
+    names: list[str | None] = [report.students[0].name]
+    if report.gap is not None:
+        names += [report.gap.control, report.gap.reference]
+    kept = list(dict.fromkeys(filter(None, [*names, *_ranked(report)])))[:DETAILED]
     numbers = [number for number, student in enumerate(report.students) if student.name in kept]
-    shown: dict[str, Any] = {"students": _at(report.students, numbers)}
-    for pairs in ("comparisons", "task_comparisons"):
-        shown[pairs] = tuple(each for each in getattr(report, pairs) if {each.student, each.other}.issubset(kept))
+    changes: dict[str, Any] = {
+        "students": _at(report.students, numbers),
+        "comparisons": _among(kept, report.comparisons),
+        "task_comparisons": _among(kept, report.task_comparisons),
+    }
     if isinstance(report, Report):
-        shown["places"] = tuple(replace(place, students=_at(place.students, numbers)) for place in report.places)
-    return replace(report, **shown)
+        changes["places"] = tuple(replace(each, students=_at(each.students, numbers)) for each in report.places)
+    return replace(report, **changes)
 
 
 def _ranked(report: "Report | ClassReport") -> list[str]:
@@ -42,6 +46,11 @@ def _ranked(report: "Report | ClassReport") -> list[str]:
         if scored:
             return [name for _, name in sorted(scored, key=lambda score: score[0], reverse=True)]
     return [each.student for each in report.standings]
+
+
+def _among(names: Sequence[str], pairs: Sequence[Any]) -> tuple[Any, ...]:
+    """The pairs of two of these students."""
+    return tuple(pair for pair in pairs if {pair.student, pair.other}.issubset(names))
 
 
 def _at(values: Sequence[_Value], numbers: Sequence[int]) -> tuple[_Value, ...]:
