@@ -6,6 +6,7 @@ chart. Knows nothing of models, tables or files.
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from softlabel.storage.errors import printable
 
 SERIES = 6
 """Number of colors in the page's style sheet; further series repeat them, dashed and with hollow marks."""
@@ -321,7 +324,9 @@ def _reach(score: Score) -> float:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 20 else f"{name[:19]}…"
+    """A name in which nothing is invisible, in at most 20 characters."""
+    shown = printable(name)
+    return shown if len(shown) <= 20 else f"{shown[:19]}…"
 
 
 def _canvas(height: int) -> tuple[Figure, Axes]:
@@ -377,7 +382,9 @@ def _svg(figure: Figure, label: str) -> str:
     """The drawing as an element of the page: scalable, labelled for screen readers, with roles as colors."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page is shown in the reader's fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     drawing = buffer.getvalue()
     body = drawing[drawing.index("</defs>") + len("</defs>") :]  # what comes before is only for standalone files
     height = figure.get_figheight() * 72
@@ -385,4 +392,4 @@ def _svg(figure: Figure, label: str) -> str:
         body = body.replace(color, f"var(--{role})")
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # ids repeat across drawings, and nothing refers to them
     body = re.sub(r"font-family: [^;]*; ", "", body)  # use the page's font
-    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(label)}">{body}'
+    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(printable(label))}">{body}'

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from softlabel.pipeline.config.evaluate import EvaluateConfig
 from softlabel.pipeline.config.flags import flags_of
@@ -19,6 +20,7 @@ from softlabel.pipeline.evaluation.report.detail import detailed
 from softlabel.pipeline.evaluation.report.drawings import drawings_of
 from softlabel.pipeline.evaluation.report.verdict import verdict
 from softlabel.pipeline.evaluation.standings import in_words
+from softlabel.storage.errors import printable
 
 _ALONE = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 """What an SVG file needs, and an SVG element of a page does not."""
@@ -46,6 +48,7 @@ def render(template: str, report: Any, verdict: str | None, drawings: Mapping[st
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_safe,
     )
     detail = detailed(report)
     templates.filters |= {
@@ -99,6 +102,11 @@ def _command(report: Header) -> str:
 def _title(students: Sequence[str], teacher: str) -> str:
     who = " and ".join(students) if len(students) < 3 else f"{len(students)} students"
     return f"{who} against {teacher}"
+
+
+def _safe(value: Any) -> Any:
+    """Text in which nothing is invisible, or acts on the text beside it; what is markup already stays as it is."""
+    return printable(value, "\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _warnings(students: Sequence[Any]) -> dict[str, list[str]]:

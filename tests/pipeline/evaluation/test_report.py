@@ -399,6 +399,18 @@ def test_of_many_students_the_page_draws_the_best_and_those_it_speaks_of(gap):
     assert len(json.loads(to_json(made))["comparisons"]) == 300
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_show_what_is_invisible_or_acts_on_other_text_and_drawings_accept_any_letter():
+    names = ("a\u202eb\u2066", "\x1b[31mred\x07", "zero\u200bwidth", "日本語", "🏳 שלום")
+    made = report(*(student(name, 1.5 + number / 9) for number, name in enumerate(names)))
+    html = to_html(made)
+    assert all(each.isprintable() or each in "\n\t" for each in html)
+    text = Page(html).text
+    for shown in (r"a\u202eb\u2066", r"\x1b[31mred\x07", r"zero\u200bwidth", *names[3:]):
+        assert text.count(shown) > 5
+    assert json.loads(to_json(made))["students"][0]["name"] == names[0]
+
+
 def test_groups_are_shown_by_all_main_figures():
     html = to_html(report(student("student", 1.5), student("control", 2.0)))
     for what in ("forward KL, nats", "perplexity", "top-1 agreement, %", "acceptance, %", "calibration error, %"):
