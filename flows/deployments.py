@@ -130,7 +130,8 @@ class DeployConfig(Settings):
     pending_minutes: PositiveInt = 30
     """A run that a worker has taken, but not started within this many minutes, is handed out again."""
     notify: str | None = Field(None, pattern=r"^[^/]+/[^/]+$")
-    """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails, crashes or is lost."""
+    """Prefect block, as TYPE/NAME such as slack-webhook/team, that is told when a run fails, crashes, is lost or
+    exceeds its time limit."""
     deployments: tuple[DeploymentConfig, ...] = ()
     """Deployments of your own. One with the same flow and name as a shipped deployment replaces it."""
 
@@ -215,28 +216,27 @@ def automations(config: DeployConfig, ids: dict[str, UUID], notify: UUID | None)
                 "failures",
                 f"Tells {config.notify} of each run that fails, crashes or is lost.",
                 _reactive(failed),
-                SendNotification(
-                    block_document_id=notify,
-                    subject="softlabel: {{ flow_run.name }} {{ flow_run.state.name }}",
-                    body="{{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
-                ),
+                _message(notify, "{{ flow_run.state.name }}", "{{ flow_run.state.message }}"),
             )
         )
     for each in config.all_deployments:
-        found += _automations_of(each, ids[each.full_name])
+        found += _automations_of(each, ids[each.full_name], notify)
     return found
 
 
-def _automations_of(deployment: DeploymentConfig, identifier: UUID) -> list[AutomationCore]:
+def _automations_of(deployment: DeploymentConfig, identifier: UUID, notify: UUID | None) -> list[AutomationCore]:
     found = []
     its_runs = {"prefect.resource.id": f"prefect.deployment.{identifier}", "prefect.resource.role": "deployment"}
     if hours := deployment.time_limit_hours:
+        actions: list[CancelFlowRun | SendNotification] = [CancelFlowRun()]
+        if notify:
+            actions.append(_message(notify, "is cancelled", f"It has run for {hours:g} hours, its time limit."))
         found.append(
             _automation(
                 _time_limit(deployment),
                 f"A run of {deployment.full_name} that runs for {hours:g} hours after a start is cancelled.",
                 _missing({_RUNNING}, {_RUNNING} | _ENDED, timedelta(hours=hours), its_runs),
-                CancelFlowRun(),
+                *actions,
             )
         )
     if table := deployment.after_version_of:
@@ -325,5 +325,11 @@ def _again(message: str) -> ChangeFlowRunState:
     return _state(StateType.SCHEDULED, "AwaitingRetry", message)
 
 
-def _automation(name: str, description: str, trigger: EventTrigger, action: Any) -> AutomationCore:
-    return AutomationCore(name=f"{TAG}: {name}", description=description, trigger=trigger, actions=[action])
+def _message(block: UUID, event: str, text: str) -> SendNotification:
+    """Tell people what has become of a run."""
+    subject = f"{TAG}: {{{{ flow_run.name }}}} {event}"
+    return SendNotification(block_document_id=block, subject=subject, body=f"{text}\n{{{{ flow_run|ui_url }}}}")
+
+
+def _automation(name: str, description: str, trigger: EventTrigger, *actions: Any) -> AutomationCore:
+    return AutomationCore(name=f"{TAG}: {name}", description=description, trigger=trigger, actions=[*actions])

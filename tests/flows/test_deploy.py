@@ -341,19 +341,30 @@ def receiving() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.long
-def test_a_team_is_told_of_a_run_that_fails_and_of_no_other(tmp_path: Path):
+def test_a_team_is_told_of_runs_that_fail_or_exceed_their_time_limit_and_of_no_others(tmp_path: Path):
+    limited = DeploymentConfig(flow="mix", name="limited", time_limit_hours=1 / 60)
     with prefect_server(tmp_path), receiving() as (url, received), get_client(sync_client=True) as client:
         hook = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}}\n{{body}}"})
         hook.save("team")
-        deploy(DeployConfig(notify="custom-webhook/team"))
-        mix = client.read_deployment_by_name("mix/softlabel")
+        deploy(DeployConfig(notify="custom-webhook/team", deployments=(limited,)))
         parameters = {"config": {"view": "/v", "tables": ["/a", "/b"]}}
-        for state in (Completed(), Failed(message="there is no table /a")):
-            run = client.create_flow_run_from_deployment(mix.id, parameters=parameters, state=Running())
-            client.set_flow_run_state(run.id, state, force=True)
-        wait_until(lambda: received, seconds=60)
-    [message] = received
-    assert message.startswith(f"softlabel: {run.name} Failed\nthere is no table /a\n")
+
+        def run(deployment: str, *states: "State[Any]") -> str:
+            mix = client.read_deployment_by_name(f"mix/{deployment}")
+            created = client.create_flow_run_from_deployment(mix.id, parameters=parameters, state=Running())
+            for state in states:
+                client.set_flow_run_state(created.id, state, force=True)
+            return created.name
+
+        run("softlabel", Completed())
+        run("limited", Completed())
+        failed, late = run("softlabel", Failed(message="there is no table /a")), run("limited")
+        messages = (
+            f"softlabel: {failed} Failed\nthere is no table /a\n",
+            f"softlabel: {late} is cancelled\nIt has run for 0.0166667 hours, its time limit.\n",
+        )
+        wait_until(lambda: all(any(each.startswith(start) for each in received) for start in messages), seconds=120)
+    assert all(each.startswith(messages) for each in received)  # a busy server may send one twice
 
 
 @pytest.mark.long
