@@ -145,4 +145,4 @@ def _wait_for_commits(table: Path, count: int, child: "subprocess.Popen[bytes]")
     while len(list(log.glob("*.json"))) < count + 1:
         assert child.poll() is None, "the capture ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
