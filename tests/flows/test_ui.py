@@ -1,4 +1,4 @@
-"""Prefect's UI in a real browser, in both of its versions: the form and the report."""
+"""Prefect's UI in a real browser, in both of its versions: the form, progress that moves, and the report."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from softlabel.flows.deployments import DeployConfig
 from softlabel.pipeline.training.train import train
 from softlabel.storage.table import Table
 from tests.browser import Page, browser
+from tests.flows.captures import Capture
 from tests.flows.servers import POSTGRES, postgresql, prefect_server, wait_until, worker
 from tests.pipeline.captured import make_table
 from tests.pipeline.trainings import settings
@@ -26,6 +27,8 @@ TABLES = """[...document.querySelectorAll("table")].filter(
     each => getComputedStyle(each.parentElement).overflowX == "visible"
 )"""
 """Tables that cover what is beside them if they are too wide."""
+PASS = 3.0
+"""Seconds that the teacher of a paced capture needs for three sequences."""
 
 
 class UI:
@@ -48,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, str
         browser(folder / "browser") as page,
     ):
         deploy(DeployConfig())
-        with worker():
+        with worker(PACED_SECONDS=str(PASS)):
             yield page, server.url.removesuffix("/api")
 
 
@@ -82,6 +85,27 @@ def test_a_person_starts_a_capture_with_the_form(ui: UI, tiny_teacher: Path, doc
         [run] = {run.id for run in client.read_flow_runs()} - before
     wait_for(run)
     assert Table.open(str(table)).version > 0
+
+
+def test_a_person_watches_the_progress_of_a_capture(ui: UI, tiny_teacher: Path, tmp_path: Path):
+    capture = Capture(tmp_path, tiny_teacher)
+    wait_until(lambda: artifacts(capture.id, "capture-progress"), seconds=180)
+    [progress] = artifacts(capture.id, "capture-progress")
+    seen: list[int] = []
+
+    def is_over() -> bool:
+        page = ui.visit(f"artifacts/artifact/{progress.id}")
+        wait_until(lambda: "capture-progress" in page.text, seconds=60)
+        pattern = r"capture: ([\d,]+)/([\d,]+) positions\s+[\d.,]+/s\s+\d:\d\d:\d\d left"
+        if found := re.search(pattern, page.text):
+            done, total = (int(number.replace(",", "")) for number in found.groups())
+            assert 0 < done < total
+            seen.append(done)
+        return capture.run.state_name == "Completed"
+
+    wait_until(is_over, seconds=240)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 1
 
 
 def test_a_person_reads_the_report_of_an_evaluation(ui: UI, tiny_teacher: Path, tmp_path: Path):
