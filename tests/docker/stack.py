@@ -24,9 +24,10 @@ from typing import Any
 import yaml
 
 from tests.conftest import ROOT
-from tests.docker.images import Image, command_in, writable
+from tests.docker.images import Image, command_in, main_process, writable
 
 _SECONDS = 180
+_SECONDS_TO_END = 120  # the longest stop_grace_period of the compose file
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([?-])([^}]*))?\}")
 
 
@@ -84,10 +85,13 @@ class Stack:
         if service == "postgres":
             return self._postgres(command, environment)
         if service == "store":
-            inside = ["bwrap", "--dev-bind", "/", "/", "--bind", str(self.folder / "hosts"), "/etc/hosts"]
+            inside = [
+                *("bwrap", "--dev-bind", "/", "/", "--bind", str(self.folder / "hosts"), "/etc/hosts"),
+                *("--tmpfs", "/tmp", "--ro-bind", str(Path(sys.executable).with_name("weed")), "/tmp/weed"),
+            ]  # its sockets in /tmp have the same names in each stack
             variables = [f"{name}={value}" for name, value in environment.items()]
             return [*self.network, *inside, "env", *variables, *self._store(command)]
-        image = self.images[given["image"].partition(":")[0].removeprefix("softlabel-")]
+        image = self.images[self._image(service)]
         places = {self.folder / "hosts": "/etc/hosts", self.volume(f"tmp-of-{service}"): "/tmp"}
         for volume in given.get("volumes", ()):
             source, place = volume.split(":")[:2]
@@ -99,6 +103,11 @@ class Stack:
             *self.network,
             *command_in(image, command, folders=places, environment=environment, entrypoint=first, detached=first),
         ]
+
+    def _image(self, service: str) -> str:
+        """The target of ours, or the name of another's image."""
+        name: str = self.services[service]["image"].partition(":")[0]
+        return name.removeprefix("softlabel-")
 
     def _postgres(self, command: Sequence[str] | None, environment: Mapping[str, str]) -> list[str]:
         data, user = self.volume("postgres"), environment["POSTGRES_USER"]
@@ -121,7 +130,7 @@ class Stack:
 
     def _store(self, command: str | Sequence[str] | None) -> list[str]:
         if isinstance(command, str):  # of `weed`, as the image's entrypoint
-            command = [str(Path(sys.executable).with_name("weed")), *command.split()]
+            command = ["/tmp/weed", *command.split()]
         return [str(part).replace("/data", str(self.volume("store"))) for part in command or ()]
 
     def volume(self, name: str) -> Path:
@@ -184,18 +193,31 @@ class Stack:
 
     def healthy(self, service: str) -> bool:
         """Whether the health check passes: the compose file's, or the image's."""
-        given = self.services[service]
-        name = given["image"].partition(":")[0].removeprefix("softlabel-")
+        name = self._image(service)
         own = self.images[name].config.get("Healthcheck", {}).get("Test") if name in self.images else None
-        check = given.get("healthcheck", {}).get("test") or own
+        check = self.services[service].get("healthcheck", {}).get("test") or own
         return not subprocess.run(self.container(service, check[1:]), capture_output=True).returncode
 
-    def stop(self, service: str, with_: signal.Signals = signal.SIGTERM) -> None:
-        """End a service."""
-        deadline = time.monotonic() + 60
+    def stop(self, service: str) -> None:
+        """End a service with the signal that Docker sends to its first process, which is enough for each."""
+        if group := self.pid(service):
+            if service == "postgres":
+                os.kill(group, signal.SIGINT)  # the STOPSIGNAL of its image
+            elif service == "store":
+                os.killpg(group, signal.SIGTERM)
+            else:
+                os.kill(main_process(group), signal.SIGTERM)
+            deadline = time.monotonic() + _SECONDS_TO_END
+            while self.pid(service):
+                assert time.monotonic() < deadline, f"{service} does not end:\n{self.log(service)[-3000:]}"
+                time.sleep(0.5)
+        (self.folder / "pids" / service).unlink(missing_ok=True)
+
+    def kill(self, service: str) -> None:
+        """End a service with SIGKILL."""
         while group := self.pid(service):
-            os.killpg(group, with_ if time.monotonic() < deadline else signal.SIGKILL)
-            time.sleep(0.5)
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.1)
         (self.folder / "pids" / service).unlink(missing_ok=True)
 
     def chosen(self) -> Iterator[str]:
@@ -223,8 +245,10 @@ def main(folder: str, compose: str, verb: str, *given: str) -> int:
                 stack.wait(name, "service_completed_successfully" if name == "deploy" else "service_healthy")
         case "stop" | "restart" | "kill" | "start":
             for name in names or reversed(list(stack.chosen())):
-                if verb != "start":
-                    stack.stop(name, signal.SIGKILL if verb == "kill" else signal.SIGTERM)
+                if verb == "kill":
+                    stack.kill(name)
+                elif verb != "start":
+                    stack.stop(name)
                 if verb in ("start", "restart"):
                     stack.start(name)
         case "exec":

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,17 @@ from tests.flows.servers import POSTGRES
 pytestmark = pytest.mark.long
 
 RUNBOOK = (ROOT / "docker/README.md").read_text()
-FIRST = {"PREFECT_AUTH": "admin:first", "S3_ACCESS_KEY": "first", "S3_SECRET_KEY": "first-secret"}
-SECOND = {"PREFECT_AUTH": "admin:second", "S3_ACCESS_KEY": "second", "S3_SECRET_KEY": "second-secret"}
+FIRST, SECOND = (
+    {
+        "PREFECT_AUTH": f"admin:{word}",
+        "POSTGRES_PASSWORD": f"{word}-password",
+        "S3_ACCESS_KEY": word,
+        "S3_SECRET_KEY": f"{word}-secret",
+    }
+    for word in ("first", "second")
+)
 INSPECT = "docker compose exec -T cpu-worker softlabel inspect s3://softlabel/table --json"
-PASSWORDS = {"POSTGRES_PASSWORD": "first-password"}
+QUERY = "docker compose exec -T postgres psql --username=prefect --dbname=prefect --tuples-only --command"
 
 
 class Runbook:
@@ -39,9 +45,16 @@ class Runbook:
         assert blocks, heading
         return "".join(self.command(line.strip()) for block in blocks for line in block.splitlines())
 
-    def command(self, line: str) -> str:
+    def command(self, line: str, answers: str = "") -> str:
+        """Run one line, and give what it prints. Without a terminal, it reads the answers to its questions."""
         done = subprocess.run(
-            ["bash", "-c", line], cwd=self.folder / "docker", env=self.environment, capture_output=True, text=True
+            ["bash", "-c", line],
+            cwd=self.folder / "docker",
+            env=self.environment,
+            input=answers,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
@@ -62,14 +75,14 @@ def runbook(images: Images, tiny_teacher: Path, documents: Path, open_folder: Pa
     with network() as inside:
         prepare(open_folder, {name: images[name] for name in ("server", "cpu-worker")}, inside, POSTGRES[-1])
         runbook = Runbook(open_folder)
-        runbook.configure(COMPOSE_PROFILES="no-gpu", **FIRST, **PASSWORDS)
+        runbook.configure(COMPOSE_PROFILES="no-gpu", **FIRST)
         fill(Stack(open_folder).volume("data"), tiny_teacher, documents)
         try:
             yield runbook
         finally:
             stack = Stack(open_folder)
             for service in stack.services:
-                stack.stop(service, signal.SIGKILL)
+                stack.kill(service)
 
 
 def fill(data: Path, *sources: Path) -> None:
@@ -90,6 +103,8 @@ def test_the_commands_of_the_runbook_install_operate_and_restore_a_stack(runbook
     runbook.run("A worker is lost")
 
     runbook.run("Rotate credentials")
+    (ask,) = re.findall(r"^ *\$ (docker compose exec postgres psql .*)$", RUNBOOK, re.MULTILINE)
+    runbook.command(ask, answers=f"{SECOND['POSTGRES_PASSWORD']}\n" * 2)
     runbook.configure(**SECOND)
     runbook.run("Rotate credentials")
     assert "capture" in runbook.command("docker compose exec -T cpu-worker prefect flow-run ls")
@@ -97,6 +112,9 @@ def test_the_commands_of_the_runbook_install_operate_and_restore_a_stack(runbook
     back_up, restore = re.findall(r"```sh\n(.*?)```", RUNBOOK.split("## Back up and restore")[1], re.DOTALL)[:2]
     for line in back_up.splitlines():
         runbook.command(line)
+    runbook.command(f'{QUERY} "CREATE TABLE of_a_newer_version ()"')
+    runbook.run("Upgrade")  # which goes back
+    assert runbook.command(f"{QUERY} \"SELECT to_regclass('of_a_newer_version')\"").strip() == ""
     runbook.command("docker compose stop")
     shutil.rmtree(runbook.folder / "volumes")  # a new machine
     (runbook.folder / "volumes").mkdir()
