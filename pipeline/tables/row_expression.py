@@ -29,7 +29,8 @@ _CONSTANTS = {"TRUE": (True, Kind.TRUTH), "FALSE": (False, Kind.TRUTH), "NULL": 
 _INDENT = "\n" + " " * len("  what to do:  ")
 _ALLOWED = _INDENT.join(
     [
-        "use only columns, 'strings', numbers, TRUE, FALSE, NULL, DATE '2024-12-31';",
+        "use only columns, 'strings', numbers, TRUE, FALSE, NULL, DATE '2024-12-31',",
+        "TIMESTAMP '2024-12-31 18:30:00' (of UTC);",
         "AND OR NOT = <> < <= > >= IN BETWEEN LIKE ILIKE IS + - * / % ||;",
         "CASE, CAST(... AS STRING), " + ", ".join(sorted({*sql.FUNCTIONS, *sql.CHOICES})) + ".",
         "Put strings in single quotes, and column names that are not plain words in double quotes:",
@@ -194,6 +195,8 @@ class _Reader:
                 return self._case()
             case "word", "DATE" if self._next.kind == "string":
                 return sql.date_literal(self._operand())
+            case "word", "TIMESTAMP" if self._next.kind == "string":
+                return sql.time_literal(self._operand())
             case "word", _ if self._sees("("):
                 return self._call(part)
             case "sign" | "end", _:

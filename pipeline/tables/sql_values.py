@@ -7,7 +7,7 @@ with their place, before polars converts them by rules of its own.
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import UTC, date, datetime, time
 from enum import StrEnum
 from math import isfinite
 from typing import NoReturn
@@ -44,6 +44,7 @@ class Kind(StrEnum):
     NUMBER = "a number"
     TRUTH = "true or false"
     DATE = "a date"
+    TIME = "a time"
     BYTES = "bytes"
     LIST = "a list"
     NULL = "NULL"
@@ -51,10 +52,14 @@ class Kind(StrEnum):
 
 _TYPES: dict[Kind, pl.DataType] = {
     **{Kind.TEXT: pl.String(), Kind.NUMBER: pl.Int64(), Kind.TRUTH: pl.Boolean()},
-    **{Kind.DATE: pl.Date(), Kind.BYTES: pl.Binary(), Kind.LIST: pl.List(pl.Int64())},
+    **{Kind.DATE: pl.Date(), Kind.TIME: pl.Datetime("us")},
+    **{Kind.BYTES: pl.Binary(), Kind.LIST: pl.List(pl.Int64())},
 }
-_KINDS = {type(dtype): kind for kind, dtype in _TYPES.items()} | {pl.Int32: Kind.NUMBER, pl.Float64: Kind.NUMBER}
+_KINDS = {type(dtype): kind for kind, dtype in _TYPES.items()}
+_KINDS |= dict.fromkeys((pl.Int32, pl.Float64, pl.Decimal), Kind.NUMBER)
 """The kind of every type that rows can be filtered by; a carried column may have other types."""
+_EXACT_DIGITS = 15
+"""Digits of a decimal that a floating-point number keeps."""
 
 FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind, Callable[..., pl.Expr]]] = {
     "ABS": ((Kind.NUMBER,), Kind.NUMBER, pl.Expr.abs),
@@ -100,18 +105,26 @@ def combined(expr: pl.Expr, kind: Kind, *parts: Value) -> Value:
 
 
 def column(part: Token, name: str, schema: pl.Schema) -> Value:
-    """A column; integers become 64 bits wide, so that products of counts do not overflow."""
+    """A column; integers become 64 bits wide, so that products of counts do not overflow, and times those of UTC."""
     if name not in schema:
         refuse(f"no column {part}", part)
-    if type(schema[name]) not in _KINDS:
-        refuse(f"column {part} of type {schema[name]}, by which rows can't be filtered", part)
+    dtype = schema[name]
+    if type(dtype) not in _KINDS:
+        refuse(f"column {part} of type {dtype}, by which rows can't be filtered", part)
     expr = cs.by_name(name).as_expr()  # pl.col would read ^...$ as a pattern of names
-    expr = expr.cast(pl.Int64) if schema[name] == pl.Int32 else expr
-    return Value(expr, _KINDS[type(schema[name])], part.start, part.end)
+    if isinstance(dtype, pl.Decimal):
+        if dtype.precision > _EXACT_DIGITS:
+            refuse(f"column {part} of type {dtype}, of which only {_EXACT_DIGITS} digits can be compared", part)
+        expr = expr.cast(pl.Float64)
+    elif isinstance(dtype, pl.Datetime) and dtype.time_zone:
+        expr = expr.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    elif dtype == pl.Int32:
+        expr = expr.cast(pl.Int64)
+    return Value(expr, _KINDS[type(dtype)], part.start, part.end)
 
 
 def literal(value: str | float | date | bool | None, kind: Kind, at: Value | Token) -> Value:
-    """A string, number, date, TRUE, FALSE or NULL."""
+    """A string, number, date, time, TRUE, FALSE or NULL."""
     dtype = pl.Float64 if isinstance(value, float) else _TYPES.get(kind)
     return Value(pl.lit(value, dtype=dtype), kind, at.start, at.end, literal=value)
 
@@ -131,6 +144,27 @@ def date_literal(value: Value) -> Value:
         return literal(date.fromisoformat(str(value.literal)), Kind.DATE, value)
     except ValueError:
         refuse("a string that is not a date; dates are written like '2024-12-31'", value)
+
+
+def time_literal(value: Value) -> Value:
+    """A string literal as a time of UTC, which it may say in another time zone: '2024-12-31 18:30:00+01:00'."""
+    try:
+        found = datetime.fromisoformat(str(value.literal))
+        found = found.astimezone(UTC).replace(tzinfo=None) if found.tzinfo else found
+    except (ValueError, OverflowError):
+        refuse("a string that is not a time; times are written like '2024-12-31 18:30:00'", value)
+    return literal(found, Kind.TIME, value)
+
+
+def _as_time(value: Value) -> Value:
+    """A string or a date among times."""
+    if isinstance(value.literal, str):
+        return time_literal(value)
+    if value.kind is not Kind.DATE:
+        return value
+    if isinstance(value.literal, date):
+        return literal(datetime.combine(value.literal, time()), Kind.TIME, value)
+    return replace(value, expr=value.expr.cast(_TYPES[Kind.TIME]), kind=Kind.TIME)
 
 
 def negative(value: Value) -> Value:
@@ -153,9 +187,15 @@ def of_kind(kind: Kind, value: Value) -> pl.Expr:
 
 
 def of_one_kind(values: Sequence[Value]) -> tuple[Kind, list[Value]]:
-    """The common kind of values that must be of one kind, and the values; strings among dates are read as dates."""
+    """The common kind of values that must be of one kind, and the values.
+
+    Strings among dates are read as dates; among times, strings are times, and dates their first moments.
+    """
     kinds = {value.kind for value in values} - {Kind.NULL}
-    if Kind.DATE in kinds:
+    if Kind.TIME in kinds:
+        values = [_as_time(value) for value in values]
+        kinds = {value.kind for value in values} - {Kind.NULL}
+    elif Kind.DATE in kinds:
         values = [date_literal(value) if isinstance(value.literal, str) else value for value in values]
         kinds = {value.kind for value in values} - {Kind.NULL}
     kind = min(kinds, default=Kind.TEXT)
@@ -193,7 +233,7 @@ def in_list(value: Value, choices: Sequence[Value], schema: pl.Schema) -> Value:
     """IN: whether the value is one of some literals."""
     for choice in choices:
         if choice.literal is None:
-            refuse("a list item that is not a string, number or date", choice)
+            refuse("a list item that is not a string, number, date or time", choice)
     _, (wanted, *found) = of_one_kind([value, *choices])
     (dtype,) = pl.LazyFrame(schema=schema).select(wanted.expr).collect_schema().dtypes()
     literals = [one.literal for one in found]

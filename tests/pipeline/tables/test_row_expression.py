@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Iterator
-from datetime import date
+from datetime import UTC, date, datetime
+from decimal import Decimal
 
 import polars as pl
 import pyarrow as pa
@@ -18,7 +19,8 @@ CARRIED = {
     **{"source": pa.string(), "other": pa.string(), "year": pa.int64(), "score": pa.float64(), "ok": pa.bool_()},
     **{"day": pa.date32(), "number of words": pa.int64(), "Upper.dot": pa.string(), 'quo"te': pa.string()},
     **{"length": pa.int64(), "date": pa.date32(), "^.*$": pa.int64(), "*": pa.int64(), "größe": pa.int64()},
-    **{"true": pa.int64(), "x\x1b[31m": pa.int64()},
+    **{"true": pa.int64(), "x\x1b[31m": pa.int64(), "price": pa.decimal128(7, 2), "exact": pa.decimal128(38, 9)},
+    **{"written": pa.timestamp("us"), "read": pa.timestamp("us", "UTC")},
 }
 KNOWN = pa.schema([*SEQUENCE, *CARRIED.items()])
 ROWS = pl.DataFrame(
@@ -34,6 +36,15 @@ ROWS = pl.DataFrame(
         **{name: range(5) for name in ("number of words", "length", "^.*$", "*", "größe", "true")},
         **{name: list("abcde") for name in ("Upper.dot", 'quo"te')},
         "date": [date(2024, 1, day) for day in range(1, 6)],
+        "price": pl.Series([*map(Decimal, ["0.10", "-3", "99999.99", "0"]), None], dtype=pl.Decimal(7, 2)),
+        **{
+            name: [
+                datetime(2024, 1, 1, tzinfo=zone),
+                *(datetime(2024, 1, 3, 8, 30, second, 1, zone) for second in (1, 2, 3)),
+                None,
+            ]
+            for name, zone in (("written", None), ("read", UTC))
+        },
     }
 )
 
@@ -83,6 +94,14 @@ def pointed_at(message: str) -> str:
         ("1 = 1 AND NULL IS NULL", [True] * 5),
         ("NULL = NULL OR FALSE", [False] * 5),
         ("ok IS NOT TRUE AND ok IS NOT FALSE OR day IS NULL AND ok IS TRUE", [False, False, True, False, False]),
+        ("price = 0.1 OR price IN (-3, 99999.99)", [True, True, True, False, False]),
+        ("price * 10 < year % 3", [False, True, False, False, False]),
+        ("written >= '2024-01-03 08:30:02'", [False, False, True, True, False]),
+        ("read = TIMESTAMP '2024-01-03T09:30:01.000001+01:00'", [False, True, False, False, False]),
+        ("read IN ('2024-01-01', '2024-01-03 08:30:03.000001Z')", [True, False, False, True, False]),
+        ("read > written OR read = day OR written < date", [True, False, False, True, False]),
+        ("written NOT BETWEEN DATE '2024-01-01' AND DATE '2024-01-03'", [False, True, True, True, False]),
+        ("CAST(read AS STRING) LIKE '2024-01-03 08:30:02%' OR read IS NULL", [False, False, True, False, True]),
         ("UPPER(source) || '!' = 'WEB!' OR STARTS_WITH(source, 'bo')", [True, True, False, False, False]),
     ],
 )
@@ -147,6 +166,10 @@ def test_a_rows_result_does_not_depend_on_other_rows(where: str) -> None:
         ("source LIKE other", "other", "a pattern that is not a string"),
         ("NOT tokens", "tokens", "a number instead of true or false"),
         ("ok OR day > 'today'", "'today'", "not a date"),
+        ("ok OR read > '3 o''clock'", "'3 o''clock'", "not a time"),
+        ("read < '0001-01-01T00+23'", "'0001-01-01T00+23'", "not a time"),
+        ("ok AND read > 2024", "read > 2024", "a number and a time"),
+        ("exact > 1", "exact", "only 15 digits"),
         ("CAST(source AS INT) > 3", "INT", "STRING"),
         ("year > 1e999", "1e999", "too large"),
         ("ok -- AND year > 3", "--", "a comment"),
@@ -200,7 +223,7 @@ def test_long_lists_and_chains_are_evaluated(where: str) -> None:
 WORDS = """
 source year score ok day token_ids 'a' '' 1 1.5 0. 0e1 ( ( ) ) , + - * / % < = <> || AND OR NOT IN BETWEEN LIKE ILIKE
 IS NULL TRUE CASE WHEN THEN ELSE END DATE CAST AS STRING LOWER COALESCE GREATEST SELECT FROM EXISTS read_csv OVER COUNT
-. ; :: [ ] $1 ? @ -- /* " '
+. ; :: [ ] $1 ? @ -- /* " ' TIMESTAMP written read price
 """
 TEXT = st.one_of(
     st.text(),
