@@ -23,6 +23,12 @@ OLD, NEW = "a" * 40, "b" * 40
 """Commits of a model."""
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run, whichever tests have run before in this process."""
+    torch.manual_seed(0)
+
+
 @contextmanager
 def _single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
