@@ -320,7 +320,7 @@ def test_every_start_of_a_run_is_watched_and_has_its_time_limit(tmp_path: Path):
             run("limited", started): "Cancelling",
             run("limited", started, again, started): "Cancelling",
         }
-        wait_until(lambda: ends == {each: client.read_flow_run(each).state_name for each in ends}, seconds=120)
+        wait_until(lambda: ends == {each: client.read_flow_run(each).state_name for each in ends}, seconds=400)
 
 
 @contextmanager
@@ -363,7 +363,7 @@ def test_a_team_is_told_of_runs_that_fail_or_exceed_their_time_limit_and_of_no_o
             f"softlabel: {failed} Failed\nthere is no table /a\n",
             f"softlabel: {late} is cancelled\nIt has run for 0.0166667 hours, its time limit.\n",
         )
-        wait_until(lambda: all(any(each.startswith(start) for each in received) for start in messages), seconds=120)
+        wait_until(lambda: all(any(each.startswith(start) for each in received) for start in messages), seconds=400)
     assert all(each.startswith(messages) for each in received)  # a busy server may send one twice
 
 
