@@ -85,6 +85,7 @@ def show_estimate(report: "Estimate") -> None:
     )
     took = report.seconds
     parts = {"reading and tokenizing": took.plan, "loading": took.load, "the teacher": took.teacher}
+    parts |= {"numbering": took.numbering} if took.numbering else {}
     parts |= {"copying": took.copy} if report.copied else {}
     rate = BF16_TERAFLOPS[report.gpu]
     facts(

@@ -23,7 +23,14 @@ from softlabel.pipeline.config.capture import SelectionConfig, TeacherConfig
 from softlabel.pipeline.config.estimate import BF16_TERAFLOPS, EstimateConfig, Gpu
 from softlabel.pipeline.devices import occupied, worker_devices
 from softlabel.pipeline.documents.documents import Documents
-from softlabel.pipeline.estimation.measure import Batches, SampleTable, TimedBatch, bytes_of_copies, time_batch
+from softlabel.pipeline.estimation.measure import (
+    Batches,
+    SampleTable,
+    TimedBatch,
+    bytes_of_copies,
+    numbering_seconds,
+    time_batch,
+)
 from softlabel.pipeline.estimation.sample import Sample, draw_sample
 from softlabel.pipeline.exclusive import scratch
 from softlabel.pipeline.progress import Progress, Watch, unwatched
@@ -81,6 +88,8 @@ class Seconds:
     """Running the teacher, selection included."""
     copy: float = 0.0
     """Copying soft labels to further documents."""
+    numbering: float = 0.0
+    """Numbering the ids of a new table by how often they occur."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
         flops = batches.estimated_total(chosen, [batch.flops for batch in timed])
         rows = sample.sequences.rows.take(pa.array(np.concatenate(groups)))
         collisions = np.concatenate([batch.collisions for batch in timed])
-        estimates, copy_seconds = [], 0.0
+        estimates, copy_seconds, seconds_to_number = [], 0.0, 0.0
         for i, (name, selection) in enumerate(selections.items()):
             labels = SoftLabels.concatenate([batch.labels[i] for batch in timed])
             table = SampleTable.write(folder / f"selection-{i}", job, rows, labels)
@@ -208,11 +217,14 @@ def estimate(config: EstimateConfig, watch: Watch = unwatched) -> Estimate:
             estimates.append(_selection_estimate(name, selection, labels, collisions, teacher.vocabulary, table, size))
             if not i:
                 copy_seconds = table.copy_seconds(sample)
+                if not Table.exists(job.table):
+                    positions = sample.sequences.total("positions")
+                    seconds_to_number = numbering_seconds(labels, positions, job.identity.vocabulary)
     devices = list(dict.fromkeys(worker_devices(capture.teacher)))  # workers on the same device share its speed
     teacher_seconds = batches.estimated_total(chosen, [batch.seconds for batch in timed]) / len(devices)
     return replace(
         found,
-        seconds=Seconds(sample.seconds, load, teacher_seconds, copy_seconds),
+        seconds=Seconds(sample.seconds, load, teacher_seconds, copy_seconds, seconds_to_number),
         gpu_hours=flops / (BF16_TERAFLOPS[config.gpu] * 1e12 * config.gpu_utilization) / 3600,
         flops=flops,
         device=" ".join(devices),

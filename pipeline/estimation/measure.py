@@ -24,6 +24,7 @@ from softlabel.pipeline.selection.select import select
 from softlabel.pipeline.selection.selection import Selection
 from softlabel.pipeline.teachers.queries import Queries
 from softlabel.pipeline.teachers.teacher import Teacher, each_batch
+from softlabel.storage.clustering import SAMPLE, fit
 from softlabel.storage.identity import TeacherIdentity
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.schema import SEQUENCE, SOFT_LABELS
@@ -89,6 +90,20 @@ class SampleTable:
 
     def _total(self, column: str | None) -> int:
         return pc.sum(self.rows.column(column)).as_py() if column else len(self.rows)
+
+
+def numbering_seconds(labels: SoftLabels, positions: int, vocabulary: int) -> float:
+    """Seconds that a new table of so many positions takes to number its ids.
+
+    Args:
+        labels: soft labels of a sample; repeated, because fewer would be numbered in another way.
+        positions: that the table gets at first.
+        vocabulary: V, number of token ids.
+    """
+    repeated = SoftLabels.concatenate([labels] * -(-min(positions, SAMPLE) // labels.positions))
+    started = time.perf_counter()
+    fit(repeated, vocabulary)
+    return time.perf_counter() - started
 
 
 def bytes_of_copies(sample: Sample, location: str) -> int:
