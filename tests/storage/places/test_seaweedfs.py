@@ -1,5 +1,7 @@
 """Races in a real object store: writers that are killed, and many that want to be the first."""
 
+import os
+import signal
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +10,7 @@ from multiprocessing.synchronize import Barrier
 
 import pytest
 
+from softlabel.storage import committing
 from softlabel.storage.errors import TableError
 from softlabel.storage.places.open import place_of
 from softlabel.storage.records.versions import tag, tags
@@ -80,13 +83,22 @@ def test_many_processes_create_add_and_tag_at_once(location: str) -> None:
         assert verify(table).findings == ()
 
 
+def die_before_commit(location: str) -> None:
+    """Upload a shard, and die in the moment in which it would be committed."""
+    committing.write_commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    add(Table.open(location), ["of the dead"])
+
+
 def test_leftovers_of_killed_writers_are_found_and_removed(location: str) -> None:
-    """50 kills: every row once, every committed shard readable, and what the dead have left is found and removed."""
+    """51 kills: every row once, every committed shard readable, and what the dead have left is found and removed."""
     table = make_table(location, identity())
     kill_writers(table, 50)
+    dies = process(die_before_commit, location)
+    dies.start()
+    dies.join()
     newest = table.newest()
     orphans = set(verify(newest, all_versions=True).orphans)
-    assert orphans, "some died between upload and commit"
+    assert orphans, "at least one died between upload and commit"
     assert orphans <= {leftover.path for leftover in maintain(location).spared}
     assert orphans <= {leftover.path for leftover in maintain(location, grace_hours=-1).deleted}
     found = verify(newest, all_versions=True)
