@@ -8,6 +8,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import AutomationCore
+from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
@@ -140,7 +141,8 @@ async def _install(config: DeployConfig, server: str, dry_run: bool) -> DeployRe
             installed.append(await _automation(client, automation, dry_run))
         former = {name for each in config.all_deployments for name in automation_names(each)}
         for name in sorted(former - {each.name for each in wanted}):
-            if await _delete_automations(client, name, dry_run):
+            if gone := await _automations_named(client, name):
+                await _delete(client, gone, dry_run)
                 installed.append(Installed("automation", name, "deleted"))
     return DeployReport(masked(server), config.work_pool, tuple(installed), dry_run)
 
@@ -272,14 +274,15 @@ async def _block(client: PrefectClient, name: str) -> UUID:
 
 
 async def _automation(client: PrefectClient, wanted: AutomationCore, dry_run: bool) -> Installed:
-    found = await client.read_automations_by_name(wanted.name)
+    found = await _automations_named(client, wanted.name)
     if not found:
         if not dry_run:
             await client.create_automation(wanted)
-            await _delete_automations(client, wanted.name, dry_run, keep=1)  # if someone else deploys at the same time
+            repeated = (await _automations_named(client, wanted.name))[1:]  # if someone else deploys at the same time
+            await _delete(client, repeated, dry_run)
         return Installed("automation", wanted.name, "created")
-    before = min(found, key=lambda each: each.id)
-    repeated = await _delete_automations(client, wanted.name, dry_run, keep=1)
+    before, *repeated = found
+    await _delete(client, repeated, dry_run)
     wanted.enabled = before.enabled  # someone may have paused it on purpose
     if _content(before) == _content(wanted):
         return Installed("automation", wanted.name, "updated" if repeated else "unchanged")
@@ -288,12 +291,14 @@ async def _automation(client: PrefectClient, wanted: AutomationCore, dry_run: bo
     return Installed("automation", wanted.name, "updated")
 
 
-async def _delete_automations(client: PrefectClient, name: str, dry_run: bool, keep: int = 0) -> bool:
-    """Delete the automations of this name, but for so many; whether there were any to delete."""
-    found = sorted(await client.read_automations_by_name(name), key=lambda each: each.id)
-    for each in [] if dry_run else found[keep:]:
+async def _automations_named(client: PrefectClient, name: str) -> list[Automation]:
+    """The automations of this name, in an order that is the same for everyone."""
+    return sorted(await client.read_automations_by_name(name), key=lambda each: each.id)
+
+
+async def _delete(client: PrefectClient, gone: Sequence[Automation], dry_run: bool) -> None:
+    for each in [] if dry_run else gone:
         await client.delete_automation(each.id)
-    return len(found) > keep
 
 
 def _content(automation: AutomationCore) -> dict[str, Any]:

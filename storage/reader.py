@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePath
 from typing import Any, Self
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from softlabel.storage.errors import IntegrityError, TableError, recapture
 from softlabel.storage.footer import column_bytes
 from softlabel.storage.labels import SoftLabels
 from softlabel.storage.log.state import Shard
-from softlabel.storage.places.place import File, Place, content_hash, reading
+from softlabel.storage.places.place import File, Place, content_hash, hash_in_name, reading
 from softlabel.storage.records.takedown import tombstone
 from softlabel.storage.schema import (
     FORMAT,
@@ -134,7 +133,7 @@ class Outline:
             try:
                 sizes = column_bytes(self._source, self._shard.bytes)
             except ValueError:  # another program may have left gaps; then only the hash shows that nothing is damaged
-                _source(self._table, self._shard, _hash_in_name(self._shard))
+                _source(self._table, self._shard, hash_in_name(self._shard.path))
                 sizes = column_bytes(self._source, self._shard.bytes, gaps=True)
             found = {field.name: stored_as(field.type) for field in self._file.schema_arrow}
         if found != {field.name: field.type for field in _schema(self._table, None)} or found.keys() != sizes.keys():
@@ -266,13 +265,9 @@ def open_shard(table: Table, shard: Shard) -> pq.ParquetFile:
     Raises:
         IntegrityError: if the file is missing, truncated, or does not match the hash in its name.
     """
-    source = _source(table, shard, _hash_in_name(shard))
+    source = _source(table, shard, hash_in_name(shard.path))
     with _reporting_damage(table, shard):
         return _parquet(table, source)
-
-
-def _hash_in_name(shard: Shard) -> str:
-    return PurePath(shard.path).stem.rpartition("-")[2]
 
 
 def _source(table: Table, shard: Shard, expected: str | None = None) -> Any:

@@ -196,7 +196,11 @@ def _advanced(place: Place, base: Snapshot, wanted: int) -> Snapshot:
     else:
         contents = list(map(content, versions))
     if base.version == wanted:  # only its message is needed
-        message, matches = _message(place, wanted, contents[0], base.metadata)
+        try:
+            message = softlabel_metadata(lines_of(contents[0]))
+            matches = matches_its_hash(contents[0], message, base.metadata)
+        except (ValueError, TypeError) as error:
+            raise unreadable_commit(place, wanted, error) from error
         about = message, hash_of(contents[0]), None if matches else wanted
         return Snapshot(wanted, base.metadata, base.shards, base.lines, *about)
     return _with_commits(place, base, contents)
@@ -222,22 +226,14 @@ def _with_commits(place: Place, base: Snapshot, contents: Sequence[bytes]) -> Sn
                     path = named_path(action["remove"]["path"])
                     shards.pop(path, None)
                     touched.add(path)
+            message = softlabel_metadata(actions)
+            matches = matches_its_hash(content, message, metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable_commit(place, version, error) from error
-        message, matches = _message(place, version, content, metadata)
         damaged = damaged if matches or damaged is not None else version
     gone = {base.shards[path].line for path in touched if path in base.shards}
     lines = _merged(base.lines, gone, (shards[path] for path in touched if path in shards))
     return Snapshot(version, metadata, shards, lines, message, hash_of(contents[-1]), damaged)
-
-
-def _message(place: Place, version: int, content: bytes, metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """softlabel's metadata in a commit, and whether the commit matches the hash in it."""
-    try:
-        message = softlabel_metadata(lines_of(content))
-        return message, matches_its_hash(content, message, metadata)
-    except (ValueError, TypeError) as error:
-        raise unreadable_commit(place, version, error) from error
 
 
 def _merged(lines: Sequence[str], gone: set[str], added: Iterable[Shard]) -> list[str]:

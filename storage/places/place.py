@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
 
 from softlabel.storage.errors import AccessError
@@ -206,6 +206,11 @@ def require_small(name: str, size: int, limit: int) -> None:
 def hash_of(content: bytes) -> str:
     """128-bit BLAKE2b, as 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def hash_in_name(name: str) -> str:
+    """The content hash with which the name of a shard ends, before its suffix."""
+    return PurePath(name).stem.rpartition("-")[2]
 
 
 def content_hash(file: BinaryIO) -> str:

@@ -8,7 +8,6 @@ documents again; then the commit; then the record of the shards to delete; and l
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from softlabel.storage.errors import AccessError, IntegrityError, TableError
 from softlabel.storage.key_index import tidy
 from softlabel.storage.places.open import place_of
-from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, reading
+from softlabel.storage.places.place import REJECTS, SIDE_FOLDER, WRITING, Place, content_hash, hash_in_name, reading
 from softlabel.storage.reader import outline
 from softlabel.storage.records.derivations import derived
 from softlabel.storage.records.takedown import Purge, purges, record_deletion, refusal, refuse
@@ -214,12 +213,8 @@ def _candidates(newest: Table) -> tuple[list[str], list[str]]:
     present = {shard.path for shard in newest.shards()}
     names = {file.name for file in newest.place.files() if file.name.endswith(".parquet")}
     among = sorted(name for name in names - present if name.startswith((f"{PARTITION}=", f"{REWRITTEN}/")))
-    ours = [name for name in among if re.fullmatch("[0-9a-f]{32}", _hash_in(name))]
+    ours = [name for name in among if re.fullmatch("[0-9a-f]{32}", hash_in_name(name))]
     return ours, [name for name in among if name not in ours]
-
-
-def _hash_in(name: str) -> str:
-    return PurePath(name).stem.rpartition("-")[2]
 
 
 def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
@@ -230,7 +225,7 @@ def _rows(place: Place, name: str) -> list[tuple[str, bytes]] | None:
     """
     try:
         with reading(place.where(name)), place.fetch(name) as content:
-            if content_hash(content) != _hash_in(name):
+            if content_hash(content) != hash_in_name(name):
                 return None
             rows = pq.ParquetFile(content).read(["document_id", "key"])
     except (OSError, ValueError, pa.ArrowException):

@@ -27,7 +27,7 @@ from softlabel.storage.identity import Identity
 from softlabel.storage.log.state import Shard
 from softlabel.storage.narrowing import narrow
 from softlabel.storage.numbering import Numbering
-from softlabel.storage.places.place import File, PendingFile, Place, content_hash
+from softlabel.storage.places.place import File, PendingFile, Place, content_hash, hash_in_name
 from softlabel.storage.reader import first_labels, read
 from softlabel.storage.schema import FORMAT, PARTITION, SEQUENCE, SOFT_LABELS, row_schema
 from softlabel.storage.shard_file import ShardFile, add_action
@@ -122,7 +122,7 @@ def _is_undamaged(place: Place, file: File) -> bool:
     """Whether a shard of an earlier run, which may have waited for long, matches the hash in its name."""
     try:
         with place.fetch(file.name) as content:
-            return content_hash(content) == PurePath(file.name).stem.rpartition("-")[2]
+            return content_hash(content) == hash_in_name(file.name)
     except OSError:
         return False
 
